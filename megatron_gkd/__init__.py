@@ -1,0 +1,1 @@
+"""Generalized Knowledge Distillation of large language models on megatron-core."""

@@ -1,0 +1,36 @@
+"""Errors that a user can act on.
+
+Every message says what was given, what is needed and what to do. `GKDError` is the root, so that the command line can print the
+message alone (no traceback) for all of them; each also derives from the built-in type that a library caller would expect.
+Violations of our own invariants are `assert`s, not these.
+"""
+
+from __future__ import annotations
+
+
+class GKDError(Exception):
+    """Root of all errors that are the input's fault, not the program's."""
+
+
+class ConfigError(GKDError, ValueError):
+    """A flag, a configuration file, or a combination of flags is out of range or contradictory."""
+
+
+class NotBuiltError(GKDError, NotImplementedError):
+    """A documented feature that this version does not have yet; raised before any work is lost, never ignored."""
+
+
+class ShapeError(GKDError, ValueError):
+    """A tensor's shape, dtype or device does not fit the others."""
+
+
+class DataError(GKDError, ValueError):
+    """A data set file or row cannot be used; the message names file and line."""
+
+
+class CheckpointError(GKDError, ValueError):
+    """A checkpoint (Hugging Face or Megatron) is missing, damaged, of another model or would be overwritten."""
+
+
+class LayoutError(ConfigError):
+    """A parallel layout does not fit the world size or the model."""

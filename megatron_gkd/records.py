@@ -1,0 +1,83 @@
+"""Records that cross the borders between the parts: a row, a sample, a micro-batch, the plan of a step.
+
+The one alignment rule of the project lives here. A sample is `prompt_ids` (P tokens) followed by `completion_ids` (C tokens). A model
+is fed the first P + C - 1 tokens; the LOSS TOKENS are the last C of those inputs (positions P-1 .. P+C-2), and their labels
+are `completion_ids`. Every sample therefore has exactly C loss tokens, in completion order, for the student, for a local teacher
+and for a teacher server alike, whatever their prompts, their micro-batches or their padding are.
+
+Legend: B sequences, S padded length, T loss tokens of a micro-batch, N segments of a packed micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_gkd.errors import DataError
+
+Source = Literal["student", "teacher", "dataset"]
+SOURCES: tuple[Source, ...] = ("student", "teacher", "dataset")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised row of a data set. `completion_ids` is None for a row that has a prompt only."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...] | None
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise DataError("a row needs at least one prompt token: the first completion token is predicted from the last prompt token")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence of one step: what is trained on, where the completion came from, and by which policy version."""
+
+    position: int  # index in the step's global batch: the key of its teacher signal
+    row: int  # index in the data set
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    source: Source
+    policy_version: int | None = None  # of the student that sampled it; None for the other sources
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that a model is fed: P + C - 1."""
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """C."""
+        return len(self.completion_ids)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a model is fed at once. Padded form: B sequences, right-padded. Packed form: B = 1, segments end to end."""
+
+    positions: tuple[int, ...]  # the samples' positions in the global batch, in order
+    lengths: tuple[int, ...]  # loss tokens per sample, in order; sums to T
+    tokens: torch.Tensor  # [B, S] int64
+    position_ids: torch.Tensor  # [B, S] int64, restarting in each segment
+    loss_index: torch.Tensor  # [T] int64, flat index b * S + s of the loss tokens, sample by sample
+    labels: torch.Tensor  # [T] int64
+    loss_sample: torch.Tensor  # [T] int64, index into `positions`
+    cu_seqlens: torch.Tensor | None = None  # [N + 1] int32, packed form only; the last segment may be padding
+    max_seqlen: int | None = None  # packed form only: the longest segment
+
+
+MicroBatchPlan = tuple[tuple[tuple[int, ...], ...], ...]  # [data-parallel rank][micro-batch] -> positions in the global batch
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One training step, known on every rank alike before any tensor exists."""
+
+    step: int
+    samples: tuple[Sample, ...]  # in global-batch order: samples[i].position == i
+    student: MicroBatchPlan
+    teacher: MicroBatchPlan  # the same samples, split for the teacher's own data-parallel size and micro-batch size
