@@ -1,0 +1,1 @@
+"""Process layouts, collectives and vocabulary shards."""

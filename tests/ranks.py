@@ -1,0 +1,277 @@
+"""Run a test function on N real gloo ranks, on processes that stay alive between tests.
+
+    def body(scale):                          # module level: it is pickled by reference
+        x = torch.ones(1) * scale
+        dist.all_reduce(x, group=tp_group(2))
+        return x.item()
+
+    def test_sum():
+        assert run_ranks(body, 3.0, world=2) == [6.0, 6.0]
+
+What a rank finds when `fn` is called: WORLD is initialised on gloo with `world` ranks, torch has one thread, and `random`,
+`numpy` and `torch` are seeded with `seed`, THE SAME ON EVERY RANK (so that every rank can draw the whole tensor and keep
+its shard). `tp_group(n)` and `one_rank_group()` give process groups that are made once per pool.
+
+How it works: one pool of processes per world size, forked from a server that has imported torch, megatron.core and pytest
+before any torch operation ran (forking a process that has run a backward hangs; spawning costs 15 s). Work and results
+travel through pipes as plain pickles (no shared memory), so results must be picklable; tensors are copied.
+
+Failure: the rank that failed FIRST is reported with its traceback (its peers usually fail later, with "connection closed
+by peer"); the pool is thrown away and the next call starts a new one. After `timeout_s` the report holds the Python stack
+of every rank that was still at work, and the pool is killed.
+
+Ranks are shared, so state leaks from one test to the next: megatron's parallel_state, torch default dtype, monkeypatches,
+environment variables, cached modules. Undo what you set (try/finally), or pass `fresh=True` to run in new processes that
+end with the call (about 0.3 s for two ranks).
+
+Not covered: NCCL, several machines, functions defined in a test or lambda, output capture (a rank's prints bypass pytest).
+"""
+
+import atexit
+import faulthandler
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_PRELOAD = ("torch", "torch.distributed", "pytest", "megatron.core", "megatron.core.tensor_parallel")
+_GRACE_S = 1.0  # after the first failure, how long to wait for a peer that failed before it
+_START_TIMEOUT_S = 120.0  # first start: the server imports torch and megatron.core
+_GLOO_TIMEOUT = timedelta(minutes=30)  # the caller's timeout_s governs; gloo's own must not be shorter
+
+
+class RankFailureError(AssertionError):
+    """A rank raised or died; the message names the first one and holds its traceback."""
+
+
+def run_ranks(
+    fn: Callable[..., Any], *args: Any, world: int, timeout_s: float = 60, fresh: bool = False, seed: int = 1234
+) -> list[Any]:
+    """Call `fn(*args)` on every one of `world` gloo ranks; return each rank's result, in rank order."""
+    if fresh:
+        pool = _Pool(world)
+        try:
+            results = pool.run(fn, args, seed, timeout_s)
+        except BaseException:
+            pool.kill()
+            raise
+        pool.close()
+        return results
+    live = _pools.get(world)
+    if live is None:
+        live = _pools[world] = _Pool(world)
+    try:
+        return live.run(fn, args, seed, timeout_s)
+    except BaseException:  # also KeyboardInterrupt: ranks in the middle of a call cannot be used again
+        del _pools[world]
+        live.kill()
+        raise
+
+
+# ---- groups, called inside a rank -----------------------------------------------------------------------------------
+
+_groups: dict[int, dist.ProcessGroup] = {}
+
+
+def tp_group(size: int) -> dist.ProcessGroup:
+    """This rank's group of `size` consecutive ranks; made on first use (then every rank must call this), then cached."""
+    world = dist.get_world_size()
+    if world % size != 0:
+        raise ValueError(f"tp_group({size}): the world of {world} ranks does not divide into groups of {size}")
+    if size not in _groups:
+        for start in range(0, world, size):  # every rank takes part in the creation of every group, in the same order
+            group = dist.new_group(list(range(start, start + size)))
+            if start <= dist.get_rank() < start + size:
+                _groups[size] = group
+    return _groups[size]
+
+
+def one_rank_group() -> dist.ProcessGroup:
+    """A group with this rank alone: how "no tensor parallelism" is said."""
+    return tp_group(1)
+
+
+# ---- the pool, in the test process ----------------------------------------------------------------------------------
+
+
+class _Pool:
+    """`world` living rank processes; one call at a time."""
+
+    def __init__(self, world: int) -> None:
+        _configure_forkserver()
+        self.world = world
+        self.tmp = tempfile.mkdtemp(prefix="ranks-")
+        self.connections: list[Connection] = []
+        self.processes = []
+        context = multiprocessing.get_context("forkserver")
+        for rank in range(world):
+            here, there = context.Pipe()
+            process = context.Process(target=_rank_main, args=(rank, world, self.tmp, there), name=f"rank{rank}")
+            process.start()
+            there.close()
+            self.connections.append(here)
+            self.processes.append(process)
+        try:
+            self._collect("start of the ranks", _START_TIMEOUT_S)
+        except BaseException:
+            self.kill()
+            raise
+
+    def run(self, fn: Callable[..., Any], args: tuple[Any, ...], seed: int, timeout_s: float) -> list[Any]:
+        call = pickle.dumps((fn, args))
+        for connection in self.connections:
+            connection.send_bytes(pickle.dumps((call, seed)))
+        return self._collect(getattr(fn, "__qualname__", repr(fn)), timeout_s)
+
+    def _collect(self, what: str, timeout_s: float) -> list[Any]:
+        """Wait for one message of every rank."""
+        results: dict[int, Any] = {}
+        failures: list[tuple[float, int, str]] = []
+        deadline = time.monotonic() + timeout_s
+        waiting = dict(enumerate(self.connections))
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for ready in wait(list(waiting.values()), timeout=left):
+                rank = next(r for r, c in waiting.items() if c is ready)
+                del waiting[rank]
+                try:
+                    ok, when, payload = pickle.loads(ready.recv_bytes())  # type: ignore[union-attr]
+                except (EOFError, ConnectionResetError):
+                    self.processes[rank].join(1)
+                    ok, when = False, time.monotonic()
+                    payload = f"the process ended with exit code {self.processes[rank].exitcode}"
+                if ok:
+                    results[rank] = payload
+                else:
+                    failures.append((when, rank, payload))
+                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if failures:
+            _, rank, text = min(failures)
+            raise RankFailureError(f"{what}: rank {rank} of {self.world} failed first:\n{text}")
+        if waiting:
+            stacks = self._stacks(list(waiting))
+            raise TimeoutError(
+                f"{what}: ranks {sorted(waiting)} of {self.world} not done after {timeout_s} s\n{stacks}"
+            )
+        return [results[rank] for rank in range(self.world)]
+
+    def _stacks(self, ranks: list[int]) -> str:
+        for rank in ranks:
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        texts = []
+        for rank in ranks:
+            path = f"{self.tmp}/stack{rank}"
+            if os.path.exists(path):
+                with open(path) as file:
+                    texts.append(f"--- rank {rank}, most recent call first\n{file.read()}")
+        return "\n".join(texts)
+
+    def close(self) -> None:
+        """Tell the ranks to end; kill those that do not."""
+        for connection in self.connections:
+            try:
+                connection.send_bytes(b"")
+            except (BrokenPipeError, OSError):
+                pass
+        for process in self.processes:
+            process.join(5)
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        for connection in self.connections:
+            connection.close()
+        shutil.rmtree(self.tmp, ignore_errors=True)
+
+
+_pools: dict[int, _Pool] = {}
+
+
+def close_pools() -> None:
+    """End every living pool (conftest calls this when the session ends)."""
+    while _pools:
+        _pools.popitem()[1].close()
+
+
+atexit.register(close_pools)  # before multiprocessing's own exit hook, which would wait for the ranks
+
+
+def _configure_forkserver() -> None:
+    """Name what the server imports before it forks; no effect once it runs."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the server inherits the environment of its start
+        os.environ.setdefault(name, "1")
+    names = [name for name in _PRELOAD if importlib.util.find_spec(name.split(".")[0]) is not None]
+    multiprocessing.set_forkserver_preload(names)
+
+
+# ---- the rank process -----------------------------------------------------------------------------------------------
+
+
+def _rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with open(f"{tmp}/stack{rank}", "w") as stack_file:
+        faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
+        torch.set_num_threads(1)
+        start = _attempt(lambda: _init_world(rank, world, tmp))
+        connection.send_bytes(start)
+        while True:
+            try:
+                message = connection.recv_bytes()
+            except EOFError:
+                break
+            if not message:
+                break
+            call, seed = pickle.loads(message)
+            connection.send_bytes(_attempt(lambda: _call(call, seed)))  # noqa: B023 - called before the next turn
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _init_world(rank: int, world: int, tmp: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp}/rendezvous", rank=rank, world_size=world, timeout=_GLOO_TIMEOUT
+    )
+
+
+def _call(call: bytes, seed: int) -> Any:
+    fn, args = pickle.loads(call)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    return fn(*args)
+
+
+def _attempt(action: Callable[[], Any]) -> bytes:
+    """(ok, when, result or traceback) as a plain pickle: multiprocessing's own would share tensor memory."""
+    try:
+        return pickle.dumps((True, time.monotonic(), action()))
+    except BaseException:  # a SystemExit in a rank is a failure of the test as well
+        return pickle.dumps((False, time.monotonic(), traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """A rank that waits in a collective must not outlive a killed test process."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
