@@ -1,0 +1,187 @@
+"""From an Architecture (Hugging Face numbers) to megatron-core model chunks on explicit process groups.
+
+The models of this project stop at the final hidden state: `HiddenStateGPTModel.forward` returns [S(/tp), B, H] on the last pipeline stage, never
+logits. The head is applied afterwards, by the loss, to completion positions only (`head_input`, `head_weight`), so that no
+[B, S, V/tp] tensor ever exists. Parameter names, sharded state dict and everything else are GPTModel's.
+
+Weights are left uninitialised: every model is filled from a checkpoint (weights/load.py), which proves that nothing stayed unfilled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.errors import LayoutError
+from megatron_gkd.model.layers import local_block_spec
+from megatron_gkd.parallel.layout import Layout
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class HiddenStateGPTModel(GPTModel):
+    """GPTModel whose last stage returns the final hidden state instead of logits."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # GPTModel.forward (0.16 - 0.19) ends with `return self._postprocess(hidden_states=..., ...)`: the head and the loss are all it adds.
+        return hidden_states
+
+    def head_weight(self) -> torch.Tensor:
+        """The head's shard [V/tp, H]; the embedding's where tied on one stage. Last stage only."""
+        assert self.post_process, "only the last pipeline stage has a head"
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S(/tp), B, H] -> [S, B, H], ready for a vocabulary-parallel head whose backward leaves partial sums per TP rank.
+
+        Communication, over TP: forward all-gather under sequence parallelism, else none; backward one reduce-scatter under
+        sequence parallelism, else one all-reduce, of [S, B, H] in the model's dtype.
+        """
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
+        return copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
+
+
+def transformer_config(arch: Architecture, layout: Layout, *, dtype: str, use_cpu: bool) -> TransformerConfig:
+    """The TransformerConfig of `arch` in `layout`. Fusions that need CUDA or Transformer Engine are off on a CPU."""
+    params_dtype = DTYPES[dtype]
+    config = TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        layernorm_epsilon=arch.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        sequence_parallel=layout.sequence_parallel,
+        # The interleaved schedule exchanges activations and gradients with the same peer at the same time when PP = 2. Batched P2P
+        # matches messages between two ranks by order alone and would swap them (Megatron-LM's own argument check demands PP > 2 there); the
+        # overlapped form keeps the directions on separate groups. It has no safe shape exchange either: one length per step (see train/step.py).
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
+        batch_p2p_comm=layout.virtual_pipeline is None,
+        variable_seq_lengths=layout.pipeline > 1 and layout.virtual_pipeline is None,
+        moe_token_dispatcher_type="alltoall",  # checked for variable_seq_lengths even in a dense model
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=use_cpu,
+        bias_dropout_fusion=not use_cpu,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+    return config
+
+
+def build_model(
+    arch: Architecture,
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    *,
+    dtype: Literal["fp32", "bf16", "fp16"],
+    use_cpu: bool,
+    max_sequence_length: int = 0,
+) -> list[HiddenStateGPTModel]:
+    """This rank's model chunks (one, or `layout.virtual_pipeline`), with uninitialised weights.
+
+    Raises LayoutError (via `check_layout`) when the model cannot be split that way.
+    """
+    check_layout(arch, layout)
+    config = transformer_config(arch, layout, dtype=dtype, use_cpu=use_cpu)
+    pp_rank = groups.pp.rank()
+    chunks = []
+    for stage in range(layout.num_chunks):
+        vp_stage = stage if layout.virtual_pipeline else None
+        model = HiddenStateGPTModel(
+            config,
+            _block_spec(arch, config, vp_stage, pp_rank, use_cpu),
+            vocab_size=arch.padded_vocab_size(layout.tensor),
+            max_sequence_length=max_sequence_length or arch.max_position_embeddings,
+            pre_process=pp_rank == 0 and stage == 0,
+            post_process=pp_rank == layout.pipeline - 1 and stage == layout.num_chunks - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=arch.tied_embeddings,
+            position_embedding_type="rope",
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        _set_rope(model, arch)
+        if not use_cpu:
+            model.cuda(torch.cuda.current_device())
+        chunks.append(model)
+    return chunks
+
+
+def check_layout(arch: Architecture, layout: Layout) -> None:
+    """Refuse layouts that the model cannot be split into, with the numbers."""
+    tp, stages = layout.tensor, layout.pipeline * layout.num_chunks
+    problems = []
+    if arch.num_heads % tp:
+        problems.append(f"{arch.num_heads} attention heads do not split over TP {tp}")
+    if arch.num_kv_heads % tp and tp % arch.num_kv_heads:
+        problems.append(f"{arch.num_kv_heads} KV heads and TP {tp}: one must divide the other")
+    if arch.ffn_hidden_size % tp:
+        problems.append(f"feed-forward size {arch.ffn_hidden_size} does not split over TP {tp}")
+    if arch.num_layers % stages:
+        possible = [n for n in range(1, arch.num_layers + 1) if arch.num_layers % n == 0]
+        problems.append(f"{arch.num_layers} layers do not split over {stages} pipeline stages (possible: {', '.join(map(str, possible))})")
+    if problems:
+        raise LayoutError(f"{arch.model_type} model does not fit {layout.describe()}: " + "; ".join(problems))
+
+
+def _block_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | None, pp_rank: int, use_cpu: bool) -> TransformerBlockSubmodules:
+    if not use_cpu and _have_transformer_engine():
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return local_block_spec(num_layers, qk_norm=arch.qk_norm)
+
+
+def _have_transformer_engine() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("transformer_engine") is not None
+
+
+def _set_rope(model: GPTModel, arch: Architecture) -> None:
+    """Rotary frequencies and attention factor as transformers computes them.
+
+    megatron-core hard-codes llama3's low/high/original factors, so its frequencies are replaced by the architecture's. The attention factor
+    (YaRN) goes through the config field that attention.py reads: `_yarn_get_concentration_factor(scale, mscale, mscale_all_dim)`
+    = (0.1 * mscale * ln(scale) + 1) / (0.1 * mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and
+    mscale = 10 * (factor - 1) it is exactly `factor`.
+    """
+    inv_freq = torch.tensor(arch.rope.inv_freq, dtype=torch.float32)
+    model.rotary_pos_emb.inv_freq = inv_freq.to(model.rotary_pos_emb.inv_freq.device)
+    if arch.rope.attention_factor != 1.0:
+        from math import e
+
+        model.config.yarn_rotary_scaling_factor = e
+        model.config.yarn_mscale = 10.0 * (arch.rope.attention_factor - 1.0)
+        model.config.yarn_mscale_all_dim = 0.0

@@ -1,0 +1,124 @@
+"""The layer specification used where Transformer Engine is absent (or the device is a CPU).
+
+Two modules of our own in an otherwise ordinary megatron-core TransformerLayer, with the parameter names of megatron-core's local spec:
+
+* `RMSNorm`: torch's rms_norm, and its weight marked `sequence_parallel`, so that `finalize_model_grads` sums the weight's gradient over the TP ranks
+  that each saw a part of the sequence. (megatron-core's own torch norm refuses sequence parallelism.)
+* `SDPAttention`: core attention through torch's scaled_dot_product_attention, causal, grouped queries, padded [s, b, heads, head_dim]
+  or packed [t, heads, head_dim] with `cu_seqlens`. Right padding needs no mask: a causal query never sees a later position.
+
+Not here: dropout (distillation runs with 0; anything else is refused), sliding windows, context parallelism.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_gkd.errors import NotBuiltError
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension. Signature of megatron-core's norm builders."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=None if config.use_cpu_initialization else torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class SDPAttention(torch.nn.Module):
+    """Causal core attention of one tensor-parallel rank's heads; no parameters, no communication.
+
+    forward: query [s, b, heads/tp, d], key and value [s, b, groups/tp, d] -> [s, b, heads/tp * d];
+    packed:  query [t, heads/tp, d], key and value [t, groups/tp, d], cu_seqlens [n + 1] -> [t, heads/tp * d].
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        if config.attention_dropout:
+            raise NotBuiltError(f"attention_dropout {config.attention_dropout}: this attention has none; distillation runs with 0")
+        if config.context_parallel_size > 1:
+            raise NotBuiltError("context parallelism is not built in this attention yet: use context_parallel_size 1")
+        if attn_mask_type != AttnMaskType.causal or config.window_size is not None:
+            raise NotBuiltError(f"attention mask {attn_mask_type}, window {config.window_size}: only full causal attention is built")
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        assert attention_mask is None and attention_bias is None, "padding is on the right and attention is causal: no mask is used"
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        lengths = (packed_seq_params.cu_seqlens_q[1:] - packed_seq_params.cu_seqlens_q[:-1]).tolist()
+        segments = zip(*(t.unsqueeze(1).split(lengths) for t in (query, key, value)), strict=True)
+        return torch.cat([self._attend(q, k, v) for q, k, v in segments]).squeeze(1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        s, b, heads, dim = query.shape
+        repeats = heads // key.shape[2]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
+        if repeats > 1:
+            k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+        return out.permute(2, 0, 1, 3).reshape(s, b, heads * dim)
+
+
+def local_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
+    """Spec of one model chunk with `num_layers` layers; parameter names are those of megatron-core's local spec."""
+    head_norm = RMSNorm if qk_norm else IdentityOp
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=SDPAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+            # The fused names of the TE spec, so that a distributed checkpoint does not depend on which spec wrote it.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,115 @@
+"""Parallel layouts as plain numbers: who is where, and which layouts a model fits. No torch, no process groups.
+
+Rank order is Megatron's default, `tp-cp-ep-dp-pp` from fastest to slowest:
+
+    rank = rank_offset + tp_rank + tp * (cp_rank + cp * (dp_rank + dp * pp_rank))
+
+Student and teacher each have a `Layout` of their own over the same ranks. Context and expert parallelism are fields already,
+because every size check has to know of them, but sizes above 1 are refused until the attention and the routing for them are built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_gkd.errors import LayoutError, NotBuiltError
+
+
+class Coordinate(NamedTuple):
+    """Where a rank sits in a layout."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a model's parallel dimensions over `world_size` ranks starting at `rank_offset`."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    expert: int = 1
+    virtual_pipeline: int | None = None  # model chunks per pipeline rank
+    sequence_parallel: bool = False
+    rank_offset: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "data", "context", "expert"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"{name} parallel size is {getattr(self, name)}; it must be at least 1")
+        if self.context > 1:
+            raise NotBuiltError(f"context_parallel_size {self.context}: context parallelism is not built yet; use 1")
+        if self.expert > 1:
+            raise NotBuiltError(f"expert_model_parallel_size {self.expert}: mixture-of-experts models are not built yet; use 1")
+        if self.virtual_pipeline is not None:
+            if self.virtual_pipeline < 2:
+                raise LayoutError(f"virtual_pipeline_model_parallel_size {self.virtual_pipeline}: give at least 2, or leave it out")
+            if self.pipeline < 2:
+                raise LayoutError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of at least 2")
+        if self.sequence_parallel and self.tensor == 1:
+            raise LayoutError("--sequence_parallel splits activations over tensor-parallel ranks: it needs tensor_model_parallel_size of at least 2")
+
+    @classmethod
+    def for_world(
+        cls,
+        world_size: int,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        context: int = 1,
+        expert: int = 1,
+        virtual_pipeline: int | None = None,
+        sequence_parallel: bool = False,
+        name: str = "student",
+    ) -> Layout:
+        """The layout whose data-parallel size fills `world_size` ranks. Raises LayoutError when tp * cp * pp does not divide it."""
+        model_size = tensor * context * pipeline
+        if model_size < 1 or world_size % model_size:
+            below, above = world_size // max(model_size, 1) * model_size, -(-world_size // max(model_size, 1)) * model_size
+            nearest = " or ".join(str(n) for n in dict.fromkeys((below, above)) if n > 0)
+            raise LayoutError(
+                f"the {name}'s layout needs a multiple of tp {tensor} x cp {context} x pp {pipeline} = {model_size} ranks, but the world has {world_size}: "
+                f"start {nearest} ranks or change the {name}'s parallel sizes"
+            )
+        return cls(tensor, pipeline, world_size // model_size, context, expert, virtual_pipeline, sequence_parallel)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the layout."""
+        return self.tensor * self.context * self.data * self.pipeline
+
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks per rank."""
+        return self.virtual_pipeline or 1
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """Coordinates of a global rank."""
+        index = rank - self.rank_offset
+        if not 0 <= index < self.world_size:
+            raise LayoutError(f"rank {rank} is outside the layout's ranks {self.rank_offset}..{self.rank_offset + self.world_size - 1}")
+        index, tp = divmod(index, self.tensor)
+        index, cp = divmod(index, self.context)
+        pp, dp = divmod(index, self.data)
+        return Coordinate(tp, cp, dp, pp)
+
+    def rank(self, coordinate: Coordinate) -> int:
+        """Global rank at a coordinate; the inverse of `coordinate`."""
+        tp, cp, dp, pp = coordinate
+        return self.rank_offset + tp + self.tensor * (cp + self.context * (dp + self.data * pp))
+
+    def last_stage_ranks(self, dp: int) -> tuple[int, ...]:
+        """Global ranks (in TP order) of the last pipeline stage of one data-parallel replica."""
+        return tuple(self.rank(Coordinate(tp, 0, dp, self.pipeline - 1)) for tp in range(self.tensor))
+
+    def describe(self) -> str:
+        """For messages, e.g. `TP 2 x PP 2 x DP 1, VPP 2, sequence parallel`."""
+        text = f"TP {self.tensor} x PP {self.pipeline} x DP {self.data}"
+        if self.virtual_pipeline:
+            text += f", VPP {self.virtual_pipeline}"
+        return text + (", sequence parallel" if self.sequence_parallel else "")

@@ -1,0 +1,205 @@
+"""Where the program runs: CUDA + NCCL, or CPU + gloo. The one file that adapts megatron-core to a machine without CUDA.
+
+megatron-core (0.16 - 0.19) asks for "cuda" by name in some thirty places: buffers of DDP and of the optimizer, token counters of the schedules,
+shape exchange of the pipeline, RNG tracker, type names in assertions. On a machine without CUDA, `adapt_megatron_to_cpu()` answers
+those requests with CPU objects, so that the same GPTModel, DDP, distributed optimizer and 1F1B schedule run unchanged on gloo:
+
+* device queries (`torch.cuda.current_device` ...) answer "cpu"; streams and events are null objects (CPU work is in order);
+* CUDA RNG calls go to the CPU generator, so the RNG tracker's named states work as on CUDA (fork saves, switches and restores);
+* a TorchFunctionMode rewrites `device="cuda"` to "cpu", drops `pin_memory`, and lets `Tensor.type()` name a CPU tensor as its CUDA
+  twin ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py, distrib_optimizer.py, clip_grads.py).
+
+Invariants: on CUDA nothing is patched; the adaptation is idempotent; `undo` restores every patched attribute; nothing happens at import.
+Threads: the function mode is active in the thread that called `adapt_megatron_to_cpu`; a CPU backward pass runs in its caller's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from megatron_gkd.errors import ConfigError
+
+DeviceKind = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The device of this rank and the backend of its process groups."""
+
+    kind: DeviceKind
+    device: torch.device
+    backend: Literal["gloo", "nccl"]
+
+    def synchronize(self) -> None:
+        """Wait for the device's queue; nothing to do on a CPU."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_bytes(self) -> int:
+        """Peak bytes of this rank: the allocator's on CUDA, the process's resident set on CPU (the kernel's high-water mark)."""
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
+
+
+def setup(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
+    """Choose the platform and, on a CPU, adapt megatron-core to it.
+
+    `device="auto"` takes CUDA where torch sees one. Raises ConfigError for `cuda` on a machine without it.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not one of auto, cpu, cuda")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("--device cuda was given, but torch sees no CUDA device: check the driver and the torch build, or pass --device cpu")
+    if device == "cuda" or (device == "auto" and available):
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank)
+        return Platform("cuda", torch.device("cuda", local_rank), "nccl")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    adapt_megatron_to_cpu()
+    return Platform("cpu", torch.device("cpu"), "gloo")
+
+
+def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> None:
+    """Join the process group that torchrun describes in the environment; a plain `python` start is a world of one rank.
+
+    Raises ConfigError when only a part of torchrun's variables is there.
+    """
+    if dist.is_initialized():
+        return
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    present = [name for name in needed if name in os.environ]
+    if present and len(present) < len(needed):
+        raise ConfigError(f"torch.distributed needs {', '.join(needed)}; only {', '.join(present)} set: start with torchrun, or with none of them for one process")
+    timeout = timedelta(minutes=timeout_minutes)
+    if present:
+        dist.init_process_group(platform.backend, timeout=timeout)
+    else:
+        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+class _NullStream:
+    """A stream on a device whose work is in order: every wait has already happened."""
+
+    def wait_stream(self, stream: object) -> None: ...
+    def wait_event(self, event: object) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, event: object = None) -> _NullEvent:
+        return _NullEvent()
+
+
+class _NullEvent:
+    """An event that has always happened."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+    def record(self, *args: object) -> None: ...
+    def wait(self, *args: object) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _CudaRequestsOnCpu(TorchFunctionMode):
+    """Answers requests for CUDA tensors with CPU tensors (see the module docstring)."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs:
+            if _names_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": "cpu"}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+_undo: Callable[[], None] | None = None
+
+
+def adapt_megatron_to_cpu() -> Callable[[], None]:
+    """Install the adaptation of the module docstring; returns the function that takes it back. A second call changes nothing."""
+    global _undo
+    if _undo is not None:
+        return _undo
+    cpu = torch.device("cpu")
+    cuda: Any = torch.cuda
+
+    def get_rng_state(*args: object, **kwargs: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, *args: object, **kwargs: object) -> None:
+        torch.set_rng_state(state)
+
+    replacements: list[tuple[Any, str, Any]] = [
+        (cuda, "current_device", lambda: cpu),
+        (cuda, "set_device", lambda *a: None),
+        (cuda, "synchronize", lambda *a: None),
+        (cuda, "empty_cache", lambda: None),
+        (cuda, "current_stream", lambda *a: _NullStream()),
+        (cuda, "default_stream", lambda *a: _NullStream()),
+        (cuda, "Stream", lambda *a, **k: _NullStream()),
+        (cuda, "Event", _NullEvent),
+        (cuda, "stream", lambda s: contextlib.nullcontext()),
+        (cuda, "manual_seed", torch.manual_seed),
+        (cuda, "get_rng_state", get_rng_state),
+        (cuda, "set_rng_state", set_rng_state),
+        (cuda.random, "get_rng_state", get_rng_state),
+        (cuda.random, "set_rng_state", set_rng_state),
+    ]
+    # megatron-core binds these two at import (tensor_parallel/random.py), so they are replaced in its own module.
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    replacements += [
+        (megatron_random, "_get_cuda_rng_state", get_rng_state),
+        (megatron_random, "_set_cuda_rng_state", set_rng_state),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
+    mode = _CudaRequestsOnCpu()
+    mode.__enter__()
+
+    def undo() -> None:
+        global _undo
+        mode.__exit__(None, None, None)
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+        _undo = None
+
+    _undo = undo
+    return undo
+
+
+@contextlib.contextmanager
+def cpu_adaptation() -> Iterator[None]:
+    """The adaptation for the length of a `with` block (tests); leaves it in place if it was there before."""
+    already = _undo is not None
+    undo = adapt_megatron_to_cpu()
+    try:
+        yield
+    finally:
+        if not already:
+            undo()
