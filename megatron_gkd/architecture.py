@@ -1,0 +1,253 @@
+"""What a Hugging Face `config.json` says about a decoder, reduced to the numbers that this project needs, or a refusal.
+
+    arch = read_architecture("path/to/Qwen3-8B")        # needs config.json only; no weights, no network, no remote code
+
+Supported: llama (2, 3, 3.1, 3.2, SmolLM2, ...), mistral without a sliding window, qwen2 (2, 2.5), qwen3. All of them are the same
+decoder: pre-norm RMSNorm, grouped-query attention with rotate-half RoPE, SwiGLU without biases, and differ in the q/k/v bias,
+the q/k norm, head_dim, the tied head and the RoPE frequencies.
+
+Everything else is refused here, by name, before a weight is read: an option that is not understood would give a model that
+runs and is wrong. RoPE is taken from transformers' own functions as numbers (`inv_freq` per frequency pair and the factor on
+cos and sin), because formulas written twice differ: megatron-core, for one, hard-codes three of llama3's parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from megatron_gkd.errors import CheckpointError, NotBuiltError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding as numbers: position p turns pair i by p * inv_freq[i]; cos and sin are scaled by attention_factor."""
+
+    inv_freq: tuple[float, ...]  # [head_dim / 2], exact float32 values
+    attention_factor: float  # 1.0 but for yarn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The decoder, independent of any parallel layout."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int  # of the checkpoint, without padding
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    norm_eps: float
+    max_position_embeddings: int
+    rope: Rope
+
+    def __post_init__(self) -> None:
+        assert self.num_heads % self.num_kv_heads == 0 and self.head_dim % 2 == 0, self
+        assert len(self.rope.inv_freq) == self.head_dim // 2, self
+
+    def padded_vocab_size(self, tp: int, multiple: int = 128) -> int:
+        """Rows of the embedding under `tp` ranks: the next multiple of `multiple * tp`, so that every rank has as many."""
+        unit = multiple * tp
+        return -(-self.vocab_size // unit) * unit
+
+    @property
+    def query_size(self) -> int:
+        """Rows of all query heads; not hidden_size where head_dim is explicit (qwen3)."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of all key heads, and of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class _Family:
+    hf_class: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+_FAMILIES: Final = {
+    "llama": _Family("LlamaForCausalLM"),
+    "mistral": _Family("MistralForCausalLM"),
+    "qwen2": _Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": _Family("Qwen3ForCausalLM", qk_norm=True),
+}
+SUPPORTED_MODEL_TYPES: Final = tuple(_FAMILIES)
+_MOE_MODEL_TYPES: Final = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+)
+SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+
+
+def read_architecture(path: str | Path) -> Architecture:
+    """Read and check `path`/config.json. Raises CheckpointError (or NotBuiltError) naming the option and what is supported."""
+    path = Path(path)
+    raw = read_config_json(path)
+    model_type = raw.get("model_type")
+    if model_type in _MOE_MODEL_TYPES:
+        raise NotBuiltError(
+            f"{path}: model_type {model_type!r} is a mixture of experts, which is not built yet; {_supported()}"
+        )
+    if model_type not in _FAMILIES:
+        raise CheckpointError(f"{path}: model_type {model_type!r} is not supported; {_supported()}")
+    family = _FAMILIES[model_type]
+    _check_raw(path, raw, family)
+    config = _load_config(path)
+    _check_options(path, config)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    for name in (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+    ):
+        if not isinstance(value := getattr(config, name), int) or value < 1:
+            raise CheckpointError(f"{path}: {name} is {value!r}; it must be a positive integer")
+    if heads % kv_heads != 0:
+        raise CheckpointError(f"{path}: {heads} attention heads are not a multiple of {kv_heads} key/value heads")
+    if head_dim % 2 != 0:
+        raise CheckpointError(f"{path}: head_dim {head_dim} is odd; rotary embeddings need an even one")
+    return Architecture(
+        model_type=model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_hidden_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        tied_embeddings=bool(config.tie_word_embeddings),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        norm_eps=float(config.rms_norm_eps),
+        max_position_embeddings=config.max_position_embeddings,
+        rope=_read_rope(path, config, head_dim),
+    )
+
+
+def read_config_json(path: str | Path) -> dict[str, Any]:
+    """The directory's config.json as written, or a CheckpointError that says what is wrong with it."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a directory; give a local Hugging Face model directory (download it first)"
+        )
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json; it is not a Hugging Face model directory")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} is damaged: it holds {type(raw).__name__}, not an object")
+    return raw
+
+
+def _supported() -> str:
+    return f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+
+
+def _load_config(path: Path) -> Any:
+    """transformers' view of the config: defaults filled in, old and new spellings of RoPE unified."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises KeyError, TypeError and its own validation errors for a bad field
+        raise CheckpointError(f"{path}/config.json is refused by transformers: {error}") from error
+
+
+def _check_raw(path: Path, raw: dict[str, Any], family: _Family) -> None:
+    """Refuse what transformers' config class would hide or act upon."""
+    for key in ("quantization_config", "compression_config"):
+        if raw.get(key):
+            raise CheckpointError(
+                f"{path}: {key} is set; quantised checkpoints are not supported, give the full-precision model"
+            )
+    if raw.get("auto_map"):
+        raise CheckpointError(
+            f"{path}: config.json asks for remote code (auto_map), which is never run; {_supported()}"
+        )
+    classes = raw.get("architectures") or [family.hf_class]
+    if classes != [family.hf_class]:
+        raise CheckpointError(
+            f"{path}: architectures is {classes}; only {family.hf_class} is supported for this model_type"
+        )
+
+
+def _check_options(path: Path, config: Any) -> None:
+    """Refuse every option that changes what the model computes and is not built here."""
+    refusals: list[tuple[bool, str]] = [
+        (getattr(config, "is_heterogeneous", False), "layers with configurations of their own (per_layer_config)"),
+        (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r} (supported: silu)"),
+        (bool(getattr(config, "mlp_bias", False)), "mlp_bias true (biases on gate, up and down projections)"),
+        # In llama and qwen3 it also adds o_proj.bias; qwen2 has its q/k/v bias whatever this says, as in transformers.
+        (
+            config.model_type != "qwen2" and bool(getattr(config, "attention_bias", False)),
+            "attention_bias true (it adds a bias to o_proj)",
+        ),
+        (bool(getattr(config, "attention_dropout", 0.0)), "attention_dropout above 0 (set it to 0 in config.json)"),
+        (_uses_sliding_window(config), "a sliding window (sliding_window / layer_types); only full attention is built"),
+    ]
+    for refused, what in refusals:
+        if refused:
+            raise CheckpointError(f"{path}: config.json asks for {what}: not supported")
+
+
+def _uses_sliding_window(config: Any) -> bool:
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        return True
+    return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+
+
+def _read_rope(path: Path, config: Any, head_dim: int) -> Rope:
+    """RoPE numbers from transformers' own functions; the default type, which has none there, is one line."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
+        raise CheckpointError(f"{path}: no RoPE parameters found (rope_theta, or rope_parameters.rope_theta)")
+    kind = parameters.get("rope_type", "default")
+    if kind not in SUPPORTED_ROPE_TYPES:
+        raise CheckpointError(
+            f"{path}: rope_type {kind!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
+        )
+    if parameters.get("partial_rotary_factor") not in (None, 1.0):
+        raise CheckpointError(
+            f"{path}: partial_rotary_factor {parameters['partial_rotary_factor']} is not supported (only 1)"
+        )
+    if kind == "default":
+        inv_freq = 1.0 / parameters["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        return Rope(tuple(inv_freq.tolist()), 1.0)
+    compute: Callable[[Any], tuple[torch.Tensor, float]] = ROPE_INIT_FUNCTIONS[kind]
+    try:
+        inv_freq, attention_factor = compute(config)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{path}: the parameters of rope_type {kind!r} are incomplete or wrong: {error!r}"
+        ) from error
+    if not bool(torch.isfinite(inv_freq).all()) or len(inv_freq) != head_dim // 2:
+        raise CheckpointError(f"{path}: the parameters of rope_type {kind!r} give no usable frequencies")
+    return Rope(tuple(inv_freq.float().tolist()), float(attention_factor))

@@ -1,0 +1,181 @@
+"""The plan: every shard of a megatron-core parameter as rectangles of Hugging Face tensors. Pure arithmetic, no tensors.
+
+A shard is the concatenation, along dimension 0 and in order, of rectangles of HF tensors (or of zero rows: vocabulary padding).
+One plan serves all uses: loading reads its rectangles, exporting writes them, and a proof without weights counts them
+(every element of every HF tensor exactly once over the ranks).
+
+Transforms, for rank r of n tensor-parallel ranks (H hidden, h head_dim, A query heads, G KV heads, I ffn, V vocabulary; both
+sides store linear weights as [out, in], RoPE is rotate-half on both sides, so nothing is transposed or permuted within a head):
+
+    replicated   the HF tensor as it is, on every rank.
+    columns      [H, X]: columns r*X/n .. (r+1)*X/n   (attention output X = A*h, down projection X = I).
+    vocabulary   [V, H] followed by zero rows up to the padded vocabulary; rows r*P/n .. (r+1)*P/n of that.
+    qkv          [(A+2G)*h, H]: for each KV group g, the rows of its A/G query heads, of its key head, of its value head; then
+                 an equal chunk of the rows. That holds for n > G too, where a chunk may begin inside a head. Biases alike.
+    gated        [2I/n, H]: chunk r of gate, then chunk r of up; NOT chunk r of [gate; up].
+
+A wrong transform survives a round trip bit for bit, since export inverts import; only logits tell. Hence tests/weights
+compares logits with transformers for every family and layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.errors import LayoutError
+from megatron_gkd.weights.naming import ROLES, hf_names, layer_roles
+
+Span = tuple[int, int]  # start, stop
+
+
+class Rectangle(NamedTuple):
+    """Rows (and columns) of an HF tensor, or zero rows."""
+
+    name: str | None  # None: `rows` zero rows of vocabulary padding
+    rows: Span
+    columns: Span | None = None  # None: all
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows[1] - self.rows[0]
+
+
+Unit = tuple[str, int | None]  # role and global layer index
+
+
+def units(arch: Architecture) -> Iterator[Unit]:
+    """Every (role, layer) of the model that has HF tensors of its own, in the order of the HF checkpoint."""
+    yield "embedding", None
+    for layer in range(arch.num_layers):
+        for role in layer_roles(arch):
+            yield role, layer
+    yield "final_norm", None
+    if not arch.tied_embeddings:
+        yield "head", None
+
+
+def unit_shapes(role: str, layer: int | None, arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Full shapes of the HF tensors of a role."""
+    hidden, ffn, query, kv = arch.hidden_size, arch.ffn_hidden_size, arch.query_size, arch.kv_size
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = {
+        "embedding": ((arch.vocab_size, hidden),),
+        "attention_norm": ((hidden,),),
+        "qkv": ((query, hidden), (kv, hidden), (kv, hidden)),
+        "qkv_bias": ((query,), (kv,), (kv,)),
+        "query_norm": ((arch.head_dim,),),
+        "key_norm": ((arch.head_dim,),),
+        "attention_output": ((hidden, query),),
+        "mlp_norm": ((hidden,),),
+        "gate_up": ((ffn, hidden), (ffn, hidden)),
+        "down": ((hidden, ffn),),
+        "final_norm": ((hidden,),),
+        "head": ((arch.vocab_size, hidden),),
+    }
+    return dict(zip(hf_names(role, layer, arch), shapes[role], strict=True))
+
+
+def hf_tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """The manifest: every tensor of a checkpoint of this architecture, in order. A tied head is not in it."""
+    manifest: dict[str, tuple[int, ...]] = {}
+    for role, layer in units(arch):
+        manifest |= unit_shapes(role, layer, arch)
+    return manifest
+
+
+def plan(
+    role: str, layer: int | None, arch: Architecture, rank: int, size: int, padded_vocab: int
+) -> tuple[Rectangle, ...]:
+    """Rectangles of rank `rank` of `size` tensor-parallel ranks, in the order of the shard's rows."""
+    assert 0 <= rank < size, (rank, size)
+    shapes = unit_shapes(role, layer, arch)
+    names = tuple(shapes)
+    match ROLES[role].transform:
+        case "replicated":
+            return (Rectangle(names[0], (0, shapes[names[0]][0])),)
+        case "columns":
+            rows, columns = shapes[names[0]]
+            return (Rectangle(names[0], (0, rows), _chunk(role, columns, rank, size)),)
+        case "vocabulary":
+            return tuple(_cut(_padded_rows(names[0], arch, padded_vocab), _chunk(role, padded_vocab, rank, size)))
+        case "qkv":
+            return tuple(_cut(_grouped_rows(names, arch), _chunk(role, arch.query_size + 2 * arch.kv_size, rank, size)))
+        case "gated":
+            return tuple(Rectangle(name, _chunk(role, shapes[name][0], rank, size)) for name in names)
+
+
+def shard_shape(role: str, layer: int | None, arch: Architecture, rectangles: tuple[Rectangle, ...]) -> tuple[int, ...]:
+    """Shape of the megatron-core parameter that these rectangles fill."""
+    full = next(iter(unit_shapes(role, layer, arch).values()))
+    columns = rectangles[0].columns
+    rest = full[1:] if columns is None else (columns[1] - columns[0],)
+    return (sum(rectangle.num_rows for rectangle in rectangles), *rest)
+
+
+def check_layout(arch: Architecture, tp: int, pp: int, vpp: int | None = None) -> None:
+    """Raise LayoutError, with the reason and the sizes that would do, unless the model divides over this layout."""
+    chunks = vpp or 1
+    if min(tp, pp, chunks) < 1:
+        raise LayoutError(
+            f"parallel sizes must be at least 1; given tensor {tp}, pipeline {pp}, virtual pipeline {vpp}"
+        )
+    if arch.num_heads % tp != 0:
+        raise LayoutError(_does_not_divide("tensor", tp, arch.num_heads, "attention heads"))
+    if arch.num_kv_heads % tp != 0 and tp % arch.num_kv_heads != 0:
+        raise LayoutError(
+            f"tensor-parallel size {tp} neither divides the {arch.num_kv_heads} key/value heads nor is a multiple of them"
+        )
+    if arch.ffn_hidden_size % tp != 0:
+        raise LayoutError(_does_not_divide("tensor", tp, arch.ffn_hidden_size, "rows of the MLP (intermediate_size)"))
+    if (arch.query_size + 2 * arch.kv_size) % tp != 0:
+        raise LayoutError(_does_not_divide("tensor", tp, arch.query_size + 2 * arch.kv_size, "rows of q, k and v"))
+    if chunks > 1 and pp == 1:
+        raise LayoutError(f"virtual pipeline size {vpp} needs a pipeline-parallel size of at least 2")
+    if arch.num_layers % (pp * chunks) != 0:
+        what = "pipeline" if chunks == 1 else f"virtual pipeline ({pp} stages x {chunks} chunks)"
+        raise LayoutError(_does_not_divide(what, pp * chunks, arch.num_layers, "decoder layers"))
+
+
+def _does_not_divide(kind: str, size: int, total: int, what: str) -> str:
+    fitting = [n for n in range(1, min(total, 64) + 1) if total % n == 0]
+    return (
+        f"{kind}-parallel size {size} does not divide the {total} {what}; sizes that do: {', '.join(map(str, fitting))}"
+    )
+
+
+def _chunk(role: str, total: int, rank: int, size: int) -> Span:
+    if total % size != 0:
+        raise LayoutError(f"{role}: {total} rows or columns do not divide over {size} tensor-parallel ranks")
+    part = total // size
+    return rank * part, (rank + 1) * part
+
+
+def _padded_rows(name: str, arch: Architecture, padded_vocab: int) -> Iterator[Rectangle]:
+    if padded_vocab < arch.vocab_size:
+        raise LayoutError(f"padded vocabulary {padded_vocab} is below the vocabulary of {arch.vocab_size}")
+    yield Rectangle(name, (0, arch.vocab_size))
+    yield Rectangle(None, (0, padded_vocab - arch.vocab_size))
+
+
+def _grouped_rows(names: tuple[str, ...], arch: Architecture) -> Iterator[Rectangle]:
+    """All rows of q, k and v in megatron-core's order: group by group."""
+    query, key, value = names
+    h = arch.head_dim
+    heads_h = arch.num_heads // arch.num_kv_heads * h
+    for group in range(arch.num_kv_heads):
+        yield Rectangle(query, (group * heads_h, (group + 1) * heads_h))
+        yield Rectangle(key, (group * h, (group + 1) * h))
+        yield Rectangle(value, (group * h, (group + 1) * h))
+
+
+def _cut(rectangles: Iterator[Rectangle], window: Span) -> Iterator[Rectangle]:
+    """The part of the concatenated rows that lies in `window`."""
+    position = 0
+    for rectangle in rectangles:
+        start = max(window[0] - position, 0)
+        stop = min(window[1] - position, rectangle.num_rows)
+        if start < stop:
+            first = rectangle.rows[0]
+            yield rectangle._replace(rows=(first + start, first + stop))
+        position += rectangle.num_rows
