@@ -62,7 +62,9 @@ def setup(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
         raise ConfigError(f"device {device!r} is not one of auto, cpu, cuda")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise ConfigError("--device cuda was given, but torch sees no CUDA device: check the driver and the torch build, or pass --device cpu")
+        raise ConfigError(
+            "--device cuda was given, but torch sees no CUDA device: check the driver and the torch build, or pass --device cpu"
+        )
     if device == "cuda" or (device == "auto" and available):
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
@@ -82,7 +84,9 @@ def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> No
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     present = [name for name in needed if name in os.environ]
     if present and len(present) < len(needed):
-        raise ConfigError(f"torch.distributed needs {', '.join(needed)}; only {', '.join(present)} set: start with torchrun, or with none of them for one process")
+        raise ConfigError(
+            f"torch.distributed needs {', '.join(needed)}; only {', '.join(present)} set: start with torchrun, or with none of them for one process"
+        )
     timeout = timedelta(minutes=timeout_minutes)
     if present:
         dist.init_process_group(platform.backend, timeout=timeout)
@@ -91,8 +95,9 @@ def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> No
 
 
 class _NullStream:
-    """A stream on a device whose work is in order: every wait has already happened."""
+    """A stream on a device whose work is in order: every wait has already happened. A class, because annotations name it."""
 
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
     def wait_stream(self, stream: object) -> None: ...
     def wait_event(self, event: object) -> None: ...
     def synchronize(self) -> None: ...
@@ -160,7 +165,7 @@ def adapt_megatron_to_cpu() -> Callable[[], None]:
         (cuda, "empty_cache", lambda: None),
         (cuda, "current_stream", lambda *a: _NullStream()),
         (cuda, "default_stream", lambda *a: _NullStream()),
-        (cuda, "Stream", lambda *a, **k: _NullStream()),
+        (cuda, "Stream", _NullStream),
         (cuda, "Event", _NullEvent),
         (cuda, "stream", lambda s: contextlib.nullcontext()),
         (cuda, "manual_seed", torch.manual_seed),

@@ -14,14 +14,17 @@ from typing import Any, Literal
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.errors import LayoutError
 from megatron_gkd.model.layers import local_block_spec
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.weights.plan import check_layout
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,7 +50,9 @@ class HiddenStateGPTModel(GPTModel):
         sequence parallelism, else one all-reduce, of [S, B, H] in the model's dtype.
         """
         if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
+            return gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
         return copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
 
 
@@ -109,9 +114,9 @@ def build_model(
 ) -> list[HiddenStateGPTModel]:
     """This rank's model chunks (one, or `layout.virtual_pipeline`), with uninitialised weights.
 
-    Raises LayoutError (via `check_layout`) when the model cannot be split that way.
+    Raises LayoutError when the model cannot be split that way.
     """
-    check_layout(arch, layout)
+    check_layout(arch, layout.tensor, layout.pipeline, layout.virtual_pipeline)
     config = transformer_config(arch, layout, dtype=dtype, use_cpu=use_cpu)
     pp_rank = groups.pp.rank()
     chunks = []
@@ -137,28 +142,15 @@ def build_model(
     return chunks
 
 
-def check_layout(arch: Architecture, layout: Layout) -> None:
-    """Refuse layouts that the model cannot be split into, with the numbers."""
-    tp, stages = layout.tensor, layout.pipeline * layout.num_chunks
-    problems = []
-    if arch.num_heads % tp:
-        problems.append(f"{arch.num_heads} attention heads do not split over TP {tp}")
-    if arch.num_kv_heads % tp and tp % arch.num_kv_heads:
-        problems.append(f"{arch.num_kv_heads} KV heads and TP {tp}: one must divide the other")
-    if arch.ffn_hidden_size % tp:
-        problems.append(f"feed-forward size {arch.ffn_hidden_size} does not split over TP {tp}")
-    if arch.num_layers % stages:
-        possible = [n for n in range(1, arch.num_layers + 1) if arch.num_layers % n == 0]
-        problems.append(f"{arch.num_layers} layers do not split over {stages} pipeline stages (possible: {', '.join(map(str, possible))})")
-    if problems:
-        raise LayoutError(f"{arch.model_type} model does not fit {layout.describe()}: " + "; ".join(problems))
-
-
-def _block_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | None, pp_rank: int, use_cpu: bool) -> TransformerBlockSubmodules:
+def _block_spec(
+    arch: Architecture, config: TransformerConfig, vp_stage: int | None, pp_rank: int, use_cpu: bool
+) -> TransformerBlockSubmodules:
     if not use_cpu and _have_transformer_engine():
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank)
+        return get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
+        )
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return local_block_spec(num_layers, qk_norm=arch.qk_norm)
 

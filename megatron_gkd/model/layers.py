@@ -34,7 +34,12 @@ class RMSNorm(torch.nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension. Signature of megatron-core's norm builders."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=None if config.use_cpu_initialization else torch.cuda.current_device())
+        super().__init__(
+            hidden_size,
+            eps=eps,
+            dtype=config.params_dtype,
+            device=None if config.use_cpu_initialization else torch.cuda.current_device(),
+        )
         self.weight.sequence_parallel = config.sequence_parallel
 
 
@@ -57,11 +62,15 @@ class SDPAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         if config.attention_dropout:
-            raise NotBuiltError(f"attention_dropout {config.attention_dropout}: this attention has none; distillation runs with 0")
+            raise NotBuiltError(
+                f"attention_dropout {config.attention_dropout}: this attention has none; distillation runs with 0"
+            )
         if config.context_parallel_size > 1:
             raise NotBuiltError("context parallelism is not built in this attention yet: use context_parallel_size 1")
         if attn_mask_type != AttnMaskType.causal or config.window_size is not None:
-            raise NotBuiltError(f"attention mask {attn_mask_type}, window {config.window_size}: only full causal attention is built")
+            raise NotBuiltError(
+                f"attention mask {attn_mask_type}, window {config.window_size}: only full causal attention is built"
+            )
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -75,7 +84,9 @@ class SDPAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        assert attention_mask is None and attention_bias is None, "padding is on the right and attention is causal: no mask is used"
+        assert attention_mask is None and attention_bias is None, (
+            "padding is on the right and attention is causal: no mask is used"
+        )
         if packed_seq_params is None:
             return self._attend(query, key, value)
         lengths = (packed_seq_params.cu_seqlens_q[1:] - packed_seq_params.cu_seqlens_q[:-1]).tolist()
@@ -112,7 +123,9 @@ def local_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmo
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
             mlp_bda=get_bias_dropout_add,
             # The fused names of the TE spec, so that a distributed checkpoint does not depend on which spec wrote it.
             sharded_state_dict_keys_map={

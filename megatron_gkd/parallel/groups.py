@@ -25,9 +25,13 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
     """
     world = dist.get_world_size()
     if layout.rank_offset + layout.world_size > world:
-        raise LayoutError(f"layout {layout.describe()} needs ranks up to {layout.rank_offset + layout.world_size - 1}, the world has {world}")
+        raise LayoutError(
+            f"layout {layout.describe()} needs ranks up to {layout.rank_offset + layout.world_size - 1}, the world has {world}"
+        )
     grid = HyperCommGrid(
-        [layout.tensor, layout.context, layout.data, layout.pipeline], ["tp", "cp", "dp", "pp"], rank_offset=layout.rank_offset
+        [layout.tensor, layout.context, layout.data, layout.pipeline],
+        ["tp", "cp", "dp", "pp"],
+        rank_offset=layout.rank_offset,
     )
     groups = ProcessGroupCollection()
     groups.tp = grid.create_pg("tp")

@@ -45,14 +45,22 @@ class Layout:
         if self.context > 1:
             raise NotBuiltError(f"context_parallel_size {self.context}: context parallelism is not built yet; use 1")
         if self.expert > 1:
-            raise NotBuiltError(f"expert_model_parallel_size {self.expert}: mixture-of-experts models are not built yet; use 1")
+            raise NotBuiltError(
+                f"expert_model_parallel_size {self.expert}: mixture-of-experts models are not built yet; use 1"
+            )
         if self.virtual_pipeline is not None:
             if self.virtual_pipeline < 2:
-                raise LayoutError(f"virtual_pipeline_model_parallel_size {self.virtual_pipeline}: give at least 2, or leave it out")
+                raise LayoutError(
+                    f"virtual_pipeline_model_parallel_size {self.virtual_pipeline}: give at least 2, or leave it out"
+                )
             if self.pipeline < 2:
-                raise LayoutError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of at least 2")
+                raise LayoutError(
+                    "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of at least 2"
+                )
         if self.sequence_parallel and self.tensor == 1:
-            raise LayoutError("--sequence_parallel splits activations over tensor-parallel ranks: it needs tensor_model_parallel_size of at least 2")
+            raise LayoutError(
+                "--sequence_parallel splits activations over tensor-parallel ranks: it needs tensor_model_parallel_size of at least 2"
+            )
 
     @classmethod
     def for_world(
@@ -70,7 +78,10 @@ class Layout:
         """The layout whose data-parallel size fills `world_size` ranks. Raises LayoutError when tp * cp * pp does not divide it."""
         model_size = tensor * context * pipeline
         if model_size < 1 or world_size % model_size:
-            below, above = world_size // max(model_size, 1) * model_size, -(-world_size // max(model_size, 1)) * model_size
+            below, above = (
+                world_size // max(model_size, 1) * model_size,
+                -(-world_size // max(model_size, 1)) * model_size,
+            )
             nearest = " or ".join(str(n) for n in dict.fromkeys((below, above)) if n > 0)
             raise LayoutError(
                 f"the {name}'s layout needs a multiple of tp {tensor} x cp {context} x pp {pipeline} = {model_size} ranks, but the world has {world_size}: "
@@ -92,7 +103,9 @@ class Layout:
         """Coordinates of a global rank."""
         index = rank - self.rank_offset
         if not 0 <= index < self.world_size:
-            raise LayoutError(f"rank {rank} is outside the layout's ranks {self.rank_offset}..{self.rank_offset + self.world_size - 1}")
+            raise LayoutError(
+                f"rank {rank} is outside the layout's ranks {self.rank_offset}..{self.rank_offset + self.world_size - 1}"
+            )
         index, tp = divmod(index, self.tensor)
         index, cp = divmod(index, self.context)
         pp, dp = divmod(index, self.data)

@@ -1,0 +1,115 @@
+"""Run a model's micro-batches through megatron-core's own schedules: no pipelining, 1F1B, or interleaved 1F1B.
+
+The schedule calls `forward_step(data_iterator, chunk) -> (output, loss_func)` for each chunk and micro-batch of this rank. `forward_hidden` is the
+first half of every such function here: a MicroBatch in, the chunk's output out (hidden states; on the last stage the final ones).
+
+Lengths: micro-batches of a step differ in length. 1F1B exchanges shapes between stages (`variable_seq_lengths`). The interleaved schedule cannot (see
+model/build.py), so its micro-batches are collated to one common shape [B, S]: `common_shape` says whether a layout needs that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+
+from megatron_gkd.errors import LayoutError
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import MicroBatch
+
+LossFunc = Callable[..., Any]
+ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[torch.Tensor, LossFunc]]
+
+
+def common_shape(layout: Layout) -> bool:
+    """Whether all micro-batches of a step must have one shape [B, S]."""
+    return layout.virtual_pipeline is not None
+
+
+def check_num_micro_batches(layout: Layout, num_micro_batches: int) -> None:
+    """The interleaved schedule needs a multiple of PP micro-batches per step. Raises LayoutError."""
+    if layout.virtual_pipeline and num_micro_batches % layout.pipeline:
+        raise LayoutError(
+            f"{num_micro_batches} micro-batches per data-parallel rank and step: the interleaved pipeline ({layout.describe()}) needs a multiple of "
+            f"{layout.pipeline}; change global_batch_size or micro_batch_size"
+        )
+
+
+def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:
+    """Feed one micro-batch to one model chunk. Returns [S(/tp), B, H]; only the first chunk reads the tokens."""
+    packed = None
+    if micro_batch.cu_seqlens is not None:
+        cu_seqlens = micro_batch.cu_seqlens.to(device)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=micro_batch.max_seqlen,
+            max_seqlen_kv=micro_batch.max_seqlen,
+        )
+    return model(micro_batch.tokens.to(device), micro_batch.position_ids.to(device), None, packed_seq_params=packed)
+
+
+def select_loss_tokens(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """[S, B, H] -> [T, H]: the rows whose next token is a completion token, sample by sample."""
+    index = batch.loss_index.to(hidden.device)
+    num_padded = batch.tokens.shape[1]
+    return hidden[index % num_padded, index // num_padded]
+
+
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    forward_step: ForwardStep,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    forward_only: bool,
+    collect: bool = False,
+) -> list[Any]:
+    """One pass over this data-parallel rank's micro-batches; every rank of the pipeline passes the same ones.
+
+    Args:
+        collect: the loss function returns arbitrary data (called with `non_loss_data=True`) instead of (loss_sum, num_tokens, report).
+
+    Returns:
+        What the loss function returned per micro-batch (its report, or its data), on the last stage; empty elsewhere.
+
+    Communication: point to point over groups.pp, and what the model's layers do over groups.tp; with gradients also what
+    `config.finalize_model_grads_func` does, once.
+    """
+    assert micro_batches, "a schedule needs at least one micro-batch; an empty one is a valid one"
+    check_num_micro_batches(layout, len(micro_batches))
+    shape = tuple(micro_batches[0].tokens.shape)
+    common: dict[str, Any] = dict(
+        forward_step_func=forward_step,
+        num_microbatches=len(micro_batches),
+        seq_length=shape[1],  # read by the interleaved schedule only; 1F1B exchanges shapes
+        micro_batch_size=shape[0],
+        forward_only=forward_only,
+        collect_non_loss_data=collect,
+        pg_collection=groups,
+    )
+    if layout.pipeline == 1:
+        return forward_backward_no_pipelining(data_iterator=iter(micro_batches), model=chunks[0], **common)
+    communicator = P2PCommunicator(pp_group=groups.pp, config=get_model_config(chunks[0]))
+    if layout.virtual_pipeline is None:
+        return forward_backward_pipelining_without_interleaving(
+            data_iterator=iter(micro_batches), model=chunks[0], p2p_communicator=communicator, **common
+        )
+    assert all(tuple(m.tokens.shape) == shape for m in micro_batches), (
+        "the interleaved schedule needs one shape for all micro-batches"
+    )
+    return forward_backward_pipelining_with_interleaving(
+        data_iterator=[iter(micro_batches) for _ in chunks], model=list(chunks), p2p_communicator=communicator, **common
+    )

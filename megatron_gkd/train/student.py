@@ -1,0 +1,137 @@
+"""The student: model chunks under megatron-core's DDP, its optimizer and learning-rate schedule, and one training step.
+
+One step is exactly Megatron's: zero the gradient buffers, run the schedule (whose end, `finalize_model_grads`, sums gradients over data-parallel
+ranks, over TP ranks for norms under sequence parallelism, over the two ends of the pipeline for tied embeddings, and divides once by the
+global number of loss tokens), clip, update.
+
+Loss contract (`calculate_per_token_loss`): the loss function returns (loss_sum, num_tokens, report); nothing is divided per micro-batch. So
+the gradient, and its norm, do not depend on TP, PP, VPP, DP or the micro-batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_gkd.config import TrainingConfig
+from megatron_gkd.model.build import HiddenStateGPTModel
+from megatron_gkd.model.pipeline import ForwardStep, run_schedule
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did, the same on every rank but for `reports`."""
+
+    reports: list[Any]  # of this rank's micro-batches; empty outside the last stage
+    grad_norm: float  # of the whole model's gradient, before clipping
+    learning_rate: float
+    skipped: bool  # an fp16 overflow: no update was made
+
+
+class Student:
+    """Model chunks, optimizer and schedule of the model being trained."""
+
+    def __init__(
+        self,
+        chunks: Sequence[HiddenStateGPTModel],
+        layout: Layout,
+        groups: ProcessGroupCollection,
+        settings: TrainingConfig,
+        *,
+        train_iters: int,
+        use_distributed_optimizer: bool = False,
+        freeze_embeddings: bool = False,
+    ) -> None:
+        if freeze_embeddings:
+            _freeze_embeddings(chunks)
+        self.layout, self.groups, self.train_iters = layout, groups, train_iters
+        self.config = chunks[0].config
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=use_distributed_optimizer,
+            check_for_nan_in_grad=False,  # the optimizer step reports the norm; the loop decides
+        )
+        self.chunks = [DistributedDataParallel(self.config, ddp, chunk, pg_collection=groups) for chunk in chunks]
+        for chunk in self.chunks:
+            chunk.broadcast_params()
+        self.optimizer = get_megatron_optimizer(
+            _optimizer_config(settings, self.config.params_dtype, use_distributed_optimizer),
+            self.chunks,
+            use_gloo_process_groups=False,
+            pg_collection=groups,
+        )
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=int(settings.lr_warmup_fraction * train_iters),
+            # Update k = 1..N uses the schedule at k of N + 1: neither the first update (warm-up from 0) nor the last (decay to 0) is wasted.
+            lr_decay_steps=train_iters + 1,
+            lr_decay_style=settings.lr_decay_style,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    @property
+    def models(self) -> list[HiddenStateGPTModel]:
+        """The chunks without their DDP wrappers."""
+        return [chunk.module for chunk in self.chunks]
+
+    def train_step(self, forward_step: ForwardStep, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """One update from this data-parallel rank's micro-batches. Collective over all ranks of the layout."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = run_schedule(self.chunks, self.layout, self.groups, forward_step, micro_batches, forward_only=False)
+        self.scheduler.step(increment=1)
+        succeeded, grad_norm, _ = self.optimizer.step()
+        return StepResult(reports, float(grad_norm), float(self.optimizer.param_groups[0]["lr"]), not succeeded)
+
+    @torch.no_grad()
+    def forward_only(self, forward_step: ForwardStep, micro_batches: Sequence[MicroBatch]) -> list[Any]:
+        """The reports of this data-parallel rank's micro-batches without gradients (evaluation)."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return run_schedule(self.chunks, self.layout, self.groups, forward_step, micro_batches, forward_only=True)
+
+
+def _optimizer_config(settings: TrainingConfig, dtype: torch.dtype, use_distributed_optimizer: bool) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_distributed_optimizer=use_distributed_optimizer,
+    )
+
+
+def _freeze_embeddings(chunks: Sequence[HiddenStateGPTModel]) -> None:
+    """Embedding, and the head where it is tied: both copies of a tied weight, on the first and the last stage, stay equal."""
+    for chunk in chunks:
+        if chunk.pre_process:
+            chunk.embedding.word_embeddings.weight.requires_grad_(False)
+        if chunk.post_process and chunk.share_embeddings_and_output_weights:
+            chunk.head_weight().requires_grad_(False)
