@@ -1,0 +1,99 @@
+"""The parameters of megatron-core model chunks, by role and global layer; and the proof that a chunk has exactly those it should.
+
+A chunk is a megatron-core GPTModel, possibly inside wrappers (DDP, Float16Module). Global layer indices are read from
+`layer.layer_number`, never recomputed from pipeline ranks: offsets of virtual and uneven stages have been got wrong that way.
+
+`check_chunks` makes both directions of the map closed: a parameter without a rule, a persistent buffer, a role that the architecture
+has and the model lacks (a model built without the q/k/v bias would otherwise drop the checkpoint's), a layer twice or out of range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.weights.naming import is_extra_state, layer_roles, parse
+from megatron_gkd.weights.plan import Unit
+
+
+class Parameter(NamedTuple):
+    """One parameter of one chunk."""
+
+    role: str
+    layer: int | None  # global
+    name: str  # megatron-core's, in its chunk; for messages
+    tensor: torch.nn.Parameter
+
+    @property
+    def unit(self) -> Unit:
+        return self.role, self.layer
+
+
+def unwrap(chunk: Any) -> Any:
+    """The GPTModel inside DDP, Float16Module and the like."""
+    while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def model_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[Parameter]:
+    """Every parameter of this rank's chunks, in a fixed order; CheckpointError for a name without a rule."""
+    for chunk in map(unwrap, chunks):
+        for name, tensor in chunk.named_parameters():
+            role, layer, _ = parse(name)
+            if layer is not None:
+                layer = chunk.decoder.layers[layer].layer_number - 1
+            yield Parameter(role, layer, name, tensor)
+
+
+def check_chunks(chunks: Sequence[torch.nn.Module], arch: Architecture) -> list[Parameter]:
+    """The parameters, after the checks above."""
+    parameters = list(model_parameters(chunks))
+    found: set[Unit] = set()
+    for parameter in parameters:
+        if parameter.unit in found:
+            raise CheckpointError(f"{parameter.name}: layer {parameter.layer} has {parameter.role} twice on this rank")
+        found.add(parameter.unit)
+    expected: set[Unit] = set()
+    for chunk in map(unwrap, chunks):
+        expected |= _expected_units(chunk, arch)
+        _check_buffers(chunk)
+    if unknown := found - expected:
+        raise CheckpointError(
+            f"the model has {_describe(unknown)}, which a {arch.model_type} checkpoint like this does not fill"
+        )
+    if missing := expected - found:
+        raise CheckpointError(f"the model has no {_describe(missing)}, but the {arch.model_type} checkpoint does")
+    return parameters
+
+
+def _expected_units(chunk: Any, arch: Architecture) -> set[Unit]:
+    layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+    if any(not 0 <= layer < arch.num_layers for layer in layers):
+        raise CheckpointError(f"the model has layers {layers} (from 0), the checkpoint has {arch.num_layers}")
+    units: set[Unit] = {(role, layer) for layer in layers for role in layer_roles(arch)}
+    if chunk.pre_process:
+        units.add(("embedding", None))
+    if chunk.post_process:
+        units.add(("final_norm", None))
+        if not (arch.tied_embeddings and chunk.pre_process):  # one chunk with both ends has one tensor for both
+            units.add(("head", None))
+    return units
+
+
+def _check_buffers(chunk: torch.nn.Module) -> None:
+    """A buffer in the state dict is a weight by another name (a router's bias, say), and none is mapped."""
+    for prefix, module in chunk.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set and not is_extra_state(name):
+                raise CheckpointError(f"no rule for the persistent buffer {prefix + '.' + name!r} of the model")
+
+
+def _describe(units: set[Unit]) -> str:
+    role, layer = min(units, key=lambda unit: (unit[0], -1 if unit[1] is None else unit[1]))
+    where = "" if layer is None else f" in layer {layer}"
+    return f"{role}{where}" + (f" (and {len(units) - 1} more)" if len(units) > 1 else "")

@@ -1,0 +1,330 @@
+"""Megatron-core model chunks back into Hugging Face tensors: a stream of bounded buckets, and a directory writer on top of it.
+
+    stream = hf_tensor_stream(chunks, arch, pg_collection, bucket_bytes=...)    # once; collective
+    for name, tensor in stream:                                                 # as often as wanted; collective
+        ...                                                                     # the writing rank alone gets tensors
+
+Everything that does not depend on values is decided once, alike on every rank: the manifest (names, shapes, dtypes, in checkpoint
+order, whatever the layout), the buckets, and who sends what to whom. So a pass exchanges tensors only.
+
+Ranks: the WRITER is tensor rank 0 of pipeline stage 0 of data-parallel (and context-parallel) replica 0. The LEADER of a stage is
+that replica's tensor rank 0. Other replicas take no part. Per bucket, from its owner stage:
+
+    1. every other tensor rank sends its shard of each split parameter to the leader, who places it into the HF tensors,
+    2. the leader sends the bucket, as bytes, to the writer,
+    3. the writer hands the tensors out, then drops them.
+
+Memory besides the model: a leader holds one bucket and one shard; the writer the bucket in hand and the one that arrives.
+A bucket is at most `bucket_bytes`, or one parameter's tensors where those are larger (the embedding, usually).
+
+Tied embeddings are exported once, from the first stage. Vocabulary padding is dropped. The values are the parameters' at the time of
+the pass: with a distributed optimizer call it after the parameter all-gather has completed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_gkd.architecture import Architecture, read_architecture, read_config_json
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.weights.chunks import Parameter, check_chunks
+from megatron_gkd.weights.hf_files import (
+    DEFAULT_SHARD_BYTES,
+    HFCheckpoint,
+    HFWriter,
+    TensorSpec,
+    check_destination,
+    has_safetensors,
+)
+from megatron_gkd.weights.naming import ROLES
+from megatron_gkd.weights.plan import Unit, plan, unit_shapes, units
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BUCKET_BYTES: Final = 512 * 2**20
+_CONFIG_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_ALIGNMENT: Final = 16  # bytes; a bucket holds tensors of several dtypes
+
+
+class Bucket(NamedTuple):
+    """Consecutive units of one pipeline stage, laid out in one buffer of bytes."""
+
+    stage: int
+    units: tuple[Unit, ...]
+    specs: tuple[TensorSpec, ...]
+    offsets: tuple[int, ...]  # of each spec, in bytes
+    num_bytes: int
+
+
+def hf_tensor_stream(
+    chunks: Sequence[torch.nn.Module],
+    arch: Architecture,
+    pg_collection: Any,
+    *,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
+) -> HFTensorStream:
+    """Make the static schedule. See HFTensorStream.
+
+    Args:
+        pg_collection: the model's groups; `tp`, `pp`, `dp` (and `cp`, where set) are used, never the world.
+        dtypes: of the exported tensors: one for all, one per HF name, or None for the parameters' own.
+
+    Communication: one all_gather_object over pg_collection.pp (unit keys and dtypes).
+    """
+    return HFTensorStream(chunks, arch, pg_collection, bucket_bytes, dtypes)
+
+
+class HFTensorStream:
+    """Iterate on every rank of the model; only the writer (`is_writer`) receives (name, tensor). May be iterated again and again.
+
+    The tensors of a bucket are views of one buffer, which is not used again: they may be kept, at the price of their memory.
+
+    Communication of a pass: point to point on pg_collection.tp (shards, parameter dtype) and on pg_collection.pp (buckets, uint8), as
+    in the module's docstring; nothing on ranks of other data-parallel replicas.
+    """
+
+    manifest: tuple[TensorSpec, ...]
+    buckets: tuple[Bucket, ...]
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        arch: Architecture,
+        pg_collection: Any,
+        bucket_bytes: int,
+        dtypes: Mapping[str, torch.dtype] | torch.dtype | None,
+    ) -> None:
+        assert bucket_bytes > 0, bucket_bytes
+        self._arch = arch
+        self._tp, self._pp = pg_collection.tp, pg_collection.pp
+        self._takes_part = _takes_part(pg_collection)
+        self.is_writer = self._takes_part and self._tp.rank() == 0 and self._pp.rank() == 0
+        parameters = check_chunks(chunks, arch)
+        self._local = {parameter.unit: parameter for parameter in parameters}
+        owners = self._gather_owners(parameters)
+        specs = {unit: _unit_specs(unit, arch, owners[unit][1], dtypes) for unit in units(arch)}
+        self.manifest = tuple(spec for unit in specs for spec in specs[unit])
+        self.buckets = tuple(make_buckets({u: owners[u][0] for u in specs}, specs, bucket_bytes))
+        self._device = parameters[0].tensor.device if parameters else torch.device("cpu")
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if not self._takes_part:
+            return
+        for bucket in self.buckets:
+            buffer = self._collect(bucket)
+            if buffer is not None and self.is_writer:
+                for spec, tensor in zip(bucket.specs, _views(bucket, buffer), strict=True):
+                    yield spec.name, tensor
+            del buffer
+
+    @torch.no_grad()
+    def _collect(self, bucket: Bucket) -> torch.Tensor | None:
+        """The bucket's bytes, on the writer; None on the other ranks once theirs are sent."""
+        buffer = None
+        if self._pp.rank() == bucket.stage:
+            leads = self._tp.rank() == 0
+            if leads:
+                buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
+            tensors = dict(zip((s.name for s in bucket.specs), _views(bucket, buffer), strict=True)) if leads else {}
+            for unit in bucket.units:
+                self._gather_unit(self._local[unit], tensors)
+            if buffer is not None and bucket.stage != 0:
+                dist.send(buffer, dst=dist.get_global_rank(self._pp, 0), group=self._pp)
+        elif self.is_writer:
+            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
+            dist.recv(buffer, src=dist.get_global_rank(self._pp, bucket.stage), group=self._pp)
+        return buffer
+
+    def _gather_unit(self, parameter: Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        """Place the shards of one parameter into the HF tensors, on the leader; send this rank's, elsewhere."""
+        # gloo is silently wrong on non-contiguous tensors (pytorch 192920), and a parameter may be a view of an optimizer's buffer.
+        own = parameter.tensor.detach().contiguous()
+        split = ROLES[parameter.role].transform != "replicated"
+        if self._tp.rank() != 0:
+            if split:
+                dist.send(own, dst=dist.get_global_rank(self._tp, 0), group=self._tp)
+            return
+        place(parameter, self._arch, own, 0, self._tp.size(), tensors)
+        for rank in range(1, self._tp.size() if split else 1):
+            shard = torch.empty_like(own)
+            dist.recv(shard, src=dist.get_global_rank(self._tp, rank), group=self._tp)
+            place(parameter, self._arch, shard, rank, self._tp.size(), tensors)
+
+    def _gather_owners(self, parameters: Sequence[Parameter]) -> dict[Unit, tuple[int, torch.dtype]]:
+        """Stage and dtype of every unit; together the stages must hold the whole model, once."""
+        mine = [(p.unit, p.tensor.dtype) for p in parameters if not (p.role == "head" and self._arch.tied_embeddings)]
+        everyone: list[Any] = [None] * self._pp.size()
+        dist.all_gather_object(everyone, mine, group=self._pp)
+        owners: dict[Unit, tuple[int, torch.dtype]] = {}
+        for stage, held in enumerate(everyone):
+            for unit, dtype in held:
+                if unit in owners:
+                    raise CheckpointError(
+                        f"{unit[0]} of layer {unit[1]} is on pipeline stages {owners[unit][0]} and {stage}"
+                    )
+                owners[unit] = (stage, dtype)
+        if missing := [unit for unit in units(self._arch) if unit not in owners]:
+            raise CheckpointError(
+                f"{missing[0][0]} of layer {missing[0][1]} is on no pipeline stage ({len(missing)} missing)"
+            )
+        return owners
+
+
+def _takes_part(pg_collection: Any) -> bool:
+    """Whether this rank belongs to the one replica that exports."""
+    context = getattr(pg_collection, "cp", None)
+    return bool(pg_collection.dp.rank() == 0 and (context is None or context.rank() == 0))
+
+
+def make_buckets(
+    stages: Mapping[Unit, int], specs: Mapping[Unit, tuple[TensorSpec, ...]], bucket_bytes: int
+) -> Iterator[Bucket]:
+    """Cut the units, in order, into buckets of one stage and at most `bucket_bytes` (or one unit). Pure.
+
+    Invariant: the buckets' specs, concatenated, are the units' specs, so the order on the wire is the order of the manifest.
+    """
+    held: list[Unit] = []
+    size = 0
+    for unit in specs:
+        unit_bytes = sum(_aligned(spec.num_bytes) for spec in specs[unit])
+        if held and (stages[unit] != stages[held[-1]] or size + unit_bytes > bucket_bytes):
+            yield _bucket(stages[held[-1]], held, specs)
+            held, size = [], 0
+        held.append(unit)
+        size += unit_bytes
+    if held:
+        yield _bucket(stages[held[-1]], held, specs)
+
+
+def _bucket(stage: int, held: Sequence[Unit], specs: Mapping[Unit, tuple[TensorSpec, ...]]) -> Bucket:
+    flat = tuple(spec for unit in held for spec in specs[unit])
+    offsets, position = [], 0
+    for spec in flat:
+        offsets.append(position)
+        position += _aligned(spec.num_bytes)
+    return Bucket(stage, tuple(held), flat, tuple(offsets), position)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _views(bucket: Bucket, buffer: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """The HF tensors inside a bucket's bytes."""
+    assert buffer is not None
+    for spec, offset in zip(bucket.specs, bucket.offsets, strict=True):
+        yield buffer[offset : offset + spec.num_bytes].view(spec.dtype).view(spec.shape)
+
+
+def place(
+    parameter: Parameter,
+    arch: Architecture,
+    shard: torch.Tensor,
+    rank: int,
+    size: int,
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Write rank `rank`'s shard into the full HF tensors: the inverse of loading, by the same plan."""
+    padded_vocab = shard.shape[0] * size if ROLES[parameter.role].transform == "vocabulary" else 0
+    position = 0
+    for rectangle in plan(parameter.role, parameter.layer, arch, rank, size, padded_vocab):
+        rows = shard[position : position + rectangle.num_rows]
+        position += rectangle.num_rows
+        if rectangle.name is not None:
+            target = tensors[rectangle.name][slice(*rectangle.rows)]
+            (target if rectangle.columns is None else target[:, slice(*rectangle.columns)]).copy_(rows)
+    assert position == shard.shape[0], (parameter.name, position, shard.shape)
+
+
+def _unit_specs(
+    unit: Unit, arch: Architecture, held: torch.dtype, dtypes: Mapping[str, torch.dtype] | torch.dtype | None
+) -> tuple[TensorSpec, ...]:
+    def exported(name: str) -> torch.dtype:
+        if dtypes is None:
+            return held
+        return dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]
+
+    return tuple(TensorSpec(name, shape, exported(name)) for name, shape in unit_shapes(*unit, arch).items())
+
+
+# ---- a directory ------------------------------------------------------------------------------------------------------
+
+
+def save_hf(
+    chunks: Sequence[torch.nn.Module],
+    arch: Architecture,
+    pg_collection: Any,
+    *,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    dtype: torch.dtype | None = None,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Write the model as a Hugging Face directory that transformers and vLLM load. Every rank of the model calls it.
+
+    Args:
+        source_dir: where the model came from, readable on every rank: config, tokenizer and chat template are copied from it byte for
+            byte, and each tensor keeps the dtype that it has there.
+        out_dir: must not exist. It appears complete or not at all; only the writing rank touches it.
+        dtype: one dtype for all tensors instead; config.json's `dtype` is then set to it.
+
+    Communication: hf_tensor_stream's. It returns on a rank when that rank's part is done: no barrier. If the writer fails, it raises and
+    the other ranks wait for it: let the launcher end them.
+    """
+    source_dir, out_dir = Path(source_dir), Path(out_dir)
+    if (source := read_architecture(source_dir)) != arch:
+        raise CheckpointError(
+            f"{source_dir}/config.json describes another model than the one to export: {_difference(source, arch)}"
+        )
+    if _takes_part(pg_collection):  # other replicas may arrive when the directory is there already
+        check_destination(out_dir)
+    dtypes = dtype or _source_dtypes(source_dir, arch)
+    stream = hf_tensor_stream(chunks, arch, pg_collection, bucket_bytes=bucket_bytes, dtypes=dtypes)
+    if not stream.is_writer:
+        for _ in stream:
+            raise AssertionError("only the writer receives tensors")
+        return
+    changes = {} if dtype is None else _dtype_changes(source_dir, dtype)
+    with HFWriter(
+        out_dir, stream.manifest, source_dir=source_dir, max_shard_bytes=max_shard_bytes, config_changes=changes
+    ) as writer:
+        for name, tensor in stream:
+            writer.write(name, tensor)
+    log.info("wrote %.2f GB to %s", sum(spec.num_bytes for spec in stream.manifest) / 1e9, out_dir)
+
+
+def _source_dtypes(source_dir: Path, arch: Architecture) -> dict[str, torch.dtype] | torch.dtype | None:
+    """Per tensor as stored in the source; where the source has no HF weights, what its config says; else the parameters' own."""
+    if has_safetensors(source_dir):
+        with HFCheckpoint(source_dir) as source:
+            return {name: source.dtype(name) for unit in units(arch) for name in unit_shapes(*unit, arch)}
+    raw = read_config_json(source_dir)
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    if named is None:
+        return None
+    if named not in _CONFIG_DTYPES:
+        raise CheckpointError(
+            f"{source_dir}/config.json has dtype {named!r}; supported are {', '.join(_CONFIG_DTYPES)}"
+        )
+    return _CONFIG_DTYPES[named]
+
+
+def _dtype_changes(source_dir: Path, dtype: torch.dtype) -> dict[str, str]:
+    """What config.json must say so that `dtype="auto"` loads the export as it is stored."""
+    raw = read_config_json(source_dir)
+    key = "torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"
+    name = str(dtype).removeprefix("torch.")
+    return {} if raw.get(key) == name else {key: name}
+
+
+def _difference(source: Architecture, arch: Architecture) -> str:
+    fields = [f for f in source.__dataclass_fields__ if getattr(source, f) != getattr(arch, f)]
+    return "; ".join("rope" if f == "rope" else f"{f} {getattr(source, f)}, not {getattr(arch, f)}" for f in fields)

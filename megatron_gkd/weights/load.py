@@ -1,0 +1,169 @@
+"""Hugging Face weights into megatron-core model chunks: each rank reads the rectangles that it needs, and nothing else.
+
+    report = load_hf_weights(chunks, checkpoint, arch, tp_rank=..., tp_size=...)
+
+No communication, no rank that holds a whole model, no copy beside the one in the file's memory map. Call it before DDP and the
+optimizer are built (the distributed optimizer copies its fp32 master weights from the parameters).
+
+Closed in both directions, before the first byte is copied: every tensor of the checkpoint is in the manifest of the architecture or on the
+explicit list of tensors that hold no weight; every manifest tensor is there with its shape and a floating dtype; every parameter of the
+model has a rule and every role of the architecture a parameter. A tied checkpoint that also stores `lm_head.weight` must store
+the embedding in it, else one of the two is wrong and it is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.errors import CheckpointError, ShapeError
+from megatron_gkd.weights.chunks import Parameter, check_chunks
+from megatron_gkd.weights.hf_files import HFCheckpoint, cast_checked
+from megatron_gkd.weights.naming import ROLES, hf_names, is_ignored_hf_name
+from megatron_gkd.weights.plan import Rectangle, hf_tensor_shapes, plan, shard_shape
+
+log = logging.getLogger(__name__)
+
+_EMBEDDING = ROLES["embedding"].hf_names[0]
+_HEAD = ROLES["head"].hf_names[0]
+_COMPARE_ROWS = 8192  # rows of the tied head compared at a time
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What one rank read."""
+
+    num_parameters: int
+    num_bytes: int  # as stored in the checkpoint
+    seconds: float
+
+
+def load_hf_weights(
+    chunks: Sequence[torch.nn.Module],
+    checkpoint: HFCheckpoint,
+    arch: Architecture,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadReport:
+    """Fill every parameter of `chunks`; the values are cast to the parameters' dtypes and devices.
+
+    Args:
+        progress: called with (parameters done, parameters in all) after each one.
+
+    Raises:
+        CheckpointError: the checkpoint and the model do not describe the same network (see above); nothing is copied then.
+        ShapeError: a parameter's shape is not its shard's.
+    """
+    start = time.perf_counter()
+    check_manifest(checkpoint, arch)
+    parameters = check_chunks(chunks, arch)
+    plans = [_parameter_plan(parameter, arch, tp_rank, tp_size) for parameter in parameters]
+    num_bytes = 0
+    with torch.no_grad():
+        for done, (parameter, rectangles) in enumerate(zip(parameters, plans, strict=True), start=1):
+            num_bytes += _fill(parameter.tensor, rectangles, checkpoint)
+            if progress is not None:
+                progress(done, len(parameters))
+    report = LoadReport(len(parameters), num_bytes, time.perf_counter() - start)
+    rate = num_bytes / max(report.seconds, 1e-9)
+    log.info("read %.2f GB of %s in %.1f s (%.2f GB/s)", num_bytes / 1e9, checkpoint.path, report.seconds, rate / 1e9)
+    return report
+
+
+def load_vocab_shard(
+    checkpoint: HFCheckpoint,
+    arch: Architecture,
+    role: Literal["head", "embedding"],
+    *,
+    rank: int,
+    size: int,
+    padded_vocab: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows rank * padded_vocab / size ... of the head (of the embedding, where tied) or embedding: [padded_vocab / size, H], padding 0."""
+    check_manifest(checkpoint, arch)
+    rectangles = plan(role, None, arch, rank, size, padded_vocab)
+    shard = torch.empty(shard_shape(role, None, arch, rectangles), dtype=dtype)
+    _fill(shard, rectangles, checkpoint)
+    return shard
+
+
+def check_manifest(checkpoint: HFCheckpoint, arch: Architecture) -> None:
+    """Names, shapes and dtypes of the whole checkpoint against what the architecture needs. Reads headers (and a stored tied head)."""
+    manifest = hf_tensor_shapes(arch)
+    stored = set(checkpoint.names())
+    if missing := manifest.keys() - stored:
+        hint = "; config.json says that the head is not tied to the embedding" if _HEAD in missing else ""
+        raise CheckpointError(
+            f"{checkpoint.path} has no {_first(missing)}, which a {arch.model_type} model like this needs{hint}"
+        )
+    extra = {name for name in stored - manifest.keys() if not is_ignored_hf_name(name)}
+    if arch.tied_embeddings and _HEAD in extra:
+        _check_tied_head(checkpoint)
+        extra.remove(_HEAD)
+    if extra:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {_first(extra)}, which a {arch.model_type} model with this config.json has no place for: "
+            "dropping it would give a different model, so it is refused"
+        )
+    for name, shape in manifest.items():
+        checkpoint.dtype(name)
+        if checkpoint.shape(name) != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has shape {list(checkpoint.shape(name))}, config.json needs {list(shape)}"
+            )
+
+
+def _check_tied_head(checkpoint: HFCheckpoint) -> None:
+    shape = checkpoint.shape(_EMBEDDING)
+    same = checkpoint.shape(_HEAD) == shape and checkpoint.dtype(_HEAD) == checkpoint.dtype(_EMBEDDING)
+    for start in range(0, shape[0] if same else 0, _COMPARE_ROWS):
+        rows = (start, min(start + _COMPARE_ROWS, shape[0]))
+        same = same and torch.equal(checkpoint.read(_HEAD, rows), checkpoint.read(_EMBEDDING, rows))
+    if not same:
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json ties the head to the embedding, but {_HEAD} is stored and differs from {_EMBEDDING}; "
+            "remove it, or set tie_word_embeddings to false"
+        )
+
+
+def _parameter_plan(parameter: Parameter, arch: Architecture, tp_rank: int, tp_size: int) -> tuple[Rectangle, ...]:
+    """The parameter's rectangles, after a check of its shape. The padded vocabulary is the model's own choice."""
+    role, layer, name, tensor = parameter
+    padded_vocab = tensor.shape[0] * tp_size if ROLES[role].transform == "vocabulary" else 0
+    rectangles = plan(role, layer, arch, tp_rank, tp_size, padded_vocab)
+    shape = shard_shape(role, layer, arch, rectangles)
+    if tuple(tensor.shape) != shape:
+        raise ShapeError(
+            f"{name} (layer {layer}) has shape {list(tensor.shape)}; rank {tp_rank} of {tp_size} needs {list(shape)} "
+            f"of {', '.join(hf_names(role, layer, arch))}"
+        )
+    return rectangles
+
+
+def _fill(target: torch.Tensor, rectangles: Sequence[Rectangle], checkpoint: HFCheckpoint) -> int:
+    """Copy the rectangles into `target`, top to bottom; returns the bytes read."""
+    position = num_bytes = 0
+    for rectangle in rectangles:
+        rows = target[position : position + rectangle.num_rows]
+        position += rectangle.num_rows
+        if rectangle.name is None:
+            rows.zero_()
+            continue
+        source = checkpoint.read(rectangle.name, rectangle.rows, rectangle.columns)
+        num_bytes += source.numel() * source.element_size()
+        rows.copy_(cast_checked(source, target.dtype, rectangle.name))
+    assert position == target.shape[0], (position, target.shape)
+    return num_bytes
+
+
+def _first(names: set[str]) -> str:
+    return min(names) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
