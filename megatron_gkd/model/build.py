@@ -14,6 +14,12 @@ from typing import Any, Literal
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -136,6 +142,7 @@ def build_model(
             vp_stage=vp_stage,
         )
         _set_rope(model, arch)
+        _mark_tensor_parallel(model)
         if not use_cpu:
             model.cuda(torch.cuda.current_device())
         chunks.append(model)
@@ -159,6 +166,17 @@ def _have_transformer_engine() -> bool:
     from importlib.util import find_spec
 
     return find_spec("transformer_engine") is not None
+
+
+def _mark_tensor_parallel(model: GPTModel) -> None:
+    """Mark sharded weights as such. megatron-core (0.16) marks them while initialising them, which is switched off here; unmarked, the
+    gradient norm would take the shards of TP ranks above 0 for copies and leave them out, and clipping would differ between layouts.
+    """
+    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        dim = dims.get(type(module))
+        if dim is not None and module.weight is not None and not getattr(module.weight, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _set_rope(model: GPTModel, arch: Architecture) -> None:

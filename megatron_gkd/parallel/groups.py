@@ -10,6 +10,7 @@ Communication: creating groups is collective over the whole WORLD. All ranks cal
 from __future__ import annotations
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -23,6 +24,10 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
     Context and expert sizes are 1 (see layout.py), so their groups hold one rank, data x context equals data, and the expert groups equal
     the dense ones: they share one communicator instead of opening another.
     """
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        # Scratch for the all-gathers of sequence parallelism (tensor_parallel/layers.py). It belongs to no group, but megatron-core makes it
+        # in initialize_model_parallel only, which this project never calls.
+        parallel_state._set_global_memory_buffer()
     world = dist.get_world_size()
     if layout.rank_offset + layout.world_size > world:
         raise LayoutError(
