@@ -2,14 +2,15 @@
 
     arch = read_architecture("path/to/Qwen3-8B")        # needs config.json only; no weights, no network, no remote code
 
-Supported: llama (2, 3, 3.1, 3.2, SmolLM2, ...), mistral without a sliding window, qwen2 (2, 2.5), qwen3. All of them are the same
-decoder: pre-norm RMSNorm, grouped-query attention with rotate-half RoPE, SwiGLU without biases, and differ in the q/k/v bias,
-the q/k norm, head_dim, the tied head and the RoPE frequencies.
+Supported: llama (2, 3, 3.1, 3.2, SmolLM2, ...), mistral without a sliding window, qwen2 (2, 2.5), qwen3. All of them
+are the same
+decoder: pre-norm RMSNorm, grouped-query attention with rotate-half RoPE, SwiGLU without biases, and differ in the
+q/k/v bias, the q/k norm, head_dim, the tied head and the RoPE frequencies.
 
-Everything else is refused here, by name, before a weight is read: an option that is not understood would give a model that
-runs and is wrong. RoPE is taken from transformers' own functions as numbers (`inv_freq` per frequency pair and the factor on
-cos and sin), because formulas written twice differ: megatron-core, for one, hard-codes three of llama3's parameters.
-"""
+Everything else is refused here, by name, before a weight is read: an option that is not understood would give a model
+that runs and is wrong. RoPE is taken from transformers' own functions as numbers (`inv_freq` per frequency pair and
+the factor on cos and sin), because formulas written twice differ: megatron-core, for one, hard-codes three of
+llama3's parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ from megatron_gkd.errors import CheckpointError, NotBuiltError
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding as numbers: position p turns pair i by p * inv_freq[i]; cos and sin are scaled by attention_factor."""
+    """Rotary embedding as numbers: position p turns pair i by p * inv_freq[i].
+
+    Cos and sin are scaled by attention_factor.
+    """
 
     inv_freq: tuple[float, ...]  # [head_dim / 2], exact float32 values
     attention_factor: float  # 1.0 but for yarn
@@ -50,11 +54,12 @@ class Architecture:
     rope: Rope
 
     def __post_init__(self) -> None:
-        assert self.num_heads % self.num_kv_heads == 0 and self.head_dim % 2 == 0, self
+        assert self.num_heads % self.num_kv_heads == 0, self
+        assert self.head_dim % 2 == 0, self
         assert len(self.rope.inv_freq) == self.head_dim // 2, self
 
     def padded_vocab_size(self, tp: int, multiple: int = 128) -> int:
-        """Rows of the embedding under `tp` ranks: the next multiple of `multiple * tp`, so that every rank has as many."""
+        """Rows of the embedding under `tp` ranks: the next multiple of `multiple * tp`, the same number on each."""
         unit = multiple * tp
         return -(-self.vocab_size // unit) * unit
 
@@ -97,7 +102,10 @@ SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 
 
 def read_architecture(path: str | Path) -> Architecture:
-    """Read and check `path`/config.json. Raises CheckpointError (or NotBuiltError) naming the option and what is supported."""
+    """Read and check `path`/config.json.
+
+    Raises CheckpointError (or NotBuiltError) naming the option and what is supported.
+    """
     path = Path(path)
     raw = read_config_json(path)
     model_type = raw.get("model_type")

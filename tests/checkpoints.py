@@ -1,12 +1,14 @@
-"""Tiny random Hugging Face checkpoints for tests, written by transformers itself, with a tokenizer and a chat template beside.
+"""Tiny random Hugging Face checkpoints for tests, written by transformers itself, with a tokenizer and a chat
+template beside.
 
     path = write_tiny_checkpoint(tmp_path / "student", "qwen3", tied=True, seed=7)
 
-Nothing in them is trivial: norm weights are not all ones, biases are not zero, head_dim differs from hidden / heads for qwen3,
-there are fewer KV heads than heads, and the vocabulary is no multiple of any padding. So a map that drops a bias, skips a norm or
-swaps two tensors changes the logits (which are of order 1).
+Nothing in them is trivial: norm weights are not all ones, biases are not zero, head_dim differs from hidden / heads
+for qwen3, there are fewer KV heads than heads, and the vocabulary is no multiple of any padding. So a map that drops
+a bias, skips a norm or swaps two tensors changes the logits (which are of order 1).
 
-The tokenizer is byte-level without merges (one token a byte, 256 + 3 special tokens: any text round-trips), its chat template is
+The tokenizer is byte-level without merges (one token a byte, 256 + 3 special tokens: any text round-trips), its chat
+template is
 ChatML: `<|im_start|>role\\ncontent<|im_end|>\\n`, and `<|im_end|>` is the end-of-sequence token. A vocabulary below
 TOKENIZER_SIZE gets no tokenizer.
 """
@@ -65,7 +67,10 @@ def write_tiny_checkpoint(
     max_shard_size: str | int = "5GB",
     **config_options: Any,
 ) -> Path:
-    """Write config, safetensors, generation config and tokenizer to `path`; returns it. The same arguments give the same bytes."""
+    """Write config, safetensors, generation config and tokenizer to `path`; returns it.
+
+    The same arguments give the same bytes.
+    """
     model = tiny_model(
         family,
         tied=tied,

@@ -1,6 +1,7 @@
 """Hugging Face <-> megatron-core weights: a closed map as data, planned loading, streaming export. See docs/weights.md.
 
-naming.py    roles: HF names and megatron-core names                   plan.py    shard -> rectangles of HF tensors
-hf_files.py  safetensors directories, read lazily, written in a stream  chunks.py  a model's parameters by role and layer
-load.py      HF -> model, each rank its rectangles                      export.py  model -> HF, in bounded buckets
+naming.py    roles: their HF names and megatron-core names       plan.py       shard -> rectangles of HF tensors
+hf_files.py  safetensors directories, read lazily                hf_writer.py  the same, written in a stream
+chunks.py    a model's parameters by role and global layer
+load.py      HF -> model, each rank its rectangles               export.py     model -> HF, in bounded buckets
 """

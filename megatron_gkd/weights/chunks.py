@@ -1,11 +1,13 @@
-"""The parameters of megatron-core model chunks, by role and global layer; and the proof that a chunk has exactly those it should.
+"""The parameters of megatron-core model chunks, by role and global layer; and the proof that a chunk has exactly
+those it should.
 
 A chunk is a megatron-core GPTModel, possibly inside wrappers (DDP, Float16Module). Global layer indices are read from
-`layer.layer_number`, never recomputed from pipeline ranks: offsets of virtual and uneven stages have been got wrong that way.
+`layer.layer_number`, never recomputed from pipeline ranks: offsets of virtual and uneven stages have been got wrong
+that way.
 
-`check_chunks` makes both directions of the map closed: a parameter without a rule, a persistent buffer, a role that the architecture
-has and the model lacks (a model built without the q/k/v bias would otherwise drop the checkpoint's), a layer twice or out of range.
-"""
+`check_chunks` makes both directions of the map closed: a parameter without a rule, a persistent buffer, a role that
+the architecture has and the model lacks (a model built without the q/k/v bias would otherwise drop the checkpoint's),
+a layer twice or out of range."""
 
 from __future__ import annotations
 

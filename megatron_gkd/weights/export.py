@@ -1,25 +1,26 @@
-"""Megatron-core model chunks back into Hugging Face tensors: a stream of bounded buckets, and a directory writer on top of it.
+"""Megatron-core model chunks back into Hugging Face tensors: a stream of bounded buckets, and a directory writer on
+top of it.
 
     stream = hf_tensor_stream(chunks, arch, pg_collection, bucket_bytes=...)    # once; collective
     for name, tensor in stream:                                                 # as often as wanted; collective
         ...                                                                     # the writing rank alone gets tensors
 
-Everything that does not depend on values is decided once, alike on every rank: the manifest (names, shapes, dtypes, in checkpoint
-order, whatever the layout), the buckets, and who sends what to whom. So a pass exchanges tensors only.
+Everything that does not depend on values is decided once, alike on every rank: the manifest (names, shapes, dtypes,
+in checkpoint order, whatever the layout), the buckets, and who sends what to whom. So a pass exchanges tensors only.
 
-Ranks: the WRITER is tensor rank 0 of pipeline stage 0 of data-parallel (and context-parallel) replica 0. The LEADER of a stage is
-that replica's tensor rank 0. Other replicas take no part. Per bucket, from its owner stage:
+Ranks: the WRITER is tensor rank 0 of pipeline stage 0 of data-parallel (and context-parallel) replica 0. The LEADER
+of a stage is that replica's tensor rank 0. Other replicas take no part. Per bucket, from its owner stage:
 
     1. every other tensor rank sends its shard of each split parameter to the leader, who places it into the HF tensors,
     2. the leader sends the bucket, as bytes, to the writer,
     3. the writer hands the tensors out, then drops them.
 
-Memory besides the model: a leader holds one bucket and one shard; the writer the bucket in hand and the one that arrives.
-A bucket is at most `bucket_bytes`, or one parameter's tensors where those are larger (the embedding, usually).
+Memory besides the model: a leader holds one bucket and one shard; the writer the bucket in hand and the one that
+arrives. A bucket is at most `bucket_bytes`, or one parameter's tensors where those are larger (the embedding,
+usually).
 
-Tied embeddings are exported once, from the first stage. Vocabulary padding is dropped. The values are the parameters' at the time of
-the pass: with a distributed optimizer call it after the parameter all-gather has completed.
-"""
+Tied embeddings are exported once, from the first stage. Vocabulary padding is dropped. The values are the parameters'
+at the time of the pass: with a distributed optimizer call it after the parameter all-gather has completed."""
 
 from __future__ import annotations
 
@@ -34,14 +35,8 @@ import torch.distributed as dist
 from megatron_gkd.architecture import Architecture, read_architecture, read_config_json
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.weights.chunks import Parameter, check_chunks
-from megatron_gkd.weights.hf_files import (
-    DEFAULT_SHARD_BYTES,
-    HFCheckpoint,
-    HFWriter,
-    TensorSpec,
-    check_destination,
-    has_safetensors,
-)
+from megatron_gkd.weights.hf_files import HFCheckpoint, has_safetensors
+from megatron_gkd.weights.hf_writer import DEFAULT_SHARD_BYTES, HFWriter, TensorSpec, check_destination
 from megatron_gkd.weights.naming import ROLES
 from megatron_gkd.weights.plan import Unit, plan, unit_shapes, units
 
@@ -82,13 +77,14 @@ def hf_tensor_stream(
 
 
 class HFTensorStream:
-    """Iterate on every rank of the model; only the writer (`is_writer`) receives (name, tensor). May be iterated again and again.
+    """Iterate on every rank of the model; only the writer (`is_writer`) receives (name, tensor). May be iterated
+    again and again.
 
-    The tensors of a bucket are views of one buffer, which is not used again: they may be kept, at the price of their memory.
+    The tensors of a bucket are views of one buffer, which is not used again: they may be kept, at the price of their
+    memory.
 
-    Communication of a pass: point to point on pg_collection.tp (shards, parameter dtype) and on pg_collection.pp (buckets, uint8), as
-    in the module's docstring; nothing on ranks of other data-parallel replicas.
-    """
+    Communication of a pass: point to point on pg_collection.tp (shards, parameter dtype) and on pg_collection.pp
+    (buckets, uint8), as in the module's docstring; nothing on ranks of other data-parallel replicas."""
 
     manifest: tuple[TensorSpec, ...]
     buckets: tuple[Bucket, ...]
@@ -144,7 +140,7 @@ class HFTensorStream:
 
     def _gather_unit(self, parameter: Parameter, tensors: dict[str, torch.Tensor]) -> None:
         """Place the shards of one parameter into the HF tensors, on the leader; send this rank's, elsewhere."""
-        # gloo is silently wrong on non-contiguous tensors (pytorch 192920), and a parameter may be a view of an optimizer's buffer.
+        # gloo is silently wrong on non-contiguous tensors (pytorch 192920).
         own = parameter.tensor.detach().contiguous()
         split = ROLES[parameter.role].transform != "replicated"
         if self._tp.rank() != 0:
@@ -188,8 +184,8 @@ def make_buckets(
 ) -> Iterator[Bucket]:
     """Cut the units, in order, into buckets of one stage and at most `bucket_bytes` (or one unit). Pure.
 
-    Invariant: the buckets' specs, concatenated, are the units' specs, so the order on the wire is the order of the manifest.
-    """
+    Invariant: the buckets' specs, concatenated, are the units' specs, so the order on the wire is the order of the
+    manifest."""
     held: list[Unit] = []
     size = 0
     for unit in specs:
@@ -254,7 +250,7 @@ def _unit_specs(
     return tuple(TensorSpec(name, shape, exported(name)) for name, shape in unit_shapes(*unit, arch).items())
 
 
-# ---- a directory ------------------------------------------------------------------------------------------------------
+# ---- a directory -----------------------------------------------------------------------------------------------------
 
 
 def save_hf(
@@ -271,14 +267,13 @@ def save_hf(
     """Write the model as a Hugging Face directory that transformers and vLLM load. Every rank of the model calls it.
 
     Args:
-        source_dir: where the model came from, readable on every rank: config, tokenizer and chat template are copied from it byte for
-            byte, and each tensor keeps the dtype that it has there.
+        source_dir: where the model came from, readable on every rank: config, tokenizer and chat template are copied
+            from it byte for byte, and each tensor keeps the dtype that it has there.
         out_dir: must not exist. It appears complete or not at all; only the writing rank touches it.
         dtype: one dtype for all tensors instead; config.json's `dtype` is then set to it.
 
-    Communication: hf_tensor_stream's. It returns on a rank when that rank's part is done: no barrier. If the writer fails, it raises and
-    the other ranks wait for it: let the launcher end them.
-    """
+    Communication: hf_tensor_stream's. It returns on a rank when that rank's part is done: no barrier. If the writer
+    fails, it raises and the other ranks wait for it: let the launcher end them."""
     source_dir, out_dir = Path(source_dir), Path(out_dir)
     if (source := read_architecture(source_dir)) != arch:
         raise CheckpointError(
@@ -302,7 +297,10 @@ def save_hf(
 
 
 def _source_dtypes(source_dir: Path, arch: Architecture) -> dict[str, torch.dtype] | torch.dtype | None:
-    """Per tensor as stored in the source; where the source has no HF weights, what its config says; else the parameters' own."""
+    """Per tensor as stored in the source; where the source has no HF weights, what its config says.
+
+    Else the parameters' own.
+    """
     if has_safetensors(source_dir):
         with HFCheckpoint(source_dir) as source:
             return {name: source.dtype(name) for unit in units(arch) for name in unit_shapes(*unit, arch)}

@@ -2,14 +2,14 @@
 
     report = load_hf_weights(chunks, checkpoint, arch, tp_rank=..., tp_size=...)
 
-No communication, no rank that holds a whole model, no copy beside the one in the file's memory map. Call it before DDP and the
-optimizer are built (the distributed optimizer copies its fp32 master weights from the parameters).
+No communication, no rank that holds a whole model, no copy beside the one in the file's memory map. Call it before
+DDP and the optimizer are built (the distributed optimizer copies its fp32 master weights from the parameters).
 
-Closed in both directions, before the first byte is copied: every tensor of the checkpoint is in the manifest of the architecture or on the
-explicit list of tensors that hold no weight; every manifest tensor is there with its shape and a floating dtype; every parameter of the
-model has a rule and every role of the architecture a parameter. A tied checkpoint that also stores `lm_head.weight` must store
-the embedding in it, else one of the two is wrong and it is refused.
-"""
+Closed in both directions, before the first byte is copied: every tensor of the checkpoint is in the manifest of the
+architecture or on the explicit list of tensors that hold no weight; every manifest tensor is there with its shape and
+a floating dtype; every parameter of the model has a rule and every role of the architecture a parameter. A tied
+checkpoint that also stores `lm_head.weight` must store the embedding in it, else one of the two is wrong and it is
+refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def load_hf_weights(
         progress: called with (parameters done, parameters in all) after each one.
 
     Raises:
-        CheckpointError: the checkpoint and the model do not describe the same network (see above); nothing is copied then.
+        CheckpointError: the checkpoint and the model do not describe the same network (see above); nothing is copied
+        then.
         ShapeError: a parameter's shape is not its shard's.
     """
     start = time.perf_counter()
@@ -88,7 +89,10 @@ def load_vocab_shard(
     padded_vocab: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Rows rank * padded_vocab / size ... of the head (of the embedding, where tied) or embedding: [padded_vocab / size, H], padding 0."""
+    """Rows rank * padded_vocab / size ...
+
+    Of the head (of the embedding, where tied) or embedding: [padded_vocab / size, H], padding 0.
+    """
     check_manifest(checkpoint, arch)
     rectangles = plan(role, None, arch, rank, size, padded_vocab)
     shard = torch.empty(shard_shape(role, None, arch, rectangles), dtype=dtype)
@@ -97,7 +101,10 @@ def load_vocab_shard(
 
 
 def check_manifest(checkpoint: HFCheckpoint, arch: Architecture) -> None:
-    """Names, shapes and dtypes of the whole checkpoint against what the architecture needs. Reads headers (and a stored tied head)."""
+    """Names, shapes and dtypes of the whole checkpoint against what the architecture needs.
+
+    Reads headers (and a stored tied head).
+    """
     manifest = hf_tensor_shapes(arch)
     stored = set(checkpoint.names())
     if missing := manifest.keys() - stored:
@@ -111,8 +118,8 @@ def check_manifest(checkpoint: HFCheckpoint, arch: Architecture) -> None:
         extra.remove(_HEAD)
     if extra:
         raise CheckpointError(
-            f"{checkpoint.path} holds {_first(extra)}, which a {arch.model_type} model with this config.json has no place for: "
-            "dropping it would give a different model, so it is refused"
+            f"{checkpoint.path} holds {_first(extra)}, for which a {arch.model_type} model with this config.json has no "
+            "place: dropping it would give a different model, so it is refused"
         )
     for name, shape in manifest.items():
         checkpoint.dtype(name)
@@ -130,8 +137,8 @@ def _check_tied_head(checkpoint: HFCheckpoint) -> None:
         same = same and torch.equal(checkpoint.read(_HEAD, rows), checkpoint.read(_EMBEDDING, rows))
     if not same:
         raise CheckpointError(
-            f"{checkpoint.path}: config.json ties the head to the embedding, but {_HEAD} is stored and differs from {_EMBEDDING}; "
-            "remove it, or set tie_word_embeddings to false"
+            f"{checkpoint.path}: config.json ties the head to the embedding, but {_HEAD} is stored and differs from "
+            f"{_EMBEDDING}; remove it, or set tie_word_embeddings to false"
         )
 
 

@@ -1,13 +1,13 @@
 """Names: which Hugging Face tensors a megatron-core parameter is made of. Data and a parser, nothing else.
 
-A ROLE is what a parameter is for ("qkv", "down", ...), independent of how a layer spec spells it. `ROLES` is the whole table:
-the HF names, in the order in which the transform lays them out, the patterns over megatron-core's names, and the TRANSFORM (see
-plan.py) that turns one into the other. megatron-core's local spec and its TransformerEngine spec share all names but the two
-norms in front of the linear layers, which TransformerEngine fuses into the layer that follows them.
+A ROLE is what a parameter is for ("qkv", "down", ...), independent of how a layer spec spells it. `ROLES` is the
+whole table: the HF names, in the order in which the transform lays them out, the patterns over megatron-core's names,
+and the TRANSFORM (see plan.py) that turns one into the other. megatron-core's local spec and its TransformerEngine
+spec share all names but the two norms in front of the linear layers, which TransformerEngine fuses into the layer
+that follows them.
 
-A name without a rule is an error, never skipped: a parameter that is not understood would stay at its random initial value.
-Not covered: experts, routers, multi-token prediction (refused by name).
-"""
+A name without a rule is an error, never skipped: a parameter that is not understood would stay at its random initial
+value. Not covered: experts, routers, multi-token prediction (refused by name)."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def parse(name: str) -> ParsedName:
 
 
 def is_extra_state(name: str) -> bool:
-    """TransformerEngine's `_extra_state` entries (fp8 scales) are in a state dict, are no weights and have no HF name."""
+    """TransformerEngine's `_extra_state` entries (fp8 scales) are in a state dict but are no weights."""
     return name.rsplit(".", 1)[-1] == "_extra_state"
 
 

@@ -1,17 +1,20 @@
-"""The plan: every shard of a megatron-core parameter as rectangles of Hugging Face tensors. Pure arithmetic, no tensors.
+"""The plan: every shard of a megatron-core parameter as rectangles of Hugging Face tensors. Pure arithmetic, no
+tensors.
 
-A shard is the concatenation, along dimension 0 and in order, of rectangles of HF tensors (or of zero rows: vocabulary padding).
-One plan serves all uses: loading reads its rectangles, exporting writes them, and a proof without weights counts them
-(every element of every HF tensor exactly once over the ranks).
+A shard is the concatenation, along dimension 0 and in order, of rectangles of HF tensors (or of zero rows: vocabulary
+padding). One plan serves all uses: loading reads its rectangles, exporting writes them, and a proof without weights
+counts them (every element of every HF tensor exactly once over the ranks).
 
-Transforms, for rank r of n tensor-parallel ranks (H hidden, h head_dim, A query heads, G KV heads, I ffn, V vocabulary; both
-sides store linear weights as [out, in], RoPE is rotate-half on both sides, so nothing is transposed or permuted within a head):
+Transforms, for rank r of n tensor-parallel ranks (H hidden, h head_dim, A query heads, G KV heads, I ffn, V
+vocabulary; both sides store linear weights as [out, in], RoPE is rotate-half on both sides, so nothing is transposed
+or permuted within a head):
 
-    replicated   the HF tensor as it is, on every rank.
-    columns      [H, X]: columns r*X/n .. (r+1)*X/n   (attention output X = A*h, down projection X = I).
-    vocabulary   [V, H] followed by zero rows up to the padded vocabulary; rows r*P/n .. (r+1)*P/n of that.
-    qkv          [(A+2G)*h, H]: for each KV group g, the rows of its A/G query heads, of its key head, of its value head; then
-                 an equal chunk of the rows. That holds for n > G too, where a chunk may begin inside a head. Biases alike.
+    replicated   the HF tensor as it is, on every rank. columns      [H, X]: columns r*X/n .. (r+1)*X/n   (attention
+    output X = A*h, down projection X = I). vocabulary   [V, H] followed by zero rows up to the padded vocabulary;
+    rows r*P/n .. (r+1)*P/n of that. qkv          [(A+2G)*h, H]: for each KV group g, the rows of its A/G query heads,
+    of its key head, of its value head; then
+                 an equal chunk of the rows. That holds for n > G too, where a chunk may begin inside a head. Biases
+                 alike.
     gated        [2I/n, H]: chunk r of gate, then chunk r of up; NOT chunk r of [gate; up].
 
 A wrong transform survives a round trip bit for bit, since export inverts import; only logits tell. Hence tests/weights
@@ -124,7 +127,7 @@ def check_layout(arch: Architecture, tp: int, pp: int, vpp: int | None = None) -
         raise LayoutError(_does_not_divide("tensor", tp, arch.num_heads, "attention heads"))
     if arch.num_kv_heads % tp != 0 and tp % arch.num_kv_heads != 0:
         raise LayoutError(
-            f"tensor-parallel size {tp} neither divides the {arch.num_kv_heads} key/value heads nor is a multiple of them"
+            f"tensor-parallel size {tp} neither divides the {arch.num_kv_heads} key/value heads nor is their multiple"
         )
     if arch.ffn_hidden_size % tp != 0:
         raise LayoutError(_does_not_divide("tensor", tp, arch.ffn_hidden_size, "rows of the MLP (intermediate_size)"))

@@ -1,0 +1,201 @@
+"""Hugging Face model directories, written tensor by tensor: memory is one tensor, whatever the size of the files.
+
+`HFWriter` knows all names, shapes and dtypes beforehand (the manifest), so it can write each file's header first and
+append tensors as they arrive. Files go to a hidden directory beside the destination, which is renamed when everything
+is complete; a destination that exists is refused. The format is in hf_files.py, which reads it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Final, NamedTuple, Self
+
+import torch
+
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.weights.hf_files import DTYPES, INDEX_FILE, SINGLE_FILE, cast_checked
+
+DEFAULT_SHARD_BYTES: Final = 5 * 10**9
+_DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+
+# Carried over byte for byte: what transformers and vLLM read besides the weights, and the licence.
+_SIDE_FILES: Final = (
+    *(
+        "config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "additional_chat_templates",
+    ),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
+)
+
+
+class TensorSpec(NamedTuple):
+    """A tensor that will be written or sent: known on every rank before any data moves."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class HFWriter:
+    """Write a model directory, tensor by tensor, in the manifest's order.
+
+        with HFWriter(out_dir, manifest, source_dir=...) as writer:
+            for name, tensor in stream:
+                writer.write(name, tensor)
+
+    `config_changes` are keys of config.json to set; without any, the file is the source's, byte for byte.
+
+    Leaving the block with everything written renames the directory into place; leaving it by an exception removes
+    what was written. Not safe against two processes that write the same destination at once."""
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        manifest: Sequence[TensorSpec],
+        *,
+        source_dir: str | Path,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        config_changes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.out_dir, self.source_dir = Path(out_dir), Path(source_dir)
+        self.manifest = tuple(manifest)
+        self._config_changes = dict(config_changes or {})
+        check_destination(self.out_dir)
+        if not (self.source_dir / "config.json").is_file():
+            raise CheckpointError(f"{self.source_dir} has no config.json to export the model with")
+        self._shards = plan_shards(self.manifest, max_shard_bytes)
+        self._files = shard_file_names(len(self._shards))
+        self._next = 0  # index into the manifest
+        starts = itertools.accumulate((len(specs) for specs in self._shards[:-1]), initial=0)
+        self._shard_at = {start: shard for shard, start in enumerate(starts)}
+        self._stream: IO[bytes] | None = None
+        self.out_dir.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self.out_dir.parent / f".{self.out_dir.name}.incomplete-{os.getpid()}"
+        self._temporary.mkdir()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append the manifest's next tensor; it is cast to the manifest's dtype."""
+        assert self._next < len(self.manifest), f"{name} comes after the end of the manifest"
+        spec = self.manifest[self._next]
+        assert (name, tuple(tensor.shape)) == (spec.name, spec.shape), (
+            f"got {name} {tuple(tensor.shape)}, next is {spec}"
+        )
+        if self._next in self._shard_at:
+            self._begin_shard(self._shard_at[self._next])
+        data = cast_checked(tensor.detach(), spec.dtype, name).cpu().contiguous()
+        assert self._stream is not None
+        self._stream.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        self._next += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._end_shard()
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _begin_shard(self, shard: int) -> None:
+        self._end_shard()
+        self._stream = open(self._temporary / self._files[shard], "wb")  # noqa: SIM115 - closed by _end_shard
+        header = safetensors_header(self._shards[shard])
+        self._stream.write(len(header).to_bytes(8, "little") + header)
+
+    def _end_shard(self) -> None:
+        if self._stream is not None:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            self._stream = None
+
+    def _finish(self) -> None:
+        if self._next != len(self.manifest):
+            raise CheckpointError(
+                f"export ended after {self._next} of {len(self.manifest)} tensors; {self.out_dir} was not written"
+            )
+        if len(self._shards) > 1:
+            self._write_index()
+        copy_side_files(self.source_dir, self._temporary)
+        if self._config_changes:
+            config = self._temporary / "config.json"
+            changed = json.loads(config.read_text(encoding="utf-8")) | self._config_changes
+            config.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        check_destination(self.out_dir)
+        os.rename(self._temporary, self.out_dir)
+
+    def _write_index(self) -> None:
+        weight_map = {s.name: file for file, specs in zip(self._files, self._shards, strict=True) for s in specs}
+        index = {"metadata": {"total_size": sum(s.num_bytes for s in self.manifest)}, "weight_map": weight_map}
+        (self._temporary / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_destination(out_dir: Path) -> None:
+    """Refuse to overwrite: exports are made once, into a directory that does not exist."""
+    if out_dir.exists() or out_dir.is_symlink():
+        raise CheckpointError(f"{out_dir} exists and is not overwritten; remove it or choose another directory")
+
+
+def copy_side_files(source_dir: Path, out_dir: Path) -> None:
+    """Copy config, generation config, tokenizer, chat templates and licence, byte for byte."""
+    for name in _SIDE_FILES:
+        source = source_dir / name
+        if source.is_dir():
+            shutil.copytree(source, out_dir / name)
+        elif source.is_file():
+            shutil.copyfile(source, out_dir / name)
+
+
+def plan_shards(manifest: Sequence[TensorSpec], max_shard_bytes: int) -> list[tuple[TensorSpec, ...]]:
+    """Consecutive tensors per file: at most `max_shard_bytes`, or one larger tensor.
+
+    Each tensor aligned to its own item size.
+    """
+    shards: list[list[TensorSpec]] = []
+    size = 0
+    for spec in manifest:
+        fits = shards and size + spec.num_bytes <= max_shard_bytes
+        if not fits or size % spec.dtype.itemsize != 0:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.num_bytes
+    return [tuple(shard) for shard in shards]
+
+
+def shard_file_names(num_shards: int) -> list[str]:
+    """The names that transformers gives."""
+    if num_shards == 1:
+        return [SINGLE_FILE]
+    return [f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors" for shard in range(num_shards)]
+
+
+def safetensors_header(specs: Sequence[TensorSpec]) -> bytes:
+    """The JSON header, padded with blanks so that the data begins at a multiple of 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for spec in specs:
+        offsets = [position, position + spec.num_bytes]
+        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        position += spec.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
