@@ -1,0 +1,228 @@
+"""Tokenizers and chat templates: from text to (prompt ids, completion ids).
+
+`ChatEncoder` is the one place where text becomes tokens. With a chat template,
+
+    prompt ids      = template(turns before the completion, with the header that opens an assistant turn)
+    completion ids  = what template(all turns) adds to them, up to and including the token that ends the turn
+
+so that a completion begins exactly where sampling would begin and ends exactly where it would stop; what a template
+writes after the end of the turn (often a line break) is cut. That the prompt is a prefix of the whole is checked for
+every row: a template for which it is not (one that rewrites earlier turns, or opens a turn with text that it does not
+repeat) would train on tokens that no sampler sees.
+
+Without a chat template (a base model's tokenizer), prompt and completion are strings, tokenised separately and without
+any template: the prompt with the tokenizer's own beginning-of-text token, if it has one, the completion with the
+end-of-text token appended.
+
+Nothing is fetched and no code from a model's directory is run. Nothing is decoded again after this: from here on there
+are only ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_gkd.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+_PROBE = "gkd7probe"  # a text that no template writes by itself
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local Hugging Face directory (or of a model already in the local cache)."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    if Path(path).exists() and not Path(path).is_dir():
+        raise CheckpointError(
+            f"{path} is a file; give the Hugging Face directory that holds config.json and the tokenizer"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, KeyError, and the tokenizers library's bare Exception
+        raise CheckpointError(
+            f"no tokenizer could be loaded from {path}: {error}; give a local Hugging Face directory with tokenizer "
+            "files (nothing is downloaded, and code inside it is never run)"
+        ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises unless both give the same id to every token: the divergence compares distributions over ids.
+
+    Only padding may differ: one side may have a padding token at an id that the other does not use. How far the models'
+    embeddings are padded beyond the vocabulary is no matter here.
+    """
+    student_tokens, teacher_tokens = _tokens_by_id(student), _tokens_by_id(teacher)
+    for token_id in sorted(student_tokens.keys() | teacher_tokens.keys()):
+        ours, theirs = student_tokens.get(token_id), teacher_tokens.get(token_id)
+        one_has_padding = (theirs is None and ours == student.pad_token) or (
+            ours is None and theirs == teacher.pad_token
+        )
+        if ours != theirs and not one_has_padding:
+            raise CheckpointError(
+                f"student and teacher have different tokenizers ({len(student_tokens)} and {len(teacher_tokens)} "
+                f"tokens): id {token_id} is {_quote(ours)} for the student and {_quote(theirs)} for the teacher; "
+                "distillation needs the same ids for the same tokens, so choose a teacher of the student's family"
+            )
+
+
+class ChatEncoder:
+    """Text -> ids with one tokenizer.
+
+    Attributes:
+        has_template: chat turns can be encoded.
+        end_of_turn_id: the last token of every completion; where a sampler stops.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.has_template = bool(tokenizer.chat_template)
+        self.end_of_turn_id = self._end_of_turn_id() if self.has_template else self._end_of_text_id()
+
+    def encode(
+        self, prompt: str | Sequence[Message], completion: str | Message | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """(prompt ids, completion ids); no completion gives (prompt ids, None).
+
+        With a template, a prompt that is a string is the user's only turn, and a completion that is a string is the
+        assistant's content.
+        """
+        if self.has_template:
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            if isinstance(completion, str):
+                completion = {"role": "assistant", "content": completion}
+            return self._encode_turns(turns, completion)
+        if not isinstance(prompt, str) or not (completion is None or isinstance(completion, str)):
+            raise DataError(
+                "chat messages, but the tokenizer has no chat template; give prompt and completion as strings, "
+                "or add a chat template to the model's directory"
+            )
+        return self._encode_strings(prompt, completion)
+
+    def _encode_strings(self, prompt: str, completion: str | None) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        bare = self._tokenize(prompt)
+        prompt_ids = tuple(self.tokenizer(prompt, verbose=False)["input_ids"])
+        if len(prompt_ids) > len(bare) and prompt_ids[-1] == self.end_of_turn_id:  # a tokenizer that closes every text
+            prompt_ids = prompt_ids[:-1]
+        if not prompt_ids:
+            raise DataError("the prompt is empty, and the tokenizer has no beginning-of-text token to put in its place")
+        if completion is None:
+            return prompt_ids, None
+        completion_ids = self._tokenize(completion)
+        return prompt_ids, completion_ids if completion_ids[-1:] == (self.end_of_turn_id,) else (
+            *completion_ids,
+            self.end_of_turn_id,
+        )
+
+    def _encode_turns(
+        self, turns: Sequence[Message], completion: Message | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        prompt_ids = self._template_ids(turns, add_generation_prompt=True)
+        if not prompt_ids:
+            raise DataError("the chat template renders the prompt to nothing")
+        if completion is None:
+            return prompt_ids, None
+        whole = [*turns, completion]
+        whole_ids = self._template_ids(whole, add_generation_prompt=False)
+        if whole_ids[: len(prompt_ids)] == prompt_ids:
+            completion_ids = whole_ids[len(prompt_ids) :]
+        else:
+            completion_ids = self._split_text(turns, whole, prompt_ids, whole_ids)
+        if self.end_of_turn_id not in completion_ids:
+            raise DataError(f"the chat template did not end the assistant's turn with {self._end_of_turn()}")
+        return prompt_ids, completion_ids[: len(completion_ids) - completion_ids[::-1].index(self.end_of_turn_id)]
+
+    def _split_text(
+        self,
+        turns: Sequence[Message],
+        whole: Sequence[Message],
+        prompt_ids: tuple[int, ...],
+        whole_ids: tuple[int, ...],
+    ) -> tuple[int, ...]:
+        """Completion ids of a row whose texts do split but whose tokens do not, because a token would span the border.
+
+        A sampler cannot produce such a token: it continues the prompt's ids. So the completion's text is tokenised by
+        itself, and the two must still spell the whole.
+        """
+        prompt_text = self._template_text(turns, add_generation_prompt=True)
+        whole_text = self._template_text(whole, add_generation_prompt=False)
+        if whole_text.startswith(prompt_text):
+            completion_ids = self._tokenize(whole_text[len(prompt_text) :])
+            if self.tokenizer.decode([*prompt_ids, *completion_ids]) == self.tokenizer.decode(list(whole_ids)):
+                return completion_ids
+        common = next(
+            (i for i, (a, b) in enumerate(zip(prompt_text, whole_text, strict=False)) if a != b), len(whole_text)
+        )
+        raise DataError(
+            "the chat template breaks the prefix rule: the rendered prompt, with its opening of an assistant turn, is "
+            f"not the beginning of the rendered conversation. They part at {prompt_text[common : common + 30]!r} "
+            f"(prompt) and {whole_text[common : common + 30]!r} (conversation). Change the row, or the chat template "
+            "in the model's directory"
+        )
+
+    def _end_of_turn_id(self) -> int:
+        """The first special token that the template writes after an assistant's content."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+        try:
+            text = self._template_text(turns, add_generation_prompt=False)
+        except DataError as error:
+            raise CheckpointError(
+                f"the tokenizer's chat template does not work on one user and one assistant turn: {error}"
+            ) from error
+        special = {
+            *self.tokenizer.all_special_ids,
+            *(i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special),
+        }
+        tail = text.rpartition(_PROBE)[2]
+        for token_id in self._tokenize(tail) if _PROBE in text else ():
+            if token_id in special:
+                return token_id
+        raise CheckpointError(
+            "the tokenizer's chat template does not close an assistant turn with a special token (it writes "
+            f"{tail[:40]!r} after it), so a completion would have no end; add the end-of-text token to the template, "
+            "or remove the template and use strings"
+        )
+
+    def _end_of_text_id(self) -> int:
+        token_id = self.tokenizer.eos_token_id
+        if not isinstance(token_id, int):
+            raise CheckpointError(
+                "the tokenizer has neither a chat template nor an eos_token, so a completion would have no end; add one"
+            )
+        return token_id
+
+    def _template_ids(self, turns: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
+        return self._tokenize(self._template_text(turns, add_generation_prompt=add_generation_prompt))
+
+    def _template_text(self, turns: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        messages: Any = [dict(turn) for turn in turns]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (
+            Exception
+        ) as error:  # templates are programs: besides jinja's own errors they raise TypeError, ValueError, KeyError ...
+            raise DataError(f"the chat template refuses the messages: {error or type(error).__name__}") from error
+        assert isinstance(text, str)
+        return text
+
+    def _tokenize(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _end_of_turn(self) -> str:
+        return repr(self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id))
+
+
+def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+
+
+def _quote(token: str | None) -> str:
+    return "no token" if token is None else repr(token)

@@ -1,0 +1,287 @@
+"""Data set files -> tokenised rows, with a policy for malformed and overlong ones, and a summary of what happened.
+
+A record takes one of these forms (null columns count as absent, further columns are ignored):
+
+    messages                      chat turns; a last turn of the assistant is the completion, else all are the prompt
+    prompt, completion|response   strings, or lists of chat turns; the completion's list has the assistant's turn only
+    prompt                        a prompt only: its completion has to be sampled
+
+Lengths, with P prompt and C completion tokens, and R = `max_completion_length` where completions will be sampled (else
+0): a row fits if P + max(C, R, 1) <= max_length. One that does not is dropped and counted, or cut at the left of its
+prompt, or stops the run. Completions are never cut: a truncated answer would teach the student to stop in the middle.
+One that leaves no room for a prompt token is dropped and counted apart.
+
+Rows are tokenised once, in file order, and kept in memory (4 bytes a token); nothing is written. The result depends on
+the files, the tokenizer and the arguments alone, so every rank holds the same rows under the same indices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_gkd.data.chat import ChatEncoder, Message
+from megatron_gkd.data.files import Columns, read_records
+from megatron_gkd.errors import ConfigError, DataError
+from megatron_gkd.records import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OnBadRow = Literal["stop", "skip"]
+Overlong = Literal["drop", "truncate_left", "stop"]
+
+FORMS = "`messages`, `prompt` with `completion` or `response`, or `prompt` alone"
+
+
+@dataclass
+class RowSummary:
+    """What became of the records that were read: num_read == num_used + all dropped."""
+
+    num_read: int = 0
+    num_used: int = 0
+    num_prompt_only: int = 0  # of the used ones
+    num_truncated: int = 0  # of the used ones: prompts cut at the left
+    dropped: dict[str, int] = field(default_factory=dict)  # "malformed" | "overlong" | "completion_overlong" -> rows
+    first_dropped: dict[str, str] = field(
+        default_factory=dict
+    )  # the same keys -> place and reason of the first of them
+
+    def drop(self, reason: str, text: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.first_dropped.setdefault(reason, text)
+
+    def __str__(self) -> str:
+        text = f"{self.num_read} rows read, {self.num_used} used"
+        if self.num_prompt_only:
+            text += f", {self.num_prompt_only} of them without a completion"
+        if self.num_truncated:
+            text += f", {self.num_truncated} with their prompt cut at the left"
+        for reason, count in sorted(self.dropped.items()):
+            text += f"; {count} dropped as {reason} (first: {self.first_dropped[reason]})"
+        return text
+
+
+class RowDataset(Sequence[Row]):
+    """Rows by index, held as flat arrays of ids; immutable once loaded."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.summary = RowSummary()
+        self._paths = tuple(paths)
+        self._tokens = array("i")
+        self._borders = array(
+            "q", [0]
+        )  # row i: prompt = tokens[borders[2i] : borders[2i+1]], completion up to borders[2i+2]
+        self._places = array("q")  # per row: file, line
+        self._prompt_only = array("b")
+
+    def __len__(self) -> int:
+        return len(self._prompt_only)
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices: a slice of rows has no summary
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        start, middle, end = self._borders[2 * index : 2 * index + 3]
+        return Row(
+            tuple(self._tokens[start:middle]), None if self._prompt_only[index] else tuple(self._tokens[middle:end])
+        )
+
+    def place(self, index: int) -> str:
+        """Where a row came from, `path:line`."""
+        file, line = self._places[2 * index : 2 * index + 2]
+        return f"{self._paths[file]}:{line}"
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest id in any row, to be held against a model's vocabulary."""
+        return max(self._tokens, default=-1)
+
+    def fingerprint(self) -> str:
+        """Equal for equal rows in equal order: a resumed run checks that it goes on with the data it began with."""
+        digest = hashlib.sha256()
+        for numbers in (self._tokens, self._borders, self._prompt_only):
+            digest.update(len(numbers).to_bytes(8, "little") + numbers.tobytes())
+        return digest.hexdigest()[:16]
+
+    def require_completions(self, purpose: str) -> None:
+        """Raises if a row has a prompt only; `purpose` says what needs the completions."""
+        if self.summary.num_prompt_only:
+            first = self._prompt_only.index(1)
+            raise DataError(
+                f"{purpose} needs a completion in every row, and {self.summary.num_prompt_only} of {len(self)} rows "
+                f"have a prompt only (first: {self.place(first)}); add completions, or sample them "
+                "(--lmbda 1, or --seq_kd true with a teacher)"
+            )
+
+    def check_sources(self, *, lmbda: float, seq_kd: bool) -> None:
+        """Raises if a step may take a completion from the data set that is not there."""
+        if lmbda < 1 and not seq_kd:
+            self.require_completions(f"--lmbda {lmbda:g} with --seq_kd false")
+
+    def _append(self, row: Row, file: int, line: int) -> None:
+        self._tokens.extend(row.prompt_ids)
+        self._borders.append(len(self._tokens))
+        self._tokens.extend(row.completion_ids or ())
+        self._borders.append(len(self._tokens))
+        self._places.extend((file, line))
+        self._prompt_only.append(row.completion_ids is None)
+
+
+def load_rows(
+    paths: Sequence[str | Path] | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_completion_length: int | None = None,
+    on_bad_row: OnBadRow = "stop",
+    overlong: Overlong = "drop",
+    max_rows: int | None = None,
+) -> RowDataset:
+    """Reads and tokenises files, in the order given.
+
+    Args:
+        max_length: the most tokens of a row, P + C.
+        max_completion_length: give it if completions will be sampled: every prompt then leaves room for that many
+        tokens.
+        on_bad_row: "stop" at the first malformed row, or "skip" and count them.
+        overlong: what to do with a row that does not fit: "drop" and count, "truncate_left" the prompt, "stop".
+        max_rows: stop reading once that many rows are in use; None reads everything.
+    """
+    _check(max_length, max_completion_length, on_bad_row, overlong, max_rows)
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    encoder = ChatEncoder(tokenizer)
+    rows = RowDataset([str(path) for path in paths])
+    summary = rows.summary
+    for file, records in enumerate(
+        [read_records(path) for path in paths]
+    ):  # all files are there, before hours of the first one
+        for line, record in records:
+            if max_rows is not None and len(rows) >= max_rows:
+                break
+            summary.num_read += 1
+            place = f"{paths[file]}:{line}"
+            try:
+                row = _encode(record, encoder)
+            except DataError as error:
+                if on_bad_row == "stop":
+                    raise DataError(f"{place}: {error}; correct the row, or pass --on_bad_row skip") from error
+                summary.drop("malformed", f"{place}: {error}")
+                continue
+            fitted = _fit(row, place, max_length, max_completion_length or 0, overlong, summary)
+            if fitted is not None:
+                rows._append(fitted, file, line)
+                summary.num_used += 1
+                summary.num_prompt_only += fitted.completion_ids is None
+    if not len(rows):
+        raise DataError(f"no usable row in {', '.join(map(str, paths))}: {summary}")
+    return rows
+
+
+def _fit(row: Row, place: str, max_length: int, reserve: int, overlong: Overlong, summary: RowSummary) -> Row | None:
+    """The row, or the row with its prompt cut, or None: dropped and counted."""
+    num_prompt, num_completion = len(row.prompt_ids), len(row.completion_ids or ())
+    room = max_length - max(num_completion, reserve, 1)  # for the prompt
+    if num_prompt <= room:
+        return row
+    needed = (
+        f"{num_completion} completion tokens" if num_completion >= reserve else f"room for {reserve} sampled tokens"
+    )
+    text = f"{place}: {num_prompt} prompt tokens and {needed} exceed max_length {max_length}"
+    if overlong == "stop":
+        raise DataError(f"{text}; raise --max_length, shorten the row, or choose --overlong drop or truncate_left")
+    if room < 1:
+        summary.drop("completion_overlong", text)
+        return None
+    if overlong == "drop":
+        summary.drop("overlong", text)
+        return None
+    summary.num_truncated += 1
+    return Row(row.prompt_ids[-room:], row.completion_ids)
+
+
+def _encode(record: Columns | str, encoder: ChatEncoder) -> Row:
+    if isinstance(record, str):
+        raise DataError(record)
+    return Row(*encoder.encode(*_prompt_and_completion(record)))
+
+
+def _prompt_and_completion(record: Columns) -> tuple[str | list[Message], str | Message | None]:
+    if "messages" in record:
+        turns = _turns("messages", record["messages"])
+        if turns[-1]["role"] == "assistant":
+            if len(turns) == 1:
+                raise DataError("`messages` has the assistant's turn only; a prompt must come before it")
+            return turns[:-1], turns[-1]
+        return _prompt("messages", turns), None
+    if "prompt" not in record:
+        raise DataError(f"columns {sorted(record)} are not a known form; supported: {FORMS}")
+    given = [name for name in ("completion", "response") if name in record]
+    if len(given) == 2:
+        raise DataError("both `completion` and `response` are given; keep one of them")
+    prompt = record["prompt"]
+    prompt = prompt if isinstance(prompt, str) else _prompt("prompt", _turns("prompt", prompt))
+    if not given:
+        return prompt, None
+    completion = record[given[0]]
+    if isinstance(completion, str):
+        return prompt, completion
+    answer = _turns(given[0], completion)
+    if len(answer) != 1 or answer[0]["role"] != "assistant":
+        raise DataError(
+            f"`{given[0]}` has turns of {[turn['role'] for turn in answer]}; it must have one, the assistant's"
+        )
+    return prompt, answer[0]
+
+
+def _turns(column: str, value: Any) -> list[Message]:
+    """Checks a list of chat turns; text content only."""
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"`{column}` is a {type(value).__name__}{' without turns' if value == [] else ''}; give a list of turns"
+        )
+    turns: list[Message] = []
+    for number, turn in enumerate(value, start=1):
+        if not isinstance(turn, Mapping):
+            raise DataError(
+                f"`{column}`, turn {number} is a {type(turn).__name__}; give an object with `role` and `content`"
+            )
+        turn = {name: entry for name, entry in turn.items() if entry is not None}
+        for name in ("role", "content"):
+            if not isinstance(turn.get(name), str):
+                found = type(turn[name]).__name__ if name in turn else "missing"
+                raise DataError(f"`{column}`, turn {number}: `{name}` is {found}; it must be a string (text only)")
+        turns.append(turn)
+    return turns
+
+
+def _prompt(column: str, turns: list[Message]) -> list[Message]:
+    if turns[-1]["role"] not in ("user", "tool"):
+        raise DataError(
+            f"`{column}` ends with a turn of {turns[-1]['role']!r}; a prompt ends with a user's turn (or a tool's)"
+        )
+    return turns
+
+
+def _check(
+    max_length: int, max_completion_length: int | None, on_bad_row: str, overlong: str, max_rows: int | None
+) -> None:
+    if on_bad_row not in ("stop", "skip"):
+        raise ConfigError(f"on_bad_row is {on_bad_row!r}; give 'stop' or 'skip'")
+    if overlong not in ("drop", "truncate_left", "stop"):
+        raise ConfigError(f"overlong is {overlong!r}; give 'drop', 'truncate_left' or 'stop'")
+    if max_length < 2:
+        raise ConfigError(
+            f"max_length is {max_length}; it must hold one prompt and one completion token, so give at least 2"
+        )
+    if max_completion_length is not None and not 0 < max_completion_length < max_length:
+        raise ConfigError(
+            f"max_completion_length is {max_completion_length} and max_length {max_length}; sampled completions must "
+            "leave room for a prompt: give a larger max_length, or a smaller positive max_completion_length"
+        )
+    if max_rows is not None and max_rows < 1:
+        raise ConfigError(f"max_rows is {max_rows}; give at least 1, or None for all")

@@ -1,0 +1,123 @@
+"""Collation: padded and packed forms carry the same samples, the same loss tokens and nothing else.
+
+Not covered: that a model gives padded and packed samples the same hidden states (tests/model).
+"""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_gkd.data.collate import collate
+from megatron_gkd.errors import DataError
+from megatron_gkd.records import Sample
+
+PAD = 7  # also a token of the samples: padding is told apart by place, never by value
+IDS = st.lists(st.integers(0, 12), min_size=1, max_size=9)
+
+
+@st.composite
+def sample_lists(draw, min_size=1):
+    samples = []
+    for position in draw(st.lists(st.integers(0, 99), unique=True, min_size=min_size, max_size=6)):
+        prompt, completion = draw(IDS), draw(st.one_of(st.just([]), IDS))
+        if len(prompt) + len(completion) > 1:
+            samples.append(Sample(position, position, tuple(prompt), tuple(completion), "dataset"))
+    return samples
+
+
+def check_loss_tokens(batch, samples):
+    """Every loss position holds the token before its label, in completion order."""
+    assert batch.positions == tuple(s.position for s in samples)
+    assert batch.lengths == tuple(s.num_loss_tokens for s in samples)
+    flat_tokens, flat_positions = batch.tokens.flatten(), batch.position_ids.flatten()
+    for index, s in enumerate(samples):
+        mine = batch.loss_sample == index
+        assert tuple(batch.labels[mine].tolist()) == s.completion_ids
+        inputs = flat_tokens[batch.loss_index[mine]].tolist()
+        assert inputs == [s.prompt_ids[-1], *s.completion_ids[:-1]][: len(s.completion_ids)]
+        places = flat_positions[batch.loss_index[mine]].tolist()
+        assert places == list(range(len(s.prompt_ids) - 1, len(s.prompt_ids) - 1 + len(s.completion_ids)))
+    assert batch.loss_sample.tolist() == sorted(batch.loss_sample.tolist())
+    assert {batch.tokens.dtype, batch.position_ids.dtype, batch.loss_index.dtype, batch.labels.dtype} == {torch.int64}
+
+
+@settings(deadline=None, max_examples=150)
+@given(sample_lists(), st.integers(1, 8))
+def test_pitfall_10_padded_tokens_are_exactly_the_samples_ids(samples, multiple):
+    batch = collate(samples, pad_to_multiple_of=multiple, pad_id=PAD)
+    longest = max((s.num_inputs for s in samples), default=1)
+    assert batch.tokens.shape == batch.position_ids.shape == (max(1, len(samples)), -(-longest // multiple) * multiple)
+    for row, places, s in zip(batch.tokens.tolist(), batch.position_ids.tolist(), samples, strict=bool(samples)):
+        assert tuple(row[: s.num_inputs]) == (s.prompt_ids + s.completion_ids)[:-1]
+        assert set(row[s.num_inputs :]) <= {PAD}
+        assert places == list(range(len(row)))
+    assert batch.cu_seqlens is None
+    assert batch.max_seqlen is None
+    check_loss_tokens(batch, samples)
+
+
+@settings(deadline=None, max_examples=150)
+@given(sample_lists(), st.integers(1, 8))
+def test_pitfall_10_packed_tokens_are_exactly_the_samples_ids(samples, multiple):
+    batch = collate(samples, pad_to_multiple_of=multiple, packing=True, pad_id=PAD)
+    used = sum(s.num_inputs for s in samples)
+    assert batch.tokens.shape == batch.position_ids.shape == (1, max(-(-used // multiple), 1) * multiple)
+    borders = batch.cu_seqlens.tolist()
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert borders[0] == 0
+    assert borders[-1] == batch.tokens.shape[1]
+    assert len(borders) - 1 == len(samples) + (batch.tokens.shape[1] > used)
+    assert batch.max_seqlen == max(b - a for a, b in itertools.pairwise(borders))
+    for i, (start, end) in enumerate(itertools.pairwise(borders)):
+        segment = batch.tokens[0, start:end].tolist()
+        assert segment == list(
+            (samples[i].prompt_ids + samples[i].completion_ids)[:-1] if i < len(samples) else [PAD] * (end - start)
+        )
+        assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
+    check_loss_tokens(batch, samples)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_pitfall_15_micro_batch_without_loss_tokens_collates(packing):
+    batch = collate(
+        [Sample(4, 0, (1, 2, 3), (), "student", 0), Sample(5, 1, (1, 2), (), "student", 0)], packing=packing
+    )
+    assert batch.lengths == (0, 0)
+    assert batch.loss_index.shape == batch.labels.shape == batch.loss_sample.shape == (0,)
+    assert batch.tokens.numel() > 0
+    assert batch.loss_index.dtype == batch.labels.dtype == torch.int64
+    # what a model computes from it keeps its graph, so a backward does the same collectives as on any other rank
+    hidden = torch.zeros(batch.tokens.numel(), 3, requires_grad=True)
+    hidden[batch.loss_index].sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_pitfall_15_micro_batch_without_samples_collates(packing):
+    batch = collate([], packing=packing, pad_to_multiple_of=4, pad_id=PAD)
+    assert batch.tokens.tolist() == [[PAD] * 4]
+    assert batch.positions == batch.lengths == ()
+    assert batch.labels.shape == (0,)
+    if packing:
+        assert batch.cu_seqlens.tolist() == [0, 4]
+
+
+def test_pitfall_16_a_sample_twice_is_refused():
+    sample = Sample(3, 0, (1, 2), (3,), "dataset")
+    with pytest.raises(DataError, match="not distinct"):
+        collate([sample, sample])
+
+
+def test_nothing_to_feed_is_refused():
+    with pytest.raises(DataError, match=r"sample 3 \(row 8\) has 1 prompt and 0 completion tokens"):
+        collate([Sample(3, 8, (1,), (), "student", 0)])
+
+
+def test_one_prompt_token_and_one_completion_token():
+    batch = collate([Sample(0, 0, (5,), (6,), "dataset")])
+    assert batch.tokens.tolist() == [[5]]
+    assert batch.loss_index.tolist() == [0]
+    assert batch.labels.tolist() == [6]
