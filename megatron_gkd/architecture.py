@@ -3,14 +3,14 @@
     arch = read_architecture("path/to/Qwen3-8B")        # needs config.json only; no weights, no network, no remote code
 
 Supported: llama (2, 3, 3.1, 3.2, SmolLM2, ...), mistral without a sliding window, qwen2 (2, 2.5), qwen3. All of them
-are the same
-decoder: pre-norm RMSNorm, grouped-query attention with rotate-half RoPE, SwiGLU without biases, and differ in the
-q/k/v bias, the q/k norm, head_dim, the tied head and the RoPE frequencies.
+are one decoder (pre-norm RMSNorm, grouped-query attention with rotate-half RoPE, SwiGLU without biases) and differ in
+the q/k/v bias, the q/k norm, head_dim, the tied head and the RoPE frequencies.
 
 Everything else is refused here, by name, before a weight is read: an option that is not understood would give a model
 that runs and is wrong. RoPE is taken from transformers' own functions as numbers (`inv_freq` per frequency pair and
 the factor on cos and sin), because formulas written twice differ: megatron-core, for one, hard-codes three of
-llama3's parameters."""
+llama3's parameters.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ that way.
 
 `check_chunks` makes both directions of the map closed: a parameter without a rule, a persistent buffer, a role that
 the architecture has and the model lacks (a model built without the q/k/v bias would otherwise drop the checkpoint's),
-a layer twice or out of range."""
+a layer twice or out of range.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ arrives. A bucket is at most `bucket_bytes`, or one parameter's tensors where th
 usually).
 
 Tied embeddings are exported once, from the first stage. Vocabulary padding is dropped. The values are the parameters'
-at the time of the pass: with a distributed optimizer call it after the parameter all-gather has completed."""
+at the time of the pass: with a distributed optimizer call it after the parameter all-gather has completed.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ class HFTensorStream:
     memory.
 
     Communication of a pass: point to point on pg_collection.tp (shards, parameter dtype) and on pg_collection.pp
-    (buckets, uint8), as in the module's docstring; nothing on ranks of other data-parallel replicas."""
+    (buckets, uint8), as in the module's docstring; nothing on ranks of other data-parallel replicas.
+    """
 
     manifest: tuple[TensorSpec, ...]
     buckets: tuple[Bucket, ...]
@@ -185,7 +187,8 @@ def make_buckets(
     """Cut the units, in order, into buckets of one stage and at most `bucket_bytes` (or one unit). Pure.
 
     Invariant: the buckets' specs, concatenated, are the units' specs, so the order on the wire is the order of the
-    manifest."""
+    manifest.
+    """
     held: list[Unit] = []
     size = 0
     for unit in specs:
@@ -273,7 +276,8 @@ def save_hf(
         dtype: one dtype for all tensors instead; config.json's `dtype` is then set to it.
 
     Communication: hf_tensor_stream's. It returns on a rank when that rank's part is done: no barrier. If the writer
-    fails, it raises and the other ranks wait for it: let the launcher end them."""
+    fails, it raises and the other ranks wait for it: let the launcher end them.
+    """
     source_dir, out_dir = Path(source_dir), Path(out_dir)
     if (source := read_architecture(source_dir)) != arch:
         raise CheckpointError(

@@ -2,7 +2,8 @@
 
 `HFWriter` knows all names, shapes and dtypes beforehand (the manifest), so it can write each file's header first and
 append tensors as they arrive. Files go to a hidden directory beside the destination, which is renamed when everything
-is complete; a destination that exists is refused. The format is in hf_files.py, which reads it."""
+is complete; a destination that exists is refused. The format is in hf_files.py, which reads it.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ class HFWriter:
     `config_changes` are keys of config.json to set; without any, the file is the source's, byte for byte.
 
     Leaving the block with everything written renames the directory into place; leaving it by an exception removes
-    what was written. Not safe against two processes that write the same destination at once."""
+    what was written. Not safe against two processes that write the same destination at once.
+    """
 
     def __init__(
         self,

@@ -9,7 +9,8 @@ Closed in both directions, before the first byte is copied: every tensor of the 
 architecture or on the explicit list of tensors that hold no weight; every manifest tensor is there with its shape and
 a floating dtype; every parameter of the model has a rule and every role of the architecture a parameter. A tied
 checkpoint that also stores `lm_head.weight` must store the embedding in it, else one of the two is wrong and it is
-refused."""
+refused.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +119,7 @@ def check_manifest(checkpoint: HFCheckpoint, arch: Architecture) -> None:
         extra.remove(_HEAD)
     if extra:
         raise CheckpointError(
-            f"{checkpoint.path} holds {_first(extra)}, for which a {arch.model_type} model with this config.json has no "
+            f"{checkpoint.path} holds {_first(extra)}, for which this config.json ({arch.model_type}) has no "
             "place: dropping it would give a different model, so it is refused"
         )
     for name, shape in manifest.items():

@@ -7,7 +7,8 @@ spec share all names but the two norms in front of the linear layers, which Tran
 that follows them.
 
 A name without a rule is an error, never skipped: a parameter that is not understood would stay at its random initial
-value. Not covered: experts, routers, multi-token prediction (refused by name)."""
+value. Not covered: experts, routers, multi-token prediction (refused by name).
+"""
 
 from __future__ import annotations
 
