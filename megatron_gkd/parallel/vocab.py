@@ -1,0 +1,92 @@
+"""Which vocabulary columns a tensor-parallel rank holds. Pure arithmetic: no torch, no process group.
+
+Rank r of R holds the global ids [start, start + num_columns) of a vocabulary of V real tokens that may be padded at its end:
+
+    equal shards (Megatron):  start = r * num_columns            padding = the columns with global id >= V
+    shorter last shard:       start = V - num_columns on rank R - 1, where R * num_columns < V; no padding
+
+Invariants: over the ranks, the VALID ranges [start, start + num_valid) are disjoint, ascending and cover [0, V) exactly once.
+Student and teacher are aligned by GLOBAL id: both heads are cut at the student's `start`, whatever padding each was stored with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_gkd.errors import ConfigError, ShapeError
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """One rank's columns: global ids [start, start + num_columns), of which the first `num_valid` are real tokens."""
+
+    start: int
+    num_columns: int
+    num_valid: int
+    vocab_size: int  # real tokens over all ranks
+    max_columns: int  # the widest shard of the group: alike on every rank, so chunk sizes may depend on it
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int, *, multiple: int = 1) -> int:
+    """The smallest size >= vocab_size that `tp_size` shards, each a multiple of `multiple` columns, fill exactly."""
+    _require_positive(vocab_size=vocab_size, tp_size=tp_size, multiple=multiple)
+    unit = multiple * tp_size
+    return (vocab_size + unit - 1) // unit * unit
+
+
+def shard_range(padded_size: int, tp_size: int, rank: int) -> tuple[int, int]:
+    """[start, end) of `rank` where a padded vocabulary is cut into equal shards."""
+    _require_positive(padded_size=padded_size, tp_size=tp_size)
+    if padded_size % tp_size != 0:
+        raise ShapeError(
+            f"a vocabulary of {padded_size} columns was given for {tp_size} shards, a multiple of {tp_size} is needed; "
+            f"pad it to {padded_vocab_size(padded_size, tp_size)}"
+        )
+    width = padded_size // tp_size
+    return rank * width, (rank + 1) * width
+
+
+def vocab_shard(num_columns: int, *, rank: int, tp_size: int, vocab_size: int | None = None) -> VocabShard:
+    """The shard of `rank`, which holds `num_columns` columns. `vocab_size=None`: equal shards without padding."""
+    _require_positive(num_columns=num_columns, tp_size=tp_size)
+    if not 0 <= rank < tp_size:
+        raise ShapeError(f"rank {rank} was given for {tp_size} vocabulary shards, 0 <= rank < {tp_size} is needed")
+    if vocab_size is None:
+        vocab_size = num_columns * tp_size
+    _require_positive(vocab_size=vocab_size)
+    start = rank * num_columns
+    if num_columns * tp_size < vocab_size:
+        shorter_last = rank == tp_size - 1 and tp_size > 1 and start + num_columns < vocab_size
+        if not shorter_last:
+            raise ShapeError(
+                f"vocab_size={vocab_size} was given with {num_columns} columns on each of {tp_size} tensor-parallel ranks "
+                f"({num_columns * tp_size} in all), at least vocab_size columns are needed; pass the size of the true vocabulary"
+            )
+        start = vocab_size - num_columns
+    num_valid = min(max(vocab_size - start, 0), num_columns)
+    max_columns = max(num_columns, -(-vocab_size // tp_size))
+    return VocabShard(start, num_columns, num_valid, vocab_size, max_columns)
+
+
+def shared_vocab_size(*, student_tokens: int, teacher_tokens: int, student_rows: int, teacher_rows: int) -> int:
+    """The true vocabulary of a student and a teacher whose heads have `*_rows` rows, padding included.
+
+    Heads of one family may be padded differently (151936 and 152064 rows); the tokens must be the same.
+    """
+    if student_tokens != teacher_tokens:
+        raise ConfigError(
+            f"the student's tokenizer has {student_tokens} tokens and the teacher's {teacher_tokens}: a divergence needs one "
+            f"vocabulary; choose a teacher of the student's family"
+        )
+    if student_tokens > min(student_rows, teacher_rows):
+        raise ConfigError(
+            f"the tokenizer has {student_tokens} tokens, but the student's head has {student_rows} rows and the teacher's "
+            f"{teacher_rows}; both need at least {student_tokens}"
+        )
+    return student_tokens
+
+
+def _require_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ShapeError(f"{name}={size} was given, at least 1 is needed")

@@ -1,0 +1,76 @@
+"""Cross entropy over a vocabulary that is sharded over ranks, which leaves its input alone.
+
+    CE_t = logsumexp_v(z_t) - z_t[label_t]          dCE_t/dz_v = Q_v - [v == label_t],   Q = softmax(z_t)
+
+megatron-core's own vocab-parallel cross entropy (0.16.1, tensor_parallel/cross_entropy.py) subtracts, exponentiates and normalises float32
+logits IN PLACE, so a divergence computed from the same logits afterwards sees probabilities instead; and it takes no group.
+
+Shapes: logits [T, V/tp], labels [T] global ids -> [T] float32 (float64 for float64 input). A negative label is "ignore": value 0,
+gradient 0. Padding (global id >= vocab_size) is left out of the sum and gets no gradient.
+
+Communication: forward 1 all-gather of [3, T] over tp_group (maximum, sum of exponentials, label logit); backward none.
+Saved for backward: the logits themselves (no copy), and the log-sum-exp [T].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_gkd import divergence as dv
+from megatron_gkd.parallel.collectives import all_gather_stack, require_group
+from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
+from megatron_gkd.support import OwnedIds
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, *, tp_group: dist.ProcessGroup, vocab_size: int | None = None
+) -> torch.Tensor:
+    """-log softmax(logits)[label] per token, [T]; 0 where the label is negative."""
+    group = require_group(tp_group)
+    dv.check_matrix("logits", logits)
+    dv.check_vector("labels", labels, logits.shape[0])
+    dv.check_same_device(logits=logits, labels=labels)
+    shard = vocab_shard(logits.shape[1], rank=group.rank(), tp_size=group.size(), vocab_size=vocab_size)
+    dv.check_ids("labels", labels, shard.vocab_size)
+    result: torch.Tensor = _VocabParallelCrossEntropy.apply(logits, labels, shard, group)
+    return result
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_Tv, labels_T, shard: VocabShard, group):  # type: ignore[no-untyped-def]
+        dtype = dv.compute_dtype(logits_Tv)
+        valid_Tv = logits_Tv[:, : shard.num_valid]
+        block = dv.block_tokens_for(len(logits_Tv), shard.num_valid, dtype, logits_Tv.device)
+        scratch_Bv = torch.empty(block, shard.num_valid, dtype=dtype, device=logits_Tv.device)
+        max_T = dv.shard_max(valid_Tv, dtype)
+        label_logit_T = OwnedIds.of(labels_T, shard).gather(valid_Tv, dtype)
+        stats_3T = torch.stack([max_T, dv.shard_sumexp(valid_Tv, max_T, 1.0, scratch_Bv), label_logit_T])
+        stats_R3T = all_gather_stack(stats_3T, group)
+        lse_T = dv.combine_lse(stats_R3T[:, 0], stats_R3T[:, 1], 1.0)
+        ctx.save_for_backward(logits_Tv, labels_T, lse_T)
+        ctx.shard, ctx.block = shard, block
+        values_T = lse_T - stats_R3T[:, 2].double().sum(0)
+        return values_T.masked_fill(labels_T < 0, 0.0).to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output_T):  # type: ignore[no-untyped-def]
+        logits_Tv, labels_T, lse_T = ctx.saved_tensors
+        shard = ctx.shard
+        dtype = dv.compute_dtype(logits_Tv)
+        weight_T = grad_output_T.to(dtype).masked_fill(labels_T < 0, 0.0)
+        grad_Tv = torch.zeros_like(logits_Tv)
+        for rows in dv.token_chunks(len(logits_Tv), ctx.block):
+            grad_Bv = softmax_rows(logits_Tv[rows, : shard.num_valid], lse_T[rows], dtype).mul_(weight_T[rows].unsqueeze(-1))
+            OwnedIds.of(labels_T[rows], shard).add_(grad_Bv, -weight_T[rows])
+            grad_Tv[rows, : shard.num_valid] = grad_Bv
+        return grad_Tv, None, None, None
+
+
+def softmax_rows(logits_Bv: torch.Tensor, lse_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """exp(x - lse) as a new tensor. The float64 log-sum-exp is split in two so that float32 rows do not all inherit its rounding."""
+    high_B = lse_B.to(dtype)
+    low_B = torch.exp(high_B.double() - lse_B).to(dtype)
+    return torch.sub(logits_Bv.to(dtype), high_B.unsqueeze(-1)).exp_().mul_(low_B.unsqueeze(-1))
