@@ -1,0 +1,161 @@
+"""The command line: `megatron-gkd {train,sample,convert,eval,plan,report,check}`, also `python -m megatron_gkd`.
+
+The second form is what torchrun starts. A command is first prepared (flags parsed, configuration validated, no heavy
+import) and then carried out. An error that the user can act on (`GKDError`) is one line on stderr and exit code 2; `--log_level debug` adds the traceback. While a
+command is prepared every rank meets the same error, so one rank per machine prints it; afterwards every rank that fails
+says so under its number.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import megatron_gkd
+from megatron_gkd.errors import ConfigError, GKDError, NotBuiltError
+
+PROG = "megatron-gkd"
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+Action = Callable[[], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out a command line; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        action = prepare(argv)
+    except GKDError as error:
+        return _fail(error, argv, every_rank=False)
+    try:
+        action()
+    except GKDError as error:
+        return _fail(error, argv, every_rank=True)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{PROG}: interrupted\n")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def prepare(argv: Sequence[str]) -> Action:
+    """Everything that needs no model, no data and no other rank: what is returned does the work."""
+    name, rest = (argv[0] if argv else ""), list(argv[1:])
+    if name in ("-h", "--help", "--version"):
+        text = f"{PROG} {megatron_gkd.__version__}" if name == "--version" else _usage()
+        return lambda: print(text)
+    if name not in COMMANDS:
+        from difflib import get_close_matches
+
+        found = get_close_matches(name, COMMANDS, n=1)
+        problem = f"unknown command {name}" + (f"; did you mean {found[0]}?" if found else "") if name else "no command"
+        raise ConfigError(f"{problem}; give one of {', '.join(COMMANDS)} (--help says more)")
+    return COMMANDS[name][1](rest)
+
+
+def _train(argv: list[str]) -> Action:
+    from megatron_gkd.flags import parse_run_config
+    from megatron_gkd.observe.logging import setup_logging
+
+    cfg = parse_run_config(argv, command="train")
+    cfg.validate("train")
+
+    def action() -> None:
+        setup_logging(cfg.logging.log_level)
+        from megatron_gkd.train.loop import run_training
+
+        run_training(cfg)
+
+    return action
+
+
+def _eval(argv: list[str]) -> Action:
+    from megatron_gkd.flags import parse_run_config
+    from megatron_gkd.observe.logging import setup_logging
+
+    cfg = parse_run_config(argv, command="eval")
+    cfg.validate("eval")
+
+    def action() -> None:
+        setup_logging(cfg.logging.log_level)
+        from megatron_gkd.train.evaluate import run_evaluation
+
+        run_evaluation(cfg)
+
+    return action
+
+
+def _report(argv: list[str]) -> Action:
+    def action() -> None:
+        from megatron_gkd.report import main as report
+
+        report(argv)
+
+    return action
+
+
+def _sample(argv: list[str]) -> Action:
+    from megatron_gkd.flags import parse_sample_config
+
+    parse_sample_config(argv)
+    raise NotBuiltError(
+        "not built yet: sample (sampling a teacher's completions to a file needs the vLLM rollout bridge: "
+        "train on completions that are in the data set)"
+    )
+
+
+def _not_built(name: str, advice: str) -> Callable[[list[str]], Action]:
+    def command(argv: list[str]) -> Action:
+        raise NotBuiltError(f"not built yet: {name} ({advice})")
+
+    return command
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], Action]]] = {
+    "train": ("distil a teacher into a student", _train),
+    "sample": ("sample completions of a data set's prompts to a file (not built yet)", _sample),
+    "convert": (
+        "convert checkpoints between Hugging Face and Megatron (not built yet)",
+        _not_built("convert", "training reads Hugging Face directories and exports one"),
+    ),
+    "eval": ("compare a student with its teacher on held-out data", _eval),
+    "plan": (
+        "estimate memory and time of a layout (not built yet)",
+        _not_built("plan", "try the layout on a few steps"),
+    ),
+    "report": ("summarise a run directory: text, JSON, curve", _report),
+    "check": (
+        "compare a teacher server with a local teacher (not built yet)",
+        _not_built("check", "external teachers are missing, so there is nothing to compare"),
+    ),
+}
+
+
+def _usage() -> str:
+    lines = [f"usage: {PROG} COMMAND [flags]", "", "commands:"]
+    lines += [f"  {name:<8} {text}" for name, (text, _) in COMMANDS.items()]
+    return "\n".join([*lines, "", f"`{PROG} COMMAND --help` lists the flags; --version prints the version."])
+
+
+def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
+    """Print the error as one line; returns the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    if every_rank or int(os.environ.get("LOCAL_RANK", rank)) == 0:
+        if _wants_traceback(argv):
+            traceback.print_exception(error)
+        several = every_rank and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        text = " ".join(str(error).split())
+        sys.stderr.write(f"{PROG}: {f'rank {rank}: ' if several else ''}error: {text}\n")
+    return EXIT_USAGE
+
+
+def _wants_traceback(argv: Sequence[str]) -> bool:
+    """Read before parsing, because parsing may be what fails."""
+    words = " ".join(argv).replace("=", " ").replace("--log-level", "--log_level").split()
+    return ("--log_level", "debug") in zip(words, words[1:], strict=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""The configuration of a run: one frozen dataclass per component, one flat flag per field.
+
+`RunConfig` holds the sections; code reads `cfg.distillation.beta`, the command line says `--beta`, a YAML file `beta:`
+(flags.py). A section checks the type and range of its own fields when it is made. `RunConfig.validate()`, called before
+any work is done, checks what spans sections (contradictions.py) and then refuses, by name, what this version does not
+have (not_built.py).
+
+A flag either has an effect or is refused when it is set away from its default: none is accepted and ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from megatron_gkd.contradictions import refuse_contradictions
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.not_built import NOT_BUILT, Command, refuse_not_built
+from megatron_gkd.settings import Section, default_of, setting, show, type_hints
+
+__all__ = ["NOT_BUILT", "RunConfig", "flags"]
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """Student model."""
+
+    model: str = setting(help="Student: a Hugging Face model directory.")
+    dtype: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", "Type of the weights and activations of both models; losses and reductions are fp32 in any case."
+    )
+    freeze_embeddings: bool = setting(
+        False, "Keep the student's embedding as it is; with tied embeddings that is its head too."
+    )
+
+
+@dataclass(frozen=True)
+class TeacherConfig(Section):
+    """Teacher: a local model in its own parallel layout, or a server."""
+
+    teacher_model: str | None = setting(
+        None, "Teacher: a Hugging Face model directory; it may be left out with --teacher_model_server."
+    )
+    teacher_model_server: str | None = setting(
+        None,
+        "URL of an external teacher (vllm serve, swift deploy); needs --gkd_logits_topk.",
+    )
+    teacher_tensor_model_parallel_size: int | None = setting(
+        None, "Tensor parallel size of the teacher; null: the student's.", ge=1
+    )
+    teacher_pipeline_model_parallel_size: int | None = setting(
+        None, "Pipeline stages of the teacher; null: the student's.", ge=1
+    )
+    teacher_context_parallel_size: int | None = setting(
+        None, "Context parallel size of the teacher; null: the student's.", ge=1
+    )
+    teacher_expert_model_parallel_size: int | None = setting(
+        None, "Expert parallel size of the teacher; null: the student's.", ge=1
+    )
+    teacher_placement: Literal["colocate", "separate"] = setting(
+        "colocate", "colocate: the teacher shares the student's ranks; separate: it has ranks of its own."
+    )
+    offload_teacher_model: bool = setting(False, "Keep the teacher in host memory while the student trains.")
+    teacher_micro_batch_size: int | None = setting(
+        None, "Samples that the teacher is fed at once; null: --micro_batch_size.", ge=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_model_server is not None:
+            url = urlsplit(self.teacher_model_server)
+            if url.scheme not in ("http", "https") or not url.netloc:
+                raise ConfigError(
+                    f"--teacher_model_server is {self.teacher_model_server}; it must be a URL such as http://localhost:8000"
+                )
+
+
+@dataclass(frozen=True)
+class DistillationConfig(Section):
+    """Distillation: divergence, sources of the completions, what the teacher tells."""
+
+    beta: float = setting(
+        0.5,
+        "Divergence: 0 is forward KL(teacher||student), 1 is reverse KL(student||teacher), between them generalized "
+        "JSD. The ends are definitions, not limits: the JSD tends to 0 there, so beta 0.01 trains about 100 times more "
+        "weakly than beta 0.",
+        ge=0,
+        le=1,
+    )
+    lmbda: float = setting(
+        0.5, "Probability, per sample, that the student samples the completion (on-policy).", ge=0, le=1
+    )
+    seq_kd: bool = setting(
+        False,
+        "Samples that are not on-policy: the teacher samples the completion (true), or the data set gives it (false).",
+    )
+    sft_alpha: float = setting(
+        0.0, "Weight of the cross entropy added on samples whose completion is not the student's.", ge=0
+    )
+    gkd_logits_topk: int | None = setting(
+        None, "K: use the teacher's K most probable tokens; null: the full vocabulary.", gt=0
+    )
+    topk_tail: Literal["renormalize", "bucket"] = setting(
+        "renormalize",
+        "With --gkd_logits_topk: renormalize both models on the K tokens, or keep the rest as one outcome (bucket).",
+    )
+    loss_temperature: float = setting(
+        1.0, "Temperature of both distributions in the loss; --temperature is that of sampling.", gt=0
+    )
+    use_liger_kernel: bool = setting(False, "Fused linear loss; not together with --gkd_logits_topk.")
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Section):
+    """Sampling of completions."""
+
+    temperature: float = setting(0.9, "Sampling temperature.", gt=0)
+    top_p: float = setting(
+        1.0, "Sample from the smallest set of tokens with this probability; 1: from all.", gt=0, le=1
+    )
+    top_k: int = setting(0, "Sample from this many most probable tokens; 0: from all.", ge=0)
+    max_completion_length: int = setting(512, "Most tokens sampled per completion.", gt=0)
+    use_vllm: bool = setting(False, "Sample the student's completions with vLLM.")
+    vllm_mode: Literal["colocate", "server"] = setting("colocate", "vLLM in the training processes, or as a server.")
+    vllm_gpu_memory_utilization: float = setting(0.9, "Share of each GPU's memory for a colocated vLLM.", gt=0, le=1)
+    vllm_tensor_parallel_size: int = setting(1, "Tensor parallel size of a colocated vLLM.", ge=1)
+    vllm_max_model_len: int | None = setting(None, "Longest sequence of vLLM; null: the model's.", gt=0)
+    sleep_level: Literal[0, 1, 2] = setting(
+        0, "What a colocated vLLM frees while the student trains: 0 nothing, 1 and 2 as in vLLM."
+    )
+    vllm_server_host: str | None = setting(None, "Host of the vLLM server.")
+    vllm_server_port: int = setting(8000, "Port of the vLLM server.", ge=1, le=65535)
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Section):
+    """Parallel layout of the student, and the machine."""
+
+    tensor_model_parallel_size: int = setting(1, "Ranks that share each layer.", ge=1)
+    pipeline_model_parallel_size: int = setting(1, "Pipeline stages.", ge=1)
+    context_parallel_size: int = setting(1, "Ranks that share each sequence.", ge=1)
+    expert_model_parallel_size: int = setting(1, "Ranks that share the experts of a mixture-of-experts model.", ge=1)
+    virtual_pipeline_model_parallel_size: int | None = setting(
+        None, "Model chunks per pipeline stage (interleaved schedule); null: 1.", ge=1
+    )
+    sequence_parallel: bool = setting(False, "Split the activations between layers over the tensor parallel ranks.")
+    use_distributed_optimizer: bool = setting(True, "Split the optimizer's state over the data parallel ranks.")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is a GPU, else CPU with gloo.")
+    distributed_timeout_minutes: int = setting(
+        10, "Minutes after which a collective that does not finish is an error.", ge=1
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Data."""
+
+    dataset: list[str] = setting(
+        [], "Training data: JSONL or Parquet files of prompts and completions (chat messages)."
+    )
+    eval_dataset: list[str] = setting([], "Held-out data, in the same form.")
+    eval_samples: int | None = setting(None, "Rows of the held-out data that are used; null: all.", gt=0)
+    max_length: int = setting(1024, "Most tokens of prompt and completion together.", ge=2)
+    packing: bool = setting(False, "Pack several samples into one sequence of at most --max_length tokens.")
+    on_bad_row: Literal["stop", "skip"] = setting("stop", "At a malformed row: stop, or skip and count it.")
+    overlong: Literal["drop", "truncate_left", "stop"] = setting(
+        "drop", "A row over --max_length: drop and count it, cut its prompt from the left, or stop."
+    )
+    shuffle: bool = setting(
+        True, "Draw the rows in a new random order in every epoch; false: in the order of the files."
+    )
+    streaming: bool = setting(False, "Read the training data while training.")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Section):
+    """Training: batch, length, optimizer."""
+
+    micro_batch_size: int = setting(1, "Samples that a data parallel rank is fed at once.", ge=1)
+    global_batch_size: int = setting(16, "Samples per step, over all ranks.", ge=1)
+    train_iters: int | None = setting(None, "Steps to train; null: as many as --num_train_epochs says.", ge=1)
+    num_train_epochs: float | None = setting(None, "Passes over the data; null, and no --train_iters: 1.", gt=0)
+    lr: float = setting(1e-5, "Peak learning rate (AdamW).", gt=0)
+    min_lr: float = setting(0.0, "Learning rate at the end of the decay.", ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = setting(
+        "cosine", "Course of the learning rate after the warm-up."
+    )
+    lr_warmup_fraction: float = setting(
+        0.05, "Share of the steps in which the learning rate rises linearly from 0.", ge=0, le=1
+    )
+    weight_decay: float = setting(0.1, "AdamW weight decay.", ge=0)
+    clip_grad: float = setting(1.0, "Largest gradient norm; 0: no clipping.", ge=0)
+    adam_beta1: float = setting(0.9, "AdamW beta 1.", ge=0, lt=1)
+    adam_beta2: float = setting(0.95, "AdamW beta 2.", ge=0, lt=1)
+    adam_eps: float = setting(1e-8, "AdamW epsilon.", gt=0)
+    seed: int = setting(42, "Seed of the order of the rows and the source of each sample.", ge=0, lt=2**32)
+
+    def num_steps(self, num_rows: int) -> int:
+        """Steps on a data set of this many rows: --train_iters, else the steps that cover --num_train_epochs (or 1)."""
+        return self.train_iters or math.ceil((self.num_train_epochs or 1) * num_rows / self.global_batch_size)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """Run directory and checkpoints."""
+
+    save: str = setting("runs/gkd", "Run directory: configuration, metrics, checkpoints, exported student.")
+    load: str | None = setting(None, "Run directory or checkpoint to resume from.")
+    save_steps: int = setting(500, "Save a checkpoint every this many steps, and at the end.", ge=1)
+    save_total_limit: int | None = setting(None, "Keep this many newest checkpoints; null: all.", ge=1)
+    save_hf: bool = setting(True, "Export the student as a Hugging Face model directory at the end.")
+
+
+@dataclass(frozen=True)
+class LoggingConfig(Section):
+    """Logging and evaluation during training."""
+
+    logging_steps: int = setting(1, "Write metrics every this many steps.", ge=1)
+    eval_steps: int | None = setting(
+        None,
+        "Evaluate on --eval_dataset every this many steps; null: before the first and after the last only.",
+        ge=1,
+    )
+    report_to: list[Literal["tensorboard", "wandb", "none"]] = setting(
+        ["tensorboard"], "Where metrics go beside metrics.jsonl in the run directory."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", "Least severe messages shown; debug adds tracebacks."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ConfigError(
+                f"--report_to is {show(self.report_to)}; none stands alone: leave it out, or leave out the others"
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is told. Change one with dataclasses.replace."""
+
+    model: ModelConfig
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> RunConfig:
+        """From flag name -> value; flags left out have their defaults."""
+        sections: dict[str, dict[str, Any]] = {name: {} for name in type_hints(cls)}
+        for flag, value in values.items():
+            sections[flags()[flag].section][flag] = value
+        if "model" not in sections["model"]:
+            raise ConfigError("--model is missing; give the student's model directory")
+        return cls(**{name: type_hints(cls)[name](**part) for name, part in sections.items()})
+
+    def to_flat(self) -> dict[str, Any]:
+        """Flag name -> value, for every flag, in the order of the sections."""
+        return {name: self.get(name) for name in flags()}
+
+    def get(self, flag: str) -> Any:
+        """The value of a flag by its flat name."""
+        return getattr(getattr(self, flags()[flag].section), flag)
+
+    def is_default(self, flag: str) -> bool:
+        """Whether a flag has its default value."""
+        return bool(self.get(flag) == flags()[flag].default)
+
+    def validate(self, command: Command = "train") -> None:
+        """Raise ConfigError for flags that contradict each other, then NotBuiltError for what this version lacks."""
+        refuse_contradictions(self, command)
+        refuse_not_built(self, command)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Where a flag lives and what it is."""
+
+    name: str
+    section: str
+    hint: Any
+    item: Field[Any]
+
+    @property
+    def default(self) -> Any:
+        """MISSING where the flag is required."""
+        return default_of(self.item)
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+
+@cache
+def flags() -> dict[str, Flag]:
+    """Every flag of a run by name, in the order of the sections."""
+    return {
+        name: flag for section, cls in type_hints(RunConfig).items() for name, flag in flags_of(cls, section).items()
+    }
+
+
+def flags_of(cls: type, section: str) -> dict[str, Flag]:
+    """The flags of one section class."""
+    return {item.name: Flag(item.name, section, type_hints(cls)[item.name], item) for item in fields(cls)}

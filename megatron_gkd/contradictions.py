@@ -1,0 +1,83 @@
+"""Flags that contradict each other, or have no effect beside another one: what `RunConfig.validate()` refuses first.
+
+Ranges of single flags are checked by their sections (settings.py); world size and model where they are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.not_built import Command
+
+if TYPE_CHECKING:
+    from megatron_gkd.config import RunConfig
+
+LOCAL_TEACHER = (
+    "teacher_tensor_model_parallel_size",
+    "teacher_pipeline_model_parallel_size",
+    "teacher_context_parallel_size",
+    "teacher_expert_model_parallel_size",
+    "teacher_placement",
+    "offload_teacher_model",
+    "teacher_micro_batch_size",
+)
+
+
+def refuse_contradictions(cfg: RunConfig, command: Command) -> None:
+    """Raise a ConfigError with the first contradiction."""
+    for problem in _problems(cfg, command):
+        raise ConfigError(problem)
+
+
+def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
+    yield from _of_distillation(cfg)
+    yield from _of_parallel(cfg)
+    if command == "train":
+        yield from _of_training(cfg)
+    needed = "dataset" if command == "train" else "eval_dataset"
+    if not cfg.get(needed):
+        yield f"--{needed} is missing; give one or more JSONL or Parquet files"
+    if "wandb" in cfg.logging.report_to and find_spec("wandb") is None:
+        yield "--report_to wandb needs the package wandb, which is not installed; install it, or leave wandb out"
+
+
+def _of_distillation(cfg: RunConfig) -> Iterator[str]:
+    loss, topk = cfg.distillation, cfg.distillation.gkd_logits_topk
+    if loss.use_liger_kernel and topk is not None:
+        yield (
+            "--use_liger_kernel does not go with --gkd_logits_topk: the fused linear loss takes the full vocabulary; "
+            "leave out one of them"
+        )
+    if loss.topk_tail != "renormalize" and topk is None:
+        yield f"--topk_tail {loss.topk_tail} needs --gkd_logits_topk: the full vocabulary has no tail"
+    if cfg.teacher.teacher_model_server is None:
+        return
+    if topk is None:
+        yield "--teacher_model_server needs --gkd_logits_topk: a server tells only its most probable tokens"
+    for flag in LOCAL_TEACHER:
+        if cfg.teacher.teacher_model is None and not cfg.is_default(flag):
+            yield f"--{flag} is for a local teacher, but --teacher_model_server is given; leave it out"
+
+
+def _of_parallel(cfg: RunConfig) -> Iterator[str]:
+    layout = cfg.parallel
+    if layout.sequence_parallel and layout.tensor_model_parallel_size == 1:
+        yield "--sequence_parallel splits over the tensor parallel ranks: it needs --tensor_model_parallel_size above 1"
+    if (layout.virtual_pipeline_model_parallel_size or 1) > 1 and layout.pipeline_model_parallel_size == 1:
+        yield "--virtual_pipeline_model_parallel_size needs --pipeline_model_parallel_size above 1"
+
+
+def _of_training(cfg: RunConfig) -> Iterator[str]:
+    training = cfg.training
+    if training.train_iters is not None and training.num_train_epochs is not None:
+        yield "--train_iters and --num_train_epochs both say how long to train; give one of them"
+    if training.min_lr > training.lr:
+        yield f"--min_lr {training.min_lr} is above --lr {training.lr}; it is where the decay ends"
+    if training.lr_decay_style == "constant" and training.min_lr > 0:
+        yield "--min_lr has no effect with --lr_decay_style constant; leave it out, or decay linear or cosine"
+    for flag in ("eval_steps", "eval_samples"):
+        if not cfg.is_default(flag) and not cfg.data.eval_dataset:
+            yield f"--{flag} needs --eval_dataset"

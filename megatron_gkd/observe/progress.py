@@ -1,0 +1,85 @@
+"""The live line of a run: `step 12/100 | loss 2.3451 | 1,234 tokens/s | 0.52 s/step | ETA 0:00:46`.
+
+On a terminal one line is rewritten in place; elsewhere (a file, a pipe) every update is a line of its own, so the
+caller updates it once per logging step. One rank prints: the others make it with `enabled=False`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TextIO
+
+from megatron_gkd.observe.logging import CLEAR_LINE
+
+WINDOW = 20  # updates that the speed, and with it the ETA, is taken from
+
+
+class Progress:
+    """Of steps 1 .. total_steps, of which `done_steps` were done before (a resumed run)."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        done_steps: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total_steps = total_steps
+        self._enabled = enabled
+        self._stream = sys.stderr if stream is None else stream
+        self._in_place = self._stream.isatty()
+        self._clock = clock
+        self._marks: deque[tuple[int, float]] = deque([(done_steps, clock())], maxlen=WINDOW)
+        self._line_open = False
+
+    def update(self, step: int, *, loss: float | None = None, tokens_per_s: float | None = None) -> None:
+        """Show that `step` steps are done."""
+        if not self._enabled:
+            return
+        self._marks.append((step, self._clock()))
+        line = self.line(step, loss=loss, tokens_per_s=tokens_per_s)
+        if self._in_place:
+            width = shutil.get_terminal_size().columns
+            self._stream.write(f"{CLEAR_LINE}{line[: width - 1]}")
+        else:
+            self._stream.write(f"{line}\n")
+        self._line_open = self._in_place
+        self._stream.flush()
+
+    def line(self, step: int, *, loss: float | None = None, tokens_per_s: float | None = None) -> str:
+        """The text of the line."""
+        parts = [f"step {step}/{self._total_steps}"]
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}")
+        if tokens_per_s is not None:
+            parts.append(f"{tokens_per_s:,.0f} tokens/s")
+        step_time_s = self._step_time_s()
+        if step_time_s is not None:
+            remaining_s = timedelta(seconds=round(step_time_s * max(self._total_steps - step, 0)))
+            parts += [f"{step_time_s:.2f} s/step", f"ETA {remaining_s}"]
+        return " | ".join(parts)
+
+    def close(self) -> None:
+        """End the line, so that what follows starts on its own. More updates may follow."""
+        if self._line_open:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._line_open = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _step_time_s(self) -> float | None:
+        """Seconds per step over the window."""
+        (first, start_s), (last, end_s) = self._marks[0], self._marks[-1]
+        return (end_s - start_s) / (last - first) if last > first else None

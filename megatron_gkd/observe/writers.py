@@ -1,0 +1,155 @@
+"""Where a run's numbers go: a JSONL file always, TensorBoard and wandb on request.
+
+Every writer takes a step number and a flat mapping of names to numbers, one call per logged step, from one rank. Names
+carry their unit (`step_time_s`, `tokens_per_s`, `num_tokens`).
+
+Resume: `first_step` is the first step that the resumed run will write. What the interrupted run wrote at or after it is
+taken back, so that a resumed run leaves the same record as one that was never interrupted. Without `first_step` a run
+is new, and a record that is already there is an error rather than overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.observe.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+class MetricsWriter(Protocol):
+    """A destination of numbers."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record one step."""
+
+    def close(self) -> None:
+        """Flush and release."""
+
+
+def open_writers(
+    report_to: Sequence[str], run_dir: Path, *, first_step: int | None = None, config: Mapping[str, Any] | None = None
+) -> MetricsWriter:
+    """metrics.jsonl in the run directory, and what --report_to names beside it."""
+    writers: list[MetricsWriter] = [JsonlWriter(run_dir / "metrics.jsonl", first_step=first_step)]
+    if "tensorboard" in report_to:
+        writers.append(TensorBoardWriter(run_dir / "tensorboard", first_step=first_step))
+    if "wandb" in report_to:
+        writers.append(WandbWriter(run_dir, first_step=first_step, config=config))
+    return Writers(writers)
+
+
+class Writers:
+    """Several writers as one."""
+
+    def __init__(self, writers: Sequence[MetricsWriter]) -> None:
+        self._writers = tuple(writers)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, values)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+class JsonlWriter:
+    """One JSON object a line, `{"step": 1, "loss": 2.3}`, on disk when `write` returns. NaN and infinities are null."""
+
+    def __init__(self, path: Path, *, first_step: int | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if first_step is not None:
+            _take_back(path, first_step)
+        elif path.exists() and path.stat().st_size > 0:
+            raise ConfigError(f"{path} holds an earlier run; give another --save, or --load it to resume")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        row = {"step": step} | {name: _finite(value) for name, value in values.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """TensorBoard event files, one scalar per name."""
+
+    def __init__(self, directory: Path, *, first_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(directory), purge_step=first_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, float(value), step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """Weights & Biases. A resumed run goes on in the run that wrote `wandb_id.txt` in the run directory."""
+
+    def __init__(
+        self, run_dir: Path, *, first_step: int | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("--report_to wandb needs the package wandb; install it, or leave wandb out") from error
+        id_file = run_dir / "wandb_id.txt"
+        run_id = (
+            id_file.read_text().strip() if first_step is not None and id_file.exists() else wandb.util.generate_id()
+        )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        id_file.write_text(run_id + "\n")
+        self._run: Any = wandb.init(
+            id=run_id, name=run_dir.name, dir=str(run_dir), config=dict(config or {}), resume="allow"
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL record; lines that a crash left unfinished are skipped with a warning."""
+    return list(_rows(path)) if path.exists() else []
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
+        else:
+            logger.warning("%s:%d is not a row of metrics and is left out", path, number)
+
+
+def _take_back(path: Path, first_step: int) -> None:
+    """Leave the rows before `first_step`; the file is replaced as a whole."""
+    kept = [row for row in read_rows(path) if row["step"] < first_step]
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _finite(value: float) -> float | int | None:
+    """A number that JSON has; a scalar tensor becomes one."""
+    number: float = value.item() if hasattr(value, "item") else value
+    return number if math.isfinite(number) else None
