@@ -1,0 +1,36 @@
+# make help: what there is. The environment is made by launch/setup_env.sh on first use.
+VENV ?= $(if $(GKD_VENV),$(GKD_VENV),.venv)
+PYTHON := $(VENV)/bin/python
+SHELL_SCRIPTS := $(wildcard launch/*.sh) .ci/run
+PYTEST_ARGS ?=
+
+export OMP_NUM_THREADS := 1
+
+.PHONY: help env check format test bench docs
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+env:  ## make or update the environment
+	@bash launch/setup_env.sh
+
+check: env  ## lint, format, types, shell scripts
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	@if command -v shellcheck >/dev/null; then echo shellcheck $(SHELL_SCRIPTS); shellcheck $(SHELL_SCRIPTS); \
+	else echo "shellcheck is not installed: shell scripts get bash -n only"; for f in $(SHELL_SCRIPTS); do bash -n $$f; done; fi
+
+format: env  ## rewrite the code in the project's format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test: env  ## the whole CPU test suite (PYTEST_ARGS="-m 'not slow'" for the quick part)
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+docs: env  ## links, file map, command lines and configuration page of the documentation
+	$(PYTHON) -m pytest -q tests/test_docs.py
+
+bench: env  ## every benchmark under benchmarks/
+	@scripts=$$(ls benchmarks/bench_*.py 2>/dev/null); if [ -z "$$scripts" ]; then echo "no benchmarks in this version"; fi; \
+	for script in $$scripts; do echo "== $$script"; $(PYTHON) $$script || exit 1; done

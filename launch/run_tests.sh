@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Set up the environment, then run the whole CPU test suite.
+#
+#   bash launch/run_tests.sh                       # everything; arguments go to pytest:
+#   bash launch/run_tests.sh -m "not slow" -x      # the quick part, stop at the first failure
+#   bash launch/run_tests.sh tests/test_report.py
+#
+# Hardware: 2 CPU cores and 8 GB of memory; no GPU, no account. Tests that need a GPU skip themselves.
+# Time:     see docs/index.md; the set-up takes minutes the first time and nothing after that.
+# Expect:   pytest's closing line, "<n> passed", as the last line.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${GKD_VENV:-$root/.venv}
+
+case ${1:-} in
+    -h | --help)
+        sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+esac
+
+bash "$root/launch/setup_env.sh"
+cd "$root"
+# one thread per process: tests start several ranks, and threads that wait for each other cost more than they bring
+export OMP_NUM_THREADS=1
+exec "$venv/bin/python" -m pytest "$@"

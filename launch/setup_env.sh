@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Make the Python environment of megatron-gkd: .venv in the repository, pinned packages, the package itself (editable).
+#
+#   bash launch/setup_env.sh           # CPU set: requirements/cpu.txt
+#   bash launch/setup_env.sh --gpu     # CUDA set: requirements/gpu.txt (compiles transformer-engine's torch extension)
+#
+# Hardware: any x86-64 Linux; about 2 GB of disk for the CPU set. Needs Python 3.11 or 3.12 with the venv module.
+# Time:     1 to 5 minutes, most of it download; a second run compares a stamp and returns at once.
+# Expect:   one line per stage; the last line is "environment ready: <path>".
+#
+# Environment:
+#   GKD_VENV      where the environment lives (default: .venv in the repository)
+#   GKD_PYTHON    the interpreter to make it with (default: python3.11, else python3.12, else python3)
+#   GKD_PIP_ARGS  extra arguments for every call of the installer, for instance another index. On a machine without a GPU
+#                 point it at the index of torch's CPU builds:  GKD_PIP_ARGS="--extra-index-url <URL>"
+#                 Otherwise a default index may deliver the CUDA build: it works too, with several GB more.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${GKD_VENV:-$root/.venv}
+set_name=cpu
+dry_run=false
+
+usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
+say() { printf 'setup_env: %s\n' "$*"; }
+die() {
+    printf 'setup_env: %s\n' "$@" >&2
+    exit 1
+}
+run() {
+    if $dry_run; then
+        printf '+'
+        printf ' %q' "$@"
+        printf '\n'
+    else
+        "$@"
+    fi
+}
+
+while (($#)); do
+    case $1 in
+        --gpu) set_name=gpu ;;
+        --dry-run) dry_run=true ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        *) die "unknown argument: $1 (see --help)" ;;
+    esac
+    shift
+done
+requirements=$root/requirements/$set_name.txt
+
+# ---- is there anything to do? ---------------------------------------------------------------------------------------
+wanted=$(cat "$requirements" "$root/pyproject.toml" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
+wanted="$set_name $wanted $root"
+stamp=$venv/.megatron-gkd-stamp
+if [[ -x $venv/bin/megatron-gkd && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    say "environment ready: $venv (nothing to do)"
+    exit 0
+fi
+
+# ---- interpreter ----------------------------------------------------------------------------------------------------
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1; }
+python=
+if [[ -x $venv/bin/python ]] && supported "$venv/bin/python"; then
+    python=$venv/bin/python
+else
+    for candidate in ${GKD_PYTHON:+"$GKD_PYTHON"} python3.11 python3.12 python3; do
+        if supported "$candidate"; then
+            python=$candidate
+            break
+        fi
+    done
+    [[ -n $python ]] || die \
+        "Python 3.11 or 3.12 is needed and was not found (looked for python3.11, python3.12, python3)." \
+        "On Debian 12:  apt-get install python3 python3-venv      or name one:  GKD_PYTHON=/path/to/python3.11"
+    if ! "$python" -c 'import venv, ensurepip' >/dev/null 2>&1; then
+        die "$python has no venv/ensurepip, so no environment can be made with it." \
+            "On Debian:  apt-get install python3-venv      (for another version: python3.12-venv)"
+    fi
+    say "making $venv with $("$python" --version)"
+    run "$python" -m venv "$venv"
+fi
+
+# ---- packages -------------------------------------------------------------------------------------------------------
+pip=("$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off --quiet)
+read -r -a extra <<<"${GKD_PIP_ARGS:-}"
+pip+=("${extra[@]}")
+# torch alone, with its own dependencies at the pinned versions; then the complete set as it stands, without the resolver
+mapfile -t first < <(grep -E '^(torch|setuptools)==' "$requirements")
+mapfile -t compiled < <(grep -E '^transformer_engine_torch==' "$requirements" || true)
+
+install() { run "${pip[@]}" "$@" || die "the installer failed (see above); GKD_PIP_ARGS passes it extra arguments, see --help"; }
+
+rest=$(mktemp)
+trap 'rm -f "$rest"' EXIT
+grep -vE '^transformer_engine_torch==' "$requirements" >"$rest"
+say "installing ${first[*]} (the largest download)"
+install --constraint "$rest" "${first[@]}"
+say "installing $(grep -cE '^[A-Za-z]' "$requirements") pinned packages from requirements/$set_name.txt"
+install --no-deps --no-build-isolation --requirement "$rest"
+if ((${#compiled[@]})); then
+    say "compiling ${compiled[*]} against the installed torch (minutes)"
+    install --no-deps --no-build-isolation "${compiled[@]}"
+fi
+say "installing megatron-gkd itself (editable)"
+install --no-deps --no-build-isolation --editable "$root"
+$dry_run || printf '%s\n' "$wanted" >"$stamp"
+say "environment ready: $venv"
