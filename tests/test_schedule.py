@@ -200,6 +200,11 @@ def test_sources_at_the_end_points(seq_kd, otherwise):
     assert sample_sources(0, 0, 0, lmbda=0.5, seq_kd=seq_kd) == []
 
 
+def test_lmbda_0_is_never_on_policy_not_even_for_the_smallest_draw(monkeypatch):
+    monkeypatch.setattr("megatron_gkd.schedule._uniform", lambda *counters: 0.0)
+    assert sample_sources(0, 0, 1, lmbda=0, seq_kd=False) == ["dataset"]
+
+
 def test_more_lmbda_keeps_on_policy_samples():
     sets = [
         {i for i, source in enumerate(sample_sources(5, 5, 300, lmbda=x / 10, seq_kd=False)) if source == "student"}

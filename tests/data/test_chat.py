@@ -177,11 +177,25 @@ def test_load_tokenizer_refuses(tmp_path):
 
 
 def test_code_in_a_models_directory_is_never_run(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
-    (tmp_path / "evil.py").write_text("from pathlib import Path\n(Path(__file__).parent / 'ran').touch()\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}')
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
     with pytest.raises(CheckpointError, match="code inside it is never run"):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_is_fetched(monkeypatch):
+    import transformers
+
+    asked = {}
+
+    def record(path, **options):
+        asked.update(options)
+        return chat_tokenizer()
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", record)
+    load_tokenizer("someone/a-model")
+    assert asked == {"local_files_only": True, "trust_remote_code": False}
 
 
 def test_same_tokenizer_names_sizes_and_the_first_difference():
