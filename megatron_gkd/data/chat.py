@@ -115,10 +115,9 @@ class ChatEncoder:
         if completion is None:
             return prompt_ids, None
         completion_ids = self._tokenize(completion)
-        return prompt_ids, completion_ids if completion_ids[-1:] == (self.end_of_turn_id,) else (
-            *completion_ids,
-            self.end_of_turn_id,
-        )
+        if completion_ids[-1:] != (self.end_of_turn_id,):
+            completion_ids = (*completion_ids, self.end_of_turn_id)
+        return prompt_ids, completion_ids
 
     def _encode_turns(
         self, turns: Sequence[Message], completion: Message | None

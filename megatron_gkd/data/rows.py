@@ -146,20 +146,20 @@ def load_rows(
 
     Args:
         max_length: the most tokens of a row, P + C.
-        max_completion_length: give it if completions will be sampled: every prompt then leaves room for that many
-        tokens.
+        max_completion_length: give it if completions will be sampled; every prompt leaves room for as many tokens.
         on_bad_row: "stop" at the first malformed row, or "skip" and count them.
         overlong: what to do with a row that does not fit: "drop" and count, "truncate_left" the prompt, "stop".
         max_rows: stop reading once that many rows are in use; None reads everything.
     """
     _check(max_length, max_completion_length, on_bad_row, overlong, max_rows)
-    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not paths:
+        raise DataError("no data set is given; give --dataset at least one file")
     encoder = ChatEncoder(tokenizer)
     rows = RowDataset([str(path) for path in paths])
     summary = rows.summary
-    for file, records in enumerate(
-        [read_records(path) for path in paths]
-    ):  # all files are there, before hours of the first one
+    files = [read_records(path) for path in paths]  # a missing file is found before hours are spent on the first
+    for file, records in enumerate(files):
         for line, record in records:
             if max_rows is not None and len(rows) >= max_rows:
                 break

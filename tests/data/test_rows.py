@@ -126,6 +126,8 @@ def test_no_usable_row_is_an_error_with_the_reason(tmp_path):
         DataError, match=r"no usable row in .*2 rows read, 0 used; 2 dropped as malformed .*'conversations'"
     ):
         load(write(tmp_path / "d.jsonl", *[{"conversations": []}] * 2), on_bad_row="skip")
+    with pytest.raises(DataError, match="no data set is given"):
+        load_rows([], TOKENIZER, max_length=9)
     with pytest.raises(DataError, match="0 rows read"):
         load(write(tmp_path / "d.jsonl"))
 
