@@ -78,7 +78,7 @@ def plan_micro_batches(
 
     Args:
         lengths: tokens that a model is fed for each sample, `Sample.num_inputs`; the index in this list is the sample's
-        position.
+            position.
         packing: micro-batches are bins of at most `max_tokens` tokens, whatever the number of samples in them.
             `micro_batch_size` has no part in it then: fold it into `max_tokens`.
         allow_partial: take any number of samples, as in evaluation. In the padded form micro-batches then have at most
