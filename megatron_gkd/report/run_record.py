@@ -1,0 +1,86 @@
+"""A run directory as data: configuration, metrics, evaluations, and where the exported student is.
+
+Written by train/:
+
+    config.yaml        every flag's value
+    metrics.jsonl      {"step", "loss", "num_tokens", "step_time_s", ...} per logged step
+    evaluation.jsonl   {"step", "forward_kl", "reverse_kl", "jsd", "nll", "agreement", "num_tokens"} per evaluation;
+                       step 0 is before training
+    hf/                the exported student, once training is over
+
+A last line that is cut off (the run is writing it, or was killed while it did) is left out; other damage is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_gkd.config import RunConfig
+from megatron_gkd.errors import ConfigError, DataError
+from megatron_gkd.flags import parse_run_config
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run left behind; `metrics` and `evaluations` are in the order of their steps and may be empty."""
+
+    directory: Path
+    config: RunConfig
+    metrics: tuple[Record, ...]
+    evaluations: tuple[Record, ...]
+    exported: Path | None
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged; 0 before the first."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @property
+    def finished(self) -> bool:
+        """The student is exported, which is the last thing that training does; without export: all steps are logged."""
+        if self.config.checkpoint.save_hf:
+            return self.exported is not None
+        return self.last_step == self.config.training.train_iters
+
+
+def read_run(directory: Path) -> RunRecord:
+    """Raises a GKDError where `directory` is no run."""
+    config_file = directory / "config.yaml"
+    if not config_file.is_file():
+        problem = "it has no config.yaml" if directory.is_dir() else "there is no such directory"
+        raise ConfigError(f"{directory} is not a run directory: {problem}; give the --save of a `megatron-gkd train`")
+    config = parse_run_config(["--config", str(config_file)])
+    exported = directory / "hf"
+    return RunRecord(
+        directory=directory,
+        config=config,
+        metrics=read_jsonl(directory / "metrics.jsonl"),
+        evaluations=read_jsonl(directory / "evaluation.jsonl"),
+        exported=exported if (exported / "config.json").is_file() else None,
+    )
+
+
+def read_jsonl(path: Path) -> tuple[Record, ...]:
+    """The objects of a JSONL file, each with a `step`; () where there is no file."""
+    if not path.is_file():
+        return ()
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # without its line break: not written to the end
+                break
+            raise DataError(f"{path}:{number} is not valid JSON: {error}; the file is damaged") from error
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise DataError(f"{path}:{number} is not an object with a step; was it written by megatron-gkd?")
+        records.append(record)
+    return tuple(records)
