@@ -1,4 +1,4 @@
-"""The arithmetic that all losses share: argument checks, token chunks, sharded softmax statistics, divergence and gradient.
+"""The arithmetic that all losses share: token chunks, sharded softmax statistics, divergence and gradient.
 
 One home per formula; `reference.py` is written independently of this file and is what it is tested against.
 
@@ -9,19 +9,22 @@ With d_v = log(P_v / Q_v), and for 0 < beta < 1   w_v = log(M_v / Q_v):
     0 < beta < 1:  D = beta sum P (d - w) + (1-beta) S
                    S = -sum Q w                                    dD/dz = -(1-beta) Q (w + S)
 
-w comes from log1p and expm1 (`_small_log`): exact at P = Q (D = 0, not 1e-7), no overflow, no log M, no difference of entropies.
+w comes from log1p and expm1 (`_small_log`): exact at P = Q (D = 0, not 1e-7), no overflow, no log M, no difference
+of entropies.
 
-The anchor. Where one token holds nearly all of Q, w + S is a small difference of large numbers and float32 loses it. So w (or d) is
-taken relative to its value at the student's most probable token, `anchor`, a number per row that all ranks share:
+The anchor. Where one token holds nearly all of Q, w + S is a small difference of large numbers and float32 loses it.
+So w (or d) is taken relative to its value at the student's most probable token, `anchor`, a number per row that all
+ranks share:
     g = Q (w - anchor),   centre = -sum g,   S = centre - anchor,   dD/dz = factor * (g + centre * Q)
-Nothing large is left to cancel; at beta = 0, g = Q - P and no centre is needed. Only `centre` and D are sums over the whole
-vocabulary: one all-reduce of [2, C] finishes both.
+Nothing large is left to cancel; at beta = 0, g = Q - P and no centre is needed. Only `centre` and D are sums over
+the whole vocabulary: one all-reduce of [2, C] finishes both.
 
-Numbers: [C, v] work is float32 (float64 if an input is float64); what is [C] (maxima, log-sum-exps, offsets) is combined in
-float64, since one rounding of a log-sum-exp would shift every d of the row alike. d is bounded by +-LOG_RATIO_BOUND (see
-reference.py). -inf logits give probability 0 exactly; NaN stays NaN.
+Numbers: [C, v] work is float32 (float64 if an input is float64); what is [C] (maxima, log-sum-exps, offsets) is
+combined in float64, since one rounding of a log-sum-exp would shift every d of the row alike. d is bounded by
++-LOG_RATIO_BOUND (see reference.py). -inf logits give probability 0 exactly; NaN stays NaN.
 
-Legend: T tokens, C tokens of a chunk, R ranks of the group, v = V/tp valid columns of this rank. No collectives in this file.
+Legend: T tokens, C tokens of a chunk, R ranks of the group, v = V/tp valid columns of this rank. No collectives in
+this file.
 """
 
 from __future__ import annotations
@@ -31,71 +34,11 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_gkd.errors import ConfigError, ShapeError
 from megatron_gkd.reference import LOG_RATIO_BOUND
 
 CHUNK_BYTES = 64 * 2**20  # of the [C, v] buffers of one token chunk
 _BLOCK_BYTES_CPU = 2**19  # of one scratch buffer: a few of them fit into a core's L2 cache
 _LOWEST = -1e30  # stands in for -inf where a difference of two -inf would be NaN
-
-
-# ---- argument checks ------------------------------------------------------------------------------------------------
-
-
-def check_beta(beta: float) -> None:
-    if not 0.0 <= beta <= 1.0:  # also catches NaN
-        raise ConfigError(f"beta={beta} was given, 0 <= beta <= 1 is needed (0 forward KL, 1 reverse KL, 0.5 symmetric JSD)")
-
-
-def check_temperature(temperature: float) -> None:
-    if not (temperature > 0.0 and temperature != float("inf")):
-        raise ConfigError(f"temperature={temperature} was given, a positive finite number is needed; 1.0 leaves logits as they are")
-
-
-def check_matrix(name: str, x: torch.Tensor) -> None:
-    """A 2-D floating-point tensor with at least one column."""
-    if not isinstance(x, torch.Tensor) or x.dim() != 2 or x.shape[1] == 0:
-        shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ShapeError(f"{name} {shape} was given, a tensor [tokens, columns] is needed; flatten batch and sequence first")
-    if not x.is_floating_point():
-        raise ShapeError(f"{name} of dtype {x.dtype} was given, a floating-point dtype is needed")
-
-
-def check_same_device(**tensors: torch.Tensor | None) -> None:
-    devices = {name: x.device for name, x in tensors.items() if x is not None}
-    if len(set(devices.values())) > 1:
-        given = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ShapeError(f"{given} were given, one device is needed; move them together")
-
-
-def check_same_tokens(**tensors: torch.Tensor | None) -> None:
-    counts = {name: x.shape[0] for name, x in tensors.items() if x is not None}
-    if len(set(counts.values())) > 1:
-        given = ", ".join(f"{name} of {count} tokens" for name, count in counts.items())
-        raise ShapeError(f"{given} were given, the same tokens in the same order are needed")
-
-
-def check_same_columns(student: str, student_columns: int, teacher: str, teacher_columns: int) -> None:
-    if student_columns != teacher_columns:
-        raise ShapeError(
-            f"{student} with {student_columns} and {teacher} with {teacher_columns} vocabulary columns on this rank were given, the "
-            f"same global columns are needed; cut the teacher's head at the student's shard boundaries (parallel/vocab.py)"
-        )
-
-
-def check_vector(name: str, x: torch.Tensor | None, num_tokens: int) -> None:
-    if x is not None and x.shape != (num_tokens,):
-        raise ShapeError(f"{name} {list(x.shape)} was given, [{num_tokens}] is needed: one number per token")
-
-
-def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
-    """Integer ids below vocab_size; negative ids mean "absent". Reads the values on CPU; on CUDA asserts without a sync."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ShapeError(f"{name} of dtype {ids.dtype} was given, integer token ids are needed")
-    if ids.is_cuda:
-        torch._assert_async((ids < vocab_size).all())
-    elif bool((ids >= vocab_size).any()):
-        raise ShapeError(f"{name} up to {int(ids.max())} was given, ids below the vocabulary size {vocab_size} are needed")
 
 
 # ---- token chunks ---------------------------------------------------------------------------------------------------
@@ -112,7 +55,9 @@ def chunk_tokens_for(row_bytes: int) -> int:
 
 
 def token_chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    """Slices that cover [0, num_tokens); none for 0 tokens. The count depends on the arguments alone, alike on every rank."""
+    """Slices that cover [0, num_tokens); none for 0 tokens. The count depends on the arguments alone, alike on every
+    rank.
+    """
     for start in range(0, num_tokens, chunk_tokens):
         yield slice(start, min(start + chunk_tokens, num_tokens))
 
@@ -154,12 +99,14 @@ def shard_max_and_column(logits_Cv: torch.Tensor, dtype: torch.dtype) -> tuple[t
 def dense_stats(
     student_Cv: torch.Tensor, teacher_Cv: torch.Tensor, inverse_temperature: float, scratch_Bv: torch.Tensor
 ) -> torch.Tensor:
-    """What the ranks tell each other before they can normalise, [5, C]: the student's (max, sumexp), the teacher's (max, sumexp), and
-    the teacher's logit at the student's maximum."""
+    """What the ranks tell each other before they can normalise, [5, C]: the student's (max, sumexp), the teacher's
+    (max, sumexp), and the teacher's logit at the student's maximum."""
     dtype = scratch_Bv.dtype
     student_max_C, column_C = shard_max_and_column(student_Cv, dtype)
     teacher_max_C = shard_max(teacher_Cv, dtype)
-    at_column_C = teacher_Cv.gather(-1, column_C.unsqueeze(-1)).squeeze(-1).to(dtype) if teacher_Cv.shape[1] else teacher_max_C
+    at_column_C = (
+        teacher_Cv.gather(-1, column_C.unsqueeze(-1)).squeeze(-1).to(dtype) if teacher_Cv.shape[1] else teacher_max_C
+    )
     student_sumexp_C = shard_sumexp(student_Cv, student_max_C, inverse_temperature, scratch_Bv)
     teacher_sumexp_C = shard_sumexp(teacher_Cv, teacher_max_C, inverse_temperature, scratch_Bv)
     return torch.stack([student_max_C, student_sumexp_C, teacher_max_C, teacher_sumexp_C, at_column_C])
@@ -187,7 +134,9 @@ def finite_shift(max_C: torch.Tensor) -> torch.Tensor:
     return max_C.masked_fill(max_C == -torch.inf, 0.0)
 
 
-def shard_sumexp(logits_Cv: torch.Tensor, max_C: torch.Tensor, inverse_temperature: float, scratch_Bv: torch.Tensor) -> torch.Tensor:
+def shard_sumexp(
+    logits_Cv: torch.Tensor, max_C: torch.Tensor, inverse_temperature: float, scratch_Bv: torch.Tensor
+) -> torch.Tensor:
     """sum_v exp((x_v - max) / temperature), [C], block by block through `scratch_Bv`; the logits are only read."""
     shift_C = finite_shift(max_C)
     out_C = torch.empty_like(shift_C)
@@ -197,14 +146,18 @@ def shard_sumexp(logits_Cv: torch.Tensor, max_C: torch.Tensor, inverse_temperatu
     return out_C
 
 
-def centered_(logits_Bv: torch.Tensor, shift_B: torch.Tensor, inverse_temperature: float, out_Bv: torch.Tensor) -> torch.Tensor:
+def centered_(
+    logits_Bv: torch.Tensor, shift_B: torch.Tensor, inverse_temperature: float, out_Bv: torch.Tensor
+) -> torch.Tensor:
     """(x - shift) / temperature into `out_Bv`, in its dtype."""
     torch.sub(logits_Bv, shift_B.unsqueeze(-1), out=out_Bv)
     return out_Bv if inverse_temperature == 1.0 else out_Bv.mul_(inverse_temperature)
 
 
 def combine_lse(max_RC: torch.Tensor, sumexp_RC: torch.Tensor, inverse_temperature: float) -> torch.Tensor:
-    """Log-sum-exp over all ranks, [C] float64, from every rank's (max, sumexp); -inf where no rank has a finite column."""
+    """Log-sum-exp over all ranks, [C] float64, from every rank's (max, sumexp); -inf where no rank has a finite
+    column.
+    """
     scaled_RC = max_RC.double() * inverse_temperature
     top_C = scaled_RC.amax(0)
     shift_C = finite_shift(top_C)
@@ -217,6 +170,18 @@ def row_norm(max_RC: torch.Tensor, sumexp_RC: torch.Tensor, rank: int, inverse_t
     shift_C = finite_shift(max_RC[rank])
     log_offset_C = shift_C.double() * inverse_temperature - lse_C
     return RowNorm(shift_C, log_offset_C, log_offset_C.exp().to(shift_C.dtype), lse_C)
+
+
+def softmax_into_(
+    out_Cv: torch.Tensor, logits_Cv: torch.Tensor, lse_C: torch.Tensor, block_tokens: int
+) -> torch.Tensor:
+    """exp(x - lse), block by block; `out_Cv` may be `logits_Cv`. The float64 log-sum-exp is split in two, so that no
+    row inherits its rounding as a common factor."""
+    high_C = finite_shift(lse_C.to(out_Cv.dtype))
+    low_C = torch.exp(high_C.double() - lse_C).to(out_Cv.dtype)
+    for rows in token_chunks(logits_Cv.shape[0], max(1, block_tokens)):
+        torch.sub(logits_Cv[rows], high_C[rows].unsqueeze(-1), out=out_Cv[rows]).exp_().mul_(low_C[rows].unsqueeze(-1))
+    return out_Cv
 
 
 # ---- the divergence -------------------------------------------------------------------------------------------------
@@ -246,7 +211,9 @@ def anchor_of(d_C: torch.Tensor, beta: float) -> torch.Tensor:
     return bounded_C if beta == 1 else _small_log(bounded_C, beta).add_(bounded_C.clamp(min=0))
 
 
-def partial_sums_(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor, anchor: torch.Tensor, g_out: torch.Tensor, beta: float) -> Sums:
+def partial_sums_(
+    p: torch.Tensor, q: torch.Tensor, d: torch.Tensor, anchor: torch.Tensor, g_out: torch.Tensor, beta: float
+) -> Sums:
     """Sums over the last dimension; writes g to `g_out` and overwrites d. d is bounded; `anchor` is [..., 1]."""
     if beta == 0:
         torch.sub(q, p, out=g_out)
@@ -264,11 +231,14 @@ def partial_sums_(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor, anchor: tor
 
 
 def _small_log(d: torch.Tensor, beta: float, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """r = log(M/Q) where d <= 0 and log(M/P) where d > 0: the one of the two that is not a difference of large numbers.
+    """r = log(M/Q) where d <= 0 and log(M/P) where d > 0: the one of the two that is not a difference of large
+    numbers.
 
     log(M/Q) = w = r + max(d, 0) and log(P/M) = d - w = min(d, 0) - r.
     """
-    share = beta if beta == 0.5 else (d > 0).to(d.dtype).mul_(1.0 - 2.0 * beta).add_(beta)  # beta, or 1 - beta where d > 0
+    share = (
+        beta if beta == 0.5 else (d > 0).to(d.dtype).mul_(1.0 - 2.0 * beta).add_(beta)
+    )  # beta, or 1 - beta where d > 0
     return torch.abs(d, out=out).neg_().expm1_().mul_(share).log1p_()
 
 
@@ -281,7 +251,9 @@ def finish_divergence(sums: Sums, anchor_C: torch.Tensor, beta: float) -> torch.
 
 
 def add_centre_(g: torch.Tensor, q: torch.Tensor, centre: torch.Tensor, beta: float) -> torch.Tensor:
-    """g + centre * Q in place, the gradient without its factor. `centre` [..., 1] is the sum over all ranks, scaled as g was."""
+    """g + centre * Q in place, the gradient without its factor. `centre` [..., 1] is the sum over all ranks, scaled
+    as g was.
+    """
     return g if beta == 0 else g.addcmul_(q, centre)
 
 
@@ -297,8 +269,9 @@ def dense_pass_(
     scratch_nBv: torch.Tensor,
     keep: bool = True,
 ) -> Sums:
-    """P, Q, D and g of one chunk, block by block. `q_out_Cv` may be `student_Cv` itself and `g_out_Cv` `teacher_Cv` (both are then
-    overwritten); `scratch_nBv` holds 2 blocks. With keep=False the outputs have one block's rows and hold nothing useful."""
+    """P, Q, D and g of one chunk, block by block. `q_out_Cv` may be `student_Cv` itself and `g_out_Cv` `teacher_Cv`
+    (both are then overwritten); `scratch_nBv` holds 2 blocks. With keep=False the outputs have one block's rows and
+    hold nothing useful."""
     student_norm, teacher_norm, anchor_C = norm
     offset_C1 = (teacher_norm.log_offset_C - student_norm.log_offset_C).to(student_norm.shift_C.dtype).unsqueeze(-1)
     divergence_C = torch.empty_like(student_norm.shift_C)

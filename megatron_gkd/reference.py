@@ -6,18 +6,19 @@
     0 < beta < 1:  D = beta KL(P||M) + (1-beta) KL(Q||M)         dD/dz = (1-beta) Q * (log(Q/M) - KL(Q||M))
                    M = beta P + (1-beta) Q                       dD/d(student) = dD/dz / temperature
 
-The end points are a DEFINITION, not the limit: the middle formula tends to 0 as beta tends to 0 or 1 (beta = 0.01 trains about
-100 times more weakly than beta = 0).
+The end points are a DEFINITION, not the limit: the middle formula tends to 0 as beta tends to 0 or 1 (beta = 0.01
+trains about 100 times more weakly than beta = 0).
 
-Top-K: the support S is the teacher's K most probable tokens, ties to the lower id. `renormalize`: P and Q renormalised on S.
-`bucket`: K + 1 outcomes, the last one holding all mass outside S, which it passes on as Q_v / Q_tail to each column outside.
+Top-K: the support S is the teacher's K most probable tokens, ties to the lower id. `renormalize`: P and Q
+renormalised on S. `bucket`: K + 1 outcomes, the last one holding all mass outside S, which it passes on as Q_v /
+Q_tail to each column outside.
 
-Shapes: T tokens, V columns; everything is [T, V] in, [T] or [T, V] out, float64. `vocab_size` cuts padding columns off.
-Log-ratios are bounded by +-LOG_RATIO_BOUND, so that a KL that is infinite (probability on a column where the other side has
--inf) stays finite; the bound is far above what finite logits of +-1e4 reach, and 0 log 0 = 0.
+Shapes: T tokens, V columns; everything is [T, V] in, [T] or [T, V] out, float64. `vocab_size` cuts padding columns
+off. Log-ratios are bounded by +-LOG_RATIO_BOUND, so that a KL that is infinite (probability on a column where the
+other side has -inf) stays finite; the bound is far above what finite logits of +-1e4 reach, and 0 log 0 = 0.
 
-Gradients are written from the formulas above, NOT derived by autograd; tests compare the two. No collectives, nothing saved,
-not fast, never used by training.
+Gradients are written from the formulas above, NOT derived by autograd; tests compare the two. No collectives,
+nothing saved, not fast, never used by training.
 """
 
 from __future__ import annotations
@@ -32,14 +33,22 @@ Tail = Literal["renormalize", "bucket"]
 
 
 def forward_kl(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, temperature: float = 1.0, vocab_size: int | None = None
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
 ) -> torch.Tensor:
     """KL(P||Q) per token, [T]: mode-covering."""
     return generalized_jsd(student_logits, teacher_logits, beta=0.0, temperature=temperature, vocab_size=vocab_size)
 
 
 def reverse_kl(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, temperature: float = 1.0, vocab_size: int | None = None
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
 ) -> torch.Tensor:
     """KL(Q||P) per token, [T]: mode-seeking."""
     return generalized_jsd(student_logits, teacher_logits, beta=1.0, temperature=temperature, vocab_size=vocab_size)
@@ -126,12 +135,18 @@ def cross_entropy(student_logits: torch.Tensor, labels: torch.Tensor, *, vocab_s
     return torch.where(labels >= 0, picked_T, torch.zeros_like(picked_T))
 
 
-def cross_entropy_grad(student_logits: torch.Tensor, labels: torch.Tensor, *, vocab_size: int | None = None) -> torch.Tensor:
+def cross_entropy_grad(
+    student_logits: torch.Tensor, labels: torch.Tensor, *, vocab_size: int | None = None
+) -> torch.Tensor:
     """Q - onehot(label), [T, V]; 0 where the label is negative and in padding columns."""
     q_TV = _log_probs(student_logits, 1.0, vocab_size).exp()
     grad_TV = torch.zeros_like(student_logits, dtype=torch.float64)
     grad_TV[:, : q_TV.shape[1]] = q_TV
-    grad_TV.scatter_add_(1, labels.clamp_min(0).unsqueeze(1), torch.full((len(labels), 1), -1.0, dtype=torch.float64, device=labels.device))
+    grad_TV.scatter_add_(
+        1,
+        labels.clamp_min(0).unsqueeze(1),
+        torch.full((len(labels), 1), -1.0, dtype=torch.float64, device=labels.device),
+    )
     return grad_TV * (labels >= 0).unsqueeze(1)
 
 

@@ -1,17 +1,20 @@
-"""The top-K side of the losses: outcomes of a sparse teacher, the student's values at them, and the gradient back onto a shard.
+"""The top-K side of the losses: outcomes of a sparse teacher, the student's values at them, and the gradient back
+onto a shard.
 
-Outcomes per token: the K support tokens, and with a tail bucket one more that stands for every other token. With z_k the student's
-logits at the support and z_tail = log sum_{v outside S} exp(z_v):
+Outcomes per token: the K support tokens, and with a tail bucket one more that stands for every other token. With z_k
+the student's logits at the support and z_tail = log sum_{v outside S} exp(z_v):
 
     renormalize:  P', Q' = softmax over the K outcomes of (topk_logprobs / temperature) and (z_k / temperature)
-    bucket:       P', Q' over K + 1 outcomes, Q' = softmax(z_1 .. z_K, z_tail),  P'_tail = 1 - sum_k exp(topk_logprobs_k)
+    bucket:       P', Q' over K + 1 outcomes, Q' = softmax(z_1 .. z_K, z_tail), P'_tail = 1 - sum_k P_k
     gradient:     dD/dz_k as in divergence.py over the outcomes; outside S   dD/dz_v = dD/dz_tail * exp(z_v - z_tail)
 
-z_tail is summed over the columns OUTSIDE S, relative to their own maximum, so a tail of 1e-30 keeps all its digits; the teacher's
-tail is only known as 1 - sum, so it is bounded below by the float32 epsilon (float64 log-probabilities: float64's), where 1 - sum has no
-digits left. With K = V there is no tail. What is [T, K] is float64: K is small, V is not.
+z_tail is summed over the columns OUTSIDE S, relative to their own maximum, so a tail of 1e-30 keeps all its digits;
+the teacher's tail is only known as 1 - sum, so it is bounded below by the float32 epsilon (float64
+log-probabilities: float64's), where 1 - sum has no digits left. With K = V there is no tail. What is [T, K] is
+float64: K is small, V is not.
 
-An index below 0 marks an ABSENT entry (a server that returned fewer than K): no probability on either side, no gradient.
+An index below 0 marks an ABSENT entry (a server that returned fewer than K): no probability on either side, no
+gradient.
 
 Legend: T tokens, C tokens of a chunk, R ranks, v valid columns of this rank, K support, O outcomes (K or K + 1).
 No collectives here; topk_jsd.py and fused_linear_jsd.py make them.
@@ -24,6 +27,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from megatron_gkd import checks
 from megatron_gkd import divergence as dv
 from megatron_gkd.errors import ConfigError, ShapeError
 from megatron_gkd.parallel.vocab import VocabShard
@@ -34,8 +38,8 @@ _ABSENT = -1e30  # a log-weight that softmax turns into exactly 0 without making
 
 @dataclass(frozen=True)
 class OwnedIds:
-    """Which global ids this rank holds, and at which local column. Elsewhere the column is 0, a placeholder that collides with the
-    real local token 0: nothing is ever WRITTEN through it but the addition of 0."""
+    """Which global ids this rank holds, and at which local column. Elsewhere the column is 0, a placeholder that
+    collides with the real local token 0: nothing is ever WRITTEN through it but the addition of 0."""
 
     owned: torch.Tensor  # bool, [T] or [T, K]
     column: torch.Tensor  # int64, the same shape
@@ -49,7 +53,9 @@ class OwnedIds:
         return OwnedIds(self.owned[rows], self.column[rows])
 
     def gather(self, logits_Tv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The logits at the ids, 0 where another rank holds them: summed over the ranks, the logits. Shape of the ids."""
+        """The logits at the ids, 0 where another rank holds them: summed over the ranks, the logits. Shape of the
+        ids.
+        """
         if logits_Tv.shape[1] == 0:
             return torch.zeros(self.owned.shape, dtype=dtype, device=logits_Tv.device)
         picked = logits_Tv.gather(1, self.column.view(logits_Tv.shape[0], -1)).to(dtype).view(self.owned.shape)
@@ -69,22 +75,27 @@ class SupportLoss(NamedTuple):
     grad_TO: torch.Tensor  # float64, temperature included
 
 
-def check_support(topk_logprobs: torch.Tensor, topk_indices: torch.Tensor, shard: VocabShard, tail: str, temperature: float) -> None:
-    dv.check_matrix("topk_logprobs", topk_logprobs)
+def check_support(
+    topk_logprobs: torch.Tensor, topk_indices: torch.Tensor, shard: VocabShard, tail: str, temperature: float
+) -> None:
+    checks.check_matrix("topk_logprobs", topk_logprobs)
     if topk_indices.shape != topk_logprobs.shape:
         raise ShapeError(
-            f"topk_indices {list(topk_indices.shape)} and topk_logprobs {list(topk_logprobs.shape)} were given, one shape [T, K] is needed"
+            f"topk_indices {list(topk_indices.shape)} and topk_logprobs {list(topk_logprobs.shape)} were given, "
+            f"one shape [T, K] is needed"
         )
     if topk_logprobs.shape[1] > shard.vocab_size:
-        raise ConfigError(f"K={topk_logprobs.shape[1]} was given for a vocabulary of {shard.vocab_size}, K <= vocabulary is needed")
+        raise ConfigError(
+            f"K={topk_logprobs.shape[1]} was given for a vocabulary of {shard.vocab_size}, K <= vocabulary is needed"
+        )
     if tail not in ("renormalize", "bucket"):
         raise ConfigError(f"tail={tail!r} was given, 'renormalize' or 'bucket' is needed")
     if tail == "bucket" and temperature != 1.0:
         raise ConfigError(
-            f"tail='bucket' with temperature={temperature} was given: the teacher's mass outside its top K at another temperature cannot be "
-            f"known from K log-probabilities; use temperature=1.0 or tail='renormalize'"
+            f"tail='bucket' with temperature={temperature} was given: the teacher's mass outside its top K at another "
+            f"temperature cannot be known from K log-probabilities; use temperature=1.0 or tail='renormalize'"
         )
-    dv.check_ids("topk_indices", topk_indices, shard.vocab_size)
+    checks.check_ids("topk_indices", topk_indices, shard.vocab_size)
 
 
 def has_tail(num_outcomes: int, shard: VocabShard, tail: str) -> bool:
@@ -116,7 +127,9 @@ def support_loss(
     anchor_T1 = torch.zeros_like(d_TO[:, :1])  # float64 has digits to spare
     g_TO = torch.empty_like(d_TO)
     sums = dv.partial_sums_(p_TO, q_TO, d_TO, anchor_T1, g_TO, beta)
-    grad_TO = dv.add_centre_(g_TO, q_TO, sums.centre_C.unsqueeze(1), beta).mul_(dv.gradient_factor(beta) * inverse_temperature)
+    grad_TO = dv.add_centre_(g_TO, q_TO, sums.centre_C.unsqueeze(1), beta).mul_(
+        dv.gradient_factor(beta) * inverse_temperature
+    )
     return SupportLoss(dv.finish_divergence(sums, anchor_T1.squeeze(1), beta), grad_TO)
 
 
@@ -128,7 +141,9 @@ def _teacher_tail(logprobs_TK: torch.Tensor, given: torch.dtype) -> torch.Tensor
 
 
 def outside_logits(logits_Bv: torch.Tensor, owned: OwnedIds, scratch_Bv1: torch.Tensor) -> torch.Tensor:
-    """The logits with this rank's support columns at -inf, in `scratch_Bv1`, whose extra column takes the writes of ids held elsewhere."""
+    """The logits with this rank's support columns at -inf, in `scratch_Bv1`, whose extra column takes the writes of
+    ids held elsewhere.
+    """
     num_columns = logits_Bv.shape[1]
     out_Bv = scratch_Bv1[: logits_Bv.shape[0], :num_columns]
     out_Bv.copy_(logits_Bv)
@@ -156,7 +171,9 @@ def write_gradient_(
     tail_lse_C: torch.Tensor | None,
     scratch_Bv1: torch.Tensor,
 ) -> None:
-    """dD/dz of this rank's columns into `grad_Cv` (which may be `logits_Cv` itself): the support, and outside it the tail's share."""
+    """dD/dz of this rank's columns into `grad_Cv` (which may be `logits_Cv` itself): the support, and outside it the
+    tail's share.
+    """
     num_support = owned.owned.shape[1]
     for rows in dv.token_chunks(logits_Cv.shape[0], max(1, scratch_Bv1.shape[0])):
         if tail_lse_C is None:
@@ -172,4 +189,6 @@ def write_gradient_(
 
 def scratch_for(num_tokens: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """One block of rows with the extra column that `outside_logits` needs."""
-    return torch.empty(dv.block_tokens_for(num_tokens, num_columns, dtype, device), num_columns + 1, dtype=dtype, device=device)
+    return torch.empty(
+        dv.block_tokens_for(num_tokens, num_columns, dtype, device), num_columns + 1, dtype=dtype, device=device
+    )

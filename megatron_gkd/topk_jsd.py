@@ -2,24 +2,29 @@
 
     tail="renormalize" (the definition of the method)   P', Q' = both models renormalised on the teacher's K tokens
     tail="bucket"                                       P', Q' over K + 1 outcomes, the last one "everything else"
-    D_t = JSD_beta(P', Q')      beta = 0: KL(P'||Q'), beta = 1: KL(Q'||P') (a definition, not the limit: see vocab_parallel_jsd.py)
+    D_t = JSD_beta(P', Q');   beta = 0: KL(P'||Q'), beta = 1: KL(Q'||P')
 
-Both are divergences between two distributions: >= 0, and 0 only if equal. `renormalize` does not see the mass that the student puts
-outside the support, `bucket` does, and is never above the divergence over the full vocabulary. `topk_masses` tells both models' mass
-inside. Formulas and numerics: support.py and divergence.py.
+The end points are a definition, not the limit (see vocab_parallel_jsd.py).
 
-Temperature: `topk_logprobs` are the teacher's log-probabilities at temperature 1. `renormalize` divides them and the student's logits by
-`temperature` and renormalises on the support, which equals renormalising the two tempered distributions. `bucket` needs the teacher's mass
-outside at that temperature, which K numbers do not tell: only temperature = 1 is accepted.
+Both are divergences between two distributions: >= 0, and 0 only if equal. `renormalize` does not see the mass that
+the student puts outside the support, `bucket` does, and is never above the divergence over the full vocabulary.
+`topk_masses` tells both models' mass inside. Formulas and numerics: support.py and divergence.py.
 
-Shapes: student_logits [T, V/tp]; topk_logprobs, topk_indices [T, K], alike on every rank, indices are global ids (negative: absent, no
-probability on either side). Result [T] float32 (float64 for float64 logits). K may exceed V/tp; an index may lie in any shard.
+Temperature: `topk_logprobs` are the teacher's log-probabilities at temperature 1. `renormalize` divides them and the
+student's logits by `temperature` and renormalises on the support, which equals renormalising the two tempered
+distributions. `bucket` needs the teacher's mass outside at that temperature, which K numbers do not tell: only
+temperature = 1 is accepted.
 
-Communication over tp_group, forward: 1 all-reduce of [T, K] (student logits at the support, each from the rank that holds it); `bucket` and
-`topk_masses` also 1 all-gather of [2, T] (maximum and sum of exponentials outside the support). Backward: none.
+Shapes: student_logits [T, V/tp]; topk_logprobs, topk_indices [T, K], alike on every rank, indices are global ids
+(negative: absent, no probability on either side). Result [T] float32 (float64 for float64 logits). K may exceed
+V/tp; an index may lie in any shard.
 
-Memory: saved for backward are [T, K] tensors, and with `bucket` the student's logits themselves (no copy). Inputs are never overwritten.
-Differentiable in student_logits only.
+Communication over tp_group, forward: 1 all-reduce of [T, K] (student logits at the support, each from the rank that
+holds it); `bucket` and `topk_masses` also 1 all-gather of [2, T] (maximum and sum of exponentials outside the
+support). Backward: none.
+
+Memory: saved for backward are [T, K] tensors, and with `bucket` the student's logits themselves (no copy). Inputs
+are never overwritten. Differentiable in student_logits only.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_gkd import checks
 from megatron_gkd import divergence as dv
 from megatron_gkd import support as sp
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_, require_group
@@ -54,8 +60,8 @@ def topk_jsd(
     tail: sp.Tail = "renormalize",
 ) -> torch.Tensor:
     """Divergence per token in nats, [T]; differentiable in `student_logits` only."""
-    dv.check_beta(beta)
-    dv.check_temperature(temperature)
+    checks.check_beta(beta)
+    checks.check_temperature(temperature)
     group, shard = _prepare(student_logits, topk_logprobs, topk_indices, tp_group, vocab_size, tail, temperature)
     args = (float(beta), 1.0 / temperature, shard, group, sp.has_tail(topk_indices.shape[1], shard, tail))
     result: torch.Tensor = _TopKJSD.apply(student_logits, topk_logprobs.detach(), topk_indices, *args)
@@ -85,7 +91,11 @@ def topk_masses(
 
 
 def support_masses(
-    logits_TK: torch.Tensor, tail_lse_T: torch.Tensor, topk_logprobs: torch.Tensor, topk_indices: torch.Tensor, dtype: torch.dtype
+    logits_TK: torch.Tensor,
+    tail_lse_T: torch.Tensor,
+    topk_logprobs: torch.Tensor,
+    topk_indices: torch.Tensor,
+    dtype: torch.dtype,
 ) -> SupportMasses:
     """Both masses from the student's logits at the support and its log-sum-exp outside, both from all ranks."""
     absent_TK = topk_indices < 0
@@ -96,7 +106,9 @@ def support_masses(
 
 class _TopKJSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_Tv, topk_logprobs, topk_indices, beta, inverse_temperature, shard: VocabShard, group, tail):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, student_Tv, topk_logprobs, topk_indices, beta, inverse_temperature, shard: VocabShard, group, tail
+    ):
         dtype = dv.compute_dtype(student_Tv)
         owned = sp.OwnedIds.of(topk_indices, shard)
         valid_Tv = student_Tv[:, : shard.num_valid]
@@ -120,7 +132,9 @@ class _TopKJSD(torch.autograd.Function):
         weighted_TO = grad_TO * grad_output_T.double().unsqueeze(1)
         logits_Tv, tail_lse_T = (tail[0][:, : ctx.shard.num_valid], tail[1]) if tail else (valid_Tv, None)
         scratch_Bv1 = sp.scratch_for(shape[0], valid_Tv.shape[1], dv.compute_dtype(grad_Tv), grad_TO.device)
-        sp.write_gradient_(valid_Tv, logits_Tv, sp.OwnedIds.of(topk_indices, ctx.shard), weighted_TO, tail_lse_T, scratch_Bv1)
+        sp.write_gradient_(
+            valid_Tv, logits_Tv, sp.OwnedIds.of(topk_indices, ctx.shard), weighted_TO, tail_lse_T, scratch_Bv1
+        )
         return (grad_Tv,) + (None,) * 7
 
 
@@ -134,11 +148,11 @@ def _prepare(
     temperature: float,
 ) -> tuple[dist.ProcessGroup, VocabShard]:
     group = require_group(tp_group)
-    dv.check_matrix("student_logits", student_logits)
+    checks.check_matrix("student_logits", student_logits)
     shard = vocab_shard(student_logits.shape[1], rank=group.rank(), tp_size=group.size(), vocab_size=vocab_size)
     sp.check_support(topk_logprobs, topk_indices, shard, tail, temperature)
-    dv.check_same_tokens(student_logits=student_logits, topk_logprobs=topk_logprobs)
-    dv.check_same_device(student_logits=student_logits, topk_logprobs=topk_logprobs, topk_indices=topk_indices)
+    checks.check_same_tokens(student_logits=student_logits, topk_logprobs=topk_logprobs)
+    checks.check_same_device(student_logits=student_logits, topk_logprobs=topk_logprobs, topk_indices=topk_indices)
     return group, shard
 
 

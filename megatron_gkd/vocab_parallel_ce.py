@@ -2,14 +2,15 @@
 
     CE_t = logsumexp_v(z_t) - z_t[label_t]          dCE_t/dz_v = Q_v - [v == label_t],   Q = softmax(z_t)
 
-megatron-core's own vocab-parallel cross entropy (0.16.1, tensor_parallel/cross_entropy.py) subtracts, exponentiates and normalises float32
-logits IN PLACE, so a divergence computed from the same logits afterwards sees probabilities instead; and it takes no group.
+megatron-core's own vocab-parallel cross entropy (0.16.1, tensor_parallel/cross_entropy.py) subtracts, exponentiates
+and normalises float32 logits IN PLACE, so a divergence computed from the same logits afterwards sees probabilities
+instead; and it takes no group.
 
-Shapes: logits [T, V/tp], labels [T] global ids -> [T] float32 (float64 for float64 input). A negative label is "ignore": value 0,
-gradient 0. Padding (global id >= vocab_size) is left out of the sum and gets no gradient.
+Shapes: logits [T, V/tp], labels [T] global ids -> [T] float32 (float64 for float64 input). A negative label is
+"ignore": value 0, gradient 0. Padding (global id >= vocab_size) is left out of the sum and gets no gradient.
 
-Communication: forward 1 all-gather of [3, T] over tp_group (maximum, sum of exponentials, label logit); backward none.
-Saved for backward: the logits themselves (no copy), and the log-sum-exp [T].
+Communication: forward 1 all-gather of [3, T] over tp_group (maximum, sum of exponentials, label logit); backward
+none. Saved for backward: the logits themselves (no copy), and the log-sum-exp [T].
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megatron_gkd import checks
 from megatron_gkd import divergence as dv
 from megatron_gkd.parallel.collectives import all_gather_stack, require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
@@ -28,11 +30,11 @@ def vocab_parallel_cross_entropy(
 ) -> torch.Tensor:
     """-log softmax(logits)[label] per token, [T]; 0 where the label is negative."""
     group = require_group(tp_group)
-    dv.check_matrix("logits", logits)
-    dv.check_vector("labels", labels, logits.shape[0])
-    dv.check_same_device(logits=logits, labels=labels)
+    checks.check_matrix("logits", logits)
+    checks.check_vector("labels", labels, logits.shape[0])
+    checks.check_same_device(logits=logits, labels=labels)
     shard = vocab_shard(logits.shape[1], rank=group.rank(), tp_size=group.size(), vocab_size=vocab_size)
-    dv.check_ids("labels", labels, shard.vocab_size)
+    checks.check_ids("labels", labels, shard.vocab_size)
     result: torch.Tensor = _VocabParallelCrossEntropy.apply(logits, labels, shard, group)
     return result
 
@@ -63,14 +65,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         weight_T = grad_output_T.to(dtype).masked_fill(labels_T < 0, 0.0)
         grad_Tv = torch.zeros_like(logits_Tv)
         for rows in dv.token_chunks(len(logits_Tv), ctx.block):
-            grad_Bv = softmax_rows(logits_Tv[rows, : shard.num_valid], lse_T[rows], dtype).mul_(weight_T[rows].unsqueeze(-1))
+            grad_Bv = torch.empty(rows.stop - rows.start, shard.num_valid, dtype=dtype, device=logits_Tv.device)
+            dv.softmax_into_(grad_Bv, logits_Tv[rows, : shard.num_valid], lse_T[rows], ctx.block).mul_(
+                weight_T[rows].unsqueeze(-1)
+            )
             OwnedIds.of(labels_T[rows], shard).add_(grad_Bv, -weight_T[rows])
             grad_Tv[rows, : shard.num_valid] = grad_Bv
         return grad_Tv, None, None, None
-
-
-def softmax_rows(logits_Bv: torch.Tensor, lse_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """exp(x - lse) as a new tensor. The float64 log-sum-exp is split in two so that float32 rows do not all inherit its rounding."""
-    high_B = lse_B.to(dtype)
-    low_B = torch.exp(high_B.double() - lse_B).to(dtype)
-    return torch.sub(logits_Bv.to(dtype), high_B.unsqueeze(-1)).exp_().mul_(low_B.unsqueeze(-1))

@@ -1,10 +1,10 @@
 """Generalized JSD between two models whose logits are sharded over the vocabulary: exact value, exact gradient.
 
-    D_t = beta KL(P||M) + (1-beta) KL(Q||M),  M = beta P + (1-beta) Q,  P = softmax(teacher_t / temperature), Q = softmax(student_t / temperature)
-    beta = 0: D = KL(P||Q), forward KL.    beta = 1: D = KL(Q||P), reverse KL.
+    P = softmax(teacher_t / temperature), Q = softmax(student_t / temperature), M = beta P + (1-beta) Q
+    D_t = beta KL(P||M) + (1-beta) KL(Q||M);   beta = 0: D = KL(P||Q), forward KL;   beta = 1: D = KL(Q||P), reverse KL
 
-The end points are a definition, not the limit: JSD_beta tends to 0 as beta tends to 0 or 1, so beta = 0.01 trains about 100 times
-more weakly than beta = 0.
+The end points are a definition, not the limit: JSD_beta tends to 0 as beta tends to 0 or 1, so beta = 0.01 trains
+about 100 times more weakly than beta = 0.
 
     beta = 0:      dD/dz_v = Q_v - P_v                                       z = student / temperature
     beta = 1:      dD/dz_v = Q_v (log(Q_v/P_v) - KL(Q||P))
@@ -12,17 +12,19 @@ more weakly than beta = 0.
 
 The gradient is formed in the forward and scaled in the backward; autograd never sees a collective.
 
-Shapes: student_logits, teacher_logits [T, V/tp], the same global columns on a rank; result [T] float32 (float64 if an input is).
-Padding (columns whose global id is >= vocab_size) has no probability and no gradient, whatever it holds, NaN included.
+Shapes: student_logits, teacher_logits [T, V/tp], the same global columns on a rank; result [T] float32 (float64 if
+an input is). Padding (columns whose global id is >= vocab_size) has no probability and no gradient, whatever it
+holds, NaN included.
 
-Communication, per chunk of C tokens, over tp_group: 1 all-gather of [5, C] (maximum and sum of exponentials of both models,
-the teacher's logit at the student's maximum) and 1 all-reduce of [2, C] (the divergence sums). None in the backward. The number of chunks depends on T, V/tp and the dtype, alike on every rank.
+Communication, per chunk of C tokens, over tp_group: 1 all-gather of [5, C] (maximum and sum of exponentials of both
+models, the teacher's logit at the student's maximum) and 1 all-reduce of [2, C] (the divergence sums). None in the
+backward. The number of chunks depends on T, V/tp and the dtype, alike on every rank.
 
 Memory: saved for backward is the gradient, one [T, V/tp] tensor in the student's dtype; temporaries are bounded by
 divergence.CHUNK_BYTES. Inputs are never overwritten.
 
-Does not: average over tokens, mask, scale by temperature^2, differentiate the teacher, or give second derivatives. For the version
-that never holds [T, V/tp] at all see fused_linear_jsd.py.
+Does not: average over tokens, mask, scale by temperature^2, differentiate the teacher, or give second derivatives.
+For the version that never holds [T, V/tp] at all see fused_linear_jsd.py.
 
 Legend: T tokens, C tokens of a chunk, R ranks, v valid columns of this rank.
 """
@@ -32,6 +34,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megatron_gkd import checks
 from megatron_gkd import divergence as dv
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_, require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
@@ -60,13 +63,13 @@ def vocab_parallel_jsd(
         vocab_size: size of the true vocabulary; None: no padding. Required where the last shard is shorter.
     """
     group = require_group(tp_group)
-    dv.check_beta(beta)
-    dv.check_temperature(temperature)
-    dv.check_matrix("student_logits", student_logits)
-    dv.check_matrix("teacher_logits", teacher_logits)
-    dv.check_same_device(student_logits=student_logits, teacher_logits=teacher_logits)
-    dv.check_same_tokens(student_logits=student_logits, teacher_logits=teacher_logits)
-    dv.check_same_columns("student_logits", student_logits.shape[1], "teacher_logits", teacher_logits.shape[1])
+    checks.check_beta(beta)
+    checks.check_temperature(temperature)
+    checks.check_matrix("student_logits", student_logits)
+    checks.check_matrix("teacher_logits", teacher_logits)
+    checks.check_same_device(student_logits=student_logits, teacher_logits=teacher_logits)
+    checks.check_same_tokens(student_logits=student_logits, teacher_logits=teacher_logits)
+    checks.check_same_columns("student_logits", student_logits.shape[1], "teacher_logits", teacher_logits.shape[1])
     shard = vocab_shard(student_logits.shape[1], rank=group.rank(), tp_size=group.size(), vocab_size=vocab_size)
     keep_grad = torch.is_grad_enabled() and student_logits.requires_grad
     args = (float(beta), 1.0 / temperature, shard, group, keep_grad)
@@ -78,7 +81,9 @@ class _VocabParallelJSD(torch.autograd.Function):
     """Forward: values and gradient. Backward: gradient times grad_output."""
 
     @staticmethod
-    def forward(ctx, student_Tv, teacher_Tv, beta, inverse_temperature, shard: VocabShard, group, keep_grad):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, student_Tv, teacher_Tv, beta, inverse_temperature, shard: VocabShard, group, keep_grad
+    ):
         num_tokens = student_Tv.shape[0]
         dtype = dv.compute_dtype(student_Tv, teacher_Tv)
         chunk = dv.chunk_tokens_for(2 * shard.max_columns * dtype.itemsize)
@@ -109,9 +114,13 @@ class _VocabParallelJSD(torch.autograd.Function):
 
 
 class _Workspace:
-    """Buffers that every chunk reuses: g and Q [C, v] (one block of rows where no gradient is wanted) and 2 scratch blocks."""
+    """Buffers that every chunk reuses: g and Q [C, v] (one block of rows where no gradient is wanted) and 2 scratch
+    blocks.
+    """
 
-    def __init__(self, num_tokens: int, num_columns: int, dtype: torch.dtype, device: torch.device, keep_grad: bool) -> None:
+    def __init__(
+        self, num_tokens: int, num_columns: int, dtype: torch.dtype, device: torch.device, keep_grad: bool
+    ) -> None:
         block = dv.block_tokens_for(num_tokens, num_columns, dtype, device)
         self.keep_grad = keep_grad
         rows = num_tokens if keep_grad else block

@@ -2,17 +2,20 @@
 
     values[t, 0] >= values[t, 1] >= ...;   logsumexp[t] = log sum_v exp(logits[t, v]) over the whole true vocabulary
 
-Ties: of equal logits the lower global id comes first, in every layout. torch.topk leaves ties open, so it is only asked for the
-K-th VALUE: every column above it is in, of the columns equal to it the first ids fill the rest, and a stable sort orders them.
+Ties: of equal logits the lower global id comes first, in every layout. torch.topk leaves ties open, so it is only
+asked for the K-th VALUE: every column above it is in, of the columns equal to it the first ids fill the rest, and a
+stable sort orders them.
 
-Shapes: logits [T, V/tp] -> values [T, K], indices [T, K] int64 global ids, logsumexp [T]; values and logsumexp are float32
-(float64 for float64 input). K may exceed V/tp. Padding (global id >= vocab_size) is never chosen and not summed.
+Shapes: logits [T, V/tp] -> values [T, K], indices [T, K] int64 global ids, logsumexp [T]; values and logsumexp are
+float32 (float64 for float64 input). K may exceed V/tp. Padding (global id >= vocab_size) is never chosen and not
+summed.
 
-Communication: 1 all-gather of [T, 2 K' + 2], K' = min(K, V/tp), over tp_group for top-K (values and ids bit-cast into one
-integer tensor, and the (max, sumexp) pair); 1 all-gather of [2, T] for the argmax. Every rank ends with the same result.
+Communication: 1 all-gather of [T, 2 K' + 2], K' = min(K, V/tp), over tp_group for top-K (values and ids bit-cast
+into one integer tensor, and the (max, sumexp) pair); 1 all-gather of [2, T] for the argmax. Every rank ends with the
+same result.
 
-Invariants: nothing is differentiable, inputs are not overwritten, temporaries are bounded by divergence.CHUNK_BYTES. NaN logits are
-not supported: which columns they displace is open.
+Invariants: nothing is differentiable, inputs are not overwritten, temporaries are bounded by divergence.CHUNK_BYTES.
+NaN logits are not supported: which columns they displace is open.
 
 Legend: T tokens, C tokens of a chunk, R ranks, v valid columns of this rank, K outcomes.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megatron_gkd import checks
 from megatron_gkd import divergence as dv
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel.collectives import all_gather_stack, require_group
@@ -35,7 +39,9 @@ def vocab_parallel_topk(
     """(values [T, K], indices [T, K] global ids, logsumexp [T]), alike on every rank of `tp_group`."""
     group, shard, dtype = _prepare(logits, tp_group, vocab_size)
     if not 1 <= k <= shard.vocab_size:
-        raise ConfigError(f"k={k} was given for a vocabulary of {shard.vocab_size}, 1 <= k <= {shard.vocab_size} is needed")
+        raise ConfigError(
+            f"k={k} was given for a vocabulary of {shard.vocab_size}, 1 <= k <= {shard.vocab_size} is needed"
+        )
     num_tokens, num_columns = logits.shape[0], shard.num_valid
     width = min(k, shard.max_columns)  # candidates of a rank, alike on every rank; missing ones are -inf
     bits = torch.int32 if dtype == torch.float32 else torch.int64
@@ -56,7 +62,8 @@ def vocab_parallel_topk(
         packed.view(dtype)[rows, -1] = dv.shard_sumexp(logits_Cv, max_C, 1.0, scratch_Bv)
     gathered = all_gather_stack(packed, group)
     floats = gathered.view(dtype)
-    # Candidates of the ranks side by side: of equal values, the lower id stands further left, and real ones left of missing ones.
+    # Candidates of the ranks side by side: of equal values, the lower id stands further left, and real ones left of
+    # missing ones.
     candidates = floats[..., :width].transpose(0, 1).reshape(num_tokens, -1)
     ids = gathered[..., width : 2 * width].transpose(0, 1).reshape(num_tokens, -1)
     values, order = torch.sort(candidates, dim=-1, descending=True, stable=True)
@@ -66,7 +73,9 @@ def vocab_parallel_topk(
 
 
 @torch.no_grad()
-def vocab_parallel_argmax(logits: torch.Tensor, *, tp_group: dist.ProcessGroup, vocab_size: int | None = None) -> torch.Tensor:
+def vocab_parallel_argmax(
+    logits: torch.Tensor, *, tp_group: dist.ProcessGroup, vocab_size: int | None = None
+) -> torch.Tensor:
     """Global id of the largest logit, lower id on a tie, [T] int64, alike on every rank. Ids are exact below 2^24."""
     group, shard, dtype = _prepare(logits, tp_group, vocab_size)
     return merge_argmax(all_gather_stack(shard_argmax(logits[:, : shard.num_valid], shard.start, dtype), group))
@@ -79,7 +88,9 @@ def shard_argmax(logits_Cv: torch.Tensor, start: int, dtype: torch.dtype) -> tor
 
 
 def merge_argmax(pairs_R2C: torch.Tensor) -> torch.Tensor:
-    """Global ids [C] from every rank's `shard_argmax`; the first of equal maxima, i.e. the lower rank, i.e. the lower id."""
+    """Global ids [C] from every rank's `shard_argmax`; the first of equal maxima, i.e. the lower rank, i.e. the
+    lower id.
+    """
     rank_1C = pairs_R2C[:, 0].argmax(0, keepdim=True)
     return pairs_R2C[:, 1].gather(0, rank_1C).squeeze(0).long()
 
@@ -88,18 +99,22 @@ def _prepare(
     logits: torch.Tensor, tp_group: dist.ProcessGroup, vocab_size: int | None
 ) -> tuple[dist.ProcessGroup, VocabShard, torch.dtype]:
     group = require_group(tp_group)
-    dv.check_matrix("logits", logits)
+    checks.check_matrix("logits", logits)
     shard = vocab_shard(logits.shape[1], rank=group.rank(), tp_size=group.size(), vocab_size=vocab_size)
     return group, shard, dv.compute_dtype(logits)
 
 
 def _local_topk(logits_Cv: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, columns) [C, k] of the k largest, ties to the lower column. No data-dependent shapes, so no device sync."""
+    """(values, columns) [C, k] of the k largest, ties to the lower column. No data-dependent shapes, so no device
+    sync.
+    """
     threshold_C1 = logits_Cv.topk(k, dim=-1).values[:, -1:]
     above_Cv = logits_Cv > threshold_C1
     equal_Cv = logits_Cv == threshold_C1
     room_C1 = k - above_Cv.sum(-1, keepdim=True, dtype=torch.int32)
     chosen_Cv = above_Cv | (equal_Cv & (equal_Cv.cumsum(-1, dtype=torch.int32) <= room_C1))
-    columns_Ck = torch.nonzero_static(chosen_Cv, size=chosen_Cv.shape[0] * k, fill_value=0)[:, 1].view(-1, k)  # ascending columns
+    columns_Ck = torch.nonzero_static(chosen_Cv, size=chosen_Cv.shape[0] * k, fill_value=0)[:, 1].view(
+        -1, k
+    )  # ascending columns
     values_Ck, order_Ck = torch.sort(logits_Cv.gather(1, columns_Ck), dim=-1, descending=True, stable=True)
     return values_Ck, columns_Ck.gather(1, order_Ck)

@@ -8,26 +8,29 @@
     def test_sum():
         assert run_ranks(body, 3.0, world=2) == [6.0, 6.0]
 
-What a rank finds when `fn` is called: WORLD is initialised on gloo with `world` ranks, torch has one thread, and `random`,
-`numpy` and `torch` are seeded with `seed`, THE SAME ON EVERY RANK (so that every rank can draw the whole tensor and keep
-its shard). `tp_group(n)` and `one_rank_group()` give process groups that are made once per pool.
+What a rank finds when `fn` is called: WORLD is initialised on gloo with `world` ranks, torch has one thread, and
+`random`, `numpy` and `torch` are seeded with `seed`, THE SAME ON EVERY RANK (so that every rank can draw the whole
+tensor and keep its shard). `tp_group(n)` and `one_rank_group()` give process groups that are made once per pool.
 
-How it works: one pool of processes per world size, forked from a server that has imported torch, megatron.core and pytest
-before any torch operation ran (forking a process that has run a backward hangs; spawning costs 15 s). Work and results
-travel through pipes as plain pickles (no shared memory), so results must be picklable; tensors are copied.
+How it works: one pool of processes per world size, forked from a server that has imported torch, megatron.core and
+pytest before any torch operation ran (forking a process that has run a backward hangs; spawning costs 15 s). Work
+and results travel through pipes as plain pickles (no shared memory), so results must be picklable; tensors are
+copied.
 
-Failure: the rank that failed FIRST is reported with its traceback (its peers usually fail later, with "connection closed
-by peer"); the pool is thrown away and the next call starts a new one. After `timeout_s` the report holds the Python stack
-of every rank that was still at work, and the pool is killed.
+Failure: the rank that failed FIRST is reported with its traceback (its peers usually fail later, with "connection
+closed by peer"); the pool is thrown away and the next call starts a new one. After `timeout_s` the report holds the
+Python stack of every rank that was still at work, and the pool is killed.
 
-Ranks are shared, so state leaks from one test to the next: megatron's parallel_state, torch default dtype, monkeypatches,
-environment variables, cached modules. Undo what you set (try/finally), or pass `fresh=True` to run in new processes that
-end with the call (about 0.3 s for two ranks).
+Ranks are shared, so state leaks from one test to the next: megatron's parallel_state, torch default dtype,
+monkeypatches, environment variables, cached modules. Undo what you set (try/finally), or pass `fresh=True` to run in
+new processes that end with the call (about 0.3 s for two ranks).
 
-Not covered: NCCL, several machines, functions defined in a test or lambda, output capture (a rank's prints bypass pytest).
+Not covered: NCCL, several machines, functions defined in a test or lambda, output capture (a rank's prints bypass
+pytest).
 """
 
 import atexit
+import contextlib
 import faulthandler
 import importlib.util
 import multiprocessing
@@ -89,7 +92,9 @@ _groups: dict[int, dist.ProcessGroup] = {}
 
 
 def tp_group(size: int) -> dist.ProcessGroup:
-    """This rank's group of `size` consecutive ranks; made on first use (then every rank must call this), then cached."""
+    """This rank's group of `size` consecutive ranks; made on first use (then every rank must call this), then
+    cached.
+    """
     world = dist.get_world_size()
     if world % size != 0:
         raise ValueError(f"tp_group({size}): the world of {world} ranks does not divide into groups of {size}")
@@ -185,10 +190,8 @@ class _Pool:
     def close(self) -> None:
         """Tell the ranks to end; kill those that do not."""
         for connection in self.connections:
-            try:
+            with contextlib.suppress(OSError):
                 connection.send_bytes(b"")
-            except (BrokenPipeError, OSError):
-                pass
         for process in self.processes:
             process.join(5)
         self.kill()

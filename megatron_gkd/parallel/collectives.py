@@ -1,15 +1,15 @@
 """The collectives of the losses: thin, documented wrappers around torch.distributed.
 
-Every function takes the process group as a required argument; None raises, because torch.distributed reads None as WORLD.
-A group of one rank makes no collective at all. `R` = ranks of the group.
+Every function takes the process group as a required argument; None raises, because torch.distributed reads None as
+WORLD. A group of one rank makes no collective at all. `R` = ranks of the group.
 
 | function | op | effect on the input | result |
 |---|---|---|---|
 | `all_reduce_sum_(x, group)` | all-reduce SUM | overwritten | x |
-| `all_gather_stack(x, group)` | all-gather | untouched | new tensor [R, *x.shape], in group-rank order, alike on every rank |
+| `all_gather_stack(x, group)` | all-gather | untouched | new tensor [R, *x.shape], ranks in order, alike on all |
 
-Invariants: shapes and dtypes are alike on all ranks of the group (not checked: a check would be a collective), and nothing
-here is differentiable. A loss states its own gradient; autograd never sees a collective.
+Invariants: shapes and dtypes are alike on all ranks of the group (not checked: a check would be a collective), and
+nothing here is differentiable. A loss states its own gradient; autograd never sees a collective.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def all_gather_stack(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     if group.size() == 1:
         return x.unsqueeze(0)
     out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed, old name deprecated, in torch 2.13
+    gather = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # renamed, old name deprecated, in torch 2.13
     gather(out, x.contiguous(), group=group)
     return out.view(group.size(), *x.shape)

@@ -1,12 +1,14 @@
 """Which vocabulary columns a tensor-parallel rank holds. Pure arithmetic: no torch, no process group.
 
-Rank r of R holds the global ids [start, start + num_columns) of a vocabulary of V real tokens that may be padded at its end:
+Rank r of R holds the global ids [start, start + num_columns) of a vocabulary of V real tokens that may be padded at
+its end:
 
     equal shards (Megatron):  start = r * num_columns            padding = the columns with global id >= V
     shorter last shard:       start = V - num_columns on rank R - 1, where R * num_columns < V; no padding
 
-Invariants: over the ranks, the VALID ranges [start, start + num_valid) are disjoint, ascending and cover [0, V) exactly once.
-Student and teacher are aligned by GLOBAL id: both heads are cut at the student's `start`, whatever padding each was stored with.
+Invariants: over the ranks, the VALID ranges [start, start + num_valid) are disjoint, ascending and cover [0, V)
+exactly once. Student and teacher are aligned by GLOBAL id: both heads are cut at the student's `start`, whatever
+padding each was stored with.
 """
 
 from __future__ import annotations
@@ -59,8 +61,9 @@ def vocab_shard(num_columns: int, *, rank: int, tp_size: int, vocab_size: int | 
         shorter_last = rank == tp_size - 1 and tp_size > 1 and start + num_columns < vocab_size
         if not shorter_last:
             raise ShapeError(
-                f"vocab_size={vocab_size} was given with {num_columns} columns on each of {tp_size} tensor-parallel ranks "
-                f"({num_columns * tp_size} in all), at least vocab_size columns are needed; pass the size of the true vocabulary"
+                f"vocab_size={vocab_size} was given with {num_columns} columns on each of {tp_size} tensor-parallel "
+                f"ranks ({num_columns * tp_size} in all), at least vocab_size columns are needed; pass the size of the "
+                f"true vocabulary"
             )
         start = vocab_size - num_columns
     num_valid = min(max(vocab_size - start, 0), num_columns)
@@ -75,13 +78,13 @@ def shared_vocab_size(*, student_tokens: int, teacher_tokens: int, student_rows:
     """
     if student_tokens != teacher_tokens:
         raise ConfigError(
-            f"the student's tokenizer has {student_tokens} tokens and the teacher's {teacher_tokens}: a divergence needs one "
-            f"vocabulary; choose a teacher of the student's family"
+            f"the student's tokenizer has {student_tokens} tokens and the teacher's {teacher_tokens}: a divergence "
+            f"needs one vocabulary; choose a teacher of the student's family"
         )
     if student_tokens > min(student_rows, teacher_rows):
         raise ConfigError(
-            f"the tokenizer has {student_tokens} tokens, but the student's head has {student_rows} rows and the teacher's "
-            f"{teacher_rows}; both need at least {student_tokens}"
+            f"the tokenizer has {student_tokens} tokens, but the student's head has {student_rows} rows and the "
+            f"teacher's {teacher_rows}; both need at least {student_tokens}"
         )
     return student_tokens
 

@@ -1,0 +1,175 @@
+"""What a fused loss is asked to do: the teacher's signal, the checked arguments, the results, and how large a token
+costs.
+
+`make_task` refuses what does not fit together and fills in the defaults; `bytes_per_token` decides the chunk size.
+Nothing here computes a loss or makes a collective, and everything depends only on what is alike on all ranks of the
+group, but for `VocabShard`.
+
+Legend: T tokens, C tokens of a chunk, v valid columns of this rank, H hidden size, K support.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_gkd import checks
+from megatron_gkd import divergence as dv
+from megatron_gkd import support as sp
+from megatron_gkd.errors import ConfigError, ShapeError
+from megatron_gkd.parallel.collectives import require_group
+from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
+
+
+@dataclass(frozen=True)
+class HiddenTeacher:
+    """The teacher's signal as final hidden states, with its head cut at the student's shard boundaries."""
+
+    hidden: torch.Tensor  # [T, Ht]
+    head: torch.Tensor  # [V/tp, Ht]
+
+
+@dataclass(frozen=True)
+class TopKTeacher:
+    """The teacher's signal as its K most probable tokens."""
+
+    logprobs: torch.Tensor  # [T, K], at temperature 1
+    indices: torch.Tensor  # [T, K] global ids; negative: absent
+    tail: sp.Tail = "renormalize"
+
+
+@dataclass(frozen=True)
+class FusedTask:
+    """What is to be computed; alike for every chunk."""
+
+    beta: float
+    inverse_temperature: float
+    shard: VocabShard
+    group: dist.ProcessGroup
+    student_hidden: torch.Tensor  # [T, Hs]
+    student_head: torch.Tensor  # [v, Hs]
+    teacher: HiddenTeacher | TopKTeacher
+    token_weights: torch.Tensor  # [T] compute dtype
+    labels: torch.Tensor | None  # [T]; negative: ignored
+    label_weights: torch.Tensor | None  # [T] compute dtype, 0 where ignored; with labels only
+    want_agreement: bool
+    dtype: torch.dtype  # of the divergence: float32, or float64
+
+
+@dataclass
+class FusedResults:
+    """Per-token results, [T] each, filled chunk by chunk."""
+
+    per_token: torch.Tensor
+    cross_entropy: torch.Tensor | None
+    agreement: torch.Tensor | None
+    teacher_mass: torch.Tensor | None
+    student_mass: torch.Tensor | None
+
+
+def empty_results(task: FusedTask) -> FusedResults:
+    num_tokens, device = task.student_hidden.shape[0], task.student_hidden.device
+
+    def per_token(wanted: bool) -> torch.Tensor | None:
+        return torch.empty(num_tokens, dtype=task.dtype, device=device) if wanted else None
+
+    sparse = isinstance(task.teacher, TopKTeacher)
+    values = torch.empty(num_tokens, dtype=task.dtype, device=device)
+    return FusedResults(
+        values, per_token(task.labels is not None), per_token(task.want_agreement), per_token(sparse), per_token(sparse)
+    )
+
+
+def make_task(
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor,
+    teacher: HiddenTeacher | TopKTeacher,
+    *,
+    beta: float,
+    tp_group: dist.ProcessGroup,
+    temperature: float,
+    vocab_size: int | None,
+    token_weights: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    label_weights: torch.Tensor | None,
+    want_agreement: bool,
+) -> FusedTask:
+    """Refuse what does not fit together; fill in the defaults."""
+    group = require_group(tp_group)
+    checks.check_beta(beta)
+    checks.check_temperature(temperature)
+    _check_linear("student_hidden", student_hidden, "student_head", student_head)
+    num_tokens, num_columns = student_hidden.shape[0], student_head.shape[0]
+    shard = vocab_shard(num_columns, rank=group.rank(), tp_size=group.size(), vocab_size=vocab_size)
+    dtype = dv.compute_dtype(student_hidden)
+    if isinstance(teacher, HiddenTeacher):
+        _check_linear("teacher_hidden", teacher.hidden, "teacher_head", teacher.head)
+        checks.check_same_columns("student_head", num_columns, "teacher_head", teacher.head.shape[0])
+        checks.check_same_tokens(student_hidden=student_hidden, teacher_hidden=teacher.hidden)
+        checks.check_same_device(student_hidden=student_hidden, teacher_hidden=teacher.hidden)
+        dtype = dv.compute_dtype(student_hidden, teacher.hidden)
+        teacher = HiddenTeacher(teacher.hidden.detach(), teacher.head.detach())
+    else:
+        sp.check_support(teacher.logprobs, teacher.indices, shard, teacher.tail, temperature)
+        checks.check_same_tokens(student_hidden=student_hidden, topk_logprobs=teacher.logprobs)
+        checks.check_same_device(
+            student_hidden=student_hidden, topk_logprobs=teacher.logprobs, topk_indices=teacher.indices
+        )
+        teacher = TopKTeacher(teacher.logprobs.detach(), teacher.indices, teacher.tail)
+    checks.check_vector("token_weights", token_weights, num_tokens)
+    checks.check_vector("labels", labels, num_tokens)
+    checks.check_vector("label_weights", label_weights, num_tokens)
+    checks.check_same_device(
+        student_hidden=student_hidden, token_weights=token_weights, labels=labels, label_weights=label_weights
+    )
+    if label_weights is not None and labels is None:
+        raise ConfigError(
+            "label_weights without labels was given: the cross entropy needs labels [T]; pass them or leave "
+            "label_weights out"
+        )
+    weights_T = torch.ones(num_tokens, dtype=dtype, device=student_hidden.device)
+    label_weights_T = None
+    if labels is not None:
+        checks.check_ids("labels", labels, shard.vocab_size)
+        given = weights_T if label_weights is None else label_weights.detach().to(dtype)
+        label_weights_T = given.masked_fill(labels < 0, 0.0)
+    return FusedTask(
+        beta=float(beta), inverse_temperature=1.0 / temperature, shard=shard, group=group, teacher=teacher, dtype=dtype,
+        student_hidden=student_hidden.detach(), student_head=student_head.detach(),
+        token_weights=weights_T if token_weights is None else token_weights.detach().to(dtype),
+        labels=labels, label_weights=label_weights_T, want_agreement=want_agreement,
+    )  # fmt: skip
+
+
+def _check_linear(hidden_name: str, hidden: torch.Tensor, head_name: str, head: torch.Tensor) -> None:
+    checks.check_matrix(hidden_name, hidden)
+    checks.check_matrix(head_name, head)
+    checks.check_same_device(**{hidden_name: hidden, head_name: head})
+    if hidden.shape[1] != head.shape[1] or hidden.dtype != head.dtype:
+        raise ShapeError(
+            f"{hidden_name} {list(hidden.shape)} {hidden.dtype} and {head_name} {list(head.shape)} {head.dtype} were "
+            f"given, [T, H] and [V/tp, H] of one H and one dtype are needed"
+        )
+
+
+def needs_label_softmax(task: FusedTask) -> bool:
+    """Whether the cross entropy needs a softmax of its own: it is at temperature 1, and a sparse teacher has none."""
+    return task.labels is not None and isinstance(task.teacher, HiddenTeacher) and task.inverse_temperature != 1.0
+
+
+def num_wide_buffers(task: FusedTask) -> int:
+    """[C, v] buffers in the divergence's dtype beside the logits themselves."""
+    own = int(task.student_hidden.dtype != task.dtype)
+    if isinstance(task.teacher, TopKTeacher):
+        return own + 1
+    return own + int(task.teacher.hidden.dtype != task.dtype) + int(needs_label_softmax(task))
+
+
+def bytes_per_token(task: FusedTask) -> int:
+    """Of all [C, v] buffers; from numbers that are alike on every rank, because it decides the number of chunks."""
+    size = task.student_hidden.dtype.itemsize + num_wide_buffers(task) * task.dtype.itemsize
+    if isinstance(task.teacher, HiddenTeacher):
+        size += task.teacher.hidden.dtype.itemsize
+    return size * task.shard.max_columns
