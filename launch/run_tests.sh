@@ -12,6 +12,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${GKD_VENV:-$root/.venv}
+[[ $venv == /* ]] || venv=$PWD/$venv
 
 case ${1:-} in
     -h | --help)

@@ -18,6 +18,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${GKD_VENV:-$root/.venv}
+[[ $venv == /* ]] || venv=$PWD/$venv
 set_name=cpu
 dry_run=false
 

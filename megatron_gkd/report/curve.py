@@ -76,7 +76,7 @@ def _draw_agreement(axes: Axes, evaluations: tuple[Record, ...]) -> None:
     axes.plot(steps, percent, color=_COLOURS["agreement"], marker="o", markersize=4)
     for i in {0, len(steps) - 1}:
         axes.annotate(
-            f"{percent[i]:.1f} %", (steps[i], percent[i]), textcoords="offset points", xytext=(0, 8), ha="center"
+            f"{percent[i]:.1f} %", (steps[i], percent[i]), textcoords="offset points", xytext=(0, 9), ha="center"
         )
     axes.margins(x=0.12, y=0.2)
     axes.set_ylim(bottom=0)
@@ -90,7 +90,7 @@ def _prepare(axes: Axes, title: str, unit: str, *, empty: bool) -> None:
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if empty:
         axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="grey")
 

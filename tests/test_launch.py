@@ -1,0 +1,220 @@
+"""The shell scripts: syntax, lint, --help, --dry-run, and the rules that keep a run from being lost or repeated.
+
+A stand-in for the environment (a directory with a `python` that prints its arguments) plays the interpreter, so nothing
+is installed or trained here. Not covered: a real set-up and a real run; tests/test_quickstart.py and .ci/run do those.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+Result = subprocess.CompletedProcess[str]
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def bash(*args: str | Path, cwd: Path = ROOT, **env: str) -> Result:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GKD_")} | env
+    return subprocess.run(
+        ["bash", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+def test_syntax(script: Path):
+    assert bash("-n", script).returncode == 0
+    assert os.access(script, os.X_OK), f"chmod +x {script}"
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+def test_shellcheck(script: Path):
+    result = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:-1], ids=ids)
+def test_help_is_the_header(script: Path, tmp_path: Path):
+    result = bash(script, "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for heading in ("Hardware:", "Time:", "Expect:"):
+        assert heading in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_quickstart_dry_run_shows_every_stage(tmp_path: Path):
+    out = tmp_path / "run"
+    result = bash(ROOT / "launch/quickstart.sh", "--dry-run", "--steps", "7", "--out", out, "--beta", "0.5")
+    assert result.returncode == 0, result.stderr
+    commands = [line for line in result.stdout.splitlines() if line.startswith("+ ")]
+    order = ["setup_env.sh", "prepare_model.py", "prepare_data.py", "cut_student.py", "megatron_gkd train", "report"]
+    assert [next(i for i, line in enumerate(commands) if name in line) for name in order] == list(range(6))
+    train = commands[4]
+    assert "--nproc-per-node 2" in train
+    assert f"--save {out} --train_iters 7 --beta 0.5" in train
+    assert not out.exists()
+
+
+def test_quickstart_offline_by_flag_and_by_environment(tmp_path: Path):
+    script = ROOT / "launch/quickstart.sh"
+    by_flag = bash(script, "--dry-run", "--offline", "--out", tmp_path / "run")
+    by_env = bash(script, "--dry-run", "--out", tmp_path / "run", GKD_OFFLINE="1")
+    assert by_flag.stdout == by_env.stdout
+    assert "make_tiny.py" in by_flag.stdout
+    assert "prepare_model.py" not in by_flag.stdout
+
+
+def test_relative_paths_are_the_callers(tmp_path: Path):
+    result = bash(ROOT / "launch/quickstart.sh", "--dry-run", "--out", "here", cwd=tmp_path, GKD_CACHE="store")
+    assert f"--save {tmp_path}/here" in result.stdout
+    assert f"--out {tmp_path}/store/quickstart/teacher" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "x"], ["--steps"], ["--out"], ["--steps=0"], ["--out", "--fresh"]], ids=" ".join
+)
+def test_quickstart_refuses(arguments: list[str]):
+    result = bash(ROOT / "launch/quickstart.sh", "--dry-run", *arguments)
+    assert result.returncode == 2
+    assert "quickstart:" in result.stderr
+
+
+# ---- a stand-in for the environment: what quickstart.sh does with the runs that it finds ------------------------------
+
+PYTHON = """#!/usr/bin/env bash
+printf 'python'; printf ' %s' "$@"; printf '\\n'
+while (($#)); do case $1 in --save) out=$2 ;; esac; shift; done
+[[ -n ${out:-} && ${FAKE_TRAIN:-finish} != fail ]] || exit "${FAKE_STATUS:-0}"
+mkdir -p "$out/checkpoints" "$out/hf" "$out/report"
+echo '{}' >"$out/metrics.jsonl"
+echo step_00000001 >"$out/checkpoints/latest"
+[[ ${FAKE_TRAIN:-finish} == interrupt ]] && { rmdir "$out/hf"; exit 9; }
+echo '{}' >"$out/hf/config.json"
+sleep 0.01
+echo 'the report' >"$out/report/summary.txt"
+"""
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path) -> Callable[..., Result]:
+    """launch/quickstart.sh of a copy of the repository's scripts, with the stand-in as interpreter."""
+    root = tmp_path / "repo"
+    for name in ("launch", "examples", "requirements"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "launch/setup_env.sh").write_text("echo environment ready\n")
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def call(*args: str | Path, **env: str) -> Result:
+        return bash(root / "launch/quickstart.sh", *args, cwd=tmp_path, GKD_VENV=str(tmp_path / "venv"), **env)
+
+    return call
+
+
+def trained(result: Result) -> bool:
+    return " train " in result.stdout
+
+
+def test_a_finished_run_is_not_repeated(quickstart: Callable[..., Result]):
+    first = quickstart("--out", "run")
+    assert first.returncode == 0, first.stderr
+    assert trained(first)
+    second = quickstart("--out", "run")
+    assert second.returncode == 0, second.stderr
+    assert not trained(second)
+    assert "the report" in second.stdout
+    assert trained(quickstart("--out", "run", "--fresh"))
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(quickstart: Callable[..., Result], tmp_path: Path):
+    first = quickstart("--out", "run", FAKE_TRAIN="interrupt")
+    assert first.returncode == 9
+    second = quickstart("--out", "run")
+    assert second.returncode == 0
+    assert f"--load {tmp_path / 'run'}" in second.stdout
+
+
+def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(quickstart: Callable[..., Result]):
+    assert quickstart("--out", "run", "--beta", "7", FAKE_TRAIN="fail", FAKE_STATUS="2").returncode == 2
+    second = quickstart("--out", "run", "--beta", "0.7")
+    assert second.returncode == 0, second.stderr
+    assert trained(second)
+    assert "--load" not in second.stdout
+
+
+def test_another_run_is_neither_overwritten_nor_taken_for_this_one(quickstart: Callable[..., Result], tmp_path: Path):
+    assert quickstart("--out", "run").returncode == 0
+    other = quickstart("--out", "run", "--steps", "3")
+    assert other.returncode == 2
+    assert "other settings" in other.stderr
+    assert not trained(other)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years of work")
+    for flags in ([], ["--fresh"]):
+        foreign = quickstart("--out", "mine", *flags)
+        assert foreign.returncode == 2
+        assert "not made by this script" in foreign.stderr
+    assert (tmp_path / "mine/thesis.tex").read_text() == "years of work"
+
+
+def test_setup_env_is_instant_when_the_stamp_fits_and_works_otherwise(tmp_path: Path):
+    script = ROOT / "launch/setup_env.sh"
+    result = bash(script, "--dry-run", GKD_VENV=str(tmp_path / "venv"), GKD_PIP_ARGS="--index-url X --no-cache-dir")
+    assert result.returncode == 0, result.stderr
+    installs = [line for line in result.stdout.splitlines() if " pip install " in line]
+    assert len(installs) == 3
+    assert "torch==" in installs[0]
+    assert "--no-deps" not in installs[0]
+    assert "--requirement" in installs[1]
+    assert "--editable" in installs[2]
+    assert all("--index-url X --no-cache-dir" in line for line in installs)
+    assert not (tmp_path / "venv").exists()
+
+
+def test_setup_env_says_what_to_install(tmp_path: Path):
+    result = bash(
+        ROOT / "launch/setup_env.sh",
+        GKD_VENV=str(tmp_path / "venv"),
+        GKD_PYTHON=str(tmp_path / "no-python"),
+        PATH=_path_without_python(tmp_path),
+    )
+    assert result.returncode == 1
+    assert "Python 3.11 or 3.12 is needed" in result.stderr
+    assert "apt-get install" in result.stderr
+
+
+def _path_without_python(tmp_path: Path) -> str:
+    """A directory with the few tools that the script uses before it looks for an interpreter."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "cat", "cut", "sha256sum", "dirname", "sed", "grep", "mktemp", "rm"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    return str(tools)
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_requirement_files_pin_everything(name: str):
+    lines = (ROOT / f"requirements/{name}.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all("==" in pin and "+" not in pin for pin in pins), [pin for pin in pins if "==" not in pin or "+" in pin]
+    assert pins[0].startswith("torch==")
+    names = [pin.split("==")[0].lower().replace("_", "-") for pin in pins]
+    assert len(set(names)) == len(names)
+    if name == "cpu":
+        assert not {"torchvision", "torchaudio", "torchcodec", "pycosat"} & set(names)
