@@ -1,9 +1,9 @@
 """The command line: `megatron-gkd {train,sample,convert,eval,plan,report,check}`, also `python -m megatron_gkd`.
 
 The second form is what torchrun starts. A command is first prepared (flags parsed, configuration validated, no heavy
-import) and then carried out. An error that the user can act on (`GKDError`) is one line on stderr and exit code 2; `--log_level debug` adds the traceback. While a
-command is prepared every rank meets the same error, so one rank per machine prints it; afterwards every rank that fails
-says so under its number.
+import) and then carried out. An error that the user can act on (`GKDError`) is one line on stderr and exit code 2;
+`--log_level debug` adds the traceback. While a command is prepared every rank meets the same error, so one rank per
+machine prints it; afterwards every rank that fails says so under its number.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import megatron_gkd
 from megatron_gkd.errors import ConfigError, GKDError, NotBuiltError
@@ -154,7 +155,7 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
 def _wants_traceback(argv: Sequence[str]) -> bool:
     """Read before parsing, because parsing may be what fails."""
     words = " ".join(argv).replace("=", " ").replace("--log-level", "--log_level").split()
-    return ("--log_level", "debug") in zip(words, words[1:], strict=False)
+    return ("--log_level", "debug") in pairwise(words)
 
 
 if __name__ == "__main__":

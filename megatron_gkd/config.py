@@ -8,6 +8,8 @@ have (not_built.py).
 A flag either has an effect or is refused when it is set away from its default: none is accepted and ignored.
 """
 
+# ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
+
 from __future__ import annotations
 
 import math
@@ -160,9 +162,9 @@ class DataConfig(Section):
     """Data."""
 
     dataset: list[str] = setting(
-        [], "Training data: JSONL or Parquet files of prompts and completions (chat messages)."
+        (), "Training data: JSONL or Parquet files of prompts and completions (chat messages)."
     )
-    eval_dataset: list[str] = setting([], "Held-out data, in the same form.")
+    eval_dataset: list[str] = setting((), "Held-out data, in the same form.")
     eval_samples: int | None = setting(None, "Rows of the held-out data that are used; null: all.", gt=0)
     max_length: int = setting(1024, "Most tokens of prompt and completion together.", ge=2)
     packing: bool = setting(False, "Pack several samples into one sequence of at most --max_length tokens.")
@@ -226,7 +228,7 @@ class LoggingConfig(Section):
         ge=1,
     )
     report_to: list[Literal["tensorboard", "wandb", "none"]] = setting(
-        ["tensorboard"], "Where metrics go beside metrics.jsonl in the run directory."
+        ("tensorboard",), "Where metrics go beside metrics.jsonl in the run directory."
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "Least severe messages shown; debug adds tracebacks."

@@ -14,6 +14,8 @@ configuration file is read here, because its own action lets a file that stands 
 `dataset: d.jsonl`; bare booleans and hyphens are normalised first; its messages of several lines are put in one.
 """
 
+# ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
+
 from __future__ import annotations
 
 import difflib
@@ -40,7 +42,7 @@ class SampleConfig(Section):
 
     model: str = setting(help="Model to sample from: a Hugging Face model directory.")
     result_path: str = setting(help="JSONL file that is written: the prompts with the sampled completions.")
-    dataset: list[str] = setting([], "Prompts: JSONL or Parquet files.")
+    dataset: list[str] = setting((), "Prompts: JSONL or Parquet files.")
     max_new_tokens: int = setting(512, "Most tokens sampled per prompt.", gt=0)
     write_batch_size: int = setting(1000, "Write the result every this many prompts.", ge=1)
     infer_backend: Literal["vllm"] = setting("vllm", "Engine.")
@@ -86,18 +88,14 @@ def parse(
 ) -> dict[str, Any]:
     """Flag name -> value, for the flags given on the command line or in a file, and those with a default."""
     parser = build_parser(table, prog=prog, headings=headings)
-    tokens, config_paths = normalise(argv, table, aliases or {})
+    tokens, config_paths, nulls = normalise(argv, table, aliases or {})
     try:
         for path in config_paths:
             parser.set_defaults(read_config(path, table))
         values = vars(parser.parse_args(tokens))
     except ArgumentError as error:
         raise ConfigError(_one_line(str(error), table)) from error
-    values = {
-        name: None if value in _NULLS and optional(table[name].hint) else value
-        for name, value in values.items()
-        if name in table
-    }
+    values = {name: None if name in nulls else values[name] for name in table}
     return {name: value for name, value in values.items() if not (value is None and table[name].required)}
 
 
@@ -132,10 +130,11 @@ def build_parser(table: Mapping[str, Flag], *, prog: str, headings: Mapping[str,
 
 def normalise(
     argv: Sequence[str], table: Mapping[str, Flag], aliases: Mapping[str, str]
-) -> tuple[list[str], list[str]]:
-    """(tokens with canonical names and a value for every boolean, paths of --config); unknown flags are errors."""
+) -> tuple[list[str], list[str], set[str]]:
+    """(tokens with canonical names and a value for every boolean, paths of --config, flags set to null)."""
     tokens: list[str] = []
     config_paths: list[str] = []
+    nulls: set[str] = set()
     rest = list(argv)
     while rest:
         token = rest.pop(0)
@@ -156,14 +155,19 @@ def normalise(
             raise ConfigError(f"--{name} is given twice; give all its values after one --{name}")
         if table[name].hint is bool:
             if not equals:
-                value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+                value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            if value.lower() not in ("true", "false"):
+                raise ConfigError(f"--{name} is {value}; it must be {type_text(bool)}")
             tokens.append(f"--{name}={value.lower()}")
         elif optional(table[name].hint) and (value if equals else rest[0] if rest else "") in _NULLS:
             rest = rest if equals else rest[1:]
-            tokens.append(f"--{name}=null")
+            nulls.add(name)
         else:
+            nulls.discard(name)
+            if not equals and get_origin(table[name].hint) is not list and rest and not rest[0].startswith("--"):
+                equals, value = "=", rest.pop(0)  # argparse takes a separate -1e-5 for a flag
             tokens.append(f"--{name}{equals}{value}")
-    return tokens, config_paths
+    return tokens, config_paths, nulls
 
 
 def read_config(path: str, table: Mapping[str, Flag]) -> dict[str, Any]:
@@ -171,13 +175,20 @@ def read_config(path: str, table: Mapping[str, Flag]) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
+        tree, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path} must hold `flag: value` lines")
+    keys = [key.value.replace("-", "_") for key, _ in tree.value]  # a dict would have lost all but the last
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"--config {path}: {key} stands there twice")
     checked = {}
     for key, given in values.items():
         name = str(key).replace("-", "_")
@@ -269,11 +280,9 @@ def _not_built_lines() -> list[str]:
 
 
 def _from_yaml(value: Any, hint: Any) -> Any:
-    """A scalar for a list is a list of one; `1e-5`, a string to YAML 1.1, is a float; `None` is null."""
+    """A scalar for a list is a list of one; `1e-5`, a string to YAML 1.1, is a float."""
     if get_origin(hint) is list and not isinstance(value, list):
         value = [value]
-    if optional(hint) and value in ("None", None):
-        return None
     if isinstance(value, str) and not fits(value, hint) and fits(1.0, hint):
         try:
             return float(value)

@@ -58,9 +58,9 @@ def setting(
     lt: float | None = None,
     le: float | None = None,
 ) -> Any:
-    """A field of a section. A list default is copied for every instance; without a default the setting is required."""
+    """A field of a section. A tuple stands for the default of a list; without a default the setting is required."""
     metadata = {"help": help, "range": Range(gt, ge, lt, le)}
-    if isinstance(default, list):
+    if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,9 +109,7 @@ class WandbWriter:
         except ImportError as error:
             raise ConfigError("--report_to wandb needs the package wandb; install it, or leave wandb out") from error
         id_file = run_dir / "wandb_id.txt"
-        run_id = (
-            id_file.read_text().strip() if first_step is not None and id_file.exists() else wandb.util.generate_id()
-        )
+        run_id = id_file.read_text().strip() if first_step is not None and id_file.exists() else uuid.uuid4().hex[:12]
         run_dir.mkdir(parents=True, exist_ok=True)
         id_file.write_text(run_id + "\n")
         self._run: Any = wandb.init(

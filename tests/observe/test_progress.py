@@ -1,0 +1,73 @@
+"""The progress line: text, ETA, terminals and files."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import pytest
+
+from megatron_gkd.observe.logging import CLEAR_LINE
+from megatron_gkd.observe.progress import WINDOW, Progress
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_line_of_a_file() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(100, stream=stream, clock=clock) as progress:
+        clock.now_s = 5.2
+        progress.update(10, loss=2.34512, tokens_per_s=1234.4)
+    assert stream.getvalue() == "step 10/100 | loss 2.3451 | 1,234 tokens/s | 0.52 s/step | ETA 0:00:47\n"
+
+
+def test_a_resumed_run_counts_its_own_steps_only() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(100, done_steps=90, stream=stream, clock=clock)
+    clock.now_s = 4.0
+    progress.update(92)
+    assert stream.getvalue() == "step 92/100 | 2.00 s/step | ETA 0:00:16\n"
+
+
+def test_the_speed_is_that_of_the_last_updates() -> None:
+    clock = Clock()
+    progress = Progress(1000, stream=io.StringIO(), clock=clock)
+    clock.now_s = 500.0  # a slow first step
+    progress.update(1)
+    for step in range(2, WINDOW + 2):
+        clock.now_s += 1.0
+        progress.update(step)
+    assert "| 1.00 s/step |" in progress.line(WINDOW + 1)
+
+
+def test_before_any_time_has_passed_there_is_no_eta() -> None:
+    progress = Progress(10, stream=io.StringIO())
+    assert progress.line(0) == "step 0/10"
+
+
+def test_a_terminal_s_line_is_rewritten_within_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((20, 5)))
+    stream, clock = Terminal(), Clock()
+    with Progress(100, stream=stream, clock=clock) as progress:
+        clock.now_s = 1.0
+        progress.update(1, loss=1.0)
+        progress.update(2, loss=1.0)
+    lines = stream.getvalue().split(CLEAR_LINE)
+    assert lines[1:] == ["step 1/100 | loss 1", "step 2/100 | loss 1\n"]
+
+
+def test_other_ranks_say_nothing() -> None:
+    stream = io.StringIO()
+    with Progress(10, enabled=False, stream=stream) as progress:
+        progress.update(1, loss=1.0)
+    assert stream.getvalue() == ""

@@ -1,0 +1,48 @@
+"""Seconds per phase, with a clock of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+
+import pytest
+
+from megatron_gkd.observe.timers import Timers
+
+
+def ticking() -> Callable[[], float]:
+    """A clock that moves one second per reading."""
+    ticks = count()
+    return lambda: float(next(ticks))
+
+
+def test_phases_add_up_in_the_order_of_first_use() -> None:
+    timers = Timers(clock=ticking())
+    for name in ("teacher", "student", "teacher"):
+        with timers.phase(name):
+            pass
+    assert list(timers.seconds().items()) == [("teacher_s", 2.0), ("student_s", 1.0)]
+    assert timers.uses() == {"teacher": 2, "student": 1}
+    timers.reset()
+    assert timers.seconds() == {}
+
+
+def test_a_phase_inside_another_counts_in_both() -> None:
+    timers = Timers(clock=ticking())
+    with timers.phase("step"), timers.phase("loss"):
+        pass
+    assert timers.seconds() == {"loss_s": 1.0, "step_s": 3.0}
+
+
+def test_a_phase_that_raises_is_counted() -> None:
+    timers = Timers(clock=ticking())
+    with pytest.raises(ZeroDivisionError), timers.phase("step"):
+        raise ZeroDivisionError
+    assert timers.seconds() == {"step_s": 1.0}
+
+
+def test_the_device_is_waited_for_only_when_asked() -> None:
+    waits: list[str] = []
+    with Timers(synchronize=lambda: waits.append("wait")).phase("step"):
+        waits.append("work")
+    assert waits == ["wait", "work", "wait"]

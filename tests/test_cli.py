@@ -1,0 +1,199 @@
+"""The command line as a user meets it: texts, exit codes, ranks, what is imported.
+
+Does not cover: what the commands do (tests of train/ and report.py) and the parsing of single flags (test_flags.py).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import megatron_gkd
+from megatron_gkd import cli
+from megatron_gkd.config import RunConfig, flags
+from megatron_gkd.errors import DataError
+
+ROOT = Path(megatron_gkd.__file__).parent.parent
+TRAIN = ["train", "--model", "S", "--teacher_model", "T", "--dataset", "d.jsonl"]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the models that TRAIN names, and no rank."""
+    for name in ("S", "T"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def run(*argv: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python -m megatron_gkd` in a process of its own."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    environment |= {"PYTHONPATH": str(ROOT), **env}
+    command = [sys.executable, "-m", "megatron_gkd", *argv]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_an_error_is_one_line_and_exit_code_2(run_dir: Path) -> None:
+    done = run(*TRAIN, "--lmda", "0", cwd=run_dir)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "megatron-gkd: error: unknown flag --lmda; did you mean --lmbda?\n"
+
+
+def test_the_documented_line_is_refused_for_lmbda_alone(run_dir: Path) -> None:
+    done = run(*TRAIN, "--gkd_logits_topk", "64", cwd=run_dir)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "megatron-gkd: error: not built yet: --lmbda 0.5 (on-policy sampling needs the vLLM rollout bridge: "
+        "pass --lmbda 0 to use the data set's completions)\n"
+    )
+
+
+def test_debug_adds_the_traceback(run_dir: Path) -> None:
+    for words in (["--log_level", "debug"], ["--log-level=debug"]):
+        done = run(*TRAIN, *words, cwd=run_dir)
+        assert done.returncode == 2
+        assert "Traceback" in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("megatron-gkd: error: not built yet: --lmbda")
+
+
+def test_help_is_complete_and_imports_nothing_heavy(run_dir: Path) -> None:
+    code = (
+        "import sys\nfrom megatron_gkd.cli import main\n"
+        "try:\n    main(['train', '--help'])\nfinally:\n"
+        "    print('heavy:', sorted({'torch', 'transformers', 'megatron', 'numpy'} & sys.modules.keys()))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=run_dir,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("heavy: []\n")
+    assert "Distillation: divergence" in done.stdout
+    for flag in flags():
+        assert f"--{flag}" in done.stdout
+    assert "([0, 1], default 0.5)" in " ".join(done.stdout.split())
+
+
+def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        assert tomllib.load(file)["project"]["version"] == megatron_gkd.__version__
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megatron-gkd {megatron_gkd.__version__}\n"
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in ("train", "sample", "convert", "eval", "plan", "report", "check"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "no command; give one of train, sample"),
+        (["trian"], "unknown command trian; did you mean train?"),
+        (["--model", "S"], "unknown command --model; give one of"),
+        (["sample", "--model", "T", "--dataset", "d.jsonl", "--result_path", "t.jsonl"], "not built yet: sample ("),
+        (["sample", "--model", "T", "--beta", "1"], "unknown flag --beta"),
+        (["convert"], "not built yet: convert ("),
+        (["plan", "--model", "S"], "not built yet: plan ("),
+        (["check"], "not built yet: check ("),
+        (["eval", "--model", "S", "--teacher_model", "T"], "--eval_dataset is missing"),
+        ([*TRAIN, "--beta", "2"], "--beta is 2.0; it must be in [0, 1]"),
+    ],
+)
+def test_errors(argv: list[str], message: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"megatron-gkd: error: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "prints"),
+    [
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, False),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "1"}, False),
+    ],
+)
+def test_what_every_rank_would_say_is_said_once_per_machine(
+    env: dict[str, str],
+    prints: bool,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(TRAIN) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("megatron-gkd: error: not built yet") if prints else err == ""
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, module: str, **names: object) -> None:
+    """Stands for a module of the package that the command would import."""
+    replacement = ModuleType(module)
+    vars(replacement).update(names)
+    monkeypatch.setitem(sys.modules, module, replacement)
+
+
+def test_train_and_eval_get_the_configuration(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, RunConfig]] = []
+    stub(monkeypatch, "megatron_gkd.train.loop", run_training=lambda cfg: seen.append(("train", cfg)))
+    stub(monkeypatch, "megatron_gkd.train.evaluate", run_evaluation=lambda cfg: seen.append(("eval", cfg)))
+    assert cli.main([*TRAIN, "--lmbda", "0", "--beta", "0.25"]) == 0
+    assert cli.main(["eval", "--model", "S", "--teacher_model", "T", "--eval_dataset", "e.jsonl"]) == 0
+    assert [name for name, _ in seen] == ["train", "eval"]
+    assert seen[0][1].distillation.beta == 0.25
+    assert seen[1][1].data.eval_dataset == ["e.jsonl"]
+
+
+def test_report_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    stub(monkeypatch, "megatron_gkd.report", main=seen.append)
+    assert cli.main(["report", "runs/gkd", "--num_answers", "2"]) == 0
+    assert seen == [["runs/gkd", "--num_answers", "2"]]
+
+
+def fail(error: BaseException) -> object:
+    def run_training(cfg: RunConfig) -> None:
+        raise error
+
+    return run_training
+
+
+def test_a_failing_rank_says_its_number(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub(monkeypatch, "megatron_gkd.train.loop", run_training=fail(DataError("d.jsonl:3: bad\nrow")))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main([*TRAIN, "--lmbda", "0"]) == 2
+    assert capsys.readouterr().err == "megatron-gkd: error: d.jsonl:3: bad row\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main([*TRAIN, "--lmbda", "0"]) == 2
+    assert capsys.readouterr().err == "megatron-gkd: rank 1: error: d.jsonl:3: bad row\n"
+
+
+def test_an_interrupt_is_no_traceback_and_other_errors_are(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch, "megatron_gkd.train.loop", run_training=fail(KeyboardInterrupt()))
+    assert cli.main([*TRAIN, "--lmbda", "0"]) == 130
+    stub(monkeypatch, "megatron_gkd.train.loop", run_training=fail(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main([*TRAIN, "--lmbda", "0"])

@@ -1,0 +1,248 @@
+"""Sections check types and ranges, `validate()` checks combinations and refuses what is missing, by name.
+
+Does not cover: text (test_flags.py), the effect of a flag that is accepted (the tests of its reader).
+"""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_gkd import contradictions
+from megatron_gkd.config import DataConfig, DistillationConfig, ModelConfig, RunConfig, TrainingConfig, flags
+from megatron_gkd.errors import ConfigError, NotBuiltError
+from megatron_gkd.not_built import NOT_BUILT, Command
+from megatron_gkd.settings import Range
+
+
+@pytest.fixture
+def accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Flags that validate, with the directories they name; tests change some of them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "S").mkdir()
+    (tmp_path / "T").mkdir()
+    return {"model": "S", "teacher_model": "T", "dataset": ["d.jsonl"], "lmbda": 0.0}
+
+
+def validate(flags_given: dict[str, Any], command: Command = "train") -> None:
+    RunConfig.from_flat(flags_given).validate(command)
+
+
+def test_accepted_flags_validate(accepted: dict[str, Any]) -> None:
+    validate(accepted)
+
+
+def test_sections_are_frozen_and_replaceable() -> None:
+    section = DistillationConfig()
+    with pytest.raises(FrozenInstanceError):
+        section.beta = 1.0  # type: ignore[misc]
+    assert replace(section, beta=1.0).beta == 1.0
+    with pytest.raises(ConfigError, match=r"--beta is 2; it must be in \[0, 1\]"):
+        replace(section, beta=2)
+
+
+@pytest.mark.parametrize(
+    ("section", "flag", "value", "needed"),
+    [
+        (DistillationConfig, "beta", float("nan"), r"in \[0, 1\]"),
+        (DistillationConfig, "sft_alpha", float("inf"), r">= 0"),
+        (DistillationConfig, "beta", "0.5", r"float, in \[0, 1\]"),
+        (DistillationConfig, "beta", True, "float"),
+        (DistillationConfig, "gkd_logits_topk", 1.0, "int or null, > 0"),
+        (DistillationConfig, "seq_kd", 1, "true|false"),
+        (DistillationConfig, "topk_tail", "none", r"renormalize\|bucket"),
+        (DataConfig, "dataset", "d.jsonl", "str, several"),
+        (DataConfig, "dataset", ["d", 1], "str, several"),
+        (DataConfig, "dataset", ["d", "d"], "each once"),
+        (TrainingConfig, "seed", 2**32, r"in \[0, 4294967296\)"),
+        (TrainingConfig, "train_iters", True, "int or null"),
+    ],
+)
+def test_values_from_python_are_checked_too(section: type, flag: str, value: object, needed: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{flag} (is|has).*{needed}"):
+        section(**{flag: value})
+
+
+def test_an_int_is_a_float_and_list_defaults_are_not_shared() -> None:
+    assert DistillationConfig(beta=1).beta == 1
+    DataConfig().dataset.append("x")
+    assert DataConfig().dataset == []
+
+
+@pytest.mark.parametrize(
+    ("interval", "text", "inside", "outside"),
+    [
+        (Range(ge=0, le=1), "[0, 1]", (0, 1), (-0.1, 1.1)),
+        (Range(gt=0), "> 0", (1e-9,), (0,)),
+        (Range(ge=0, lt=1), "[0, 1)", (0,), (1,)),
+        (Range(gt=0, le=1), "(0, 1]", (1,), (0,)),
+        (Range(lt=3), "< 3", (-9,), (3,)),
+        (Range(), "", (0,), (float("nan"), float("inf"))),
+    ],
+)
+def test_ranges(interval: Range, text: str, inside: tuple[float, ...], outside: tuple[float, ...]) -> None:
+    assert str(interval) == text
+    assert all(map(interval.contains, inside))
+    assert not any(map(interval.contains, outside))
+
+
+def test_flat_names_are_unique_and_every_flag_is_documented() -> None:
+    cfg = RunConfig(model=ModelConfig(model="S"))
+    names = [name for section in vars(cfg).values() for name in vars(section)]
+    assert len(names) == len(set(names)) == len(flags())
+    assert all(flag.item.metadata["help"].endswith(".") for flag in flags().values())
+
+
+def test_flat_round_trip(accepted: dict[str, Any]) -> None:
+    cfg = RunConfig.from_flat(accepted | {"gkd_logits_topk": 4})
+    assert RunConfig.from_flat(cfg.to_flat()) == cfg
+    assert cfg.get("gkd_logits_topk") == 4
+    assert not cfg.is_default("gkd_logits_topk")
+    assert cfg.is_default("beta")
+
+
+def test_model_is_required() -> None:
+    with pytest.raises(ConfigError, match="--model is missing"):
+        RunConfig.from_flat({})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"use_liger_kernel": True, "gkd_logits_topk": 8}, "--use_liger_kernel does not go with --gkd_logits_topk"),
+        ({"topk_tail": "bucket"}, "--topk_tail bucket needs --gkd_logits_topk"),
+        (
+            {"teacher_model_server": "http://h:1", "teacher_model": None},
+            "--teacher_model_server needs --gkd_logits_topk",
+        ),
+        ({"sequence_parallel": True}, "--sequence_parallel .* needs --tensor_model_parallel_size above 1"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "needs --pipeline_model_parallel_size above 1"),
+        ({"train_iters": 2, "num_train_epochs": 1.0}, "--train_iters and --num_train_epochs"),
+        ({"lr": 1e-5, "min_lr": 1e-4}, "--min_lr 0.0001 is above --lr 1e-05"),
+        ({"lr_decay_style": "constant", "min_lr": 1e-6}, "--min_lr has no effect"),
+        ({"eval_steps": 5}, "--eval_steps needs --eval_dataset"),
+        ({"eval_samples": 5}, "--eval_samples needs --eval_dataset"),
+        ({"dataset": []}, "--dataset is missing"),
+    ],
+)
+def test_contradictions(accepted: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(accepted | given)
+
+
+@pytest.mark.parametrize("flag", contradictions.LOCAL_TEACHER)
+def test_local_teacher_flags_are_refused_beside_a_server(accepted: dict[str, Any], flag: str) -> None:
+    other: Any = {"teacher_placement": "separate", "offload_teacher_model": True}.get(flag, 2)
+    server = {"teacher_model": None, "teacher_model_server": "http://h:1", "gkd_logits_topk": 4}
+    with pytest.raises(ConfigError, match=f"--{flag} is for a local teacher"):
+        validate(accepted | server | {flag: other})
+
+
+def test_local_teacher_flags_are_all_listed() -> None:
+    in_section = [name for name, flag in flags().items() if flag.section == "teacher"]
+    assert set(in_section) == {*contradictions.LOCAL_TEACHER, "teacher_model", "teacher_model_server"}
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://h", "http://", "T"])
+def test_the_server_must_be_a_url(accepted: dict[str, Any], url: str) -> None:
+    with pytest.raises(ConfigError, match="must be a URL such as"):
+        validate(accepted | {"teacher_model_server": url})
+
+
+def test_report_to_none_stands_alone(accepted: dict[str, Any]) -> None:
+    validate(accepted | {"report_to": ["none"]})
+    with pytest.raises(ConfigError, match="none stands alone"):
+        validate(accepted | {"report_to": ["none", "tensorboard"]})
+
+
+def test_wandb_needs_its_package(accepted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contradictions, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs the package wandb"):
+        validate(accepted | {"report_to": ["wandb"]})
+    monkeypatch.setattr(contradictions, "find_spec", lambda name: object())
+    validate(accepted | {"report_to": ["wandb"]})
+
+
+# One value per entry of NOT_BUILT, in its order: what a user would write to ask for it.
+ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("model", {"model": "Org/Model"}),
+    ("teacher_model", {"teacher_model": "Org/Model"}),
+    ("teacher_model", {"teacher_model": None}),
+    ("teacher_model_server", {"teacher_model_server": "http://localhost:8000", "gkd_logits_topk": 20}),
+    ("teacher_context_parallel_size", {"teacher_context_parallel_size": 2}),
+    ("teacher_expert_model_parallel_size", {"teacher_expert_model_parallel_size": 2}),
+    ("teacher_placement", {"teacher_placement": "separate"}),
+    ("offload_teacher_model", {"offload_teacher_model": True}),
+    ("lmbda", {"lmbda": 0.5}),
+    ("seq_kd", {"seq_kd": True}),
+    ("use_liger_kernel", {"use_liger_kernel": True}),
+    ("temperature", {"temperature": 1.0}),
+    ("top_p", {"top_p": 0.9}),
+    ("top_k", {"top_k": 50}),
+    ("max_completion_length", {"max_completion_length": 64}),
+    ("use_vllm", {"use_vllm": True}),
+    ("vllm_mode", {"vllm_mode": "server"}),
+    ("vllm_gpu_memory_utilization", {"vllm_gpu_memory_utilization": 0.5}),
+    ("vllm_tensor_parallel_size", {"vllm_tensor_parallel_size": 2}),
+    ("vllm_max_model_len", {"vllm_max_model_len": 2048}),
+    ("sleep_level", {"sleep_level": 1}),
+    ("vllm_server_host", {"vllm_server_host": "localhost"}),
+    ("vllm_server_port", {"vllm_server_port": 8001}),
+    ("context_parallel_size", {"context_parallel_size": 2}),
+    ("expert_model_parallel_size", {"expert_model_parallel_size": 2}),
+    ("dataset", {"dataset": ["d.jsonl", "Org/Data:train#500"]}),
+    ("eval_dataset", {"eval_dataset": ["Org/Data"]}),
+    ("streaming", {"streaming": True}),
+)
+
+
+def test_every_not_built_entry_is_asked_for() -> None:
+    assert [entry.flag for entry in NOT_BUILT] == [flag for flag, _ in ASKING]
+
+
+@pytest.mark.parametrize(("flag", "given"), ASKING, ids=[f"{flag}-{i}" for i, (flag, _) in enumerate(ASKING)])
+def test_what_is_not_built_is_refused_by_name(accepted: dict[str, Any], flag: str, given: dict[str, Any]) -> None:
+    with pytest.raises(NotBuiltError, match=f"not built yet: --{flag} ") as caught:
+        validate(accepted | given)
+    assert str(caught.value).count(" --") == 1 + str(caught.value).split("(", 1)[1].count(" --"), (
+        "only what was asked for"
+    )
+
+
+def test_the_default_lmbda_is_refused_with_the_way_out(accepted: dict[str, Any]) -> None:
+    del accepted["lmbda"]
+    with pytest.raises(NotBuiltError, match=r"--lmbda 0\.5 \(.*pass --lmbda 0 "):
+        validate(accepted)
+
+
+def test_all_that_is_missing_is_named_at_once(accepted: dict[str, Any]) -> None:
+    with pytest.raises(NotBuiltError, match=r"--teacher_placement separate .*; --lmbda 1\.0 .*; --streaming true"):
+        validate(accepted | {"lmbda": 1.0, "streaming": True, "teacher_placement": "separate"})
+
+
+def test_contradictions_come_before_what_is_missing(accepted: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--use_liger_kernel does not go with"):
+        validate(accepted | {"lmbda": 1.0, "use_liger_kernel": True, "gkd_logits_topk": 4})
+
+
+def test_evaluation_needs_held_out_data_and_ignores_how_training_samples(accepted: dict[str, Any]) -> None:
+    del accepted["dataset"]
+    with pytest.raises(ConfigError, match="--eval_dataset is missing"):
+        validate(accepted, "eval")
+    validate(accepted | {"eval_dataset": ["e.jsonl"], "lmbda": 1.0, "seq_kd": True, "max_completion_length": 8}, "eval")
+
+
+@pytest.mark.parametrize(
+    ("given", "num_rows", "num_steps"),
+    [
+        ({}, 100, 7),
+        ({"num_train_epochs": 2.0}, 100, 13),
+        ({"num_train_epochs": 0.5}, 64, 2),
+        ({"train_iters": 5}, 100, 5),
+    ],
+)
+def test_number_of_steps(given: dict[str, Any], num_rows: int, num_steps: int) -> None:
+    assert TrainingConfig(global_batch_size=16, **given).num_steps(num_rows) == num_steps
