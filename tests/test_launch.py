@@ -93,7 +93,7 @@ def test_quickstart_refuses(arguments: list[str]):
     assert "quickstart:" in result.stderr
 
 
-# ---- a stand-in for the environment: what quickstart.sh does with the runs that it finds ------------------------------
+# ---- a stand-in for the environment: what quickstart.sh does with the runs that it finds ---------------------------
 
 PYTHON = """#!/usr/bin/env bash
 printf 'python'; printf ' %s' "$@"; printf '\\n'
