@@ -1,0 +1,203 @@
+"""The map is right: logits of the loaded model equal transformers', and the export equals the source bit for bit.
+
+Every family x {tied, untied} x RoPE kind x layout, in fp32, on tiny random models without a trivial parameter, on gloo
+ranks. A round trip alone proves nothing (see plan.py), so wrong maps are tried as well: each must show in the logits.
+
+Not covered: TransformerEngine layers, NCCL, bf16 arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.weights import load as load_module
+from megatron_gkd.weights.plan import Rectangle
+from tests.checkpoints import FAMILIES, ROPES, write_tiny_checkpoint
+from tests.ranks import run_ranks
+from tests.weights.ranks_at_work import largest_difference, load_model, load_run_and_export, logits, megatron, token_ids
+
+TOLERANCE = 1e-5  # fp32; the logits are of order 1
+LAYOUTS = {
+    "TP1": Layout(),
+    "TP2": Layout(tensor=2),
+    "TP2-SP": Layout(tensor=2, sequence_parallel=True),
+    "PP2": Layout(pipeline=2),
+    "PP2-VPP2": Layout(pipeline=2, virtual_pipeline=2),
+    "TP4": Layout(tensor=4),  # more ranks than the two KV heads
+    "TP2-PP2": Layout(tensor=2, pipeline=2),
+    "TP2-DP2": Layout(tensor=2, data=2),
+}
+# Four ranks on few cores are slow, and RoPE is the same on every rank: two kinds there, all four elsewhere.
+ROPES_OF_WORLD = {1: tuple(ROPES), 2: tuple(ROPES), 4: ("default", "yarn")}
+MODELS = [(family, tied, rope) for family in FAMILIES for tied in (False, True) for rope in ROPES]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, str], dict[str, torch.Tensor]]:
+    """Paths of all models, and transformers' logits by path."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    root = tmp_path_factory.mktemp("models")
+    paths, expected = {}, {}
+    for number, (family, tied, rope) in enumerate(MODELS):
+        path = str(root / f"{family}-{'tied' if tied else 'untied'}-{rope}")
+        write_tiny_checkpoint(path, family, tied=tied, rope=rope, seed=number)
+        paths[family, tied, rope] = path
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+        with torch.no_grad():
+            expected[path] = model(token_ids(model.config.vocab_size)).logits
+    return paths, expected
+
+
+@pytest.fixture(scope="module")
+def results(models: Any) -> dict[tuple[Any, str], tuple[float, list[str]]]:
+    """Every cell, run by world size in one call each: (largest difference, faults of the export)."""
+    paths, expected = models
+    found = {}
+    for world in sorted({layout.world_size for layout in LAYOUTS.values()}):
+        names = [name for name, layout in LAYOUTS.items() if layout.world_size == world]
+        keys = [(model, name) for name in names for model in MODELS if model[2] in ROPES_OF_WORLD[world]]
+        cells = [(paths[model], LAYOUTS[name]) for model, name in keys]
+        per_rank = run_ranks(load_run_and_export, cells, expected, world=world, timeout_s=300)
+        for key, outcomes in zip(keys, zip(*per_rank, strict=True), strict=True):
+            differences = [difference for difference, _ in outcomes if difference is not None]
+            assert len(differences) == world // LAYOUTS[key[1]].pipeline
+            found[key] = (max(differences), [fault for _, fault in outcomes if fault is not None])
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers_and_the_export_its_source(results: Any, family: str, layout: str) -> None:
+    cells = {model: cell for (model, name), cell in results.items() if (model[0], name) == (family, layout)}
+    assert len(cells) == 2 * len(ROPES_OF_WORLD[LAYOUTS[layout].world_size])
+    assert {model: cell for model, cell in cells.items() if cell[0] > TOLERANCE or cell[1]} == {}
+
+
+# ---- wrong maps ------------------------------------------------------------------------------------------------------
+
+Plan = tuple[Rectangle, ...]
+MUTATIONS: dict[str, tuple[str, Callable[[Plan, Any], Plan]]] = {
+    "q, k, v stacked": ("qkv", lambda plan, arch: tuple(sorted(plan, key=lambda r: ("qkv".index(kind(r)), r.rows)))),
+    "k and v swapped": (
+        "qkv",
+        lambda plan, arch: tuple(r._replace(name=swap(r.name, "k_proj", "v_proj")) for r in plan),
+    ),
+    "bias of k and v swapped": (
+        "qkv_bias",
+        lambda plan, arch: tuple(r._replace(name=swap(r.name, "k_proj", "v_proj")) for r in plan),
+    ),
+    "gate and up swapped": ("gate_up", lambda plan, arch: plan[::-1]),
+    "bias dropped": ("qkv_bias", lambda plan, arch: tuple(r._replace(name=None) for r in plan)),
+    "next layer": (
+        "down",
+        lambda plan, arch: tuple(r._replace(name=next_layer(r.name, arch.num_layers)) for r in plan),
+    ),
+    "norms swapped": (
+        "attention_norm",
+        lambda plan, arch: tuple(
+            r._replace(name=swap(r.name, "input_layernorm", "post_attention_layernorm")) for r in plan
+        ),
+    ),
+    "q norm from k": (
+        "query_norm",
+        lambda plan, arch: tuple(r._replace(name=swap(r.name, "q_norm", "k_norm")) for r in plan),
+    ),
+}
+
+
+def kind(rectangle: Rectangle) -> str:
+    assert rectangle.name is not None
+    return rectangle.name.split("self_attn.")[1][0]
+
+
+def swap(name: str | None, one: str, other: str) -> str:
+    assert name is not None
+    return name.replace(one, "@").replace(other, one).replace("@", other)
+
+
+def next_layer(name: str | None, num_layers: int) -> str:
+    assert name is not None
+    parts = name.split(".")
+    parts[2] = str((int(parts[2]) + 1) % num_layers)
+    return ".".join(parts)
+
+
+def run_mutations(path: str, expected: torch.Tensor) -> dict[str, float]:
+    """Largest difference under each wrong map; "none" is the right one."""
+    original = load_module.plan
+    found = {}
+    with megatron():
+        for name, (role, change) in {"none": ("", lambda plan, arch: plan), **MUTATIONS}.items():
+
+            def wrong(*args: Any, role: str = role, change: Any = change) -> Plan:
+                plan = original(*args)
+                return change(plan, args[2]) if args[0] == role else plan
+
+            load_module.plan = wrong
+            try:
+                difference = largest_difference(load_model(Path(path), Layout()), expected)
+            finally:
+                load_module.plan = original
+            assert difference is not None
+            found[name] = difference
+    return found
+
+
+def test_a_wrong_map_shows_in_the_logits(models: Any) -> None:
+    paths, expected = models
+    shown: dict[str, float] = {}
+    for family in ("qwen2", "qwen3"):
+        path = paths[family, True, "default"]
+        (found,) = run_ranks(run_mutations, path, expected[path], world=1)
+        assert found.pop("none") <= TOLERANCE
+        shown |= {name: max(difference, shown.get(name, 0.0)) for name, difference in found.items()}
+    assert {name: difference for name, difference in shown.items() if difference < 0.05} == {}
+
+
+def run_wrong_rope(path: str, other: str) -> list[float]:
+    """Logits of the same weights with two RoPE kinds."""
+    with megatron():
+        first, second = logits(load_model(Path(path), Layout())), logits(load_model(Path(other), Layout()))
+    assert first is not None
+    assert second is not None
+    return [(first - second).abs().max().item()]
+
+
+@pytest.mark.parametrize("rope", [rope for rope in ROPES if rope != "default"])
+def test_every_rope_kind_shows_in_the_logits(tmp_path: Path, rope: str) -> None:
+    """Else the comparison above would not see a kind that is ignored."""
+    paths = []
+    for kind_of_rope in (ROPES[rope], {"rope_type": "default", "rope_theta": ROPES[rope]["rope_theta"]}):
+        paths.append(str(write_tiny_checkpoint(tmp_path / str(len(paths)), "llama", rope=kind_of_rope)))
+    ((difference,),) = run_ranks(run_wrong_rope, *paths, world=1)
+    assert difference > 0.01
+
+
+# ---- two models in one process ---------------------------------------------------------------------------------------
+
+
+def run_two(student: str, teacher: str, expected: dict[str, torch.Tensor]) -> list[float | None]:
+    """A tied student over pipeline stages and an untied teacher over tensor ranks, run before and after each other."""
+    with megatron():
+        one = load_model(Path(student), Layout(pipeline=2))
+        two = load_model(Path(teacher), Layout(tensor=2))
+        return [largest_difference(m, expected[p]) for m, p in ((one, student), (two, teacher), (one, student))]
+
+
+def test_a_tied_student_and_an_untied_teacher_in_one_process(models: Any) -> None:
+    """Their vocabularies are padded differently: to 384 rows over one rank, to 512 over two."""
+    paths, expected = models
+    student, teacher = paths["qwen3", True, "default"], paths["qwen3", False, "yarn"]
+    ranks = run_ranks(run_two, student, teacher, {path: expected[path] for path in (student, teacher)}, world=2)
+    differences = [difference for rank in ranks for difference in rank if difference is not None]
+    assert len(differences) == 4
+    assert max(differences) <= TOLERANCE
