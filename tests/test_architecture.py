@@ -1,4 +1,4 @@
-"""Configs are read into the numbers that transformers uses, or refused by name. No weights here: logits are in tests/weights."""
+"""Configs become the numbers that transformers uses, or are refused by name. Logits are compared in tests/weights."""
 
 from __future__ import annotations
 
@@ -178,12 +178,12 @@ def test_qwen2_ignores_attention_bias_as_transformers_does(tmp_path: Path) -> No
 
 
 def test_mixture_of_experts_is_not_built_yet(tmp_path: Path) -> None:
-    with pytest.raises(NotBuiltError, match="qwen3_moe.*mixture of experts"):
+    with pytest.raises(NotBuiltError, match=r"qwen3_moe.*mixture of experts"):
         read(tmp_path, model_type="qwen3_moe")
 
 
 def test_damaged_or_missing_config(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a directory.*download"):
+    with pytest.raises(CheckpointError, match=r"not a directory.*download"):
         read_architecture(tmp_path / "org/model")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         read_architecture(tmp_path)
