@@ -1,0 +1,144 @@
+"""The documentation against the repository: links, file map, command lines, flags.
+
+Elsewhere: the configuration page (test_flags.py), the examples of docs/data.md (data/test_docs.py). Not covered: whether
+the prose is true.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_gkd.cli import COMMANDS
+from megatron_gkd.config import flags
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+SCRIPT_OPTIONS = {"--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers"}
+
+
+def ids(path: Path) -> str:
+    return path.name
+
+
+def prose(page: Path) -> str:
+    """Without code blocks and code spans, where brackets and parentheses mean other things."""
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S))
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(page: Path) -> list[str]:
+    """Command lines in code blocks, fenced or indented, continuation lines joined."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.strip() for line in re.findall(r"^ {4}\S.*$", text, flags=re.M)]
+    lines += [
+        line.strip()
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
+        for line in block.split("\n")
+    ]
+    starts = ("bash ", "python ", "torchrun ", "megatron-gkd ", "make ", "GKD_", ".venv/")
+    return [line for line in lines if line.startswith(starts)]
+
+
+ALL_COMMANDS = [pytest.param(page, line, id=f"{page.name}: {line[:60]}") for page in PAGES for line in commands(page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_resolve(page: Path):
+    for target in LINK.findall(prose(page)):
+        if target.startswith(("https://", "http://", "mailto:")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert file.is_relative_to(ROOT), f"{page.name} links out of the repository: {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} links to {target}, which has no such heading"
+
+
+def test_every_page_is_reached_from_the_index():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    missing = [page.name for page in PAGES if page.parent.name == "docs" and page.name not in index + "index.md"]
+    assert not missing, f"docs/index.md does not link to {missing}"
+
+
+def file_map() -> list[str]:
+    """Paths of the README's file map, by its indentation."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"FILE MAP: begin.*?```\n(.*?)```\n<!-- FILE MAP: end", text, flags=re.S)
+    assert block, "README.md has no file map between its markers"
+    paths, directory = [], ""
+    for line in block[1].splitlines():
+        name, _, words = line.strip().partition(" ")
+        if not line.startswith(" ") and not words:
+            directory = name
+            continue
+        assert 2 <= len(words.split()) <= 6, f"README file map: about five words for {name}, not {words!r}"
+        paths.append((directory if line.startswith(" ") else "") + name)
+    return paths
+
+
+def test_file_map_names_exist():
+    missing = [path for path in file_map() if not (ROOT / path).exists()]
+    assert not missing, f"the README's file map names {missing}"
+
+
+def test_file_map_is_complete():
+    named = {path.rstrip("/") for path in file_map()}
+    for directory in ("megatron_gkd", "launch", "examples/quickstart"):
+        there = {
+            f"{directory}/{path.name}"
+            for path in (ROOT / directory).iterdir()
+            if not path.name.startswith(("__", ".", "py.typed"))
+        }
+        assert not there - named, f"the README's file map lacks {sorted(there - named)}"
+
+
+@pytest.mark.parametrize(("page", "line"), ALL_COMMANDS)
+def test_command_lines_name_what_exists(page: Path, line: str):
+    words = shlex.split(line, comments=True)
+    words = [word for word in words if not re.match(r"^[A-Z_]+=", word)]
+    if words[0] in ("bash", "python") and not words[1].startswith("-"):
+        assert (ROOT / words[1]).is_file(), f"{page.name}: {line}"
+    if words[0] == "make":
+        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+        assert set(words[1:]) <= targets, f"{page.name}: {line}"
+    for program in ("megatron-gkd", "megatron_gkd"):
+        if program in words and words.index(program) + 1 < len(words):
+            command = words[words.index(program) + 1]
+            assert command in COMMANDS or command.startswith("-"), f"{page.name}: {line}"
+    if "megatron-gkd" in words or "megatron_gkd" in words or "launch/quickstart.sh" in words:
+        used = {word.split("=")[0] for word in words if word.startswith("--")} - {"--nproc-per-node", "--nnodes"}
+        report = {"--num_answers", "--max_new_tokens"} if "report" in words else set()
+        unknown = {flag for flag in used - SCRIPT_OPTIONS - report if flag.removeprefix("--") not in flags()}
+        assert not unknown - {"--markdown"}, f"{page.name}: {sorted(unknown)} in {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_flags_in_the_text_exist(page: Path):
+    """`--name` and `--name value` in code spans: a flag of the program or an option of a script."""
+    spans = re.findall(r"`(--[a-zA-Z_-]+)(?:[= ][^`]*)?`", page.read_text(encoding="utf-8"))
+    known = {f"--{name}" for name in flags()} | SCRIPT_OPTIONS | {"--config", "--rlhf_type", "--num_answers"}
+    assert not set(spans) - known, f"{page.name} names {sorted(set(spans) - known)}"
+
+
+def test_changelog_and_version_agree():
+    import megatron_gkd
+
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{megatron_gkd.__version__}"' in pyproject
+    assert megatron_gkd.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_pages_are_ascii_and_end_with_a_line(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert text.isascii()
+    assert text.endswith("\n")
+    assert not re.search(r"[ \t]+$", text, flags=re.M), "trailing blanks"
