@@ -1,7 +1,7 @@
 """The documentation against the repository: links, file map, command lines, flags.
 
-Elsewhere: the configuration page (test_flags.py), the examples of docs/data.md (data/test_docs.py). Not covered: whether
-the prose is true.
+Elsewhere: the configuration page (test_flags.py), the examples of docs/data.md (data/test_docs.py). Not covered:
+whether the prose is true.
 """
 
 import re
