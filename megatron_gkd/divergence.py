@@ -9,7 +9,7 @@ With d_v = log(P_v / Q_v), and for 0 < beta < 1   w_v = log(M_v / Q_v):
     0 < beta < 1:  D = beta sum P (d - w) + (1-beta) S
                    S = -sum Q w                                    dD/dz = -(1-beta) Q (w + S)
 
-w comes from log1p and expm1 (`_small_log`): exact at P = Q (D = 0, not 1e-7), no overflow, no log M, no difference
+w comes from the smaller of two logarithms (`_small_log`): exact at P = Q (D = 0, not 1e-7), no overflow, no log M, no difference
 of entropies.
 
 The anchor. Where one token holds nearly all of Q, w + S is a small difference of large numbers and float32 loses it.
@@ -38,7 +38,7 @@ from megatron_gkd.reference import LOG_RATIO_BOUND
 
 CHUNK_BYTES = 64 * 2**20  # of the [C, v] buffers of one token chunk
 _BLOCK_BYTES_CPU = 2**19  # of one scratch buffer: a few of them fit into a core's L2 cache
-_LOWEST = -1e30  # stands in for -inf where a difference of two -inf would be NaN
+_LOWEST = -1e30  # at or below it a logit is a mask; stands in for -inf where a difference of two would be NaN
 
 
 # ---- token chunks ---------------------------------------------------------------------------------------------------
@@ -130,8 +130,8 @@ def dense_norm(stats_R5C: torch.Tensor, rank: int, beta: float, inverse_temperat
 
 
 def finite_shift(max_C: torch.Tensor) -> torch.Tensor:
-    """The maxima with -inf replaced by 0, so that -inf - shift is -inf and not NaN."""
-    return max_C.masked_fill(max_C == -torch.inf, 0.0)
+    """The maxima, but 0 where a whole row is masked by -inf or by a dtype's lowest value: -inf - 0 is -inf, not NaN."""
+    return max_C.masked_fill(max_C < _LOWEST, 0.0)
 
 
 def shard_sumexp(
@@ -236,10 +236,15 @@ def _small_log(d: torch.Tensor, beta: float, *, out: torch.Tensor | None = None)
 
     log(M/Q) = w = r + max(d, 0) and log(P/M) = d - w = min(d, 0) - r.
     """
-    share = (
-        beta if beta == 0.5 else (d > 0).to(d.dtype).mul_(1.0 - 2.0 * beta).add_(beta)
-    )  # beta, or 1 - beta where d > 0
-    return torch.abs(d, out=out).neg_().expm1_().mul_(share).log1p_()
+    a = torch.abs(d, out=out).neg_()
+    if beta == 0.5:
+        return a.expm1_().mul_(0.5).log1p_()
+    over = (d > 0).to(d.dtype)
+    share, rest = over * (1.0 - 2.0 * beta) + beta, over * (2.0 * beta - 1.0) + (1.0 - beta)
+    far = torch.exp(a, out=over).mul_(share).add_(rest).log_()
+    near = a.expm1_().mul_(share)
+    is_far = near < -0.5  # there 1 + near has lost digits; elsewhere the sum under `far` has
+    return torch.where(is_far, far, near.log1p_(), out=near)
 
 
 def finish_divergence(sums: Sums, anchor_C: torch.Tensor, beta: float) -> torch.Tensor:

@@ -85,7 +85,8 @@ def fused_linear_jsd(
     teacher = HiddenTeacher(teacher_hidden, teacher_head)
     loss = fused_linear_distill(
         student_hidden, student_head, teacher, beta=beta, tp_group=tp_group, temperature=temperature,
-        vocab_size=vocab_size, token_weights=token_weights, chunk_tokens=chunk_tokens, reduce_hidden_grad=reduce_hidden_grad,
+        vocab_size=vocab_size, token_weights=token_weights, chunk_tokens=chunk_tokens,
+        reduce_hidden_grad=reduce_hidden_grad,
     )  # fmt: skip
     return loss.loss_sum, loss.per_token
 
@@ -109,7 +110,8 @@ def fused_linear_topk_jsd(
     teacher = TopKTeacher(topk_logprobs, topk_indices, tail)
     loss = fused_linear_distill(
         student_hidden, student_head, teacher, beta=beta, tp_group=tp_group, temperature=temperature,
-        vocab_size=vocab_size, token_weights=token_weights, chunk_tokens=chunk_tokens, reduce_hidden_grad=reduce_hidden_grad,
+        vocab_size=vocab_size, token_weights=token_weights, chunk_tokens=chunk_tokens,
+        reduce_hidden_grad=reduce_hidden_grad,
     )  # fmt: skip
     return loss.loss_sum, loss.per_token
 
@@ -142,7 +144,8 @@ def fused_linear_distill(
     """
     task = make_task(
         student_hidden, student_head, teacher, beta=beta, tp_group=tp_group, temperature=temperature,
-        vocab_size=vocab_size, token_weights=token_weights, labels=labels, label_weights=label_weights, want_agreement=report_agreement,
+        vocab_size=vocab_size, token_weights=token_weights, labels=labels, label_weights=label_weights,
+        want_agreement=report_agreement,
     )  # fmt: skip
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(
