@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.model.layers import local_block_spec
@@ -48,6 +49,23 @@ class HiddenStateGPTModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self, sharded_state_dict: dict[str, Any], output_layer_weight_key: str, first_stage_word_emb_key: str, metadata: dict[str, Any]
+    ) -> None:
+        """Save the last stage's copy of a tied weight as a replica of the first stage's. Same content as GPTModel's method (0.16 - 0.19),
+        which reads the data-parallel rank from the global parallel_state instead of the model's groups.
+        """
+        if self.post_process and not self.pre_process:
+            groups = self.pg_collection
+            sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+                tensor=self.head_weight(),
+                key=first_stage_word_emb_key,
+                replica_id=(1, 0, groups.dp_cp.rank()),  # copy 1 of the first stage's embedding
+                allow_shape_mismatch=True,  # the vocabulary's padding depends on TP
+                tp_group=groups.tp,
+                dp_cp_group=groups.dp_cp,
+            )
 
     def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S(/tp), B, H] -> [S, B, H], ready for a vocabulary-parallel head whose backward leaves partial sums per TP rank.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -70,6 +70,7 @@ class Student:
             use_gloo_process_groups=False,
             pg_collection=groups,
         )
+        _initialise_adam_state(self.optimizer)
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = OptimizerParamScheduler(
@@ -126,6 +127,22 @@ def _optimizer_config(settings: TrainingConfig, dtype: torch.dtype, use_distribu
         fp16=dtype == torch.float16,
         use_distributed_optimizer=use_distributed_optimizer,
     )
+
+
+def _initialise_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW its zero state now instead of in its first step: megatron-core's sharded state dict (0.16) reads the step count from it
+    and fails on an empty one. The optimizers of apex and Transformer Engine keep theirs elsewhere and are left alone.
+    """
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = member.optimizer
+        if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+            continue
+        for param in (param for group in inner.param_groups for param in group["params"]):
+            inner.state[param] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
 
 
 def _freeze_embeddings(chunks: Sequence[HiddenStateGPTModel]) -> None:

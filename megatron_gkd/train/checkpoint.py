@@ -1,0 +1,175 @@
+"""Training checkpoints: save, find, load. megatron-core's dist_checkpointing (`torch_dist`), so any layout in, any layout out.
+
+    SAVE/checkpoints/step_00000010/     weights, optimizer, learning-rate schedule (sharded) and `state.json` (step, data position, ...)
+    SAVE/checkpoints/latest             the name of the newest complete one; written last
+
+A checkpoint is written to `.writing_step_...` beside its final place and renamed when every rank has finished, so a directory named `step_...` is
+complete; leftovers of an interrupted save are removed by the next one. The optimizer state is saved in megatron-core's `fully_reshardable`
+form: TP, PP, VPP and DP may change between save and load.
+
+Communication: `save` and `load` are collective over WORLD (dist_checkpointing plans its shards there); two barriers around the rename.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.train.student import Student
+
+_STATE_FILE = "state.json"
+_LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a resume needs beside the sharded tensors."""
+
+    step: int  # completed updates
+    consumed_samples: int  # position in the stream of rows
+    data_fingerprint: str  # of the tokenised training rows
+    architecture: str  # repr of the student's Architecture: a checkpoint of another model is refused
+
+
+def save_checkpoint(run_dir: str | Path, student: Student, state: TrainerState, *, keep: int | None = None) -> Path:
+    """Write a checkpoint of `state.step`, move the pointer, delete all but the `keep` newest. Returns its directory."""
+    root = Path(run_dir) / "checkpoints"
+    final = root / f"step_{state.step:08d}"
+    temporary = root / f".writing_{final.name}"
+    if dist.get_rank() == 0:
+        for leftover in root.glob(".writing_*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(student, is_loading=False), str(temporary))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _write_durably(temporary / _STATE_FILE, json.dumps(asdict(state), indent=1))
+        if final.exists():  # a resumed run arrived at a step that it had saved before
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _write_durably(root / _LATEST, final.name)
+        for old in complete_checkpoints(root)[:-keep] if keep else []:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `--load PATH` means: a checkpoint itself, or the newest complete one of a run directory.
+
+    Raises CheckpointError where there is none.
+    """
+    path = Path(path)
+    if (path / _STATE_FILE).is_file():
+        return path
+    root = path / "checkpoints"
+    pointer = root / _LATEST
+    if pointer.is_file() and (root / pointer.read_text().strip() / _STATE_FILE).is_file():
+        return root / pointer.read_text().strip()
+    complete = complete_checkpoints(root)
+    if not complete:
+        raise CheckpointError(
+            f"--load {path}: no complete checkpoint there; give a run directory (with checkpoints/step_*) or one checkpoint directory (with {_STATE_FILE})"
+        )
+    return complete[-1]
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Directories `step_*` that hold their state file, oldest first."""
+    return sorted(d for d in root.glob("step_*") if (d / _STATE_FILE).is_file())
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """Raises CheckpointError for a damaged state file."""
+    try:
+        return TrainerState(**json.loads((checkpoint / _STATE_FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / _STATE_FILE} cannot be read ({error}): take an older checkpoint of the run with --load") from error
+
+
+def load_checkpoint(checkpoint: Path, student: Student, *, architecture: str) -> TrainerState:
+    """Restore weights, optimizer and schedule. Raises CheckpointError for another model or a damaged checkpoint."""
+    state = read_state(checkpoint)
+    if state.architecture != architecture:
+        raise CheckpointError(
+            f"{checkpoint} was saved for another student:\n  saved  {state.architecture}\n  --model {architecture}\nGive the same --model, or start without --load"
+        )
+    try:
+        loaded = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(checkpoint))
+    except Exception as error:  # dist_checkpointing raises many types for a damaged directory
+        raise CheckpointError(f"{checkpoint} cannot be loaded ({type(error).__name__}: {error}): take an older checkpoint with --load") from error
+    for index, model in enumerate(student.models):
+        model.load_state_dict(loaded[f"model{index}"], strict=True)
+    with _torch_adam_step(student):
+        student.optimizer.load_state_dict(loaded["optimizer"])
+    student.scheduler.load_state_dict(loaded["scheduler"])
+    return state
+
+
+def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": student.groups.dp_cp,
+    }
+    models = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(student.models)}
+    # One chunk: its own names, as the optimizer knows them; several (virtual pipeline): by chunk.
+    named = next(iter(models.values())) if len(models) == 1 else models
+    return {
+        **models,
+        "optimizer": student.optimizer.sharded_state_dict(named, is_loading=is_loading, metadata=metadata),
+        "scheduler": student.scheduler.state_dict(),
+    }
+
+
+class _torch_adam_step:  # noqa: N801 - used as a `with` statement
+    """While loading into the distributed optimizer over torch's AdamW: two faults of megatron-core 0.16 in restoring the step count.
+
+    1. It restores the count first and leaves it out of the tensors of the fully reshardable form, but then copies every entry of the
+       optimizer state from them (distrib_optimizer.py, `_set_main_param_and_optimizer_states`) and fails on "step".
+    2. It gives all parameters ONE tensor as their count (`load_state_dict`), which each of them then increments in every update: the bias
+       correction runs away, and the resumed run silently differs.
+    """
+
+    def __init__(self, student: Student) -> None:
+        members = getattr(student.optimizer, "chained_optimizers", [student.optimizer])
+        self.members = [
+            m for m in members if hasattr(m, "_set_main_param_and_optimizer_states") and isinstance(m.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        ]
+
+    def __enter__(self) -> None:
+        for member in self.members:
+            original = member._set_main_param_and_optimizer_states
+
+            def with_step(param: Any, tensors: dict[str, Any], member: Any = member, original: Any = original) -> None:
+                group, order = member.model_param_group_index_map[param]
+                main_param = member.optimizer.param_groups[group]["params"][order]
+                original(param, {"step": member.optimizer.state[main_param]["step"], **tensors})
+
+            member._set_main_param_and_optimizer_states = with_step
+
+    def __exit__(self, *_: object) -> None:
+        for member in self.members:
+            del member._set_main_param_and_optimizer_states
+            for state in member.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: the file holds the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
