@@ -9,8 +9,8 @@ With d_v = log(P_v / Q_v), and for 0 < beta < 1   w_v = log(M_v / Q_v):
     0 < beta < 1:  D = beta sum P (d - w) + (1-beta) S
                    S = -sum Q w                                    dD/dz = -(1-beta) Q (w + S)
 
-w comes from the smaller of two logarithms (`_small_log`): exact at P = Q (D = 0, not 1e-7), no overflow, no log M, no difference
-of entropies.
+w comes from the smaller of two logarithms (`_small_log`): exact at P = Q (D = 0, not 1e-7), no overflow, no log M, no
+difference of entropies.
 
 The anchor. Where one token holds nearly all of Q, w + S is a small difference of large numbers and float32 loses it.
 So w (or d) is taken relative to its value at the student's most probable token, `anchor`, a number per row that all

@@ -53,19 +53,21 @@ class OwnedIds:
         return OwnedIds(self.owned[rows], self.column[rows])
 
     def gather(self, logits_Tv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The logits at the ids, 0 where another rank holds them: summed over the ranks, the logits. Shape of the
-        ids.
-        """
+        """The logits at the ids, 0 where another rank holds them (so the sum over ranks has all); shape of the ids."""
         if logits_Tv.shape[1] == 0:
             return torch.zeros(self.owned.shape, dtype=dtype, device=logits_Tv.device)
-        picked = logits_Tv.gather(1, self.column.view(logits_Tv.shape[0], -1)).to(dtype).view(self.owned.shape)
+        picked = logits_Tv.gather(1, _as_matrix(self.column)).to(dtype).view(self.owned.shape)
         return picked.masked_fill(~self.owned, 0.0)
 
     def add_(self, grad_Tv: torch.Tensor, values: torch.Tensor) -> None:
         """grad[t, id] += value for the ids held here; equal ids accumulate."""
         if grad_Tv.shape[1] > 0:
             mine = values.to(grad_Tv.dtype).masked_fill(~self.owned, 0.0)
-            grad_Tv.scatter_add_(1, self.column.view(grad_Tv.shape[0], -1), mine.view(grad_Tv.shape[0], -1))
+            grad_Tv.scatter_add_(1, _as_matrix(self.column), _as_matrix(mine))
+
+
+def _as_matrix(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 2 else x.unsqueeze(1)
 
 
 class SupportLoss(NamedTuple):

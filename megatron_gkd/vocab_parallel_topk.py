@@ -64,8 +64,8 @@ def vocab_parallel_topk(
     floats = gathered.view(dtype)
     # Candidates of the ranks side by side: of equal values, the lower id stands further left, and real ones left of
     # missing ones.
-    candidates = floats[..., :width].transpose(0, 1).reshape(num_tokens, -1)
-    ids = gathered[..., width : 2 * width].transpose(0, 1).reshape(num_tokens, -1)
+    candidates = floats[..., :width].transpose(0, 1).flatten(1)
+    ids = gathered[..., width : 2 * width].transpose(0, 1).flatten(1)
     values, order = torch.sort(candidates, dim=-1, descending=True, stable=True)
     indices = ids.gather(1, order[:, :k]).long()
     logsumexp = dv.combine_lse(floats[..., -2], floats[..., -1], 1.0).to(dtype)
@@ -113,8 +113,7 @@ def _local_topk(logits_Cv: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     equal_Cv = logits_Cv == threshold_C1
     room_C1 = k - above_Cv.sum(-1, keepdim=True, dtype=torch.int32)
     chosen_Cv = above_Cv | (equal_Cv & (equal_Cv.cumsum(-1, dtype=torch.int32) <= room_C1))
-    columns_Ck = torch.nonzero_static(chosen_Cv, size=chosen_Cv.shape[0] * k, fill_value=0)[:, 1].view(
-        -1, k
-    )  # ascending columns
+    num_chosen = chosen_Cv.shape[0] * k
+    columns_Ck = torch.nonzero_static(chosen_Cv, size=num_chosen, fill_value=0)[:, 1].view(-1, k)  # ascending per row
     values_Ck, order_Ck = torch.sort(logits_Cv.gather(1, columns_Ck), dim=-1, descending=True, stable=True)
     return values_Ck, columns_Ck.gather(1, order_Ck)

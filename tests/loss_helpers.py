@@ -17,9 +17,9 @@ import torch.distributed as dist
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 TEMPERATURES = (0.5, 1.0, 2.0)
 COLLECTIVES = (
-    "all_reduce", "all_gather", "all_gather_single", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor",
-    "reduce_scatter_single", "broadcast", "all_to_all", "all_to_all_single", "barrier", "reduce", "gather", "scatter",
-    "send", "recv", "isend", "irecv", "batch_isend_irecv", "all_gather_object", "broadcast_object_list",
+    "all_reduce", "all_gather", "all_gather_single", "all_gather_into_tensor", "all_gather_object", "all_to_all",
+    "all_to_all_single", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "gather",
+    "scatter", "broadcast", "broadcast_object_list", "barrier", "send", "recv", "isend", "irecv", "batch_isend_irecv",
 )  # fmt: skip
 
 
@@ -41,8 +41,7 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def gradient_error(shard_grad: torch.Tensor, truth: torch.Tensor, group: dist.ProcessGroup) -> float:
-    """||grad - truth|| over this rank's columns, relative to the WHOLE gradient's norm (so a rank with a small part is not noise).
-    """
+    """||grad - truth|| over this rank's columns, relative to the norm of the WHOLE gradient."""
     if not torch.isfinite(shard_grad).all():
         return float("inf")
     mine = columns(truth.double(), group)

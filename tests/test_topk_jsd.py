@@ -212,7 +212,7 @@ def _first_token_of_each_shard(with_first_token):
     group = tp_group(4)
     student, teacher = _draw(5, 32, torch.float64)
     firsts = torch.tensor([0, 8, 16, 24])
-    teacher[:, firsts] = 20.0 if with_first_token else -20.0
+    teacher[:, firsts] = 8.0 if with_first_token else -8.0
     logprobs, indices = _teacher_topk(teacher, 6)
     assert bool((indices[..., None] == firsts).any()) == with_first_token
     cases = []
