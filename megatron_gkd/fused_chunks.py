@@ -9,7 +9,7 @@ G overwrites the chunk's buffers: nothing here is larger than [C, V/tp] but the 
 gradient come from divergence.py (teacher given by hidden states) and support.py (teacher given by its top K); CE =
 logsumexp - label logit at temperature 1, from the same logits.
 
-Communication per chunk, over the TP group: 1 all-gather (softmax statistics, [5 to 8, C]) and 1 all-reduce
+Communication per chunk, over the TP group: 1 all-gather (softmax statistics, [2 to 8, C]) and 1 all-reduce
 (divergence sums and label logits [2 or 3, C]; top-K: logits at support and label [C, K or K + 1]). Alike on every
 rank: the rows depend on the arguments alone.
 

@@ -187,8 +187,8 @@ def _gradcheck():
         for temperature in (1.0, 2.0):
             torch.autograd.gradcheck(
                 lambda h, w, b=beta, t=temperature: fused_linear_distill(
-                    h, w, HiddenTeacher(teacher_hidden, teacher_head), beta=b, temperature=t, tp_group=group, vocab_size=5,
-                    labels=labels, chunk_tokens=2,
+                    h, w, HiddenTeacher(teacher_hidden, teacher_head), beta=b, temperature=t, tp_group=group,
+                    vocab_size=5, labels=labels, chunk_tokens=2,
                 ).loss_sum,
                 (hidden, head),
             )  # fmt: skip
@@ -336,8 +336,8 @@ def _communication(kind, num_tokens):
     ):
         with count_collectives() as forward:
             loss = fused_linear_distill(
-                hidden, head, problem.teacher(kind, group), beta=0.5, tp_group=group, vocab_size=VOCAB, token_weights=token_weights,
-                labels=labels, chunk_tokens=4, report_agreement=True,
+                hidden, head, problem.teacher(kind, group), beta=0.5, tp_group=group, vocab_size=VOCAB,
+                token_weights=token_weights, labels=labels, chunk_tokens=4, report_agreement=True,
             ).loss_sum  # fmt: skip
         with count_collectives() as backward:
             hidden.grad = head.grad = None
