@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -56,6 +57,14 @@ def prepare(argv: Sequence[str]) -> Action:
     return COMMANDS[name][1](rest)
 
 
+def _silence_megatron_fallbacks() -> None:
+    """megatron-core says once per module and rank that Transformer Engine and apex are absent, and calls collectives by
+    names that newer versions of torch have deprecated: neither is the user's to act on.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
 def _train(argv: list[str]) -> Action:
     from megatron_gkd.flags import parse_run_config
     from megatron_gkd.observe.logging import setup_logging
@@ -65,6 +74,7 @@ def _train(argv: list[str]) -> Action:
 
     def action() -> None:
         setup_logging(cfg.logging.log_level)
+        _silence_megatron_fallbacks()
         from megatron_gkd.train.loop import run_training
 
         run_training(cfg)
@@ -81,6 +91,7 @@ def _eval(argv: list[str]) -> Action:
 
     def action() -> None:
         setup_logging(cfg.logging.log_level)
+        _silence_megatron_fallbacks()
         from megatron_gkd.train.evaluate import run_evaluation
 
         run_evaluation(cfg)

@@ -113,7 +113,19 @@ class DistillationConfig(Section):
     loss_temperature: float = setting(
         1.0, "Temperature of both distributions in the loss; --temperature is that of sampling.", gt=0
     )
-    use_liger_kernel: bool = setting(False, "Fused linear loss; not together with --gkd_logits_topk.")
+    loss_path: Literal["auto", "fused", "logits"] = setting(
+        "auto",
+        "fused: the loss straight from hidden states, in token chunks; logits: through the logits of each "
+        "micro-batch; auto: fused.",
+    )
+    use_liger_kernel: bool = setting(
+        False, "Demand the fused linear loss (as --loss_path fused); not together with --gkd_logits_topk."
+    )
+
+    @property
+    def fuse_loss(self) -> bool:
+        """Whether the loss never holds logits of a micro-batch."""
+        return self.use_liger_kernel or self.loss_path != "logits"
 
 
 @dataclass(frozen=True)

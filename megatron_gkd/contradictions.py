@@ -51,6 +51,8 @@ def _of_distillation(cfg: RunConfig) -> Iterator[str]:
             "--use_liger_kernel does not go with --gkd_logits_topk: the fused linear loss takes the full vocabulary; "
             "leave out one of them"
         )
+    if loss.use_liger_kernel and loss.loss_path == "logits":
+        yield "--use_liger_kernel demands the fused loss and --loss_path logits the other one; leave out one of them"
     if loss.topk_tail != "renormalize" and topk is None:
         yield f"--topk_tail {loss.topk_tail} needs --gkd_logits_topk: the full vocabulary has no tail"
     if cfg.teacher.teacher_model_server is None:

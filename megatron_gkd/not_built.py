@@ -111,7 +111,6 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
         "teacher sampling needs the vLLM rollout bridge: pass --seq_kd false to use the data set's completions",
         TRAIN,
     ),
-    NotBuilt("use_liger_kernel", _changed("use_liger_kernel"), "the fused linear loss is missing: leave it out", TRAIN),
     NotBuilt("temperature", _changed("temperature"), _SAMPLING, TRAIN),
     NotBuilt("top_p", _changed("top_p"), _SAMPLING, TRAIN),
     NotBuilt("top_k", _changed("top_k"), _SAMPLING, TRAIN),

@@ -1,16 +1,25 @@
 """Where the program runs: CUDA + NCCL, or CPU + gloo. The one file that adapts megatron-core to a machine without CUDA.
 
-megatron-core (0.16 - 0.19) asks for "cuda" by name in some thirty places: buffers of DDP and of the optimizer, token counters of the schedules,
-shape exchange of the pipeline, RNG tracker, type names in assertions. On a machine without CUDA, `adapt_megatron_to_cpu()` answers
-those requests with CPU objects, so that the same GPTModel, DDP, distributed optimizer and 1F1B schedule run unchanged on gloo:
+megatron-core (0.16 - 0.19) asks for "cuda" by name in some thirty places: buffers of DDP and of the optimizer, token
+counters of the schedules,
+shape exchange of the pipeline, RNG tracker, type names in assertions. On a machine without CUDA,
+`adapt_megatron_to_cpu()` answers
+those requests with CPU objects, so that the same GPTModel, DDP, distributed optimizer and 1F1B schedule run
+unchanged on gloo:
 
-* device queries (`torch.cuda.current_device` ...) answer "cpu"; streams and events are null objects (CPU work is in order);
-* CUDA RNG calls go to the CPU generator, so the RNG tracker's named states work as on CUDA (fork saves, switches and restores);
-* a TorchFunctionMode rewrites `device="cuda"` to "cpu", drops `pin_memory`, and lets `Tensor.type()` name a CPU tensor as its CUDA
-  twin ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py, distrib_optimizer.py, clip_grads.py).
+* device queries (`torch.cuda.current_device` ...) answer "cpu"; streams and events are null objects (CPU work is in
+order);
+* CUDA RNG calls go to the CPU generator, so the RNG tracker's named states work as on CUDA (fork saves, switches and
+restores);
+* a TorchFunctionMode rewrites `device="cuda"` to "cpu", drops `pin_memory`, and lets `Tensor.type()` name a CPU
+tensor as its CUDA
+  twin ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py, distrib_optimizer.py,
+  clip_grads.py).
 
-Invariants: on CUDA nothing is patched; the adaptation is idempotent; `undo` restores every patched attribute; nothing happens at import.
-Threads: the function mode is active in the thread that called `adapt_megatron_to_cpu`; a CPU backward pass runs in its caller's thread.
+Invariants: on CUDA nothing is patched; the adaptation is idempotent; `undo` restores every patched attribute;
+nothing happens at import.
+Threads: the function mode is active in the thread that called `adapt_megatron_to_cpu`; a CPU backward pass runs in
+its caller's thread.
 """
 
 from __future__ import annotations
@@ -45,7 +54,9 @@ class Platform:
             torch.cuda.synchronize(self.device)
 
     def peak_memory_bytes(self) -> int:
-        """Peak bytes of this rank: the allocator's on CUDA, the process's resident set on CPU (the kernel's high-water mark)."""
+        """Peak bytes of this rank: the allocator's on CUDA, the process's resident set on CPU (the kernel's
+        high-water mark).
+        """
         if self.kind == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         import resource
@@ -63,7 +74,8 @@ def setup(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise ConfigError(
-            "--device cuda was given, but torch sees no CUDA device: check the driver and the torch build, or pass --device cpu"
+            "--device cuda was given, but torch sees no CUDA device: check the driver and the torch build, or pass "
+            "--device cpu"
         )
     if device == "cuda" or (device == "auto" and available):
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -85,7 +97,8 @@ def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> No
     present = [name for name in needed if name in os.environ]
     if present and len(present) < len(needed):
         raise ConfigError(
-            f"torch.distributed needs {', '.join(needed)}; only {', '.join(present)} set: start with torchrun, or with none of them for one process"
+            f"torch.distributed needs {', '.join(needed)}; only {', '.join(present)} set: start with torchrun, or "
+            "with none of them for one process"
         )
     timeout = timedelta(minutes=timeout_minutes)
     if present:
@@ -95,7 +108,8 @@ def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> No
 
 
 class _NullStream:
-    """A stream on a device whose work is in order: every wait has already happened. A class, because annotations name it."""
+    """A stream on a device whose work is in order: every wait has already happened. A class, because annotations
+    name it."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
     def wait_stream(self, stream: object) -> None: ...
@@ -145,7 +159,9 @@ _undo: Callable[[], None] | None = None
 
 
 def adapt_megatron_to_cpu() -> Callable[[], None]:
-    """Install the adaptation of the module docstring; returns the function that takes it back. A second call changes nothing."""
+    """Install the adaptation of the module docstring; returns the function that takes it back. A second call changes
+    nothing.
+    """
     global _undo
     if _undo is not None:
         return _undo

@@ -1,9 +1,11 @@
 """Records that cross the borders between the parts: a row, a sample, a micro-batch, the plan of a step.
 
-The one alignment rule of the project lives here. A sample is `prompt_ids` (P tokens) followed by `completion_ids` (C tokens). A model
-is fed the first P + C - 1 tokens; the LOSS TOKENS are the last C of those inputs (positions P-1 .. P+C-2), and their labels
-are `completion_ids`. Every sample therefore has exactly C loss tokens, in completion order, for the student, for a local teacher
-and for a teacher server alike, whatever their prompts, their micro-batches or their padding are.
+The one alignment rule of the project lives here. A sample is `prompt_ids` (P tokens) followed by `completion_ids` (C
+tokens). A model
+is fed the first P + C - 1 tokens; the LOSS TOKENS are the last C of those inputs (positions P-1 .. P+C-2), and their
+labels
+are `completion_ids`. Every sample therefore has exactly C loss tokens, in completion order, for the student, for a
+local teacher and for a teacher server alike, whatever their prompts, their micro-batches or their padding are.
 
 Legend: B sequences, S padded length, T loss tokens of a micro-batch, N segments of a packed micro-batch.
 """
@@ -30,7 +32,10 @@ class Row:
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise DataError("a row needs at least one prompt token: the first completion token is predicted from the last prompt token")
+            raise DataError(
+                "a row needs at least one prompt token: the first completion token is predicted from the last "
+                "prompt token"
+            )
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class MicroBatch:
     max_seqlen: int | None = None  # packed form only: the longest segment
 
 
-MicroBatchPlan = tuple[tuple[tuple[int, ...], ...], ...]  # [data-parallel rank][micro-batch] -> positions in the global batch
+MicroBatchPlan = tuple[tuple[tuple[int, ...], ...], ...]  # [data-parallel rank][micro-batch] -> positions in the
+global batch
 
 
 @dataclass(frozen=True)

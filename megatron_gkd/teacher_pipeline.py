@@ -1,19 +1,25 @@
 """The frozen teacher on its own parallel layout, and the signals that it hands to the student's last pipeline stage.
 
-A step runs in two phases. First the teacher forwards each sequence of the step once, on its own process groups, through megatron-core's
-forward-only schedule; its last stage keeps a SIGNAL for the completion tokens only. Then the signals travel to the ranks of the
-student's last stage that will compute the loss. Two kinds (T loss tokens of a sample):
+A step runs in two phases. First the teacher forwards each sequence of the step once, on its own process groups,
+through megatron-core's
+forward-only schedule; its last stage keeps a SIGNAL for the completion tokens only. Then the signals travel to the
+ranks of the student's last stage that will compute the loss. Two kinds (T loss tokens of a sample):
 
-    hidden   [T, Ht] final hidden state, in the teacher's dtype. The student's last stage holds the teacher's head, sharded over the student's
-             TP group like its own head, so the full-vocabulary loss is exact and no logits are ever sent, stored or resharded.
-    top-K    [T, K] log-probabilities (float32, of the teacher's full vocabulary at temperature 1) and global token ids (int32).
+    hidden   [T, Ht] final hidden state, in the teacher's dtype. The student's last stage holds the teacher's head,
+    sharded over the student's
+             TP group like its own head, so the full-vocabulary loss is exact and no logits are ever sent, stored or
+             resharded.
+    top-K    [T, K] log-probabilities (float32, of the teacher's full vocabulary at temperature 1) and global token
+    ids (int32).
 
 Routing (`plan_routes`) is pure: for each sample, one source for each destination. Invariants, each asserted by a test:
     every student last-stage rank that trains on a sample receives its signal exactly once, nobody else does;
-    the source is a last-stage rank of the teacher replica that forwarded the sample; it is the destination itself where that is possible;
+    the source is a last-stage rank of the teacher replica that forwarded the sample; it is the destination itself
+    where that is possible;
     all ranks list the routes in the same order (by sample, then destination), so sends and receives match without tags.
 
-Communication: `exchange` makes one batched point-to-point round per step over `group`; bytes on the wire = sum over routes with source !=
+Communication: `exchange` makes one batched point-to-point round per step over `group`; bytes on the wire = sum over
+routes with source !=
 destination of T * bytes_per_token. Not here: a teacher on ranks of its own, host offload, teacher servers.
 """
 
@@ -156,7 +162,8 @@ def exchange(
 
 
 class TeacherPipeline:
-    """A local teacher: `signals(plan, ...)` forwards a step's sequences and delivers them to the student's last stage."""
+    """A local teacher: `signals(plan, ...)` forwards a step's sequences and delivers them to the student's last
+    stage."""
 
     def __init__(
         self,
@@ -189,7 +196,8 @@ class TeacherPipeline:
         """Forward every sample of the step once and route the signals. Collective over all ranks.
 
         Args:
-            micro_batches: collates the samples at the given positions for the teacher (its own prompts, its own padding).
+            micro_batches: collates the samples at the given positions for the teacher (its own prompts, its own
+            padding).
 
         Returns:
             The store (empty on ranks outside the student's last stage) and the bytes that this rank sent.

@@ -178,7 +178,6 @@ ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("offload_teacher_model", {"offload_teacher_model": True}),
     ("lmbda", {"lmbda": 0.5}),
     ("seq_kd", {"seq_kd": True}),
-    ("use_liger_kernel", {"use_liger_kernel": True}),
     ("temperature", {"temperature": 1.0}),
     ("top_p", {"top_p": 0.9}),
     ("top_k", {"top_k": 50}),

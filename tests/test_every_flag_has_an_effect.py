@@ -28,7 +28,6 @@ REFUSED = {
     "teacher_expert_model_parallel_size",
     "teacher_placement",
     "offload_teacher_model",
-    "use_liger_kernel",
     "temperature",
     "top_p",
     "top_k",
@@ -50,6 +49,8 @@ REFUSED = {
 THROUGH = {
     "log_level": (r"setup_logging\(cfg\.logging\.log_level\)", ["cli.py"]),
     "train_iters": (r"training\.(num_steps\(|train_iters\b)", None),
+    "loss_path": (r"distillation\.fuse_loss\b", None),
+    "use_liger_kernel": (r"distillation\.fuse_loss\b", None),
     "num_train_epochs": (r"training\.(num_steps\(|num_train_epochs\b)", None),
 }
 

@@ -39,6 +39,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("gkd_logits_topk", None, ("64", 64), ("0", "-1", "2.5")),
     ("topk_tail", "renormalize", ("bucket", "bucket"), ("none",)),
     ("loss_temperature", 1.0, ("2", 2.0), ("0",)),
+    ("loss_path", "auto", ("logits", "logits"), ("liger",)),
     ("use_liger_kernel", False, ("true", True), ("x",)),
     ("temperature", 0.9, ("1", 1.0), ("0", "-1")),
     ("top_p", 1.0, ("0.9", 0.9), ("0", "1.5")),

@@ -1,10 +1,12 @@
 """From an Architecture (Hugging Face numbers) to megatron-core model chunks on explicit process groups.
 
-The models of this project stop at the final hidden state: `HiddenStateGPTModel.forward` returns [S(/tp), B, H] on the last pipeline stage, never
-logits. The head is applied afterwards, by the loss, to completion positions only (`head_input`, `head_weight`), so that no
-[B, S, V/tp] tensor ever exists. Parameter names, sharded state dict and everything else are GPTModel's.
+The models of this project stop at the final hidden state: `HiddenStateGPTModel.forward` returns [S(/tp), B, H] on
+the last pipeline stage, never
+logits. The head is applied afterwards, by the loss, to completion positions only (`head_input`, `head_weight`), so
+that no [B, S, V/tp] tensor ever exists. Parameter names, sharded state dict and everything else are GPTModel's.
 
-Weights are left uninitialised: every model is filled from a checkpoint (weights/load.py), which proves that nothing stayed unfilled.
+Weights are left uninitialised: every model is filled from a checkpoint (weights/load.py), which proves that nothing
+stayed unfilled.
 """
 
 from __future__ import annotations
@@ -20,10 +22,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
@@ -40,7 +39,8 @@ class HiddenStateGPTModel(GPTModel):
     """GPTModel whose last stage returns the final hidden state instead of logits."""
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # GPTModel.forward (0.16 - 0.19) ends with `return self._postprocess(hidden_states=..., ...)`: the head and the loss are all it adds.
+        # GPTModel.forward (0.16 - 0.19) ends with `return self._postprocess(hidden_states=..., ...)`: the head and
+        # the loss are all it adds.
         return hidden_states
 
     def head_weight(self) -> torch.Tensor:
@@ -51,9 +51,14 @@ class HiddenStateGPTModel(GPTModel):
         return self.output_layer.weight
 
     def tie_embeddings_and_output_weights_state_dict(
-        self, sharded_state_dict: dict[str, Any], output_layer_weight_key: str, first_stage_word_emb_key: str, metadata: dict[str, Any]
+        self,
+        sharded_state_dict: dict[str, Any],
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+        metadata: dict[str, Any],
     ) -> None:
-        """Save the last stage's copy of a tied weight as a replica of the first stage's. Same content as GPTModel's method (0.16 - 0.19),
+        """Save the last stage's copy of a tied weight as a replica of the first stage's. Same content as GPTModel's
+        method (0.16 - 0.19),
         which reads the data-parallel rank from the global parallel_state instead of the model's groups.
         """
         if self.post_process and not self.pre_process:
@@ -68,22 +73,30 @@ class HiddenStateGPTModel(GPTModel):
             )
 
     def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[S(/tp), B, H] -> [S, B, H], ready for a vocabulary-parallel head whose backward leaves partial sums per TP rank.
+        """[S(/tp), B, H] -> [S, B, H]: the whole sequence, for a vocabulary-parallel head whose backward leaves
+        partial sums per TP rank.
 
-        Communication, over TP: forward all-gather under sequence parallelism, else none; backward one reduce-scatter under
-        sequence parallelism, else one all-reduce, of [S, B, H] in the model's dtype.
+        Communication over TP, under sequence parallelism only: forward all-gather, backward reduce-scatter of the
+        partial sums, of
+        [S, B, H] in the model's dtype. Without it the caller sums the gradient over TP, of the rows that it used
+        (`head_grad_is_reduced`).
         """
-        if self.config.sequence_parallel:
+        if self.head_grad_is_reduced:
             return gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp
             )
-        return copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
+        return hidden
+
+    @property
+    def head_grad_is_reduced(self) -> bool:
+        """Whether `head_input` sums the partial gradients of the TP ranks in its backward."""
+        return bool(self.config.sequence_parallel)
 
 
 def transformer_config(arch: Architecture, layout: Layout, *, dtype: str, use_cpu: bool) -> TransformerConfig:
     """The TransformerConfig of `arch` in `layout`. Fusions that need CUDA or Transformer Engine are off on a CPU."""
     params_dtype = DTYPES[dtype]
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.num_heads,
@@ -107,9 +120,12 @@ def transformer_config(arch: Architecture, layout: Layout, *, dtype: str, use_cp
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         sequence_parallel=layout.sequence_parallel,
-        # The interleaved schedule exchanges activations and gradients with the same peer at the same time when PP = 2. Batched P2P
-        # matches messages between two ranks by order alone and would swap them (Megatron-LM's own argument check demands PP > 2 there); the
-        # overlapped form keeps the directions on separate groups. It has no safe shape exchange either: one length per step (see train/step.py).
+        # The interleaved schedule exchanges activations and gradients with the same peer at the same time when PP =
+        # 2. Batched P2P
+        # matches messages between two ranks by order alone and would swap them (Megatron-LM's own argument check
+        # demands PP > 2 there); the
+        # overlapped form keeps the directions on separate groups. It has no safe shape exchange either: one length
+        # per step (see train/step.py).
         overlap_p2p_comm=layout.virtual_pipeline is not None,
         batch_p2p_comm=layout.virtual_pipeline is None,
         variable_seq_lengths=layout.pipeline > 1 and layout.virtual_pipeline is None,
@@ -124,7 +140,6 @@ def transformer_config(arch: Architecture, layout: Layout, *, dtype: str, use_cp
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
-    return config
 
 
 def build_model(
@@ -187,8 +202,10 @@ def _have_transformer_engine() -> bool:
 
 
 def _mark_tensor_parallel(model: GPTModel) -> None:
-    """Mark sharded weights as such. megatron-core (0.16) marks them while initialising them, which is switched off here; unmarked, the
-    gradient norm would take the shards of TP ranks above 0 for copies and leave them out, and clipping would differ between layouts.
+    """Mark sharded weights as such. megatron-core (0.16) marks them while initialising them, which is switched off
+    here; unmarked, the
+    gradient norm would take the shards of TP ranks above 0 for copies and leave them out, and clipping would differ
+    between layouts.
     """
     dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
@@ -200,8 +217,10 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
 def _set_rope(model: GPTModel, arch: Architecture) -> None:
     """Rotary frequencies and attention factor as transformers computes them.
 
-    megatron-core hard-codes llama3's low/high/original factors, so its frequencies are replaced by the architecture's. The attention factor
-    (YaRN) goes through the config field that attention.py reads: `_yarn_get_concentration_factor(scale, mscale, mscale_all_dim)`
+    megatron-core hard-codes llama3's low/high/original factors, so its frequencies are replaced by the
+    architecture's. The attention factor
+    (YaRN) goes through the config field that attention.py reads: `_yarn_get_concentration_factor(scale, mscale,
+    mscale_all_dim)`
     = (0.1 * mscale * ln(scale) + 1) / (0.1 * mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and
     mscale = 10 * (factor - 1) it is exactly `factor`.
     """

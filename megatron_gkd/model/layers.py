@@ -1,11 +1,15 @@
 """The layer specification used where Transformer Engine is absent (or the device is a CPU).
 
-Two modules of our own in an otherwise ordinary megatron-core TransformerLayer, with the parameter names of megatron-core's local spec:
+Two modules of our own in an otherwise ordinary megatron-core TransformerLayer, with the parameter names of
+megatron-core's local spec:
 
-* `RMSNorm`: torch's rms_norm, and its weight marked `sequence_parallel`, so that `finalize_model_grads` sums the weight's gradient over the TP ranks
+* `RMSNorm`: torch's rms_norm, and its weight marked `sequence_parallel`, so that `finalize_model_grads` sums the
+weight's gradient over the TP ranks
   that each saw a part of the sequence. (megatron-core's own torch norm refuses sequence parallelism.)
-* `SDPAttention`: core attention through torch's scaled_dot_product_attention, causal, grouped queries, padded [s, b, heads, head_dim]
-  or packed [t, heads, head_dim] with `cu_seqlens`. Right padding needs no mask: a causal query never sees a later position.
+* `SDPAttention`: core attention through torch's scaled_dot_product_attention, causal, grouped queries, padded [s, b,
+heads, head_dim]
+  or packed [t, heads, head_dim] with `cu_seqlens`. Right padding needs no mask: a causal query never sees a later
+  position.
 
 Not here: dropout (distillation runs with 0; anything else is refused), sliding windows, context parallelism.
 """
@@ -84,9 +88,8 @@ class SDPAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        assert attention_mask is None and attention_bias is None, (
-            "padding is on the right and attention is causal: no mask is used"
-        )
+        assert attention_mask is None, "padding is on the right and attention is causal: no mask is used"
+        assert attention_bias is None
         if packed_seq_params is None:
             return self._attend(query, key, value)
         lengths = (packed_seq_params.cu_seqlens_q[1:] - packed_seq_params.cu_seqlens_q[:-1]).tolist()

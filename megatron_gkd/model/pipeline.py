@@ -1,10 +1,14 @@
 """Run a model's micro-batches through megatron-core's own schedules: no pipelining, 1F1B, or interleaved 1F1B.
 
-The schedule calls `forward_step(data_iterator, chunk) -> (output, loss_func)` for each chunk and micro-batch of this rank. `forward_hidden` is the
-first half of every such function here: a MicroBatch in, the chunk's output out (hidden states; on the last stage the final ones).
+The schedule calls `forward_step(data_iterator, chunk) -> (output, loss_func)` for each chunk and micro-batch of this
+rank. `forward_hidden` is the
+first half of every such function here: a MicroBatch in, the chunk's output out (hidden states; on the last stage the
+final ones).
 
-Lengths: micro-batches of a step differ in length. 1F1B exchanges shapes between stages (`variable_seq_lengths`). The interleaved schedule cannot (see
-model/build.py), so its micro-batches are collated to one common shape [B, S]: `common_shape` says whether a layout needs that.
+Lengths: micro-batches of a step differ in length. 1F1B exchanges shapes between stages (`variable_seq_lengths`). The
+interleaved schedule cannot (see
+model/build.py), so its micro-batches are collated to one common shape [B, S]: `common_shape` says whether a layout
+needs that.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ def check_num_micro_batches(layout: Layout, num_micro_batches: int) -> None:
     """The interleaved schedule needs a multiple of PP micro-batches per step. Raises LayoutError."""
     if layout.virtual_pipeline and num_micro_batches % layout.pipeline:
         raise LayoutError(
-            f"{num_micro_batches} micro-batches per data-parallel rank and step: the interleaved pipeline ({layout.describe()}) needs a multiple of "
+            f"{num_micro_batches} micro-batches per data-parallel rank and step: the interleaved pipeline "
+            f"({layout.describe()}) needs a multiple of "
             f"{layout.pipeline}; change global_batch_size or micro_batch_size"
         )
 
@@ -80,13 +85,14 @@ def run_schedule(
     """One pass over this data-parallel rank's micro-batches; every rank of the pipeline passes the same ones.
 
     Args:
-        collect: the loss function returns arbitrary data (called with `non_loss_data=True`) instead of (loss_sum, num_tokens, report).
+        collect: the loss function returns arbitrary data (called with `non_loss_data=True`) instead of (loss_sum,
+        num_tokens, report).
 
     Returns:
         What the loss function returned per micro-batch (its report, or its data), on the last stage; empty elsewhere.
 
-    Communication: point to point over groups.pp, and what the model's layers do over groups.tp; with gradients also what
-    `config.finalize_model_grads_func` does, once.
+    Communication: point to point over groups.pp, and what the model's layers do over groups.tp; with gradients also
+    what `config.finalize_model_grads_func` does, once.
     """
     assert micro_batches, "a schedule needs at least one micro-batch; an empty one is a valid one"
     check_num_micro_batches(layout, len(micro_batches))

@@ -38,12 +38,20 @@ def open_writers(
     report_to: Sequence[str], run_dir: Path, *, first_step: int | None = None, config: Mapping[str, Any] | None = None
 ) -> MetricsWriter:
     """metrics.jsonl in the run directory, and what --report_to names beside it."""
-    writers: list[MetricsWriter] = [JsonlWriter(run_dir / "metrics.jsonl", first_step=first_step)]
+    records = JsonlWriter(run_dir / "metrics.jsonl", first_step=first_step)
+    return Writers([records, *open_trackers(report_to, run_dir, first_step=first_step, config=config)])
+
+
+def open_trackers(
+    report_to: Sequence[str], run_dir: Path, *, first_step: int | None = None, config: Mapping[str, Any] | None = None
+) -> list[MetricsWriter]:
+    """What --report_to names, without the run's own record."""
+    writers: list[MetricsWriter] = []
     if "tensorboard" in report_to:
         writers.append(TensorBoardWriter(run_dir / "tensorboard", first_step=first_step))
     if "wandb" in report_to:
         writers.append(WandbWriter(run_dir, first_step=first_step, config=config))
-    return Writers(writers)
+    return writers
 
 
 class Writers:

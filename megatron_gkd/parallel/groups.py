@@ -1,10 +1,11 @@
 """Process groups of a layout: a HyperCommGrid turned into megatron-core's ProcessGroupCollection.
 
 Every model of the program (student, teacher) gets a collection of its own and passes it to every megatron-core part as
-`pg_collection`; megatron-core's global `parallel_state` is never initialised, so a call that would fall back to it fails at once instead
-of using another model's groups.
+`pg_collection`; megatron-core's global `parallel_state` is never initialised, so a call that would fall back to it
+fails at once instead of using another model's groups.
 
-Communication: creating groups is collective over the whole WORLD. All ranks call `build_groups` with the same layouts in the same order.
+Communication: creating groups is collective over the whole WORLD. All ranks call `build_groups` with the same
+layouts in the same order.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from megatron_gkd.parallel.layout import Layout
 def build_groups(layout: Layout) -> ProcessGroupCollection:
     """All groups that megatron-core's model, schedules, DDP, optimizer and checkpointing read, for one layout.
 
-    Context and expert sizes are 1 (see layout.py), so their groups hold one rank, data x context equals data, and the expert groups equal
-    the dense ones: they share one communicator instead of opening another.
+    Context and expert sizes are 1 (see layout.py), so their groups hold one rank, data x context equals data, and
+    the expert groups equal the dense ones: they share one communicator instead of opening another.
     """
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
-        # Scratch for the all-gathers of sequence parallelism (tensor_parallel/layers.py). It belongs to no group, but megatron-core makes it
-        # in initialize_model_parallel only, which this project never calls.
+        # Scratch for the all-gathers of sequence parallelism (tensor_parallel/layers.py). It belongs to no group,
+        # but megatron-core makes it in initialize_model_parallel only, which this project never calls.
         parallel_state._set_global_memory_buffer()
     world = dist.get_world_size()
     if layout.rank_offset + layout.world_size > world:
         raise LayoutError(
-            f"layout {layout.describe()} needs ranks up to {layout.rank_offset + layout.world_size - 1}, the world has {world}"
+            f"layout {layout.describe()} needs ranks up to {layout.rank_offset + layout.world_size - 1}, the world "
+            f"has {world}"
         )
     grid = HyperCommGrid(
         [layout.tensor, layout.context, layout.data, layout.pipeline],
@@ -54,7 +56,8 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
     groups.tp_ep_pp = groups.mp
     groups.intra_dp_cp = groups.dp
     groups.intra_expt_dp = groups.dp
-    # One distributed-optimizer instance: its gradient statistics span the whole layout (optimizer/__init__.py, grad_stats_parallel_group).
+    # One distributed-optimizer instance: its gradient statistics span the whole layout (optimizer/__init__.py,
+    # grad_stats_parallel_group).
     groups.intra_dist_opt = grid.create_pg(["tp", "cp", "dp", "pp"])
     groups.inter_dist_opt = None
     groups.embd, groups.pos_embd = _embedding_groups(grid)

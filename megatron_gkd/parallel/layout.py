@@ -4,8 +4,10 @@ Rank order is Megatron's default, `tp-cp-ep-dp-pp` from fastest to slowest:
 
     rank = rank_offset + tp_rank + tp * (cp_rank + cp * (dp_rank + dp * pp_rank))
 
-Student and teacher each have a `Layout` of their own over the same ranks. Context and expert parallelism are fields already,
-because every size check has to know of them, but sizes above 1 are refused until the attention and the routing for them are built.
+Student and teacher each have a `Layout` of their own over the same ranks. Context and expert parallelism are fields
+already,
+because every size check has to know of them, but sizes above 1 are refused until the attention and the routing for
+them are built.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Layout:
                 )
         if self.sequence_parallel and self.tensor == 1:
             raise LayoutError(
-                "--sequence_parallel splits activations over tensor-parallel ranks: it needs tensor_model_parallel_size of at least 2"
+                "--sequence_parallel splits activations over tensor-parallel ranks: it needs "
+                "tensor_model_parallel_size of at least 2"
             )
 
     @classmethod
@@ -75,7 +78,9 @@ class Layout:
         sequence_parallel: bool = False,
         name: str = "student",
     ) -> Layout:
-        """The layout whose data-parallel size fills `world_size` ranks. Raises LayoutError when tp * cp * pp does not divide it."""
+        """The layout whose data-parallel size fills `world_size` ranks. Raises LayoutError when tp * cp * pp does
+        not divide it.
+        """
         model_size = tensor * context * pipeline
         if model_size < 1 or world_size % model_size:
             below, above = (
@@ -84,7 +89,8 @@ class Layout:
             )
             nearest = " or ".join(str(n) for n in dict.fromkeys((below, above)) if n > 0)
             raise LayoutError(
-                f"the {name}'s layout needs a multiple of tp {tensor} x cp {context} x pp {pipeline} = {model_size} ranks, but the world has {world_size}: "
+                f"the {name}'s layout needs a multiple of tp {tensor} x cp {context} x pp {pipeline} = {model_size} "
+                f"ranks, but the world has {world_size}: "
                 f"start {nearest} ranks or change the {name}'s parallel sizes"
             )
         return cls(tensor, pipeline, world_size // model_size, context, expert, virtual_pipeline, sequence_parallel)
@@ -104,7 +110,8 @@ class Layout:
         index = rank - self.rank_offset
         if not 0 <= index < self.world_size:
             raise LayoutError(
-                f"rank {rank} is outside the layout's ranks {self.rank_offset}..{self.rank_offset + self.world_size - 1}"
+                f"rank {rank} is outside the layout's ranks "
+                f"{self.rank_offset}..{self.rank_offset + self.world_size - 1}"
             )
         index, tp = divmod(index, self.tensor)
         index, cp = divmod(index, self.context)

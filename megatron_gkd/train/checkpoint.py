@@ -1,13 +1,16 @@
-"""Training checkpoints: save, find, load. megatron-core's dist_checkpointing (`torch_dist`), so any layout in, any layout out.
+"""Training checkpoints: save, find, load. megatron-core's dist_checkpointing (`torch_dist`), so any layout in, any
+layout out.
 
-    SAVE/checkpoints/step_00000010/     weights, optimizer, learning-rate schedule (sharded) and `state.json` (step, data position, ...)
-    SAVE/checkpoints/latest             the name of the newest complete one; written last
+    SAVE/checkpoints/step_00000010/     weights, optimizer, learning-rate schedule (sharded) and `state.json` (step,
+    data position, ...) SAVE/checkpoints/latest             the name of the newest complete one; written last
 
-A checkpoint is written to `.writing_step_...` beside its final place and renamed when every rank has finished, so a directory named `step_...` is
-complete; leftovers of an interrupted save are removed by the next one. The optimizer state is saved in megatron-core's `fully_reshardable`
-form: TP, PP, VPP and DP may change between save and load.
+A checkpoint is written to `.writing_step_...` beside its final place and renamed when every rank has finished, so a
+directory named `step_...` is
+complete; leftovers of an interrupted save are removed by the next one. The optimizer state is saved in
+megatron-core's `fully_reshardable` form: TP, PP, VPP and DP may change between save and load.
 
-Communication: `save` and `load` are collective over WORLD (dist_checkpointing plans its shards there); two barriers around the rename.
+Communication: `save` and `load` are collective over WORLD (dist_checkpointing plans its shards there); two barriers
+around the rename.
 """
 
 from __future__ import annotations
@@ -79,7 +82,8 @@ def find_checkpoint(path: str | Path) -> Path:
     complete = complete_checkpoints(root)
     if not complete:
         raise CheckpointError(
-            f"--load {path}: no complete checkpoint there; give a run directory (with checkpoints/step_*) or one checkpoint directory (with {_STATE_FILE})"
+            f"--load {path}: no complete checkpoint there; give a run directory (with checkpoints/step_*) or one "
+            f"checkpoint directory (with {_STATE_FILE})"
         )
     return complete[-1]
 
@@ -94,7 +98,9 @@ def read_state(checkpoint: Path) -> TrainerState:
     try:
         return TrainerState(**json.loads((checkpoint / _STATE_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / _STATE_FILE} cannot be read ({error}): take an older checkpoint of the run with --load") from error
+        raise CheckpointError(
+            f"{checkpoint / _STATE_FILE} cannot be read ({error}): take an older checkpoint of the run with --load"
+        ) from error
 
 
 def load_checkpoint(checkpoint: Path, student: Student, *, architecture: str) -> TrainerState:
@@ -102,15 +108,18 @@ def load_checkpoint(checkpoint: Path, student: Student, *, architecture: str) ->
     state = read_state(checkpoint)
     if state.architecture != architecture:
         raise CheckpointError(
-            f"{checkpoint} was saved for another student:\n  saved  {state.architecture}\n  --model {architecture}\nGive the same --model, or start without --load"
+            f"{checkpoint} was saved for another student:\n  saved  {state.architecture}\n  --model "
+            f"{architecture}\nGive the same --model, or start without --load"
         )
     try:
         loaded = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(checkpoint))
     except Exception as error:  # dist_checkpointing raises many types for a damaged directory
-        raise CheckpointError(f"{checkpoint} cannot be loaded ({type(error).__name__}: {error}): take an older checkpoint with --load") from error
+        raise CheckpointError(
+            f"{checkpoint} cannot be loaded ({type(error).__name__}: {error}): take an older checkpoint with --load"
+        ) from error
     for index, model in enumerate(student.models):
         model.load_state_dict(loaded[f"model{index}"], strict=True)
-    with _torch_adam_step(student):
+    with _TorchAdamStep(student):
         student.optimizer.load_state_dict(loaded["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])
     return state
@@ -132,19 +141,25 @@ def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
     }
 
 
-class _torch_adam_step:  # noqa: N801 - used as a `with` statement
-    """While loading into the distributed optimizer over torch's AdamW: two faults of megatron-core 0.16 in restoring the step count.
+class _TorchAdamStep:
+    """While loading into the distributed optimizer over torch's AdamW: two faults of megatron-core 0.16 in restoring
+    the step count.
 
-    1. It restores the count first and leaves it out of the tensors of the fully reshardable form, but then copies every entry of the
+    1. It restores the count first and leaves it out of the tensors of the fully reshardable form, but then copies
+    every entry of the
        optimizer state from them (distrib_optimizer.py, `_set_main_param_and_optimizer_states`) and fails on "step".
-    2. It gives all parameters ONE tensor as their count (`load_state_dict`), which each of them then increments in every update: the bias
+    2. It gives all parameters ONE tensor as their count (`load_state_dict`), which each of them then increments in
+    every update: the bias
        correction runs away, and the resumed run silently differs.
     """
 
     def __init__(self, student: Student) -> None:
         members = getattr(student.optimizer, "chained_optimizers", [student.optimizer])
         self.members = [
-            m for m in members if hasattr(m, "_set_main_param_and_optimizer_states") and isinstance(m.optimizer, torch.optim.Adam | torch.optim.AdamW)
+            m
+            for m in members
+            if hasattr(m, "_set_main_param_and_optimizer_states")
+            and isinstance(m.optimizer, torch.optim.Adam | torch.optim.AdamW)
         ]
 
     def __enter__(self) -> None:

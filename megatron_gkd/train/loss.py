@@ -1,33 +1,55 @@
 """The loss contract: hidden states of the last stage in, `(loss_sum, num_tokens, report)` out.
 
-    loss_sum = sum_t D(P_t, Q_t)  +  sft_alpha * sum_{t: source != student} CE(y_t, Q_t)        over the micro-batch's T loss tokens, in nats
+    loss_sum = sum_t D(P_t, Q_t)  +  sft_alpha * sum_{t: source != student} CE(y_t, Q_t)      over the T loss tokens,
+    in nats
 
-Nothing is divided here: megatron-core divides the summed gradient once, by the number of loss tokens of the global batch. The cross entropy
-is divided by the same number, so `sft_alpha` weighs a token's cross entropy against a token's divergence.
+Nothing is divided here: megatron-core divides the summed gradient once, by the number of loss tokens of the global
+batch.
+The cross entropy is divided by the same number, so `sft_alpha` weighs a token's cross entropy against a token's
+divergence.
 
-The report is a dict of `[2]` tensors (sum, count), with the same names on every rank and for every micro-batch (`report_names`); what a
-micro-batch has none of counts 0. An empty micro-batch (T = 0) runs the same collectives and gives 0 with a graph.
+Two paths, equal results: `fused` (default) never holds logits of the micro-batch; `logits` does, [T, V/tp] of
+student and teacher, and is the one to read first or to debug with.
 
-Communication: that of the divergence over the student's TP group, and the backward of `head_input`.
+The report is a dict of `[2]` float64 tensors (sum, count) with the same names on every rank and for every micro-batch
+(`report_names`); what a micro-batch has none of counts 0. An empty micro-batch (T = 0) gives 0 with a graph.
+
+Communication, over the student's TP group: that of the divergence, and one sum of the gradient of the T hidden
+states in the backward (under sequence parallelism the reduce-scatter of `head_input` does it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch.nn.functional import linear
 
 from megatron_gkd.config import DistillationConfig
+from megatron_gkd.fused_linear_jsd import HiddenTeacher, TopKTeacher, fused_linear_distill
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.records import SOURCES, MicroBatch, Source
 from megatron_gkd.teacher_pipeline import Signal
 from megatron_gkd.topk_jsd import topk_jsd, topk_masses
-from megatron_gkd.vocab_parallel_jsd import vocab_parallel_argmax, vocab_parallel_jsd
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
+from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
+from megatron_gkd.vocab_parallel_topk import vocab_parallel_argmax
 
 Report = dict[str, torch.Tensor]
+
+
+class TokenLosses(NamedTuple):
+    """`loss_sum` carries the graph; the rest is [T], detached, None where it does not apply."""
+
+    loss_sum: torch.Tensor
+    divergence: torch.Tensor
+    agreement: torch.Tensor  # 1.0 where both models prefer the same token
+    cross_entropy: torch.Tensor | None
+    teacher_mass: torch.Tensor | None
+    student_mass: torch.Tensor | None
 
 
 class DistillationLoss:
@@ -35,80 +57,172 @@ class DistillationLoss:
 
     def __init__(
         self,
-        settings: DistillationConfig,
+        distillation: DistillationConfig,
         *,
         tp_group: torch.distributed.ProcessGroup,
         vocab_size: int,
         teacher_head: torch.Tensor | None,
     ) -> None:
-        """Args:
-        vocab_size: tokens that student and teacher share; columns at or above it are padding.
-        teacher_head: [V/tp, Ht], sharded like the student's head; None with top-K signals.
+        """Keep what is the same for every micro-batch.
+
+        Args:
+            vocab_size: tokens that student and teacher share; columns at or above it are padding.
+            teacher_head: [V/tp, Ht], sharded like the student's head; None with top-K signals.
         """
-        self.settings, self.tp_group, self.vocab_size, self.teacher_head = settings, tp_group, vocab_size, teacher_head
+        self.distillation, self.tp_group = distillation, tp_group
+        self.vocab_size, self.teacher_head = vocab_size, teacher_head
 
     def report_names(self) -> list[str]:
         """Names of the report, the same on every rank."""
         names = ["loss", "divergence", "agreement"]
-        if self.settings.sft_alpha:
+        if self.distillation.sft_alpha:
             names.append("cross_entropy")
-        if self.settings.gkd_logits_topk:
+        if self.distillation.gkd_logits_topk:
             names += ["teacher_mass", "student_mass"]
-        return names + [f"source/{source}/{what}" for source in SOURCES for what in ("divergence", "agreement", "num_samples")]
+        return names + [
+            f"source/{source}/{what}" for source in SOURCES for what in ("loss", "agreement", "num_samples")
+        ]
 
     def __call__(
-        self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal, sources: Mapping[int, Source]
+        self,
+        model: HiddenStateGPTModel,
+        hidden: torch.Tensor,
+        batch: MicroBatch,
+        signal: Signal,
+        sources: Mapping[int, Source],
     ) -> tuple[torch.Tensor, torch.Tensor, Report]:
-        """Args:
-        hidden: [S(/tp), B, H], output of the last stage.
-        sources: source of each sample, by position in the global batch.
-        """
-        student = select_loss_tokens(model.head_input(hidden), batch)
-        logits = linear(student, model.head_weight())
-        per_token, agreement, report = self._divergence(logits, signal)
-        device = logits.device
-        of_sample = torch.tensor([SOURCES.index(sources[p]) for p in batch.positions], dtype=torch.int64, device=device)
-        token_source = of_sample[batch.loss_sample.to(device)]
-        loss_sum = per_token.sum()
-        num_tokens = torch.tensor(per_token.shape[0], dtype=torch.int, device=device)
-        if self.settings.sft_alpha:
-            cross_entropy = vocab_parallel_cross_entropy(
-                logits, batch.labels.to(device), tp_group=self.tp_group, vocab_size=self.vocab_size
-            )
-            supervised = (token_source != SOURCES.index("student")).to(cross_entropy.dtype)
-            cross_entropy_sum = (cross_entropy * supervised).sum()
-            loss_sum = loss_sum + self.settings.sft_alpha * cross_entropy_sum
-            report["cross_entropy"] = _pair(cross_entropy_sum, supervised.sum())
-        report["loss"] = _pair(loss_sum, num_tokens)
-        report["divergence"] = _pair(per_token.sum(), num_tokens)
-        report["agreement"] = _pair(agreement.sum(), num_tokens)
-        for index, source in enumerate(SOURCES):
-            mine = token_source == index
-            report[f"source/{source}/divergence"] = _pair(per_token[mine].sum(), mine.sum())
-            report[f"source/{source}/agreement"] = _pair(agreement[mine].sum(), mine.sum())
-            report[f"source/{source}/num_samples"] = _pair((of_sample == index).sum(), torch.ones((), device=device))
-        return loss_sum, num_tokens, report
+        """The contract of the module docstring.
 
-    def _divergence(self, logits: torch.Tensor, signal: Signal) -> tuple[torch.Tensor, torch.Tensor, Report]:
-        """Per-token divergence [T], top-1 agreement [T] (0 or 1, detached), and the masses of a top-K signal."""
-        settings = self.settings
-        common = dict(beta=settings.beta, tp_group=self.tp_group, temperature=settings.loss_temperature, vocab_size=self.vocab_size)
-        best = vocab_parallel_argmax(logits.detach(), tp_group=self.tp_group, vocab_size=self.vocab_size)
+        Args:
+            hidden: [S(/tp), B, H], output of the last stage.
+            sources: source of each sample, by position in the global batch.
+        """
+        rows = select_loss_tokens(model.head_input(hidden), batch)
+        of_sample = torch.tensor([SOURCES.index(sources[p]) for p in batch.positions], dtype=torch.int64)
+        of_sample = of_sample.to(rows.device)
+        token_source = of_sample[batch.loss_sample.to(rows.device)]
+        supervised = (token_source != SOURCES.index("student")).float()
+        compute = self._fused if self.distillation.fuse_loss else self._from_logits
+        losses = compute(model, rows, batch.labels.to(rows.device), signal, supervised)
+        num_tokens = torch.tensor(rows.shape[0], dtype=torch.int, device=rows.device)
+        return losses.loss_sum, num_tokens, self._report(losses, num_tokens, supervised, token_source, of_sample)
+
+    def _fused(
+        self,
+        model: HiddenStateGPTModel,
+        rows: torch.Tensor,
+        labels: torch.Tensor,
+        signal: Signal,
+        supervised: torch.Tensor,
+    ) -> TokenLosses:
+        distillation = self.distillation
         if signal.hidden is not None:
-            assert self.teacher_head is not None, "hidden-state signals need the teacher's head on the student's last stage"
+            assert self.teacher_head is not None, "hidden signals need the teacher's head on the student's last stage"
+            teacher: HiddenTeacher | TopKTeacher = HiddenTeacher(signal.hidden, self.teacher_head)
+        else:
+            assert signal.topk_logprobs is not None
+            assert signal.topk_indices is not None
+            teacher = TopKTeacher(signal.topk_logprobs, signal.topk_indices, distillation.topk_tail)
+        fused = fused_linear_distill(
+            rows,
+            model.head_weight(),
+            teacher,
+            beta=distillation.beta,
+            tp_group=self.tp_group,
+            temperature=distillation.loss_temperature,
+            vocab_size=self.vocab_size,
+            labels=labels if distillation.sft_alpha else None,
+            label_weights=distillation.sft_alpha * supervised if distillation.sft_alpha else None,
+            reduce_hidden_grad=not model.head_grad_is_reduced,
+            report_agreement=True,
+        )
+        assert fused.agreement is not None
+        return TokenLosses(
+            fused.loss_sum,
+            fused.per_token,
+            fused.agreement,
+            fused.cross_entropy,
+            fused.teacher_mass,
+            fused.student_mass,
+        )
+
+    def _from_logits(
+        self,
+        model: HiddenStateGPTModel,
+        rows: torch.Tensor,
+        labels: torch.Tensor,
+        signal: Signal,
+        supervised: torch.Tensor,
+    ) -> TokenLosses:
+        distillation, group, vocab_size = self.distillation, self.tp_group, self.vocab_size
+        if not model.head_grad_is_reduced:
+            rows = copy_to_tensor_model_parallel_region(rows, group=group)
+        logits = linear(rows, model.head_weight())
+        best = vocab_parallel_argmax(logits.detach(), tp_group=group, vocab_size=vocab_size)
+        teacher_mass = student_mass = cross_entropy = None
+        if signal.hidden is not None:
+            assert self.teacher_head is not None, "hidden signals need the teacher's head on the student's last stage"
             teacher_logits = linear(signal.hidden, self.teacher_head)
-            per_token = vocab_parallel_jsd(logits, teacher_logits, **common)
-            teacher_best = vocab_parallel_argmax(teacher_logits, tp_group=self.tp_group, vocab_size=self.vocab_size)
-            return per_token, (best == teacher_best).float(), {}
-        logprobs, indices = signal.topk_logprobs, signal.topk_indices
-        assert logprobs is not None and indices is not None
-        per_token = topk_jsd(logits, logprobs, indices, tail=settings.topk_tail, **common)
-        teacher_mass, student_mass = topk_masses(logits, logprobs, indices, tp_group=self.tp_group, vocab_size=self.vocab_size)
-        count = torch.tensor(float(per_token.shape[0]), device=logits.device)
-        report = {"teacher_mass": _pair(teacher_mass.sum(), count), "student_mass": _pair(student_mass.sum(), count)}
-        return per_token, (best == indices[:, 0]).float(), report
+            teacher_best = vocab_parallel_argmax(teacher_logits, tp_group=group, vocab_size=vocab_size)
+            divergence = vocab_parallel_jsd(
+                logits,
+                teacher_logits,
+                beta=distillation.beta,
+                tp_group=group,
+                temperature=distillation.loss_temperature,
+                vocab_size=vocab_size,
+            )
+        else:
+            logprobs, indices = signal.topk_logprobs, signal.topk_indices
+            assert logprobs is not None
+            assert indices is not None
+            teacher_best = indices[:, 0]
+            teacher_mass, student_mass = topk_masses(logits, logprobs, indices, tp_group=group, vocab_size=vocab_size)
+            divergence = topk_jsd(
+                logits,
+                logprobs,
+                indices,
+                beta=distillation.beta,
+                tp_group=group,
+                temperature=distillation.loss_temperature,
+                vocab_size=vocab_size,
+                tail=distillation.topk_tail,
+            )
+        loss_sum = divergence.sum()
+        if distillation.sft_alpha:
+            cross_entropy = vocab_parallel_cross_entropy(logits, labels, tp_group=group, vocab_size=vocab_size)
+            loss_sum = loss_sum + distillation.sft_alpha * (cross_entropy * supervised).sum()
+            cross_entropy = cross_entropy.detach()
+        agreement = (best == teacher_best).float()
+        return TokenLosses(loss_sum, divergence.detach(), agreement, cross_entropy, teacher_mass, student_mass)
+
+    def _report(
+        self,
+        losses: TokenLosses,
+        num_tokens: torch.Tensor,
+        supervised: torch.Tensor,
+        token_source: torch.Tensor,
+        of_sample: torch.Tensor,
+    ) -> Report:
+        report = {
+            "loss": _pair(losses.loss_sum, num_tokens),
+            "divergence": _pair(losses.divergence.sum(), num_tokens),
+            "agreement": _pair(losses.agreement.sum(), num_tokens),
+        }
+        if losses.cross_entropy is not None:
+            report["cross_entropy"] = _pair((losses.cross_entropy * supervised).sum(), supervised.sum())
+        if losses.teacher_mass is not None and losses.student_mass is not None:
+            report["teacher_mass"] = _pair(losses.teacher_mass.sum(), num_tokens)
+            report["student_mass"] = _pair(losses.student_mass.sum(), num_tokens)
+        for index, source in enumerate(SOURCES):
+            mine = (token_source == index).float()
+            report[f"source/{source}/loss"] = _pair((losses.divergence * mine).sum(), mine.sum())
+            report[f"source/{source}/agreement"] = _pair((losses.agreement * mine).sum(), mine.sum())
+            num_samples = (of_sample == index).sum()
+            report[f"source/{source}/num_samples"] = _pair(num_samples, num_samples)
+        return report
 
 
 def _pair(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """(sum, count) as float64, detached; float64 so that counts of a large batch stay exact."""
+    """(sum, count), detached; float64 so that the counts of a large batch stay exact."""
     return torch.stack([total.detach().double(), count.detach().double()])

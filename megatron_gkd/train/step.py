@@ -1,7 +1,9 @@
 """One distillation step: plan -> teacher signals -> student's forward and backward -> metrics.
 
-Walk: `distill` asks the teacher for the signals of all samples of the plan, then hands the student's schedule a forward step that (on the last
-stage) computes the loss of each micro-batch against its signals. `evaluate_plan` in train/evaluate.py is the same walk without gradients.
+Walk: `distill` asks the teacher for the signals of all samples of the plan, then hands the student's schedule a
+forward step that (on the last
+stage) computes the loss of each micro-batch against its signals. `evaluate_plan` in train/evaluate.py is the same
+walk without gradients.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ import torch.distributed as dist
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import ForwardStep, forward_hidden
 from megatron_gkd.observe.metrics import Metrics
+from megatron_gkd.observe.timers import Timers
 from megatron_gkd.records import MicroBatch, StepPlan
 from megatron_gkd.teacher_pipeline import Signal, SignalStore, TeacherPipeline
 from megatron_gkd.train.batches import Collator
+from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.student import StepResult, Student
 
-Loss = Callable[[HiddenStateGPTModel, torch.Tensor, MicroBatch, Signal], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+MicroBatchLoss = Callable[
+    [HiddenStateGPTModel, torch.Tensor, MicroBatch, Signal], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+]
 
 
 def teacher_signals(teacher: TeacherPipeline, plan: StepPlan, *, packing: bool) -> tuple[SignalStore, int]:
@@ -28,8 +34,9 @@ def teacher_signals(teacher: TeacherPipeline, plan: StepPlan, *, packing: bool) 
     return teacher.signals(plan, Collator(plan.samples, plan.teacher, teacher.layout, packing=packing))
 
 
-def forward_step_with(loss: Loss, signals: SignalStore, device: torch.device) -> ForwardStep:
-    """The `forward_step_func` that megatron-core's schedules call: hidden states, and a loss function bound to the micro-batch."""
+def forward_step_with(loss: MicroBatchLoss, signals: SignalStore, device: torch.device) -> ForwardStep:
+    """The `forward_step_func` that megatron-core's schedules call: hidden states, and a loss function bound to the
+    micro-batch."""
 
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
@@ -46,33 +53,45 @@ def student_batches(plan: StepPlan, student: Student, *, packing: bool) -> list[
 
 
 def distill(
-    student: Student, teacher: TeacherPipeline, loss: Any, plan: StepPlan, *, packing: bool, device: torch.device
+    student: Student,
+    teacher: TeacherPipeline,
+    loss: DistillationLoss,
+    plan: StepPlan,
+    *,
+    packing: bool,
+    device: torch.device,
+    timers: Timers,
 ) -> tuple[StepResult, int]:
     """One update of the student on the plan; returns its result and the signal bytes that this rank sent."""
-    signals, num_bytes = teacher_signals(teacher, plan, packing=packing)
+    with timers.phase("teacher"):
+        signals, num_bytes = teacher_signals(teacher, plan, packing=packing)
     sources = {sample.position: sample.source for sample in plan.samples}
 
     def loss_of(model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Any:
         return loss(model, hidden, batch, signal, sources)
 
-    result = student.train_step(forward_step_with(loss_of, signals, device), student_batches(plan, student, packing=packing))
+    with timers.phase("student"):
+        batches = student_batches(plan, student, packing=packing)
+        result = student.train_step(forward_step_with(loss_of, signals, device), batches)
     return result, num_bytes
 
 
-def reduce_reports(reports: Sequence[dict[str, torch.Tensor]], names: Sequence[str], student: Student, device: torch.device) -> Metrics:
-    """Sum the (sum, count) pairs of all micro-batches of the step; the same result on every rank.
-
-    Communication: one all-reduce of [2 * len(names)] float64 over all ranks of the student's layout. Only TP rank 0 of the last stage
-    contributes (the other TP ranks computed the same numbers, the other stages none).
+def add_reports(metrics: Metrics, reports: Sequence[dict[str, torch.Tensor]], student: Student) -> None:
+    """Add the (sum, count) pairs of this rank's micro-batches. TP rank 0 of the last stage alone contributes: the
+    other TP ranks computed the same numbers, the other stages have none.
     """
-    metrics = Metrics(names)
     if student.groups.tp.rank() == 0:
         for report in reports:
-            for name in names:
-                total, count = report[name].tolist()
-                metrics.add(name, total, count)
-    metrics.reduce(lambda flat: dist.all_reduce(flat, group=student.groups.intra_dist_opt), device=device)
-    return metrics
+            for name, pair in report.items():
+                metrics.add(name, *pair.unbind())
+
+
+def reduce_reports(metrics: Metrics, student: Student, device: torch.device) -> Metrics:
+    """Sum over ranks; the same result on every rank.
+
+    Communication: one all-reduce of [2 * number of names] float64 over all ranks of the student's layout.
+    """
+    return metrics.reduce(lambda flat: dist.all_reduce(flat, group=student.groups.intra_dist_opt), device=device)
 
 
 def _unwrapped(model: Any) -> HiddenStateGPTModel:

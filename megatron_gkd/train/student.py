@@ -1,11 +1,12 @@
 """The student: model chunks under megatron-core's DDP, its optimizer and learning-rate schedule, and one training step.
 
-One step is exactly Megatron's: zero the gradient buffers, run the schedule (whose end, `finalize_model_grads`, sums gradients over data-parallel
-ranks, over TP ranks for norms under sequence parallelism, over the two ends of the pipeline for tied embeddings, and divides once by the
-global number of loss tokens), clip, update.
+One step is exactly Megatron's: zero the gradient buffers, run the schedule (whose end, `finalize_model_grads`, sums
+gradients over data-parallel
+ranks, over TP ranks for norms under sequence parallelism, over the two ends of the pipeline for tied embeddings, and
+divides once by the global number of loss tokens), clip, update.
 
-Loss contract (`calculate_per_token_loss`): the loss function returns (loss_sum, num_tokens, report); nothing is divided per micro-batch. So
-the gradient, and its norm, do not depend on TP, PP, VPP, DP or the micro-batch size.
+Loss contract (`calculate_per_token_loss`): the loss function returns (loss_sum, num_tokens, report); nothing is
+divided per micro-batch. So the gradient, and its norm, do not depend on TP, PP, VPP, DP or the micro-batch size.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Student:
         chunks: Sequence[HiddenStateGPTModel],
         layout: Layout,
         groups: ProcessGroupCollection,
-        settings: TrainingConfig,
+        training: TrainingConfig,
         *,
         train_iters: int,
         use_distributed_optimizer: bool = False,
@@ -65,7 +66,7 @@ class Student:
         for chunk in self.chunks:
             chunk.broadcast_params()
         self.optimizer = get_megatron_optimizer(
-            _optimizer_config(settings, self.config.params_dtype, use_distributed_optimizer),
+            _optimizer_config(training, self.config.params_dtype, use_distributed_optimizer),
             self.chunks,
             use_gloo_process_groups=False,
             pg_collection=groups,
@@ -76,14 +77,15 @@ class Student:
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
-            max_lr=settings.lr,
-            min_lr=settings.min_lr,
-            lr_warmup_steps=int(settings.lr_warmup_fraction * train_iters),
-            # Update k = 1..N uses the schedule at k of N + 1: neither the first update (warm-up from 0) nor the last (decay to 0) is wasted.
+            max_lr=training.lr,
+            min_lr=training.min_lr,
+            lr_warmup_steps=int(training.lr_warmup_fraction * train_iters),
+            # Update k = 1..N uses the schedule at k of N + 1: neither the first update (warm-up from 0) nor the last
+            # (decay to 0) is wasted.
             lr_decay_steps=train_iters + 1,
-            lr_decay_style=settings.lr_decay_style,
-            start_wd=settings.weight_decay,
-            end_wd=settings.weight_decay,
+            lr_decay_style=training.lr_decay_style,
+            start_wd=training.weight_decay,
+            end_wd=training.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
@@ -112,16 +114,16 @@ class Student:
         return run_schedule(self.chunks, self.layout, self.groups, forward_step, micro_batches, forward_only=True)
 
 
-def _optimizer_config(settings: TrainingConfig, dtype: torch.dtype, use_distributed_optimizer: bool) -> OptimizerConfig:
+def _optimizer_config(training: TrainingConfig, dtype: torch.dtype, use_distributed_optimizer: bool) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
-        clip_grad=settings.clip_grad,
+        lr=training.lr,
+        min_lr=training.min_lr,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_eps=training.adam_eps,
+        clip_grad=training.clip_grad,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -130,7 +132,8 @@ def _optimizer_config(settings: TrainingConfig, dtype: torch.dtype, use_distribu
 
 
 def _initialise_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW its zero state now instead of in its first step: megatron-core's sharded state dict (0.16) reads the step count from it
+    """Give torch's AdamW its zero state now instead of in its first step: megatron-core's sharded state dict (0.16)
+    reads the step count from it
     and fails on an empty one. The optimizers of apex and Transformer Engine keep theirs elsewhere and are left alone.
     """
     for member in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -146,7 +149,9 @@ def _initialise_adam_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _freeze_embeddings(chunks: Sequence[HiddenStateGPTModel]) -> None:
-    """Embedding, and the head where it is tied: both copies of a tied weight, on the first and the last stage, stay equal."""
+    """Embedding, and the head where it is tied: both copies of a tied weight, on the first and the last stage, stay
+    equal.
+    """
     for chunk in chunks:
         if chunk.pre_process:
             chunk.embedding.word_embeddings.weight.requires_grad_(False)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -89,12 +89,20 @@ def load_vocab_shard(
     size: int,
     padded_vocab: int,
     dtype: torch.dtype,
+    num_rows: int | None = None,
 ) -> torch.Tensor:
-    """Rows rank * padded_vocab / size ...
+    """One rank's rows of the head (of the embedding, where tied) or embedding: [padded_vocab / size, H], padding 0.
 
-    Of the head (of the embedding, where tied) or embedding: [padded_vocab / size, H], padding 0.
+    Args:
+        padded_vocab: rows over all ranks; not less than `num_rows`.
+        num_rows: rows that are read, the rest is padding; None: the checkpoint's whole vocabulary. Fewer, where
+        another model
+            pads its vocabulary less.
     """
     check_manifest(checkpoint, arch)
+    if num_rows is not None:
+        assert num_rows <= arch.vocab_size, (num_rows, arch.vocab_size)
+        arch = replace(arch, vocab_size=num_rows)
     rectangles = plan(role, None, arch, rank, size, padded_vocab)
     shard = torch.empty(shard_shape(role, None, arch, rectangles), dtype=dtype)
     _fill(shard, rectangles, checkpoint)

@@ -1,0 +1,145 @@
+"""Held-out evaluation: how far the student is from the teacher on fixed rows with reference completions.
+
+Means per completion token, over all rows (nats): forward KL(P||Q), reverse KL(Q||P), symmetric JSD (beta 0.5), all
+over the full vocabulary and at
+temperature 1 whatever the training loss is; the student's negative log-likelihood of the reference; and how often
+both models prefer
+the same token. Needs hidden-state signals; with `--gkd_logits_topk` the divergences are those on the teacher's top
+K, as in training.
+
+The rows are walked in batches of the training batch size, through the same schedules as training; only the last
+batch may be smaller.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_gkd.config import RunConfig
+from megatron_gkd.data.rows import RowDataset
+from megatron_gkd.model.build import HiddenStateGPTModel
+from megatron_gkd.model.pipeline import common_shape, select_loss_tokens
+from megatron_gkd.observe.metrics import Metrics
+from megatron_gkd.records import MicroBatch, MicroBatchPlan, Sample, StepPlan
+from megatron_gkd.schedule import plan_micro_batches
+from megatron_gkd.teacher_pipeline import Signal
+from megatron_gkd.topk_jsd import topk_jsd
+from megatron_gkd.train.setup import Run, build_run
+from megatron_gkd.train.step import add_reports, forward_step_with, reduce_reports, student_batches, teacher_signals
+from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
+from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
+from megatron_gkd.vocab_parallel_topk import vocab_parallel_argmax
+
+DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # name -> beta
+NAMES = [*DIVERGENCES, "nll", "agreement"]
+_CHUNK_TOKENS = 256  # bounds the logits held at a time
+
+
+def run_evaluation(config: RunConfig) -> dict[str, float]:
+    """`megatron-gkd eval`: print the numbers of the student as it is. Collective over all ranks."""
+    run = build_run(config, with_training_data=False)
+    assert run.eval_rows is not None, "RunConfig.validate refuses an evaluation without --eval_dataset"
+    values = evaluate(run, run.eval_rows)
+    if run.is_writer:
+        width = max(map(len, values))
+        print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in values.items()), flush=True)
+    return values
+
+
+def evaluate(run: Run, rows: RowDataset) -> dict[str, float]:
+    """The numbers of the module docstring and `num_tokens`, the same on every rank. Collective over all ranks."""
+    metrics = Metrics(NAMES)
+    batch_size = run.config.training.global_batch_size
+    for start in range(0, len(rows), batch_size):
+        plan = _plan(run, rows, range(start, min(start + batch_size, len(rows))))
+        signals, _ = teacher_signals(run.teacher, plan, packing=run.config.data.packing)
+
+        def loss(model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Any:
+            return _measure(run, model, hidden, batch, signal)
+
+        step = forward_step_with(loss, signals, run.platform.device)
+        batches = student_batches(plan, run.student, packing=run.config.data.packing)
+        add_reports(metrics, run.student.forward_only(step, batches), run.student)
+    reduce_reports(metrics, run.student, run.platform.device)
+    return {**metrics.means(), "num_tokens": metrics.counts()["nll"]}
+
+
+def _plan(run: Run, rows: RowDataset, indices: range) -> StepPlan:
+    samples = []
+    for position, index in enumerate(indices):
+        row = rows[index]
+        assert row.completion_ids is not None, "build_run requires completions in evaluation rows"
+        samples.append(Sample(position, index, row.prompt_ids, row.completion_ids, "dataset"))
+    lengths = [sample.num_inputs for sample in samples]
+    training, layout = run.config.training, run.student.layout
+    # The interleaved pipeline wants one shape [B, S] and a multiple of PP micro-batches: single samples, filled up
+    # with empty ones.
+    one_shape = common_shape(layout)
+    student = plan_micro_batches(
+        lengths,
+        data_parallel_size=layout.data,
+        micro_batch_size=1 if one_shape else training.micro_batch_size,
+        allow_partial=True,
+    )
+    if one_shape:
+        student = _fill_up(student, layout.pipeline)
+    teacher = plan_micro_batches(
+        lengths,
+        data_parallel_size=run.teacher.layout.data,
+        micro_batch_size=run.config.teacher.teacher_micro_batch_size or training.micro_batch_size,
+        allow_partial=True,
+    )
+    return StepPlan(0, tuple(samples), student, teacher)
+
+
+def _fill_up(plan: MicroBatchPlan, multiple: int) -> MicroBatchPlan:
+    missing = -len(plan[0]) % multiple
+    return tuple((*batches, *[()] * missing) for batches in plan)
+
+
+@torch.no_grad()
+def _measure(
+    run: Run, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The contract of train/loss.py, for evaluation: (sum, tokens, report), in chunks of tokens."""
+    rows = select_loss_tokens(model.head_input(hidden), batch)
+    labels = batch.labels.to(rows.device)
+    totals = dict.fromkeys(NAMES, torch.zeros((), dtype=torch.float64, device=rows.device))
+    for start in range(0, rows.shape[0], _CHUNK_TOKENS):
+        chunk = slice(start, start + _CHUNK_TOKENS)
+        part = Signal(
+            *(None if t is None else t[chunk] for t in (signal.hidden, signal.topk_logprobs, signal.topk_indices))
+        )
+        for name, values in _measure_chunk(run, model, rows[chunk], labels[chunk], part).items():
+            totals[name] = totals[name] + values.double().sum()
+    num_tokens = torch.tensor(rows.shape[0], dtype=torch.int, device=rows.device)
+    report = {name: torch.stack([total, num_tokens.double()]) for name, total in totals.items()}
+    return totals["forward_kl"], num_tokens, report
+
+
+def _measure_chunk(
+    run: Run, model: HiddenStateGPTModel, rows: torch.Tensor, labels: torch.Tensor, signal: Signal
+) -> dict[str, torch.Tensor]:
+    """Per-token values [C]."""
+    group, vocab_size = run.student.groups.tp, run.loss.vocab_size
+    logits = torch.nn.functional.linear(rows, model.head_weight())
+    best = vocab_parallel_argmax(logits, tp_group=group, vocab_size=vocab_size)
+    values = {"nll": vocab_parallel_cross_entropy(logits, labels, tp_group=group, vocab_size=vocab_size)}
+    if signal.hidden is not None:
+        assert run.loss.teacher_head is not None
+        teacher_logits = torch.nn.functional.linear(signal.hidden, run.loss.teacher_head)
+        teacher_best = vocab_parallel_argmax(teacher_logits, tp_group=group, vocab_size=vocab_size)
+        for name, beta in DIVERGENCES.items():
+            values[name] = vocab_parallel_jsd(logits, teacher_logits, beta=beta, tp_group=group, vocab_size=vocab_size)
+    else:
+        assert signal.topk_logprobs is not None
+        assert signal.topk_indices is not None
+        teacher_best = signal.topk_indices[:, 0]
+        for name, beta in DIVERGENCES.items():
+            values[name] = topk_jsd(
+                logits, signal.topk_logprobs, signal.topk_indices, beta=beta, tp_group=group, vocab_size=vocab_size
+            )
+    values["agreement"] = (best == teacher_best).double()
+    return values

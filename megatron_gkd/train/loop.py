@@ -1,0 +1,185 @@
+"""The training loop, to be read from top to bottom.
+
+    for each step:  rows -> sources -> samples -> plan -> teacher signals -> student update -> metrics
+
+Everything random is a function of (seed, step, sample), so a resumed run needs the step and the data position,
+nothing else.
+The run directory (`--save`) is described in docs/run_directory.md.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megatron_gkd.config import RunConfig
+from megatron_gkd.data.sampler import row_indices
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.flags import to_yaml
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.observe.metrics import Metrics
+from megatron_gkd.observe.progress import Progress
+from megatron_gkd.observe.timers import Timers
+from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers
+from megatron_gkd.records import StepPlan
+from megatron_gkd.schedule import make_samples, plan_step, sample_sources
+from megatron_gkd.train.checkpoint import TrainerState, find_checkpoint, load_checkpoint, save_checkpoint
+from megatron_gkd.train.evaluate import evaluate
+from megatron_gkd.train.setup import Run, build_run, max_packed_tokens
+from megatron_gkd.train.step import add_reports, distill, reduce_reports
+from megatron_gkd.weights.export import save_hf
+
+logger = get_logger(__name__)
+
+
+def run_training(config: RunConfig) -> None:
+    """`megatron-gkd train`: distil, evaluate, save, export. Collective over all ranks of the world."""
+    run = build_run(config)
+    run_dir = Path(config.checkpoint.save)
+    state = _resume(run)
+    if state.step == 0 and run.is_writer:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+    writers = _Writers(run, run_dir, first_step=state.step + 1 if config.checkpoint.load else None)
+    train_iters = run.student.train_iters
+    if state.step == 0:
+        _evaluate(run, writers, step=0)
+    with Progress(train_iters, done_steps=state.step, enabled=run.is_writer) as progress:
+        while state.step < train_iters:
+            state = _train_step(run, state, writers, progress)
+            last = state.step == train_iters
+            if last or (config.logging.eval_steps and state.step % config.logging.eval_steps == 0):
+                _evaluate(run, writers, step=state.step)
+            if last or state.step % config.checkpoint.save_steps == 0:
+                save_checkpoint(run_dir, run.student, state, keep=config.checkpoint.save_total_limit)
+    writers.close()
+    if config.checkpoint.save_hf:
+        save_hf(
+            run.student.chunks,
+            run.architecture,
+            run.student.groups,
+            source_dir=config.model.model,
+            out_dir=run_dir / "hf",
+        )
+    if run.is_writer:
+        logger.info("done: %d steps; run directory %s", state.step, run_dir)
+
+
+def next_plan(run: Run, state: TrainerState) -> StepPlan:
+    """The plan of step `state.step + 1`: a pure function of the configuration, the data and the position."""
+    assert run.rows is not None
+    config, training = run.config, run.config.training
+    distillation = config.distillation
+    indices = row_indices(
+        training.seed, state.consumed_samples, training.global_batch_size, len(run.rows), config.data.shuffle
+    )
+    sources = sample_sources(
+        training.seed, state.step, training.global_batch_size, lmbda=distillation.lmbda, seq_kd=distillation.seq_kd
+    )
+    samples = make_samples(indices, [run.rows[i] for i in indices], sources)
+    return plan_step(
+        state.step,
+        samples,
+        data_parallel_size=run.student.layout.data,
+        micro_batch_size=training.micro_batch_size,
+        teacher_data_parallel_size=run.teacher.layout.data,
+        teacher_micro_batch_size=config.teacher.teacher_micro_batch_size,
+        packing=config.data.packing,
+        max_tokens=max_packed_tokens(config),
+    )
+
+
+def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Progress) -> TrainerState:
+    start_s = time.perf_counter()
+    timers = Timers(synchronize=run.platform.synchronize)
+    plan = next_plan(run, state)
+    result, signal_bytes = distill(
+        run.student,
+        run.teacher,
+        run.loss,
+        plan,
+        packing=run.config.data.packing,
+        device=run.platform.device,
+        timers=timers,
+    )
+    metrics = Metrics([*run.loss.report_names(), "signal_bytes"])
+    add_reports(metrics, result.reports, run.student)
+    metrics.add("signal_bytes", signal_bytes, 1)
+    reduce_reports(metrics, run.student, run.platform.device)
+    step_time_s = time.perf_counter() - start_s
+    means, sums, num_tokens = metrics.means(), metrics.sums(), metrics.counts()["loss"]
+    step = state.step + 1
+    if result.skipped:
+        logger.warning("step %d: gradient overflow, no update was made", step)
+    if step % run.config.logging.logging_steps == 0 or step == run.student.train_iters:
+        values = {name: value for name, value in means.items() if not name.endswith(("num_samples", "signal_bytes"))}
+        values |= {name: value for name, value in sums.items() if name.endswith("num_samples")}
+        values |= {
+            "grad_norm": result.grad_norm,
+            "lr": result.learning_rate,
+            "num_tokens": num_tokens,
+            "tokens_per_s": num_tokens / step_time_s,
+            "step_time_s": step_time_s,
+            "signal_bytes": sums["signal_bytes"],
+            "consumed_samples": state.consumed_samples + len(plan.samples),
+            **timers.seconds(),
+        }
+        writers.metrics(step, values)
+        progress.update(step, loss=means["loss"], tokens_per_s=num_tokens / step_time_s)
+    return TrainerState(step, state.consumed_samples + len(plan.samples), state.data_fingerprint, state.architecture)
+
+
+def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
+    if run.eval_rows is None:
+        return
+    values = evaluate(run, run.eval_rows)
+    writers.evaluation(step, values)
+    if run.is_writer:
+        logger.info("step %d, held-out: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+
+def _resume(run: Run) -> TrainerState:
+    """The state to start from: the checkpoint's that `--load` names, or the beginning."""
+    assert run.rows is not None
+    fingerprint, architecture = run.rows.fingerprint(), repr(run.architecture)
+    load = run.config.checkpoint.load
+    if load is None:
+        return TrainerState(0, 0, fingerprint, architecture)
+    checkpoint = find_checkpoint(load)
+    state = load_checkpoint(checkpoint, run.student, architecture=architecture)
+    if state.data_fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was saved with other training rows: the order of the rows would not go on where it stopped; "
+            "give the same --dataset, --max_length and --overlong, or start without --load"
+        )
+    if run.is_writer:
+        logger.info("resumed from %s: %d steps done", checkpoint, state.step)
+    return state
+
+
+class _Writers:
+    """metrics.jsonl, evaluation.jsonl and what --report_to names (evaluations there as `eval/...`); on the writing
+    rank only."""
+
+    def __init__(self, run: Run, run_dir: Path, *, first_step: int | None) -> None:
+        self._metrics = self._evaluation = self._trackers = Writers([])
+        if run.is_writer:
+            # An evaluation belongs to the state after its step, so a resume keeps the one of the last saved step.
+            self._metrics = Writers([JsonlWriter(run_dir / "metrics.jsonl", first_step=first_step)])
+            self._evaluation = Writers([JsonlWriter(run_dir / "evaluation.jsonl", first_step=first_step)])
+            trackers = open_trackers(
+                run.config.logging.report_to, run_dir, first_step=first_step, config=run.config.to_flat()
+            )
+            self._trackers = Writers(trackers)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self._metrics.write(step, values)
+        self._trackers.write(step, values)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        self._evaluation.write(step, values)
+        self._trackers.write(step, {f"eval/{name}": value for name, value in values.items()})
+
+    def close(self) -> None:
+        for writers in (self._metrics, self._evaluation, self._trackers):
+            writers.close()
