@@ -41,11 +41,13 @@ class RunRecord:
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     @property
-    def finished(self) -> bool:
-        """The student is exported, which is the last thing that training does; without export: all steps are logged."""
+    def finished(self) -> bool | None:
+        """The student is exported, which is the last thing that training does. Without export: all steps are logged, or
+        None where --num_train_epochs says how many and the rows are not at hand to count them."""
         if self.config.checkpoint.save_hf:
             return self.exported is not None
-        return self.last_step == self.config.training.train_iters
+        planned = self.config.training.train_iters
+        return None if planned is None else self.last_step == planned
 
 
 def read_run(directory: Path) -> RunRecord:

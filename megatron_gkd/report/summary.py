@@ -78,7 +78,8 @@ def to_text(summary: Mapping[str, Any]) -> str:
 
 def _head(summary: Mapping[str, Any]) -> Iterator[str]:
     planned = f" of {summary['planned_steps']}" if summary["planned_steps"] else ""
-    state = "finished" if summary["finished"] else "NOT FINISHED (still training, or interrupted)"
+    states = {True: "finished", False: "NOT FINISHED (still training, or interrupted)", None: "no export asked for"}
+    state = states[summary["finished"]]
     yield f"Run {summary['run']}: {state}, {summary['steps']}{planned} steps"
     yield f"  teacher   {summary['teacher_model']}"
     yield f"  student   {summary['model']}  ->  {summary['exported_model'] or '(not exported)'}"
@@ -99,7 +100,7 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
         yield "No evaluation: the run had no --eval_dataset, or has not reached its first evaluation."
         return
     num_tokens = (after or before).get("num_tokens")
-    tokens = f"{num_tokens:,} completion tokens of " if num_tokens else ""
+    tokens = f"{num_tokens:,.0f} completion tokens of " if num_tokens else ""
     yield f"Held-out text: {tokens}{', '.join(summary['eval_dataset'])}"
     yield f"  {'':<30}{'before':>12}{'after':>12}   change"
     for key, name in QUANTITIES.items():
@@ -134,7 +135,8 @@ def _answers(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _labelled(label: str, text: str) -> Iterator[str]:
-    lines = [part for line in text.strip().split("\n") for part in textwrap.wrap(line, WIDTH - 18) or [""]] or [""]
+    text = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text.strip())
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, WIDTH - 18) or [""]]
     for i, line in enumerate(lines):
         yield f"  {label if i == 0 else '':<16}{line}".rstrip()
 
