@@ -62,6 +62,8 @@ def _silence_megatron_fallbacks() -> None:
     names that newer versions of torch have deprecated: neither is the user's to act on.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # The distributed optimizer reads .grad of its views of parameters; the CPU adaptation makes it look like ours.
+    warnings.filterwarnings("ignore", category=UserWarning, message=r"The \.grad attribute of a Tensor")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 

@@ -104,7 +104,9 @@ def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> No
     if present:
         dist.init_process_group(platform.backend, timeout=timeout)
     else:
-        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        from torch.distributed import HashStore  # type: ignore[attr-defined]  # exported, but not by name
+
+        dist.init_process_group(platform.backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 class _NullStream:

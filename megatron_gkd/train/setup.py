@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -243,7 +244,7 @@ def _load_model(
     layout: Layout,
     groups: ProcessGroupCollection,
     *,
-    dtype: str,
+    dtype: Literal["fp32", "bf16", "fp16"],
     where: platform.Platform,
 ) -> list[HiddenStateGPTModel]:
     chunks = build_model(arch, layout, groups, dtype=dtype, use_cpu=where.kind == "cpu")
