@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.model.layers import local_block_spec
+from megatron_gkd.model.layers import local_block_spec, use_own_self_attention
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.plan import check_layout
 
@@ -188,9 +188,10 @@ def _block_spec(
     if not use_cpu and _have_transformer_engine():
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        return get_gpt_decoder_block_spec(
+        spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
         )
+        return use_own_self_attention(spec)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return local_block_spec(num_layers, qk_norm=arch.qk_norm)
 
