@@ -26,7 +26,7 @@ import torch
 from megatron_gkd.config import DistillationConfig, TrainingConfig
 from tests.ranks import run_ranks
 from tests.train.dense_step import DenseStep, Fault, Objective, dense_step, differences, load
-from tests.train.trainers import PAIRS, StepOutcome, Trainer, make_samples, run_config, write_pair, write_rows
+from tests.train.trainers import PAIRS, StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
 TOPK = 12
@@ -84,15 +84,6 @@ PACKED = [
 ]
 MAX_PACKED_TOKENS = 24
 
-T = dict(
-    tensor="tensor_model_parallel_size",
-    pipeline="pipeline_model_parallel_size",
-    virtual="virtual_pipeline_model_parallel_size",
-    sequence="sequence_parallel",
-    sharded="use_distributed_optimizer",
-    teacher_tensor="teacher_tensor_model_parallel_size",
-    teacher_pipeline="teacher_pipeline_model_parallel_size",
-)
 # name -> (ranks, layout of student and teacher). The optimizer is sharded (or not) where it makes a difference.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, dict(sharded=False)),

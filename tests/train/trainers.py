@@ -40,6 +40,17 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
+# Short names of flags.
+T = dict(
+    tensor="tensor_model_parallel_size",
+    pipeline="pipeline_model_parallel_size",
+    virtual="virtual_pipeline_model_parallel_size",
+    sequence="sequence_parallel",
+    sharded="use_distributed_optimizer",
+    teacher_tensor="teacher_tensor_model_parallel_size",
+    teacher_pipeline="teacher_pipeline_model_parallel_size",
+)
+
 
 def write_pair(root: Path, family: str) -> tuple[str, str]:
     """Student and teacher directories below `root`."""
@@ -161,6 +172,11 @@ class Trainer:
         self, plan: StepPlan, distillation: DistillationConfig, *, packing: bool = False, with_weights: bool = True
     ) -> StepOutcome:
         """One update on a plan."""
+        outcome = self.outcome(plan, distillation, packing=packing)
+        return replace(outcome, weights=self.weights() if with_weights else None)
+
+    def outcome(self, plan: StepPlan, distillation: DistillationConfig, *, packing: bool = False) -> StepOutcome:
+        """`carry_out` without the weights. A batch without a loss token has loss 0."""
         run, teacher = self.run, self.teacher(distillation.gkd_logits_topk)
         loss = DistillationLoss(
             distillation,
@@ -174,7 +190,7 @@ class Trainer:
         add_reports(metrics, result.reports, run.student)
         reduce_reports(metrics, run.student, device)
         means = metrics.means()
-        return StepOutcome(means["loss"], result.grad_norm, means, self.weights() if with_weights else None)
+        return StepOutcome(means.get("loss", 0.0), result.grad_norm, means, None)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The student's tensors by HF name, on the writing rank; None elsewhere."""
