@@ -18,8 +18,7 @@ check: env  ## lint, format, types, shell scripts
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	@if command -v shellcheck >/dev/null; then echo shellcheck $(SHELL_SCRIPTS); shellcheck $(SHELL_SCRIPTS); \
-	else echo "shellcheck is not installed: shell scripts get bash -n only"; for f in $(SHELL_SCRIPTS); do bash -n $$f; done; fi
+	$(VENV)/bin/shellcheck $(SHELL_SCRIPTS)
 
 format: env  ## rewrite the code in the project's format
 	$(PYTHON) -m ruff check --fix .
