@@ -188,8 +188,10 @@ class TeacherPipeline:
         self.signal_group = dist.new_group(range(dist.get_world_size()))
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)
-            if topk is None and chunk.post_process and not chunk.share_embeddings_and_output_weights:
-                chunk.output_layer = None  # the head lives on the student's last stage; see the module docstring
+            if topk is None and chunk.post_process:
+                # The head lives on the student's last stage (see the module docstring); of a tied one this frees the
+                # last stage's copy.
+                chunk.output_layer = None
 
     @torch.no_grad()
     def signals(self, plan: StepPlan, micro_batches: Callable[[Sequence[int]], MicroBatch]) -> tuple[SignalStore, int]:
