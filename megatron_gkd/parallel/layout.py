@@ -5,9 +5,8 @@ Rank order is Megatron's default, `tp-cp-ep-dp-pp` from fastest to slowest:
     rank = rank_offset + tp_rank + tp * (cp_rank + cp * (dp_rank + dp * pp_rank))
 
 Student and teacher each have a `Layout` of their own over the same ranks. Context and expert parallelism are fields
-already,
-because every size check has to know of them, but sizes above 1 are refused until the attention and the routing for
-them are built.
+already, because every size check has to know of them, but sizes above 1 are refused until the attention and the
+routing for them are built.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """From a RunConfig to the parts of a run: everything is checked first, in order of cost, then built.
 
 Order: flags against the world (layouts), config.json of both models against the layouts, tokenizers against each
-other, data against the
-models, batch against the layout; only then process groups, weights and the optimizer. So bad input is an error
-before work is lost, with the same message on every rank.
+other, data against the models, batch against the layout; only then process groups, weights and the optimizer. So bad
+input is an error before work is lost, with the same message on every rank.
 """
 
 from __future__ import annotations
