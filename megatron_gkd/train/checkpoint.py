@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
 from megatron.core import dist_checkpointing
 
 from megatron_gkd.errors import CheckpointError
@@ -41,6 +42,7 @@ class TrainerState:
     consumed_samples: int  # position in the stream of rows
     data_fingerprint: str  # of the tokenised training rows
     architecture: str  # repr of the student's Architecture: a checkpoint of another model is refused
+    use_distributed_optimizer: bool  # the two forms of optimizer state are not interchangeable
 
 
 def save_checkpoint(run_dir: str | Path, student: Student, state: TrainerState, *, keep: int | None = None) -> Path:
@@ -103,26 +105,49 @@ def read_state(checkpoint: Path) -> TrainerState:
         ) from error
 
 
-def load_checkpoint(checkpoint: Path, student: Student, *, architecture: str) -> TrainerState:
-    """Restore weights, optimizer and schedule. Raises CheckpointError for another model or a damaged checkpoint."""
+def load_checkpoint(checkpoint: Path, student: Student, *, expected: TrainerState) -> TrainerState:
+    """Restore weights, moments, step counts and the position in the schedule. Hyperparameters are not restored: the
+    configuration's hold.
+
+    Args:
+        expected: what the run was configured to be; step and position are not compared.
+
+    Raises CheckpointError for a checkpoint of something else, or a damaged one.
+    """
     state = read_state(checkpoint)
-    if state.architecture != architecture:
-        raise CheckpointError(
-            f"{checkpoint} was saved for another student:\n  saved  {state.architecture}\n  --model "
-            f"{architecture}\nGive the same --model, or start without --load"
-        )
+    _refuse_another_run(checkpoint, state, expected)
     try:
         loaded = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(checkpoint))
-    except Exception as error:  # dist_checkpointing raises many types for a damaged directory
+        for index, model in enumerate(student.models):
+            model.load_state_dict(loaded[f"model{index}"], strict=True)
+        with _TorchAdamStep(student), _OwnHyperparameters(student):
+            student.optimizer.load_state_dict(loaded["optimizer"])
+        student.scheduler.load_state_dict(loaded["scheduler"])
+    # A damaged directory raises many types, among them one that is no Exception.
+    except (Exception, torch.distributed.checkpoint.CheckpointException) as error:
         raise CheckpointError(
             f"{checkpoint} cannot be loaded ({type(error).__name__}: {error}): take an older checkpoint with --load"
         ) from error
-    for index, model in enumerate(student.models):
-        model.load_state_dict(loaded[f"model{index}"], strict=True)
-    with _TorchAdamStep(student):
-        student.optimizer.load_state_dict(loaded["optimizer"])
-    student.scheduler.load_state_dict(loaded["scheduler"])
     return state
+
+
+def _refuse_another_run(checkpoint: Path, state: TrainerState, expected: TrainerState) -> None:
+    if state.architecture != expected.architecture:
+        raise CheckpointError(
+            f"{checkpoint} was saved for another student:\n  saved  {state.architecture}\n  --model "
+            f"{expected.architecture}\nGive the same --model, or start without --load"
+        )
+    if state.data_fingerprint != expected.data_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was saved with other training rows: the order of the rows would not go on where it stopped; "
+            "give the same --dataset, --max_length and --overlong, or start without --load"
+        )
+    if state.use_distributed_optimizer != expected.use_distributed_optimizer:
+        saved = str(state.use_distributed_optimizer).lower()
+        raise CheckpointError(
+            f"{checkpoint} was saved with --use_distributed_optimizer {saved}, whose optimizer state has another form; "
+            f"give --use_distributed_optimizer {saved}"
+        )
 
 
 def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
@@ -139,6 +164,25 @@ def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
         "optimizer": student.optimizer.sharded_state_dict(named, is_loading=is_loading, metadata=metadata),
         "scheduler": student.scheduler.state_dict(),
     }
+
+
+class _OwnHyperparameters:
+    """While loading an optimizer: its parameter groups keep the learning rates, decay, betas and epsilon that they were
+    made with. torch and megatron-core put the saved ones in their place, and a flag given to a resumed run would be
+    ignored.
+    """
+
+    _NAMES = ("lr", "max_lr", "min_lr", "weight_decay", "start_wd", "end_wd", "betas", "eps")
+
+    def __init__(self, student: Student) -> None:
+        self.optimizer = student.optimizer
+
+    def __enter__(self) -> None:
+        self.kept = [{n: g[n] for n in self._NAMES if n in g} for g in self.optimizer.param_groups]
+
+    def __exit__(self, *_: object) -> None:
+        for group, kept in zip(self.optimizer.param_groups, self.kept, strict=True):
+            group.update(kept)
 
 
 class _TorchAdamStep:

@@ -88,6 +88,9 @@ class Student:
             end_wd=training.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
+            # A resumed run goes on at its step of the schedule that it is given, not of the one that was saved.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
 
     @property
