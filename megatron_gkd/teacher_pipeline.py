@@ -1,9 +1,9 @@
 """The frozen teacher on its own parallel layout, and the signals that it hands to the student's last pipeline stage.
 
 A step runs in two phases. First the teacher forwards each sequence of the step once, on its own process groups,
-through megatron-core's
-forward-only schedule; its last stage keeps a SIGNAL for the completion tokens only. Then the signals travel to the
-ranks of the student's last stage that will compute the loss. Two kinds (T loss tokens of a sample):
+through megatron-core's forward-only schedule; its last stage keeps a SIGNAL for the completion tokens only. Then the
+signals travel to the ranks of the student's last stage that will compute the loss. Two kinds (T loss tokens of a
+sample):
 
     hidden   [T, Ht] final hidden state, in the teacher's dtype. The student's last stage holds the teacher's head,
     sharded over the student's
@@ -19,8 +19,8 @@ Routing (`plan_routes`) is pure: for each sample, one source for each destinatio
     all ranks list the routes in the same order (by sample, then destination), so sends and receives match without tags.
 
 Communication: `exchange` makes one batched point-to-point round per step over `group`; bytes on the wire = sum over
-routes with source !=
-destination of T * bytes_per_token. Not here: a teacher on ranks of its own, host offload, teacher servers.
+routes with source != destination of T * bytes_per_token. Not here: a teacher on ranks of its own, host offload,
+teacher servers.
 """
 
 from __future__ import annotations

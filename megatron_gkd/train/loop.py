@@ -3,8 +3,7 @@
     for each step:  rows -> sources -> samples -> plan -> teacher signals -> student update -> metrics
 
 Everything random is a function of (seed, step, sample), so a resumed run needs the step and the data position,
-nothing else.
-The run directory (`--save`) is described in docs/run_directory.md.
+nothing else. The run directory (`--save`) is described in docs/run_directory.md.
 """
 
 from __future__ import annotations
