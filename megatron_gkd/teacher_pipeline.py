@@ -6,17 +6,16 @@ signals travel to the ranks of the student's last stage that will compute the lo
 sample):
 
     hidden   [T, Ht] final hidden state, in the teacher's dtype. The student's last stage holds the teacher's head,
-    sharded over the student's
-             TP group like its own head, so the full-vocabulary loss is exact and no logits are ever sent, stored or
-             resharded.
+             sharded over the student's TP group like its own head, so the full-vocabulary loss is exact and no
+             logits are ever sent, stored or resharded.
     top-K    [T, K] log-probabilities (float32, of the teacher's full vocabulary at temperature 1) and global token
-    ids (int32).
+             ids (int32).
 
 Routing (`plan_routes`) is pure: for each sample, one source for each destination. Invariants, each asserted by a test:
-    every student last-stage rank that trains on a sample receives its signal exactly once, nobody else does;
-    the source is a last-stage rank of the teacher replica that forwarded the sample; it is the destination itself
-    where that is possible;
-    all ranks list the routes in the same order (by sample, then destination), so sends and receives match without tags.
+    R1  every student last-stage rank that trains on a sample receives its signal exactly once, nobody else does;
+    R2  the source is a last-stage rank of the teacher replica that forwarded the sample, and the destination itself
+        where that is possible;
+    R3  all ranks list the routes in the same order (by sample, then destination): sends and receives match untagged.
 
 Communication: `exchange` makes one batched point-to-point round per step over `group`; bytes on the wire = sum over
 routes with source != destination of T * bytes_per_token. Not here: a teacher on ranks of its own, host offload,
