@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.train.student import Student
@@ -124,7 +124,7 @@ def load_checkpoint(checkpoint: Path, student: Student, *, expected: TrainerStat
             student.optimizer.load_state_dict(loaded["optimizer"])
         student.scheduler.load_state_dict(loaded["scheduler"])
     # A damaged directory raises many types, among them one that is no Exception.
-    except (Exception, torch.distributed.checkpoint.CheckpointException) as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"{checkpoint} cannot be loaded ({type(error).__name__}: {error}): take an older checkpoint with --load"
         ) from error

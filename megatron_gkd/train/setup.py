@@ -22,7 +22,7 @@ from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config import DataConfig, RunConfig
 from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
 from megatron_gkd.data.rows import RowDataset, load_rows
-from megatron_gkd.errors import ConfigError, DataError
+from megatron_gkd.errors import ConfigError, DataError, NotBuiltError
 from megatron_gkd.model.build import DTYPES, HiddenStateGPTModel, build_model
 from megatron_gkd.model.pipeline import check_num_micro_batches
 from megatron_gkd.observe.logging import get_logger
@@ -170,6 +170,18 @@ def _check_batch(config: RunConfig, layout: Layout) -> None:
     training = config.training
     per_pass = layout.data * training.micro_batch_size
     if config.data.packing:
+        if (
+            layout.virtual_pipeline
+        ):  # it wants a multiple of PP micro-batches, and packing makes as many as the rows need
+            raise NotBuiltError(
+                f"packing is not built for a virtual pipeline ({layout.describe()}): leave out --packing or "
+                "--virtual_pipeline_model_parallel_size"
+            )
+        if training.global_batch_size < layout.data:
+            raise ConfigError(
+                f"global_batch_size {training.global_batch_size} cannot be packed for {layout.data} data parallel "
+                f"ranks: each needs a sample; give at least {layout.data}, or fewer ranks"
+            )
         return
     if training.global_batch_size % per_pass:
         below = training.global_batch_size // per_pass * per_pass
