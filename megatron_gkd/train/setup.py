@@ -170,9 +170,8 @@ def _check_batch(config: RunConfig, layout: Layout) -> None:
     training = config.training
     per_pass = layout.data * training.micro_batch_size
     if config.data.packing:
-        if (
-            layout.virtual_pipeline
-        ):  # it wants a multiple of PP micro-batches, and packing makes as many as the rows need
+        # The interleaved schedule wants a multiple of PP micro-batches; packing makes as many as the rows need.
+        if layout.virtual_pipeline:
             raise NotBuiltError(
                 f"packing is not built for a virtual pipeline ({layout.describe()}): leave out --packing or "
                 "--virtual_pipeline_model_parallel_size"
