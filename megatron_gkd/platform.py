@@ -10,9 +10,8 @@ order);
 * CUDA RNG calls go to the CPU generator, so the RNG tracker's named states work as on CUDA (fork saves, switches and
 restores);
 * a TorchFunctionMode rewrites `device="cuda"` to "cpu", drops `pin_memory`, and lets `Tensor.type()` name a CPU
-tensor as its CUDA
-  twin ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py, distrib_optimizer.py,
-  clip_grads.py).
+  tensor as its CUDA twin ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py,
+  distrib_optimizer.py, clip_grads.py).
 
 Invariants: on CUDA nothing is patched; the adaptation is idempotent; `undo` restores every patched attribute; nothing
 happens at import. Threads: the function mode is active in the thread that called `adapt_megatron_to_cpu`; a CPU

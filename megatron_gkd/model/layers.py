@@ -4,12 +4,11 @@ Three modules of our own in an otherwise ordinary megatron-core TransformerLayer
 megatron-core's local spec:
 
 * `RMSNorm`: torch's rms_norm, and its weight marked `sequence_parallel`, so that `finalize_model_grads` sums the
-weight's gradient over the TP ranks
-  that each saw a part of the sequence. (megatron-core's own torch norm refuses sequence parallelism.)
-* `SDPAttention`: core attention through torch's scaled_dot_product_attention, causal, grouped queries, padded [s, b,
-heads, head_dim]
-  or packed [t, heads, head_dim] with `cu_seqlens`. Right padding needs no mask: a causal query never sees a later
-  position.
+  weight's gradient over the TP ranks that each saw a part of the sequence. (megatron-core's own torch norm refuses
+  sequence parallelism.)
+* `SDPAttention`: core attention through torch's scaled_dot_product_attention, causal, grouped queries, padded
+  [s, b, heads, head_dim] or packed [t, heads, head_dim] with `cu_seqlens`. Right padding needs no mask: a causal
+  query never sees a later position.
 * `SelfAttention`: megatron-core's, but with more tensor-parallel ranks than KV heads it uses the model's own TP group.
 
 Not here: dropout (distillation runs with 0; anything else is refused), sliding windows, context parallelism.

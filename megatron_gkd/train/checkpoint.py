@@ -1,13 +1,12 @@
 """Training checkpoints: save, find, load. megatron-core's dist_checkpointing (`torch_dist`), so any layout in, any
 layout out.
 
-    SAVE/checkpoints/step_00000010/     weights, optimizer, learning-rate schedule (sharded) and `state.json` (step,
-    data position, ...) SAVE/checkpoints/latest             the name of the newest complete one; written last
+    SAVE/checkpoints/step_00000010/   weights, optimizer, learning-rate schedule (sharded), and `state.json`
+    SAVE/checkpoints/latest           the name of the newest complete one; written last
 
 A checkpoint is written to `.writing_step_...` beside its final place and renamed when every rank has finished, so a
-directory named `step_...` is
-complete; leftovers of an interrupted save are removed by the next one. The optimizer state is saved in
-megatron-core's `fully_reshardable` form: TP, PP, VPP and DP may change between save and load.
+directory named `step_...` is complete; leftovers of an interrupted save are removed by the next one. The optimizer
+state is saved in megatron-core's `fully_reshardable` form: TP, PP, VPP and DP may change between save and load.
 
 Communication: `save` and `load` are collective over WORLD (dist_checkpointing plans its shards there); two barriers
 around the rename.
@@ -15,9 +14,12 @@ around the rename.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_gkd.errors import CheckpointError
@@ -55,7 +58,8 @@ def save_checkpoint(run_dir: str | Path, student: Student, state: TrainerState, 
             shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded_state(student, is_loading=False), str(temporary))
+    with _results_in_this_process():
+        dist_checkpointing.save(_sharded_state(student, is_loading=False), str(temporary))
     dist.barrier()
     if dist.get_rank() == 0:
         _write_durably(temporary / _STATE_FILE, json.dumps(asdict(state), indent=1))
@@ -166,6 +170,22 @@ def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _results_in_this_process() -> Iterator[None]:
+    """While saving: megatron-core (0.16) passes the writers' results, also of a synchronous save, through a manager
+    process that it starts on each rank and never ends: 270 MB a rank, seconds to start, and an orphan when the rank is
+    killed. A synchronous save puts and gets in this process, where a plain queue does.
+    """
+    if getattr(filesystem_async, "_results_queue", False) is not None:  # not there (later versions), or somebody's own
+        yield
+        return
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = None
+
+
 class _OwnHyperparameters:
     """While loading an optimizer: its parameter groups keep the learning rates, decay, betas and epsilon that they were
     made with. torch and megatron-core put the saved ones in their place, and a flag given to a resumed run would be
@@ -190,11 +210,9 @@ class _TorchAdamStep:
     the step count.
 
     1. It restores the count first and leaves it out of the tensors of the fully reshardable form, but then copies
-    every entry of the
-       optimizer state from them (distrib_optimizer.py, `_set_main_param_and_optimizer_states`) and fails on "step".
+       every entry of the optimizer state from them (`_set_main_param_and_optimizer_states`) and fails on "step".
     2. It gives all parameters ONE tensor as their count (`load_state_dict`), which each of them then increments in
-    every update: the bias
-       correction runs away, and the resumed run silently differs.
+       every update: the bias correction runs away, and the resumed run silently differs.
     """
 
     def __init__(self, student: Student) -> None:
