@@ -10,6 +10,7 @@ Not covered: bf16 and fp16 (their main parameters and loss scale), CUDA, a crash
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ import torch
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.train.checkpoint import complete_checkpoints, find_checkpoint, read_state
 from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import RankFailureError
-from tests.train.runs import exported, metrics, train
+from tests.ranks import RankFailureError, run_ranks
+from tests.train.runs import command_line, exported, metrics, train, train_on_this_rank
 from tests.train.trainers import write_rows
 
 STEPS, SAVED_AT = 6, 3
@@ -198,6 +199,17 @@ def test_the_limit_the_leftovers_and_a_step_saved_before(tmp_path: Path, inputs:
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == names
     assert old.stat().st_mtime_ns > stamp
     assert metrics(run_dir) == before
+
+
+def run_and_count_processes(argv: list[str]) -> int:
+    train_on_this_rank(argv)
+    return len(multiprocessing.active_children())
+
+
+def test_a_save_leaves_no_process_behind(tmp_path: Path, inputs: dict[str, Any]) -> None:
+    """megatron-core's own way starts a manager process on each rank, which outlives a rank that is killed."""
+    argv = command_line(**inputs, **(FLAGS | dict(train_iters=1, eval_steps=1)), save=tmp_path / "run")
+    assert run_ranks(run_and_count_processes, argv, world=2, fresh=True, timeout_s=120) == [0, 0]
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
