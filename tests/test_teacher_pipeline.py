@@ -152,18 +152,9 @@ def signal_of(position: int, kind: str) -> tuple[torch.Tensor, ...]:
     return base.float() / 8, base.int()
 
 
-_signal_groups: list[dist.ProcessGroup] = []  # one per pool of ranks
-
-
-def signal_group() -> dist.ProcessGroup:
-    if not _signal_groups:
-        _signal_groups.append(dist.new_group(range(dist.get_world_size())))
-    return _signal_groups[0]
-
-
 def exchange_all(pairs: list[tuple[Layout, Layout]]) -> list[tuple[int, int, int, list[int]]]:
     """Per pair of layouts and kind: (bytes sent, bytes of the plan from this rank, samples received, wrong ones)."""
-    group, rank, results = signal_group(), dist.get_rank(), []
+    group, rank, results = dist.new_group(range(WORLD)), dist.get_rank(), []
     for (teacher, student), kind in product(pairs, KINDS):
         spec = spec_of(kind)
         teacher_plan, student_plan = (

@@ -46,9 +46,10 @@ def megatron() -> Iterator[None]:
             yield
         finally:
             get_cuda_rng_tracker().reset()
+            _groups.clear()  # run_ranks destroys the groups that a call made
 
 
-_groups: dict[Layout, Any] = {}  # of this rank, made on first use; the ranks live as long as the pool
+_groups: dict[Layout, Any] = {}  # of this rank, made on first use in a call
 
 
 def groups_of(layout: Layout) -> Any:
