@@ -82,7 +82,7 @@ def test_groups_hold_the_layouts_coordinates(name: str):
         assert found == {group: expected_ranks(layout, rank, varying) for group, varying in VARYING.items()}
         stages = expected_ranks(layout, rank, ("pp",))
         assert ends == (sorted({stages[0], stages[-1]}) if rank in (stages[0], stages[-1]) else None)
-        assert first == ([rank] if rank == stages[0] else None)
+        assert first is None, "no model here has position embeddings to reduce"
         assert one_optimizer
         assert untouched, "megatron-core's global parallel_state must not be initialised"
 
@@ -131,3 +131,14 @@ def too_large() -> str:
 def test_a_layout_larger_than_the_world_is_refused():
     for message in run_ranks(too_large, world=2):
         assert message == "layout TP 2 x PP 1 x DP 2 needs ranks up to 3, the world has 2"
+
+
+def num_communicators(layout: Layout) -> int:
+    before = len(dist.distributed_c10d._world.pg_map)
+    build_groups(layout)
+    return len(dist.distributed_c10d._world.pg_map) - before
+
+
+def test_groups_of_the_same_ranks_share_one_communicator():
+    """At TP 1 x PP 4 x DP 1 the groups are: every rank alone, and all ranks (and the two ends, on the ends)."""
+    assert run_ranks(num_communicators, Layout(pipeline=4), world=4) == [3, 2, 2, 3]
