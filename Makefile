@@ -32,4 +32,4 @@ docs: env  ## links, file map, command lines and configuration page of the docum
 
 bench: env  ## every benchmark under benchmarks/
 	@scripts=$$(ls benchmarks/bench_*.py 2>/dev/null); if [ -z "$$scripts" ]; then echo "no benchmarks in this version"; fi; \
-	for script in $$scripts; do echo "== $$script"; $(PYTHON) $$script || exit 1; done
+	for script in $$scripts; do echo "== $$script"; $(PYTHON) -m benchmarks.$$(basename $$script .py) || exit 1; done

@@ -171,8 +171,8 @@ def gradient_kernel(
     if whole < num_columns:
         columns = whole + lane
         mask = columns < num_columns
-        s = tl.load(student_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-        t = tl.load(teacher_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(student_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
+        t = tl.load(teacher_ptr + columns, mask=mask, other=float("-inf")).to(tl.float32)
         _share, g, q = _terms(
             (s - shift_s) * inverse_temperature, (t - shift_t) * inverse_temperature,
             offset, scale_s, scale_t, anchor, beta, one_minus_beta, MODE,
