@@ -9,13 +9,14 @@ of student_head [V, H]), where
 |---|---|
 | naive | dense, by autograd, log-softmax and a log-mixture for both models: what trainers commonly do |
 | chunked | the same formulas, token chunk by token chunk, backward after each chunk |
-| liger | liger-kernel's chunked LigerFusedLinearJSDLoss, as it comes (its chunk of 1024 tokens) |
-| liger_128 | the same with chunks of 128 tokens |
+| liger | liger-kernel's chunked LigerFusedLinearJSDLoss as it comes: chunks of 1024 tokens, through torch.compile |
+| liger_eager | the same without torch.compile: its torch path |
+| liger_eager_128 | that with chunks of 128 tokens |
 | unfused | both products, then vocab_parallel_jsd, then autograd |
 | fused | fused_linear_jsd |
 | products | the four matrix products alone; its "gradients" are not gradients |
 
-Whether liger's chunks go through torch.compile is the caller's choice (`compiled`); it does so by default.
+torch.compile needs a C++ compiler on CPU; `methods(compiled=False)` leaves `liger` out.
 
 Legend: T tokens, C tokens of a chunk, V vocabulary, H hidden size.
 """
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from megatron_gkd.fused_linear_jsd import fused_linear_jsd
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
 
-CHUNK_TOKENS = 128  # of `chunked` and `liger_128`
+CHUNK_TOKENS = 128  # of `chunked` and `liger_eager_128`
 
 Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -169,8 +170,9 @@ def methods(*, compiled: bool) -> dict[str, Callable[[Inputs], Result]]:
         "products": products,
         "naive": naive,
         "chunked": chunked,
-        "liger": lambda inputs: liger(inputs, compiled=compiled),
-        "liger_128": lambda inputs: liger(inputs, chunk_tokens=CHUNK_TOKENS, compiled=compiled),
+        **({"liger": liger} if compiled else {}),
+        "liger_eager": lambda inputs: liger(inputs, compiled=False),
+        "liger_eager_128": lambda inputs: liger(inputs, chunk_tokens=CHUNK_TOKENS, compiled=False),
         "unfused": unfused,
         "fused": fused,
     }
