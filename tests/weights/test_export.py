@@ -114,7 +114,8 @@ def test_the_writer_holds_two_buckets_at_most(tmp_path: Path) -> None:
     (most, largest), (none, _) = run_ranks(run_bounded, str(path), False, world=2, fresh=True)
     assert largest <= most <= 2 * largest
     assert none == 0
-    (most, largest), _ = run_ranks(run_bounded, str(path), True, world=2, fresh=True)  # the measure sees what a reader keeps
+    # The measure sees what a reader keeps.
+    (most, largest), _ = run_ranks(run_bounded, str(path), True, world=2, fresh=True)
     assert most > 2 * largest
 
 
