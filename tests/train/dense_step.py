@@ -64,8 +64,8 @@ def dense_step(
     student = load(student_path)
     teacher_logits = all_logits(teacher_path, tuple(samples))
     num_tokens = sum(len(sample.completion_ids) for sample in samples)
-    losses, values = [], dict.fromkeys(("divergence", "agreement", "cross_entropy", "teacher_mass"), 0.0)
-    values |= {"student_mass": 0.0, "num_supervised": 0.0}
+    names = ("divergence", "agreement", "cross_entropy", "teacher_mass", "student_mass")
+    losses, values, counts = [], dict.fromkeys(names, 0.0), {"cross_entropy": 0}
     for sample, teacher in zip(samples, teacher_logits, strict=True):
         logits = completion_logits(student, sample, shift=fault == "label_shift")
         vocab_size = min(logits.shape[1], teacher.shape[1])
@@ -78,16 +78,18 @@ def dense_step(
         terms["cross_entropy"] = terms["cross_entropy"] * supervised
         for name, per_token in terms.items():
             values[name] += float(per_token.detach().sum())
-        values["num_supervised"] += supervised * len(sample.completion_ids)
+        for name, kind in (("loss", "divergence"), ("agreement", "agreement")):
+            part = f"source/{sample.source}/{name}"
+            values[part] = values.get(part, 0.0) + float(terms[kind].detach().sum())
+            counts[part] = counts.get(part, 0) + len(sample.completion_ids)
+        counts["cross_entropy"] += supervised * len(sample.completion_ids)
     loss = torch.stack(losses).sum() / (1 if fault == "no_division" else num_tokens)
     loss.backward()
-    num_supervised = values.pop("num_supervised")
-    counts = {name: num_supervised if name == "cross_entropy" else num_tokens for name in values}
     grad_norm = update(student, training, fault)
     return DenseStep(
         float(loss.detach()),
         grad_norm,
-        {name: total / counts[name] for name, total in values.items()},
+        {name: total / counts.get(name, num_tokens) for name, total in values.items()},
         {name: parameter.detach().clone() for name, parameter in student.named_parameters()},
     )
 

@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from megatron_gkd.config import DistillationConfig, TrainingConfig
+from megatron_gkd.records import SOURCES
 from tests.ranks import run_ranks
 from tests.train.dense_step import DenseStep, Fault, Objective, dense_step, differences, load
 from tests.train.trainers import PAIRS, StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
@@ -31,6 +32,8 @@ from tests.weights.ranks_at_work import megatron
 
 TOPK = 12
 SAMPLES = make_samples([(5, 7), (3, 1), (9, 12), (2, 0), (1, 4), (6, 9), (4, 3), (7, 5)])
+COUNTS = {"tokens": sum(sample.num_loss_tokens for sample in SAMPLES)}
+COUNTS |= {source: sum(sample.source == source for sample in SAMPLES) for source in SOURCES}
 
 # adam_eps near the gradient's own size: the update keeps its direction AND its scale, where 1e-8 would leave the sign
 # alone. The gradient norm is above clip_grad, and one step changes the weights by several percent.
@@ -168,6 +171,7 @@ def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> N
         assert len({(outcome.loss, outcome.grad_norm) for outcome in outcomes}) == 1, "ranks report different numbers"
         (written,) = [outcome for outcome in outcomes if outcome.weights is not None]
         assert written.weights is not None
+        assert all(outcome.counts == COUNTS for outcome in outcomes)
         wrong = differences(
             written.loss, written.grad_norm, written.metrics, written.weights, expected, initial=initial(student)
         )

@@ -107,6 +107,7 @@ class StepOutcome:
     loss: float
     grad_norm: float
     metrics: dict[str, float]
+    counts: dict[str, float]  # loss tokens, and samples by source
     weights: dict[str, torch.Tensor] | None
 
 
@@ -190,7 +191,9 @@ class Trainer:
         add_reports(metrics, result.reports, run.student)
         reduce_reports(metrics, run.student, device)
         means = metrics.means()
-        return StepOutcome(means.get("loss", 0.0), result.grad_norm, means, None)
+        counts = {"tokens": metrics.counts()["loss"]}
+        counts |= {source: metrics.sums()[f"source/{source}/num_samples"] for source in SOURCES}
+        return StepOutcome(means.get("loss", 0.0), result.grad_norm, means, counts, None)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The student's tensors by HF name, on the writing rank; None elsewhere."""
