@@ -61,12 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             for case in _cases(options, device):
                 report["rows"] += measure(case, options, device)
+                report["load_average_1min_at_end"] = round(os.getloadavg()[0], 1)
+                if options.json:  # after each case: the large ones may run out of memory
+                    Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         finally:
             dist.destroy_process_group()
-    report["load_average_1min_at_end"] = round(os.getloadavg()[0], 1)
     print(table(report["rows"]))
-    if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
