@@ -12,7 +12,7 @@ travel under their Hugging Face names, as full (unsharded) tensors, each name on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -71,14 +71,18 @@ class Engine(Protocol):
     def begin(self) -> None:
         """Start an update: a complete one, every tensor of the model."""
 
-    def bucket(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Hand over some of the tensors. The engine may refer to them until `end`: the caller must not write to them.
+    def bucket(self, tensors: Sequence[tuple[str, torch.Tensor]], sums: Mapping[str, tuple[int, int]]) -> None:
+        """Hand over some of the tensors, with the checksum that each had on the rank that owns it (checksum.py).
 
-        The engine verifies that what arrives is what was sent (checksum per tensor) and raises, naming the tensor.
+        The engine's worker verifies them and the call raises, naming the tensor. The engine may refer to the tensors
+        until `end`: the caller must not write to them.
         """
 
     def end(self, version: int) -> None:
         """Finish the update: load what is incomplete, drop cached prefixes, take the version."""
+
+    def received(self) -> dict[str, tuple[tuple[int, int], float]]:
+        """Of every tensor of the last update, as the worker got it: its checksum and its norm."""
 
     def abort(self) -> None:
         """Leave a failed update so that a complete one can follow; sampling is refused until then. Idempotent."""

@@ -1,7 +1,9 @@
 """Runs inside vLLM's worker processes, mixed into its Worker class (`worker_extension_cls`): a complete update of the
 weights from Hugging Face named tensors, in buckets.
 
-    gkd_begin() ; gkd_bucket(items)* or gkd_bucket_file(path, ...)* ; gkd_end() | gkd_abort()
+    gkd_begin() ; gkd_bucket(items)* or gkd_bucket_file(path, ...)* or gkd_bucket_group(...)* ; gkd_end() | gkd_abort()
+
+`gkd_info` says what this worker holds; `gkd_read_token` and `gkd_group_join` find and make a way for the weights.
 
 It goes through vLLM's layerwise reload (`initialize_layerwise_reload`, `model.load_weights`,
 `finalize_layerwise_reload`), the one way that is right on CPU and GPU, for dense and mixture-of-experts models: a plain
@@ -28,8 +30,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_gkd.rollout.checksum import checksum
+from megatron_gkd.rollout.group import Backend, join_store, make_group, own_address, start_broadcast, unflatten
 
 Sums = Mapping[str, Sequence[int]]  # tensor name -> checksum
+MODEL_FIELDS = (  # of config.json: two models that differ in none of these have the same tensors, nearly always
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
+)
 
 
 class DamagedTransferError(RuntimeError):
@@ -54,21 +61,21 @@ class RolloutWorker:
             if self.device.type == "cpu":
                 _drop_expert_kernels(model)
             initialize_layerwise_reload(model)
-        self._gkd_num_tensors = 0
+        self._gkd_received: dict[str, tuple[tuple[int, int], float]] = {}
 
     @torch.no_grad()
     def gkd_bucket(self, items: Sequence[tuple[str, torch.Tensor]], sums: Sums | None = None) -> int:
         """Load full tensors by their Hugging Face names; `sums`, where given, are checked first. Returns the number
         loaded so far.
         """
-        for name, tensor in items if sums is not None else ():
+        for name, tensor in items:
             found = checksum(tensor)
-            if found != tuple(sums[name]):  # type: ignore[index]
-                raise DamagedTransferError(f"{name} was damaged on the way: checksum {found}, sent {tuple(sums[name])}")  # type: ignore[index]
+            if sums is not None and found != tuple(sums[name]):
+                raise DamagedTransferError(f"{name} was damaged on the way: checksum {found}, sent {tuple(sums[name])}")
+            self._gkd_received[name] = (found, float(tensor.float().norm()))
         with self._in_vllm() as model:
             model.load_weights(iter(items))
-        self._gkd_num_tensors += len(items)
-        return self._gkd_num_tensors
+        return len(self._gkd_received)
 
     def gkd_bucket_file(self, path: str, sums: Sums) -> int:
         """The same from a safetensors file on this host (shared memory); the caller removes it afterwards."""
@@ -90,7 +97,11 @@ class RolloutWorker:
             finalize_layerwise_reload(model, self.model_config)
             if self.device.type == "cpu":
                 _repack_heads(model)
-        return self._gkd_num_tensors
+        return len(self._gkd_received)
+
+    def gkd_received(self) -> dict[str, tuple[tuple[int, int], float]]:
+        """Checksum and norm of every tensor of the last update, as it was handed to the model's loader."""
+        return self._gkd_received
 
     @torch.no_grad()
     def gkd_abort(self) -> None:
@@ -110,6 +121,51 @@ class RolloutWorker:
             method = getattr(module, "quant_method", None)
             if getattr(method, "moe_kernel", 0) is None and hasattr(method, "_gkd_kernel"):
                 method.moe_kernel = method._gkd_kernel  # type: ignore[union-attr]
+        self._gkd_updating = False
+
+    def gkd_info(self) -> dict[str, Any]:
+        """What a pusher on the other side of a connection cannot see: the model, and an update that was left open."""
+        config = self.model_config.hf_text_config
+        return {
+            "rank": self.rank,
+            "device": self.device.type,
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
+            "model": str(self.model_config.model),
+            "config": {name: getattr(config, name, None) for name in MODEL_FIELDS},
+            "updating": getattr(self, "_gkd_updating", False),
+        }
+
+    def gkd_read_token(self, path: str) -> str:
+        """The text of a small file, where this worker sees it: is shared memory shared with the pusher?"""
+        try:
+            with open(path, encoding="ascii") as file:
+                return file.read(64)
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    def gkd_group_join(self, host: str, port: int, key: str, size: int, backend: Backend, timeout_s: float) -> None:
+        """Become rank 1 + `rank` of the group that the pusher makes (group.py)."""
+        self._gkd_group = None
+        store = join_store(host, port, timeout_s)
+        self._gkd_group = make_group(
+            store,
+            rank=1 + self.rank,
+            size=size,
+            backend=backend,
+            address=own_address(host, port),
+            key=key,
+            timeout_s=timeout_s,
+        )
+        self._gkd_store = store  # the group lives no longer than it
+
+    def gkd_bucket_group(self, layout: Sequence[Sequence[Any]], num_bytes: int, sums: Sums) -> int:
+        """`gkd_bucket` with tensors that come as one buffer.
+
+        Communication: one broadcast of `num_bytes` bytes from rank 0 over that group.
+        """
+        flat = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)  # a new one: the reload keeps views of it
+        start_broadcast(self._gkd_group, flat).wait()
+        return self.gkd_bucket(unflatten(flat, layout), sums)
 
     @contextlib.contextmanager
     def _in_vllm(self) -> Iterator[torch.nn.Module]:
