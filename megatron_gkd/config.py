@@ -130,7 +130,7 @@ class DistillationConfig(Section):
 
 @dataclass(frozen=True)
 class SamplingConfig(Section):
-    """Sampling of completions."""
+    """Sampling of completions from the student, for `--lmbda` above 0."""
 
     temperature: float = setting(0.9, "Sampling temperature.", gt=0)
     top_p: float = setting(
@@ -138,16 +138,35 @@ class SamplingConfig(Section):
     )
     top_k: int = setting(0, "Sample from this many most probable tokens; 0: from all.", ge=0)
     max_completion_length: int = setting(512, "Most tokens sampled per completion.", gt=0)
-    use_vllm: bool = setting(False, "Sample the student's completions with vLLM.")
-    vllm_mode: Literal["colocate", "server"] = setting("colocate", "vLLM in the training processes, or as a server.")
+    use_vllm: bool = setting(True, "Sample with vLLM, the only engine; false refuses to sample.")
+    vllm_mode: Literal["colocate", "server", "subprocess"] = setting(
+        "colocate",
+        "colocate: vLLM in the training processes; server: servers that launch/rollout_server.sh started; subprocess: "
+        "a server that the first rank starts on its own machine and ends.",
+    )
     vllm_gpu_memory_utilization: float = setting(0.9, "Share of each GPU's memory for a colocated vLLM.", gt=0, le=1)
     vllm_tensor_parallel_size: int = setting(1, "Tensor parallel size of a colocated vLLM.", ge=1)
-    vllm_max_model_len: int | None = setting(None, "Longest sequence of vLLM; null: the model's.", gt=0)
+    vllm_max_model_len: int | None = setting(None, "Longest sequence of vLLM; null: --max_length.", gt=1)
     sleep_level: Literal[0, 1, 2] = setting(
         0, "What a colocated vLLM frees while the student trains: 0 nothing, 1 and 2 as in vLLM."
     )
-    vllm_server_host: str | None = setting(None, "Host of the vLLM server.")
-    vllm_server_port: int = setting(8000, "Port of the vLLM server.", ge=1, le=65535)
+    vllm_server_host: str | None = setting(
+        None, "Host of the rollout server; several with commas, each with its own port as HOST:PORT if need be."
+    )
+    vllm_server_port: int = setting(8000, "Port of the rollout servers that are named without one.", ge=1, le=65535)
+    steps_per_generation: int = setting(
+        1, "Steps whose completions are sampled at once, with the weights of the first; 1 is strictly on-policy.", ge=1
+    )
+    rollout_lag: Literal[0, 1] = setting(
+        0, "1: sample a step's completions while the step before it trains (engines with devices of their own)."
+    )
+    weight_bucket_mb: int = setting(512, "Most megabytes of weights that travel to the engines at once.", ge=1)
+    verify_sync_every: int = setting(
+        0,
+        "Compare the engines' log-probabilities with the student's after the first push of weights and after every so "
+        "many; 0: after the first only.",
+        ge=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
     yield from _of_parallel(cfg)
     if command == "train":
         yield from _of_training(cfg)
+        if cfg.distillation.lmbda > 0:
+            yield from _of_sampling(cfg)
     needed = "dataset" if command == "train" else "eval_dataset"
     if not cfg.get(needed):
         yield f"--{needed} is missing; give one or more JSONL or Parquet files"
@@ -70,6 +72,29 @@ def _of_parallel(cfg: RunConfig) -> Iterator[str]:
         yield "--sequence_parallel splits over the tensor parallel ranks: it needs --tensor_model_parallel_size above 1"
     if (layout.virtual_pipeline_model_parallel_size or 1) > 1 and layout.pipeline_model_parallel_size == 1:
         yield "--virtual_pipeline_model_parallel_size needs --pipeline_model_parallel_size above 1"
+
+
+def _of_sampling(cfg: RunConfig) -> Iterator[str]:
+    sampling, asked = cfg.sampling, f"--lmbda {cfg.distillation.lmbda:g} samples from the student"
+    if not sampling.use_vllm:
+        yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, or give --lmbda 0"
+    if find_spec("vllm") is None:
+        yield f"{asked} with the package vllm (0.28 to 0.32), which is not installed: install it, or give --lmbda 0"
+    if sampling.rollout_lag and sampling.vllm_mode == "colocate":
+        yield (
+            "--rollout_lag 1 samples while the student trains, and a colocated engine shares its devices: use "
+            "--vllm_mode server or subprocess, or leave --rollout_lag out"
+        )
+    if sampling.rollout_lag and sampling.steps_per_generation > 1:
+        yield "--rollout_lag 1 and --steps_per_generation above 1 both make samples older; use one of them"
+    if sampling.vllm_mode == "server" and sampling.vllm_server_host is None:
+        yield "--vllm_mode server needs --vllm_server_host; launch/rollout_server.sh starts a server"
+    if sampling.vllm_mode != "server" and sampling.vllm_server_host is not None:
+        yield f"--vllm_server_host is for --vllm_mode server, and the mode is {sampling.vllm_mode}; change one of them"
+    if sampling.vllm_mode == "server" and sampling.vllm_tensor_parallel_size > 1:
+        yield "--vllm_tensor_parallel_size is the server's own matter with --vllm_mode server: give it to the server"
+    if sampling.vllm_mode != "colocate" and sampling.sleep_level > 0:
+        yield f"--sleep_level is for colocated engines; give 0 with --vllm_mode {sampling.vllm_mode}"
 
 
 def _of_training(cfg: RunConfig) -> Iterator[str]:

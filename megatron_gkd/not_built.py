@@ -66,7 +66,6 @@ def _names_hub_model(flag: str) -> Callable[[RunConfig], bool]:
     return lambda cfg: cfg.get(flag) is not None and not os.path.isdir(cfg.get(flag))
 
 
-_SAMPLING = "it belongs to sampling, which needs the vLLM rollout bridge; leave it out"
 _DATA = "data sets are read from .jsonl and .parquet files; fetching one by its name is missing: export it to a file"
 _MODEL = (
     "there is no such directory, and fetching a model by its name is missing: give a directory in Hugging Face format"
@@ -100,29 +99,12 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
         "offload_teacher_model", _changed("offload_teacher_model"), "the teacher stays on the device: leave it out"
     ),
     NotBuilt(
-        "lmbda",
-        lambda cfg: cfg.distillation.lmbda > 0,
-        "on-policy sampling needs the vLLM rollout bridge: pass --lmbda 0 to use the data set's completions",
-        TRAIN,
-    ),
-    NotBuilt(
         "seq_kd",
         _changed("seq_kd"),
-        "teacher sampling needs the vLLM rollout bridge: pass --seq_kd false to use the data set's completions",
+        "sampling from the teacher is missing: sample beforehand with `megatron-gkd sample`, or pass --seq_kd false to "
+        "use the data set's completions",
         TRAIN,
     ),
-    NotBuilt("temperature", _changed("temperature"), _SAMPLING, TRAIN),
-    NotBuilt("top_p", _changed("top_p"), _SAMPLING, TRAIN),
-    NotBuilt("top_k", _changed("top_k"), _SAMPLING, TRAIN),
-    NotBuilt("max_completion_length", _changed("max_completion_length"), _SAMPLING, TRAIN),
-    NotBuilt("use_vllm", _changed("use_vllm"), _SAMPLING, TRAIN),
-    NotBuilt("vllm_mode", _changed("vllm_mode"), _SAMPLING, TRAIN),
-    NotBuilt("vllm_gpu_memory_utilization", _changed("vllm_gpu_memory_utilization"), _SAMPLING, TRAIN),
-    NotBuilt("vllm_tensor_parallel_size", _changed("vllm_tensor_parallel_size"), _SAMPLING, TRAIN),
-    NotBuilt("vllm_max_model_len", _changed("vllm_max_model_len"), _SAMPLING, TRAIN),
-    NotBuilt("sleep_level", _changed("sleep_level"), _SAMPLING, TRAIN),
-    NotBuilt("vllm_server_host", _changed("vllm_server_host"), _SAMPLING, TRAIN),
-    NotBuilt("vllm_server_port", _changed("vllm_server_port"), _SAMPLING, TRAIN),
     NotBuilt("context_parallel_size", _above_one("context_parallel_size"), "use tensor and pipeline parallelism"),
     NotBuilt(
         "expert_model_parallel_size", _above_one("expert_model_parallel_size"), "use tensor and pipeline parallelism"

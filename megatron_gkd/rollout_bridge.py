@@ -38,6 +38,7 @@ import torch.distributed as dist
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.rollout.engines import LocalEngines
 from megatron_gkd.rollout.protocol import Completion, Engine, Request, SamplingSettings
 from megatron_gkd.rollout.requests import assign
 
@@ -50,19 +51,6 @@ LogProbs = list[list[float]]
 # (mean, largest) |log-probability difference| of probe tokens that is still agreement. fp32: ten times what was seen
 # between two right implementations; half precision: two right ones differ by 0.05 on average and by 0.5 at a token.
 TOLERANCES: dict[str, tuple[float, float]] = {"fp32": (1e-4, 1e-3), "bf16": (0.15, 3.0), "fp16": (0.05, 1.0)}
-
-
-@dataclass(frozen=True)
-class LocalEngines:
-    """The engines that this rank drives.
-
-    Colocated: one, shared with the other ranks of its tensor parallel group; `reports` on the first of them. Servers:
-    all of them on the writing rank, none elsewhere.
-    """
-
-    engines: Mapping[int, Engine]  # index among all engines -> engine
-    num_engines: int
-    reports: bool  # whether completions of this rank's engines are collected from it
 
 
 @dataclass(frozen=True)

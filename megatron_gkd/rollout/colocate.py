@@ -3,10 +3,9 @@
     engine e = ranks [e * tp, (e + 1) * tp) of the world, in vLLM's `external_launcher` form: the ranks of one engine
     make the same calls with the same requests and get the same completions; different engines are independent.
 
-Construction is collective over the whole world (vLLM makes groups out of it), and needs torchrun's variables RANK,
-LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. What vLLM changes in the process is undone around every call
-(guard.py). Weights are handed over by reference, without a copy; every rank passes full tensors to its own worker,
-which takes its shard.
+Construction is collective over the whole world, which is torch.distributed's: vLLM makes its groups out of it. What
+vLLM changes in the process is undone around every call (guard.py). Weights are handed over by reference, without a
+copy; every rank passes full tensors to its own worker, which takes its shard.
 
 Memory: on a GPU `gpu_memory_utilization` of it is the engine's, and sleep levels 1 and 2 give that back between
 phases (1: weights go to host memory, KV is dropped; 2: both are dropped). On a CPU there is no sleep mode: the calls
@@ -25,6 +24,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.errors import ConfigError, RolloutError
@@ -33,7 +33,6 @@ from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _WORKER = "megatron_gkd.rollout.worker.RolloutWorker"
 _QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -97,7 +96,7 @@ class ColocatedEngine:
         else:
             options["kv_cache_memory_bytes"] = _cpu_kv_bytes(arch, dtype, tensor_parallel_size, length)
         with self._guard():
-            for name, value in _QUIET.items():
+            for name, value in (_QUIET | _as_torchrun()).items():
                 os.environ.setdefault(name, value)
             if not self._on_gpu:
                 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -222,17 +221,22 @@ class ColocatedEngine:
 def _check_start(tensor_parallel_size: int) -> None:
     if find_spec("vllm") is None:
         raise ConfigError("sampling needs the package vllm (0.28 to 0.32), which is not installed")
-    if missing := [name for name in _TORCHRUN if name not in os.environ]:
+    if not dist.is_initialized():
+        raise ConfigError("a colocated engine is laid out over torch.distributed's ranks, and it is not initialised")
+    if dist.get_world_size() % tensor_parallel_size:
         raise ConfigError(
-            f"a colocated engine needs torchrun's variables; {', '.join(missing)} not set: start with torchrun, also "
-            "for one rank (torchrun --standalone --nproc_per_node 1 -m megatron_gkd ...)"
+            f"--vllm_tensor_parallel_size {tensor_parallel_size} does not divide the world of {dist.get_world_size()} "
+            "ranks, over which the engines are laid out"
         )
-    world_size = int(os.environ["WORLD_SIZE"])
-    if world_size % tensor_parallel_size:
-        raise ConfigError(
-            f"--vllm_tensor_parallel_size {tensor_parallel_size} does not divide the world of {world_size} ranks, over "
-            "which the engines are laid out"
-        )
+
+
+def _as_torchrun() -> dict[str, str]:
+    """What torchrun sets, for a start without it: vLLM reads the numbers. The address is not used, because the world
+    exists; LOCAL_RANK is right on one machine only, and on several there is torchrun.
+    """
+    rank = str(dist.get_rank())
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size())}
+    return world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 def _cpu_kv_bytes(arch: Architecture, dtype: str, tensor_parallel_size: int, max_model_len: int) -> int:

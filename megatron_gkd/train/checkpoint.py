@@ -2,6 +2,7 @@
 layout out.
 
     SAVE/checkpoints/step_00000010/   weights, optimizer, learning-rate schedule (sharded), and `state.json`
+                                      and, where completions wait to be trained on, `rollouts.json`
     SAVE/checkpoints/latest           the name of the newest complete one; written last
 
 A checkpoint is written to `.writing_step_...` beside its final place and renamed when every rank has finished, so a
@@ -19,7 +20,7 @@ import json
 import os
 import queue
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from megatron_gkd.errors import CheckpointError
 from megatron_gkd.train.student import Student
 
 _STATE_FILE = "state.json"
+_ROLLOUTS_FILE = "rollouts.json"
 _LATEST = "latest"
 
 
@@ -48,8 +50,19 @@ class TrainerState:
     use_distributed_optimizer: bool  # the two forms of optimizer state are not interchangeable
 
 
-def save_checkpoint(run_dir: str | Path, student: Student, state: TrainerState, *, keep: int | None = None) -> Path:
-    """Write a checkpoint of `state.step`, move the pointer, delete all but the `keep` newest. Returns its directory."""
+def save_checkpoint(
+    run_dir: str | Path,
+    student: Student,
+    state: TrainerState,
+    *,
+    keep: int | None = None,
+    rollouts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint of `state.step`, move the pointer, delete all but the `keep` newest. Returns its directory.
+
+    Args:
+        rollouts: completions that are sampled and not yet trained on (train/rollouts.py).
+    """
     root = Path(run_dir) / "checkpoints"
     final = root / f"step_{state.step:08d}"
     temporary = root / f".writing_{final.name}"
@@ -62,6 +75,8 @@ def save_checkpoint(run_dir: str | Path, student: Student, state: TrainerState, 
         dist_checkpointing.save(_sharded_state(student, is_loading=False), str(temporary))
     dist.barrier()
     if dist.get_rank() == 0:
+        if rollouts:
+            _write_durably(temporary / _ROLLOUTS_FILE, json.dumps(rollouts))
         _write_durably(temporary / _STATE_FILE, json.dumps(asdict(state), indent=1))
         if final.exists():  # a resumed run arrived at a step that it had saved before
             shutil.rmtree(final)
@@ -106,6 +121,19 @@ def read_state(checkpoint: Path) -> TrainerState:
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint / _STATE_FILE} cannot be read ({error}): take an older checkpoint of the run with --load"
+        ) from error
+
+
+def read_rollouts(checkpoint: Path) -> dict[str, Any]:
+    """Completions that waited when the checkpoint was saved; empty without any. Raises CheckpointError."""
+    path = checkpoint / _ROLLOUTS_FILE
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): take an older checkpoint of the run with --load"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """The training loop, to be read from top to bottom.
 
-    for each step:  rows -> sources -> samples -> plan -> teacher signals -> student update -> metrics
+    for each step:  rows -> sources -> completions -> samples -> plan -> teacher signals -> student update -> metrics
 
 Everything random is a function of (seed, step, sample), so a resumed run needs the step and the data position,
 nothing else. The run directory (`--save`) is described in docs/run_directory.md.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.sampler import row_indices
@@ -21,10 +22,19 @@ from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers
-from megatron_gkd.records import StepPlan
-from megatron_gkd.schedule import make_samples, plan_step, sample_sources
-from megatron_gkd.train.checkpoint import TrainerState, find_checkpoint, load_checkpoint, save_checkpoint
+from megatron_gkd.records import Row, Source, StepPlan
+from megatron_gkd.rollout.protocol import Request
+from megatron_gkd.rollout.requests import make_requests
+from megatron_gkd.schedule import Sampled, make_samples, plan_step, sample_sources
+from megatron_gkd.train.checkpoint import (
+    TrainerState,
+    find_checkpoint,
+    load_checkpoint,
+    read_rollouts,
+    save_checkpoint,
+)
 from megatron_gkd.train.evaluate import evaluate
+from megatron_gkd.train.sampling import engine_length
 from megatron_gkd.train.setup import Run, build_run, max_packed_tokens
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.weights.export import save_hf
@@ -43,17 +53,11 @@ def run_training(config: RunConfig) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
     writers = _Writers(run, run_dir, first_step=state.step + 1 if config.checkpoint.load else None)
-    train_iters = run.student.train_iters
-    if state.step == 0:
-        _evaluate(run, writers, step=0)
-    with Progress(train_iters, done_steps=state.step, enabled=run.is_writer) as progress:
-        while state.step < train_iters:
-            state = _train_step(run, state, writers, progress)
-            last = state.step == train_iters
-            if last or (config.logging.eval_steps and state.step % config.logging.eval_steps == 0):
-                _evaluate(run, writers, step=state.step)
-            if last or state.step % config.checkpoint.save_steps == 0:
-                save_checkpoint(run_dir, run.student, state, keep=config.checkpoint.save_total_limit)
+    try:
+        _train(run, run_dir, state, writers)
+    finally:
+        if run.rollouts is not None:
+            run.rollouts.close()
     writers.close()
     if config.checkpoint.save_hf:
         save_hf(
@@ -64,21 +68,69 @@ def run_training(config: RunConfig) -> None:
             out_dir=run_dir / "hf",
         )
     if run.is_writer:
-        logger.info("done: %d steps; run directory %s", state.step, run_dir)
+        logger.info("done: %d steps; run directory %s", run.student.train_iters, run_dir)
+
+
+def _train(run: Run, run_dir: Path, state: TrainerState, writers: _Writers) -> None:
+    """All steps, with evaluations and checkpoints."""
+    config, train_iters = run.config, run.student.train_iters
+    if state.step == 0:
+        _evaluate(run, writers, step=0)
+    with Progress(train_iters, done_steps=state.step, enabled=run.is_writer) as progress:
+        while state.step < train_iters:
+            state = _train_step(run, state, writers, progress)
+            last = state.step == train_iters
+            if last or (config.logging.eval_steps and state.step % config.logging.eval_steps == 0):
+                _evaluate(run, writers, step=state.step)
+            if last or state.step % config.checkpoint.save_steps == 0:
+                rollouts = None if run.rollouts is None else run.rollouts.state()
+                save_checkpoint(run_dir, run.student, state, keep=config.checkpoint.save_total_limit, rollouts=rollouts)
+
+
+class Draw(NamedTuple):
+    """Rows and sources of a step, by position in the global batch."""
+
+    indices: list[int]
+    rows: list[Row]
+    sources: list[Source]
+
+
+def draw(run: Run, step: int) -> Draw:
+    """A pure function of the configuration, the data and the step."""
+    assert run.rows is not None
+    training, distillation = run.config.training, run.config.distillation
+    size = training.global_batch_size
+    indices = row_indices(training.seed, step * size, size, len(run.rows), run.config.data.shuffle)
+    sources = sample_sources(training.seed, step, size, lmbda=distillation.lmbda, seq_kd=distillation.seq_kd)
+    return Draw(indices, [run.rows[i] for i in indices], sources)
+
+
+def requests(run: Run, step: int) -> list[Request]:
+    """What is asked of the sampling engines for a step."""
+    assert run.rollouts is not None
+    _, rows, sources = draw(run, step)
+    config = run.config
+    return make_requests(
+        {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
+        run_seed=config.training.seed,
+        step=step,
+        max_completion_length=config.sampling.max_completion_length,
+        max_length=config.data.max_length,
+        max_model_len=engine_length(config, run.architecture),
+    )
 
 
 def next_plan(run: Run, state: TrainerState) -> StepPlan:
-    """The plan of step `state.step + 1`: a pure function of the configuration, the data and the position."""
-    assert run.rows is not None
+    """The plan of step `state.step + 1`: a pure function of the configuration, the data, the step, and, where the
+    student samples, of its weights.
+    """
     config, training = run.config, run.config.training
-    distillation = config.distillation
-    indices = row_indices(
-        training.seed, state.consumed_samples, training.global_batch_size, len(run.rows), config.data.shuffle
-    )
-    sources = sample_sources(
-        training.seed, state.step, training.global_batch_size, lmbda=distillation.lmbda, seq_kd=distillation.seq_kd
-    )
-    samples = make_samples(indices, [run.rows[i] for i in indices], sources)
+    indices, rows, sources = draw(run, state.step)
+    sampled: dict[int, Sampled] = {}
+    if run.rollouts is not None:
+        completions = run.rollouts.for_step(state.step, lambda step: requests(run, step))
+        sampled = {position: (c.token_ids, c.version) for position, c in completions.items()}
+    samples = make_samples(indices, rows, sources, sampled=sampled)
     return plan_step(
         state.step,
         samples,
@@ -125,6 +177,7 @@ def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Prog
             "signal_bytes": sums["signal_bytes"],
             "consumed_samples": state.consumed_samples + len(plan.samples),
             **timers.seconds(),
+            **({} if run.rollouts is None else run.rollouts.metrics),
         }
         writers.metrics(step, values)
         progress.update(step, loss=means.get("loss"), tokens_per_s=num_tokens / step_time_s)
@@ -159,6 +212,8 @@ def _resume(run: Run) -> TrainerState:
         return beginning
     checkpoint = find_checkpoint(load)
     state = load_checkpoint(checkpoint, run.student, expected=beginning)
+    if run.rollouts is not None:
+        run.rollouts.load_state(read_rollouts(checkpoint))
     if run.is_writer:
         logger.info("resumed from %s: %d steps done", checkpoint, state.step)
     return state

@@ -30,6 +30,8 @@ from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.train.loss import DistillationLoss
+from megatron_gkd.train.rollouts import Rollouts
+from megatron_gkd.train.sampling import build_rollouts
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights, load_vocab_shard
@@ -50,6 +52,7 @@ class Run:
     loss: DistillationLoss
     rows: RowDataset | None  # None for an evaluation alone
     eval_rows: RowDataset | None
+    rollouts: Rollouts | None  # None where nothing is sampled from the student
 
     @property
     def is_writer(self) -> bool:
@@ -66,8 +69,11 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
     check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
-    rows = _rows(config.data, config.data.dataset, tokenizer, vocab_size) if with_training_data else None
-    eval_rows = _rows(config.data, config.data.eval_dataset, tokenizer, vocab_size, config.data.eval_samples)
+    rows = None
+    if with_training_data:
+        sampled = config.sampling.max_completion_length if config.distillation.lmbda > 0 else None
+        rows = _rows(config.data, config.data.dataset, tokenizer, vocab_size, max_completion_length=sampled)
+    eval_rows = _rows(config.data, config.data.eval_dataset, tokenizer, vocab_size, max_rows=config.data.eval_samples)
     if rows is not None:
         rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
         _check_batch(config, student_layout)
@@ -100,7 +106,10 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
         teacher_arch.model_type,
         teacher_layout.describe(),
     )
-    return Run(config, where, student_arch, student, teacher, loss, rows, eval_rows)
+    rollouts = None
+    if rows is not None and config.distillation.lmbda > 0:
+        rollouts = build_rollouts(config, where, student_arch, student, tokenizer, rows, vocab_size)
+    return Run(config, where, student_arch, student, teacher, loss, rows, eval_rows, rollouts)
 
 
 def _teacher_path(config: RunConfig) -> str:
@@ -146,7 +155,9 @@ def _rows(
     paths: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
+    *,
     max_rows: int | None = None,
+    max_completion_length: int | None = None,
 ) -> RowDataset | None:
     if not paths:
         return None
@@ -154,6 +165,7 @@ def _rows(
         paths,
         tokenizer,
         max_length=data.max_length,
+        max_completion_length=max_completion_length,
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
         max_rows=max_rows,

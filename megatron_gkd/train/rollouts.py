@@ -1,0 +1,179 @@
+"""On-policy completions for the steps of a run: when the weights are pushed, when is sampled, how old a sample may be.
+
+    rollouts.for_step(step, requests_of)  ->  completions of that step, by position in the global batch
+
+Steps are counted from 0; the policy version before step k is k, the number of updates made.
+
+    N = --steps_per_generation, lag = --rollout_lag
+
+    lag 0   at steps 0, N, 2N ...: push, then sample steps k .. k + N - 1 at once. N = 1 is strictly on-policy.
+    lag 1   at step k: push version k, then sample step k + 1 in a thread while step k trains (engines with devices of
+            their own; N = 1). Step 0 is sampled before it trains, by version 0.
+
+A completion of version v is used at a step k with k - v <= N - 1 + lag; an older one ends the run. Completions that are
+sampled and not yet used are state: `pending` goes into checkpoints, so that a resumed run trains on the same ones.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_gkd.errors import CheckpointError, RolloutError
+from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
+from megatron_gkd.rollout_bridge import RolloutBridge
+
+RequestsOf = Callable[[int], list[Request]]  # step -> its requests, keyed by position in the global batch
+
+
+class Rollouts:
+    """One per run, on every rank; every method is collective over the run's ranks."""
+
+    def __init__(
+        self,
+        bridge: RolloutBridge,
+        settings: SamplingSettings,
+        *,
+        vocab_size: int,
+        train_iters: int,
+        steps_per_generation: int = 1,
+        lag: int = 0,
+    ) -> None:
+        assert steps_per_generation == 1 or lag == 0, "RunConfig.validate refuses the combination"
+        self._bridge, self._settings, self._train_iters = bridge, settings, train_iters
+        self._window, self._lag, self._vocab_size = steps_per_generation, lag, vocab_size
+        self._pending: dict[int, dict[int, Completion]] = {}  # step -> position -> completion
+        self._under_way: _UnderWay | None = None
+        self.metrics: dict[str, float] = {}
+        """What the last `for_step` did: seconds of its phases, lengths and ends of its completions, their age."""
+
+    def for_step(self, step: int, requests_of: RequestsOf) -> dict[int, Completion]:
+        """The completions that step `step` trains on. Raises RolloutError."""
+        self.metrics = {}
+        start_s = time.perf_counter()
+        self.finish()
+        if step not in self._pending:
+            self._push(step)
+            self._sample(range(step, min(step + self._window, self._train_iters)), requests_of)
+            self._bridge.sleep()
+        if self._lag and step + 1 < self._train_iters and step + 1 not in self._pending:
+            if self._bridge.version != step:
+                self._push(step)
+            self._under_way = _UnderWay(self._bridge, self._settings, step + 1, requests_of(step + 1))
+        completions = self._pending.pop(step)
+        for completion in completions.values():
+            if max(completion.token_ids) >= self._vocab_size:
+                raise RolloutError(
+                    f"the student sampled token {max(completion.token_ids)}, which the teacher does not have (their "
+                    f"common vocabulary has {self._vocab_size}): its padding rows are not trained down; --top_p 0.999 "
+                    "or --top_k avoids them"
+                )
+            if not 0 <= step - completion.version <= self._window - 1 + self._lag:
+                raise RolloutError(
+                    f"step {step + 1} was given a completion of policy version {completion.version}; version "
+                    f"{step - self._window + 1 - self._lag} is the oldest that --rollout_lag {self._lag} and "
+                    f"--steps_per_generation {self._window} allow"
+                )
+        self._describe(step, completions)
+        self.metrics["rollout_s"] = time.perf_counter() - start_s
+        return completions
+
+    def finish(self) -> None:
+        """Wait for what is being sampled beside the training, if anything is."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            self._pending[under_way.step] = self._bridge.collect(under_way.requests, under_way.result())
+
+    def close(self) -> None:
+        """End the engines. Not collective."""
+        if self._under_way is not None:
+            self._under_way.result()
+        self._bridge.close()
+
+    def state(self) -> dict[str, Any]:
+        """`pending` as plain data, for a checkpoint. Waits for what is under way."""
+        self.finish()
+        return {str(step): [asdict(c) for c in by_position.values()] for step, by_position in self._pending.items()}
+
+    def load_state(self, state: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """The inverse. Raises CheckpointError for anything else."""
+        try:
+            self._pending = {
+                int(step): {
+                    int(item["key"]): Completion(
+                        int(item["key"]),
+                        tuple(map(int, item["token_ids"])),
+                        tuple(map(float, item["logprobs"])),
+                        item["finish_reason"],
+                        int(item["version"]),
+                    )
+                    for item in items
+                }
+                for step, items in state.items()
+            }
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint's pending completions cannot be read: {error!r}") from error
+
+    def _push(self, version: int) -> None:
+        push = self._bridge.push(version)
+        self.metrics |= {"push_gather_s": push.gather_s, "push_load_s": push.load_s, "push_attempts": push.attempts}
+
+    def _sample(self, steps: range, requests_of: RequestsOf) -> None:
+        """All requests of the steps at once, under keys of their own."""
+        start_s = time.perf_counter()
+        requests: list[Request] = []
+        origin: list[tuple[int, int]] = []  # key -> step, position
+        for step in steps:
+            self._pending[step] = {}
+            for request in requests_of(step):
+                origin.append((step, request.key))
+                requests.append(Request(len(requests), request.prompt_ids, request.max_tokens, request.seed))
+        for key, completion in self._bridge.sample(requests, self._settings).items():
+            step, position = origin[key]
+            self._pending[step][position] = Completion(
+                position, completion.token_ids, completion.logprobs, completion.finish_reason, completion.version
+            )
+        self.metrics["sample_s"] = time.perf_counter() - start_s
+
+    def _describe(self, step: int, completions: Mapping[int, Completion]) -> None:
+        if not completions:
+            return
+        count = len(completions)
+        lengths = [len(c.token_ids) for c in completions.values()]
+        self.metrics |= {
+            "rollout/num_tokens": sum(lengths),
+            "rollout/mean_length": sum(lengths) / count,
+            "rollout/truncated": sum(c.finish_reason == "length" for c in completions.values()) / count,
+            # The stop token alone: nothing was said.
+            "rollout/empty": sum(c.finish_reason == "stop" and len(c.token_ids) == 1 for c in completions.values())
+            / count,
+            "rollout/mean_logprob": sum(sum(c.logprobs) for c in completions.values()) / sum(lengths),
+            "rollout/version_lag": step - min(c.version for c in completions.values()),
+        }
+
+
+class _UnderWay:
+    """Completions being sampled in a thread."""
+
+    def __init__(
+        self, bridge: RolloutBridge, settings: SamplingSettings, step: int, requests: Sequence[Request]
+    ) -> None:
+        self.step, self.requests = step, requests
+        self._result: list[Completion] | RolloutError | None = None
+
+        def work() -> None:
+            try:
+                self._result = bridge.generate(requests, settings)
+            except BaseException as error:  # the thread must not die in silence
+                self._result = RolloutError(f"sampling beside the training failed: {error!r}")
+
+        self._thread = threading.Thread(target=work, name=f"rollout of step {step + 1}", daemon=True)
+        self._thread.start()
+
+    def result(self) -> list[Completion] | RolloutError:
+        self._thread.join()
+        assert self._result is not None
+        return self._result

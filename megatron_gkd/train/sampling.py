@@ -1,0 +1,125 @@
+"""From a RunConfig to the run's `Rollouts`: engines, bridge, probes and sampling settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.config import RunConfig
+from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.data.rows import RowDataset
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.model.build import DTYPES
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.platform import Platform
+from megatron_gkd.rollout.engines import open_engines
+from megatron_gkd.rollout.protocol import SamplingSettings
+from megatron_gkd.rollout_bridge import RolloutBridge
+from megatron_gkd.train.rollouts import Rollouts
+from megatron_gkd.train.score import student_logprobs
+from megatron_gkd.train.student import Student
+from megatron_gkd.weights.delivery import Delivery
+from megatron_gkd.weights.export import hf_tensor_stream
+from megatron_gkd.weights.plan import hf_tensor_shapes
+
+logger = get_logger(__name__)
+
+_NUM_PROBES = 8
+_PROBE_TOKENS = 64
+
+
+def engine_length(config: RunConfig, arch: Architecture) -> int:
+    """Most tokens of prompt and completion that the engines are built for."""
+    return min(config.sampling.vllm_max_model_len or config.data.max_length, arch.max_position_embeddings)
+
+
+def build_rollouts(
+    config: RunConfig,
+    where: Platform,
+    arch: Architecture,
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: RowDataset,
+    vocab_size: int,
+) -> Rollouts:
+    """Start or reach the engines and tie them to the student. Collective over the world.
+
+    Args:
+        vocab_size: token ids that student and teacher both have.
+    """
+    sampling, length = config.sampling, engine_length(config, arch)
+    _check_prompts(rows, length)
+    group = dist.group.WORLD
+    assert group is not None
+    dtype = config.model.dtype
+    local = open_engines(sampling, model_path=config.model.model, dtype=dtype, max_model_len=length, group=group)
+    stream = hf_tensor_stream(
+        student.chunks,
+        arch,
+        student.groups,
+        bucket_bytes=sampling.weight_bucket_mb * 2**20,
+        dtypes=DTYPES[dtype],
+    )
+    bridge = RolloutBridge(
+        local,
+        buckets=Delivery(stream, group, to="everyone" if sampling.vllm_mode == "colocate" else "writer"),
+        manifest={name: (shape, DTYPES[dtype]) for name, shape in hf_tensor_shapes(arch).items()},
+        group=group,
+        dtype=dtype,
+        probes=probes(rows, length),
+        score=lambda sequences: student_logprobs(student, sequences, vocab_size=arch.vocab_size, device=where.device),
+        verify_every=sampling.verify_sync_every,
+    )
+    settings = SamplingSettings(
+        sampling.temperature, sampling.top_p, sampling.top_k, stop_tokens(config.model.model, tokenizer)
+    )
+    logger.info(
+        "sampling: %d engine(s), %s; stop tokens %s", local.num_engines, sampling.vllm_mode, settings.stop_token_ids
+    )
+    return Rollouts(
+        bridge,
+        settings,
+        vocab_size=vocab_size,
+        train_iters=student.train_iters,
+        steps_per_generation=sampling.steps_per_generation,
+        lag=sampling.rollout_lag,
+    )
+
+
+def stop_tokens(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Where a completion ends: the token that ends every completion of the training data, and those that the model's
+    generation config names.
+    """
+    found = {ChatEncoder(tokenizer).end_of_turn_id}
+    try:
+        named = GenerationConfig.from_pretrained(model_path, local_files_only=True).eos_token_id
+    except OSError:  # no generation_config.json
+        named = None
+    if named is not None:
+        found.update([named] if isinstance(named, int) else named)
+    return tuple(sorted(found))
+
+
+def probes(rows: RowDataset, max_model_len: int) -> list[Sequence[int]]:
+    """Sequences for verification: the beginnings of the first rows, the same in every run on the same data."""
+    length = min(_PROBE_TOKENS, max_model_len - 1)
+    found = []
+    for index in range(min(_NUM_PROBES, len(rows))):
+        row = rows[index]
+        ids = (*row.prompt_ids, *(row.completion_ids or ()))[-length:]
+        if len(ids) > 1:
+            found.append(ids)
+    return found or [(0, 1)]
+
+
+def _check_prompts(rows: RowDataset, max_model_len: int) -> None:
+    for index in range(len(rows)):
+        if len(rows[index].prompt_ids) >= max_model_len:
+            raise ConfigError(
+                f"{rows.place(index)} has a prompt of {len(rows[index].prompt_ids)} tokens, and the sampling engine "
+                f"takes {max_model_len} for prompt and completion: raise --vllm_max_model_len (and --max_length), or "
+                "leave the row out"
+            )
