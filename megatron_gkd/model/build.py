@@ -224,8 +224,9 @@ def _set_rope(model: GPTModel, arch: Architecture) -> None:
     = (0.1 * mscale * ln(scale) + 1) / (0.1 * mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and
     mscale = 10 * (factor - 1) it is exactly `factor`.
     """
-    inv_freq = torch.tensor(arch.rope.inv_freq, dtype=torch.float32)
-    model.rotary_pos_emb.inv_freq = inv_freq.to(model.rotary_pos_emb.inv_freq.device)
+    model.rotary_pos_emb.inv_freq = torch.tensor(
+        arch.rope.inv_freq, dtype=torch.float32, device=model.rotary_pos_emb.inv_freq.device
+    )
     if arch.rope.attention_factor != 1.0:
         from math import e
 

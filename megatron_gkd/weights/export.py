@@ -26,7 +26,7 @@ at the time of the pass: with a distributed optimizer call it after the paramete
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -36,6 +36,7 @@ import torch.distributed as dist
 from megatron_gkd.architecture import Architecture, read_architecture, read_config_json
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.weights.chunks import Parameter, check_chunks
+from megatron_gkd.weights.dtypes import read_dtypes, stored_dtypes
 from megatron_gkd.weights.hf_files import HFCheckpoint, has_safetensors
 from megatron_gkd.weights.hf_writer import DEFAULT_SHARD_BYTES, HFWriter, TensorSpec, check_destination
 from megatron_gkd.weights.naming import ROLES
@@ -65,16 +66,18 @@ def hf_tensor_stream(
     *,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
+    read: Callable[[Parameter], torch.Tensor] | None = None,
 ) -> HFTensorStream:
     """Make the static schedule. See HFTensorStream.
 
     Args:
         pg_collection: the model's groups; `tp`, `pp`, `dp` (and `cp`, where set) are used, never the world.
         dtypes: of the exported tensors: one for all, one per HF name, or None for the parameters' own.
+        read: the value of a parameter, on the CPU, where the chunks hold none (conversion); None: the parameter.
 
     Communication: one all_gather_object over pg_collection.pp (unit keys and dtypes).
     """
-    return HFTensorStream(chunks, arch, pg_collection, bucket_bytes, dtypes)
+    return HFTensorStream(chunks, arch, pg_collection, bucket_bytes, dtypes, read)
 
 
 class HFTensorStream:
@@ -98,9 +101,11 @@ class HFTensorStream:
         pg_collection: Any,
         bucket_bytes: int,
         dtypes: Mapping[str, torch.dtype] | torch.dtype | None,
+        read: Callable[[Parameter], torch.Tensor] | None = None,
     ) -> None:
         assert bucket_bytes > 0, bucket_bytes
         self._arch = arch
+        self._read = read or (lambda parameter: parameter.tensor.detach())
         self._tp, self._pp = pg_collection.tp, pg_collection.pp
         self._takes_part = _takes_part(pg_collection)
         self.is_writer = self._takes_part and self._tp.rank() == 0 and self._pp.rank() == 0
@@ -110,7 +115,7 @@ class HFTensorStream:
         specs = {unit: _unit_specs(unit, arch, owners[unit][1], dtypes) for unit in units(arch)}
         self.manifest = tuple(spec for unit in specs for spec in specs[unit])
         self.buckets = tuple(make_buckets({u: owners[u][0] for u in specs}, specs, bucket_bytes))
-        self._device = parameters[0].tensor.device if parameters else torch.device("cpu")
+        self._device = parameters[0].tensor.device if parameters and read is None else torch.device("cpu")
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         if not self._takes_part:
@@ -143,11 +148,12 @@ class HFTensorStream:
     def _gather_unit(self, parameter: Parameter, tensors: dict[str, torch.Tensor]) -> None:
         """Place the shards of one parameter into the HF tensors, on the leader; send this rank's, elsewhere."""
         # gloo is silently wrong on non-contiguous tensors (pytorch 192920).
-        own = parameter.tensor.detach().contiguous()
         split = ROLES[parameter.role].transform != "replicated"
+        if self._tp.rank() != 0 and not split:
+            return
+        own = self._read(parameter).contiguous()
         if self._tp.rank() != 0:
-            if split:
-                dist.send(own, dst=dist.get_global_rank(self._tp, 0), group=self._tp)
+            dist.send(own, dst=dist.get_global_rank(self._tp, 0), group=self._tp)
             return
         place(parameter, self._arch, own, 0, self._tp.size(), tensors)
         for rank in range(1, self._tp.size() if split else 1):
@@ -266,6 +272,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    read: Callable[[Parameter], torch.Tensor] | None = None,
 ) -> None:
     """Write the model as a Hugging Face directory that transformers and vLLM load. Every rank of the model calls it.
 
@@ -274,6 +281,7 @@ def save_hf(
             from it byte for byte, and each tensor keeps the dtype that it has there.
         out_dir: must not exist. It appears complete or not at all; only the writing rank touches it.
         dtype: one dtype for all tensors instead; config.json's `dtype` is then set to it.
+        read: as in hf_tensor_stream.
 
     Communication: hf_tensor_stream's. It returns on a rank when that rank's part is done: no barrier. If the writer
     fails, it raises and the other ranks wait for it: let the launcher end them.
@@ -286,7 +294,7 @@ def save_hf(
     if _takes_part(pg_collection):  # other replicas may arrive when the directory is there already
         check_destination(out_dir)
     dtypes = dtype or _source_dtypes(source_dir, arch)
-    stream = hf_tensor_stream(chunks, arch, pg_collection, bucket_bytes=bucket_bytes, dtypes=dtypes)
+    stream = hf_tensor_stream(chunks, arch, pg_collection, bucket_bytes=bucket_bytes, dtypes=dtypes, read=read)
     if not stream.is_writer:
         for _ in stream:
             raise AssertionError("only the writer receives tensors")
@@ -307,7 +315,9 @@ def _source_dtypes(source_dir: Path, arch: Architecture) -> dict[str, torch.dtyp
     """
     if has_safetensors(source_dir):
         with HFCheckpoint(source_dir) as source:
-            return {name: source.dtype(name) for unit in units(arch) for name in unit_shapes(*unit, arch)}
+            return stored_dtypes(source, arch)
+    if recorded := read_dtypes(source_dir, arch):
+        return recorded
     raw = read_config_json(source_dir)
     named = raw.get("dtype") or raw.get("torch_dtype")
     if named is None:

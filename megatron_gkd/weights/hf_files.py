@@ -131,6 +131,10 @@ def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
     if index:
         weight_map = _read_index(path)
         return sorted(set(weight_map.values())), weight_map
+    if (path / "metadata.json").is_file() and any(path.glob("*.distcp")):
+        raise CheckpointError(
+            f"{path} is a Megatron distributed checkpoint; convert it first: megatron-gkd convert --to hf"
+        )
     if any(any(path.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
         raise CheckpointError(
             f"{path} has pickled weights only, which are never opened (unpickling runs code); convert them to "

@@ -67,11 +67,11 @@ def load_hf_weights(
     start = time.perf_counter()
     check_manifest(checkpoint, arch)
     parameters = check_chunks(chunks, arch)
-    plans = [_parameter_plan(parameter, arch, tp_rank, tp_size) for parameter in parameters]
+    plans = [parameter_plan(parameter, arch, tp_rank, tp_size) for parameter in parameters]
     num_bytes = 0
     with torch.no_grad():
         for done, (parameter, rectangles) in enumerate(zip(parameters, plans, strict=True), start=1):
-            num_bytes += _fill(parameter.tensor, rectangles, checkpoint)
+            num_bytes += fill(parameter.tensor, rectangles, checkpoint)
             if progress is not None:
                 progress(done, len(parameters))
     report = LoadReport(len(parameters), num_bytes, time.perf_counter() - start)
@@ -105,7 +105,7 @@ def load_vocab_shard(
         arch = replace(arch, vocab_size=num_rows)
     rectangles = plan(role, None, arch, rank, size, padded_vocab)
     shard = torch.empty(shard_shape(role, None, arch, rectangles), dtype=dtype)
-    _fill(shard, rectangles, checkpoint)
+    fill(shard, rectangles, checkpoint)
     return shard
 
 
@@ -151,7 +151,7 @@ def _check_tied_head(checkpoint: HFCheckpoint) -> None:
         )
 
 
-def _parameter_plan(parameter: Parameter, arch: Architecture, tp_rank: int, tp_size: int) -> tuple[Rectangle, ...]:
+def parameter_plan(parameter: Parameter, arch: Architecture, tp_rank: int, tp_size: int) -> tuple[Rectangle, ...]:
     """The parameter's rectangles, after a check of its shape. The padded vocabulary is the model's own choice."""
     role, layer, name, tensor = parameter
     padded_vocab = tensor.shape[0] * tp_size if ROLES[role].transform == "vocabulary" else 0
@@ -165,7 +165,7 @@ def _parameter_plan(parameter: Parameter, arch: Architecture, tp_rank: int, tp_s
     return rectangles
 
 
-def _fill(target: torch.Tensor, rectangles: Sequence[Rectangle], checkpoint: HFCheckpoint) -> int:
+def fill(target: torch.Tensor, rectangles: Sequence[Rectangle], checkpoint: HFCheckpoint) -> int:
     """Copy the rectangles into `target`, top to bottom; returns the bytes read."""
     position = num_bytes = 0
     for rectangle in rectangles:

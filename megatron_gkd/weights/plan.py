@@ -23,7 +23,7 @@ compares logits with transformers for every family and layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from megatron_gkd.architecture import Architecture
@@ -101,9 +101,9 @@ def plan(
             rows, columns = shapes[names[0]]
             return (Rectangle(names[0], (0, rows), _chunk(role, columns, rank, size)),)
         case "vocabulary":
-            return tuple(_cut(_padded_rows(names[0], arch, padded_vocab), _chunk(role, padded_vocab, rank, size)))
+            return tuple(cut(_padded_rows(names[0], arch, padded_vocab), _chunk(role, padded_vocab, rank, size)))
         case "qkv":
-            return tuple(_cut(_grouped_rows(names, arch), _chunk(role, arch.query_size + 2 * arch.kv_size, rank, size)))
+            return tuple(cut(_grouped_rows(names, arch), _chunk(role, arch.query_size + 2 * arch.kv_size, rank, size)))
         case "gated":
             return tuple(Rectangle(name, _chunk(role, shapes[name][0], rank, size)) for name in names)
 
@@ -172,7 +172,7 @@ def _grouped_rows(names: tuple[str, ...], arch: Architecture) -> Iterator[Rectan
         yield Rectangle(value, (group * h, (group + 1) * h))
 
 
-def _cut(rectangles: Iterator[Rectangle], window: Span) -> Iterator[Rectangle]:
+def cut(rectangles: Iterable[Rectangle], window: Span) -> Iterator[Rectangle]:
     """The part of the concatenated rows that lies in `window`."""
     position = 0
     for rectangle in rectangles:
