@@ -49,6 +49,10 @@ class ConvertConfig(Section):
     save: str = setting(help="Directory that is written; it must not exist.")
     tensor_model_parallel_size: int = setting(1, "Tensor parallel size of the ranks that convert.", ge=1)
     pipeline_model_parallel_size: int = setting(1, "Pipeline stages of the ranks that convert.", ge=1)
+    expert_model_parallel_size: int = setting(1, "Expert parallel size of the ranks that convert.", ge=1)
+    expert_tensor_parallel_size: int | None = setting(
+        None, "Ranks that share one expert; null: --tensor_model_parallel_size.", ge=1
+    )
     dtype: Literal["fp32", "bf16", "fp16"] | None = setting(None, "Type of the weights written; null: as they are.")
     hf_config: str | None = setting(
         None,
@@ -99,9 +103,11 @@ def run_convert(cfg: ConvertConfig) -> None:
         dist.get_world_size(),
         tensor=cfg.tensor_model_parallel_size,
         pipeline=cfg.pipeline_model_parallel_size,
+        expert=cfg.expert_model_parallel_size,
+        expert_tensor=cfg.expert_tensor_parallel_size,
         name="conversion",
     )
-    check_layout(arch, layout.tensor, layout.pipeline)
+    check_layout(arch, layout.tensor, layout.pipeline, ep=layout.expert, etp=layout.expert_tensor_size)
     dist.barrier()  # every rank has seen that the destination is free
     (_to_megatron if cfg.to == "megatron" else _to_hf)(cfg, arch, layout)
     if dist.get_rank() == 0:
@@ -155,7 +161,7 @@ def _to_hf(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
     dist.barrier()  # the directory is there for every rank
 
 
-_BUCKET_BYTES = 64 * 2**20
+_BUCKET_BYTES = 16 * 2**20
 
 
 def memory_bound_bytes(arch: Architecture, itemsize: int, *, to: Literal["megatron", "hf"], tensor: int = 1) -> int:
@@ -170,7 +176,7 @@ def memory_bound_bytes(arch: Architecture, itemsize: int, *, to: Literal["megatr
     vocabulary = arch.padded_vocab_size(tensor) * arch.hidden_size * itemsize
     largest = max(
         vocabulary,
-        *(sum(math.prod(s) for s in unit_shapes(*unit, arch).values()) * itemsize for unit in units(arch)),
+        *(sum(math.prod(s) for s in unit_shapes(unit, arch).values()) * itemsize for unit in units(arch)),
     )
     return 2 * largest if to == "megatron" else 2 * max(_BUCKET_BYTES, largest) + 2 * largest
 
@@ -180,14 +186,14 @@ def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
 
     from megatron_gkd.model.build import build_model
     from megatron_gkd.parallel.groups import build_groups
-    from megatron_gkd.weights.chunks import check_chunks
+    from megatron_gkd.weights.chunks import ExpertRank, check_chunks
     from megatron_gkd.weights.compare import model_logits, reference_logits, sample_tokens
     from megatron_gkd.weights.megatron_files import MegatronCheckpoint
 
     hf_dir, megatron_dir = (cfg.model, cfg.save) if cfg.to == "megatron" else (cfg.save, cfg.model)
     groups = build_groups(layout)
     chunks = build_model(arch, layout, groups, dtype="fp32", use_cpu=True)
-    MegatronCheckpoint(megatron_dir, chunks, arch, groups).fill(check_chunks(chunks, arch))
+    MegatronCheckpoint(megatron_dir, chunks, arch, groups).fill(check_chunks(chunks, arch, ExpertRank.of(groups)))
     tokens = sample_tokens(hf_dir, arch)
     logits = model_logits(chunks, layout, groups, arch, tokens)
     if logits is None or groups.tp.rank() != 0 or groups.dp.rank() != 0:

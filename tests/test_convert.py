@@ -47,8 +47,8 @@ def convert(configs: list[ConvertConfig]) -> list[str]:
     return messages
 
 
-def config(to: Any, model: Path, save: Path, tp: int = 1, pp: int = 1, **options: Any) -> ConvertConfig:
-    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+def config(to: Any, model: Path, save: Path, tp: int = 1, pp: int = 1, ep: int = 1, **options: Any) -> ConvertConfig:
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep}
     return ConvertConfig(to=to, model=str(model), save=str(save), **sizes, **options)
 
 
@@ -75,6 +75,26 @@ def test_there_and_back_bit_for_bit(tmp_path: Path, family: str, tied: bool, the
     assert {path.name for path in tmp_path.iterdir()} == {"source", "megatron", "back"}
 
 
+@pytest.mark.parametrize(
+    ("family", "options"), [("mixtral", {}), ("qwen3_moe", {"mlp_only_layers": [1], "tied": True})]
+)
+def test_experts_there_and_back(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    """Through expert parallelism one way and tensor x expert tensor x pipeline parallelism the other."""
+    source = write_tiny_checkpoint(tmp_path / "source", family, **options)
+    there = config("megatron", source, tmp_path / "m", ep=2, expert_tensor_parallel_size=1)
+    assert run_ranks(convert, [there], world=2) == [[], []]
+    back = [
+        config("hf", tmp_path / "m", tmp_path / "tp", tp=2),
+        config("hf", tmp_path / "m", tmp_path / "ep", tp=2, ep=2, expert_tensor_parallel_size=1),
+        config("hf", tmp_path / "m", tmp_path / "pp", pp=2),
+    ]
+    assert run_ranks(convert, back, world=2) == [[], []]
+    assert digests(tmp_path / "tp") == digests(tmp_path / "ep") == digests(tmp_path / "pp")
+    with HFCheckpoint(source) as before, HFCheckpoint(tmp_path / "tp") as after:
+        assert sorted(before.names()) == sorted(after.names())
+        assert all(torch.equal(after.read(name), before.read(name)) for name in before.names())
+
+
 def run_own_loader(source: str, converted: str, layout: Layout) -> list[str]:
     """Load the conversion with megatron-core's loader, as train/checkpoint.py does, and compare the parameters."""
     with megatron():
@@ -92,9 +112,16 @@ def run_own_loader(source: str, converted: str, layout: Layout) -> list[str]:
     return faults
 
 
-@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2, virtual_pipeline=2)])
-def test_megatron_core_loads_it_in_another_layout(tmp_path: Path, layout: Layout) -> None:
-    source = write_tiny_checkpoint(tmp_path / "source", "llama", tied=False)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("llama", Layout(tensor=2)),
+        ("llama", Layout(pipeline=2, virtual_pipeline=2)),
+        ("qwen3_moe", Layout(data=2, expert=2)),
+    ],
+)
+def test_megatron_core_loads_it_in_another_layout(tmp_path: Path, family: str, layout: Layout) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source", family, tied=False)
     run_ranks(convert, [config("megatron", source, tmp_path / "out")], world=1)
     assert run_ranks(run_own_loader, str(source), str(tmp_path / "out"), layout, world=2) == [[], []]
 
@@ -300,8 +327,8 @@ def test_a_model_larger_than_memory(tmp_path: Path) -> None:
     there = peak_bytes("megatron", small, large, tmp_path / "m")
     assert there <= memory_bound_bytes(arch, 4, to="megatron") + slack < weights / 2
     back = peak_bytes("hf", tmp_path / "m_small", tmp_path / "m", tmp_path / "hf")
-    assert back <= memory_bound_bytes(arch, 4, to="hf") + slack < weights
+    assert back <= memory_bound_bytes(arch, 4, to="hf") + slack < weights / 2
     with HFCheckpoint(large) as before, HFCheckpoint(tmp_path / "hf") as after:
         assert all(torch.equal(before.read(name), after.read(name)) for name in before.names())
     loaded = peak_bytes("megatron", small, large, tmp_path / "checked", check=True)  # the measure sees a whole model
-    assert loaded > weights
+    assert loaded > 2 * (memory_bound_bytes(arch, 4, to="hf") + slack)

@@ -23,7 +23,7 @@ from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config import DataConfig, RunConfig
 from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
 from megatron_gkd.data.rows import RowDataset, load_rows
-from megatron_gkd.errors import ConfigError, DataError
+from megatron_gkd.errors import ConfigError, DataError, NotBuiltError
 from megatron_gkd.model.build import DTYPES, HiddenStateGPTModel, build_model
 from megatron_gkd.model.pipeline import check_num_micro_batches
 from megatron_gkd.observe.logging import get_logger
@@ -32,6 +32,7 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.student import Student
+from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights, load_vocab_shard
 from megatron_gkd.weights.plan import check_layout
@@ -64,6 +65,11 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
     student_layout, teacher_layout = _layouts(config, dist.get_world_size())
     student_arch, teacher_arch = read_architecture(config.model.model), read_architecture(_teacher_path(config))
+    if student_arch.moe is not None and with_training_data:
+        raise NotBuiltError(
+            f"--model {config.model.model}: training a mixture of experts ({student_arch.model_type}) is not built "
+            "yet; it can be a teacher, be evaluated and be converted"
+        )
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
     check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
@@ -249,7 +255,14 @@ def _load_model(
 ) -> list[HiddenStateGPTModel]:
     chunks = build_model(arch, layout, groups, dtype=dtype, use_cpu=where.kind == "cpu")
     with HFCheckpoint(path) as checkpoint:
-        load_hf_weights(chunks, checkpoint, arch, tp_rank=groups.tp.rank(), tp_size=layout.tensor)
+        load_hf_weights(
+            chunks,
+            checkpoint,
+            arch,
+            tp_rank=groups.tp.rank(),
+            tp_size=layout.tensor,
+            expert_rank=ExpertRank.of(groups),
+        )
     return chunks
 
 

@@ -11,7 +11,7 @@ Memory besides the skeleton: one shard while writing; one parameter and one stor
 of the source does not count: its pages are the kernel's to drop.
 
 Communication: `write_shards` is collective over WORLD (dist_checkpointing plans its files there); opening a
-MegatronCheckpoint makes one all_gather_object over the pipeline group; reading is local.
+MegatronCheckpoint makes one all_gather_object over the model's ranks; reading is local.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.model.build import HiddenStateGPTModel, build_model
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.weights.chunks import Parameter, check_chunks, unwrap
+from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, unwrap
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import check_manifest, fill, parameter_plan
 from megatron_gkd.weights.plan import cut
@@ -86,9 +86,10 @@ def write_shards(
     Raises CheckpointError where checkpoint, architecture and chunks do not agree, before anything is written.
     """
     check_manifest(checkpoint, arch)
+    tp_rank, tp_size, expert_rank = groups.tp.rank(), groups.tp.size(), ExpertRank.of(groups)
     plans = {
-        _storage(parameter.tensor): (parameter, parameter_plan(parameter, arch, groups.tp.rank(), groups.tp.size()))
-        for parameter in check_chunks(chunks, arch)
+        _storage(parameter.tensor): (parameter, parameter_plan(parameter, arch, tp_rank, tp_size, expert_rank))
+        for parameter in check_chunks(chunks, arch, expert_rank)
     }
 
     def read(shard: torch.Tensor) -> torch.Tensor:
@@ -151,7 +152,7 @@ class MegatronCheckpoint:
         for shard in shards:
             part = value.as_strided(shard.data.shape, shard.data.stride(), shard.data.storage_offset())
             self._read_shard(shard, part.view((1,) * shard.prepend_axis_num + tuple(shard.local_shape)))
-        if parameter.role in ("embedding", "head"):
+        if parameter.unit.role in ("embedding", "head"):
             start = shards[0].global_offset[0]
             value[max(self._vocab_size - start, 0) :] = 0
         return value
@@ -163,8 +164,9 @@ class MegatronCheckpoint:
                 parameter.tensor.copy_(self.read(parameter))
 
     def _check_unused(self, arch: Architecture, groups: ProcessGroupCollection) -> None:
-        used: list[Any] = [None] * groups.pp.size()
-        dist.all_gather_object(used, {s.key for shards in self._shards.values() for s in shards}, group=groups.pp)
+        used: list[Any] = [None] * groups.tp_ep_pp.size()
+        mine = {shard.key for shards in self._shards.values() for shard in shards}
+        dist.all_gather_object(used, mine, group=groups.tp_ep_pp)
         unused = {key for key in self._stored if key.startswith(_MODEL_PREFIXES)}.difference(*used)
         if unused:
             raise CheckpointError(
