@@ -18,8 +18,7 @@ check: env  ## lint, format, types, shell scripts
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	@if command -v shellcheck >/dev/null; then echo shellcheck $(SHELL_SCRIPTS); shellcheck $(SHELL_SCRIPTS); \
-	else echo "shellcheck is not installed: shell scripts get bash -n only"; for f in $(SHELL_SCRIPTS); do bash -n $$f; done; fi
+	$(VENV)/bin/shellcheck $(SHELL_SCRIPTS)
 
 format: env  ## rewrite the code in the project's format
 	$(PYTHON) -m ruff check --fix .
@@ -33,4 +32,4 @@ docs: env  ## links, file map, command lines and configuration page of the docum
 
 bench: env  ## every benchmark under benchmarks/
 	@scripts=$$(ls benchmarks/bench_*.py 2>/dev/null); if [ -z "$$scripts" ]; then echo "no benchmarks in this version"; fi; \
-	for script in $$scripts; do echo "== $$script"; $(PYTHON) $$script || exit 1; done
+	for script in $$scripts; do echo "== $$script"; $(PYTHON) -m benchmarks.$$(basename $$script .py) || exit 1; done

@@ -1,8 +1,8 @@
 """Errors that a user can act on.
 
-Every message says what was given, what is needed and what to do. `GKDError` is the root, so that the command line can print the
-message alone (no traceback) for all of them; each also derives from the built-in type that a library caller would expect.
-Violations of our own invariants are `assert`s, not these.
+Every message says what was given, what is needed and what to do. `GKDError` is the root, so that the command line can
+print the message alone (no traceback) for all of them; each also derives from the built-in type that a library caller
+would expect. Violations of our own invariants are `assert`s, not these.
 """
 
 from __future__ import annotations

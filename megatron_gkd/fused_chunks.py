@@ -6,7 +6,7 @@ products back.
     head gradient [v, H] += G^T @ hidden      float32, or float64 for float64 input
 
 G overwrites the chunk's buffers: nothing here is larger than [C, V/tp] but the head's gradient. Divergence and
-gradient come from divergence.py (teacher given by hidden states) and support.py (teacher given by its top K); CE =
+gradient come from fused_dense.py (teacher given by hidden states) and support.py (teacher given by its top K); CE =
 logsumexp - label logit at temperature 1, from the same logits.
 
 Communication per chunk, over the TP group: 1 all-gather (softmax statistics, [2 to 8, C]) and 1 all-reduce
@@ -22,14 +22,8 @@ import torch
 
 from megatron_gkd import divergence as dv
 from megatron_gkd import support as sp
-from megatron_gkd.fused_task import (
-    FusedResults,
-    FusedTask,
-    HiddenTeacher,
-    TopKTeacher,
-    needs_label_softmax,
-    num_wide_buffers,
-)
+from megatron_gkd.fused_dense import KernelDense, LabelPart, TorchDense
+from megatron_gkd.fused_task import FusedResults, FusedTask, HiddenTeacher, TopKTeacher, dense_setting, uses_kernels
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_
 from megatron_gkd.topk_jsd import support_masses
 from megatron_gkd.vocab_parallel_topk import merge_argmax, shard_argmax
@@ -42,24 +36,24 @@ class Products:
         hidden, head, v = task.student_hidden, task.student_head, task.shard.num_valid
         self.task, device = task, hidden.device
         self.hidden_grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
-        self.head_grad = torch.zeros(head.shape, dtype=task.dtype, device=device) if want_head else None
+        self.head_grad = None
+        self.head_started = False  # the first chunk's product is written, the others' are added
+        if want_head:
+            make = torch.empty if len(hidden) > 0 else torch.zeros
+            self.head_grad = make(head.shape, dtype=task.dtype, device=device)
+            self.head_grad[v:] = 0  # padding
         rows = min(chunk_tokens, hidden.shape[0])
+        self.dense: TorchDense | KernelDense | None = None
+        if isinstance(task.teacher, HiddenTeacher):
+            make_dense = KernelDense if uses_kernels(task) else TorchDense
+            self.dense = make_dense(dense_setting(task), rows)
+            self.student_Cv, self.teacher_Cv = self.dense.student_Cv, self.dense.teacher_Cv
+            return
         self.student_Cv = torch.empty(rows, v, dtype=hidden.dtype, device=device)
-        wide = [torch.empty(rows, v, dtype=task.dtype, device=device) for _ in range(num_wide_buffers(task))]
-        dense = isinstance(task.teacher, HiddenTeacher)
-        # Logits already in the dtype of the divergence are overwritten by Q (student) and g (teacher): no buffers of
-        # their own.
-        self.q_Cv = self.student_Cv if hidden.dtype == task.dtype else wide.pop()
-        if dense:
-            teacher_dtype = task.teacher.hidden.dtype  # type: ignore[union-attr]
-            self.teacher_Cv = torch.empty(rows, v, dtype=teacher_dtype, device=device)
-            self.g_Cv = self.teacher_Cv if teacher_dtype == task.dtype else wide.pop()
-        else:
-            self.g_Cv = wide.pop()
-        self.label_q_Cv = wide.pop() if needs_label_softmax(task) else None
-        block = dv.block_tokens_for(rows, v, task.dtype, device)
-        self.scratch_nBv = torch.empty(2, block, v, dtype=task.dtype, device=device)
-        self.scratch_Bv1 = torch.empty(0 if dense else block, v + 1, dtype=task.dtype, device=device)
+        self.g_Cv = torch.empty(rows, v, dtype=task.dtype, device=device)
+        narrow = hidden.dtype != task.dtype  # logits already in the divergence's dtype are overwritten by Q
+        self.q_Cv = torch.empty(rows, v, dtype=task.dtype, device=device) if narrow else self.student_Cv
+        self.scratch_Bv1 = sp.scratch_for(rows, v, task.dtype, device)
 
     def logits_(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The chunk's logits of student and (dense) teacher, in the buffers."""
@@ -80,19 +74,29 @@ class Products:
         if self.hidden_grad is not None:
             torch.mm(narrow_Cv, head_vH, out=self.hidden_grad[rows])
         if self.head_grad is not None:
-            add_product_(self.head_grad[:v], grad_Cv, narrow_Cv, hidden_CH)
+            add_product_(self.head_grad[:v], grad_Cv, narrow_Cv, hidden_CH, first=not self.head_started)
+            self.head_started = True
 
 
 def add_product_(
-    head_grad_vH: torch.Tensor, grad_Cv: torch.Tensor, narrow_Cv: torch.Tensor, hidden_CH: torch.Tensor
+    head_grad_vH: torch.Tensor,
+    grad_Cv: torch.Tensor,
+    narrow_Cv: torch.Tensor,
+    hidden_CH: torch.Tensor,
+    *,
+    first: bool,
 ) -> None:
-    """head_grad += G^T @ hidden, accumulated in head_grad's dtype. On CPU a float32 product is both exact and faster
-    than a bfloat16 one; a GPU multiplies the narrow operands and rounds the chunk's product once, the sum over
-    chunks stays wide."""
-    if narrow_Cv.dtype == head_grad_vH.dtype or not narrow_Cv.is_cuda:
-        head_grad_vH.addmm_(grad_Cv.t(), hidden_CH.to(head_grad_vH.dtype))
+    """head_grad += G^T @ hidden (= where it is the first), accumulated in head_grad's dtype. On CPU a float32 product
+    is both exact and faster than a bfloat16 one; a GPU multiplies the narrow operands and rounds the chunk's product
+    once, the sum over chunks stays wide."""
+    dtype = head_grad_vH.dtype
+    if narrow_Cv.dtype != dtype and narrow_Cv.is_cuda:
+        product_vH = torch.mm(narrow_Cv.t(), hidden_CH)
+        head_grad_vH.copy_(product_vH) if first else head_grad_vH.add_(product_vH)
+    elif first:
+        torch.mm(grad_Cv.t().to(dtype), hidden_CH.to(dtype), out=head_grad_vH)
     else:
-        head_grad_vH.add_(torch.mm(narrow_Cv.t(), hidden_CH))
+        head_grad_vH.addmm_(grad_Cv.t().to(dtype), hidden_CH.to(dtype))
 
 
 def run_chunks(task: FusedTask, results: FusedResults, products: Products, chunk_tokens: int, want_grad: bool) -> None:
@@ -119,51 +123,31 @@ def _dense_chunk(
     """Loss of a chunk whose teacher logits are at hand; returns the weighted gradient of the student's logits, [C,
     v].
     """
-    shard, group, inverse, dtype = task.shard, task.group, task.inverse_temperature, task.dtype
-    num_rows, scratch_nBv = rows.stop - rows.start, products.scratch_nBv
-    stats = [dv.dense_stats(student_Cv, teacher_Cv, inverse, scratch_nBv[0])]
-    if needs_label_softmax(task):
-        stats.append(dv.shard_sumexp(student_Cv, stats[0][0], 1.0, scratch_nBv[0]).unsqueeze(0))
-    if task.want_agreement:
-        stats += [shard_argmax(student_Cv, shard.start, dtype)[1:], shard_argmax(teacher_Cv, shard.start, dtype)[1:]]
-    gathered_RnC = all_gather_stack(torch.cat(stats), group)
-    norm = dv.dense_norm(gathered_RnC[:, :5], group.rank(), task.beta, inverse)
+    shard, group, dtype, dense = task.shard, task.group, task.dtype, products.dense
+    assert dense is not None
+    gathered_RnC = all_gather_stack(dense.stats(student_Cv, teacher_Cv), group)
+    norm = dv.dense_norm(gathered_RnC[:, :5], group.rank(), task.beta, task.inverse_temperature)
     if results.agreement is not None:
         best_C, teacher_best_C = merge_argmax(gathered_RnC[:, [0, -2]]), merge_argmax(gathered_RnC[:, [2, -1]])
         results.agreement[rows] = (best_C == teacher_best_C).to(dtype)
 
-    label_lse_C, label_q_Cv, sums_label = norm.student.lse_C, products.q_Cv[:num_rows], []
+    label, sums_label = None, []
     if task.labels is not None:
+        assert task.label_weights is not None
         owned = sp.OwnedIds.of(task.labels[rows], shard)
-        sums_label = [owned.gather(student_Cv, dtype)]
-        if products.label_q_Cv is not None:  # before the logits are overwritten
-            label_lse_C = dv.combine_lse(gathered_RnC[:, 0], gathered_RnC[:, 5], 1.0)
-            label_q_Cv = products.label_q_Cv[:num_rows]
-            dv.softmax_into_(label_q_Cv, student_Cv, label_lse_C, scratch_nBv.shape[1])
-    g_Cv, q_Cv = products.g_Cv[:num_rows], products.q_Cv[:num_rows]
-    sums = dv.dense_pass_(
-        student_Cv,
-        teacher_Cv,
-        norm,
-        beta=task.beta,
-        inverse_temperature=inverse,
-        g_out_Cv=g_Cv,
-        q_out_Cv=q_Cv,
-        scratch_nBv=scratch_nBv,
-    )
+        sums_label = [owned.gather(student_Cv, dtype)]  # before the logits are overwritten
+        own_softmax = dense.setting.label_softmax
+        lse_C = dv.combine_lse(gathered_RnC[:, 0], gathered_RnC[:, 5], 1.0) if own_softmax else norm.student.lse_C
+        label = LabelPart(owned, task.label_weights[rows], lse_C)
+    sums = dense.sums(student_Cv, teacher_Cv, norm, label)
     reduced_nC = all_reduce_sum_(torch.stack([*sums, *sums_label]), group)
     sums = dv.Sums(reduced_nC[0], reduced_nC[1])
     results.per_token[rows] = dv.finish_divergence(sums, norm.anchor_C, task.beta)
-    if results.cross_entropy is not None:
-        _set_cross_entropy(task, results, rows, label_lse_C, reduced_nC[2])
-    if want_grad:
-        factor_C1 = (task.token_weights[rows] * (dv.gradient_factor(task.beta) * inverse)).unsqueeze(1)
-        for block in dv.token_chunks(num_rows, max(1, scratch_nBv.shape[1])):
-            dv.add_centre_(g_Cv[block], q_Cv[block], sums.centre_C[block].unsqueeze(1), task.beta).mul_(
-                factor_C1[block]
-            )
-        _add_label_gradient_(task, rows, g_Cv, label_q_Cv)
-    return g_Cv
+    if label is not None:
+        _set_cross_entropy(task, results, rows, label.lse_C, reduced_nC[2])
+    if not want_grad:
+        return student_Cv
+    return dense.gradient(student_Cv, teacher_Cv, norm, sums.centre_C, task.token_weights[rows], label)
 
 
 def _topk_chunk(

@@ -17,7 +17,7 @@ the backward ONE all-reduce of the hidden states' gradient [T, Hs] for the whole
 reduce_hidden_grad=False there is none: the gradient is this rank's partial sum, for a caller whose gather of
 sequence-parallel shards reduce-scatters it in its own backward.
 
-Memory: [C, V/tp] buffers for one chunk of C tokens, sized by divergence.CHUNK_BYTES or chunk_tokens; from forward to
+Memory: [C, V/tp] buffers for one chunk of C tokens, sized by fused_task.CHUNK_BYTES or chunk_tokens; from forward to
 backward the gradients [T, Hs] in the hidden dtype and [V/tp, Hs] in float32. They are handed over in the backward; a
 second backward needs retain_graph=True on the first.
 
@@ -39,10 +39,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_gkd import divergence as dv
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.fused_chunks import Products, run_chunks
-from megatron_gkd.fused_task import HiddenTeacher, TopKTeacher, bytes_per_token, empty_results, make_task
+from megatron_gkd.fused_task import HiddenTeacher, TopKTeacher, default_chunk_tokens, empty_results, make_task
 from megatron_gkd.parallel.collectives import all_reduce_sum_
 from megatron_gkd.support import Tail
 
@@ -138,7 +137,7 @@ def fused_linear_distill(
         token_weights: [T] weight of each token's divergence; None: 1.
         labels: [T] global ids; a negative one is ignored.
         label_weights: [T] weight of each token's cross entropy; None: 1. Only with labels.
-        chunk_tokens: tokens per chunk, alike on every rank of `tp_group`; None: from divergence.CHUNK_BYTES.
+        chunk_tokens: tokens per chunk, alike on every rank of `tp_group`; None: from a byte budget.
         reduce_hidden_grad: sum the hidden states' gradient over `tp_group`; False leaves partial sums to the caller.
         report_agreement: also compare the most probable tokens.
     """
@@ -151,7 +150,7 @@ def fused_linear_distill(
         raise ConfigError(
             f"chunk_tokens={chunk_tokens} was given, at least 1 is needed; None chooses it from a byte budget"
         )
-    chunk = chunk_tokens or dv.chunk_tokens_for(bytes_per_token(task))
+    chunk = chunk_tokens or default_chunk_tokens(task)
     grad_mode = torch.is_grad_enabled()
     want_hidden, want_head = grad_mode and student_hidden.requires_grad, grad_mode and student_head.requires_grad
     with torch.no_grad():

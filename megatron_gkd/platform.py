@@ -1,11 +1,9 @@
 """Where the program runs: CUDA + NCCL, or CPU + gloo. The one file that adapts megatron-core to a machine without CUDA.
 
 megatron-core (0.16 - 0.19) asks for "cuda" by name in some thirty places: buffers of DDP and of the optimizer, token
-counters of the schedules,
-shape exchange of the pipeline, RNG tracker, type names in assertions. On a machine without CUDA,
-`adapt_megatron_to_cpu()` answers
-those requests with CPU objects, so that the same GPTModel, DDP, distributed optimizer and 1F1B schedule run
-unchanged on gloo:
+counters of the schedules, shape exchange of the pipeline, RNG tracker, type names in assertions. On a machine without
+CUDA, `adapt_megatron_to_cpu()` answers those requests with CPU objects, so that the same GPTModel, DDP, distributed
+optimizer and 1F1B schedule run unchanged on gloo:
 
 * device queries (`torch.cuda.current_device` ...) answer "cpu"; streams and events are null objects (CPU work is in
 order);
@@ -14,14 +12,12 @@ restores);
 * the router's optional GEMM of Transformer Engine, whose name 0.16.1 leaves undefined without it, is None;
 * token counts of the expert dispatcher become numbers where they are asked for as such;
 * a TorchFunctionMode rewrites `device="cuda"` to "cpu", drops `pin_memory`, and lets `Tensor.type()` name a CPU
-tensor as its CUDA
-  twin ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py, distrib_optimizer.py,
-  clip_grads.py).
+  tensor as its CUDA twin ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py,
+  distrib_optimizer.py, clip_grads.py).
 
-Invariants: on CUDA nothing is patched; the adaptation is idempotent; `undo` restores every patched attribute;
-nothing happens at import.
-Threads: the function mode is active in the thread that called `adapt_megatron_to_cpu`; a CPU backward pass runs in
-its caller's thread.
+Invariants: on CUDA nothing is patched; the adaptation is idempotent; `undo` restores every patched attribute; nothing
+happens at import. Threads: the function mode is active in the thread that called `adapt_megatron_to_cpu`; a CPU
+backward pass runs in its caller's thread.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Records that cross the borders between the parts: a row, a sample, a micro-batch, the plan of a step.
 
 The one alignment rule of the project lives here. A sample is `prompt_ids` (P tokens) followed by `completion_ids` (C
-tokens). A model
-is fed the first P + C - 1 tokens; the LOSS TOKENS are the last C of those inputs (positions P-1 .. P+C-2), and their
-labels
-are `completion_ids`. Every sample therefore has exactly C loss tokens, in completion order, for the student, for a
-local teacher and for a teacher server alike, whatever their prompts, their micro-batches or their padding are.
+tokens). A model is fed the first P + C - 1 tokens; the LOSS TOKENS are the last C of those inputs (positions P-1 ..
+P+C-2), and their labels are `completion_ids`. Every sample therefore has exactly C loss tokens, in completion order,
+for the student, for a local teacher and for a teacher server alike, whatever their prompts, their micro-batches or
+their padding are.
 
 Legend: B sequences, S padded length, T loss tokens of a micro-batch, N segments of a packed micro-batch.
 """

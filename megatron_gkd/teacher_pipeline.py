@@ -1,26 +1,25 @@
 """The frozen teacher on its own parallel layout, and the signals that it hands to the student's last pipeline stage.
 
 A step runs in two phases. First the teacher forwards each sequence of the step once, on its own process groups,
-through megatron-core's
-forward-only schedule; its last stage keeps a SIGNAL for the completion tokens only. Then the signals travel to the
-ranks of the student's last stage that will compute the loss. Two kinds (T loss tokens of a sample):
+through megatron-core's forward-only schedule; its last stage keeps a SIGNAL for the completion tokens only. Then the
+signals travel to the ranks of the student's last stage that will compute the loss. Two kinds (T loss tokens of a
+sample):
 
     hidden   [T, Ht] final hidden state, in the teacher's dtype. The student's last stage holds the teacher's head,
-    sharded over the student's
-             TP group like its own head, so the full-vocabulary loss is exact and no logits are ever sent, stored or
-             resharded.
+             sharded over the student's TP group like its own head, so the full-vocabulary loss is exact and no
+             logits are ever sent, stored or resharded.
     top-K    [T, K] log-probabilities (float32, of the teacher's full vocabulary at temperature 1) and global token
-    ids (int32).
+             ids (int32).
 
 Routing (`plan_routes`) is pure: for each sample, one source for each destination. Invariants, each asserted by a test:
-    every student last-stage rank that trains on a sample receives its signal exactly once, nobody else does;
-    the source is a last-stage rank of the teacher replica that forwarded the sample; it is the destination itself
-    where that is possible;
-    all ranks list the routes in the same order (by sample, then destination), so sends and receives match without tags.
+    R1  every student last-stage rank that trains on a sample receives its signal exactly once, nobody else does;
+    R2  the source is a last-stage rank of the teacher replica that forwarded the sample, and the destination itself
+        where that is possible;
+    R3  all ranks list the routes in the same order (by sample, then destination): sends and receives match untagged.
 
 Communication: `exchange` makes one batched point-to-point round per step over `group`; bytes on the wire = sum over
-routes with source !=
-destination of T * bytes_per_token. Not here: a teacher on ranks of its own, host offload, teacher servers.
+routes with source != destination of T * bytes_per_token. Not here: a teacher on ranks of its own, host offload,
+teacher servers.
 """
 
 from __future__ import annotations
@@ -188,8 +187,10 @@ class TeacherPipeline:
         self.signal_group = dist.new_group(range(dist.get_world_size()))
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)
-            if topk is None and chunk.post_process and not chunk.share_embeddings_and_output_weights:
-                chunk.output_layer = None  # the head lives on the student's last stage; see the module docstring
+            if topk is None and chunk.post_process:
+                # The head lives on the student's last stage (see the module docstring); of a tied one this frees the
+                # last stage's copy.
+                chunk.output_layer = None
 
     @torch.no_grad()
     def signals(self, plan: StepPlan, micro_batches: Callable[[Sequence[int]], MicroBatch]) -> tuple[SignalStore, int]:

@@ -34,7 +34,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_gkd import checks
+from megatron_gkd import checks, kernels
 from megatron_gkd import divergence as dv
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_, require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
@@ -87,9 +87,11 @@ class _VocabParallelJSD(torch.autograd.Function):
         num_tokens = student_Tv.shape[0]
         dtype = dv.compute_dtype(student_Tv, teacher_Tv)
         chunk = dv.chunk_tokens_for(2 * shard.max_columns * dtype.itemsize)
-        grad_Tv = torch.empty_like(student_Tv) if keep_grad else None
+        grad_Tv = torch.empty_like(student_Tv, memory_format=torch.contiguous_format) if keep_grad else None
         values_T = torch.empty(num_tokens, dtype=dtype, device=student_Tv.device)
-        work = _Workspace(min(chunk, num_tokens), shard.num_valid, dtype, student_Tv.device, keep_grad)
+        work = None
+        if not kernels.chosen(student_Tv.device, student_Tv.dtype, teacher_Tv.dtype):
+            work = _Workspace(min(chunk, num_tokens), shard.num_valid, dtype, student_Tv.device, keep_grad)
         for rows in dv.token_chunks(num_tokens, chunk):
             values_T[rows] = _chunk(
                 student_Tv[rows, : shard.num_valid],
@@ -133,16 +135,19 @@ def _chunk(
     student_Cv: torch.Tensor,
     teacher_Cv: torch.Tensor,
     grad_out_Cv: torch.Tensor | None,
-    work: _Workspace,
+    work: _Workspace | None,
     beta: float,
     inverse_temperature: float,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """Values [C] of one chunk; its gradient into `grad_out_Cv` (no gradient where None).
+    """Values [C] of one chunk; its gradient into `grad_out_Cv` (no gradient where None). `work` is None where the
+    kernels take over.
 
     Communication: all-gather [5, C], then all-reduce [2, C], compute dtype, over `group`.
     """
     num_tokens = student_Cv.shape[0]
+    if work is None:
+        return _chunk_by_kernels(student_Cv, teacher_Cv, grad_out_Cv, beta, inverse_temperature, group)
     stats_5C = dv.dense_stats(student_Cv, teacher_Cv, inverse_temperature, work.scratch_nBv[0])
     norm = dv.dense_norm(all_gather_stack(stats_5C, group), group.rank(), beta, inverse_temperature)
 
@@ -154,8 +159,31 @@ def _chunk(
     )  # fmt: skip
     sums = dv.Sums(*all_reduce_sum_(torch.stack(sums), group))
     if grad_out_Cv is not None:
-        factor = dv.gradient_factor(beta) * inverse_temperature
+        factor_C = dv.row_scale(norm, beta) * (dv.gradient_factor(beta) * inverse_temperature)
         for rows in dv.token_chunks(num_tokens, work.scratch_nBv.shape[1]):
             grad_Bv = dv.add_centre_(g_Cv[rows], q_Cv[rows], sums.centre_C[rows].unsqueeze(-1), beta)
-            torch.mul(grad_Bv, factor, out=grad_out_Cv[rows])
+            torch.mul(grad_Bv, factor_C[rows].unsqueeze(-1), out=grad_out_Cv[rows])
+    return dv.finish_divergence(sums, norm.anchor_C, beta)
+
+
+def _chunk_by_kernels(
+    student_Cv: torch.Tensor,
+    teacher_Cv: torch.Tensor,
+    grad_out_Cv: torch.Tensor | None,
+    beta: float,
+    inverse_temperature: float,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """`_chunk` with the same two collectives, and no [C, v] temporaries."""
+    from megatron_gkd.kernels import launch
+
+    stats_5C = launch.stats(student_Cv, teacher_Cv, inverse_temperature)
+    norm = dv.dense_norm(all_gather_stack(stats_5C, group), group.rank(), beta, inverse_temperature)
+    sums = launch.sums(student_Cv, teacher_Cv, norm, beta=beta, inverse_temperature=inverse_temperature)
+    sums = dv.Sums(*all_reduce_sum_(torch.stack(sums), group))
+    if grad_out_Cv is not None:
+        launch.gradient_(
+            grad_out_Cv, student_Cv, teacher_Cv, norm, beta=beta, inverse_temperature=inverse_temperature,
+            centre_C=sums.centre_C, weight_C=torch.ones_like(sums.centre_C),
+        )  # fmt: skip
     return dv.finish_divergence(sums, norm.anchor_C, beta)

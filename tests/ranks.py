@@ -21,9 +21,9 @@ Failure: the rank that failed FIRST is reported with its traceback (its peers us
 closed by peer"); the pool is thrown away and the next call starts a new one. After `timeout_s` the report holds the
 Python stack of every rank that was still at work, and the pool is killed.
 
-Ranks are shared, so state leaks from one test to the next: megatron's parallel_state, torch default dtype,
-monkeypatches, environment variables, cached modules. Undo what you set (try/finally), or pass `fresh=True` to run in
-new processes that end with the call (about 0.3 s for two ranks).
+Groups that a call makes are destroyed after it. All else that it leaves stays, since ranks are shared: megatron's
+parallel_state, torch default dtype, monkeypatches, environment variables, cached modules. Undo what you set
+(try/finally), or pass `fresh=True` to run in new processes that end with the call (about 0.3 s for two ranks).
 
 Not covered: NCCL, several machines, functions defined in a test or lambda, output capture (a rank's prints bypass
 pytest).
@@ -32,6 +32,7 @@ pytest).
 import atexit
 import contextlib
 import faulthandler
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -244,7 +245,9 @@ def _rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
             if not message:
                 break
             call, seed = pickle.loads(message)
-            connection.send_bytes(_attempt(lambda: _call(call, seed)))  # noqa: B023 - called before the next turn
+            result = _attempt(lambda: _call(call, seed))  # noqa: B023 - called before the next turn
+            _destroy_groups_left()
+            connection.send_bytes(result)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -262,6 +265,15 @@ def _call(call: bytes, seed: int) -> Any:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
     return fn(*args)
+
+
+def _destroy_groups_left() -> None:
+    """Destroy the groups that the call made: each has threads and sockets, and a rank serves hundreds of calls."""
+    kept = {id(dist.group.WORLD), *map(id, _groups.values())}
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if id(group) not in kept:
+            dist.destroy_process_group(group)
+    gc.collect()  # models refer to their groups in cycles
 
 
 def _attempt(action: Callable[[], Any]) -> bytes:

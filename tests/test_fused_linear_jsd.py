@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_gkd import divergence as dv
+from megatron_gkd import fused_task
 from megatron_gkd import reference as ref
 from megatron_gkd.errors import ConfigError, ShapeError
 from megatron_gkd.fused_linear_jsd import (
@@ -308,13 +308,13 @@ def _budget():
     """The chunk comes from the byte budget; the number of collectives shows it."""
     group = tp_group(2)
     problem = Problem(torch.float32)
-    before = dv.CHUNK_BYTES
+    before = fused_task.CHUNK_BYTES
     try:
-        dv.CHUNK_BYTES = 5 * 2 * (PADDED // 2) * 4  # 5 tokens of two float32 buffers
+        fused_task.CHUNK_BYTES = 5 * 2 * (PADDED // 2) * 4  # 5 tokens of two float32 buffers
         with count_collectives() as counter:
             _run(problem, "dense", group, with_labels=False, beta=0.5)
     finally:
-        dv.CHUNK_BYTES = before
+        fused_task.CHUNK_BYTES = before
     return len(counter)
 
 

@@ -7,6 +7,7 @@ is installed or trained here. Not covered: a real set-up and a real run; tests/t
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 Result = subprocess.CompletedProcess[str]
 
 
@@ -40,10 +42,11 @@ def test_syntax(script: Path):
     assert os.access(script, os.X_OK), f"chmod +x {script}"
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=ids)
 def test_shellcheck(script: Path):
-    result = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
+    assert SHELLCHECK is not None
+    result = subprocess.run([SHELLCHECK, str(script)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 

@@ -22,7 +22,7 @@ LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
     1: {"platform", "parallel"},
     2: {
         *("reference", "divergence", "support", "vocab_parallel_jsd", "vocab_parallel_topk", "vocab_parallel_ce"),
-        *("topk_jsd", "fused_linear_jsd", "fused_chunks", "fused_task", "checks"),
+        *("topk_jsd", "fused_linear_jsd", "fused_chunks", "fused_dense", "fused_task", "checks"),
         *("kernels", "schedule", "data", "architecture"),
     },
     3: {"model", "weights", "teacher_pipeline", "teacher_server", "rollout_bridge", "rollout"},

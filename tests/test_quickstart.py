@@ -76,6 +76,7 @@ def test_offline_variant(tmp_path: Path):
     assert time.monotonic() - started < 10, "a second run starts in seconds"
 
 
+@pytest.mark.timeout(1000)
 def test_real_model(tmp_path: Path):
     out = tmp_path / "run"
     result = quickstart("--steps", "8", "--eval_samples", "12", "--out", out, timeout_s=900)

@@ -1,9 +1,9 @@
 """From an Architecture (Hugging Face numbers) to megatron-core model chunks on explicit process groups.
 
-The models of this project stop at the final hidden state: `HiddenStateGPTModel.forward` returns [S(/tp), B, H] on
-the last pipeline stage, never
-logits. The head is applied afterwards, by the loss, to completion positions only (`head_input`, `head_weight`), so
-that no [B, S, V/tp] tensor ever exists. Parameter names, sharded state dict and everything else are GPTModel's.
+The models of this project stop at the final hidden state: `HiddenStateGPTModel.forward` returns [S(/tp), B, H] on the
+last pipeline stage, never logits. The head is applied afterwards, by the loss, to completion positions only
+(`head_input`, `head_weight`), so that no [B, S, V/tp] tensor ever exists. Parameter names, sharded state dict and
+everything else are GPTModel's.
 
 Weights are left uninitialised: every model is filled from a checkpoint (weights/load.py), which proves that nothing
 stayed unfilled.
@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.model.layers import local_block_spec
+from megatron_gkd.model.layers import local_block_spec, use_own_self_attention
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.plan import check_layout
 
@@ -59,8 +59,8 @@ class HiddenStateGPTModel(GPTModel):
         metadata: dict[str, Any],
     ) -> None:
         """Save the last stage's copy of a tied weight as a replica of the first stage's. Same content as GPTModel's
-        method (0.16 - 0.19),
-        which reads the data-parallel rank from the global parallel_state instead of the model's groups.
+        method (0.16 - 0.19), which reads the data-parallel rank from the global parallel_state instead of the model's
+        groups.
         """
         if self.post_process and not self.pre_process:
             groups = self.pg_collection
@@ -78,9 +78,8 @@ class HiddenStateGPTModel(GPTModel):
         partial sums per TP rank.
 
         Communication over TP, under sequence parallelism only: forward all-gather, backward reduce-scatter of the
-        partial sums, of
-        [S, B, H] in the model's dtype. Without it the caller sums the gradient over TP, of the rows that it used
-        (`head_grad_is_reduced`).
+        partial sums, of [S, B, H] in the model's dtype. Without it the caller sums the gradient over TP, of the rows
+        that it used (`head_grad_is_reduced`).
         """
         if self.head_grad_is_reduced:
             return gather_from_sequence_parallel_region(
@@ -219,9 +218,10 @@ def _block_spec(
     if not use_cpu and _have_transformer_engine():
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        return get_gpt_decoder_block_spec(
+        spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
         )
+        return use_own_self_attention(spec)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     has_experts = [arch.has_experts(layer) for layer in range(first, first + num_layers)]
@@ -236,9 +236,8 @@ def _have_transformer_engine() -> bool:
 
 def _mark_tensor_parallel(model: GPTModel) -> None:
     """Mark sharded weights as such. megatron-core (0.16) marks them while initialising them, which is switched off
-    here; unmarked, the
-    gradient norm would take the shards of TP ranks above 0 for copies and leave them out, and clipping would differ
-    between layouts.
+    here; unmarked, the gradient norm would take the shards of TP ranks above 0 for copies and leave them out, and
+    clipping would differ between layouts.
     """
     dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
@@ -251,11 +250,10 @@ def _set_rope(model: GPTModel, arch: Architecture) -> None:
     """Rotary frequencies and attention factor as transformers computes them.
 
     megatron-core hard-codes llama3's low/high/original factors, so its frequencies are replaced by the
-    architecture's. The attention factor
-    (YaRN) goes through the config field that attention.py reads: `_yarn_get_concentration_factor(scale, mscale,
-    mscale_all_dim)`
-    = (0.1 * mscale * ln(scale) + 1) / (0.1 * mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and
-    mscale = 10 * (factor - 1) it is exactly `factor`.
+    architecture's. The attention factor (YaRN) goes through the config field that attention.py reads:
+    `_yarn_get_concentration_factor(scale, mscale, mscale_all_dim)` = (0.1 * mscale * ln(scale) + 1) / (0.1 *
+    mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and mscale = 10 * (factor - 1) it is exactly
+    `factor`.
     """
     model.rotary_pos_emb.inv_freq = torch.tensor(
         arch.rope.inv_freq, dtype=torch.float32, device=model.rotary_pos_emb.inv_freq.device

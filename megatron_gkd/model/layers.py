@@ -1,15 +1,15 @@
 """The layer specification used where Transformer Engine is absent (or the device is a CPU).
 
-Two modules of our own in an otherwise ordinary megatron-core TransformerLayer, with the parameter names of
+Three modules of our own in an otherwise ordinary megatron-core TransformerLayer, with the parameter names of
 megatron-core's local spec:
 
 * `RMSNorm`: torch's rms_norm, and its weight marked `sequence_parallel`, so that `finalize_model_grads` sums the
-weight's gradient over the TP ranks
-  that each saw a part of the sequence. (megatron-core's own torch norm refuses sequence parallelism.)
-* `SDPAttention`: core attention through torch's scaled_dot_product_attention, causal, grouped queries, padded [s, b,
-heads, head_dim]
-  or packed [t, heads, head_dim] with `cu_seqlens`. Right padding needs no mask: a causal query never sees a later
-  position.
+  weight's gradient over the TP ranks that each saw a part of the sequence. (megatron-core's own torch norm refuses
+  sequence parallelism.)
+* `SDPAttention`: core attention through torch's scaled_dot_product_attention, causal, grouped queries, padded
+  [s, b, heads, head_dim] or packed [t, heads, head_dim] with `cu_seqlens`. Right padding needs no mask: a causal
+  query never sees a later position.
+* `SelfAttention`: megatron-core's, but with more tensor-parallel ranks than KV heads it uses the model's own TP group.
 
 Not here: dropout (distillation runs with 0; anything else is refused), sliding windows, context parallelism.
 """
@@ -17,13 +17,16 @@ Not here: dropout (distillation runs with 0; anything else is refused), sliding 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.attention import SelfAttention as CoreSelfAttention
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -48,7 +51,7 @@ class RMSNorm(torch.nn.RMSNorm):
             dtype=config.params_dtype,
             device=None if config.use_cpu_initialization else torch.cuda.current_device(),
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - read by finalize_model_grads
 
 
 class SDPAttention(torch.nn.Module):
@@ -108,6 +111,49 @@ class SDPAttention(torch.nn.Module):
             k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
         return out.permute(2, 0, 1, 3).reshape(s, b, heads * dim)
+
+
+class SelfAttention(CoreSelfAttention):
+    """megatron-core's self-attention, with its global parallel_state left out.
+
+    Where TP exceeds the KV heads (TP = r * groups), the rows of one group, "q.. k v", lie on r neighbouring ranks.
+    megatron-core (0.16.1, attention.py `SelfAttention.get_query_key_value_tensors`) gathers them over the group of its
+    global parallel_state, though it was given the model's; here it is the model's. Same parameters, same result.
+
+    Communication, only there: forward all-gather of [s, b, (heads + 2 groups) * d] over TP, backward its
+    reduce-scatter, which sums a group's key and value gradients over the ranks that share it.
+    """
+
+    def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        tp, groups, dim = self.pg_collection.tp, self.config.num_query_groups, self.hidden_size_per_attention_head
+        if groups >= tp.size():
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        if kwargs.get("output_gate") or not kwargs.get("split_qkv", True):
+            raise NotBuiltError(
+                f"tensor_model_parallel_size {tp.size()} above the {groups} KV heads: gated attention and fused rotary "
+                f"embeddings are not built there; use at most {groups} tensor-parallel ranks"
+            )
+        mixed_local, _ = self.linear_qkv(hidden_states)
+        mixed = all_gather_last_dim_from_tensor_parallel_region(mixed_local, group=tp)
+        ranks_per_group = tp.size() // groups
+        group, place = divmod(tp.rank(), ranks_per_group)
+        mixed = mixed.chunk(groups, dim=-1)[group].unflatten(-1, (-1, dim))  # [s, b, heads / groups + 2, d]
+        query, key, value = mixed.split((mixed.shape[2] - 2, 1, 1), dim=2)
+        query = query.chunk(ranks_per_group, dim=2)[place]
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return query, key, value
+
+
+def use_own_self_attention(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """Put `SelfAttention` in the place of megatron-core's in a block spec that megatron-core made; changes `spec`."""
+    for layer in spec.layer_specs or []:
+        attention = layer.submodules.self_attention
+        if attention.module is CoreSelfAttention:
+            attention.module = SelfAttention
+    return spec
 
 
 def local_block_spec(has_experts: Sequence[bool], *, qk_norm: bool) -> TransformerBlockSubmodules:

@@ -1,14 +1,12 @@
 """Run a model's micro-batches through megatron-core's own schedules: no pipelining, 1F1B, or interleaved 1F1B.
 
 The schedule calls `forward_step(data_iterator, chunk) -> (output, loss_func)` for each chunk and micro-batch of this
-rank. `forward_hidden` is the
-first half of every such function here: a MicroBatch in, the chunk's output out (hidden states; on the last stage the
-final ones).
+rank. `forward_hidden` is the first half of every such function here: a MicroBatch in, the chunk's output out (hidden
+states; on the last stage the final ones).
 
 Lengths: micro-batches of a step differ in length. 1F1B exchanges shapes between stages (`variable_seq_lengths`). The
-interleaved schedule cannot (see
-model/build.py), so its micro-batches are collated to one common shape [B, S]: `common_shape` says whether a layout
-needs that.
+interleaved schedule cannot (see model/build.py), so its micro-batches are collated to one common shape [B, S]:
+`common_shape` says whether a layout needs that.
 """
 
 from __future__ import annotations

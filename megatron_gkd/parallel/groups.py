@@ -40,22 +40,24 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
         ["tp", "cp", "dp", "pp"],
         rank_offset=layout.rank_offset,
     )
+    group_over = _Partitions(grid)
     groups = ProcessGroupCollection()
-    groups.tp = grid.create_pg("tp")
-    groups.cp = grid.create_pg("cp")
-    groups.dp = grid.create_pg("dp")
-    groups.pp = grid.create_pg("pp")
-    groups.mp = grid.create_pg(["tp", "pp"])
+    groups.tp = group_over("tp")
+    groups.cp = group_over("cp")
+    groups.dp = group_over("dp")
+    groups.pp = group_over("pp")
+    groups.mp = group_over("tp", "pp")
     groups.dp_cp = groups.dp
     groups.tp_cp = groups.tp
-    groups.tp_dp_cp = grid.create_pg(["tp", "dp"])
+    groups.tp_dp_cp = group_over("tp", "dp")
     groups.intra_dp_cp = groups.dp
     _add_expert_groups(groups, layout)
     # One distributed-optimizer instance: its gradient statistics span the whole layout (optimizer/__init__.py,
     # grad_stats_parallel_group).
-    groups.intra_dist_opt = grid.create_pg(["tp", "cp", "dp", "pp"])
+    groups.intra_dist_opt = group_over("tp", "cp", "dp", "pp")
     groups.inter_dist_opt = None
-    groups.embd, groups.pos_embd = _embedding_groups(grid)
+    groups.embd = _embedding_group(layout, grid, groups.pp)
+    groups.pos_embd = None  # for learned position embeddings, which no model here has
     return groups
 
 
@@ -67,29 +69,46 @@ def _add_expert_groups(groups: ProcessGroupCollection, layout: Layout) -> None:
         groups.tp_ep = groups.tp
         groups.tp_ep_pp = groups.mp
     else:
-        grid = HyperCommGrid(
-            [layout.expert_tensor_size, layout.expert, layout.expert_data, layout.pipeline],
-            ["tp", "ep", "dp", "pp"],
-            rank_offset=layout.rank_offset,
+        group_over = _Partitions(
+            HyperCommGrid(
+                [layout.expert_tensor_size, layout.expert, layout.expert_data, layout.pipeline],
+                ["tp", "ep", "dp", "pp"],
+                rank_offset=layout.rank_offset,
+            )
         )
-        groups.ep = grid.create_pg("ep")
-        groups.expt_tp = grid.create_pg("tp")
-        groups.expt_dp = grid.create_pg("dp")
-        groups.tp_ep = grid.create_pg(["tp", "ep"])
-        groups.tp_ep_pp = grid.create_pg(["tp", "ep", "pp"])
+        groups.ep = group_over("ep")
+        groups.expt_tp = group_over("tp")
+        groups.expt_dp = group_over("dp")
+        groups.tp_ep = group_over("tp", "ep")
+        groups.tp_ep_pp = group_over("tp", "ep", "pp")
     groups.intra_expt_dp = groups.expt_dp
 
 
-def _embedding_groups(grid: HyperCommGrid) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """First + last stage of each pipeline (tied embeddings' gradients), and first stage alone (position embeddings)."""
-    embedding = position = None
-    rank = dist.get_rank()
+class _Partitions:
+    """Groups over dimensions of a grid, one communicator for each partition of the ranks: with sizes of 1 many
+    dimensions divide the ranks alike (at TP 1 x PP 2 x DP 1 nine groups are two), and a communicator costs threads,
+    sockets and device memory. Sharing is safe because the parts of a training step that use them never overlap.
+    """
+
+    def __init__(self, grid: HyperCommGrid) -> None:
+        self._grid = grid
+        self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+
+    def __call__(self, *dims: str) -> dist.ProcessGroup:
+        partition = tuple(sorted(tuple(sorted(ranks)) for ranks in self._grid.get_rank_enum(list(dims))))
+        if partition not in self._made:
+            self._made[partition] = self._grid.create_pg(list(dims))
+        return self._made[partition]
+
+
+def _embedding_group(layout: Layout, grid: HyperCommGrid, pp_group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """First and last stage of this rank's pipeline, for the gradients of tied embeddings; None on a stage between."""
+    if layout.pipeline <= 2:
+        return pp_group
+    embedding = None
     for stages in grid.get_rank_enum("pp"):
-        ends = sorted({stages[0], stages[-1]})
-        ends_group = dist.new_group(ends)
-        first_group = dist.new_group([stages[0]])
-        if rank in ends:
-            embedding = ends_group
-        if rank == stages[0]:
-            position = first_group
-    return embedding, position
+        ends = [stages[0], stages[-1]]
+        group = dist.new_group(ends)
+        if dist.get_rank() in ends:
+            embedding = group
+    return embedding

@@ -1,13 +1,12 @@
 """Training checkpoints: save, find, load. megatron-core's dist_checkpointing (`torch_dist`), so any layout in, any
 layout out.
 
-    SAVE/checkpoints/step_00000010/     weights, optimizer, learning-rate schedule (sharded) and `state.json` (step,
-    data position, ...) SAVE/checkpoints/latest             the name of the newest complete one; written last
+    SAVE/checkpoints/step_00000010/   weights, optimizer, learning-rate schedule (sharded), and `state.json`
+    SAVE/checkpoints/latest           the name of the newest complete one; written last
 
 A checkpoint is written to `.writing_step_...` beside its final place and renamed when every rank has finished, so a
-directory named `step_...` is
-complete; leftovers of an interrupted save are removed by the next one. The optimizer state is saved in
-megatron-core's `fully_reshardable` form: TP, PP, VPP and DP may change between save and load.
+directory named `step_...` is complete; leftovers of an interrupted save are removed by the next one. The optimizer
+state is saved in megatron-core's `fully_reshardable` form: TP, PP, VPP and DP may change between save and load.
 
 Communication: `save` and `load` are collective over WORLD (dist_checkpointing plans its shards there); two barriers
 around the rename.
@@ -15,9 +14,12 @@ around the rename.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.train.student import Student
@@ -41,6 +45,7 @@ class TrainerState:
     consumed_samples: int  # position in the stream of rows
     data_fingerprint: str  # of the tokenised training rows
     architecture: str  # repr of the student's Architecture: a checkpoint of another model is refused
+    use_distributed_optimizer: bool  # the two forms of optimizer state are not interchangeable
 
 
 def save_checkpoint(run_dir: str | Path, student: Student, state: TrainerState, *, keep: int | None = None) -> Path:
@@ -53,7 +58,8 @@ def save_checkpoint(run_dir: str | Path, student: Student, state: TrainerState, 
             shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded_state(student, is_loading=False), str(temporary))
+    with _results_in_this_process():
+        dist_checkpointing.save(_sharded_state(student, is_loading=False), str(temporary))
     dist.barrier()
     if dist.get_rank() == 0:
         _write_durably(temporary / _STATE_FILE, json.dumps(asdict(state), indent=1))
@@ -103,26 +109,49 @@ def read_state(checkpoint: Path) -> TrainerState:
         ) from error
 
 
-def load_checkpoint(checkpoint: Path, student: Student, *, architecture: str) -> TrainerState:
-    """Restore weights, optimizer and schedule. Raises CheckpointError for another model or a damaged checkpoint."""
+def load_checkpoint(checkpoint: Path, student: Student, *, expected: TrainerState) -> TrainerState:
+    """Restore weights, moments, step counts and the position in the schedule. Hyperparameters are not restored: the
+    configuration's hold.
+
+    Args:
+        expected: what the run was configured to be; step and position are not compared.
+
+    Raises CheckpointError for a checkpoint of something else, or a damaged one.
+    """
     state = read_state(checkpoint)
-    if state.architecture != architecture:
-        raise CheckpointError(
-            f"{checkpoint} was saved for another student:\n  saved  {state.architecture}\n  --model "
-            f"{architecture}\nGive the same --model, or start without --load"
-        )
+    _refuse_another_run(checkpoint, state, expected)
     try:
         loaded = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(checkpoint))
-    except Exception as error:  # dist_checkpointing raises many types for a damaged directory
+        for index, model in enumerate(student.models):
+            model.load_state_dict(loaded[f"model{index}"], strict=True)
+        with _TorchAdamStep(student), _OwnHyperparameters(student):
+            student.optimizer.load_state_dict(loaded["optimizer"])
+        student.scheduler.load_state_dict(loaded["scheduler"])
+    # A damaged directory raises many types, among them one that is no Exception.
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"{checkpoint} cannot be loaded ({type(error).__name__}: {error}): take an older checkpoint with --load"
         ) from error
-    for index, model in enumerate(student.models):
-        model.load_state_dict(loaded[f"model{index}"], strict=True)
-    with _TorchAdamStep(student):
-        student.optimizer.load_state_dict(loaded["optimizer"])
-    student.scheduler.load_state_dict(loaded["scheduler"])
     return state
+
+
+def _refuse_another_run(checkpoint: Path, state: TrainerState, expected: TrainerState) -> None:
+    if state.architecture != expected.architecture:
+        raise CheckpointError(
+            f"{checkpoint} was saved for another student:\n  saved  {state.architecture}\n  --model "
+            f"{expected.architecture}\nGive the same --model, or start without --load"
+        )
+    if state.data_fingerprint != expected.data_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was saved with other training rows: the order of the rows would not go on where it stopped; "
+            "give the same --dataset, --max_length and --overlong, or start without --load"
+        )
+    if state.use_distributed_optimizer != expected.use_distributed_optimizer:
+        saved = str(state.use_distributed_optimizer).lower()
+        raise CheckpointError(
+            f"{checkpoint} was saved with --use_distributed_optimizer {saved}, whose optimizer state has another form; "
+            f"give --use_distributed_optimizer {saved}"
+        )
 
 
 def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
@@ -141,16 +170,49 @@ def _sharded_state(student: Student, *, is_loading: bool) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _results_in_this_process() -> Iterator[None]:
+    """While saving: megatron-core (0.16) passes the writers' results, also of a synchronous save, through a manager
+    process that it starts on each rank and never ends: 270 MB a rank, seconds to start, and an orphan when the rank is
+    killed. A synchronous save puts and gets in this process, where a plain queue does.
+    """
+    if getattr(filesystem_async, "_results_queue", False) is not None:  # not there (later versions), or somebody's own
+        yield
+        return
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = None
+
+
+class _OwnHyperparameters:
+    """While loading an optimizer: its parameter groups keep the learning rates, decay, betas and epsilon that they were
+    made with. torch and megatron-core put the saved ones in their place, and a flag given to a resumed run would be
+    ignored.
+    """
+
+    _NAMES = ("lr", "max_lr", "min_lr", "weight_decay", "start_wd", "end_wd", "betas", "eps")
+
+    def __init__(self, student: Student) -> None:
+        self.optimizer = student.optimizer
+
+    def __enter__(self) -> None:
+        self.kept = [{n: g[n] for n in self._NAMES if n in g} for g in self.optimizer.param_groups]
+
+    def __exit__(self, *_: object) -> None:
+        for group, kept in zip(self.optimizer.param_groups, self.kept, strict=True):
+            group.update(kept)
+
+
 class _TorchAdamStep:
     """While loading into the distributed optimizer over torch's AdamW: two faults of megatron-core 0.16 in restoring
     the step count.
 
     1. It restores the count first and leaves it out of the tensors of the fully reshardable form, but then copies
-    every entry of the
-       optimizer state from them (distrib_optimizer.py, `_set_main_param_and_optimizer_states`) and fails on "step".
+       every entry of the optimizer state from them (`_set_main_param_and_optimizer_states`) and fails on "step".
     2. It gives all parameters ONE tensor as their count (`load_state_dict`), which each of them then increments in
-    every update: the bias
-       correction runs away, and the resumed run silently differs.
+       every update: the bias correction runs away, and the resumed run silently differs.
     """
 
     def __init__(self, student: Student) -> None:

@@ -1,11 +1,9 @@
 """Held-out evaluation: how far the student is from the teacher on fixed rows with reference completions.
 
 Means per completion token, over all rows (nats): forward KL(P||Q), reverse KL(Q||P), symmetric JSD (beta 0.5), all
-over the full vocabulary and at
-temperature 1 whatever the training loss is; the student's negative log-likelihood of the reference; and how often
-both models prefer
-the same token. Needs hidden-state signals; with `--gkd_logits_topk` the divergences are those on the teacher's top
-K, as in training.
+over the full vocabulary and at temperature 1 whatever the training loss is; the student's negative log-likelihood of
+the reference; and how often both models prefer the same token. Needs hidden-state signals; with `--gkd_logits_topk`
+the divergences are those on the teacher's top K, as in training.
 
 The rows are walked in batches of the training batch size, through the same schedules as training; only the last
 batch may be smaller.

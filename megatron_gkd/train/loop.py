@@ -3,18 +3,18 @@
     for each step:  rows -> sources -> samples -> plan -> teacher signals -> student update -> metrics
 
 Everything random is a function of (seed, step, sample), so a resumed run needs the step and the data position,
-nothing else.
-The run directory (`--save`) is described in docs/run_directory.md.
+nothing else. The run directory (`--save`) is described in docs/run_directory.md.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.sampler import row_indices
-from megatron_gkd.errors import CheckpointError
+from megatron_gkd.errors import ConfigError
 from megatron_gkd.flags import to_yaml
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
@@ -28,16 +28,18 @@ from megatron_gkd.train.evaluate import evaluate
 from megatron_gkd.train.setup import Run, build_run, max_packed_tokens
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.weights.export import save_hf
+from megatron_gkd.weights.hf_writer import check_destination
 
 logger = get_logger(__name__)
 
 
 def run_training(config: RunConfig) -> None:
     """`megatron-gkd train`: distil, evaluate, save, export. Collective over all ranks of the world."""
-    run = build_run(config)
     run_dir = Path(config.checkpoint.save)
+    _check_run_dir(config, run_dir)
+    run = build_run(config)
     state = _resume(run)
-    if state.step == 0 and run.is_writer:
+    if run.is_writer:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
     writers = _Writers(run, run_dir, first_step=state.step + 1 if config.checkpoint.load else None)
@@ -125,8 +127,8 @@ def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Prog
             **timers.seconds(),
         }
         writers.metrics(step, values)
-        progress.update(step, loss=means["loss"], tokens_per_s=num_tokens / step_time_s)
-    return TrainerState(step, state.consumed_samples + len(plan.samples), state.data_fingerprint, state.architecture)
+        progress.update(step, loss=means.get("loss"), tokens_per_s=num_tokens / step_time_s)
+    return replace(state, step=step, consumed_samples=state.consumed_samples + len(plan.samples))
 
 
 def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
@@ -138,20 +140,25 @@ def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
         logger.info("step %d, held-out: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
 
+def _check_run_dir(config: RunConfig, run_dir: Path) -> None:
+    """Refuse, on every rank and before any work, to write over an earlier run or over its exported student."""
+    record = run_dir / "metrics.jsonl"
+    if config.checkpoint.load is None and record.exists() and record.stat().st_size > 0:
+        raise ConfigError(f"{record} holds an earlier run; give another --save, or --load it to resume")
+    if config.checkpoint.save_hf:
+        check_destination(run_dir / "hf")
+
+
 def _resume(run: Run) -> TrainerState:
     """The state to start from: the checkpoint's that `--load` names, or the beginning."""
     assert run.rows is not None
-    fingerprint, architecture = run.rows.fingerprint(), repr(run.architecture)
+    sharded = run.config.parallel.use_distributed_optimizer
+    beginning = TrainerState(0, 0, run.rows.fingerprint(), repr(run.architecture), sharded)
     load = run.config.checkpoint.load
     if load is None:
-        return TrainerState(0, 0, fingerprint, architecture)
+        return beginning
     checkpoint = find_checkpoint(load)
-    state = load_checkpoint(checkpoint, run.student, architecture=architecture)
-    if state.data_fingerprint != fingerprint:
-        raise CheckpointError(
-            f"{checkpoint} was saved with other training rows: the order of the rows would not go on where it stopped; "
-            "give the same --dataset, --max_length and --overlong, or start without --load"
-        )
+    state = load_checkpoint(checkpoint, run.student, expected=beginning)
     if run.is_writer:
         logger.info("resumed from %s: %d steps done", checkpoint, state.step)
     return state

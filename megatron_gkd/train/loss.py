@@ -4,9 +4,8 @@
     in nats
 
 Nothing is divided here: megatron-core divides the summed gradient once, by the number of loss tokens of the global
-batch.
-The cross entropy is divided by the same number, so `sft_alpha` weighs a token's cross entropy against a token's
-divergence.
+batch. The cross entropy is divided by the same number, so `sft_alpha` weighs a token's cross entropy against a
+token's divergence.
 
 Two paths, equal results: `fused` (default) never holds logits of the micro-batch; `logits` does, [T, V/tp] of
 student and teacher, and is the one to read first or to debug with.

@@ -1,9 +1,8 @@
 """From a RunConfig to the parts of a run: everything is checked first, in order of cost, then built.
 
 Order: flags against the world (layouts), config.json of both models against the layouts, tokenizers against each
-other, data against the
-models, batch against the layout; only then process groups, weights and the optimizer. So bad input is an error
-before work is lost, with the same message on every rank.
+other, data against the models, batch against the layout; only then process groups, weights and the optimizer. So bad
+input is an error before work is lost, with the same message on every rank.
 """
 
 from __future__ import annotations
@@ -178,6 +177,17 @@ def _check_batch(config: RunConfig, layout: Layout) -> None:
     training = config.training
     per_pass = layout.data * training.micro_batch_size
     if config.data.packing:
+        # The interleaved schedule wants a multiple of PP micro-batches; packing makes as many as the rows need.
+        if layout.virtual_pipeline:
+            raise NotBuiltError(
+                f"packing is not built for a virtual pipeline ({layout.describe()}): leave out --packing or "
+                "--virtual_pipeline_model_parallel_size"
+            )
+        if training.global_batch_size < layout.data:
+            raise ConfigError(
+                f"global_batch_size {training.global_batch_size} cannot be packed for {layout.data} data parallel "
+                f"ranks: each needs a sample; give at least {layout.data}, or fewer ranks"
+            )
         return
     if training.global_batch_size % per_pass:
         below = training.global_batch_size // per_pass * per_pass

@@ -1,9 +1,8 @@
 """One distillation step: plan -> teacher signals -> student's forward and backward -> metrics.
 
 Walk: `distill` asks the teacher for the signals of all samples of the plan, then hands the student's schedule a
-forward step that (on the last
-stage) computes the loss of each micro-batch against its signals. `evaluate_plan` in train/evaluate.py is the same
-walk without gradients.
+forward step that (on the last stage) computes the loss of each micro-batch against its signals. `evaluate` in
+train/evaluate.py is the same walk without gradients.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The student: model chunks under megatron-core's DDP, its optimizer and learning-rate schedule, and one training step.
 
 One step is exactly Megatron's: zero the gradient buffers, run the schedule (whose end, `finalize_model_grads`, sums
-gradients over data-parallel
-ranks, over TP ranks for norms under sequence parallelism, over the two ends of the pipeline for tied embeddings, and
-divides once by the global number of loss tokens), clip, update.
+gradients over data-parallel ranks, over TP ranks for norms under sequence parallelism, over the two ends of the
+pipeline for tied embeddings, and divides once by the global number of loss tokens), clip, update.
 
 Loss contract (`calculate_per_token_loss`): the loss function returns (loss_sum, num_tokens, report); nothing is
 divided per micro-batch. So the gradient, and its norm, do not depend on TP, PP, VPP, DP or the micro-batch size.
@@ -88,6 +87,9 @@ class Student:
             end_wd=training.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
+            # A resumed run goes on at its step of the schedule that it is given, not of the one that was saved.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
 
     @property
@@ -133,8 +135,8 @@ def _optimizer_config(training: TrainingConfig, dtype: torch.dtype, use_distribu
 
 def _initialise_adam_state(optimizer: MegatronOptimizer) -> None:
     """Give torch's AdamW its zero state now instead of in its first step: megatron-core's sharded state dict (0.16)
-    reads the step count from it
-    and fails on an empty one. The optimizers of apex and Transformer Engine keep theirs elsewhere and are left alone.
+    reads the step count from it and fails on an empty one. The optimizers of apex and Transformer Engine keep theirs
+    elsewhere and are left alone.
     """
     for member in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = member.optimizer

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
-from megatron.core.transformer import attention
 
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.model.build import build_model
@@ -49,9 +47,10 @@ def megatron() -> Iterator[None]:
             yield
         finally:
             get_cuda_rng_tracker().reset()
+            _groups.clear()  # run_ranks destroys the groups that a call made
 
 
-_groups: dict[Layout, Any] = {}  # of this rank, made on first use; the ranks live as long as the pool
+_groups: dict[Layout, Any] = {}  # of this rank, made on first use in a call
 
 
 def groups_of(layout: Layout) -> Any:
@@ -86,20 +85,6 @@ def token_ids(vocab_size: int) -> torch.Tensor:
     return ids
 
 
-@contextmanager
-def attention_groups(group: Any) -> Iterator[None]:
-    """Where TP exceeds the KV heads, megatron-core 0.16.1 (attention.py:1411, 1412, 1467) asks its global state for the
-    tensor-parallel group, though it was given one; here it is answered with the model's.
-    """
-    saved = attention.all_gather_last_dim_from_tensor_parallel_region, attention.get_tensor_model_parallel_rank
-    attention.all_gather_last_dim_from_tensor_parallel_region = partial(saved[0], group=group)
-    attention.get_tensor_model_parallel_rank = group.rank
-    try:
-        yield
-    finally:
-        attention.all_gather_last_dim_from_tensor_parallel_region, attention.get_tensor_model_parallel_rank = saved
-
-
 def logits(model: Loaded) -> torch.Tensor | None:
     """[2, SEQUENCE, padded vocabulary] of `token_ids`, one micro-batch each; None but on the last stage."""
 
@@ -115,7 +100,7 @@ def logits(model: Loaded) -> torch.Tensor | None:
     for chunk in model.chunks:
         chunk.eval()
     batches = [micro_batch(row[None]) for row in token_ids(model.arch.vocab_size)]
-    with torch.no_grad(), attention_groups(model.groups.tp):
+    with torch.no_grad():
         out = run_schedule(
             model.chunks, model.layout, model.groups, forward_step, batches, forward_only=True, collect=True
         )

@@ -1,0 +1,1 @@
+"""Benchmarks: each `bench_<what>.py` writes rows of data (see README.md)."""

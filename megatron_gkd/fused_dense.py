@@ -1,0 +1,171 @@
+"""The [C, v] work of a fused loss on one chunk whose teacher is given by hidden states: by torch, or by the kernels.
+
+Both classes own the logits buffers, and do the same three things between the two collectives of a chunk:
+
+    stats     [n, C] of this rank, to be gathered        rows: divergence.dense_stats (5); the label's sumexp at
+                                                         temperature 1 where `label_softmax`; both maxima's ids where
+                                                         `want_ids`
+    sums      [2, C] of this rank, to be reduced
+    gradient  [C, v], weighted, the label's share included; it overwrites a buffer
+
+`TorchDense` lets Q and g overwrite logits that are already in the divergence's dtype, and needs buffers of their own
+beside bfloat16 logits; `KernelDense` needs none, its gradient lies where the student's logits were, in their dtype.
+
+No collectives, no matrix products. Legend: C tokens of a chunk, v valid columns of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from megatron_gkd import divergence as dv
+from megatron_gkd.support import OwnedIds
+
+
+class DenseSetting(NamedTuple):
+    """What is alike for every chunk."""
+
+    student_dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    dtype: torch.dtype  # of the divergence
+    device: torch.device
+    num_columns: int  # v
+    first_id: int  # global id of column 0
+    beta: float
+    inverse_temperature: float
+    label_softmax: bool  # the cross entropy needs a softmax of its own, at temperature 1
+    want_ids: bool
+
+
+class LabelPart(NamedTuple):
+    """The cross entropy's share of a chunk's gradient: weight (Q1 - onehot)."""
+
+    owned: OwnedIds  # [C]
+    weight_C: torch.Tensor
+    lse_C: torch.Tensor  # log-sum-exp at temperature 1, float64
+
+
+def num_wide_buffers(setting: DenseSetting, kernels: bool) -> int:
+    """[C, v] buffers in the divergence's dtype beside the logits themselves."""
+    if kernels:
+        return 0
+    narrow = (setting.student_dtype != setting.dtype) + (setting.teacher_dtype != setting.dtype)
+    return narrow + int(setting.label_softmax)
+
+
+class TorchDense:
+    """By divergence.py, block by block."""
+
+    def __init__(self, setting: DenseSetting, num_rows: int) -> None:
+        self.setting = setting
+        v, dtype, device = setting.num_columns, setting.dtype, setting.device
+
+        def buffer(of: torch.dtype) -> torch.Tensor:
+            return torch.empty(num_rows, v, dtype=of, device=device)
+
+        self.student_Cv, self.teacher_Cv = buffer(setting.student_dtype), buffer(setting.teacher_dtype)
+        self.q_Cv = self.student_Cv if setting.student_dtype == dtype else buffer(dtype)
+        self.g_Cv = self.teacher_Cv if setting.teacher_dtype == dtype else buffer(dtype)
+        self.label_q_Cv = buffer(dtype) if setting.label_softmax else None
+        block = dv.block_tokens_for(num_rows, v, dtype, device)
+        self.scratch_nBv = torch.empty(2, block, v, dtype=dtype, device=device)
+
+    def stats(self, student_Cv: torch.Tensor, teacher_Cv: torch.Tensor) -> torch.Tensor:
+        setting, scratch_Bv = self.setting, self.scratch_nBv[0]
+        ids_from = setting.first_id if setting.want_ids else None
+        stats_nC = dv.dense_stats(student_Cv, teacher_Cv, setting.inverse_temperature, scratch_Bv, ids_from=ids_from)
+        if not setting.label_softmax:
+            return stats_nC
+        sumexp_C = dv.shard_sumexp(student_Cv, stats_nC[0], 1.0, scratch_Bv)
+        return torch.cat([stats_nC[:5], sumexp_C.unsqueeze(0), stats_nC[5:]])
+
+    def sums(
+        self, student_Cv: torch.Tensor, teacher_Cv: torch.Tensor, norm: dv.DenseNorm, label: LabelPart | None
+    ) -> dv.Sums:
+        """Overwrites the logits where Q and g have no buffers of their own."""
+        setting, num_rows = self.setting, student_Cv.shape[0]
+        if label is not None and self.label_q_Cv is not None:
+            dv.softmax_into_(self.label_q_Cv[:num_rows], student_Cv, label.lse_C, self.scratch_nBv.shape[1])
+        return dv.dense_pass_(
+            student_Cv, teacher_Cv, norm, beta=setting.beta, inverse_temperature=setting.inverse_temperature,
+            g_out_Cv=self.g_Cv[:num_rows], q_out_Cv=self.q_Cv[:num_rows], scratch_nBv=self.scratch_nBv,
+        )  # fmt: skip
+
+    def gradient(
+        self,
+        student_Cv: torch.Tensor,
+        teacher_Cv: torch.Tensor,
+        norm: dv.DenseNorm,
+        centre_C: torch.Tensor,
+        weight_C: torch.Tensor,
+        label: LabelPart | None,
+    ) -> torch.Tensor:
+        setting, num_rows = self.setting, student_Cv.shape[0]
+        g_Cv, q_Cv = self.g_Cv[:num_rows], self.q_Cv[:num_rows]
+        scale_C = dv.row_scale(norm, setting.beta)
+        factor_C1 = (weight_C * scale_C * (dv.gradient_factor(setting.beta) * setting.inverse_temperature)).unsqueeze(1)
+        for rows in dv.token_chunks(num_rows, max(1, self.scratch_nBv.shape[1])):
+            g_Bv = dv.add_centre_(g_Cv[rows], q_Cv[rows], centre_C[rows].unsqueeze(1), setting.beta)
+            g_Bv.mul_(factor_C1[rows])
+        if label is not None and self.label_q_Cv is not None:
+            g_Cv.addcmul_(self.label_q_Cv[:num_rows], label.weight_C.unsqueeze(1))
+        elif label is not None:
+            g_Cv.addcmul_(q_Cv, (label.weight_C * scale_C).unsqueeze(1))
+        if label is not None:
+            label.owned.add_(g_Cv, -label.weight_C)
+        return g_Cv
+
+
+class KernelDense:
+    """By the kernels of kernels/dense.py."""
+
+    def __init__(self, setting: DenseSetting, num_rows: int) -> None:
+        self.setting = setting
+        # Rows start at multiples of 16 numbers, whatever v is: wide loads, and leading dimensions that products like.
+        stride = -(-setting.num_columns // 16) * 16
+
+        def buffer(of: torch.dtype) -> torch.Tensor:
+            return torch.empty(num_rows, stride, dtype=of, device=setting.device)[:, : setting.num_columns]
+
+        self.student_Cv, self.teacher_Cv = buffer(setting.student_dtype), buffer(setting.teacher_dtype)
+
+    def stats(self, student_Cv: torch.Tensor, teacher_Cv: torch.Tensor) -> torch.Tensor:
+        from megatron_gkd.kernels import launch
+
+        setting = self.setting
+        return launch.stats(
+            student_Cv, teacher_Cv, setting.inverse_temperature, want_label=setting.label_softmax,
+            ids_from=setting.first_id if setting.want_ids else None,
+        )  # fmt: skip
+
+    def sums(
+        self, student_Cv: torch.Tensor, teacher_Cv: torch.Tensor, norm: dv.DenseNorm, label: LabelPart | None
+    ) -> dv.Sums:
+        from megatron_gkd.kernels import launch
+
+        beta, inverse_temperature = self.setting.beta, self.setting.inverse_temperature
+        return launch.sums(student_Cv, teacher_Cv, norm, beta=beta, inverse_temperature=inverse_temperature)
+
+    def gradient(
+        self,
+        student_Cv: torch.Tensor,
+        teacher_Cv: torch.Tensor,
+        norm: dv.DenseNorm,
+        centre_C: torch.Tensor,
+        weight_C: torch.Tensor,
+        label: LabelPart | None,
+    ) -> torch.Tensor:
+        from megatron_gkd.kernels import launch
+
+        part = None
+        if label is not None:
+            column_C = label.owned.column.masked_fill(~label.owned.owned, -1)
+            lse_C = label.lse_C if self.setting.label_softmax else None
+            part = launch.LabelGradient(label.weight_C, column_C, lse_C)
+        launch.gradient_(
+            student_Cv, student_Cv, teacher_Cv, norm, beta=self.setting.beta, centre_C=centre_C, weight_C=weight_C,
+            inverse_temperature=self.setting.inverse_temperature, label=part,
+        )  # fmt: skip
+        return student_Cv

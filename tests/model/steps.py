@@ -1,0 +1,125 @@
+"""A few training steps of a tiny model in any layout, on cross entropy: what the tests of layouts compare. No tests.
+
+The same samples, prompts and completions of mixed lengths, whatever the layout is; so loss and gradient norm of every
+step must be those of one process. `transformers_step` is the first step by transformers and torch's autograd alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+
+from megatron_gkd.config import TrainingConfig
+from megatron_gkd.model.pipeline import forward_hidden, select_loss_tokens
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import MicroBatch, Sample
+from megatron_gkd.schedule import plan_step
+from megatron_gkd.train.batches import Collator
+from megatron_gkd.train.student import Student
+from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
+from tests.weights.ranks_at_work import Loaded, load_model
+
+CPU = torch.device("cpu")
+NUM_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train one checkpoint."""
+
+    path: str
+    layout: Layout = field(default_factory=Layout)
+    distributed_optimizer: bool = False
+    micro_batch_size: int = 2
+
+
+class Step(NamedTuple):
+    """Of one update: mean cross entropy per completion token, and norm of the whole gradient before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+def samples(vocab_size: int, seed: int = 0) -> list[Sample]:
+    """Mixed lengths; the last token of the vocabulary is among the prompts and the completions."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for position in range(NUM_SAMPLES):
+        prompt, completion = (int(torch.randint(1, 12, (1,), generator=generator)) for _ in range(2))
+        ids = torch.randint(0, vocab_size, (prompt + completion,), generator=generator).tolist()
+        ids[prompt - 1 : prompt + 1] = [vocab_size - 1, vocab_size - 1]
+        made.append(Sample(position, position, tuple(ids[:prompt]), tuple(ids[prompt:]), "dataset"))
+    return made
+
+
+def student_of(model: Loaded, *, distributed_optimizer: bool = False) -> Student:
+    training = TrainingConfig(lr=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0)
+    return Student(
+        model.chunks,
+        model.layout,
+        model.groups,
+        training,
+        train_iters=100,
+        use_distributed_optimizer=distributed_optimizer,
+    )
+
+
+def train(cell: Cell, num_steps: int = 3, change: Callable[[Student], None] | None = None) -> list[Step]:
+    """Called on every rank of the layout, inside `ranks_at_work.megatron`; every rank gets the same result."""
+    model = load_model(Path(cell.path), cell.layout)
+    student = student_of(model, distributed_optimizer=cell.distributed_optimizer)
+    if change is not None:
+        change(student)
+    return [step(model, student, cell.micro_batch_size) for _ in range(num_steps)]
+
+
+def step(model: Loaded, student: Student, micro_batch_size: int) -> Step:
+    """One update on `samples`."""
+    vocab_size, group = model.arch.vocab_size, model.groups.tp
+    batch = samples(vocab_size)
+    plan = plan_step(0, batch, data_parallel_size=model.layout.data, micro_batch_size=micro_batch_size)
+    collate = Collator(batch, plan.student, model.layout, packing=False)
+
+    def forward_step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:
+        micro_batch, gpt = next(batches), chunk.module
+
+        def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            rows = select_loss_tokens(gpt.head_input(hidden), micro_batch)
+            if not gpt.head_grad_is_reduced:
+                rows = copy_to_tensor_model_parallel_region(rows, group=group)
+            logits = torch.nn.functional.linear(rows, gpt.head_weight())
+            losses = vocab_parallel_cross_entropy(logits, micro_batch.labels, tp_group=group, vocab_size=vocab_size)
+            return losses.sum(), torch.tensor(len(losses), dtype=torch.int), losses.detach().double().sum()
+
+        return forward_hidden(chunk, micro_batch, CPU), loss
+
+    result = student.train_step(forward_step, [collate(p) for p in plan.student[model.groups.dp.rank()]])
+    loss_sum = torch.stack([torch.zeros((), dtype=torch.float64), *result.reports]).sum()
+    loss_sum = loss_sum if group.rank() == 0 else torch.zeros_like(loss_sum)
+    dist.all_reduce(loss_sum)
+    return Step(loss_sum.item() / sum(sample.num_loss_tokens for sample in batch), result.grad_norm)
+
+
+def transformers_step(path: str | Path) -> Step:
+    """The first step's numbers by transformers, sample by sample, in float64."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
+    batch = samples(model.config.vocab_size)
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    for sample in batch:
+        ids = torch.tensor([[*sample.prompt_ids, *sample.completion_ids]])
+        logits = model(ids[:, :-1]).logits[0, -sample.num_loss_tokens :]
+        loss_sum = loss_sum + torch.nn.functional.cross_entropy(
+            logits, torch.tensor(sample.completion_ids), reduction="sum"
+        )
+    loss = loss_sum / sum(sample.num_loss_tokens for sample in batch)
+    loss.backward()
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return Step(loss.item(), torch.stack(norms).norm().item())

@@ -1,0 +1,246 @@
+"""Whole tiny models on gloo ranks: more tensor-parallel ranks than KV heads, packed against padded, the head's input.
+
+Logits of every family and layout against transformers are in tests/weights/test_logits.py; training in every layout
+against one process is in tests/test_platform.py. Not covered: Transformer Engine, NCCL, bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+
+from megatron_gkd.data.collate import collate
+from megatron_gkd.errors import LayoutError, NotBuiltError
+from megatron_gkd.model.build import transformer_config
+from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import MicroBatch, Sample
+from tests.checkpoints import write_tiny_checkpoint
+from tests.model.steps import CPU, Cell, Step, samples, train, transformers_step
+from tests.ranks import run_ranks
+from tests.weights.models import small
+from tests.weights.ranks_at_work import Loaded, load_model, logits, megatron, token_ids
+
+# ---- more tensor-parallel ranks than KV heads ------------------------------------------------------------------------
+
+# (family, heads, KV heads, layout); qwen3 normalises queries and keys head by head, qwen2 has biases
+ABOVE = {
+    "llama-2KV-TP4": ("llama", 4, 2, Layout(tensor=4)),
+    "qwen3-2KV-TP4": ("qwen3", 4, 2, Layout(tensor=4)),
+    "qwen3-2KV-TP4-SP": ("qwen3", 4, 2, Layout(tensor=4, sequence_parallel=True)),
+    "qwen2-1KV-TP4": ("qwen2", 8, 1, Layout(tensor=4)),
+    "qwen3-1KV-TP2": ("qwen3", 6, 1, Layout(tensor=2)),
+    "qwen3-1KV-TP2-PP2": ("qwen3", 4, 1, Layout(tensor=2, pipeline=2)),
+}
+
+
+def train_and_infer(cell: Cell) -> tuple[list[Step], torch.Tensor | None]:
+    """Three updates, and the logits before them (last stage only)."""
+    with megatron():
+        return train(cell), logits(load_model(Path(cell.path), cell.layout))
+
+
+@pytest.mark.parametrize("name", ABOVE)
+def test_tensor_parallel_ranks_may_share_a_kv_head(tmp_path: Path, name: str):
+    """Logits are transformers'; loss and gradient norm, over three updates, those of one process."""
+    from transformers import AutoModelForCausalLM
+
+    family, heads, kv_heads, layout = ABOVE[name]
+    path = write_tiny_checkpoint(tmp_path / name, family, heads=heads, kv_heads=kv_heads, head_dim=12, layers=2)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected_logits = model(token_ids(300)).logits
+    ((expected, _),) = run_ranks(train_and_infer, Cell(str(path)), world=1)
+    assert expected[0] == pytest.approx(transformers_step(path), rel=1e-6)
+    ranks = run_ranks(train_and_infer, Cell(str(path), layout), world=layout.world_size)
+    assert sum(found is not None for _, found in ranks) == layout.tensor
+    for steps, found in ranks:
+        for one, other in zip(steps, expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-6)
+        if found is not None:
+            torch.testing.assert_close(found[..., :300], expected_logits, rtol=0, atol=1e-5)
+
+
+def gated_attention(path: str) -> str:
+    with megatron():
+        attention = load_model(Path(path), Layout(tensor=2)).chunks[0].decoder.layers[0].self_attention
+        try:
+            attention.get_query_key_value_tensors(torch.zeros(2, 1, 64), None, split_qkv=False)
+        except NotBuiltError as error:
+            return str(error)
+    return "accepted"
+
+
+def test_what_sharing_a_kv_head_does_not_do_is_refused(tmp_path: Path):
+    path = write_tiny_checkpoint(tmp_path / "model", "llama", kv_heads=1, layers=1)
+    for message in run_ranks(gated_attention, str(path), world=2):
+        assert "tensor_model_parallel_size 2 above the 1 KV heads" in message
+
+
+# ---- packed against padded -------------------------------------------------------------------------------------------
+
+
+def packed_and_padded(path: str, layout: Layout) -> list[tuple[torch.Tensor | None, dict[str, torch.Tensor]]]:
+    """(logits of the loss tokens [T, V/tp], gradients) of the same samples, padded, then packed."""
+    with megatron():
+        model = load_model(Path(path), layout)
+        multiple = layout.tensor if layout.sequence_parallel else 1
+        batch = [
+            *samples(model.arch.vocab_size),
+            Sample(8, 8, (7,), (9,), "dataset"),
+        ]  # the last: a segment of length 1
+        return [
+            logits_and_gradients(model, collate(batch, packing=packing, pad_to_multiple_of=multiple))
+            for packing in (False, True)
+        ]
+
+
+def logits_and_gradients(model: Loaded, batch: MicroBatch) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    kept: list[torch.Tensor] = []
+
+    def forward_step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:
+        micro_batch = next(batches)
+
+        def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+            rows = select_loss_tokens(chunk.head_input(hidden), micro_batch)
+            if not chunk.head_grad_is_reduced:
+                rows = copy_to_tensor_model_parallel_region(rows, group=model.groups.tp)
+            out = torch.nn.functional.linear(rows, chunk.head_weight())
+            kept.append(out.detach())
+            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(model.groups.tp.rank()))
+            return (out * weights).sum(), torch.tensor(len(out), dtype=torch.int), {}
+
+        return forward_hidden(chunk, micro_batch, CPU), loss
+
+    for chunk in model.chunks:
+        chunk.zero_grad(set_to_none=True)
+    run_schedule(model.chunks, model.layout, model.groups, forward_step, [batch], forward_only=False)
+    gradients = {}
+    for name, parameter in (item for chunk in model.chunks for item in chunk.named_parameters()):
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad.clone()
+            if getattr(parameter, "sequence_parallel", False):  # each rank has the part of its own tokens
+                dist.all_reduce(gradients[name], group=model.groups.tp)
+    return (kept[0] if kept else None), gradients
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(tensor=2, sequence_parallel=True), Layout(pipeline=2)],
+    ids=lambda layout: layout.describe(),
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_packed_equals_padded_through_a_whole_model(tmp_path: Path, family: str, layout: Layout):
+    """Positions restart in each segment, and no segment sees another; else logits and gradients would differ."""
+    path = write_tiny_checkpoint(tmp_path / "model", family, layers=2)  # type: ignore[arg-type]
+    ranks = run_ranks(packed_and_padded, str(path), layout, world=layout.world_size)
+    assert any(out is not None for (out, _), _ in ranks)
+    for (padded, padded_gradients), (packed, packed_gradients) in ranks:
+        assert (padded is None) == (packed is None)
+        if padded is not None and packed is not None:
+            torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
+        assert padded_gradients.keys() == packed_gradients.keys()
+        assert len(padded_gradients) >= 7
+        for name, gradient in padded_gradients.items():
+            error = (packed_gradients[name] - gradient).norm() / gradient.norm()
+            assert error < 1e-5, name
+
+
+# ---- the head's input ------------------------------------------------------------------------------------------------
+
+
+def hidden_gradient(path: str, sequence_parallel: bool, caller_reduces: bool) -> tuple[float, bool]:
+    """Error of the gradient of this rank's hidden states, against head weights and upstream gradients put together."""
+    with megatron():
+        model = load_model(Path(path), Layout(tensor=2, sequence_parallel=sequence_parallel))
+        (chunk,), tp = model.chunks, model.groups.tp
+        hidden_SBH = torch.randn(6, 2, model.arch.hidden_size)  # alike on both ranks: they are seeded alike
+        upstream_SBV = torch.randn(6, 2, 2 * chunk.head_weight().shape[0])
+        mine = hidden_SBH.chunk(2)[tp.rank()] if sequence_parallel else hidden_SBH
+        mine = mine.clone().requires_grad_()
+        rows = chunk.head_input(mine)
+        assert torch.equal(rows, hidden_SBH)
+        if caller_reduces:
+            rows = copy_to_tensor_model_parallel_region(rows, group=tp)
+        out = torch.nn.functional.linear(rows, chunk.head_weight())
+        (out * upstream_SBV.chunk(2, dim=-1)[tp.rank()]).sum().backward()
+        shards = [torch.empty_like(chunk.head_weight().data) for _ in range(2)]
+        dist.all_gather(shards, chunk.head_weight().data, group=tp)
+        expected = upstream_SBV @ torch.cat(shards)
+        expected = expected.chunk(2)[tp.rank()] if sequence_parallel else expected
+        assert mine.grad is not None
+        return ((mine.grad - expected).norm() / expected.norm()).item(), chunk.head_grad_is_reduced
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradient_of_the_head_input(tmp_path: Path, tied: bool):
+    """Under sequence parallelism `head_input` sums the ranks' partial gradients; else its caller does, as
+    `head_grad_is_reduced` says. Doing it neither way, or both ways, is far off."""
+    path = str(write_tiny_checkpoint(tmp_path / "model", "llama", tied=tied, layers=1))
+    for parallel in (False, True):
+        for error, reduced in run_ranks(hidden_gradient, path, parallel, not parallel, world=2):
+            assert reduced is parallel
+            assert error < 1e-6
+        for error, _ in run_ranks(hidden_gradient, path, parallel, parallel, world=2):
+            assert error > 0.1
+
+
+# ---- what is built ---------------------------------------------------------------------------------------------------
+
+
+def outputs(path: str) -> tuple[tuple[int, ...], str]:
+    """Shape of what the last stage's forward returns, and what asking the first stage for a head says."""
+    with megatron():
+        model = load_model(Path(path), Layout(pipeline=2))
+        chunk = model.chunks[0]
+        message = ""
+        if not chunk.post_process:
+            try:
+                chunk.head_weight()
+            except AssertionError as error:
+                message = str(error)
+            return (), message
+        chunk.set_input_tensor(torch.zeros(5, 2, model.arch.hidden_size))
+        tokens = torch.zeros(2, 5, dtype=torch.int64)
+        with torch.no_grad():
+            return tuple(chunk(tokens, tokens, None).shape), message
+
+
+def test_the_last_stage_returns_hidden_states_and_alone_has_a_head(tmp_path: Path):
+    path = write_tiny_checkpoint(tmp_path / "model", "llama", layers=2)
+    first, last = run_ranks(outputs, str(path), world=2)
+    assert first == ((), "only the last pipeline stage has a head")
+    assert last == ((5, 2, 64), "")
+
+
+@pytest.mark.parametrize("layout", [Layout(pipeline=2), Layout(pipeline=2, virtual_pipeline=2)])
+def test_communication_of_the_pipeline(layout: Layout):
+    """1F1B exchanges shapes in batches; the interleaved schedule must do neither (see test_platform.py)."""
+    config = transformer_config(small(), layout, dtype="fp32", use_cpu=True)
+    interleaved = layout.virtual_pipeline is not None
+    assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (interleaved, not interleaved)
+    assert config.variable_seq_lengths is not interleaved
+    assert config.calculate_per_token_loss
+    assert not config.perform_initialization
+
+
+def unfitting(path: str) -> str:
+    try:
+        with megatron():
+            load_model(Path(path), Layout(tensor=3))
+    except LayoutError as error:
+        return str(error)
+    return "built"
+
+
+def test_a_layout_that_does_not_fit_the_model_is_refused(tmp_path: Path):
+    path = write_tiny_checkpoint(tmp_path / "model", "llama", layers=1)
+    for message in run_ranks(unfitting, str(path), world=3):
+        assert "3" in message
+        assert "4" in message

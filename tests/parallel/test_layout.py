@@ -1,0 +1,102 @@
+"""Layouts as numbers: ranks and coordinates, who computes the loss, and refusals that name the numbers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_gkd.errors import LayoutError, NotBuiltError
+from megatron_gkd.parallel.layout import Coordinate, Layout
+
+layouts = st.builds(
+    Layout,
+    tensor=st.integers(1, 4),
+    pipeline=st.integers(1, 4),
+    data=st.integers(1, 4),
+    rank_offset=st.integers(0, 5),
+)
+
+
+@given(layouts)
+def test_rank_and_coordinate_are_inverse(layout: Layout):
+    ranks = range(layout.rank_offset, layout.rank_offset + layout.world_size)
+    assert [layout.rank(layout.coordinate(rank)) for rank in ranks] == list(ranks)
+    coordinates = [
+        Coordinate(*c)
+        for c in itertools.product(range(layout.tensor), range(1), range(layout.data), range(layout.pipeline))
+    ]
+    assert [layout.coordinate(layout.rank(c)) for c in coordinates] == coordinates
+    assert {layout.rank(c) for c in coordinates} == set(ranks)
+
+
+@given(layouts)
+def test_neighbours_of_a_tensor_group_are_neighbouring_ranks(layout: Layout):
+    """Megatron's order: tensor fastest, then data, then pipeline."""
+    order = [layout.coordinate(layout.rank_offset + i) for i in range(layout.world_size)]
+    assert order == sorted(order, key=lambda c: (c.pp, c.dp, c.tp))
+
+
+@given(layouts)
+def test_last_stage_ranks_share_the_loss_among_replicas(layout: Layout):
+    seen = []
+    for dp in range(layout.data):
+        ranks = layout.last_stage_ranks(dp)
+        assert [layout.coordinate(rank) for rank in ranks] == [
+            Coordinate(tp, 0, dp, layout.pipeline - 1) for tp in range(layout.tensor)
+        ]
+        seen += ranks
+    assert len(seen) == len(set(seen)) == layout.tensor * layout.data
+
+
+@given(world=st.integers(1, 64), tensor=st.integers(1, 8), pipeline=st.integers(1, 8))
+def test_data_parallel_size_fills_the_world_or_the_numbers_are_named(world: int, tensor: int, pipeline: int):
+    size = tensor * pipeline
+    if world % size == 0:
+        layout = Layout.for_world(world, tensor=tensor, pipeline=pipeline)
+        assert (layout.world_size, layout.data, layout.rank_offset) == (world, world // size, 0)
+        return
+    with pytest.raises(LayoutError) as caught:
+        Layout.for_world(world, tensor=tensor, pipeline=pipeline, name="teacher")
+    text = str(caught.value)
+    assert f"the teacher's layout needs a multiple of tp {tensor} x cp 1 x pp {pipeline} = {size} ranks" in text
+    assert f"the world has {world}" in text
+    nearest = [n for n in (world // size * size, -(-world // size) * size) if n]
+    assert f"start {' or '.join(map(str, nearest))} ranks" in text
+
+
+@given(layouts, st.integers(-3, 100))
+def test_a_rank_outside_is_refused(layout: Layout, rank: int):
+    last = layout.rank_offset + layout.world_size - 1
+    if layout.rank_offset <= rank <= last:
+        layout.coordinate(rank)
+    else:
+        with pytest.raises(LayoutError, match=rf"rank {rank} is outside .* {layout.rank_offset}\.\.{last}"):
+            layout.coordinate(rank)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        (dict(tensor=0), LayoutError, "tensor parallel size is 0"),
+        (dict(pipeline=-1), LayoutError, "pipeline parallel size is -1"),
+        (dict(data=0), LayoutError, "data parallel size is 0"),
+        (dict(context=2), NotBuiltError, "context_parallel_size 2"),
+        (dict(expert=4), NotBuiltError, "expert_model_parallel_size 4"),
+        (dict(pipeline=2, virtual_pipeline=1), LayoutError, "virtual_pipeline_model_parallel_size 1: give at least 2"),
+        (dict(virtual_pipeline=2), LayoutError, "needs pipeline_model_parallel_size of at least 2"),
+        (dict(sequence_parallel=True), LayoutError, "needs tensor_model_parallel_size of at least 2"),
+    ],
+)
+def test_refusals_name_flag_and_number(sizes: dict[str, int], error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        Layout(**sizes)  # type: ignore[arg-type]
+
+
+def test_description_and_chunks():
+    plain = Layout(tensor=2, data=3)
+    assert (plain.describe(), plain.num_chunks) == ("TP 2 x PP 1 x DP 3", 1)
+    full = Layout(tensor=2, pipeline=2, virtual_pipeline=3, sequence_parallel=True)
+    assert (full.describe(), full.num_chunks) == ("TP 2 x PP 2 x DP 1, VPP 3, sequence parallel", 3)

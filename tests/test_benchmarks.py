@@ -1,0 +1,48 @@
+"""The benchmarks run and write what they promise. Says nothing about the numbers."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+def test_bench_loss(tmp_path):
+    out = tmp_path / "loss.json"
+    result = _run("benchmarks.bench_loss", "--quick", "--cpu", "--json", str(out))
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert {"device", "threads", "commit", "versions"} <= set(report["environment"])
+    rows = {row["method"]: row for row in report["rows"]}
+    assert {"products", "naive", "chunked", "liger_eager", "unfused", "fused", "fused_tp2"} <= set(rows)
+    for row in rows.values():
+        assert {"tokens", "hidden", "vocab", "dtype", "beta"} <= set(row)
+        assert row["wall_s"]["p20"] <= row["wall_s"]["median"] <= row["wall_s"]["p80"]
+        assert row["peak_bytes"] >= row["gradient_bytes"] > 0
+        if row["method"] != "products":
+            assert row["head_grad_error"] < 1e-4
+    assert all(f"| {name} |" in result.stdout for name in rows), "the table names every method"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("loss_*.json")), ids=lambda path: path.name)
+def test_recorded_results_can_be_read(path):
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["environment"]["commit"], "a recorded result names the code that made it"
+    assert len(report["rows"]) > 5

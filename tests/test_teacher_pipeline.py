@@ -1,0 +1,563 @@
+"""The teacher's signals: routing in pure Python, the exchange on gloo ranks, and what arrives against transformers.
+
+Not covered: NCCL, a teacher on ranks of its own, host offload, teacher servers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_gkd.architecture import read_architecture
+from megatron_gkd.data.collate import collate
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import MicroBatchPlan, Sample, StepPlan
+from megatron_gkd.schedule import plan_micro_batches, plan_step
+from megatron_gkd.teacher_pipeline import (
+    Route,
+    SignalSpec,
+    SignalStore,
+    TeacherPipeline,
+    exchange,
+    plan_routes,
+)
+from megatron_gkd.train.batches import Collator
+from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
+from megatron_gkd.weights.hf_files import HFCheckpoint
+from megatron_gkd.weights.load import load_vocab_shard
+from tests.checkpoints import write_tiny_checkpoint
+from tests.ranks import run_ranks
+from tests.weights.ranks_at_work import groups_of, load_model, megatron
+
+WORLD = 4
+LAYOUTS = {
+    "TP1": Layout(),
+    "TP2": Layout(tensor=2),
+    "PP2": Layout(pipeline=2),
+    "TP4": Layout(tensor=4),
+    "PP4": Layout(pipeline=4),
+    "DP2": Layout(data=2),
+    "TP2-PP2": Layout(tensor=2, pipeline=2),
+}
+
+
+def over_the_world(layout: Layout) -> Layout:
+    """The data-parallel size that fills the world, as every run has it."""
+    return Layout.for_world(WORLD, tensor=layout.tensor, pipeline=layout.pipeline)
+
+
+# ---- routing: pure ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout]:
+    """(teacher's plan, student's plan, teacher's layout, student's layout) over one world."""
+    world = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    layouts = []
+    for _ in range(2):
+        tensor = draw(st.sampled_from(divisors))
+        pipeline = draw(st.sampled_from([n for n in divisors if world % (n * tensor) == 0]))
+        layouts.append(Layout.for_world(world, tensor=tensor, pipeline=pipeline))
+    lengths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=24))
+    teacher, student = (
+        plan_micro_batches(
+            lengths, data_parallel_size=layout.data, micro_batch_size=draw(st.integers(1, 5)), allow_partial=True
+        )
+        for layout in layouts
+    )
+    return teacher, student, layouts[0], layouts[1]
+
+
+def replica_of(plan: MicroBatchPlan) -> dict[int, int]:
+    return {position: dp for dp, batches in enumerate(plan) for batch in batches for position in batch}
+
+
+@given(plans())
+def test_each_rank_that_trains_on_a_sample_receives_it_once_and_nobody_else(
+    case: tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout],
+):
+    _, student_plan, _, student = case
+    routes = plan_routes(*case)
+    expected = Counter(
+        (position, rank) for position, dp in replica_of(student_plan).items() for rank in student.last_stage_ranks(dp)
+    )
+    assert Counter((route.position, route.destination) for route in routes) == expected
+    assert set(expected.values()) == {1}
+
+
+@given(plans())
+def test_sources_have_the_signal_and_stay_at_home_where_they_can(
+    case: tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout],
+):
+    teacher_plan, _, teacher, _ = case
+    replicas = replica_of(teacher_plan)
+    for position, source, destination in plan_routes(*case):
+        owners = teacher.last_stage_ranks(replicas[position])
+        assert source in owners
+        assert (source == destination) == (destination in owners)
+
+
+@given(plans())
+def test_routes_are_ordered_by_sample_then_destination(case: tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout]):
+    """So the messages of a pair of ranks match by order, without tags."""
+    keys = [(route.position, route.destination) for route in plan_routes(*case)]
+    assert keys == sorted(keys)
+
+
+def test_sources_take_turns():
+    """One teacher replica over TP 4 feeds four single ranks: no source sends everything."""
+    lengths = [5] * 8
+    teacher, student = Layout(tensor=4), Layout(data=4)
+    teacher_plan, student_plan = (
+        plan_micro_batches(lengths, data_parallel_size=layout.data, micro_batch_size=2) for layout in (teacher, student)
+    )
+    assert all(r.source == r.destination for r in plan_routes(teacher_plan, student_plan, teacher, student))
+    offset = Layout(data=4, rank_offset=4)  # destinations that hold nothing of the teacher
+    sent = Counter(route.source for route in plan_routes(teacher_plan, student_plan, teacher, offset))
+    assert sent == dict.fromkeys(range(4), 2)
+
+
+def test_two_plans_of_different_samples_are_a_fault():
+    one, other = (plan_micro_batches([3] * n, data_parallel_size=1, micro_batch_size=1) for n in (2, 3))
+    with pytest.raises(AssertionError, match="different samples"):
+        plan_routes(one, other, Layout(), Layout())
+
+
+# ---- the exchange ----------------------------------------------------------------------------------------------------
+
+NUM_TOKENS = (5, 1, 0, 7, 2, 3, 0, 4)  # two samples without a completion
+KINDS = ("hidden", "topk")
+
+
+def spec_of(kind: Any) -> SignalSpec:
+    return SignalSpec(kind, 3, torch.bfloat16 if kind == "hidden" else torch.float32, torch.device("cpu"))
+
+
+def signal_of(position: int, kind: str) -> tuple[torch.Tensor, ...]:
+    """A signal that says which sample, token and column it is (exact in bfloat16)."""
+    base = torch.arange(NUM_TOKENS[position])[:, None] * 4 + torch.arange(3) + 32 * position
+    if kind == "hidden":
+        return (base.to(torch.bfloat16),)
+    return base.float() / 8, base.int()
+
+
+def exchange_all(pairs: list[tuple[Layout, Layout]]) -> list[tuple[int, int, int, list[int]]]:
+    """Per pair of layouts and kind: (bytes sent, bytes of the plan from this rank, samples received, wrong ones)."""
+    group, rank, results = dist.new_group(range(WORLD)), dist.get_rank(), []
+    for (teacher, student), kind in product(pairs, KINDS):
+        spec = spec_of(kind)
+        teacher_plan, student_plan = (
+            plan_micro_batches(
+                [n + 1 for n in NUM_TOKENS], data_parallel_size=layout.data, micro_batch_size=2, allow_partial=True
+            )
+            for layout in (teacher, student)
+        )
+        routes = plan_routes(teacher_plan, student_plan, teacher, student)
+        mine = teacher.coordinate(rank)
+        own = teacher_plan[mine.dp] if mine.pp == teacher.pipeline - 1 else ()
+        local = {position: signal_of(position, kind) for batch in own for position in batch}
+        store, num_bytes = exchange(spec, routes, NUM_TOKENS, local, group)
+        planned = sum(
+            NUM_TOKENS[r.position] * spec.bytes_per_token for r in routes if r.source == rank != r.destination
+        )
+        expected = [r.position for r in routes if r.destination == rank]
+        wrong = [p for p in expected if not same(store._samples[p], signal_of(p, kind))]
+        assert len(store) == len(expected)
+        results.append((num_bytes, planned, len(store), wrong))
+    return results
+
+
+def same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_every_pair_of_layouts_exchanges_what_it_plans():
+    names = list(product(LAYOUTS, LAYOUTS))
+    pairs = [(over_the_world(LAYOUTS[t]), over_the_world(LAYOUTS[s])) for t, s in names]
+    ranks = run_ranks(exchange_all, pairs, world=WORLD)
+    for index, ((teacher_name, student_name), kind) in enumerate(product(names, KINDS)):
+        what = f"teacher {teacher_name}, student {student_name}, {kind}"
+        cells = [rank[index] for rank in ranks]
+        assert all(sent == planned for sent, planned, _, _ in cells), what
+        assert all(not wrong for *_, wrong in cells), what
+        student = over_the_world(LAYOUTS[student_name])
+        assert sum(received for _, _, received, _ in cells) == len(NUM_TOKENS) * student.tensor, what
+        if teacher_name == student_name:
+            assert not any(sent for sent, *_ in cells), f"{what}: nothing need travel"
+        if (teacher_name, student_name) == ("PP4", "TP4"):  # three of four destinations are elsewhere
+            assert sum(sent for sent, *_ in cells) == 3 * sum(NUM_TOKENS) * spec_of(kind).bytes_per_token
+
+
+def test_bytes_per_token():
+    device = torch.device("cpu")
+    assert SignalSpec("hidden", 4096, torch.bfloat16, device).bytes_per_token == 8192
+    assert SignalSpec("hidden", 64, torch.float32, device).bytes_per_token == 256
+    assert SignalSpec("topk", 64, torch.bfloat16, device).bytes_per_token == 512  # 4 bytes + 4 bytes each
+    for spec in (spec_of(kind) for kind in KINDS):
+        assert sum(t.nbytes for t in spec.empty(7)) == 7 * spec.bytes_per_token
+
+
+# ---- the store -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gather_follows_the_order_of_the_micro_batch(kind: str):
+    samples = [Sample(p, p, (1, 2), tuple(range(n)), "dataset") for p, n in enumerate(NUM_TOKENS)]
+    store = SignalStore(spec_of(kind), {p: signal_of(p, kind) for p in range(len(NUM_TOKENS))})
+    order = (4, 0, 2, 7)
+    signal = store.gather(collate([samples[p] for p in order]))
+    expected = [torch.cat(column) for column in zip(*(signal_of(p, kind) for p in order), strict=True)]
+    if kind == "hidden":
+        assert signal.hidden is not None
+        assert torch.equal(signal.hidden, expected[0])
+        assert signal.topk_logprobs is None
+    else:
+        assert signal.hidden is None
+        assert signal.topk_logprobs is not None
+        assert signal.topk_indices is not None
+        assert torch.equal(signal.topk_logprobs, expected[0])
+        assert torch.equal(signal.topk_indices, expected[1].long())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pitfall_15_an_empty_micro_batch_gets_zero_rows(kind: str):
+    signal = SignalStore(spec_of(kind), {}).gather(collate([]))
+    tensor = signal.hidden if kind == "hidden" else signal.topk_indices
+    assert tensor is not None
+    assert tensor.shape == (0, 3)
+
+
+def test_pitfall_16_a_signal_of_another_length_is_never_zipped():
+    sample = Sample(3, 3, (1, 2), (1, 2, 3), "dataset")
+    store = SignalStore(spec_of("hidden"), {3: signal_of(3, "hidden")})  # 7 tokens for a completion of 3
+    with pytest.raises(AssertionError, match="lengths differ"):
+        store.gather(collate([sample]))
+
+
+# ---- real teachers ---------------------------------------------------------------------------------------------------
+
+VOCAB = 300
+TOPK = 5
+CHUNK = 4  # tokens of a chunk of top-K logits: several per micro-batch
+
+
+def step_samples() -> list[Sample]:
+    """Mixed lengths; samples 2 and 5 have no completion, so nothing to teach."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = [(4, 6), (1, 9), (5, 0), (7, 3), (2, 1), (3, 0), (6, 5), (9, 8)]
+    ids = [torch.randint(0, VOCAB, (p + c,), generator=generator).tolist() for p, c in sizes]
+    return [
+        Sample(i, i, tuple(row[:p]), tuple(row[p:]), "dataset")
+        for i, (row, (p, _)) in enumerate(zip(ids, sizes, strict=True))
+    ]
+
+
+def dense_logits(path: str | Path) -> dict[int, torch.Tensor]:
+    """transformers' logits of the loss tokens, [C, VOCAB] by position."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return {
+            s.position: model(torch.tensor([[*s.prompt_ids, *s.completion_ids]])[:, :-1]).logits[
+                0, s.num_inputs - s.num_loss_tokens :, :VOCAB
+            ]
+            for s in step_samples()
+        }
+
+
+def plan_for(teacher: Layout, student: Layout, packing: bool) -> StepPlan:
+    return plan_step(
+        0,
+        step_samples(),
+        data_parallel_size=student.data,
+        micro_batch_size=2,
+        teacher_data_parallel_size=teacher.data,
+        teacher_micro_batch_size=3,
+        packing=packing,
+        max_tokens=20 if packing else None,
+    )
+
+
+def make_teacher(path: str, layout: Layout, student: Layout, topk: int | None = None) -> TeacherPipeline:
+    model = load_model(Path(path), layout)
+    return TeacherPipeline(
+        model.chunks,
+        layout,
+        model.groups,
+        student,
+        vocab_size=VOCAB,
+        device=torch.device("cpu"),
+        topk=topk,
+        chunk_tokens=CHUNK,
+    )
+
+
+def head_shard(path: str, student: Layout, padded_vocab: int | None = None) -> torch.Tensor | None:
+    """The teacher's head on the student's last stage, cut at the student's shard boundaries."""
+    groups, arch = groups_of(student), read_architecture(path)
+    if groups.pp.rank() != student.pipeline - 1:
+        return None
+    with HFCheckpoint(path) as checkpoint:
+        return load_vocab_shard(
+            checkpoint,
+            arch,
+            "head",
+            rank=groups.tp.rank(),
+            size=student.tensor,
+            padded_vocab=padded_vocab or arch.padded_vocab_size(student.tensor),
+            dtype=torch.float32,
+            num_rows=VOCAB,
+        )
+
+
+def run_teacher(path: str, teacher: Layout, student: Layout, topk: int | None, packing: bool) -> dict[str, Any]:
+    """Signals by sample as they arrive (hidden states already multiplied with this rank's shard of the head), and what
+    the hooks saw."""
+    with megatron():
+        pipeline = make_teacher(path, teacher, student, topk)
+        fed: Counter[tuple[int, ...]] = Counter()
+
+        def count(module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+            fed.update(tuple(row) for row in args[0].tolist())
+
+        for chunk in pipeline.chunks:
+            chunk.register_forward_pre_hook(count, with_kwargs=True)
+        before = [p.detach().clone() for chunk in pipeline.chunks for p in chunk.parameters()]
+        plan = plan_for(teacher, student, packing)
+        collator = Collator(plan.samples, plan.teacher, teacher, packing=packing, pad_id=VOCAB - 1)
+        store, num_bytes = pipeline.signals(plan, collator)
+        after = [p for chunk in pipeline.chunks for p in chunk.parameters()]
+        head = head_shard(path, student) if topk is None else None
+        arrived = {}
+        for position in store._samples:
+            signal = store.gather(collate([plan.samples[position]]))
+            if topk is None:
+                assert signal.hidden is not None
+                assert head is not None
+                arrived[position] = (signal.hidden @ head.T,)
+            else:
+                assert signal.topk_logprobs is not None
+                assert signal.topk_indices is not None
+                arrived[position] = (signal.topk_logprobs, signal.topk_indices)
+        return {
+            "arrived": arrived,
+            "fed": dict(fed),
+            "bytes": num_bytes,
+            "untouched": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
+            "frozen": not any(p.requires_grad or p.grad is not None for p in after),
+            "eval": not any(module.training for chunk in pipeline.chunks for module in chunk.modules()),
+            "heads": [getattr(chunk, "output_layer", None) is not None for chunk in pipeline.chunks],
+            "graphless": not any(t.requires_grad for part in store._samples.values() for t in part),
+        }
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dict[int, torch.Tensor]]]:
+    """name -> (path, transformers' logits)."""
+    root = tmp_path_factory.mktemp("teachers")
+    found = {}
+    for name, family, tied in (("untied", "llama", False), ("tied", "qwen3", True)):
+        path = write_tiny_checkpoint(root / name, family, tied=tied, vocab_size=VOCAB, seed=4)  # type: ignore[arg-type]
+        found[name] = (str(path), dense_logits(path))
+    return found
+
+
+# (teacher's layout, student's layout, packing)
+CASES = {
+    "PP4 to TP2-PP2": (Layout(pipeline=4), Layout(tensor=2, pipeline=2), False),
+    "TP2-DP2 to PP2-DP2": (Layout(tensor=2, data=2), Layout(pipeline=2, data=2), False),
+    "TP4 to DP4, packed": (Layout(tensor=4), Layout(data=4), True),
+    "DP4 to TP4, packed": (Layout(data=4), Layout(tensor=4), True),
+    "TP2-SP-PP2 to TP2-DP2": (Layout(tensor=2, pipeline=2, sequence_parallel=True), Layout(tensor=2, data=2), False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_hidden_signal_times_the_teachers_head_is_transformers_logits(teachers: Any, name: str, case: str):
+    (path, expected), (teacher, student, packing) = teachers[name], CASES[case]
+    ranks = run_ranks(run_teacher, path, teacher, student, None, packing, world=WORLD)
+    plan = plan_for(teacher, student, packing)
+    check_common(ranks, plan, teacher, student, packing)
+    for dp in range(student.data):
+        parts = [ranks[rank]["arrived"] for rank in student.last_stage_ranks(dp)]
+        for position in (p for batch in plan.student[dp] for p in batch):
+            logits = torch.cat([part[position][0] for part in parts], dim=1)
+            assert logits.shape[0] == plan.samples[position].num_loss_tokens
+            assert not logits[:, VOCAB:].any(), "padding rows of the head are zero"
+            torch.testing.assert_close(logits[:, :VOCAB], expected[position], rtol=0, atol=1e-5)
+    assert not any(head for result in ranks for head in result["heads"]), "the student's last stage holds the shards"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_topk_signal_is_the_dense_models_topk_with_the_full_logsumexp(teachers: Any, name: str, case: str):
+    (path, expected), (teacher, student, packing) = teachers[name], CASES[case]
+    ranks = run_ranks(run_teacher, path, teacher, student, TOPK, packing, world=WORLD)
+    plan = plan_for(teacher, student, packing)
+    check_common(ranks, plan, teacher, student, packing)
+    for dp in range(student.data):
+        for rank in student.last_stage_ranks(dp):
+            for position in (p for batch in plan.student[dp] for p in batch):
+                logprobs, indices = ranks[rank]["arrived"][position]
+                dense = torch.log_softmax(expected[position], dim=-1)
+                values, ids = dense.topk(TOPK)
+                assert torch.equal(indices, ids)
+                torch.testing.assert_close(logprobs, values, rtol=0, atol=2e-5)
+
+
+def check_common(ranks: list[dict[str, Any]], plan: StepPlan, teacher: Layout, student: Layout, packing: bool) -> None:
+    """Every sequence forwarded once; frozen and untouched; arrivals and bytes as planned."""
+    trained = replica_of(plan.student)
+    for rank, result in enumerate(ranks):
+        where = student.coordinate(rank)
+        mine = {p for p, dp in trained.items() if dp == where.dp} if where.pp == student.pipeline - 1 else set()
+        assert result["arrived"].keys() == mine
+        for key in ("untouched", "frozen", "eval", "graphless"):
+            assert result[key], key
+    expected_inputs = Counter((*s.prompt_ids, *s.completion_ids)[:-1] for s in plan.samples)
+    for tp, pp in product(range(teacher.tensor), range(teacher.pipeline)):
+        fed: Counter[tuple[int, ...]] = Counter()
+        for dp in range(teacher.data):
+            rank = next(
+                r for r in range(WORLD) if tuple(teacher.coordinate(r)) == (tp, 0, dp, pp)
+            )  # the replicas share the samples, the ranks of one replica all see them
+            fed.update(ranks[rank]["fed"])
+        assert sequences(fed, expected_inputs, packing) == expected_inputs
+
+
+def sequences(
+    fed: Counter[tuple[int, ...]], expected: Counter[tuple[int, ...]], packing: bool
+) -> Counter[tuple[int, ...]]:
+    """The samples in the rows that the model was fed: a row is a sample and padding, or samples end to end."""
+    found: Counter[tuple[int, ...]] = Counter()
+    for row, times in fed.items():
+        rest = row
+        while True:
+            starts = [s for s in expected if rest[: len(s)] == s]
+            if not starts:
+                break
+            longest = max(starts, key=len)
+            found[longest] += times
+            rest = rest[len(longest) :]
+            if not packing:
+                break
+        assert set(rest) <= {VOCAB - 1}, "what is left of a row must be padding"
+    return found
+
+
+# ---- another padding of the vocabulary -------------------------------------------------------------------------------
+
+
+def divergence_of_identical_models(student: str, teacher: str, layout: Layout) -> list[float]:
+    """Largest generalised JSD of any loss token between the two checkpoints, for three betas; each distribution comes
+    through a pipeline of its own, with its own head."""
+    with megatron():
+        results = []
+        signals = []
+        for path in (student, teacher):
+            pipeline = make_teacher(path, layout, layout)
+            plan = plan_for(layout, layout, packing=False)
+            signals.append(pipeline.signals(plan, Collator(plan.samples, plan.teacher, layout, packing=False))[0])
+        groups = groups_of(layout)
+        if not len(signals[0]):
+            return []
+        rows = read_architecture(student).padded_vocab_size(layout.tensor)
+        heads = [head_shard(path, layout, rows) for path in (student, teacher)]
+        assert heads[0] is not None
+        assert heads[1] is not None
+        assert heads[0].shape == heads[1].shape
+        logits = [
+            torch.cat([store._samples[p][0] for p in sorted(store._samples)]) @ head.T
+            for store, head in zip(signals, heads, strict=True)
+        ]
+        for beta in (0.0, 0.5, 1.0):
+            values = vocab_parallel_jsd(logits[0], logits[1], beta=beta, tp_group=groups.tp, vocab_size=VOCAB)
+            results.append(values.abs().max().item())
+        return results
+
+
+def with_more_rows(source: str, out: Path, rows: int) -> str:
+    """The same model with a vocabulary of `rows`: what is above VOCAB has weights that would win if they were used."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            weight[VOCAB:] = weight[:VOCAB].abs().max() * 10
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    return str(out)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tensor=4), Layout(tensor=2, pipeline=2), Layout(data=4)], ids=Layout.describe
+)
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_pitfalls_3_and_4_identical_models_of_other_padding_do_not_diverge(
+    teachers: Any, tmp_path: Path, name: str, layout: Layout
+):
+    """300 rows against 384, which Megatron pads to 512 and 1024 rows or so, by TP: aligned by global token id."""
+    path, _ = teachers[name]
+    wider = with_more_rows(path, tmp_path / "wider", 384)
+    for student, teacher in ((path, wider), (wider, path)):
+        ranks = run_ranks(divergence_of_identical_models, student, teacher, layout, world=WORLD)
+        found = [value for rank in ranks for value in rank]
+        assert len(found) == 3 * layout.tensor * layout.data
+        assert max(found) < 1e-6
+
+
+def topk_of(path: str, layout: Layout) -> dict[int, tuple[torch.Tensor, ...]]:
+    with megatron():
+        pipeline = make_teacher(path, layout, layout, TOPK)
+        plan = plan_for(layout, layout, packing=False)
+        return pipeline.signals(plan, Collator(plan.samples, plan.teacher, layout, packing=False))[0]._samples
+
+
+def test_pitfall_4_rows_above_the_vocabulary_are_never_in_the_topk(teachers: Any, tmp_path: Path):
+    path, expected = teachers["untied"]
+    wider = with_more_rows(path, tmp_path / "wider", 384)
+    layout = Layout(tensor=4)
+    for samples in run_ranks(topk_of, wider, layout, world=WORLD):
+        for position, (logprobs, indices) in samples.items():
+            values, ids = torch.log_softmax(expected[position], dim=-1).topk(TOPK)
+            assert torch.equal(indices.long(), ids)
+            torch.testing.assert_close(logprobs, values, rtol=0, atol=2e-5)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def wrong_topk(path: str) -> list[str]:
+    messages = []
+    with megatron():
+        for topk in (0, VOCAB + 1):
+            try:
+                make_teacher(path, Layout(), Layout(), topk)
+            except ConfigError as error:
+                messages.append(str(error))
+    return messages
+
+
+def test_topk_outside_the_vocabulary_is_refused(teachers: Any):
+    (messages,) = run_ranks(wrong_topk, teachers["untied"][0], world=1)
+    assert messages == [f"gkd_logits_topk {k} is outside 1..300, the size of the vocabulary" for k in (0, 301)]
+
+
+def test_a_route_reads_as_a_record():
+    assert Route(3, 0, 1)._asdict() == {"position": 3, "source": 0, "destination": 1}

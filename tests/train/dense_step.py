@@ -1,0 +1,209 @@
+"""One distillation step in one process, written from the formulas: transformers models, torch autograd, torch AdamW.
+
+The truth that the trainer is held against. It shares no code with megatron_gkd but the records: no vocabulary shards,
+no pipeline, no micro-batches, no padding (each sample is its own sequence), no losses or reference of the package.
+
+    loss = ( sum over all completion tokens of D(P, Q)  +  sft_alpha * sum over tokens of non-student samples of CE )
+           / number of completion tokens of the global batch
+
+    D: KL(P||Q) at beta 0, KL(Q||P) at beta 1, beta KL(P||M) + (1 - beta) KL(Q||M) between, M = beta P + (1 - beta) Q.
+    P, Q: softmax over the token ids that both models have; with a top K, renormalised on the teacher's K most probable
+    of them, or with all others as one more outcome ("bucket").
+
+Then torch's clip_grad_norm_ and AdamW, with Megatron's parameter groups: no weight decay on 1-D parameters.
+`Fault` names mistakes to make on purpose: a comparison that cannot tell them apart is worth nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+
+from megatron_gkd.config import TrainingConfig
+from megatron_gkd.records import Sample
+
+Signal = Literal["full", "topk", "bucket"]
+Fault = Literal["mean_per_sample", "no_division", "sft_on_student", "label_shift", "decay_on_norms", "no_clipping"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised."""
+
+    beta: float
+    signal: Signal = "full"
+    sft_alpha: float = 0.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class DenseStep:
+    """Numbers of one step. `metrics`: means per token, by the names that the trainer reports."""
+
+    loss: float
+    grad_norm: float
+    metrics: dict[str, float]
+    weights: dict[str, torch.Tensor]
+
+
+def dense_step(
+    student_path: str,
+    teacher_path: str,
+    samples: Sequence[Sample],
+    objective: Objective,
+    training: TrainingConfig,
+    *,
+    topk: int,
+    fault: Fault | None = None,
+) -> DenseStep:
+    """One update from `samples` at learning rate `training.lr`."""
+    student = load(student_path)
+    teacher_logits = all_logits(teacher_path, tuple(samples))
+    num_tokens = sum(len(sample.completion_ids) for sample in samples)
+    names = ("divergence", "agreement", "cross_entropy", "teacher_mass", "student_mass")
+    losses, values, counts = [], dict.fromkeys(names, 0.0), {"cross_entropy": 0}
+    for sample, teacher in zip(samples, teacher_logits, strict=True):
+        logits = completion_logits(student, sample, shift=fault == "label_shift")
+        vocab_size = min(logits.shape[1], teacher.shape[1])
+        terms = token_terms(logits[:, :vocab_size], teacher[:, :vocab_size], sample, objective, topk)
+        supervised = sample.source != "student" or fault == "sft_on_student"
+        loss = terms["divergence"].sum() + objective.sft_alpha * supervised * terms["cross_entropy"].sum()
+        if fault == "mean_per_sample":
+            loss = loss / max(len(sample.completion_ids), 1) * num_tokens / len(samples)
+        losses.append(loss)
+        terms["cross_entropy"] = terms["cross_entropy"] * supervised
+        for name, per_token in terms.items():
+            values[name] += float(per_token.detach().sum())
+        for name, kind in (("loss", "divergence"), ("agreement", "agreement")):
+            part = f"source/{sample.source}/{name}"
+            values[part] = values.get(part, 0.0) + float(terms[kind].detach().sum())
+            counts[part] = counts.get(part, 0) + len(sample.completion_ids)
+        counts["cross_entropy"] += supervised * len(sample.completion_ids)
+    loss = torch.stack(losses).sum() / (1 if fault == "no_division" else num_tokens)
+    loss.backward()
+    grad_norm = update(student, training, fault)
+    return DenseStep(
+        float(loss.detach()),
+        grad_norm,
+        {name: total / counts.get(name, num_tokens) for name, total in values.items()},
+        {name: parameter.detach().clone() for name, parameter in student.named_parameters()},
+    )
+
+
+def token_terms(
+    logits_CV: torch.Tensor, teacher_CV: torch.Tensor, sample: Sample, objective: Objective, topk: int
+) -> dict[str, torch.Tensor]:
+    """Per completion token, [C] float64: the divergence, and what is reported beside it."""
+    student_CV, teacher_CV = logits_CV.double(), teacher_CV.double()
+    log_q, log_p = student_CV.log_softmax(-1), teacher_CV.log_softmax(-1)
+    labels = torch.tensor(sample.completion_ids, dtype=torch.int64)
+    support = teacher_CV.topk(topk, dim=-1).indices
+    terms = {
+        "agreement": (student_CV.argmax(-1) == teacher_CV.argmax(-1)).double(),
+        "cross_entropy": -log_q.gather(1, labels[:, None])[:, 0],
+        "teacher_mass": log_p.gather(1, support).exp().sum(-1),
+        "student_mass": log_q.gather(1, support).exp().sum(-1),
+    }
+    if objective.signal == "bucket":
+        assert objective.temperature == 1.0
+        log_p, log_q = with_tail(log_p, support), with_tail(log_q, support)
+    else:
+        if objective.signal == "topk":
+            student_CV, teacher_CV = student_CV.gather(1, support), teacher_CV.gather(1, support)
+        log_q = (student_CV / objective.temperature).log_softmax(-1)
+        log_p = (teacher_CV / objective.temperature).log_softmax(-1)
+    return terms | {"divergence": divergence(log_p, log_q, objective.beta)}
+
+
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    """[C, N] log-probabilities -> [C] nats."""
+
+    def kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+        return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+    if beta == 0:
+        return kl(log_p, log_q)
+    if beta == 1:
+        return kl(log_q, log_p)
+    log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+
+
+def with_tail(log_prob_CV: torch.Tensor, support_CK: torch.Tensor) -> torch.Tensor:
+    """[C, K + 1]: the support, and everything else as one outcome."""
+    outside = torch.ones_like(log_prob_CV).scatter(1, support_CK, 0.0)
+    tail = (log_prob_CV.exp() * outside).sum(-1, keepdim=True).log()
+    return torch.cat([log_prob_CV.gather(1, support_CK), tail], dim=1)
+
+
+def update(model: torch.nn.Module, training: TrainingConfig, fault: Fault | None = None) -> float:
+    """Clip and step; returns the gradient norm before clipping."""
+    parameters = list(model.parameters())
+    max_norm = float("inf") if fault == "no_clipping" or not training.clip_grad else training.clip_grad
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    decayed = [p for p in parameters if p.ndim > 1 or fault == "decay_on_norms"]
+    others = [p for p in parameters if p.ndim == 1 and fault != "decay_on_norms"]
+    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    torch.optim.AdamW(
+        groups, lr=training.lr, betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_eps
+    ).step()
+    return float(grad_norm)
+
+
+def load(path: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+
+
+def completion_logits(model: Any, sample: Sample, *, shift: bool = False) -> torch.Tensor:
+    """[C, V]: the logits that predict the completion tokens. `shift` is a fault: those one position further left."""
+    ids = torch.tensor([[*sample.prompt_ids, *sample.completion_ids]])
+    first = max(len(sample.prompt_ids) - 1 - shift, 0)
+    return model(ids).logits[0, first : first + len(sample.completion_ids)]
+
+
+@lru_cache(maxsize=8)
+@torch.no_grad()
+def all_logits(path: str, samples: tuple[Sample, ...]) -> tuple[torch.Tensor, ...]:
+    """`completion_logits` of every sample by a frozen model."""
+    model = load(path)
+    return tuple(completion_logits(model, sample) for sample in samples)
+
+
+def differences(
+    loss: float,
+    grad_norm: float,
+    metrics: Mapping[str, float],
+    weights: Mapping[str, torch.Tensor],
+    truth: DenseStep,
+    *,
+    initial: Mapping[str, torch.Tensor],
+    tolerance: float = 1e-5,
+) -> dict[str, float]:
+    """Every relative error above the tolerance, by name; empty for equal steps.
+
+    Weights are compared twice: as they are, and as the update that led to them (its error is not hidden behind the
+    weights that it changes little).
+    """
+    errors = {
+        "loss": abs(loss - truth.loss) / truth.loss,
+        "grad_norm": abs(grad_norm - truth.grad_norm) / truth.grad_norm,
+    }
+    for name in metrics.keys() & truth.metrics.keys():
+        errors[f"metric {name}"] = abs(metrics[name] - truth.metrics[name]) / max(abs(truth.metrics[name]), 1e-3)
+    if weights.keys() != truth.weights.keys():
+        return {f"names {sorted(weights.keys() ^ truth.weights.keys())}": float("inf")}
+    for name, expected in truth.weights.items():
+        errors[name] = relative(weights[name], expected)
+        errors[f"update of {name}"] = relative(weights[name] - initial[name], expected - initial[name]) / 10
+    return {name: error for name, error in errors.items() if not error <= tolerance}
+
+
+def relative(tensor: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest element."""
+    return float((tensor - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

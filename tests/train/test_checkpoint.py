@@ -1,0 +1,327 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped, in its own layout and in any other.
+
+A run of 6 steps that saves after 3 is compared with runs that load the checkpoint of step 3: every number of
+metrics.jsonl, the evaluation and the exported student are equal to the last bit in the same layout, and to 1e-6
+relative in another one. Then the directory: pointer, leftovers, limit; and what is refused.
+
+Not covered: bf16 and fp16 (their main parameters and loss scale), CUDA, a crash in the middle of a file.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.train.checkpoint import complete_checkpoints, find_checkpoint, read_state
+from tests.checkpoints import write_tiny_checkpoint
+from tests.ranks import RankFailureError, run_ranks
+from tests.train.runs import command_line, exported, metrics, train, train_on_this_rank
+from tests.train.trainers import write_rows
+
+STEPS, SAVED_AT = 6, 3
+# adam_eps near the gradients' size: with 1e-8 the smallest gradients, which are rounding, move weights by full steps.
+FLAGS: dict[str, Any] = dict(
+    lmbda=0,
+    sft_alpha=0.5,
+    micro_batch_size=1,
+    global_batch_size=8,
+    train_iters=STEPS,
+    lr=3e-3,
+    min_lr=1e-4,
+    lr_warmup_fraction=0.34,
+    adam_eps=1e-4,
+    clip_grad=0.1,
+    save_steps=SAVED_AT,
+    report_to="none",
+    device="cpu",
+    eval_steps=SAVED_AT,
+)
+HOME: dict[str, Any] = dict(tensor=2, pipeline=2)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def inputs(root: Path) -> dict[str, Any]:
+    """Models and data; 4 key/value heads, so that TP4 divides them. 21 rows: the epochs end within batches."""
+    sizes: dict[str, Any] = dict(hidden_size=32, ffn_hidden_size=48, kv_heads=4)
+    student = write_tiny_checkpoint(root / "student", "qwen3", tied=True, seed=1, **sizes)
+    teacher = write_tiny_checkpoint(root / "teacher", "qwen3", tied=False, layers=2, seed=2, **sizes)
+    return dict(
+        model=student,
+        teacher_model=teacher,
+        teacher_tensor=1,
+        teacher_pipeline=1,
+        dataset=[write_rows(root / "rows.jsonl", 21)],
+        eval_dataset=[write_rows(root / "held_out.jsonl", 5, seed=9)],
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path, inputs: dict[str, Any]) -> dict[bool, Path]:
+    """Run directories of uninterrupted runs, by use_distributed_optimizer. DP2 x PP2 makes the sharding real."""
+    layouts = {True: dict(pipeline=2), False: HOME}
+    return {
+        sharded: train(world=4, **inputs, **FLAGS, **layout, sharded=sharded, save=root / f"whole_{sharded}")
+        for sharded, layout in layouts.items()
+    }
+
+
+def checkpoint_of(run_dir: Path, step: int = SAVED_AT) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def assert_same_bits(resumed: Path, whole: Path, first_step: int) -> None:
+    assert metrics(resumed, first_step=first_step) == metrics(whole, first_step=first_step)
+    evaluations = [metrics(run, first_step=first_step, file="evaluation.jsonl") for run in (resumed, whole)]
+    assert evaluations[0] == evaluations[1] != []
+    ours, theirs = exported(resumed), exported(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sharded", "layout"), [(True, dict(pipeline=2)), (False, HOME)], ids=["sharded", "whole"])
+def test_a_resumed_run_is_the_same_run(
+    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool, layout: dict[str, Any]
+) -> None:
+    """Interrupted after step 5, of which the record tells and no checkpoint: the run directory ends up the same."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole[sharded], run_dir)
+    shutil.rmtree(run_dir / "hf")
+    shutil.rmtree(checkpoint_of(run_dir, STEPS))
+    (run_dir / "checkpoints" / "latest").write_text(checkpoint_of(run_dir).name)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()[: STEPS - 1]
+    (run_dir / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 6, "lo']))
+    train(world=4, **inputs, **FLAGS, **layout, sharded=sharded, save=run_dir, load=run_dir)
+    assert [row["step"] for row in metrics(run_dir)] == list(range(1, STEPS + 1))
+    assert_same_bits(run_dir, whole[sharded], 1)
+    assert read_state(find_checkpoint(run_dir)) == read_state(checkpoint_of(whole[sharded], STEPS))
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "TP2 PP2": HOME,
+    "PP4": dict(pipeline=4),
+    "TP4 SP": dict(tensor=4, sequence=True),
+    "DP4": {},
+    "PP2 VPP2 DP2": dict(pipeline=2, virtual=2),
+}
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "whole"])
+@pytest.mark.parametrize("layout", OTHERS)
+def test_a_run_goes_on_in_another_layout(
+    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool, layout: str
+) -> None:
+    source = whole[sharded]
+    run_dir = train(
+        world=4,
+        **inputs,
+        **FLAGS,
+        **OTHERS[layout],
+        sharded=sharded,
+        save=tmp_path / "run",
+        load=checkpoint_of(source),
+    )
+    ours, theirs = metrics(run_dir), metrics(source, first_step=SAVED_AT + 1)
+    assert [row["step"] for row in ours] == list(range(SAVED_AT + 1, STEPS + 1))
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(expected, rel=1e-6)
+    weights, expected_weights = exported(run_dir), exported(source)
+    for name, tensor in expected_weights.items():
+        assert (weights[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+
+
+# ---- the directory --------------------------------------------------------------------------------------------------
+
+
+def fake_checkpoint(run_dir: Path, step: int) -> Path:
+    """A directory that looks complete; its tensors are not there."""
+    path = checkpoint_of(run_dir, step)
+    path.mkdir(parents=True)
+    state = dict(
+        step=step, consumed_samples=8 * step, data_fingerprint="0", architecture="none", use_distributed_optimizer=True
+    )
+    (path / "state.json").write_text(json.dumps(state))
+    return path
+
+
+def test_the_pointer_names_the_checkpoint_and_a_stale_one_is_passed_over(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    first, second = fake_checkpoint(tmp_path, 2), fake_checkpoint(tmp_path, 10)
+    assert find_checkpoint(tmp_path) == second, "without a pointer: the newest"
+    (root / "latest").write_text(first.name + "\n")
+    assert find_checkpoint(tmp_path) == first
+    assert find_checkpoint(second) == second, "a checkpoint itself"
+    (root / "latest").write_text("step_00000012")
+    assert find_checkpoint(tmp_path) == second
+    (second / "state.json").unlink()
+    assert complete_checkpoints(root) == [first]
+    assert find_checkpoint(tmp_path) == first
+
+
+def test_an_unfinished_checkpoint_is_none(tmp_path: Path) -> None:
+    fake_checkpoint(tmp_path, 4).rename(tmp_path / "checkpoints" / ".writing_step_00000004")
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match="no complete checkpoint there; give a run directory"):
+            find_checkpoint(path)
+
+
+def test_the_limit_the_leftovers_and_a_step_saved_before(tmp_path: Path, inputs: dict[str, Any]) -> None:
+    """Saves after each of 4 steps, keeping 2; a leftover goes; then a second run over the same steps replaces them."""
+    flags = FLAGS | inputs | dict(train_iters=4, save_steps=1, eval_steps=4, save_total_limit=2)
+    run_dir = tmp_path / "run"
+    leftover = run_dir / "checkpoints" / ".writing_step_00000007"
+    leftover.mkdir(parents=True)
+    (leftover / "part").write_text("x")
+    train(**flags, save=run_dir)
+    names = ["latest", "step_00000003", "step_00000004"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == names
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000004"
+    assert read_state(find_checkpoint(run_dir)).consumed_samples == 32
+    before = metrics(run_dir)
+    old = checkpoint_of(run_dir, 4) / "state.json"
+    stamp = old.stat().st_mtime_ns
+    shutil.rmtree(run_dir / "hf")
+    train(**flags, save=run_dir, load=checkpoint_of(run_dir, 3))
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == names
+    assert old.stat().st_mtime_ns > stamp
+    assert metrics(run_dir) == before
+
+
+def run_and_count_processes(argv: list[str]) -> int:
+    train_on_this_rank(argv)
+    return len(multiprocessing.active_children())
+
+
+def test_a_save_leaves_no_process_behind(tmp_path: Path, inputs: dict[str, Any]) -> None:
+    """megatron-core's own way starts a manager process on each rank, which outlives a rank that is killed."""
+    argv = command_line(**inputs, **(FLAGS | dict(train_iters=1, eval_steps=1)), save=tmp_path / "run")
+    assert run_ranks(run_and_count_processes, argv, world=2, fresh=True, timeout_s=120) == [0, 0]
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def damage_state(checkpoint: Path) -> None:
+    (checkpoint / "state.json").write_text('{"step": 3, "consu')
+
+
+def drop_a_field(checkpoint: Path) -> None:
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["data_fingerprint"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+def lose_tensors(checkpoint: Path) -> None:
+    for file in checkpoint.glob("*.distcp"):
+        file.unlink()
+
+
+def lose_common(checkpoint: Path) -> None:
+    (checkpoint / "common.pt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_state, "state.json cannot be read"),
+        (drop_a_field, "state.json cannot be read"),
+        (lose_tensors, "cannot be loaded"),
+        (lose_common, "cannot be loaded"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], damage: Any, message: str
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint_of(whole[True]), checkpoint)
+    damage(checkpoint)
+    with pytest.raises(RankFailureError, match=f"CheckpointError: .*{message}(.|\n)*older checkpoint"):
+        train(**inputs, **FLAGS, save=tmp_path / "run", load=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model="other"), "was saved for another student"),
+        (dict(dataset="other"), "was saved with other training rows"),
+        (dict(sharded=False), "--use_distributed_optimizer"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_run_is_refused(
+    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], change: dict[str, Any], message: str
+) -> None:
+    """Going on with something else than what was saved is an error that says what differs."""
+    if "model" in change:
+        other = write_tiny_checkpoint(tmp_path / "model", "qwen3", tied=True, layers=2, hidden_size=32)
+        change = dict(model=other)
+    if "dataset" in change:
+        change = dict(dataset=[write_rows(tmp_path / "rows.jsonl", 21, seed=3)])
+    with pytest.raises(RankFailureError, match=f"CheckpointError: (.|\n)*{message}"):
+        train(**(inputs | FLAGS | change), save=tmp_path / "run", load=whole[True])
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "lr": dict(lr=1e-2),
+    "min_lr": dict(min_lr=1e-3),
+    "lr_decay_style": dict(lr_decay_style="linear"),
+    "train_iters": dict(train_iters=STEPS + 2),
+    "weight_decay": dict(weight_decay=0.0),
+    "adam_beta1": dict(adam_beta1=0.5),
+    "adam_beta2": dict(adam_beta2=0.5),
+    "adam_eps": dict(adam_eps=1e-3),
+    "clip_grad": dict(clip_grad=0.01),
+    "freeze_embeddings": dict(freeze_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "whole"])
+def test_the_flags_of_a_resumed_run_hold(
+    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool
+) -> None:
+    """Not the saved ones: each of them changes what comes after the checkpoint, and config.yaml says so."""
+    saved = exported(whole[sharded])
+    rates = [row["lr"] for row in metrics(whole[sharded], first_step=SAVED_AT + 1)]
+    for name in CHANGES if sharded else ("lr", "adam_beta2", "freeze_embeddings"):
+        change, run_dir = CHANGES[name], tmp_path / name
+        flags = FLAGS | inputs | dict(eval_steps=100, save_steps=100) | change
+        train(**flags, sharded=sharded, save=run_dir, load=checkpoint_of(whole[sharded]))
+        weights = exported(run_dir)
+        assert any(not torch.equal(weights[n], saved[n]) for n in saved), name
+        resumed = metrics(run_dir)
+        if name == "train_iters":
+            assert resumed[-1]["step"] == STEPS + 2
+        if "lr" in name or name == "train_iters":
+            assert all(row["lr"] != rate for row, rate in zip(resumed[:2], rates[:2], strict=True)), name
+        else:
+            assert [row["lr"] for row in resumed] == rates
+        value = str(next(iter(change.values()))).lower()
+        assert f"{name}: {value}" in (run_dir / "config.yaml").read_text()
+
+
+def test_an_earlier_run_is_not_written_over(tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path]) -> None:
+    """On every rank, before anything is touched."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole[True], run_dir)
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+    for options, message in (
+        (dict(), "ConfigError: .*metrics.jsonl holds an earlier run; give another --save, or --load it"),
+        (dict(load=run_dir), "CheckpointError: .*hf exists and is not overwritten"),
+    ):
+        with pytest.raises(RankFailureError, match=message):
+            train(world=2, **inputs, **FLAGS, lr_decay_style="linear", save=run_dir, **options)
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()} == before

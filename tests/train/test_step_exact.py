@@ -1,0 +1,221 @@
+"""One training step equals a plain transformers + torch implementation of the same step, in every layout.
+
+Loss, gradient norm, reported means and every updated weight (by its HF name), to 1e-5 relative in fp32, of a tiny
+Qwen3 (tied embeddings) and a tiny Llama (untied), against dense_step.py. In each layout the whole grid
+
+    beta 0, 0.5, 1  x  full vocabulary, top K renormalised, top K with a tail  x  sft_alpha 0, 0.5
+
+with micro-batches of 1 and 4 samples and both loss paths alternating over it, then a few cells more: the other
+micro-batch size and path, packing, a loss temperature. The batch has mixed lengths, an empty completion, samples of all
+three sources. Student and teacher differ in hidden size, depth, padded vocabulary and, mostly, in layout.
+
+Not covered: bf16, more than one step (test_checkpoint.py, test_golden.py), CUDA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_gkd.config import DistillationConfig, TrainingConfig
+from megatron_gkd.records import SOURCES
+from tests.ranks import run_ranks
+from tests.train.dense_step import DenseStep, Fault, Objective, dense_step, differences, load
+from tests.train.trainers import PAIRS, StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
+from tests.weights.ranks_at_work import megatron
+
+TOPK = 12
+SAMPLES = make_samples([(5, 7), (3, 1), (9, 12), (2, 0), (1, 4), (6, 9), (4, 3), (7, 5)])
+COUNTS = {"tokens": sum(sample.num_loss_tokens for sample in SAMPLES)}
+COUNTS |= {source: sum(sample.source == source for sample in SAMPLES) for source in SOURCES}
+
+# adam_eps near the gradient's own size: the update keeps its direction AND its scale, where 1e-8 would leave the sign
+# alone. The gradient norm is above clip_grad, and one step changes the weights by several percent.
+OPTIMIZER: dict[str, Any] = dict(lr=0.01, adam_eps=1e-4, weight_decay=0.1, clip_grad=0.02, adam_beta2=0.95)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One step of a layout."""
+
+    objective: Objective
+    micro_batch_size: int
+    loss_path: str
+    packing: bool = False
+    teacher_micro_batch_size: int | None = None
+
+    def distillation(self) -> DistillationConfig:
+        objective = self.objective
+        return DistillationConfig(
+            beta=objective.beta,
+            sft_alpha=objective.sft_alpha,
+            loss_temperature=objective.temperature,
+            gkd_logits_topk=None if objective.signal == "full" else TOPK,
+            topk_tail="bucket" if objective.signal == "bucket" else "renormalize",
+            loss_path=self.loss_path,  # type: ignore[arg-type]
+        )
+
+
+OBJECTIVES = [
+    Objective(beta, signal, sft_alpha)  # type: ignore[arg-type]
+    for beta, signal, sft_alpha in product((0.0, 0.5, 1.0), ("full", "topk", "bucket"), (0.0, 0.5))
+]
+
+
+def cells(offset: int) -> list[Cell]:
+    """The grid of the module docstring; `offset` shifts the alternation, so that the layouts complement one another."""
+    grid = [
+        Cell(objective, (1, 4)[(index + offset) % 2], ("fused", "logits")[(index // 2 + index // 6 + offset // 2) % 2])
+        for index, objective in enumerate(OBJECTIVES)
+    ]
+    middle, warm = Objective(0.5, "full", 0.5), Objective(1.0, "topk", 0.5, temperature=1.7)
+    more = [Cell(middle, size, path) for size, path in product((1, 4), ("fused", "logits"))]
+    more += [Cell(warm, 2, "fused", teacher_micro_batch_size=3), Cell(warm, 2, "logits")]
+    more += [Cell(replace(warm, signal="full"), 1, path) for path in ("fused", "logits")]
+    return list(dict.fromkeys(grid + more))
+
+
+PACKED = [
+    Cell(Objective(0.5, "full", 0.5), 1, "fused", packing=True),
+    Cell(Objective(1.0, "bucket", 0.0), 1, "logits", packing=True),
+]
+MAX_PACKED_TOKENS = 24
+
+# name -> (ranks, layout of student and teacher). The optimizer is sharded (or not) where it makes a difference.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP1": (1, dict(sharded=False)),
+    "TP2": (2, dict(tensor=2, teacher_tensor=1, teacher_pipeline=2)),
+    "PP2": (2, dict(pipeline=2, teacher_tensor=2, teacher_pipeline=1)),
+    "DP2": (2, dict(sharded=True, teacher_tensor=2)),
+    "DP2, whole optimizer": (2, dict(sharded=False)),
+    "TP2 SP": (2, dict(tensor=2, sequence=True, teacher_tensor=1)),
+    "PP2 VPP2": (2, dict(pipeline=2, virtual=2, teacher_pipeline=2)),
+    "TP2 PP2": (4, dict(tensor=2, pipeline=2, teacher_tensor=2, teacher_pipeline=1)),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exact")
+
+
+def config_of(root: Path, family: str, layout: dict[str, Any]) -> Any:
+    student, teacher = write_pair(root, family)
+    rows = root / "rows.jsonl"
+    dataset = str(rows) if rows.exists() else write_rows(rows, 8)
+    flags = {T[name]: value for name, value in layout.items()}
+    return run_config(
+        student,
+        teacher,
+        dataset,
+        micro_batch_size=1,
+        global_batch_size=len(SAMPLES),
+        train_iters=1,
+        lr_decay_style="constant",
+        lr_warmup_fraction=0.0,
+        **OPTIMIZER,
+        **flags,
+    )
+
+
+def run_cells(config: Any, cells: list[Cell]) -> list[StepOutcome]:
+    """One step per cell, each from the same state."""
+    outcomes = []
+    with megatron():
+        trainer = Trainer(config)
+        for cell in cells:
+            trainer.rewind()
+            outcomes.append(
+                trainer.step(
+                    SAMPLES,
+                    cell.distillation(),
+                    micro_batch_size=cell.micro_batch_size,
+                    teacher_micro_batch_size=cell.teacher_micro_batch_size,
+                    packing=cell.packing,
+                    max_tokens=MAX_PACKED_TOKENS if cell.packing else None,
+                )
+            )
+    return outcomes
+
+
+@cache
+def truth(student: str, teacher: str, objective: Objective, fault: Fault | None = None) -> DenseStep:
+    return dense_step(student, teacher, SAMPLES, objective, TrainingConfig(**OPTIMIZER), topk=TOPK, fault=fault)
+
+
+@cache
+def initial(path: str) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in load(path).named_parameters()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", PAIRS)
+def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> None:
+    world, options = LAYOUTS[layout]
+    config = config_of(root, family, options)
+    # The interleaved pipeline needs a multiple of PP micro-batches, which packing does not promise.
+    grid = cells(list(LAYOUTS).index(layout)) + ([] if "virtual" in options else PACKED)
+    results = run_ranks(run_cells, config, grid, world=world, timeout_s=240)
+    student, teacher = config.model.model, config.teacher.teacher_model
+    faults = {}
+    for index, cell in enumerate(grid):
+        expected = truth(student, teacher, cell.objective)
+        assert expected.grad_norm > OPTIMIZER["clip_grad"]
+        outcomes = [outcome[index] for outcome in results]
+        assert len({(outcome.loss, outcome.grad_norm) for outcome in outcomes}) == 1, "ranks report different numbers"
+        (written,) = [outcome for outcome in outcomes if outcome.weights is not None]
+        assert written.weights is not None
+        assert all(outcome.counts == COUNTS for outcome in outcomes)
+        wrong = differences(
+            written.loss, written.grad_norm, written.metrics, written.weights, expected, initial=initial(student)
+        )
+        if wrong:
+            faults[cell] = wrong
+    assert not faults, "\n".join(f"{cell}\n    {wrong}" for cell, wrong in faults.items())
+
+
+# ---- the comparison itself ------------------------------------------------------------------------------------------
+
+CONTROL = Objective(0.0, "full", 0.5)
+WRONG_STEPS: dict[str, tuple[Objective, Fault | None, set[str]]] = {
+    # what is done wrongly -> (objective, fault, what must tell it)
+    "mean per sample, then over samples": (CONTROL, "mean_per_sample", {"loss", "grad_norm"}),
+    "the sum, not divided": (CONTROL, "no_division", {"loss", "grad_norm"}),
+    "cross entropy on the student's samples": (CONTROL, "sft_on_student", {"loss", "metric cross_entropy"}),
+    "labels one position off": (CONTROL, "label_shift", {"loss", "metric divergence"}),
+    "weight decay on norms": (CONTROL, "decay_on_norms", {"update of model.norm.weight", "model.norm.weight"}),
+    "no clipping": (CONTROL, "no_clipping", {"update of model.norm.weight", "model.norm.weight"}),
+    "beta swapped": (replace(CONTROL, beta=1.0), None, {"loss", "grad_norm", "metric divergence"}),
+    "top K for full": (replace(CONTROL, signal="topk"), None, {"loss", "grad_norm", "metric divergence"}),
+    "tail for none": (replace(CONTROL, signal="bucket"), None, {"loss", "grad_norm", "metric divergence"}),
+    "alpha 1e-4 off": (replace(CONTROL, sft_alpha=0.50005), None, {"loss", "grad_norm"}),
+}
+
+
+@pytest.fixture(scope="module")
+def control(root: Path) -> tuple[Any, StepOutcome]:
+    config = config_of(root, "llama", {})
+    (outcomes,) = run_ranks(run_cells, config, [Cell(CONTROL, 2, "fused")], world=1)
+    return config, outcomes[0]
+
+
+@pytest.mark.parametrize("wrong", WRONG_STEPS)
+def test_a_wrong_dense_step_is_told_apart(control: tuple[Any, StepOutcome], wrong: str) -> None:
+    config, outcome = control
+    objective, fault, telling = WRONG_STEPS[wrong]
+    student, teacher = config.model.model, config.teacher.teacher_model
+
+    def compare(dense: DenseStep) -> dict[str, float]:
+        assert outcome.weights is not None
+        return differences(
+            outcome.loss, outcome.grad_norm, outcome.metrics, outcome.weights, dense, initial=initial(student)
+        )
+
+    assert not compare(truth(student, teacher, CONTROL))
+    assert telling <= compare(truth(student, teacher, objective, fault)).keys()
