@@ -155,13 +155,13 @@ def _to_hf(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
         source_dir=cfg.hf_config or cfg.model,
         out_dir=cfg.save,
         dtype=DTYPES[cfg.dtype] if cfg.dtype else None,
-        bucket_bytes=_BUCKET_BYTES,
+        bucket_bytes=BUCKET_BYTES,
         read=source.read,
     )
     dist.barrier()  # the directory is there for every rank
 
 
-_BUCKET_BYTES = 16 * 2**20
+BUCKET_BYTES = 16 * 2**20
 
 
 def memory_bound_bytes(arch: Architecture, itemsize: int, *, to: Literal["megatron", "hf"], tensor: int = 1) -> int:
@@ -178,7 +178,7 @@ def memory_bound_bytes(arch: Architecture, itemsize: int, *, to: Literal["megatr
         vocabulary,
         *(sum(math.prod(s) for s in unit_shapes(unit, arch).values()) * itemsize for unit in units(arch)),
     )
-    return 2 * largest if to == "megatron" else 2 * max(_BUCKET_BYTES, largest) + 2 * largest
+    return 2 * largest if to == "megatron" else 2 * max(BUCKET_BYTES, largest) + 2 * largest
 
 
 def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:

@@ -25,7 +25,7 @@ import torch
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError, ShapeError
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
-from megatron_gkd.weights.hf_files import HFCheckpoint, cast_checked
+from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.naming import ROLES, Unit, hf_names, is_ignored_hf_name
 from megatron_gkd.weights.plan import Rectangle, hf_tensor_shapes, plan, shard_shape
 
@@ -180,9 +180,7 @@ def fill(target: torch.Tensor, rectangles: Sequence[Rectangle], checkpoint: HFCh
         if rectangle.name is None:
             rows.zero_()
             continue
-        source = checkpoint.read(rectangle.name, rectangle.rows, rectangle.columns)
-        num_bytes += source.numel() * source.element_size()
-        rows.copy_(cast_checked(source, target.dtype, rectangle.name))
+        num_bytes += checkpoint.read_into(rows, rectangle.name, rectangle.rows, rectangle.columns)
     assert position == target.shape[0], (position, target.shape)
     return num_bytes
 

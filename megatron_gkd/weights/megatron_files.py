@@ -148,12 +148,13 @@ class MegatronCheckpoint:
         tensor = parameter.tensor
         shards = self._shards[_storage(tensor)]
         stored = self._stored[shards[0].key]
-        value = torch.zeros(tensor.shape, dtype=stored.properties.dtype)
+        value = torch.empty(tensor.shape, dtype=stored.properties.dtype)
         for shard in shards:
             part = value.as_strided(shard.data.shape, shard.data.stride(), shard.data.storage_offset())
             self._read_shard(shard, part.view((1,) * shard.prepend_axis_num + tuple(shard.local_shape)))
         if parameter.unit.role in ("embedding", "head"):
             start = shards[0].global_offset[0]
+            # At least the vocabulary is stored (_check), so every row below it has been read.
             value[max(self._vocab_size - start, 0) :] = 0
         return value
 
