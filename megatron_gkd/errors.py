@@ -34,3 +34,7 @@ class CheckpointError(GKDError, ValueError):
 
 class LayoutError(ConfigError):
     """A parallel layout does not fit the world size or the model."""
+
+
+class RolloutError(GKDError, RuntimeError):
+    """A sampling engine failed, cannot be reached, holds other weights than the student, or was asked out of turn."""

@@ -157,13 +157,13 @@ class _CudaRequestsOnCpu(TorchFunctionMode):
 
 _ABSENT = object()  # an attribute that megatron-core does not define here
 _undo: Callable[[], None] | None = None
+_install: Callable[[], None] | None = None
 
 
 def adapt_megatron_to_cpu() -> Callable[[], None]:
     """Install the adaptation of the module docstring; returns the function that takes it back. A second call changes
     nothing.
     """
-    global _undo
     if _undo is not None:
         return _undo
     cpu = torch.device("cpu")
@@ -213,23 +213,43 @@ def adapt_megatron_to_cpu() -> Callable[[], None]:
     if not hasattr(moe_utils, "te_general_gemm"):
         replacements.append((moe_utils, "te_general_gemm", None))
     originals = [(owner, name, getattr(owner, name, _ABSENT)) for owner, name, _ in replacements]
-    for owner, name, replacement in replacements:
-        setattr(owner, name, replacement)
     mode = _CudaRequestsOnCpu()
-    mode.__enter__()
+
+    def install() -> None:
+        global _undo, _install
+        for owner, name, replacement in replacements:
+            setattr(owner, name, replacement)
+        mode.__enter__()
+        _undo, _install = undo, install
 
     def undo() -> None:
-        global _undo
+        global _undo, _install
         mode.__exit__(None, None, None)
         for owner, name, original in originals:
             if original is _ABSENT:
                 delattr(owner, name)
             else:
                 setattr(owner, name, original)
-        _undo = None
+        _undo = _install = None
 
-    _undo = undo
+    install()
     return undo
+
+
+@contextlib.contextmanager
+def cpu_adaptation_suspended() -> Iterator[None]:
+    """torch as it is, for the length of a `with` block; afterwards the same objects are installed again. Nothing to do
+    where there is no adaptation.
+    """
+    if _undo is None or _install is None:
+        yield
+        return
+    install = _install
+    _undo()
+    try:
+        yield
+    finally:
+        install()
 
 
 @contextlib.contextmanager

@@ -74,8 +74,8 @@ class MicroBatch:
     max_seqlen: int | None = None  # packed form only: the longest segment
 
 
-MicroBatchPlan = tuple[tuple[tuple[int, ...], ...], ...]  # [data-parallel rank][micro-batch] -> positions in the
-global batch
+# [data-parallel rank][micro-batch] -> positions in the global batch
+MicroBatchPlan = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a step's samples to the micro-batches that one model is fed."""
+"""From a step's samples to the micro-batches that one model is fed, and the plan of a forward pass alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,26 @@ from megatron_gkd.data.collate import collate
 from megatron_gkd.model.pipeline import common_shape
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatch, MicroBatchPlan, Sample
+from megatron_gkd.schedule import plan_micro_batches
+
+
+def plan_forward(lengths: Sequence[int], layout: Layout, *, micro_batch_size: int) -> MicroBatchPlan:
+    """Micro-batches of any number of samples for a forward pass alone: the last ones may be smaller, or empty.
+
+    The interleaved pipeline wants one shape [B, S] and a multiple of PP micro-batches: there they are single samples,
+    filled up with empty ones.
+    """
+    one_shape = common_shape(layout)
+    plan = plan_micro_batches(
+        lengths,
+        data_parallel_size=layout.data,
+        micro_batch_size=1 if one_shape else micro_batch_size,
+        allow_partial=True,
+    )
+    if one_shape:
+        missing = -len(plan[0]) % layout.pipeline
+        plan = tuple((*batches, *[()] * missing) for batches in plan)
+    return plan
 
 
 class Collator:

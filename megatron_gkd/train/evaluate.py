@@ -18,12 +18,13 @@ import torch
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.rows import RowDataset
 from megatron_gkd.model.build import HiddenStateGPTModel
-from megatron_gkd.model.pipeline import common_shape, select_loss_tokens
+from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.observe.metrics import Metrics
-from megatron_gkd.records import MicroBatch, MicroBatchPlan, Sample, StepPlan
+from megatron_gkd.records import MicroBatch, Sample, StepPlan
 from megatron_gkd.schedule import plan_micro_batches
 from megatron_gkd.teacher_pipeline import Signal
 from megatron_gkd.topk_jsd import topk_jsd
+from megatron_gkd.train.batches import plan_forward
 from megatron_gkd.train.setup import Run, build_run
 from megatron_gkd.train.step import add_reports, forward_step_with, reduce_reports, student_batches, teacher_signals
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
@@ -71,18 +72,8 @@ def _plan(run: Run, rows: RowDataset, indices: range) -> StepPlan:
         assert row.completion_ids is not None, "build_run requires completions in evaluation rows"
         samples.append(Sample(position, index, row.prompt_ids, row.completion_ids, "dataset"))
     lengths = [sample.num_inputs for sample in samples]
-    training, layout = run.config.training, run.student.layout
-    # The interleaved pipeline wants one shape [B, S] and a multiple of PP micro-batches: single samples, filled up
-    # with empty ones.
-    one_shape = common_shape(layout)
-    student = plan_micro_batches(
-        lengths,
-        data_parallel_size=layout.data,
-        micro_batch_size=1 if one_shape else training.micro_batch_size,
-        allow_partial=True,
-    )
-    if one_shape:
-        student = _fill_up(student, layout.pipeline)
+    training = run.config.training
+    student = plan_forward(lengths, run.student.layout, micro_batch_size=training.micro_batch_size)
     teacher = plan_micro_batches(
         lengths,
         data_parallel_size=run.teacher.layout.data,
@@ -90,11 +81,6 @@ def _plan(run: Run, rows: RowDataset, indices: range) -> StepPlan:
         allow_partial=True,
     )
     return StepPlan(0, tuple(samples), student, teacher)
-
-
-def _fill_up(plan: MicroBatchPlan, multiple: int) -> MicroBatchPlan:
-    missing = -len(plan[0]) % multiple
-    return tuple((*batches, *[()] * missing) for batches in plan)
 
 
 @torch.no_grad()

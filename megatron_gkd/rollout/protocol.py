@@ -1,0 +1,106 @@
+"""What the bridge asks of a sampling engine, and the records that cross that border. No vLLM, no process groups.
+
+An engine holds one copy of the student's weights, under a policy version: the number of updates behind them. Its life:
+
+    create -> asleep(weights and KV freed) or awake
+    wake_weights -> begin -> bucket* -> end(version) | abort -> wake_kv -> generate, score -> sleep -> ...
+
+Rules, enforced by the adapters: nothing is sampled or scored between `begin` and `end`, after `abort` until a complete
+update, or asleep; `end` makes the new weights and the version visible at once and drops every cached prefix. Weights
+travel under their Hugging Face names, as full (unsharded) tensors, each name once per update, in buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+FinishReason = Literal["stop", "length"]
+DEFAULT_TIMEOUT_S = 600.0  # of one call to an engine
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn; the same for all requests of a run. vLLM's meanings and its order of the filters."""
+
+    temperature: float  # 0: the most probable token
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    stop_token_ids: tuple[int, ...] = ()  # the stop token is kept as the completion's last token
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample. Its tokens depend on the weights, the settings and this record alone: not on the
+    engine, its tensor parallel size or the other requests.
+    """
+
+    key: int  # the caller's; returned with the completion
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of a request."""
+
+    key: int
+    token_ids: tuple[int, ...]  # up to and including the stop token
+    logprobs: tuple[float, ...]  # of each token, in nats, under the weights at temperature 1 with no filter
+    finish_reason: FinishReason  # "length": cut at max_tokens or at the engine's longest sequence
+    version: int  # policy version of the weights
+
+
+class Engine(Protocol):
+    """One engine, as the rank that drives it sees it. Every method raises RolloutError when the engine fails it, and
+    returns within a time limit. In a colocated engine of several ranks, all of them make the same calls.
+    """
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and completion together."""
+
+    @property
+    def version(self) -> int | None:
+        """Policy version of the weights; None before the first complete update and after an abort."""
+
+    def begin(self) -> None:
+        """Start an update: a complete one, every tensor of the model."""
+
+    def bucket(self, tensors: Sequence[tuple[str, torch.Tensor]], sums: Mapping[str, tuple[int, int]]) -> None:
+        """Hand over some of the tensors, with the checksum that each had on the rank that owns it (checksum.py).
+
+        The engine's worker verifies them and the call raises, naming the tensor. The engine may refer to the tensors
+        until `end`: the caller must not write to them.
+        """
+
+    def end(self, version: int) -> None:
+        """Finish the update: load what is incomplete, drop cached prefixes, take the version."""
+
+    def received(self) -> dict[str, tuple[tuple[int, int], float]]:
+        """Of every tensor of the last update, as the worker got it: its checksum and its norm."""
+
+    def abort(self) -> None:
+        """Leave a failed update so that a complete one can follow; sampling is refused until then. Idempotent."""
+
+    def generate(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion]:
+        """Completions, in the order of the requests."""
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability (nats, temperature 1) of each token but the first given those before it."""
+
+    def sleep(self) -> None:
+        """Free what the sleep level says; nothing at level 0."""
+
+    def wake_weights(self) -> None:
+        """Make room for weights again. After level 2 they are undefined until an update."""
+
+    def wake_kv(self) -> None:
+        """Make room for the KV cache again; sampling is possible then."""
+
+    def close(self) -> None:
+        """End the engine and what it owns: never the trainer's process groups. Idempotent."""

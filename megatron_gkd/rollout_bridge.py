@@ -1,0 +1,351 @@
+"""The rollout bridge: the student's weights into the sampling engines, proven equal, and on-policy completions out.
+
+    bridge.push(version)        stream the weights, bucket by bucket, into every engine; commit, or roll back
+    bridge.verify()             engines' log-probabilities of fixed tokens against the trainer's own
+    bridge.sample(step, ...)    requests -> engines -> every completion on every rank
+
+Push. `weights/delivery.py` gives Hugging Face named, full tensors in buckets of bounded size, in one fixed order, from
+any TP x PP x EP x VPP layout: shards are gathered on the leader of the group that owns them, and the bucket goes to
+the ranks that feed engines (colocated: to all ranks; servers: to the writing rank). A rank holds at most two buckets
+beyond its own weights: the one that arrives, and the one before, to which an engine may still refer. Nothing ever
+holds the whole model in one place.
+
+What is checked before an update is committed, each by name: no tensor is unexpected, missing, doubled, or of another
+shape or dtype than the model's config.json says (the manifest); every tensor reaches the engine's loader with the
+checksum that it had on the rank that owns it. A failed push is rolled back on every engine and tried once more,
+complete; the second failure ends the run.
+
+Invariants: every rank makes the same collectives whatever fails: a rank whose engine fails goes on taking part in the
+broadcasts, and the ranks agree on the outcome after `begin`, after the last bucket and after `end`. No completion is
+ever used whose version differs from the one asked for.
+
+Verification compares mean and largest |difference| of the log-probabilities of fixed probe tokens with a tolerance
+that knows the dtype (bf16 engines differ from bf16 trainers by as much as either differs from fp32, so there the mean
+decides). On a mismatch the tensors that the engine received are compared with the trainer's by checksum, and the worst
+one is named.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_gkd.errors import RolloutError
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.rollout.protocol import Completion, Engine, Request, SamplingSettings
+from megatron_gkd.rollout.requests import assign
+
+logger = get_logger(__name__)
+
+Tensors = Sequence[tuple[str, torch.Tensor]]
+Sums = Mapping[str, tuple[int, int]]  # name -> checksum at the owner
+LogProbs = list[list[float]]
+
+# (mean, largest) |log-probability difference| of probe tokens that is still agreement. fp32: ten times what was seen
+# between two right implementations; half precision: two right ones differ by 0.05 on average and by 0.5 at a token.
+TOLERANCES: dict[str, tuple[float, float]] = {"fp32": (1e-4, 1e-3), "bf16": (0.15, 3.0), "fp16": (0.05, 1.0)}
+
+
+@dataclass(frozen=True)
+class LocalEngines:
+    """The engines that this rank drives.
+
+    Colocated: one, shared with the other ranks of its tensor parallel group; `reports` on the first of them. Servers:
+    all of them on the writing rank, none elsewhere.
+    """
+
+    engines: Mapping[int, Engine]  # index among all engines -> engine
+    num_engines: int
+    reports: bool  # whether completions of this rank's engines are collected from it
+
+
+@dataclass(frozen=True)
+class Push:
+    """What a push did; the same on every rank but for the seconds."""
+
+    version: int
+    num_bytes: int
+    num_buckets: int
+    gather_s: float  # waiting for buckets: gather and broadcast
+    load_s: float  # in the engines
+    attempts: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Result of a verification, over all engines."""
+
+    mean: float
+    largest: float
+    num_tokens: int
+
+
+class RolloutBridge:
+    """One per run, on every rank."""
+
+    def __init__(
+        self,
+        local: LocalEngines,
+        *,
+        buckets: Iterable[tuple[Tensors, Sums]],
+        manifest: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        group: dist.ProcessGroup,
+        dtype: Literal["fp32", "bf16", "fp16"],
+        probes: Sequence[Sequence[int]],
+        score: Callable[[Sequence[Sequence[int]]], LogProbs],
+        verify_every: int = 0,
+    ) -> None:
+        """
+        Args:
+            buckets: each iteration is a pass over the student's weights as they are then, collective over `group`; a
+                rank that drives no engine is given empty buckets (weights/delivery.py).
+            manifest: every tensor that the engine's model has, by the model's config.json: name -> (shape, dtype).
+            group: all ranks of the run.
+            probes: token sequences that verification scores; not empty.
+            score: the trainer's log-probabilities of such sequences, on every rank; collective over `group`.
+            verify_every: verify at the first push and every so many pushes; 0: at the first only.
+        """
+        assert probes, "verification needs something to score"
+        assert verify_every >= 0, verify_every
+        self._local, self._buckets, self._manifest, self._group = local, buckets, dict(manifest), group
+        self._dtype, self._probes, self._score, self._verify_every = dtype, [*probes], score, verify_every
+        self._num_pushes = 0
+        self.version: int | None = None
+        """Policy version that all engines hold; None before the first push and after a failed one."""
+
+    # ---- weights ---------------------------------------------------------------------------------------------------
+
+    def push(self, version: int) -> Push:
+        """Give every engine the student's weights as `version`, and verify when it is time. Collective.
+
+        Raises RolloutError, the same on every rank, when the second attempt fails too or verification does.
+        """
+        self.version = None
+        self._each("wake for weights", lambda engine: engine.wake_weights())
+        try:
+            result = self._push_once(version, attempt=1)
+        except RolloutError as error:
+            logger.warning("push of version %d was rolled back and is repeated: %s", version, error)
+            result = self._push_once(version, attempt=2)
+        self._each("wake for sampling", lambda engine: engine.wake_kv())
+        self.version = version
+        self._num_pushes += 1
+        if self._num_pushes == 1 or (self._verify_every and (self._num_pushes - 1) % self._verify_every == 0):
+            agreement = self.verify()
+            logger.info(
+                "version %d: the engines' log-probabilities of %d probe tokens differ from the trainer's by %.2g on "
+                "average, %.2g at most",
+                version,
+                agreement.num_tokens,
+                agreement.mean,
+                agreement.largest,
+            )
+        return result
+
+    def _push_once(self, version: int, *, attempt: int) -> Push:
+        engines = self._local.engines.values()
+        unseen = dict(self._manifest)
+        failure: str | None = None
+        num_bytes = num_buckets = 0
+        load_s = 0.0
+        start_s = time.perf_counter()
+
+        def attempt_to(action: Callable[[Engine], None]) -> None:
+            nonlocal failure, load_s
+            began_s = time.perf_counter()
+            try:
+                for engine in engines if failure is None else ():
+                    action(engine)
+            except RolloutError as error:
+                failure = str(error)
+            load_s += time.perf_counter() - began_s
+
+        attempt_to(lambda engine: engine.begin())
+        for tensors, sums in self._buckets:
+            num_buckets += 1
+            if engines:
+                num_bytes += sum(tensor.nbytes for _, tensor in tensors)
+                failure = failure or _check_off(tensors, unseen)
+                attempt_to(lambda engine, tensors=tensors, sums=sums: engine.bucket(tensors, sums))  # type: ignore[misc]
+            del tensors
+        if engines and failure is None and unseen:
+            failure = f"{len(unseen)} tensors of the model were not sent, the first is {next(iter(unseen))}"
+        if self._worst(failure) is None:
+            attempt_to(lambda engine: engine.end(version))
+        if text := self._worst(failure):
+            self._abort()
+            raise RolloutError(f"the weights of version {version} did not reach the engines: {text}")
+        whole_s = time.perf_counter() - start_s
+        return Push(version, num_bytes, num_buckets, whole_s - load_s, load_s, attempt)
+
+    def _abort(self) -> None:
+        failure = None
+        for engine in self._local.engines.values():
+            try:
+                engine.abort()
+            except RolloutError as error:
+                failure = str(error)
+        if text := self._worst(failure):
+            raise RolloutError(f"a failed push could not be rolled back: {text}; start the run again from a checkpoint")
+
+    def verify(self) -> Agreement:
+        """Hold the engines' log-probabilities against the trainer's. Collective; raises RolloutError on a mismatch."""
+        truth = self._score(self._probes)
+        failure: str | None = None
+        differences: list[tuple[float, int, int]] = []
+        for index, engine in self._local.engines.items():
+            try:
+                for sequence, (ours, theirs) in enumerate(zip(truth, engine.score(self._probes), strict=True)):
+                    differences += [(abs(a - b), index, sequence) for a, b in zip(ours, theirs, strict=True)]
+            except RolloutError as error:
+                failure = str(error)
+        gathered: list[Any] = [None] * dist.get_world_size(self._group)
+        mine = [(failure, sum(d for d, _, _ in differences), max(differences, default=None), len(differences))]
+        dist.all_gather_object(gathered, mine[0], group=self._group)
+        if failures := [item[0] for item in gathered if item[0]]:
+            raise RolloutError(f"the engines' weights could not be verified: {failures[0]}")
+        num_tokens = sum(item[3] for item in gathered)
+        mean = sum(item[1] for item in gathered) / max(num_tokens, 1)
+        largest, index, sequence = max(item[2] for item in gathered if item[2] is not None)
+        mean_limit, largest_limit = TOLERANCES[self._dtype]
+        if not (mean <= mean_limit and largest <= largest_limit):  # a NaN is a mismatch
+            self.version = None
+            raise RolloutError(
+                f"the engines do not hold the trainer's weights: log-probabilities of {num_tokens} probe tokens differ "
+                f"by {mean:.3g} on average and {largest:.3g} at most (engine {index}, probe {sequence}), and "
+                f"{self._dtype} allows {mean_limit:g} and {largest_limit:g}. {self._name_worst_tensor()}"
+            )
+        return Agreement(mean, largest, num_tokens)
+
+    def _name_worst_tensor(self) -> str:
+        """Compare what the engines say they received with the weights as they are now. Collective."""
+        worst: tuple[float, str, int] | None = None
+        received = {index: _receipts(engine) for index, engine in self._local.engines.items()}
+        for tensors, sums in self._buckets:
+            for name, tensor in tensors:
+                norm = float(tensor.float().norm())
+                for index, receipts in received.items():
+                    there = receipts.get(name)
+                    if there is None or tuple(there[0]) != sums[name]:
+                        distance = float("inf") if there is None else abs(there[1] - norm) / max(norm, 1e-30)
+                        worst = max(worst or (-1.0, "", 0), (distance, name, index))
+        gathered: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(gathered, worst, group=self._group)
+        found = [item for item in gathered if item is not None]
+        if not found:
+            return (
+                "Every tensor arrived as it was sent, so the fault is in how the engine loads or computes; compare the "
+                "model in both with --dtype fp32"
+            )
+        distance, name, index = max(found)
+        return f"The worst tensor is {name} in engine {index}: its norm there differs by {distance:.3g} (relative)"
+
+    # ---- sampling --------------------------------------------------------------------------------------------------
+
+    def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> dict[int, Completion]:
+        """Completions by the requests' keys, on every rank. Collective; every rank passes the same requests.
+
+        Communication: one all_gather_object of the completions over the run's ranks.
+        """
+        return self.collect(requests, self.generate(requests, settings))
+
+    def generate(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion] | RolloutError:
+        """The completions of this rank's engines, or what went wrong. No collective among trainers: with servers it
+        may run in a thread beside training.
+        """
+        dealt = assign([len(r.prompt_ids) + r.max_tokens for r in requests], self._local.num_engines)
+        tasks = [(engine, [requests[i] for i in dealt[index]]) for index, engine in self._local.engines.items()]
+        try:
+            if len(tasks) < 2:
+                return [c for engine, part in tasks for c in engine.generate(part, settings)]
+            with ThreadPoolExecutor(len(tasks)) as pool:
+                parts = pool.map(lambda task: task[0].generate(task[1], settings), tasks)
+                return [completion for part in parts for completion in part]
+        except RolloutError as error:
+            return error
+
+    def collect(self, requests: Sequence[Request], generated: list[Completion] | RolloutError) -> dict[int, Completion]:
+        """Exchange what the engines generated, and check it: every request answered once, by one version, within its
+        limit. Collective.
+        """
+        failure = str(generated) if isinstance(generated, RolloutError) else None
+        mine = generated if self._local.reports and not isinstance(generated, RolloutError) else []
+        gathered: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(gathered, (failure, mine), group=self._group)
+        if failures := [text for text, _ in gathered if text]:
+            raise RolloutError(f"sampling failed: {failures[0]}")
+        completions = [completion for _, part in gathered for completion in part]
+        by_key = {completion.key: completion for completion in completions}
+        asked = {request.key: request for request in requests}
+        if by_key.keys() != asked.keys() or len(completions) != len(asked):
+            raise RolloutError(f"{len(asked)} completions were asked for, and {len(completions)} came back")
+        for key, completion in by_key.items():
+            _check_completion(asked[key], completion)
+        if len(versions := {completion.version for completion in completions}) > 1:
+            raise RolloutError(f"the engines sampled with different weights: versions {sorted(versions)}")
+        return by_key
+
+    def sleep(self) -> None:
+        """Give the device's memory back until the next push, as far as the sleep level says."""
+        self._each("sleep", lambda engine: engine.sleep())
+        # Level 2 forgets the weights; the engine says so itself.
+        if any(engine.version is None for engine in self._local.engines.values()):
+            self.version = None
+
+    def close(self) -> None:
+        """End the engines. Not collective, and safe after a failure."""
+        for engine in self._local.engines.values():
+            engine.close()
+
+    # ---- agreement -------------------------------------------------------------------------------------------------
+
+    def _each(self, what: str, action: Callable[[Engine], None]) -> None:
+        failure = None
+        try:
+            for engine in self._local.engines.values():
+                action(engine)
+        except RolloutError as error:
+            failure = str(error)
+        if text := self._worst(failure):
+            raise RolloutError(f"the engines could not {what}: {text}")
+
+    def _worst(self, failure: str | None) -> str | None:
+        """The first failure of any rank, on every rank; None where all is well. One all_gather_object."""
+        gathered: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(gathered, failure, group=self._group)
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(gathered) if text), None)
+
+
+def _check_off(tensors: Tensors, unseen: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str | None:
+    """Strike the tensors off the manifest's list; what is wrong with the first bad one, or None."""
+    for name, tensor in tensors:
+        expected = unseen.pop(name, None)
+        if expected is None:
+            return f"{name} is not a tensor of the model, or was sent twice"
+        if (tuple(tensor.shape), tensor.dtype) != expected:
+            shape, dtype = expected
+            return f"{name} was sent as {tuple(tensor.shape)} {tensor.dtype}; the model has {shape} {dtype}"
+    return None
+
+
+def _receipts(engine: Engine) -> dict[str, tuple[tuple[int, int], float]]:
+    """What the engine says that it received; nothing where it cannot say."""
+    try:
+        return engine.received()
+    except RolloutError:
+        return {}
+
+
+def _check_completion(request: Request, completion: Completion) -> None:
+    length = len(completion.token_ids)
+    if not 1 <= length <= request.max_tokens or length != len(completion.logprobs):
+        raise RolloutError(
+            f"the completion of sample {request.key} has {length} tokens and {len(completion.logprobs)} "
+            f"log-probabilities; 1 to {request.max_tokens} were asked for"
+        )
