@@ -31,7 +31,6 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.student import Student
-from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights, load_vocab_shard
 from megatron_gkd.weights.plan import check_layout
@@ -64,12 +63,6 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
     student_layout, teacher_layout = _layouts(config, dist.get_world_size())
     student_arch, teacher_arch = read_architecture(config.model.model), read_architecture(_teacher_path(config))
-    for flag, arch in (("model", student_arch), ("teacher_model", teacher_arch)):
-        if arch.moe is not None:
-            raise NotBuiltError(
-                f"--{flag}: distillation with a mixture of experts ({arch.model_type}) is not built yet; "
-                "it can be converted"
-            )
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
     check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
@@ -266,14 +259,7 @@ def _load_model(
 ) -> list[HiddenStateGPTModel]:
     chunks = build_model(arch, layout, groups, dtype=dtype, use_cpu=where.kind == "cpu")
     with HFCheckpoint(path) as checkpoint:
-        load_hf_weights(
-            chunks,
-            checkpoint,
-            arch,
-            tp_rank=groups.tp.rank(),
-            tp_size=layout.tensor,
-            expert_rank=ExpertRank.of(groups),
-        )
+        load_hf_weights(chunks, checkpoint, arch, tp_rank=groups.tp.rank(), tp_size=layout.tensor)
     return chunks
 
 
