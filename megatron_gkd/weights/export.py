@@ -120,14 +120,14 @@ class HFTensorStream:
         self._dense_part, self._expert_part = _takes_part(pg_collection)
         self._coordinate = Owner(pg_collection.pp.rank(), pg_collection.ep.rank())
         self._num_expert_ranks = pg_collection.ep.size()
-        self.is_writer = self._leads(Owner(0))
+        self.is_writer = self.leads(Owner(0))
         parameters = check_chunks(chunks, arch, ExpertRank.of(pg_collection))
         self._local = {parameter.unit: parameter for parameter in parameters}
         owners = self._gather_owners(parameters)
         specs = {unit: _unit_specs(unit, arch, owners[unit][1], dtypes) for unit in units(arch)}
         self.manifest = tuple(spec for unit in specs for spec in specs[unit])
         self.buckets = tuple(make_buckets({u: owners[u][0] for u in specs}, specs, bucket_bytes))
-        self._device = parameters[0].tensor.device if parameters and read is None else torch.device("cpu")
+        self.device = parameters[0].tensor.device if parameters and read is None else torch.device("cpu")
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         if not (self._dense_part or self._expert_part):
@@ -135,30 +135,38 @@ class HFTensorStream:
         for bucket in self.buckets:
             buffer = self._collect(bucket)
             if buffer is not None and self.is_writer:
-                for spec, tensor in zip(bucket.specs, _views(bucket, buffer), strict=True):
+                for spec, tensor in zip(bucket.specs, views(bucket, buffer), strict=True):
                     yield spec.name, tensor
             del buffer
 
     @torch.no_grad()
-    def _collect(self, bucket: Bucket) -> torch.Tensor | None:
-        """The bucket's bytes, on the writer; None on the other ranks once theirs are sent."""
+    def gather(self, bucket: Bucket) -> torch.Tensor | None:
+        """The bucket's bytes, on the leader of its owner; None on the other ranks once theirs are sent. Collective over
+        the owner's ranks; buckets are to be gathered in order.
+        """
         buffer, tensors = None, {}
-        if self._leads(bucket.owner):
-            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
-            tensors = dict(zip((s.name for s in bucket.specs), _views(bucket, buffer), strict=True))
+        if self.leads(bucket.owner):
+            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self.device)
+            tensors = dict(zip((s.name for s in bucket.specs), views(bucket, buffer), strict=True))
         for unit in bucket.units:
             if unit.expert is None and self._dense_part and self._coordinate.stage == bucket.owner.stage:
                 self._gather_unit(self._local[unit], self._tp, tensors)
             elif unit.expert is not None and self._expert_part and self._coordinate == bucket.owner:
                 self._gather_unit(self._local[unit], self._expert_tp, tensors)
+        return buffer
+
+    def _collect(self, bucket: Bucket) -> torch.Tensor | None:
+        """The bucket's bytes, on the writer; None on the other ranks once theirs are sent."""
+        buffer = self.gather(bucket)
         if buffer is not None and not self.is_writer:
             dist.send(buffer, dst=self._leader(Owner(0)), group=self._model)
         elif buffer is None and self.is_writer:
-            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
+            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self.device)
             dist.recv(buffer, src=self._leader(bucket.owner), group=self._model)
         return buffer
 
-    def _leads(self, owner: Owner) -> bool:
+    def leads(self, owner: Owner) -> bool:
+        """Whether this rank is the leader of an owner, in the replica that exports."""
         return self._expert_part and self._coordinate == owner and self._expert_tp.rank() == 0
 
     def _leader(self, owner: Owner) -> int:
@@ -244,7 +252,7 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _views(bucket: Bucket, buffer: torch.Tensor | None) -> Iterator[torch.Tensor]:
+def views(bucket: Bucket, buffer: torch.Tensor | None) -> Iterator[torch.Tensor]:
     """The HF tensors inside a bucket's bytes."""
     assert buffer is not None
     for spec, offset in zip(bucket.specs, bucket.offsets, strict=True):
