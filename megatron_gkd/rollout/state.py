@@ -154,6 +154,10 @@ class EngineState:
             yield
         self.memory = "awake"
 
+    def lose_weights(self) -> None:
+        """The weights turned out to be others than those of `version`: a complete update has to follow."""
+        self.version = None
+
     def close(self) -> bool:
         """Whether there is something left to close; from then on every call is refused."""
         was_open, self.closed = not self.closed, True

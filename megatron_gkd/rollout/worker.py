@@ -157,18 +157,19 @@ class RolloutWorker:
             timeout_s=timeout_s,
         )
         self._gkd_store = store  # the group lives no longer than it
+        self._gkd_group_device = self.device if backend == "nccl" else torch.device("cpu")
 
     def gkd_bucket_group(self, layout: Sequence[Sequence[Any]], num_bytes: int, sums: Sums) -> int:
         """`gkd_bucket` with tensors that come as one buffer.
 
         Communication: one broadcast of `num_bytes` bytes from rank 0 over that group.
         """
-        flat = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)  # a new one: the reload keeps views of it
+        flat = torch.empty(num_bytes, dtype=torch.uint8, device=self._gkd_group_device)  # new: the reload keeps views
         start_broadcast(self._gkd_group, flat).wait()
         return self.gkd_bucket(unflatten(flat, layout), sums)
 
     @contextlib.contextmanager
-    def _in_vllm(self) -> Iterator[torch.nn.Module]:
+    def _in_vllm(self) -> Iterator[Any]:
         from vllm.config import set_current_vllm_config
 
         with set_current_vllm_config(self.vllm_config), torch.device(self.device):
@@ -188,4 +189,4 @@ def _repack_heads(model: torch.nn.Module) -> None:
     """Fault B: pack the head's weights again from the parameter, which it shares with the embedding when tied."""
     for module in model.modules():
         if hasattr(module, "cpu_linear") and type(module).__name__ in ("ParallelLMHead", "VocabParallelEmbedding"):
-            module.quant_method.process_weights_after_loading(module)
+            module.quant_method.process_weights_after_loading(module)  # type: ignore[operator, union-attr]

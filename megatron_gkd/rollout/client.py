@@ -1,0 +1,218 @@
+"""HTTP to one vLLM server, for callers that may block: JSON in and out, deadlines, retries, errors with advice.
+
+An event loop in a thread of its own carries all requests, so that hundreds of completions are under way at once over
+kept-alive connections, and so that a control call can run while the caller does something else (`start`). Every call
+ends within its time limit. A call that may be repeated without harm (`again=True`) is, after a connection error or an
+answer of 500 and above, with growing pauses, for at most `retry_s`; others never are.
+
+The key of the API is sent as a header, and appears in no message. Proxies of the environment are not used: what
+passes here are weights and samples, between machines of one run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import re
+import threading
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+import httpx
+
+from megatron_gkd.errors import RolloutError
+
+Result = TypeVar("Result")
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_CONNECT_S = 10.0
+_KEEP_ALIVE_S = 3.0  # shorter than the server's 5: a connection is not used in the moment in which the server closes it
+_SHOWN_CHARACTERS = 500
+
+
+class ServerAnswerError(RolloutError):
+    """The server answered, with `status`, and the answer is a refusal."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class ServerClient:
+    """Requests to the server at `base_url`; `name` says which server in messages."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        api_key_env: str = "VLLM_API_KEY",
+        timeout_s: float,
+        retry_s: float = 20.0,
+        max_concurrency: int = 256,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        url = base_url.rstrip("/").removesuffix("/v1")
+        if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
+            raise RolloutError(f"{base_url!r} is not the URL of a server; give one such as http://127.0.0.1:8000")
+        self.url = url
+        self.host = httpx.URL(url).host
+        self.name = f"the vLLM server at {url}"
+        self._api_key_env = api_key_env
+        self._timeout_s, self._retry_s, self._max_concurrency = timeout_s, retry_s, max_concurrency
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            limits=httpx.Limits(max_connections=max_concurrency + 8, keepalive_expiry=_KEEP_ALIVE_S),
+            transport=transport,
+            trust_env=False,
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"http {url}", daemon=True)
+        self._thread.start()
+
+    def get(self, path: str, what: str, *, timeout_s: float | None = None) -> Any:
+        """`what` completes "when asked to ...". The answer's JSON, or None for an empty one."""
+        return self._wait(self._send("GET", path, what, None, True, self._deadline(timeout_s)))
+
+    def post(self, path: str, what: str, body: Any = None, *, again: bool = False) -> Any:
+        """One call; `again` where a repetition does no harm."""
+        return self._wait(self._send("POST", path, what, body, again, self._deadline(None)))
+
+    def start(self, path: str, what: str, body: Any = None) -> concurrent.futures.Future[Any]:
+        """`post`, while the caller goes on."""
+        return self._submit(self._send("POST", path, what, body, False, self._deadline(None)))
+
+    def post_all(self, path: str, what: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Many calls that may be repeated, at once; answers in order. The first failure ends all of them."""
+        return self._wait(self._send_all(path, what, bodies, self._deadline(None)))
+
+    def close(self) -> None:
+        """Idempotent; calls that are under way are cancelled."""
+        if self._loop.is_closed():
+            return
+        self._submit(self._shut()).exception(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
+
+    # ---- in the loop's thread --------------------------------------------------------------------------------------
+
+    async def _send_all(self, path: str, what: str, bodies: Sequence[Mapping[str, Any]], deadline: float) -> list[Any]:
+        slots = asyncio.Semaphore(self._max_concurrency)
+
+        async def one(body: Mapping[str, Any]) -> Any:
+            async with slots:
+                return await self._send("POST", path, what, body, True, deadline)
+
+        tasks = [asyncio.create_task(one(body)) for body in bodies]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send(self, method: str, path: str, what: str, body: Any, again: bool, deadline: float) -> Any:
+        pause_s = _FIRST_PAUSE_S
+        give_up: float | None = None  # set by the first failure
+        while True:
+            error = await self._try(method, path, what, body, again, deadline)
+            if not isinstance(error, RolloutError):
+                return error
+            now = time.monotonic()
+            give_up = min(deadline, now + self._retry_s) if give_up is None else give_up
+            worth_it = not isinstance(error, ServerAnswerError) or error.status >= 500
+            if not (again and worth_it) or now + pause_s > give_up:
+                raise error
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _try(self, method: str, path: str, what: str, body: Any, again: bool, deadline: float) -> Any:
+        """The answer, or the error, not raised. A call that cannot be repeated has a connection of its own: the server
+        drops a kept one after it has answered 500.
+        """
+        left_s = max(deadline - time.monotonic(), 0.01)
+        try:
+            async with asyncio.timeout(left_s):
+                response = await self._http.request(
+                    method,
+                    path,
+                    json=body,
+                    headers={} if again else {"Connection": "close"},
+                    timeout=httpx.Timeout(left_s, connect=min(_CONNECT_S, left_s)),
+                )
+                if response.is_success:
+                    return response.json() if response.content else None
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            return RolloutError(
+                f"{self.name} cannot be reached ({_text(error)}), when asked to {what}; start one with "
+                "launch/rollout_server.sh, or correct the host and the port"
+            )
+        except (TimeoutError, httpx.TimeoutException):
+            return RolloutError(
+                f"{self.name} did not answer within {self._timeout_s:g} s, when asked to {what}; look at its log, or "
+                "allow it more time"
+            )
+        except httpx.TransportError as error:
+            return RolloutError(
+                f"{self.name} broke the connection ({_text(error)}), when asked to {what}; it may have died: look at "
+                "its log and start it again"
+            )
+        except ValueError as error:  # not JSON
+            return RolloutError(f"{self.name} gave an answer that is not JSON ({error}), when asked to {what}")
+        return self._refusal(response, what)
+
+    def _refusal(self, response: httpx.Response, what: str) -> ServerAnswerError:
+        advice = {
+            401: f"; set the environment variable {self._api_key_env} to the server's key",
+            404: "; it lacks that endpoint: start it with launch/rollout_server.sh",
+        }.get(response.status_code, "")
+        return ServerAnswerError(
+            f"{self.name} answered {response.status_code} ({message_of(response)}), when asked to {what}{advice}",
+            response.status_code,
+        )
+
+    async def _shut(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._http.aclose()
+
+    # ---- between the threads ---------------------------------------------------------------------------------------
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        return time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+
+    def _submit(self, work: Coroutine[Any, Any, Result]) -> concurrent.futures.Future[Result]:
+        if self._loop.is_closed():
+            work.close()
+            raise RolloutError(f"the connection to {self.name} is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        future = self._submit(work)
+        try:
+            return future.result()
+        except BaseException:  # an interrupt of this thread as well
+            future.cancel()
+            raise
+
+
+def message_of(response: httpx.Response) -> str:
+    """What the server says is wrong, in one line of bounded length."""
+    try:
+        answer = response.json()
+        error = answer.get("error", answer.get("detail", answer))
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except (ValueError, AttributeError):
+        text = response.text
+    line = " ".join(text.split()) or response.reason_phrase
+    if of_worker := re.search(r"Worker failed with error ['\"](.*)['\"], please check the stack trace", line):
+        line = of_worker[1]
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} ..."
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,242 @@
+"""How a bucket of weights reaches the workers of a server; the server's `/collective_rpc` tells them to fetch it.
+
+    shm     same machine: a safetensors file per bucket in /dev/shm, readable by this user alone, in a private directory
+    group   another machine: a broadcast in a process group between this rank and the workers (group.py)
+
+In both, a bucket is under way while the caller prepares the next: at most two exist at a time, and a failure shows
+in the next call at the latest (`send` or `finish`). Checksums of all tensors go with the request, and the worker
+verifies them. Whatever happens, files are removed: after each bucket, in `cancel` and in `close`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+
+from megatron_gkd.errors import RolloutError
+from megatron_gkd.rollout.checksum import checksum
+from megatron_gkd.rollout.group import (
+    Backend,
+    Tensors,
+    as_bytes,
+    flatten,
+    make_group,
+    own_address,
+    serve_store,
+    start_broadcast,
+)
+
+Answer = concurrent.futures.Future[Any]
+Call = Callable[
+    [str, list[Any], str], Answer
+]  # worker method, its arguments, what is asked: starts a call of all workers
+
+SHM_ROOT = "/dev/shm"
+_DTYPE_NAMES: Final = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+_ALIGNMENT: Final = 64
+_POLL_S: Final = 0.0005
+
+
+class Transfer(Protocol):
+    """One way to the workers; used by one thread."""
+
+    def send(self, tensors: Tensors) -> None:
+        """Hand over a bucket. Raises what became of the one before it, too."""
+
+    def finish(self) -> None:
+        """Wait until the workers have taken everything."""
+
+    def cancel(self) -> None:
+        """Give up what is under way, after a failure. Raises nothing."""
+
+    def close(self) -> None:
+        """Leave nothing behind. Idempotent; raises nothing."""
+
+
+class ShmTransfer:
+    """Files in shared memory. They are written once: tensors are copied straight into the mapped file."""
+
+    def __init__(self, call: Call, *, root: str = SHM_ROOT) -> None:
+        self._call = call
+        self.directory = tempfile.mkdtemp(prefix="gkd-weights-", dir=root)  # mode 0700
+        self._under_way: tuple[Answer, str] | None = None
+        self._num_buckets = 0
+
+    def send(self, tensors: Tensors) -> None:
+        path = os.path.join(self.directory, f"bucket{self._num_buckets}.safetensors")
+        self._num_buckets += 1
+        try:
+            write_safetensors(path, tensors)
+            sums = {name: checksum(tensor) for name, tensor in tensors}
+            self.finish()  # the bucket before this one
+            self._under_way = (self._call("gkd_bucket_file", [path, sums], _what(tensors)), path)
+        except BaseException:
+            _remove(path)
+            raise
+
+    def finish(self) -> None:
+        if self._under_way is not None:
+            (answer, path), self._under_way = self._under_way, None
+            try:
+                answer.result()
+            finally:
+                _remove(path)
+
+    def cancel(self) -> None:
+        with contextlib.suppress(Exception, concurrent.futures.CancelledError):
+            self.finish()
+
+    def close(self) -> None:
+        if self._under_way is not None:
+            self._under_way[0].cancel()
+            self._under_way = None
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class GroupTransfer:
+    """Broadcasts of one flat buffer per bucket. The group is made with the first bucket, and again after a failure."""
+
+    def __init__(
+        self,
+        call: Call,
+        *,
+        server_host: str,
+        num_workers: int,
+        backend: Backend,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        self._call, self._num_workers, self._timeout_s = call, num_workers, timeout_s
+        self._backend, self._device = backend, device
+        self._address = own_address(server_host, 1)
+        self._store = serve_store(timeout_s)
+        self._group: Any = None
+        self._num_groups = 0
+        self._under_way: Answer | None = None
+
+    def send(self, tensors: Tensors) -> None:
+        flat, layout = flatten(tensors, self._device)
+        sums = {name: checksum(tensor) for name, tensor in tensors}
+        self.finish()
+        if self._group is None:
+            self._join()
+        self._under_way = self._call("gkd_bucket_group", [layout, flat.numel(), sums], _what(tensors))
+        work = start_broadcast(self._group, flat)
+        while not work.is_completed():
+            if self._under_way.done() and self._under_way.exception() is not None:
+                break  # a worker did not come to the broadcast; `finish` says why
+            time.sleep(_POLL_S)
+        else:
+            work.wait()
+            return
+        self._group = None
+        self.finish()
+
+    def finish(self) -> None:
+        if self._under_way is not None:
+            answer, self._under_way = self._under_way, None
+            answer.result()
+
+    def cancel(self) -> None:
+        self._group = None  # the next update makes a new one: this one may be out of step
+        with contextlib.suppress(Exception, concurrent.futures.CancelledError):
+            self.finish()
+
+    def close(self) -> None:
+        if self._under_way is not None:
+            self._under_way.cancel()
+            self._under_way = None
+        self._group = None
+
+    def _join(self) -> None:
+        self._num_groups += 1
+        key = f"group{self._num_groups}"
+        arguments = [self._address, self._store.port, key, 1 + self._num_workers, self._backend, self._timeout_s]
+        answer = self._call("gkd_group_join", arguments, "join the process group for weights")
+        try:
+            self._group = make_group(
+                self._store,
+                rank=0,
+                size=1 + self._num_workers,
+                backend=self._backend,
+                address=self._address,
+                key=key,
+                timeout_s=self._timeout_s,
+            )
+        except RuntimeError as error:
+            if answer.done():
+                answer.result()
+            raise RolloutError(
+                f"no process group for weights with the server's {self._num_workers} workers, which have to reach this "
+                f"machine at {self._address}, port {self._store.port}: {str(error).splitlines()[0]}"
+            ) from error
+        answer.result()
+
+
+def write_safetensors(path: str, tensors: Tensors) -> None:
+    """A safetensors file, readable by its owner alone, that the tensors are copied into directly (one copy, from any
+    device).
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in sorted(tensors, key=lambda item: -item[1].element_size()):  # so that all are aligned
+        assert name not in header, f"{name} is in the bucket twice"
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        os.posix_fallocate(handle, 0, 8 + len(text) + end)  # a full /dev/shm is an error here, not a SIGBUS below
+    whole = torch.from_file(path, shared=True, size=8 + len(text) + end, dtype=torch.uint8)
+    data = whole[8 + len(text) :]
+    for name, tensor in tensors:
+        start, end = header[name]["data_offsets"]
+        data[start:end].copy_(as_bytes(tensor))
+
+
+def can_be_read_by(call: Call, *, root: str = SHM_ROOT) -> bool:
+    """Whether every worker sees the files that this process writes to shared memory: the same machine, and the same
+    container of it.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="gkd-weights-", dir=root))
+    try:
+        token = os.urandom(16).hex()
+        (directory / "token").write_text(token, encoding="ascii")
+        (directory / "token").chmod(0o600)
+        answers = call("gkd_read_token", [str(directory / "token")], "look for a file in shared memory").result()
+        return all(answer == token for answer in answers["results"])
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _what(tensors: Tensors) -> str:
+    return f"take {len(tensors)} tensors from {tensors[0][0]} on" if tensors else "take an empty bucket"
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)

@@ -1,0 +1,85 @@
+"""Requests for completions and scores as /v1/completions takes them, and its answers as records. Pure.
+
+Token ids in and out; no text is looked at. One request per completion, because each has its own seed. Settings are
+sent in full, so that a generation_config.json of the server cannot add to them, and a sequence ends at the stop tokens
+of `SamplingSettings` and nowhere else. Log-probabilities are those of the model at temperature 1 without filters
+(the server's --logprobs-mode raw_logprobs, which is its default).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_gkd.errors import RolloutError
+from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
+
+_MINUS_INFINITY = -9999.0  # as the server writes it
+
+
+def completion_body(request: Request, settings: SamplingSettings, max_model_len: int) -> dict[str, Any]:
+    """One completion. The server refuses a prompt and `max_tokens` that together are too long, so that is cut here."""
+    return {
+        "prompt": list(request.prompt_ids),
+        "max_tokens": min(request.max_tokens, max_model_len - len(request.prompt_ids)),
+        "seed": request.seed,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "stop_token_ids": list(settings.stop_token_ids),
+        "ignore_eos": True,  # the stop tokens are all there are
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logprobs": 0,  # of the sampled token alone
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+
+
+def read_completion(request: Request, answer: Any, version: int, server: str) -> Completion:
+    """The completion in an answer to `completion_body`; `server` names the server in errors."""
+    try:
+        (choice,) = answer["choices"]
+        reason, tokens = choice["finish_reason"], [int(token) for token in choice["token_ids"]]
+        logprobs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RolloutError(
+            f"{server} answered request {request.key} without its token ids or their log-probabilities "
+            f"({type(error).__name__}: {error}); vLLM 0.28 to 0.32 gives both"
+        ) from error
+    if reason not in ("stop", "length") or not 1 <= len(tokens) == len(logprobs):
+        raise RolloutError(
+            f"{server} ended request {request.key} with {reason!r}, {len(tokens)} tokens and {len(logprobs)} "
+            "log-probabilities; a stop or a length is needed, and as many of both"
+        )
+    return Completion(request.key, tuple(tokens), tuple(logprobs), reason, version)
+
+
+def score_body(ids: Sequence[int]) -> dict[str, Any]:
+    """Log-probabilities of a sequence's own tokens; the server samples one more, which is not looked at."""
+    return {
+        "prompt": list(ids),
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "prompt_logprobs": 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+
+
+def read_scores(ids: Sequence[int], answer: Any, server: str) -> list[float]:
+    """The log-probability of each token but the first, in an answer to `score_body`."""
+    try:
+        (choice,) = answer["choices"]
+        scored, rows = choice["prompt_token_ids"], choice["prompt_logprobs"]
+        if scored != list(ids) or len(rows) != len(ids):
+            raise RolloutError(f"{server} scored {len(rows)} tokens, other than the {len(ids)} that it was sent")
+        values = [float(row[str(token)]["logprob"]) for row, token in zip(rows[1:], ids[1:], strict=True)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RolloutError(
+            f"{server} answered without the log-probabilities of the prompt ({type(error).__name__}: {error})"
+        ) from error
+    return [-math.inf if value <= _MINUS_INFINITY else value for value in values]
