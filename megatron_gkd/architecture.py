@@ -2,9 +2,10 @@
 
     arch = read_architecture("path/to/Qwen3-8B")        # needs config.json only; no weights, no network, no remote code
 
-Supported: llama (2, 3, 3.1, 3.2, SmolLM2, ...), mistral without a sliding window, qwen2 (2, 2.5), qwen3. All of them
-are one decoder (pre-norm RMSNorm, grouped-query attention with rotate-half RoPE, SwiGLU without biases) and differ in
-the q/k/v bias, the q/k norm, head_dim, the tied head and the RoPE frequencies.
+Supported: llama (2, 3, 3.1, 3.2, SmolLM2, ...), mistral without a sliding window, qwen2 (2, 2.5), qwen3, qwen3_moe,
+mixtral. All of them are one decoder (pre-norm RMSNorm, grouped-query attention with rotate-half RoPE, SwiGLU without
+biases) and differ in the q/k/v bias, the q/k norm, head_dim, the tied head, the RoPE frequencies, and in whether (some)
+layers have a mixture of experts in place of the MLP.
 
 Everything else is refused here, by name, before a weight is read: an option that is not understood would give a model
 that runs and is wrong. RoPE is taken from transformers' own functions as numbers (`inv_freq` per frequency pair and
@@ -35,6 +36,21 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class MixtureOfExperts:
+    """Layers whose MLP is routed: each token goes to the `top_k` experts with the largest router logits."""
+
+    num_experts: int
+    top_k: int
+    ffn_hidden_size: int  # of one expert
+    normalise_top_k: bool  # weights are a softmax over the chosen experts; False: over all experts, not normalised
+    layers: tuple[int, ...]  # that have experts; the others have an ordinary MLP
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.top_k <= self.num_experts, self
+        assert self.layers, self
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The decoder, independent of any parallel layout."""
 
@@ -52,6 +68,7 @@ class Architecture:
     norm_eps: float
     max_position_embeddings: int
     rope: Rope
+    moe: MixtureOfExperts | None = None
 
     def __post_init__(self) -> None:
         assert self.num_heads % self.num_kv_heads == 0, self
@@ -62,6 +79,10 @@ class Architecture:
         """Rows of the embedding under `tp` ranks: the next multiple of `multiple * tp`, the same number on each."""
         unit = multiple * tp
         return -(-self.vocab_size // unit) * unit
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer's MLP is a mixture of experts."""
+        return self.moe is not None and layer in self.moe.layers
 
     @property
     def query_size(self) -> int:
@@ -79,6 +100,7 @@ class _Family:
     hf_class: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    experts: bool = False
 
 
 _FAMILIES: Final = {
@@ -86,12 +108,12 @@ _FAMILIES: Final = {
     "mistral": _Family("MistralForCausalLM"),
     "qwen2": _Family("Qwen2ForCausalLM", qkv_bias=True),
     "qwen3": _Family("Qwen3ForCausalLM", qk_norm=True),
+    "qwen3_moe": _Family("Qwen3MoeForCausalLM", qk_norm=True, experts=True),
+    "mixtral": _Family("MixtralForCausalLM", experts=True),
 }
 SUPPORTED_MODEL_TYPES: Final = tuple(_FAMILIES)
-_MOE_MODEL_TYPES: Final = (
-    "mixtral",
+_OTHER_MOE_MODEL_TYPES: Final = (
     "qwen2_moe",
-    "qwen3_moe",
     "olmoe",
     "gpt_oss",
     "deepseek_v2",
@@ -109,9 +131,9 @@ def read_architecture(path: str | Path) -> Architecture:
     path = Path(path)
     raw = read_config_json(path)
     model_type = raw.get("model_type")
-    if model_type in _MOE_MODEL_TYPES:
+    if model_type in _OTHER_MOE_MODEL_TYPES:
         raise NotBuiltError(
-            f"{path}: model_type {model_type!r} is a mixture of experts, which is not built yet; {_supported()}"
+            f"{path}: model_type {model_type!r} is a mixture of experts of a kind that is not built yet; {_supported()}"
         )
     if model_type not in _FAMILIES:
         raise CheckpointError(f"{path}: model_type {model_type!r} is not supported; {_supported()}")
@@ -150,6 +172,7 @@ def read_architecture(path: str | Path) -> Architecture:
         norm_eps=float(config.rms_norm_eps),
         max_position_embeddings=config.max_position_embeddings,
         rope=_read_rope(path, config, head_dim),
+        moe=_read_experts(path, config) if family.experts else None,
     )
 
 
@@ -216,6 +239,7 @@ def _check_options(path: Path, config: Any) -> None:
             "attention_bias true (it adds a bias to o_proj)",
         ),
         (bool(getattr(config, "attention_dropout", 0.0)), "attention_dropout above 0 (set it to 0 in config.json)"),
+        (bool(getattr(config, "router_jitter_noise", 0.0)), "router_jitter_noise above 0 (set it to 0 in config.json)"),
         (_uses_sliding_window(config), "a sliding window (sliding_window / layer_types); only full attention is built"),
     ]
     for refused, what in refusals:
@@ -227,6 +251,33 @@ def _uses_sliding_window(config: Any) -> bool:
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return True
     return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+
+
+def _read_experts(path: Path, config: Any) -> MixtureOfExperts:
+    """Routing as the two families compute it: softmax over all experts in fp32, top-k, in mixtral always normalised."""
+    qwen3 = config.model_type == "qwen3_moe"
+    names = ("num_experts" if qwen3 else "num_local_experts", "num_experts_per_tok")
+    for name in (*names, "moe_intermediate_size") if qwen3 else names:
+        if not isinstance(value := getattr(config, name), int) or value < 1:
+            raise CheckpointError(f"{path}: {name} is {value!r}; it must be a positive integer")
+    num_experts, top_k = (getattr(config, name) for name in names)
+    if not 1 <= top_k <= num_experts:
+        raise CheckpointError(f"{path}: {top_k} experts per token of {num_experts}")
+    normalise = bool(config.norm_topk_prob) if qwen3 else True
+    if top_k == 1 and normalise:
+        raise CheckpointError(f"{path}: one expert per token with a normalised weight (always 1) is not supported")
+    layers = range(config.num_hidden_layers)
+    if qwen3:
+        step, dense = config.decoder_sparse_step, tuple(config.mlp_only_layers or ())
+        if not isinstance(step, int) or step < 1 or not set(dense) <= set(layers):
+            raise CheckpointError(f"{path}: decoder_sparse_step {step!r} or mlp_only_layers {dense!r} is out of range")
+        routed = tuple(layer for layer in layers if layer not in dense and (layer + 1) % step == 0)
+    else:
+        routed = tuple(layers)
+    if not routed:
+        raise CheckpointError(f"{path}: no layer has experts; such a {config.model_type} is not supported")
+    ffn_hidden_size = config.moe_intermediate_size if qwen3 else config.intermediate_size
+    return MixtureOfExperts(num_experts, top_k, ffn_hidden_size, normalise, routed)
 
 
 def _read_rope(path: Path, config: Any, head_dim: int) -> Rope:

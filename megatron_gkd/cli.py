@@ -120,6 +120,20 @@ def _sample(argv: list[str]) -> Action:
     )
 
 
+def _convert(argv: list[str]) -> Action:
+    from megatron_gkd.convert import parse_convert_config, run_convert
+    from megatron_gkd.observe.logging import setup_logging
+
+    cfg = parse_convert_config(argv)
+
+    def action() -> None:
+        setup_logging(cfg.log_level)
+        _silence_megatron_fallbacks()
+        run_convert(cfg)
+
+    return action
+
+
 def _not_built(name: str, advice: str) -> Callable[[list[str]], Action]:
     def command(argv: list[str]) -> Action:
         raise NotBuiltError(f"not built yet: {name} ({advice})")
@@ -130,10 +144,7 @@ def _not_built(name: str, advice: str) -> Callable[[list[str]], Action]:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], Action]]] = {
     "train": ("distil a teacher into a student", _train),
     "sample": ("sample completions of a data set's prompts to a file (not built yet)", _sample),
-    "convert": (
-        "convert checkpoints between Hugging Face and Megatron (not built yet)",
-        _not_built("convert", "training reads Hugging Face directories and exports one"),
-    ),
+    "convert": ("convert checkpoints between Hugging Face and Megatron", _convert),
     "eval": ("compare a student with its teacher on held-out data", _eval),
     "plan": (
         "estimate memory and time of a layout (not built yet)",

@@ -9,6 +9,8 @@ optimizer and 1F1B schedule run unchanged on gloo:
 order);
 * CUDA RNG calls go to the CPU generator, so the RNG tracker's named states work as on CUDA (fork saves, switches and
 restores);
+* the router's optional GEMM of Transformer Engine, whose name 0.16.1 leaves undefined without it, is None;
+* token counts of the expert dispatcher become numbers where they are asked for as such;
 * a TorchFunctionMode rewrites `device="cuda"` to "cpu", drops `pin_memory`, and lets `Tensor.type()` name a CPU
   tensor as its CUDA twin ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py,
   distrib_optimizer.py, clip_grads.py).
@@ -153,6 +155,7 @@ class _CudaRequestsOnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_ABSENT = object()  # an attribute that megatron-core does not define here
 _undo: Callable[[], None] | None = None
 _install: Callable[[], None] | None = None
 
@@ -195,7 +198,21 @@ def adapt_megatron_to_cpu() -> Callable[[], None]:
         (megatron_random, "_get_cuda_rng_state", get_rng_state),
         (megatron_random, "_set_cuda_rng_state", set_rng_state),
     ]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    move_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move_to_cpu_as_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # megatron-core returns a tensor that is on the CPU already as it is, also where numbers are asked for.
+        moved = move_to_cpu(tensor, as_numpy=as_numpy, record_stream=record_stream)
+        return moved.numpy() if as_numpy and isinstance(moved, torch.Tensor) else moved
+
+    replacements.append((token_dispatcher, "maybe_move_tensor_to_cpu", move_to_cpu_as_asked))
+    # Without Transformer Engine 0.16.1 leaves this name undefined and then asks for it (moe_utils.py, the router).
+    if not hasattr(moe_utils, "te_general_gemm"):
+        replacements.append((moe_utils, "te_general_gemm", None))
+    originals = [(owner, name, getattr(owner, name, _ABSENT)) for owner, name, _ in replacements]
     mode = _CudaRequestsOnCpu()
 
     def install() -> None:
@@ -209,7 +226,10 @@ def adapt_megatron_to_cpu() -> Callable[[], None]:
         global _undo, _install
         mode.__exit__(None, None, None)
         for owner, name, original in originals:
-            setattr(owner, name, original)
+            if original is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
         _undo = _install = None
 
     install()

@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 import torch
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
-FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
+FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+MOE_FAMILIES: tuple[Family, ...] = ("qwen3_moe", "mixtral")
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TOKENIZER_SIZE = 256 + 3
@@ -109,7 +110,7 @@ def tiny_model(
     """The fp32 transformers model behind a tiny checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if family == "qwen3" and head_dim is None:
+    if family in ("qwen3", "qwen3_moe") and head_dim is None:
         head_dim = hidden_size // heads + 8
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -130,6 +131,11 @@ def tiny_model(
         options["head_dim"] = head_dim
     if family == "mistral":
         options["sliding_window"] = None
+    if family == "qwen3_moe":
+        options |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    if family == "mixtral":
+        options |= {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+        options.setdefault("head_dim", hidden_size // heads)  # without it transformers fails on yarn
     config = AutoConfig.for_model(family, **(options | config_options))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -142,8 +148,8 @@ def tiny_model(
 def _randomise(model: torch.nn.Module) -> None:
     """Every parameter from the seeded generator: matrices of unit gain, norms around one, biases around zero."""
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.ndim == 2:
-            parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+        if parameter.ndim > 1:  # transformers holds the experts' matrices in one tensor of three dimensions
+            parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
         elif name.endswith("bias"):
             parameter.normal_(0.0, 0.5)
         else:

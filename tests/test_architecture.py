@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_gkd.architecture import SUPPORTED_MODEL_TYPES, Architecture, read_architecture
+from megatron_gkd.architecture import SUPPORTED_MODEL_TYPES, Architecture, MixtureOfExperts, read_architecture
 from megatron_gkd.errors import CheckpointError, NotBuiltError
 from tests.checkpoints import FAMILIES, ROPES
 
@@ -29,7 +29,10 @@ LLAMA: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 300,
 }
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"} | {
+    "qwen3_moe": "Qwen3Moe",
+    "mixtral": "Mixtral",
+}
 
 
 def write_config(path: Path, **changes: Any) -> Path:
@@ -42,6 +45,8 @@ def write_config(path: Path, **changes: Any) -> Path:
 
 def of_family(family: str, **changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {"model_type": family, "architectures": [f"{CLASSES[family]}ForCausalLM"]}
+    if family == "mixtral":
+        base["head_dim"] = 16  # without it transformers fails on yarn
     return base | changes
 
 
@@ -84,6 +89,8 @@ def test_biases_and_norms_of_the_families(tmp_path: Path) -> None:
         "mistral": (False, False),
         "qwen2": (True, False),
         "qwen3": (False, True),
+        "qwen3_moe": (False, True),
+        "mixtral": (False, False),
     }
 
 
@@ -178,8 +185,42 @@ def test_qwen2_ignores_attention_bias_as_transformers_does(tmp_path: Path) -> No
 
 
 def test_mixture_of_experts_is_not_built_yet(tmp_path: Path) -> None:
-    with pytest.raises(NotBuiltError, match=r"qwen3_moe.*mixture of experts"):
-        read(tmp_path, model_type="qwen3_moe")
+    with pytest.raises(NotBuiltError, match=r"qwen2_moe.*mixture of experts"):
+        read(tmp_path, model_type="qwen2_moe")
+
+
+EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+
+
+def test_routing_field_by_field(tmp_path: Path) -> None:
+    every = (0, 1, 2, 3)
+    assert read(tmp_path, **of_family("qwen3_moe", **EXPERTS, norm_topk_prob=True)).moe == MixtureOfExperts(
+        8, 3, 24, True, every
+    )
+    moe = read(tmp_path, **of_family("qwen3_moe", **EXPERTS, decoder_sparse_step=2, norm_topk_prob=False)).moe
+    assert moe == MixtureOfExperts(8, 3, 24, False, (1, 3))
+    moe = read(tmp_path, **of_family("qwen3_moe", **EXPERTS, mlp_only_layers=[1], norm_topk_prob=False)).moe
+    assert moe == MixtureOfExperts(8, 3, 24, False, (0, 2, 3))
+    moe = read(tmp_path, **of_family("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None)).moe
+    assert moe == MixtureOfExperts(4, 2, 96, True, every)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (of_family("qwen3_moe", **EXPERTS | {"num_experts_per_tok": 9}), "9 experts per token of 8"),
+        (of_family("qwen3_moe", **EXPERTS | {"num_experts_per_tok": 0}), "num_experts_per_tok"),
+        (of_family("qwen3_moe", **EXPERTS, mlp_only_layers=[0, 1, 2, 3]), "no layer has experts"),
+        (of_family("qwen3_moe", **EXPERTS, mlp_only_layers=[9]), "out of range"),
+        (of_family("qwen3_moe", **EXPERTS | {"num_experts_per_tok": 1}, norm_topk_prob=True), "always 1"),
+        (of_family("qwen3_moe", **EXPERTS, attention_bias=True), "bias to o_proj"),
+        (of_family("mixtral", num_local_experts=4, router_jitter_noise=0.1), "router_jitter_noise"),
+        (of_family("mixtral", num_local_experts=4, sliding_window=64), "sliding window"),
+    ],
+)
+def test_routing_that_is_not_understood(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read(tmp_path, **changes)
 
 
 def test_damaged_or_missing_config(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_gkd.cli import COMMANDS
 from megatron_gkd.config import flags
+from megatron_gkd.convert import convert_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -116,7 +117,8 @@ def test_command_lines_name_what_exists(page: Path, line: str):
     if "megatron-gkd" in words or "megatron_gkd" in words or "launch/quickstart.sh" in words:
         used = {word.split("=")[0] for word in words if word.startswith("--")} - {"--nproc-per-node", "--nnodes"}
         report = {"--num_answers", "--max_new_tokens"} if "report" in words else set()
-        unknown = {flag for flag in used - SCRIPT_OPTIONS - report if flag.removeprefix("--") not in flags()}
+        known = convert_flags() if "convert" in words else flags()
+        unknown = {flag for flag in used - SCRIPT_OPTIONS - report if flag.removeprefix("--") not in known}
         assert not unknown - {"--markdown"}, f"{page.name}: {sorted(unknown)} in {line}"
 
 
@@ -124,7 +126,11 @@ def test_command_lines_name_what_exists(page: Path, line: str):
 def test_flags_in_the_text_exist(page: Path):
     """`--name` and `--name value` in code spans: a flag of the program or an option of a script."""
     spans = re.findall(r"`(--[a-zA-Z_-]+)(?:[= ][^`]*)?`", page.read_text(encoding="utf-8"))
-    known = {f"--{name}" for name in flags()} | SCRIPT_OPTIONS | {"--config", "--rlhf_type", "--num_answers"}
+    known = (
+        {f"--{name}" for name in flags() | convert_flags()}
+        | SCRIPT_OPTIONS
+        | {"--config", "--rlhf_type", "--num_answers"}
+    )
     assert not set(spans) - known, f"{page.name} names {sorted(set(spans) - known)}"
 
 

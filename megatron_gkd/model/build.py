@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_gkd.architecture import Architecture
@@ -128,7 +129,10 @@ def transformer_config(arch: Architecture, layout: Layout, *, dtype: str, use_cp
         overlap_p2p_comm=layout.virtual_pipeline is not None,
         batch_p2p_comm=layout.virtual_pipeline is None,
         variable_seq_lengths=layout.pipeline > 1 and layout.virtual_pipeline is None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor_size,
         moe_token_dispatcher_type="alltoall",  # checked for variable_seq_lengths even in a dense model
+        **_expert_options(arch, use_cpu=use_cpu),
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=use_cpu,
@@ -138,6 +142,26 @@ def transformer_config(arch: Architecture, layout: Layout, *, dtype: str, use_cp
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+    )
+
+
+def _expert_options(arch: Architecture, *, use_cpu: bool) -> dict[str, Any]:
+    """Routing as transformers has it; no auxiliary loss, no capacity."""
+    if arch.moe is None:
+        return {}
+    moe = arch.moe
+    all_layers = len(moe.layers) == arch.num_layers
+    return dict(
+        num_moe_experts=moe.num_experts,
+        moe_router_topk=moe.top_k,
+        moe_ffn_hidden_size=moe.ffn_hidden_size,
+        # megatron-core's softmax after top-k is the softmax over all experts, normalised over the chosen ones.
+        moe_router_pre_softmax=not moe.normalise_top_k,
+        # A list also makes megatron-core number the layers in the keys of its checkpoints, as it must for mixed ones.
+        moe_layer_freq=1 if all_layers else [int(arch.has_experts(layer)) for layer in range(arch.num_layers)],
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_grouped_gemm=not use_cpu and _have_transformer_engine(),
     )
 
 
@@ -154,7 +178,14 @@ def build_model(
 
     Raises LayoutError when the model cannot be split that way.
     """
-    check_layout(arch, layout.tensor, layout.pipeline, layout.virtual_pipeline)
+    check_layout(
+        arch,
+        layout.tensor,
+        layout.pipeline,
+        layout.virtual_pipeline,
+        ep=layout.expert,
+        etp=layout.expert_tensor_size,
+    )
     config = transformer_config(arch, layout, dtype=dtype, use_cpu=use_cpu)
     pp_rank = groups.pp.rank()
     chunks = []
@@ -192,7 +223,9 @@ def _block_spec(
         )
         return use_own_self_attention(spec)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    return local_block_spec(num_layers, qk_norm=arch.qk_norm)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    has_experts = [arch.has_experts(layer) for layer in range(first, first + num_layers)]
+    return local_block_spec(has_experts, qk_norm=arch.qk_norm)
 
 
 def _have_transformer_engine() -> bool:
@@ -222,8 +255,9 @@ def _set_rope(model: GPTModel, arch: Architecture) -> None:
     mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and mscale = 10 * (factor - 1) it is exactly
     `factor`.
     """
-    inv_freq = torch.tensor(arch.rope.inv_freq, dtype=torch.float32)
-    model.rotary_pos_emb.inv_freq = inv_freq.to(model.rotary_pos_emb.inv_freq.device)
+    model.rotary_pos_emb.inv_freq = torch.tensor(
+        arch.rope.inv_freq, dtype=torch.float32, device=model.rotary_pos_emb.inv_freq.device
+    )
     if arch.rope.attention_factor != 1.0:
         from math import e
 

@@ -16,6 +16,7 @@ Not here: dropout (distillation runs with 0; anything else is refused), sliding 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -153,10 +156,26 @@ def use_own_self_attention(spec: TransformerBlockSubmodules) -> TransformerBlock
     return spec
 
 
-def local_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
-    """Spec of one model chunk with `num_layers` layers; parameter names are those of megatron-core's local spec."""
+def local_block_spec(has_experts: Sequence[bool], *, qk_norm: bool) -> TransformerBlockSubmodules:
+    """Spec of one model chunk, layer by layer; parameter names are those of megatron-core's local spec."""
+    dense, routed = (_layer_spec(qk_norm=qk_norm, experts=experts) for experts in (False, True))
+    return TransformerBlockSubmodules(layer_specs=[routed if e else dense for e in has_experts], layer_norm=RMSNorm)
+
+
+def _layer_spec(*, qk_norm: bool, experts: bool) -> ModuleSpec:
     head_norm = RMSNorm if qk_norm else IdentityOp
-    layer = ModuleSpec(
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = ModuleSpec(module=MLP, submodules=linear)
+    # The fused names of the TE spec, so that a distributed checkpoint does not depend on which spec wrote it. In front
+    # of experts the TE spec has a norm of its own.
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if experts:
+        mlp = ModuleSpec(
+            module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linear))
+        )
+    else:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
@@ -173,15 +192,8 @@ def local_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmo
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # The fused names of the TE spec, so that a distributed checkpoint does not depend on which spec wrote it.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=names,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

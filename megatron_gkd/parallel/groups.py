@@ -22,8 +22,8 @@ from megatron_gkd.parallel.layout import Layout
 def build_groups(layout: Layout) -> ProcessGroupCollection:
     """All groups that megatron-core's model, schedules, DDP, optimizer and checkpointing read, for one layout.
 
-    Context and expert sizes are 1 (see layout.py), so their groups hold one rank, data x context equals data, and
-    the expert groups equal the dense ones: they share one communicator instead of opening another.
+    The context size is 1 (see layout.py), so its groups hold one rank and data x context equals data; without expert
+    parallelism the expert groups equal the dense ones. Equal groups share one communicator instead of opening another.
     """
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         # Scratch for the all-gathers of sequence parallelism (tensor_parallel/layers.py). It belongs to no group,
@@ -50,13 +50,8 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
     groups.dp_cp = groups.dp
     groups.tp_cp = groups.tp
     groups.tp_dp_cp = group_over("tp", "dp")
-    groups.ep = groups.cp
-    groups.expt_tp = groups.tp
-    groups.expt_dp = groups.dp
-    groups.tp_ep = groups.tp
-    groups.tp_ep_pp = groups.mp
     groups.intra_dp_cp = groups.dp
-    groups.intra_expt_dp = groups.dp
+    _add_expert_groups(groups, layout)
     # One distributed-optimizer instance: its gradient statistics span the whole layout (optimizer/__init__.py,
     # grad_stats_parallel_group).
     groups.intra_dist_opt = group_over("tp", "cp", "dp", "pp")
@@ -66,11 +61,33 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
     return groups
 
 
+def _add_expert_groups(groups: ProcessGroupCollection, layout: Layout) -> None:
+    if layout.expert == 1 and layout.expert_tensor_size == layout.tensor:
+        groups.ep = groups.cp
+        groups.expt_tp = groups.tp
+        groups.expt_dp = groups.dp
+        groups.tp_ep = groups.tp
+        groups.tp_ep_pp = groups.mp
+    else:
+        group_over = _Partitions(
+            HyperCommGrid(
+                [layout.expert_tensor_size, layout.expert, layout.expert_data, layout.pipeline],
+                ["tp", "ep", "dp", "pp"],
+                rank_offset=layout.rank_offset,
+            )
+        )
+        groups.ep = group_over("ep")
+        groups.expt_tp = group_over("tp")
+        groups.expt_dp = group_over("dp")
+        groups.tp_ep = group_over("tp", "ep")
+        groups.tp_ep_pp = group_over("tp", "ep", "pp")
+    groups.intra_expt_dp = groups.expt_dp
+
+
 class _Partitions:
     """Groups over dimensions of a grid, one communicator for each partition of the ranks: with sizes of 1 many
-    dimensions
-    divide the ranks alike (at TP 1 x PP 2 x DP 1 nine groups are two), and a communicator costs threads, sockets and
-    device memory. Sharing is safe because the parts of a training step that use them never overlap.
+    dimensions divide the ranks alike (at TP 1 x PP 2 x DP 1 nine groups are two), and a communicator costs threads,
+    sockets and device memory. Sharing is safe because the parts of a training step that use them never overlap.
     """
 
     def __init__(self, grid: HyperCommGrid) -> None:

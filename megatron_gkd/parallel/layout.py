@@ -4,9 +4,12 @@ Rank order is Megatron's default, `tp-cp-ep-dp-pp` from fastest to slowest:
 
     rank = rank_offset + tp_rank + tp * (cp_rank + cp * (dp_rank + dp * pp_rank))
 
-Student and teacher each have a `Layout` of their own over the same ranks. Context and expert parallelism are fields
-already, because every size check has to know of them, but sizes above 1 are refused until the attention and the
-routing for them are built.
+The experts of a mixture are cut over the same ranks of a stage in another way, in the same order:
+
+    rank = rank_offset + etp_rank + etp * (ep_rank + ep * (edp_rank + edp * pp_rank)),   etp * ep * edp = tp * cp * dp
+
+Student and teacher each have a `Layout` of their own over the same ranks. Context parallelism is a field already,
+because every size check has to know of it, but a size above 1 is refused until the attention for it is built.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ class Layout:
     virtual_pipeline: int | None = None  # model chunks per pipeline rank
     sequence_parallel: bool = False
     rank_offset: int = 0
+    expert_tensor: int | None = None  # None: as `tensor`, Megatron's default
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "data", "context", "expert"):
@@ -45,9 +49,13 @@ class Layout:
                 raise LayoutError(f"{name} parallel size is {getattr(self, name)}; it must be at least 1")
         if self.context > 1:
             raise NotBuiltError(f"context_parallel_size {self.context}: context parallelism is not built yet; use 1")
-        if self.expert > 1:
-            raise NotBuiltError(
-                f"expert_model_parallel_size {self.expert}: mixture-of-experts models are not built yet; use 1"
+        if self.expert_tensor is not None and self.expert_tensor < 1:
+            raise LayoutError(f"expert tensor parallel size is {self.expert_tensor}; it must be at least 1")
+        stage = self.tensor * self.context * self.data
+        if stage % (self.expert_tensor_size * self.expert):
+            raise LayoutError(
+                f"expert tensor parallel size {self.expert_tensor_size} x expert parallel size {self.expert} does not "
+                f"divide the {stage} ranks of a pipeline stage (tp {self.tensor} x cp {self.context} x dp {self.data})"
             )
         if self.virtual_pipeline is not None:
             if self.virtual_pipeline < 2:
@@ -73,6 +81,7 @@ class Layout:
         pipeline: int = 1,
         context: int = 1,
         expert: int = 1,
+        expert_tensor: int | None = None,
         virtual_pipeline: int | None = None,
         sequence_parallel: bool = False,
         name: str = "student",
@@ -92,7 +101,26 @@ class Layout:
                 f"ranks, but the world has {world_size}: "
                 f"start {nearest} ranks or change the {name}'s parallel sizes"
             )
-        return cls(tensor, pipeline, world_size // model_size, context, expert, virtual_pipeline, sequence_parallel)
+        return cls(
+            tensor,
+            pipeline,
+            world_size // model_size,
+            context,
+            expert,
+            virtual_pipeline,
+            sequence_parallel,
+            expert_tensor=expert_tensor,
+        )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share one expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def expert_data(self) -> int:
+        """Copies of each expert."""
+        return self.tensor * self.context * self.data // (self.expert_tensor_size * self.expert)
 
     @property
     def world_size(self) -> int:
@@ -129,6 +157,8 @@ class Layout:
     def describe(self) -> str:
         """For messages, e.g. `TP 2 x PP 2 x DP 1, VPP 2, sequence parallel`."""
         text = f"TP {self.tensor} x PP {self.pipeline} x DP {self.data}"
+        if self.expert > 1 or self.expert_tensor_size != self.tensor:
+            text += f", EP {self.expert} x ETP {self.expert_tensor_size}"
         if self.virtual_pipeline:
             text += f", VPP {self.virtual_pipeline}"
         return text + (", sequence parallel" if self.sequence_parallel else "")

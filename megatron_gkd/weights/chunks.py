@@ -19,21 +19,34 @@ import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.weights.naming import is_extra_state, layer_roles, parse
-from megatron_gkd.weights.plan import Unit
+from megatron_gkd.weights.naming import Unit, is_extra_state, layer_units, parse
 
 
 class Parameter(NamedTuple):
     """One parameter of one chunk."""
 
-    role: str
-    layer: int | None  # global
+    unit: Unit
     name: str  # megatron-core's, in its chunk; for messages
     tensor: torch.nn.Parameter
 
-    @property
-    def unit(self) -> Unit:
-        return self.role, self.layer
+
+class ExpertRank(NamedTuple):
+    """Where a rank stands among those that share the experts."""
+
+    ep_rank: int = 0  # expert parallel: which experts
+    ep_size: int = 1
+    tp_rank: int = 0  # expert tensor parallel: which part of each
+    tp_size: int = 1
+
+    @classmethod
+    def of(cls, groups: Any) -> ExpertRank:
+        """From a ProcessGroupCollection."""
+        return cls(groups.ep.rank(), groups.ep.size(), groups.expt_tp.rank(), groups.expt_tp.size())
+
+    def experts(self, arch: Architecture) -> range:
+        """Global indices of this rank's experts."""
+        num_local = 0 if arch.moe is None else arch.moe.num_experts // self.ep_size
+        return range(self.ep_rank * num_local, (self.ep_rank + 1) * num_local)
 
 
 def unwrap(chunk: Any) -> Any:
@@ -43,27 +56,31 @@ def unwrap(chunk: Any) -> Any:
     return chunk
 
 
-def model_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[Parameter]:
+def model_parameters(
+    chunks: Sequence[torch.nn.Module], arch: Architecture, expert_rank: ExpertRank
+) -> Iterator[Parameter]:
     """Every parameter of this rank's chunks, in a fixed order; CheckpointError for a name without a rule."""
     for chunk in map(unwrap, chunks):
         for name, tensor in chunk.named_parameters():
-            role, layer, _ = parse(name)
+            role, layer, expert = parse(name)
             if layer is not None:
                 layer = chunk.decoder.layers[layer].layer_number - 1
-            yield Parameter(role, layer, name, tensor)
+            if expert is not None:
+                expert += expert_rank.experts(arch).start
+            yield Parameter(Unit(role, layer, expert), name, tensor)
 
 
-def check_chunks(chunks: Sequence[torch.nn.Module], arch: Architecture) -> list[Parameter]:
+def check_chunks(chunks: Sequence[torch.nn.Module], arch: Architecture, expert_rank: ExpertRank) -> list[Parameter]:
     """The parameters, after the checks above."""
-    parameters = list(model_parameters(chunks))
+    parameters = list(model_parameters(chunks, arch, expert_rank))
     found: set[Unit] = set()
     for parameter in parameters:
         if parameter.unit in found:
-            raise CheckpointError(f"{parameter.name}: layer {parameter.layer} has {parameter.role} twice on this rank")
+            raise CheckpointError(f"{parameter.name}: this rank has {parameter.unit} twice")
         found.add(parameter.unit)
     expected: set[Unit] = set()
     for chunk in map(unwrap, chunks):
-        expected |= _expected_units(chunk, arch)
+        expected |= _expected_units(chunk, arch, expert_rank)
         _check_buffers(chunk)
     if unknown := found - expected:
         raise CheckpointError(
@@ -74,17 +91,18 @@ def check_chunks(chunks: Sequence[torch.nn.Module], arch: Architecture) -> list[
     return parameters
 
 
-def _expected_units(chunk: Any, arch: Architecture) -> set[Unit]:
+def _expected_units(chunk: Any, arch: Architecture, expert_rank: ExpertRank) -> set[Unit]:
     layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
     if any(not 0 <= layer < arch.num_layers for layer in layers):
         raise CheckpointError(f"the model has layers {layers} (from 0), the checkpoint has {arch.num_layers}")
-    units: set[Unit] = {(role, layer) for layer in layers for role in layer_roles(arch)}
+    experts = expert_rank.experts(arch)
+    units = {unit for layer in layers for unit in layer_units(arch, layer, experts)}
     if chunk.pre_process:
-        units.add(("embedding", None))
+        units.add(Unit("embedding"))
     if chunk.post_process:
-        units.add(("final_norm", None))
+        units.add(Unit("final_norm"))
         if not (arch.tied_embeddings and chunk.pre_process):  # one chunk with both ends has one tensor for both
-            units.add(("head", None))
+            units.add(Unit("head"))
     return units
 
 
@@ -97,6 +115,5 @@ def _check_buffers(chunk: torch.nn.Module) -> None:
 
 
 def _describe(units: set[Unit]) -> str:
-    role, layer = min(units, key=lambda unit: (unit[0], -1 if unit[1] is None else unit[1]))
-    where = "" if layer is None else f" in layer {layer}"
-    return f"{role}{where}" + (f" (and {len(units) - 1} more)" if len(units) > 1 else "")
+    first = min(units, key=lambda unit: (unit.role, unit.layer or 0, unit.expert or 0))
+    return str(first) + (f" (and {len(units) - 1} more)" if len(units) > 1 else "")

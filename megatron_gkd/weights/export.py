@@ -8,10 +8,12 @@ top of it.
 Everything that does not depend on values is decided once, alike on every rank: the manifest (names, shapes, dtypes,
 in checkpoint order, whatever the layout), the buckets, and who sends what to whom. So a pass exchanges tensors only.
 
-Ranks: the WRITER is tensor rank 0 of pipeline stage 0 of data-parallel (and context-parallel) replica 0. The LEADER
-of a stage is that replica's tensor rank 0. Other replicas take no part. Per bucket, from its owner stage:
+Ranks: an OWNER is a pipeline stage and an expert-parallel rank of it; what is no expert belongs to expert-parallel
+rank 0. Its LEADER is the first of its ranks (tensor rank 0 of data-parallel replica 0 is that of expert-parallel rank
+0); the WRITER is the leader of the first stage. Other replicas take no part. Per bucket, of one owner:
 
-    1. every other tensor rank sends its shard of each split parameter to the leader, who places it into the HF tensors,
+    1. every other tensor rank (for an expert: expert-tensor rank) sends its shard of each split parameter to the
+       leader, who places it into the HF tensors,
     2. the leader sends the bucket, as bytes, to the writer,
     3. the writer hands the tensors out, then drops them.
 
@@ -26,7 +28,7 @@ at the time of the pass: with a distributed optimizer call it after the paramete
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -35,11 +37,12 @@ import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture, read_architecture, read_config_json
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.weights.chunks import Parameter, check_chunks
+from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
+from megatron_gkd.weights.dtypes import read_dtypes, stored_dtypes
 from megatron_gkd.weights.hf_files import HFCheckpoint, has_safetensors
 from megatron_gkd.weights.hf_writer import DEFAULT_SHARD_BYTES, HFWriter, TensorSpec, check_destination
-from megatron_gkd.weights.naming import ROLES
-from megatron_gkd.weights.plan import Unit, plan, unit_shapes, units
+from megatron_gkd.weights.naming import ROLES, Unit
+from megatron_gkd.weights.plan import plan, unit_shapes, units
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +51,17 @@ _CONFIG_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bf
 _ALIGNMENT: Final = 16  # bytes; a bucket holds tensors of several dtypes
 
 
-class Bucket(NamedTuple):
-    """Consecutive units of one pipeline stage, laid out in one buffer of bytes."""
+class Owner(NamedTuple):
+    """The ranks that hold a unit."""
 
     stage: int
+    expert_rank: int = 0  # expert parallel
+
+
+class Bucket(NamedTuple):
+    """Consecutive units of one owner, laid out in one buffer of bytes."""
+
+    owner: Owner
     units: tuple[Unit, ...]
     specs: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]  # of each spec, in bytes
@@ -65,16 +75,19 @@ def hf_tensor_stream(
     *,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
+    read: Callable[[Parameter], torch.Tensor] | None = None,
 ) -> HFTensorStream:
     """Make the static schedule. See HFTensorStream.
 
     Args:
-        pg_collection: the model's groups; `tp`, `pp`, `dp` (and `cp`, where set) are used, never the world.
+        pg_collection: the model's groups; `tp`, `pp`, `dp`, `cp`, `ep`, `expt_tp`, `expt_dp` and `tp_ep_pp` are used,
+            never the world.
         dtypes: of the exported tensors: one for all, one per HF name, or None for the parameters' own.
+        read: the value of a parameter, on the CPU, where the chunks hold none (conversion); None: the parameter.
 
-    Communication: one all_gather_object over pg_collection.pp (unit keys and dtypes).
+    Communication: one all_gather_object over pg_collection.tp_ep_pp (unit keys and dtypes).
     """
-    return HFTensorStream(chunks, arch, pg_collection, bucket_bytes, dtypes)
+    return HFTensorStream(chunks, arch, pg_collection, bucket_bytes, dtypes, read)
 
 
 class HFTensorStream:
@@ -84,7 +97,7 @@ class HFTensorStream:
     The tensors of a bucket are views of one buffer, which is not used again: they may be kept, at the price of their
     memory.
 
-    Communication of a pass: point to point on pg_collection.tp (shards, parameter dtype) and on pg_collection.pp
+    Communication of a pass: point to point on pg_collection.tp and expt_tp (shards, parameter dtype) and on tp_ep_pp
     (buckets, uint8), as in the module's docstring; nothing on ranks of other data-parallel replicas.
     """
 
@@ -98,93 +111,117 @@ class HFTensorStream:
         pg_collection: Any,
         bucket_bytes: int,
         dtypes: Mapping[str, torch.dtype] | torch.dtype | None,
+        read: Callable[[Parameter], torch.Tensor] | None = None,
     ) -> None:
         assert bucket_bytes > 0, bucket_bytes
         self._arch = arch
-        self._tp, self._pp = pg_collection.tp, pg_collection.pp
-        self._takes_part = _takes_part(pg_collection)
-        self.is_writer = self._takes_part and self._tp.rank() == 0 and self._pp.rank() == 0
-        parameters = check_chunks(chunks, arch)
+        self._read = read or (lambda parameter: parameter.tensor.detach())
+        self._tp, self._expert_tp, self._model = pg_collection.tp, pg_collection.expt_tp, pg_collection.tp_ep_pp
+        self._dense_part, self._expert_part = _takes_part(pg_collection)
+        self._coordinate = Owner(pg_collection.pp.rank(), pg_collection.ep.rank())
+        self._num_expert_ranks = pg_collection.ep.size()
+        self.is_writer = self.leads(Owner(0))
+        parameters = check_chunks(chunks, arch, ExpertRank.of(pg_collection))
         self._local = {parameter.unit: parameter for parameter in parameters}
         owners = self._gather_owners(parameters)
         specs = {unit: _unit_specs(unit, arch, owners[unit][1], dtypes) for unit in units(arch)}
         self.manifest = tuple(spec for unit in specs for spec in specs[unit])
         self.buckets = tuple(make_buckets({u: owners[u][0] for u in specs}, specs, bucket_bytes))
-        self._device = parameters[0].tensor.device if parameters else torch.device("cpu")
+        self.device = parameters[0].tensor.device if parameters and read is None else torch.device("cpu")
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if not self._takes_part:
+        if not (self._dense_part or self._expert_part):
             return
         for bucket in self.buckets:
             buffer = self._collect(bucket)
             if buffer is not None and self.is_writer:
-                for spec, tensor in zip(bucket.specs, _views(bucket, buffer), strict=True):
+                for spec, tensor in zip(bucket.specs, views(bucket, buffer), strict=True):
                     yield spec.name, tensor
             del buffer
 
     @torch.no_grad()
-    def _collect(self, bucket: Bucket) -> torch.Tensor | None:
-        """The bucket's bytes, on the writer; None on the other ranks once theirs are sent."""
-        buffer = None
-        if self._pp.rank() == bucket.stage:
-            leads = self._tp.rank() == 0
-            if leads:
-                buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
-            tensors = dict(zip((s.name for s in bucket.specs), _views(bucket, buffer), strict=True)) if leads else {}
-            for unit in bucket.units:
-                self._gather_unit(self._local[unit], tensors)
-            if buffer is not None and bucket.stage != 0:
-                dist.send(buffer, dst=dist.get_global_rank(self._pp, 0), group=self._pp)
-        elif self.is_writer:
-            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
-            dist.recv(buffer, src=dist.get_global_rank(self._pp, bucket.stage), group=self._pp)
+    def gather(self, bucket: Bucket) -> torch.Tensor | None:
+        """The bucket's bytes, on the leader of its owner; None on the other ranks once theirs are sent. Collective over
+        the owner's ranks; buckets are to be gathered in order.
+        """
+        buffer, tensors = None, {}
+        if self.leads(bucket.owner):
+            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self.device)
+            tensors = dict(zip((s.name for s in bucket.specs), views(bucket, buffer), strict=True))
+        for unit in bucket.units:
+            if unit.expert is None and self._dense_part and self._coordinate.stage == bucket.owner.stage:
+                self._gather_unit(self._local[unit], self._tp, tensors)
+            elif unit.expert is not None and self._expert_part and self._coordinate == bucket.owner:
+                self._gather_unit(self._local[unit], self._expert_tp, tensors)
         return buffer
 
-    def _gather_unit(self, parameter: Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    def _collect(self, bucket: Bucket) -> torch.Tensor | None:
+        """The bucket's bytes, on the writer; None on the other ranks once theirs are sent."""
+        buffer = self.gather(bucket)
+        if buffer is not None and not self.is_writer:
+            dist.send(buffer, dst=self._leader(Owner(0)), group=self._model)
+        elif buffer is None and self.is_writer:
+            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self.device)
+            dist.recv(buffer, src=self._leader(bucket.owner), group=self._model)
+        return buffer
+
+    def leads(self, owner: Owner) -> bool:
+        """Whether this rank is the leader of an owner, in the replica that exports."""
+        return self._expert_part and self._coordinate == owner and self._expert_tp.rank() == 0
+
+    def _leader(self, owner: Owner) -> int:
+        """Global rank of an owner's leader. The group's ranks are in the order tp-ep-pp."""
+        index = (owner.stage * self._num_expert_ranks + owner.expert_rank) * self._expert_tp.size()
+        return dist.get_global_rank(self._model, index)
+
+    def _gather_unit(self, parameter: Parameter, group: dist.ProcessGroup, tensors: dict[str, torch.Tensor]) -> None:
         """Place the shards of one parameter into the HF tensors, on the leader; send this rank's, elsewhere."""
         # gloo is silently wrong on non-contiguous tensors (pytorch 192920).
-        own = parameter.tensor.detach().contiguous()
-        split = ROLES[parameter.role].transform != "replicated"
-        if self._tp.rank() != 0:
-            if split:
-                dist.send(own, dst=dist.get_global_rank(self._tp, 0), group=self._tp)
+        split = ROLES[parameter.unit.role].transform != "replicated"
+        if group.rank() != 0 and not split:
             return
-        place(parameter, self._arch, own, 0, self._tp.size(), tensors)
-        for rank in range(1, self._tp.size() if split else 1):
+        own = self._read(parameter).contiguous()
+        if group.rank() != 0:
+            dist.send(own, dst=dist.get_global_rank(group, 0), group=group)
+            return
+        place(parameter, self._arch, own, 0, group.size(), tensors)
+        for rank in range(1, group.size() if split else 1):
             shard = torch.empty_like(own)
-            dist.recv(shard, src=dist.get_global_rank(self._tp, rank), group=self._tp)
-            place(parameter, self._arch, shard, rank, self._tp.size(), tensors)
+            dist.recv(shard, src=dist.get_global_rank(group, rank), group=group)
+            place(parameter, self._arch, shard, rank, group.size(), tensors)
 
-    def _gather_owners(self, parameters: Sequence[Parameter]) -> dict[Unit, tuple[int, torch.dtype]]:
-        """Stage and dtype of every unit; together the stages must hold the whole model, once."""
-        mine = [(p.unit, p.tensor.dtype) for p in parameters if not (p.role == "head" and self._arch.tied_embeddings)]
-        everyone: list[Any] = [None] * self._pp.size()
-        dist.all_gather_object(everyone, mine, group=self._pp)
-        owners: dict[Unit, tuple[int, torch.dtype]] = {}
-        for stage, held in enumerate(everyone):
+    def _gather_owners(self, parameters: Sequence[Parameter]) -> dict[Unit, tuple[Owner, torch.dtype]]:
+        """Owner and dtype of every unit; together the stages must hold the whole model, once."""
+        owned = parameters if self._expert_tp.rank() == 0 else []
+        mine = [
+            (p.unit, p.tensor.dtype)
+            for p in owned
+            if (p.unit.expert is not None or self._coordinate.expert_rank == 0)
+            and not (p.unit.role == "head" and self._arch.tied_embeddings)
+        ]
+        everyone: list[Any] = [None] * self._model.size()
+        dist.all_gather_object(everyone, (self._coordinate, mine), group=self._model)
+        owners: dict[Unit, tuple[Owner, torch.dtype]] = {}
+        for owner, held in everyone:
             for unit, dtype in held:
                 if unit in owners:
-                    raise CheckpointError(
-                        f"{unit[0]} of layer {unit[1]} is on pipeline stages {owners[unit][0]} and {stage}"
-                    )
-                owners[unit] = (stage, dtype)
+                    raise CheckpointError(f"{unit} is on pipeline stages {owners[unit][0].stage} and {owner.stage}")
+                owners[unit] = (owner, dtype)
         if missing := [unit for unit in units(self._arch) if unit not in owners]:
-            raise CheckpointError(
-                f"{missing[0][0]} of layer {missing[0][1]} is on no pipeline stage ({len(missing)} missing)"
-            )
+            raise CheckpointError(f"{missing[0]} is on no pipeline stage ({len(missing)} missing)")
         return owners
 
 
-def _takes_part(pg_collection: Any) -> bool:
-    """Whether this rank belongs to the one replica that exports."""
-    context = getattr(pg_collection, "cp", None)
-    return bool(pg_collection.dp.rank() == 0 and (context is None or context.rank() == 0))
+def _takes_part(pg_collection: Any) -> tuple[bool, bool]:
+    """Whether this rank belongs to the replica that exports what is no expert, and to the one that exports experts."""
+    dense = pg_collection.dp.rank() == 0 and pg_collection.cp.rank() == 0
+    return bool(dense), bool(pg_collection.expt_dp.rank() == 0)
 
 
 def make_buckets(
-    stages: Mapping[Unit, int], specs: Mapping[Unit, tuple[TensorSpec, ...]], bucket_bytes: int
+    owners: Mapping[Unit, Owner], specs: Mapping[Unit, tuple[TensorSpec, ...]], bucket_bytes: int
 ) -> Iterator[Bucket]:
-    """Cut the units, in order, into buckets of one stage and at most `bucket_bytes` (or one unit). Pure.
+    """Cut the units, in order, into buckets of one owner and at most `bucket_bytes` (or one unit). Pure.
 
     Invariant: the buckets' specs, concatenated, are the units' specs, so the order on the wire is the order of the
     manifest.
@@ -193,29 +230,29 @@ def make_buckets(
     size = 0
     for unit in specs:
         unit_bytes = sum(_aligned(spec.num_bytes) for spec in specs[unit])
-        if held and (stages[unit] != stages[held[-1]] or size + unit_bytes > bucket_bytes):
-            yield _bucket(stages[held[-1]], held, specs)
+        if held and (owners[unit] != owners[held[-1]] or size + unit_bytes > bucket_bytes):
+            yield _bucket(owners[held[-1]], held, specs)
             held, size = [], 0
         held.append(unit)
         size += unit_bytes
     if held:
-        yield _bucket(stages[held[-1]], held, specs)
+        yield _bucket(owners[held[-1]], held, specs)
 
 
-def _bucket(stage: int, held: Sequence[Unit], specs: Mapping[Unit, tuple[TensorSpec, ...]]) -> Bucket:
+def _bucket(owner: Owner, held: Sequence[Unit], specs: Mapping[Unit, tuple[TensorSpec, ...]]) -> Bucket:
     flat = tuple(spec for unit in held for spec in specs[unit])
     offsets, position = [], 0
     for spec in flat:
         offsets.append(position)
         position += _aligned(spec.num_bytes)
-    return Bucket(stage, tuple(held), flat, tuple(offsets), position)
+    return Bucket(owner, tuple(held), flat, tuple(offsets), position)
 
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _views(bucket: Bucket, buffer: torch.Tensor | None) -> Iterator[torch.Tensor]:
+def views(bucket: Bucket, buffer: torch.Tensor | None) -> Iterator[torch.Tensor]:
     """The HF tensors inside a bucket's bytes."""
     assert buffer is not None
     for spec, offset in zip(bucket.specs, bucket.offsets, strict=True):
@@ -231,9 +268,9 @@ def place(
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """Write rank `rank`'s shard into the full HF tensors: the inverse of loading, by the same plan."""
-    padded_vocab = shard.shape[0] * size if ROLES[parameter.role].transform == "vocabulary" else 0
+    padded_vocab = shard.shape[0] * size if ROLES[parameter.unit.role].transform == "vocabulary" else 0
     position = 0
-    for rectangle in plan(parameter.role, parameter.layer, arch, rank, size, padded_vocab):
+    for rectangle in plan(parameter.unit, arch, rank, size, padded_vocab):
         rows = shard[position : position + rectangle.num_rows]
         position += rectangle.num_rows
         if rectangle.name is not None:
@@ -250,7 +287,7 @@ def _unit_specs(
             return held
         return dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]
 
-    return tuple(TensorSpec(name, shape, exported(name)) for name, shape in unit_shapes(*unit, arch).items())
+    return tuple(TensorSpec(name, shape, exported(name)) for name, shape in unit_shapes(unit, arch).items())
 
 
 # ---- a directory -----------------------------------------------------------------------------------------------------
@@ -266,6 +303,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    read: Callable[[Parameter], torch.Tensor] | None = None,
 ) -> None:
     """Write the model as a Hugging Face directory that transformers and vLLM load. Every rank of the model calls it.
 
@@ -274,6 +312,7 @@ def save_hf(
             from it byte for byte, and each tensor keeps the dtype that it has there.
         out_dir: must not exist. It appears complete or not at all; only the writing rank touches it.
         dtype: one dtype for all tensors instead; config.json's `dtype` is then set to it.
+        read: as in hf_tensor_stream.
 
     Communication: hf_tensor_stream's. It returns on a rank when that rank's part is done: no barrier. If the writer
     fails, it raises and the other ranks wait for it: let the launcher end them.
@@ -283,10 +322,10 @@ def save_hf(
         raise CheckpointError(
             f"{source_dir}/config.json describes another model than the one to export: {_difference(source, arch)}"
         )
-    if _takes_part(pg_collection):  # other replicas may arrive when the directory is there already
+    if any(_takes_part(pg_collection)):  # other replicas may arrive when the directory is there already
         check_destination(out_dir)
     dtypes = dtype or _source_dtypes(source_dir, arch)
-    stream = hf_tensor_stream(chunks, arch, pg_collection, bucket_bytes=bucket_bytes, dtypes=dtypes)
+    stream = hf_tensor_stream(chunks, arch, pg_collection, bucket_bytes=bucket_bytes, dtypes=dtypes, read=read)
     if not stream.is_writer:
         for _ in stream:
             raise AssertionError("only the writer receives tensors")
@@ -307,7 +346,9 @@ def _source_dtypes(source_dir: Path, arch: Architecture) -> dict[str, torch.dtyp
     """
     if has_safetensors(source_dir):
         with HFCheckpoint(source_dir) as source:
-            return {name: source.dtype(name) for unit in units(arch) for name in unit_shapes(*unit, arch)}
+            return stored_dtypes(source, arch)
+    if recorded := read_dtypes(source_dir, arch):
+        return recorded
     raw = read_config_json(source_dir)
     named = raw.get("dtype") or raw.get("torch_dtype")
     if named is None:

@@ -2,8 +2,9 @@
 hf_writer.py.
 
 `HFCheckpoint(path)` reads the headers of all files and checks them: sizes, the index, links that leave the directory.
-`read` then takes a rectangle of a tensor from a memory map. Pickled weights (`pytorch_model.bin`) are never opened:
-unpickling runs code.
+`read` then takes a rectangle of a tensor from a memory map; `read_into` copies one into memory that exists, without a
+map (a fresh map costs a page fault for every few pages, which halves the bandwidth). Pickled weights
+(`pytorch_model.bin`) are never opened: unpickling runs code.
 
 File format (safetensors): 8 bytes little-endian N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
@@ -24,6 +26,7 @@ from megatron_gkd.weights.plan import Span
 INDEX_FILE: Final = "model.safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
 DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE_BYTES: Final = 2**20  # what read_into holds besides the target: it stays in the processor's cache
 _MAX_HEADER_BYTES: Final = 100 * 10**6  # the limit of the safetensors library
 
 
@@ -31,6 +34,7 @@ class _Entry(NamedTuple):
     file: str
     dtype: str
     shape: tuple[int, ...]
+    start: int  # of the data, in bytes from the beginning of the file
 
 
 class HFCheckpoint:
@@ -42,6 +46,8 @@ class HFCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._open: dict[str, Any] = {}
+        self._descriptors: dict[str, int] = {}
+        self._piece: torch.Tensor | None = None
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a directory; give a local Hugging Face model directory")
         if (self.path / "adapter_config.json").exists():
@@ -90,9 +96,42 @@ class HFCheckpoint:
             tensor = part[rows[0] : rows[1], columns[0] : columns[1]]
         return tensor
 
+    def read_into(self, target: torch.Tensor, name: str, rows: Span | None = None, columns: Span | None = None) -> int:
+        """Copy a rectangle into `target`, of its shape, in target's dtype and on its device; returns the bytes read.
+
+        Memory besides the target: PIECE_BYTES, or one row of the tensor where that is more.
+        """
+        stored = self.dtype(name)
+        entry = self._entry(name)
+        first, last = rows or (0, entry.shape[0])
+        assert 0 <= first <= last <= entry.shape[0], (name, rows, entry.shape)
+        if columns is not None and columns != (
+            0,
+            entry.shape[1],
+        ):  # no consecutive bytes: the map touches only the pages that are needed
+            source = self.read(name, (first, last), columns)
+            copy_checked(target, source, name)
+            return source.numel() * source.element_size()
+        assert tuple(target.shape) == (last - first, *entry.shape[1:]), (name, target.shape, entry.shape)
+        row_bytes = math.prod(entry.shape[1:]) * stored.itemsize
+        start = entry.start + first * row_bytes
+        if stored == target.dtype and target.device.type == "cpu" and target.is_contiguous():
+            self._read_bytes(entry.file, start, target)
+        else:
+            step = max(PIECE_BYTES // max(row_bytes, 1), 1)
+            for row in range(0, last - first, step):
+                part = target[row : row + step]
+                piece = self._scratch(part.numel() * stored.itemsize).view(stored).view(part.shape)
+                self._read_bytes(entry.file, start + row * row_bytes, piece)
+                copy_checked(part, piece, name)
+        return (last - first) * row_bytes
+
     def close(self) -> None:
         """Drop all open files."""
         self._open.clear()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +154,25 @@ class HFCheckpoint:
                 raise CheckpointError(f"{self.path / file} cannot be read: {error}") from error
         return self._open[file]
 
+    def _scratch(self, num_bytes: int) -> torch.Tensor:
+        if self._piece is None or len(self._piece) < num_bytes:
+            self._piece = torch.empty(max(num_bytes, PIECE_BYTES), dtype=torch.uint8)
+        return self._piece[:num_bytes]
+
+    def _read_bytes(self, file: str, start: int, target: torch.Tensor) -> None:
+        """Fill a contiguous tensor on the CPU with a file's bytes."""
+        if target.numel() == 0:
+            return
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+        memory = target.detach().reshape(-1).view(torch.uint8).numpy().data
+        done = 0
+        while done < len(memory):  # one call reads 2 GiB at most
+            count = os.preadv(self._descriptors[file], [memory[done:]], start + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path / file} ended while it was read: it has been truncated")
+            done += count
+
 
 def has_safetensors(path: Path) -> bool:
     """Whether the directory holds weights that HFCheckpoint reads."""
@@ -131,6 +189,10 @@ def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
     if index:
         weight_map = _read_index(path)
         return sorted(set(weight_map.values())), weight_map
+    if (path / "metadata.json").is_file() and any(path.glob("*.distcp")):
+        raise CheckpointError(
+            f"{path} is a Megatron distributed checkpoint; convert it first: megatron-gkd convert --to hf"
+        )
     if any(any(path.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
         raise CheckpointError(
             f"{path} has pickled weights only, which are never opened (unpickling runs code); convert them to "
@@ -188,15 +250,22 @@ def _read_header(path: Path, file: str) -> dict[str, _Entry]:
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            entries = {n: _Entry(file, e["dtype"], tuple(map(int, e["shape"]))) for n, e in header.items()}
             spans = [(n, int(e["data_offsets"][0]), int(e["data_offsets"][1])) for n, e in header.items()]
+            entries = {
+                name: _Entry(file, header[name]["dtype"], tuple(map(int, header[name]["shape"])), 8 + length + start)
+                for name, start, _ in spans
+            }
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{path / file} has a damaged header: {error!r}") from error
-    for name, start, stop in spans:
+    position = 0
+    for name, start, stop in sorted(spans, key=lambda span: span[1:]):
+        if start != position or stop < start:
+            raise CheckpointError(f"{path / file} has a damaged header: {name} is at {start} to {stop}, not {position}")
+        position = stop
         item = DTYPES[entries[name].dtype].itemsize if entries[name].dtype in DTYPES else None
         if item is not None and stop - start != math.prod(entries[name].shape) * item:
             raise CheckpointError(f"{path / file}: {name} has {stop - start} bytes, its shape needs another number")
-    needed = 8 + length + max((stop for _, _, stop in spans), default=0)
+    needed = 8 + length + position
     if size != needed:
         raise CheckpointError(f"{path / file} is damaged or truncated: {size} bytes, its header says {needed}")
     return entries
@@ -206,6 +275,11 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
     """A few names for a message."""
     ordered = sorted(names)
     return ", ".join(ordered[:limit]) + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")
+
+
+def copy_checked(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
+    """Copy and cast, with cast_checked's check."""
+    target.copy_(cast_checked(source, target.dtype, name) if target.dtype == torch.float16 else source)
 
 
 def cast_checked(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -24,9 +24,9 @@ import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError, ShapeError
-from megatron_gkd.weights.chunks import Parameter, check_chunks
-from megatron_gkd.weights.hf_files import HFCheckpoint, cast_checked
-from megatron_gkd.weights.naming import ROLES, hf_names, is_ignored_hf_name
+from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
+from megatron_gkd.weights.hf_files import HFCheckpoint
+from megatron_gkd.weights.naming import ROLES, Unit, hf_names, is_ignored_hf_name
 from megatron_gkd.weights.plan import Rectangle, hf_tensor_shapes, plan, shard_shape
 
 log = logging.getLogger(__name__)
@@ -52,11 +52,13 @@ def load_hf_weights(
     *,
     tp_rank: int,
     tp_size: int,
+    expert_rank: ExpertRank | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
     """Fill every parameter of `chunks`; the values are cast to the parameters' dtypes and devices.
 
     Args:
+        expert_rank: this rank's share of the experts; None: every expert, cut as the rest.
         progress: called with (parameters done, parameters in all) after each one.
 
     Raises:
@@ -66,12 +68,13 @@ def load_hf_weights(
     """
     start = time.perf_counter()
     check_manifest(checkpoint, arch)
-    parameters = check_chunks(chunks, arch)
-    plans = [_parameter_plan(parameter, arch, tp_rank, tp_size) for parameter in parameters]
+    expert_rank = expert_rank or ExpertRank(tp_rank=tp_rank, tp_size=tp_size)
+    parameters = check_chunks(chunks, arch, expert_rank)
+    plans = [parameter_plan(parameter, arch, tp_rank, tp_size, expert_rank) for parameter in parameters]
     num_bytes = 0
     with torch.no_grad():
         for done, (parameter, rectangles) in enumerate(zip(parameters, plans, strict=True), start=1):
-            num_bytes += _fill(parameter.tensor, rectangles, checkpoint)
+            num_bytes += fill(parameter.tensor, rectangles, checkpoint)
             if progress is not None:
                 progress(done, len(parameters))
     report = LoadReport(len(parameters), num_bytes, time.perf_counter() - start)
@@ -103,9 +106,9 @@ def load_vocab_shard(
     if num_rows is not None:
         assert num_rows <= arch.vocab_size, (num_rows, arch.vocab_size)
         arch = replace(arch, vocab_size=num_rows)
-    rectangles = plan(role, None, arch, rank, size, padded_vocab)
-    shard = torch.empty(shard_shape(role, None, arch, rectangles), dtype=dtype)
-    _fill(shard, rectangles, checkpoint)
+    rectangles = plan(Unit(role), arch, rank, size, padded_vocab)
+    shard = torch.empty(shard_shape(Unit(role), arch, rectangles), dtype=dtype)
+    fill(shard, rectangles, checkpoint)
     return shard
 
 
@@ -151,21 +154,24 @@ def _check_tied_head(checkpoint: HFCheckpoint) -> None:
         )
 
 
-def _parameter_plan(parameter: Parameter, arch: Architecture, tp_rank: int, tp_size: int) -> tuple[Rectangle, ...]:
+def parameter_plan(
+    parameter: Parameter, arch: Architecture, tp_rank: int, tp_size: int, expert_rank: ExpertRank
+) -> tuple[Rectangle, ...]:
     """The parameter's rectangles, after a check of its shape. The padded vocabulary is the model's own choice."""
-    role, layer, name, tensor = parameter
-    padded_vocab = tensor.shape[0] * tp_size if ROLES[role].transform == "vocabulary" else 0
-    rectangles = plan(role, layer, arch, tp_rank, tp_size, padded_vocab)
-    shape = shard_shape(role, layer, arch, rectangles)
+    unit, name, tensor = parameter
+    rank, size = (tp_rank, tp_size) if unit.expert is None else (expert_rank.tp_rank, expert_rank.tp_size)
+    padded_vocab = tensor.shape[0] * size if ROLES[unit.role].transform == "vocabulary" else 0
+    rectangles = plan(unit, arch, rank, size, padded_vocab)
+    shape = shard_shape(unit, arch, rectangles)
     if tuple(tensor.shape) != shape:
         raise ShapeError(
-            f"{name} (layer {layer}) has shape {list(tensor.shape)}; rank {tp_rank} of {tp_size} needs {list(shape)} "
-            f"of {', '.join(hf_names(role, layer, arch))}"
+            f"{name} (layer {unit.layer}) has shape {list(tensor.shape)}; rank {rank} of {size} needs {list(shape)} "
+            f"of {', '.join(hf_names(unit, arch))}"
         )
     return rectangles
 
 
-def _fill(target: torch.Tensor, rectangles: Sequence[Rectangle], checkpoint: HFCheckpoint) -> int:
+def fill(target: torch.Tensor, rectangles: Sequence[Rectangle], checkpoint: HFCheckpoint) -> int:
     """Copy the rectangles into `target`, top to bottom; returns the bytes read."""
     position = num_bytes = 0
     for rectangle in rectangles:
@@ -174,9 +180,7 @@ def _fill(target: torch.Tensor, rectangles: Sequence[Rectangle], checkpoint: HFC
         if rectangle.name is None:
             rows.zero_()
             continue
-        source = checkpoint.read(rectangle.name, rectangle.rows, rectangle.columns)
-        num_bytes += source.numel() * source.element_size()
-        rows.copy_(cast_checked(source, target.dtype, rectangle.name))
+        num_bytes += checkpoint.read_into(rows, rectangle.name, rectangle.rows, rectangle.columns)
     assert position == target.shape[0], (position, target.shape)
     return num_bytes
 

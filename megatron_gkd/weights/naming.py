@@ -4,17 +4,18 @@ A ROLE is what a parameter is for ("qkv", "down", ...), independent of how a lay
 whole table: the HF names, in the order in which the transform lays them out, the patterns over megatron-core's names,
 and the TRANSFORM (see plan.py) that turns one into the other. megatron-core's local spec and its TransformerEngine
 spec share all names but the two norms in front of the linear layers, which TransformerEngine fuses into the layer
-that follows them.
+that follows them (in a layer with experts only the first: the router reads the second one too), and the names of
+experts.
 
 A name without a rule is an error, never skipped: a parameter that is not understood would stay at its random initial
-value. Not covered: experts, routers, multi-token prediction (refused by name).
+value. Not covered: shared experts, router biases, multi-token prediction (refused by name).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from megatron_gkd.architecture import Architecture
@@ -29,12 +30,26 @@ class Role:
 
     name: str
     transform: Transform
-    hf_names: tuple[str, ...]  # "{layer}" is the global layer index
+    hf_names: tuple[str, ...]  # "{layer}" and "{expert}" are global indices
     core_names: tuple[
         str, ...
     ]  # local spec first, then the TransformerEngine spec where it differs; without the layer prefix
     per_layer: bool = True
-    present: Callable[[Architecture], bool] = lambda arch: True
+    per_expert: bool = False
+    present: Callable[[Architecture, int], bool] = lambda arch, layer: True
+    hf_names_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # model_type -> other names
+
+
+class Unit(NamedTuple):
+    """One parameter of the whole model: what loading plans and export sends at once. Indices are global."""
+
+    role: str
+    layer: int | None = None
+    expert: int | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.layer is None else f" in layer {self.layer}"
+        return self.role + where + ("" if self.expert is None else f", expert {self.expert}")
 
 
 class ParsedName(NamedTuple):
@@ -42,11 +57,22 @@ class ParsedName(NamedTuple):
 
     role: str
     layer: int | None  # local to the model chunk: the global index is decoder.layers[layer].layer_number - 1
-    expert: int | None  # always None until experts are built
+    expert: int | None  # local to the expert-parallel rank
 
 
 _L = "model.layers.{layer}."
+_E = _L + "mlp.experts.{expert}."
+_MIXTRAL = _L + "block_sparse_moe.experts.{expert}."
 _ATTENTION = tuple(f"{_L}self_attn.{x}_proj" for x in "qkv")
+
+
+def _has_experts(arch: Architecture, layer: int) -> bool:
+    return arch.has_experts(layer)
+
+
+def _is_dense(arch: Architecture, layer: int) -> bool:
+    return not arch.has_experts(layer)
+
 
 ROLES: Final[dict[str, Role]] = {
     role.name: role
@@ -70,21 +96,21 @@ ROLES: Final[dict[str, Role]] = {
             "qkv",
             tuple(f"{x}.bias" for x in _ATTENTION),
             ("self_attention.linear_qkv.bias",),
-            present=lambda arch: arch.qkv_bias,
+            present=lambda arch, layer: arch.qkv_bias,
         ),
         Role(
             "query_norm",
             "replicated",
             (_L + "self_attn.q_norm.weight",),
             ("self_attention.q_layernorm.weight",),
-            present=lambda arch: arch.qk_norm,
+            present=lambda arch, layer: arch.qk_norm,
         ),
         Role(
             "key_norm",
             "replicated",
             (_L + "self_attn.k_norm.weight",),
             ("self_attention.k_layernorm.weight",),
-            present=lambda arch: arch.qk_norm,
+            present=lambda arch, layer: arch.qk_norm,
         ),
         Role("attention_output", "columns", (_L + "self_attn.o_proj.weight",), ("self_attention.linear_proj.weight",)),
         Role(
@@ -98,8 +124,35 @@ ROLES: Final[dict[str, Role]] = {
             "gated",
             (_L + "mlp.gate_proj.weight", _L + "mlp.up_proj.weight"),
             ("mlp.linear_fc1.weight",),
+            present=_is_dense,
         ),
-        Role("down", "columns", (_L + "mlp.down_proj.weight",), ("mlp.linear_fc2.weight",)),
+        Role("down", "columns", (_L + "mlp.down_proj.weight",), ("mlp.linear_fc2.weight",), present=_is_dense),
+        Role(
+            "router",
+            "replicated",
+            (_L + "mlp.gate.weight",),
+            ("mlp.router.weight",),
+            present=_has_experts,
+            hf_names_of={"mixtral": (_L + "block_sparse_moe.gate.weight",)},
+        ),
+        Role(
+            "expert_gate_up",
+            "gated",
+            (_E + "gate_proj.weight", _E + "up_proj.weight"),
+            ("mlp.experts.local_experts.{expert}.linear_fc1.weight", "mlp.experts.linear_fc1.weight{expert}"),
+            per_expert=True,
+            present=_has_experts,
+            hf_names_of={"mixtral": (_MIXTRAL + "w1.weight", _MIXTRAL + "w3.weight")},
+        ),
+        Role(
+            "expert_down",
+            "columns",
+            (_E + "down_proj.weight",),
+            ("mlp.experts.local_experts.{expert}.linear_fc2.weight", "mlp.experts.linear_fc2.weight{expert}"),
+            per_expert=True,
+            present=_has_experts,
+            hf_names_of={"mixtral": (_MIXTRAL + "w2.weight",)},
+        ),
         Role(
             "final_norm",
             "replicated",
@@ -113,8 +166,11 @@ ROLES: Final[dict[str, Role]] = {
 
 _LAYER: Final = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _BY_NAME: Final = {(role.per_layer, name): role.name for role in ROLES.values() for name in role.core_names}
+_EXPERT: Final = re.compile(r"(?<=local_experts\.)\d+|(?<=\.weight)\d+$")
 _NOT_BUILT: Final = (
-    (re.compile(r"\.mlp\.(router|experts|shared_experts)\."), "mixture-of-experts layers"),
+    (re.compile(r"\.mlp\.shared_experts\."), "shared experts"),
+    (re.compile(r"\.mlp\.router\.(bias|expert_bias)$"), "router biases"),
+    (re.compile(r"\.mlp\.experts\.(linear_fc[12]\.weight|weight[12])$"), "experts in one tensor"),
     (re.compile(r"^mtp\."), "multi-token prediction"),
 )
 
@@ -132,13 +188,15 @@ def parse(name: str) -> ParsedName:
         if pattern.search(name):
             raise NotBuiltError(f"parameter {name!r} belongs to {what}, which are not built yet")
     match = _LAYER.fullmatch(name)
-    role = _BY_NAME.get((True, match[2]) if match else (False, name))
+    expert = _EXPERT.search(match[2]) if match else None
+    pattern_name = _EXPERT.sub("{expert}", match[2]) if match else name
+    role = _BY_NAME.get((match is not None, pattern_name))
     if role is None:
         raise CheckpointError(
             f"no rule for the megatron-core parameter {name!r}; known are "
             + ", ".join(sorted(("decoder.layers.N." if per_layer else "") + known for per_layer, known in _BY_NAME))
         )
-    return ParsedName(role, int(match[1]) if match else None, None)
+    return ParsedName(role, int(match[1]) if match else None, int(expert[0]) if expert else None)
 
 
 def is_extra_state(name: str) -> bool:
@@ -146,16 +204,26 @@ def is_extra_state(name: str) -> bool:
     return name.rsplit(".", 1)[-1] == "_extra_state"
 
 
-def hf_names(role: str, layer: int | None, arch: Architecture) -> tuple[str, ...]:
-    """HF tensors of a role, in the transform's order. A tied head is the embedding."""
-    entry = ROLES["embedding" if role == "head" and arch.tied_embeddings else role]
-    assert entry.per_layer == (layer is not None), (role, layer)
-    return tuple(name.format(layer=layer) for name in entry.hf_names)
+def hf_names(unit: Unit, arch: Architecture) -> tuple[str, ...]:
+    """HF tensors of a unit, in the transform's order. A tied head is the embedding."""
+    entry = ROLES["embedding" if unit.role == "head" and arch.tied_embeddings else unit.role]
+    assert (entry.per_layer, entry.per_expert) == (unit.layer is not None, unit.expert is not None), unit
+    names = entry.hf_names_of.get(arch.model_type, entry.hf_names)
+    return tuple(name.format(layer=unit.layer, expert=unit.expert) for name in names)
 
 
-def layer_roles(arch: Architecture) -> tuple[str, ...]:
-    """The roles that every decoder layer of this architecture has, in the order of the HF checkpoint's layer."""
-    return tuple(role.name for role in ROLES.values() if role.per_layer and role.present(arch))
+def layer_roles(arch: Architecture, layer: int) -> tuple[str, ...]:
+    """The roles that a decoder layer of this architecture has, in the order of the HF checkpoint's layer."""
+    return tuple(role.name for role in ROLES.values() if role.per_layer and role.present(arch, layer))
+
+
+def layer_units(arch: Architecture, layer: int, experts: range | None = None) -> Iterator[Unit]:
+    """The units of a decoder layer, expert by expert; of `experts` only, where given."""
+    roles = layer_roles(arch, layer)
+    yield from (Unit(role, layer) for role in roles if not ROLES[role].per_expert)
+    if arch.moe is not None:
+        for expert in range(arch.moe.num_experts) if experts is None else experts:
+            yield from (Unit(role, layer, expert) for role in roles if ROLES[role].per_expert)
 
 
 def is_ignored_hf_name(name: str) -> bool:

@@ -9,13 +9,16 @@ Transforms, for rank r of n tensor-parallel ranks (H hidden, h head_dim, A query
 vocabulary; both sides store linear weights as [out, in], RoPE is rotate-half on both sides, so nothing is transposed
 or permuted within a head):
 
-    replicated   the HF tensor as it is, on every rank. columns      [H, X]: columns r*X/n .. (r+1)*X/n   (attention
-    output X = A*h, down projection X = I). vocabulary   [V, H] followed by zero rows up to the padded vocabulary;
-    rows r*P/n .. (r+1)*P/n of that. qkv          [(A+2G)*h, H]: for each KV group g, the rows of its A/G query heads,
-    of its key head, of its value head; then
-                 an equal chunk of the rows. That holds for n > G too, where a chunk may begin inside a head. Biases
-                 alike.
+    replicated   the HF tensor as it is, on every rank.
+    columns      [H, X]: columns r*X/n .. (r+1)*X/n   (attention output X = A*h, down projection X = I).
+    vocabulary   [V, H] followed by zero rows up to the padded vocabulary; rows r*P/n .. (r+1)*P/n of that.
+    qkv          [(A+2G)*h, H]: for each KV group g, the rows of its A/G query heads, of its key head, of its value
+                 head; then an equal chunk of the rows. That holds for n > G too, where a chunk may begin inside a
+                 head. Biases alike.
     gated        [2I/n, H]: chunk r of gate, then chunk r of up; NOT chunk r of [gate; up].
+
+An expert is cut over the expert-tensor-parallel ranks; which experts a rank has, expert parallelism says: rank r of n
+has experts r*E/n .. (r+1)*E/n, whole or in part (weights/chunks.py).
 
 A wrong transform survives a round trip bit for bit, since export inverts import; only logits tell. Hence tests/weights
 compares logits with transformers for every family and layout.
@@ -23,12 +26,12 @@ compares logits with transformers for every family and layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import LayoutError
-from megatron_gkd.weights.naming import ROLES, hf_names, layer_roles
+from megatron_gkd.weights.naming import ROLES, Unit, hf_names, layer_units
 
 Span = tuple[int, int]  # start, stop
 
@@ -45,22 +48,18 @@ class Rectangle(NamedTuple):
         return self.rows[1] - self.rows[0]
 
 
-Unit = tuple[str, int | None]  # role and global layer index
-
-
 def units(arch: Architecture) -> Iterator[Unit]:
-    """Every (role, layer) of the model that has HF tensors of its own, in the order of the HF checkpoint."""
-    yield "embedding", None
+    """Every unit of the model that has HF tensors of its own, in the order of the HF checkpoint."""
+    yield Unit("embedding")
     for layer in range(arch.num_layers):
-        for role in layer_roles(arch):
-            yield role, layer
-    yield "final_norm", None
+        yield from layer_units(arch, layer)
+    yield Unit("final_norm")
     if not arch.tied_embeddings:
-        yield "head", None
+        yield Unit("head")
 
 
-def unit_shapes(role: str, layer: int | None, arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Full shapes of the HF tensors of a role."""
+def unit_shapes(unit: Unit, arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Full shapes of the HF tensors of a unit."""
     hidden, ffn, query, kv = arch.hidden_size, arch.ffn_hidden_size, arch.query_size, arch.kv_size
     shapes: dict[str, tuple[tuple[int, ...], ...]] = {
         "embedding": ((arch.vocab_size, hidden),),
@@ -76,23 +75,31 @@ def unit_shapes(role: str, layer: int | None, arch: Architecture) -> dict[str, t
         "final_norm": ((hidden,),),
         "head": ((arch.vocab_size, hidden),),
     }
-    return dict(zip(hf_names(role, layer, arch), shapes[role], strict=True))
+    if arch.moe is not None:
+        expert = arch.moe.ffn_hidden_size
+        shapes |= {
+            "router": ((arch.moe.num_experts, hidden),),
+            "expert_gate_up": ((expert, hidden), (expert, hidden)),
+            "expert_down": ((hidden, expert),),
+        }
+    return dict(zip(hf_names(unit, arch), shapes[unit.role], strict=True))
 
 
 def hf_tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """The manifest: every tensor of a checkpoint of this architecture, in order. A tied head is not in it."""
     manifest: dict[str, tuple[int, ...]] = {}
-    for role, layer in units(arch):
-        manifest |= unit_shapes(role, layer, arch)
+    for unit in units(arch):
+        manifest |= unit_shapes(unit, arch)
     return manifest
 
 
-def plan(
-    role: str, layer: int | None, arch: Architecture, rank: int, size: int, padded_vocab: int
-) -> tuple[Rectangle, ...]:
-    """Rectangles of rank `rank` of `size` tensor-parallel ranks, in the order of the shard's rows."""
+def plan(unit: Unit, arch: Architecture, rank: int, size: int, padded_vocab: int) -> tuple[Rectangle, ...]:
+    """Rectangles of rank `rank` of `size` tensor-parallel ranks (of an expert: expert-tensor-parallel ones), in the
+    order of the shard's rows.
+    """
     assert 0 <= rank < size, (rank, size)
-    shapes = unit_shapes(role, layer, arch)
+    role = unit.role
+    shapes = unit_shapes(unit, arch)
     names = tuple(shapes)
     match ROLES[role].transform:
         case "replicated":
@@ -101,35 +108,41 @@ def plan(
             rows, columns = shapes[names[0]]
             return (Rectangle(names[0], (0, rows), _chunk(role, columns, rank, size)),)
         case "vocabulary":
-            return tuple(_cut(_padded_rows(names[0], arch, padded_vocab), _chunk(role, padded_vocab, rank, size)))
+            return tuple(cut(_padded_rows(names[0], arch, padded_vocab), _chunk(role, padded_vocab, rank, size)))
         case "qkv":
-            return tuple(_cut(_grouped_rows(names, arch), _chunk(role, arch.query_size + 2 * arch.kv_size, rank, size)))
+            return tuple(cut(_grouped_rows(names, arch), _chunk(role, arch.query_size + 2 * arch.kv_size, rank, size)))
         case "gated":
             return tuple(Rectangle(name, _chunk(role, shapes[name][0], rank, size)) for name in names)
 
 
-def shard_shape(role: str, layer: int | None, arch: Architecture, rectangles: tuple[Rectangle, ...]) -> tuple[int, ...]:
+def shard_shape(unit: Unit, arch: Architecture, rectangles: tuple[Rectangle, ...]) -> tuple[int, ...]:
     """Shape of the megatron-core parameter that these rectangles fill."""
-    full = next(iter(unit_shapes(role, layer, arch).values()))
+    full = next(iter(unit_shapes(unit, arch).values()))
     columns = rectangles[0].columns
     rest = full[1:] if columns is None else (columns[1] - columns[0],)
     return (sum(rectangle.num_rows for rectangle in rectangles), *rest)
 
 
-def check_layout(arch: Architecture, tp: int, pp: int, vpp: int | None = None) -> None:
+def check_layout(
+    arch: Architecture, tp: int, pp: int, vpp: int | None = None, *, ep: int = 1, etp: int | None = None
+) -> None:
     """Raise LayoutError, with the reason and the sizes that would do, unless the model divides over this layout."""
     chunks = vpp or 1
-    if min(tp, pp, chunks) < 1:
+    etp = tp if etp is None else etp
+    if min(tp, pp, chunks, ep, etp) < 1:
         raise LayoutError(
-            f"parallel sizes must be at least 1; given tensor {tp}, pipeline {pp}, virtual pipeline {vpp}"
+            f"parallel sizes must be at least 1; given tensor {tp}, pipeline {pp}, virtual pipeline {vpp}, "
+            f"expert {ep}, expert tensor {etp}"
         )
+    _check_experts(arch, ep, etp)
     if arch.num_heads % tp != 0:
         raise LayoutError(_does_not_divide("tensor", tp, arch.num_heads, "attention heads"))
     if arch.num_kv_heads % tp != 0 and tp % arch.num_kv_heads != 0:
         raise LayoutError(
             f"tensor-parallel size {tp} neither divides the {arch.num_kv_heads} key/value heads nor is their multiple"
         )
-    if arch.ffn_hidden_size % tp != 0:
+    dense = arch.moe is None or len(arch.moe.layers) < arch.num_layers
+    if dense and arch.ffn_hidden_size % tp != 0:
         raise LayoutError(_does_not_divide("tensor", tp, arch.ffn_hidden_size, "rows of the MLP (intermediate_size)"))
     if (arch.query_size + 2 * arch.kv_size) % tp != 0:
         raise LayoutError(_does_not_divide("tensor", tp, arch.query_size + 2 * arch.kv_size, "rows of q, k and v"))
@@ -138,6 +151,17 @@ def check_layout(arch: Architecture, tp: int, pp: int, vpp: int | None = None) -
     if arch.num_layers % (pp * chunks) != 0:
         what = "pipeline" if chunks == 1 else f"virtual pipeline ({pp} stages x {chunks} chunks)"
         raise LayoutError(_does_not_divide(what, pp * chunks, arch.num_layers, "decoder layers"))
+
+
+def _check_experts(arch: Architecture, ep: int, etp: int) -> None:
+    if arch.moe is None:
+        if ep > 1:
+            raise LayoutError(f"expert-parallel size {ep}: a {arch.model_type} model has no experts; use 1")
+    elif arch.moe.num_experts % ep != 0:
+        raise LayoutError(_does_not_divide("expert", ep, arch.moe.num_experts, "experts"))
+    elif arch.moe.ffn_hidden_size % etp != 0:
+        what = "rows of an expert (moe_intermediate_size)"
+        raise LayoutError(_does_not_divide("expert-tensor", etp, arch.moe.ffn_hidden_size, what))
 
 
 def _does_not_divide(kind: str, size: int, total: int, what: str) -> str:
@@ -172,7 +196,7 @@ def _grouped_rows(names: tuple[str, ...], arch: Architecture) -> Iterator[Rectan
         yield Rectangle(value, (group * h, (group + 1) * h))
 
 
-def _cut(rectangles: Iterator[Rectangle], window: Span) -> Iterator[Rectangle]:
+def cut(rectangles: Iterable[Rectangle], window: Span) -> Iterator[Rectangle]:
     """The part of the concatenated rows that lies in `window`."""
     position = 0
     for rectangle in rectangles:

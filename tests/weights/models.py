@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_gkd.architecture import Architecture, Rope
-from megatron_gkd.weights.naming import ROLES, layer_roles
+from megatron_gkd.architecture import Architecture, MixtureOfExperts, Rope
+from megatron_gkd.weights.naming import ROLES, Unit, layer_units
 from megatron_gkd.weights.plan import plan, shard_shape
 
 _FIELDS = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_size", "vocab_size")
@@ -25,39 +25,52 @@ _REAL: dict[str, tuple[str, bool, tuple[int, ...]]] = {
     "Qwen2.5-0.5B": ("qwen2", True, (24, 896, 14, 2, 64, 4864, 151936)),
     "Qwen2.5-7B": ("qwen2", False, (28, 3584, 28, 4, 128, 18944, 152064)),
     "Qwen2.5-72B": ("qwen2", False, (80, 8192, 64, 8, 128, 29568, 152064)),
+    "Qwen3-30B-A3B": ("qwen3_moe", False, (48, 2048, 32, 4, 128, 6144, 151936)),
+    "Qwen3-235B-A22B": ("qwen3_moe", False, (94, 4096, 64, 4, 128, 12288, 151936)),
+    "Mixtral-8x7B": ("mixtral", False, (32, 4096, 32, 8, 128, 14336, 32000)),
     "SmolLM2-135M": ("llama", True, (30, 576, 9, 3, 64, 1536, 49152)),
+}
+_EXPERTS: dict[str, tuple[int, int, int]] = {  # number, chosen per token, intermediate size
+    "Qwen3-30B-A3B": (128, 8, 768),
+    "Qwen3-235B-A22B": (128, 8, 1536),
+    "Mixtral-8x7B": (8, 2, 14336),
 }
 
 
-def architecture(model_type: str, tied: bool, numbers: Iterable[int]) -> Architecture:
+def architecture(
+    model_type: str, tied: bool, numbers: Iterable[int], experts: tuple[int, int, int] | None = None
+) -> Architecture:
     sizes = dict(zip(_FIELDS, numbers, strict=True))
     return Architecture(
         model_type=model_type,
         tied_embeddings=tied,
         qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type in ("qwen3", "qwen3_moe"),
         norm_eps=1e-6,
         max_position_embeddings=4096,
         rope=Rope((1.0,) * (sizes["head_dim"] // 2), 1.0),
+        moe=MixtureOfExperts(*experts, True, tuple(range(sizes["num_layers"]))) if experts else None,
         **sizes,
     )
 
 
-REAL_MODELS = {name: architecture(*fields) for name, fields in _REAL.items()}
+REAL_MODELS = {name: architecture(*fields, _EXPERTS.get(name)) for name, fields in _REAL.items()}
 
 
 def small(model_type: str = "qwen3", *, tied: bool = False, kv_heads: int = 2, vocab_size: int = 50) -> Architecture:
     """layers 4, hidden 12, heads 4 of 6, ffn 20: every size is another, so that a mix-up changes a shape."""
-    return architecture(model_type, tied, (4, 12, 4, kv_heads, 6, 20, vocab_size))
+    experts = (4, 2, 28) if model_type in ("qwen3_moe", "mixtral") else None
+    return architecture(model_type, tied, (4, 12, 4, kv_heads, 6, 20, vocab_size), experts)
 
 
 Spec = Literal["local", "te"]
 
 
-def core_name(role: str, layer: int | None, spec: Spec) -> str:
-    """megatron-core's name of a role's parameter."""
-    names = ROLES[role].core_names
-    name = names[-1] if spec == "te" else names[0]
+def core_name(unit: Unit, arch: Architecture, spec: Spec, layer: int | None, expert: int | None = None) -> str:
+    """megatron-core's name of a unit's parameter, which is in a local layer and a local expert."""
+    names = ROLES[unit.role].core_names
+    unfused = unit.role == "mlp_norm" and unit.layer is not None and arch.has_experts(unit.layer)
+    name = (names[-1] if spec == "te" and not unfused else names[0]).format(expert=expert)
     return name if layer is None else f"decoder.layers.{layer}.{name}"
 
 
@@ -72,28 +85,31 @@ def fake_chunk(
     last: bool = True,
     dtype: torch.dtype = torch.float32,
     without: tuple[str, ...] = (),
+    experts: range | None = None,
 ) -> Any:
     """A module with the names and shapes of a megatron-core chunk, all parameters NaN; it needs no megatron-core."""
     chunk = torch.nn.Module()
     chunk.pre_process, chunk.post_process = first, last
 
-    def add(role: str, layer: int | None, local: int | None) -> None:
-        if role not in without:
-            shape = shard_shape(role, layer, arch, plan(role, layer, arch, 0, tp, padded_vocab))
+    def add(unit: Unit, local: int | None = None) -> None:
+        if unit.role not in without:
+            shape = shard_shape(unit, arch, plan(unit, arch, 0, tp, padded_vocab))
             value = torch.full(shape, torch.nan, dtype=dtype)
-            put(chunk, core_name(role, local, spec), torch.nn.Parameter(value))
+            expert = None if unit.expert is None or experts is None else unit.expert - experts.start
+            name = core_name(unit, arch, spec, local, unit.expert if experts is None else expert)
+            put(chunk, name, torch.nn.Parameter(value))
 
     if first:
-        add("embedding", None, None)
+        add(Unit("embedding"))
     for local, layer in enumerate(range(arch.num_layers) if layers is None else layers):
-        for role in layer_roles(arch):
-            add(role, layer, local)
+        for unit in layer_units(arch, layer, experts):
+            add(unit, local)
         chunk.get_submodule(f"decoder.layers.{local}").layer_number = layer + 1
     chunk.decoder.layers = torch.nn.ModuleList(chunk.decoder.layers.children())
     if last:
-        add("final_norm", None, None)
+        add(Unit("final_norm"))
         if not (first and arch.tied_embeddings):
-            add("head", None, None)
+            add(Unit("head"))
     return chunk
 
 

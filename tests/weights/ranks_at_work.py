@@ -19,6 +19,7 @@ from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import cpu_adaptation
 from megatron_gkd.records import MicroBatch
+from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.export import hf_tensor_stream
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights
@@ -66,7 +67,14 @@ def load_model(path: Path, layout: Layout, dtype: Any = "fp32") -> Loaded:
             for parameter in chunk.parameters():
                 parameter.fill_(torch.nan)
     with HFCheckpoint(path) as checkpoint:
-        load_hf_weights(chunks, checkpoint, arch, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
+        load_hf_weights(
+            chunks,
+            checkpoint,
+            arch,
+            tp_rank=groups.tp.rank(),
+            tp_size=groups.tp.size(),
+            expert_rank=ExpertRank.of(groups),
+        )
     return Loaded(arch, layout, groups, chunks)  # type: ignore[arg-type]
 
 
@@ -89,6 +97,8 @@ def logits(model: Loaded) -> torch.Tensor | None:
 
         return forward_hidden(chunk, next(batches), torch.device("cpu")), collect
 
+    for chunk in model.chunks:
+        chunk.eval()
     batches = [micro_batch(row[None]) for row in token_ids(model.arch.vocab_size)]
     with torch.no_grad():
         out = run_schedule(

@@ -28,7 +28,7 @@ def rows(heading: str) -> list[list[str]]:
 
 def spelled_out(name: str) -> tuple[str, ...]:
     """a.{q,k}_proj -> a.q_proj, a.k_proj."""
-    match = re.search(r"\{([\w,]+)\}", name)
+    match = re.search(r"\{(\w+(?:,\w+)+)\}", name)
     return tuple(name.replace(match[0], part) for part in match[1].split(",")) if match else (name,)
 
 
@@ -44,6 +44,6 @@ def test_the_table_of_names_is_the_table_in_the_code() -> None:
 
 
 def test_the_table_of_families_is_complete() -> None:
-    table = {row[0]: (row[2] == "yes", row[3] == "yes") for row in rows("`model_type`")}
-    assert table == {name: (family.qkv_bias, family.qk_norm) for name, family in _FAMILIES.items()}
+    table = {row[0]: tuple(cell == "yes" for cell in row[2:]) for row in rows("`model_type`")}
+    assert table == {name: (family.qkv_bias, family.qk_norm, family.experts) for name, family in _FAMILIES.items()}
     assert all(f"`{kind}`" in PAGE for kind in SUPPORTED_ROPE_TYPES)

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.weights.export import hf_tensor_stream, make_buckets, save_hf
+from megatron_gkd.weights.export import Owner, hf_tensor_stream, make_buckets, save_hf
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.hf_writer import TensorSpec
-from megatron_gkd.weights.plan import Unit, hf_tensor_shapes, unit_shapes, units
+from megatron_gkd.weights.naming import Unit
+from megatron_gkd.weights.plan import hf_tensor_shapes, unit_shapes, units
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.weights.models import REAL_MODELS, fake_chunk, small
@@ -37,16 +38,16 @@ from tests.weights.ranks_at_work import export_fault, groups_of, load_model, meg
     st.integers(1, 400),
 )
 def test_buckets_are_in_order_of_one_stage_and_bounded(layers: list[tuple[int, list[int]]], limit: int) -> None:
-    stages: dict[Unit, int] = {("unit", i): stage for i, (stage, _) in enumerate(layers)}
+    owners = {Unit("unit", i): Owner(stage) for i, (stage, _) in enumerate(layers)}
     specs: dict[Unit, tuple[TensorSpec, ...]] = {
-        ("unit", i): tuple(TensorSpec(f"{i}.{k}", (size,), torch.float32) for k, size in enumerate(sizes))
+        Unit("unit", i): tuple(TensorSpec(f"{i}.{k}", (size,), torch.float32) for k, size in enumerate(sizes))
         for i, (_, sizes) in enumerate(layers)
     }
-    buckets = list(make_buckets(stages, specs, limit))
+    buckets = list(make_buckets(owners, specs, limit))
     assert [unit for bucket in buckets for unit in bucket.units] == list(specs)
     assert [spec for bucket in buckets for spec in bucket.specs] == [s for unit in specs for s in specs[unit]]
     for bucket in buckets:
-        assert {stages[unit] for unit in bucket.units} == {bucket.stage}
+        assert {owners[unit] for unit in bucket.units} == {bucket.owner}
         assert bucket.num_bytes <= limit or len(bucket.units) == 1
         ends = [0]
         for spec, offset in zip(bucket.specs, bucket.offsets, strict=True):
@@ -60,13 +61,13 @@ def test_buckets_of_a_real_model() -> None:
     """Llama-3.1-70B in bf16 over 8 stages: what is larger than a bucket travels alone."""
     arch = REAL_MODELS["Llama-3.1-70B"]
     specs = {
-        unit: tuple(TensorSpec(name, shape, torch.bfloat16) for name, shape in unit_shapes(*unit, arch).items())
+        unit: tuple(TensorSpec(name, shape, torch.bfloat16) for name, shape in unit_shapes(unit, arch).items())
         for unit in units(arch)
     }
-    stages = {(role, layer): layer // 10 if layer is not None else 7 * (role != "embedding") for role, layer in specs}
-    buckets = list(make_buckets(stages, specs, 512 * 2**20))
+    owners = {u: Owner(u.layer // 10 if u.layer is not None else 7 * (u.role != "embedding")) for u in specs}
+    buckets = list(make_buckets(owners, specs, 512 * 2**20))
     large = {bucket.units for bucket in buckets if bucket.num_bytes > 512 * 2**20}
-    assert large == {(("embedding", None),), (("head", None),), *((("gate_up", n),) for n in range(80))}
+    assert large == {(Unit("embedding"),), (Unit("head"),), *((Unit("gate_up", n),) for n in range(80))}
     assert sum(spec.num_bytes for bucket in buckets for spec in bucket.specs) == 2 * 70_553_706_496
 
 
@@ -130,8 +131,8 @@ def run_incomplete(layers: list[list[int]]) -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([[0, 1], [3]], "layer 2 is on no pipeline stage"),
-        ([[0, 1, 2], [2, 3]], "layer 2 is on pipeline stages 0 and 1"),
+        ([[0, 1], [3]], "in layer 2 is on no pipeline stage"),
+        ([[0, 1, 2], [2, 3]], "in layer 2 is on pipeline stages 0 and 1"),
     ],
 )
 def test_the_stages_must_hold_every_layer_once(layers: list[list[int]], message: str) -> None:

@@ -55,6 +55,61 @@ def test_names_shapes_dtypes_and_rectangles(tmp_path: Path, make: object) -> Non
             checkpoint.shape("c")
 
 
+@pytest.mark.parametrize("piece_bytes", [1, 24, 2**20])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rectangles_into_memory_that_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, dtype: torch.dtype, piece_bytes: int
+) -> None:
+    """In pieces of less than a row, of two or three rows, and in one; nothing outside the target is touched."""
+    monkeypatch.setattr("megatron_gkd.weights.hf_files.PIECE_BYTES", piece_bytes)
+    a, b = torch.randn(7, 3).to(stored), torch.randn(5).to(stored)
+    with HFCheckpoint(single(tmp_path, b=b, a=a)) as checkpoint:
+        for rows, columns in ((None, None), ((1, 6), None), ((2, 2), None), ((1, 6), (1, 3)), (None, (0, 3))):
+            part = a[slice(*rows) if rows else slice(None), slice(*columns) if columns else slice(None)]
+            for contiguous in (True, False):
+                whole = torch.full((part.shape[0] + 2, part.shape[1] + (0 if contiguous else 1)), 7.0, dtype=dtype)
+                target = whole[1:-1, : part.shape[1]]
+                assert checkpoint.read_into(target, "a", rows, columns) == part.numel() * stored.itemsize
+                assert torch.equal(target, part.to(dtype))
+                target.fill_(7.0)
+                assert bool((whole == 7.0).all())
+        vector = torch.zeros(2, dtype=dtype)
+        checkpoint.read_into(vector, "b", (3, 5))
+        assert torch.equal(vector, b[3:].to(dtype))
+
+
+def test_reading_into_memory_checks_what_it_reads(tmp_path: Path) -> None:
+    checkpoint = HFCheckpoint(single(tmp_path, a=torch.full((2, 3), 1e5), q=A.to(torch.int8)))
+    with pytest.raises(CheckpointError, match="a has values beyond fp16"):
+        checkpoint.read_into(torch.empty(2, 3, dtype=torch.float16), "a")
+    with pytest.raises(CheckpointError, match="a has values beyond fp16"):
+        checkpoint.read_into(torch.empty(2, 1, dtype=torch.float16), "a", None, (1, 2))
+    with pytest.raises(CheckpointError, match="q has dtype I8"):
+        checkpoint.read_into(torch.empty(4, 3), "q")
+    with pytest.raises(CheckpointError, match="no tensor c"):
+        checkpoint.read_into(torch.empty(4, 3), "c")
+    with pytest.raises(AssertionError):
+        checkpoint.read_into(torch.empty(3, 3), "a")
+
+
+def test_a_file_that_shrinks_while_it_is_open(tmp_path: Path) -> None:
+    """Reading a map would end the process here (SIGBUS)."""
+    with HFCheckpoint(single(tmp_path)) as checkpoint:
+        os.truncate(tmp_path / SINGLE_FILE, (tmp_path / SINGLE_FILE).stat().st_size - 30)
+        with pytest.raises(CheckpointError, match="truncated"):
+            checkpoint.read_into(torch.empty(4, 3), "a")
+
+
+def test_files_are_closed(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with HFCheckpoint(sharded(tmp_path)) as checkpoint:
+        for name in "ab":
+            checkpoint.read_into(torch.empty(checkpoint.shape(name), dtype=checkpoint.dtype(name)), name)
+        assert len(os.listdir("/proc/self/fd")) > before
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_opening_reads_no_tensor_data(tmp_path: Path) -> None:
     """A sparse file of 8 TB: opening it and reading a corner is instant."""
     header = json.dumps({"big": {"dtype": "F32", "shape": [2**20, 2**21], "data_offsets": [0, 2**43]}}).encode()
@@ -113,6 +168,14 @@ def test_a_damaged_header(tmp_path: Path, entry: object) -> None:
     header = json.dumps({"a": entry}).encode()
     (tmp_path / SINGLE_FILE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(48))
     expect(tmp_path, "damaged header|its shape needs another")
+
+
+@pytest.mark.parametrize(("a", "b"), [((0, 48), (24, 72)), ((0, 48), (52, 100)), ((-8, 40), (40, 88))])
+def test_data_that_overlap_or_leave_holes(tmp_path: Path, a: tuple[int, int], b: tuple[int, int]) -> None:
+    entries = {"a": {"shape": [4, 3], "data_offsets": a}, "b": {"shape": [4, 3], "data_offsets": b}}
+    header = json.dumps({name: {"dtype": "F32", **entry} for name, entry in entries.items()}).encode()
+    (tmp_path / SINGLE_FILE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(max(a[1], b[1])))
+    expect(tmp_path, "damaged header")
 
 
 def test_a_missing_shard(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError, LayoutError, ShapeError
-from megatron_gkd.weights.chunks import check_chunks
+from megatron_gkd.weights.chunks import ExpertRank, check_chunks
 from megatron_gkd.weights.hf_files import SINGLE_FILE, HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights, load_vocab_shard
 from megatron_gkd.weights.plan import hf_tensor_shapes
@@ -38,7 +38,7 @@ def load(chunks: list[Any], checkpoint: HFCheckpoint, arch: Architecture) -> Non
 
 
 @pytest.mark.parametrize("spec", ["local", "te"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mixtral"])
 def test_both_specs_get_the_same_values(tmp_path: Path, model_type: str, spec: Spec) -> None:
     arch = small(model_type)
     checkpoint = write(tmp_path, arch)
@@ -49,7 +49,7 @@ def test_both_specs_get_the_same_values(tmp_path: Path, model_type: str, spec: S
     name = {
         "local": "decoder.layers.3.pre_mlp_layernorm.weight",
         "te": "decoder.layers.3.mlp.linear_fc1.layer_norm_weight",
-    }[spec]
+    }["local" if arch.moe else spec]  # in front of experts the norm is not fused
     assert torch.equal(norms[name], checkpoint.read("model.layers.3.post_attention_layernorm.weight"))
 
 
@@ -65,6 +65,20 @@ def test_the_global_layer_is_the_layer_number(tmp_path: Path) -> None:
     for chunk, layer in zip(chunks, (2, 0), strict=True):
         down = checkpoint.read(f"model.layers.{layer}.mlp.down_proj.weight")
         assert torch.equal(chunk.get_parameter("decoder.layers.0.mlp.linear_fc2.weight"), down)
+
+
+@pytest.mark.parametrize("spec", ["local", "te"])
+def test_an_expert_rank_gets_its_experts(tmp_path: Path, spec: Spec) -> None:
+    arch = small("qwen3_moe")
+    checkpoint = write(tmp_path, arch)
+    rank = ExpertRank(ep_rank=1, ep_size=2)
+    chunk = fake_chunk(arch, spec=spec, experts=rank.experts(arch))
+    load_hf_weights([chunk], checkpoint, arch, tp_rank=0, tp_size=1, expert_rank=rank)
+    down = {"local": "local_experts.0.linear_fc2.weight", "te": "linear_fc2.weight0"}[spec]
+    expected = checkpoint.read("model.layers.1.mlp.experts.2.down_proj.weight")
+    assert torch.equal(chunk.get_parameter(f"decoder.layers.1.mlp.experts.{down}"), expected)
+    with pytest.raises(CheckpointError, match=r"no expert_down in layer 0, expert 2 \(and"):
+        load([chunk], checkpoint, arch)
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -209,10 +223,10 @@ def test_a_model_with_a_role_that_the_checkpoint_lacks(tmp_path: Path) -> None:
 def test_layers_twice_or_out_of_range() -> None:
     arch = small()
     chunk = fake_chunk(arch, layers=[1], first=False, last=False)
-    with pytest.raises(CheckpointError, match=r"layer 1 has .* twice"):
-        check_chunks([chunk, fake_chunk(arch, layers=[1], first=False, last=False)], arch)
+    with pytest.raises(CheckpointError, match=r"has attention_norm in layer 1 twice"):
+        check_chunks([chunk, fake_chunk(arch, layers=[1], first=False, last=False)], arch, ExpertRank())
     with pytest.raises(CheckpointError, match=r"layers \[4\]"):
-        check_chunks([fake_chunk(arch, layers=[4], first=False, last=False)], arch)
+        check_chunks([fake_chunk(arch, layers=[4], first=False, last=False)], arch, ExpertRank())
 
 
 def test_persistent_buffers_have_no_rule() -> None:
@@ -220,10 +234,10 @@ def test_persistent_buffers_have_no_rule() -> None:
     chunk = fake_chunk(arch)
     chunk.decoder.register_buffer("cache", torch.zeros(1), persistent=False)
     chunk.decoder.register_buffer("_extra_state", torch.zeros(1))
-    check_chunks([chunk], arch)
+    check_chunks([chunk], arch, ExpertRank())
     chunk.decoder.register_buffer("expert_bias", torch.zeros(1))
     with pytest.raises(CheckpointError, match=r"persistent buffer 'decoder\.expert_bias'"):
-        check_chunks([chunk], arch)
+        check_chunks([chunk], arch, ExpertRank())
 
 
 def test_unknown_parameters_and_wrong_shapes(tmp_path: Path) -> None:

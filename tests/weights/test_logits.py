@@ -18,7 +18,7 @@ import torch
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights import load as load_module
 from megatron_gkd.weights.plan import Rectangle
-from tests.checkpoints import FAMILIES, ROPES, write_tiny_checkpoint
+from tests.checkpoints import FAMILIES, MOE_FAMILIES, ROPES, write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.weights.ranks_at_work import largest_difference, load_model, load_run_and_export, logits, megatron, token_ids
 
@@ -33,8 +33,15 @@ LAYOUTS = {
     "TP2-PP2": Layout(tensor=2, pipeline=2),
     "TP2-DP2": Layout(tensor=2, data=2),
 }
-# Four ranks on few cores are slow, and RoPE is the same on every rank: two kinds there, all four elsewhere.
-ROPES_OF_WORLD = {1: tuple(ROPES), 2: tuple(ROPES), 4: ("default", "yarn")}
+
+
+def ropes_of(family: str, world: int) -> tuple[str, ...]:
+    """Ranks on few cores are slow, and RoPE is the same on every one: some kinds on four ranks, all on one."""
+    if family in MOE_FAMILIES and world > 1:
+        return ("yarn",)
+    return ("default", "yarn") if world == 4 else tuple(ROPES)
+
+
 MODELS = [(family, tied, rope) for family in FAMILIES for tied in (False, True) for rope in ROPES]
 
 
@@ -64,7 +71,7 @@ def results(models: Any) -> dict[tuple[Any, str], tuple[float, list[str]]]:
     found = {}
     for world in sorted({layout.world_size for layout in LAYOUTS.values()}):
         names = [name for name, layout in LAYOUTS.items() if layout.world_size == world]
-        keys = [(model, name) for name in names for model in MODELS if model[2] in ROPES_OF_WORLD[world]]
+        keys = [(model, name) for name in names for model in MODELS if model[2] in ropes_of(model[0], world)]
         cells = [(paths[model], LAYOUTS[name]) for model, name in keys]
         per_rank = run_ranks(load_run_and_export, cells, expected, world=world, timeout_s=300)
         for key, outcomes in zip(keys, zip(*per_rank, strict=True), strict=True):
@@ -78,7 +85,60 @@ def results(models: Any) -> dict[tuple[Any, str], tuple[float, list[str]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers_and_the_export_its_source(results: Any, family: str, layout: str) -> None:
     cells = {model: cell for (model, name), cell in results.items() if (model[0], name) == (family, layout)}
-    assert len(cells) == 2 * len(ROPES_OF_WORLD[LAYOUTS[layout].world_size])
+    assert len(cells) == 2 * len(ropes_of(family, LAYOUTS[layout].world_size))
+    assert {model: cell for model, cell in cells.items() if cell[0] > TOLERANCE or cell[1]} == {}
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+EXPERT_LAYOUTS = {
+    "EP2": Layout(data=2, expert=2),
+    "ETP1": Layout(tensor=2, expert_tensor=1),
+    "TP2-EP2-ETP1": Layout(tensor=2, expert=2, expert_tensor=1, sequence_parallel=True),
+    "ETP2": Layout(data=2, expert_tensor=2),
+    "TP2-EP2": Layout(tensor=2, data=2, expert=2),
+    "EP4": Layout(data=4, expert=4),
+    "PP2-EP2": Layout(pipeline=2, data=2, expert=2),
+    "PP2-VPP2-EP2": Layout(pipeline=2, data=2, expert=2, virtual_pipeline=2),
+}
+
+
+@pytest.fixture(scope="module")
+def expert_results(models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
+    """Every routing of a small model in every expert layout."""
+    from transformers import AutoModelForCausalLM
+
+    paths, expected = models
+    cells = {f"{m}-{'tied' if t else 'untied'}": paths[m, t, "default"] for m in MOE_FAMILIES for t in (False, True)}
+    root = tmp_path_factory.mktemp("routings")
+    for name, options in ROUTINGS.items():
+        cells[name] = str(write_tiny_checkpoint(root / name, "qwen3_moe", **options))
+        model = AutoModelForCausalLM.from_pretrained(cells[name], dtype=torch.float32, attn_implementation="eager")
+        with torch.no_grad():
+            expected[cells[name]] = model.eval()(token_ids(model.config.vocab_size)).logits
+    found = {}
+    for layout_name, layout in EXPERT_LAYOUTS.items():
+        work = [(path, layout) for path in cells.values()]
+        per_rank = run_ranks(load_run_and_export, work, expected, world=layout.world_size, timeout_s=200)
+        for name, outcomes in zip(cells, zip(*per_rank, strict=True), strict=True):
+            differences = [difference for difference, _ in outcomes if difference is not None]
+            assert len(differences) == layout.world_size // layout.pipeline
+            found[name, layout_name] = (max(differences), [fault for _, fault in outcomes if fault is not None])
+    return found
+
+
+ROUTINGS: dict[str, dict[str, Any]] = {
+    "not normalised": {"norm_topk_prob": False, "num_experts_per_tok": 3},
+    "one expert a token": {"norm_topk_prob": False, "num_experts_per_tok": 1},
+    "every second layer": {"decoder_sparse_step": 2},
+    "some layers": {"mlp_only_layers": [0, 3], "tied": True},
+}
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_expert_parallel_logits_and_export(expert_results: Any, layout: str) -> None:
+    cells = {model: cell for (model, name), cell in expert_results.items() if name == layout}
+    assert len(cells) == 4 + len(ROUTINGS)
     assert {model: cell for model, cell in cells.items() if cell[0] > TOLERANCE or cell[1]} == {}
 
 
@@ -107,6 +167,15 @@ MUTATIONS: dict[str, tuple[str, Callable[[Plan, Any], Plan]]] = {
             r._replace(name=swap(r.name, "input_layernorm", "post_attention_layernorm")) for r in plan
         ),
     ),
+    "gate and up of experts swapped": ("expert_gate_up", lambda plan, arch: plan[::-1]),
+    "next expert": (
+        "expert_down",
+        lambda plan, arch: tuple(r._replace(name=next_expert(r.name, arch.moe.num_experts)) for r in plan),
+    ),
+    "router reversed": (
+        "router",
+        lambda plan, arch: tuple(r._replace(rows=(n, n + 1)) for r in plan for n in reversed(range(*r.rows))),
+    ),
     "q norm from k": (
         "query_norm",
         lambda plan, arch: tuple(r._replace(name=swap(r.name, "q_norm", "k_norm")) for r in plan),
@@ -131,6 +200,13 @@ def next_layer(name: str | None, num_layers: int) -> str:
     return ".".join(parts)
 
 
+def next_expert(name: str | None, num_experts: int) -> str:
+    assert name is not None
+    parts = name.split(".")
+    parts[5] = str((int(parts[5]) + 1) % num_experts)
+    return ".".join(parts)
+
+
 def run_mutations(path: str, expected: torch.Tensor) -> dict[str, float]:
     """Largest difference under each wrong map; "none" is the right one."""
     original = load_module.plan
@@ -140,7 +216,7 @@ def run_mutations(path: str, expected: torch.Tensor) -> dict[str, float]:
 
             def wrong(*args: Any, role: str = role, change: Any = change) -> Plan:
                 plan = original(*args)
-                return change(plan, args[2]) if args[0] == role else plan
+                return change(plan, args[1]) if args[0].role == role else plan
 
             load_module.plan = wrong
             try:
@@ -155,7 +231,7 @@ def run_mutations(path: str, expected: torch.Tensor) -> dict[str, float]:
 def test_a_wrong_map_shows_in_the_logits(models: Any) -> None:
     paths, expected = models
     shown: dict[str, float] = {}
-    for family in ("qwen2", "qwen3"):
+    for family in ("qwen2", "qwen3", "qwen3_moe"):
         path = paths[family, True, "default"]
         (found,) = run_ranks(run_mutations, path, expected[path], world=1)
         assert found.pop("none") <= TOLERANCE

@@ -5,19 +5,26 @@ The TransformerEngine names come from reading megatron-core 0.16.1 (gpt_layer_sp
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from megatron_gkd.architecture import SUPPORTED_MODEL_TYPES
 from megatron_gkd.errors import CheckpointError, NotBuiltError
+from megatron_gkd.weights.chunks import ExpertRank, check_chunks
 from megatron_gkd.weights.naming import (
     ROLES,
     ParsedName,
+    Unit,
     hf_names,
     is_extra_state,
     is_ignored_hf_name,
     layer_roles,
     parse,
 )
-from tests.weights.models import small
+from tests.weights.models import fake_chunk, small
 
 BOTH = {
     "embedding.word_embeddings.weight": ("embedding", None),
@@ -30,6 +37,13 @@ BOTH = {
     "decoder.layers.3.self_attention.linear_proj.weight": ("attention_output", 3),
     "decoder.layers.3.mlp.linear_fc1.weight": ("gate_up", 3),
     "decoder.layers.3.mlp.linear_fc2.weight": ("down", 3),
+    "decoder.layers.3.mlp.router.weight": ("router", 3),
+}
+EXPERTS = {
+    "decoder.layers.3.mlp.experts.local_experts.17.linear_fc1.weight": ("expert_gate_up", 3, 17),
+    "decoder.layers.3.mlp.experts.local_experts.0.linear_fc2.weight": ("expert_down", 3, 0),
+    "decoder.layers.3.mlp.experts.linear_fc1.weight17": ("expert_gate_up", 3, 17),
+    "decoder.layers.3.mlp.experts.linear_fc2.weight0": ("expert_down", 3, 0),
 }
 LOCAL = {
     "decoder.layers.12.input_layernorm.weight": ("attention_norm", 12),
@@ -48,12 +62,23 @@ def test_names_of_both_specs(name: str, meaning: tuple[str, int | None]) -> None
 
 def test_the_table_has_no_name_that_this_file_does_not_know() -> None:
     tested = {name.removeprefix("decoder.layers.").lstrip("0123456789.") for name in BOTH | LOCAL | TRANSFORMER_ENGINE}
+    tested |= {
+        re.sub(r"(?<=local_experts\.)\d+|\d+$", "{expert}", name[len("decoder.layers.3.") :]) for name in EXPERTS
+    }
     assert tested == {name for role in ROLES.values() for name in role.core_names}
+
+
+@pytest.mark.parametrize(("name", "meaning"), EXPERTS.items())
+def test_names_of_experts(name: str, meaning: tuple[str, int, int]) -> None:
+    assert parse(name) == ParsedName(*meaning)
 
 
 @pytest.mark.parametrize(
     "name",
     [
+        "decoder.layers.0.mlp.linear_fc1.weight7",
+        "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight2",
+        "decoder.layers.0.mlp.experts.local_experts.linear_fc1.weight",
         "decoder.layers.0.self_attention.linear_proj.bias",
         "decoder.layers.0.mlp.linear_fc1.bias",
         "decoder.layers.0.input_layernorm.bias",
@@ -75,10 +100,10 @@ def test_unknown_names_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("decoder.layers.0.mlp.router.weight", "mixture"),
-        ("decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight", "mixture"),
-        ("decoder.layers.0.mlp.experts.linear_fc2.weight7", "mixture"),
-        ("decoder.layers.0.mlp.shared_experts.linear_fc1.weight", "mixture"),
+        ("decoder.layers.0.mlp.router.bias", "router biases"),
+        ("decoder.layers.0.mlp.experts.weight1", "experts in one tensor"),
+        ("decoder.layers.0.mlp.experts.linear_fc1.weight", "experts in one tensor"),
+        ("decoder.layers.0.mlp.shared_experts.linear_fc1.weight", "shared experts"),
         ("mtp.layers.0.eh_proj.weight", "multi-token"),
     ],
 )
@@ -87,17 +112,58 @@ def test_what_is_not_built_is_named(name: str, what: str) -> None:
         parse(name)
 
 
+def engine_names(model_type: str, num_experts: int) -> set[str]:
+    """What te_parameter_names.txt lists for a family."""
+    found, applies = set(), False
+    for line in Path(__file__).with_name("te_parameter_names.txt").read_text().splitlines():
+        if heading := re.fullmatch(r"# \[(.+)\]", line):
+            applies = heading[1] == "all" or model_type in heading[1].split()
+        elif applies:
+            found |= {line.format(e=expert) for expert in range(num_experts if "{e}" in line else 1)}
+    return found
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_names_of_transformer_engine_against_the_list(model_type: str) -> None:
+    """Both ways: each listed name is understood, and the map expects no other."""
+    arch = small(model_type)
+    listed = engine_names(model_type, 4)
+    assert {name for name, _ in fake_chunk(arch, layers=[0], spec="te").named_parameters()} == listed
+    chunk = fake_chunk(arch, layers=[0], spec="te")
+    assert len(check_chunks([chunk], arch, ExpertRank())) == len(listed)
+
+
 def test_roles_of_the_families() -> None:
     common = {"attention_norm", "qkv", "attention_output", "mlp_norm", "gate_up", "down"}
-    assert set(layer_roles(small("llama"))) == common
-    assert set(layer_roles(small("mistral"))) == common
-    assert set(layer_roles(small("qwen2"))) == common | {"qkv_bias"}
-    assert set(layer_roles(small("qwen3"))) == common | {"query_norm", "key_norm"}
+    assert set(layer_roles(small("llama"), 0)) == common
+    assert set(layer_roles(small("mistral"), 0)) == common
+    assert set(layer_roles(small("qwen2"), 0)) == common | {"qkv_bias"}
+    assert set(layer_roles(small("qwen3"), 0)) == common | {"query_norm", "key_norm"}
+    routed = common - {"gate_up", "down"} | {"router", "expert_gate_up", "expert_down"}
+    assert set(layer_roles(small("mixtral"), 0)) == routed
+    assert set(layer_roles(small("qwen3_moe"), 0)) == routed | {"query_norm", "key_norm"}
+
+
+def test_a_layer_without_experts_among_layers_with_them() -> None:
+    arch = small("qwen3_moe")
+    assert arch.moe is not None
+    mixed = replace(arch, moe=replace(arch.moe, layers=(1, 3)))
+    assert layer_roles(mixed, 0) == layer_roles(small("qwen3"), 0)
+    assert layer_roles(mixed, 1) == layer_roles(arch, 1)
+
+
+def test_mixtral_has_names_of_its_own() -> None:
+    prefix = "model.layers.2.block_sparse_moe."
+    assert hf_names(Unit("router", 2), small("mixtral")) == (prefix + "gate.weight",)
+    names = hf_names(Unit("expert_gate_up", 2, 3), small("mixtral"))
+    assert names == (prefix + "experts.3.w1.weight", prefix + "experts.3.w3.weight")
+    assert hf_names(Unit("expert_down", 2, 3), small("mixtral")) == (prefix + "experts.3.w2.weight",)
+    assert hf_names(Unit("expert_down", 2, 3), small("qwen3_moe")) == ("model.layers.2.mlp.experts.3.down_proj.weight",)
 
 
 def test_a_tied_head_is_the_embedding() -> None:
-    assert hf_names("head", None, small(tied=True)) == ("model.embed_tokens.weight",)
-    assert hf_names("head", None, small(tied=False)) == ("lm_head.weight",)
+    assert hf_names(Unit("head"), small(tied=True)) == ("model.embed_tokens.weight",)
+    assert hf_names(Unit("head"), small(tied=False)) == ("lm_head.weight",)
 
 
 def test_what_is_skipped_is_little() -> None:

@@ -1,0 +1,240 @@
+"""`megatron-gkd convert`: a model from Hugging Face format to a Megatron distributed checkpoint, or back.
+
+    megatron-gkd convert --to megatron --model HF_DIR --save OUT            one process, no GPU
+    torchrun --nproc-per-node 4 -m megatron_gkd convert --to hf --model MEGATRON_DIR --save OUT \\
+        --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2
+
+A Megatron directory is a `torch_dist` checkpoint of the model alone, in megatron-core's own names, so that any layout
+loads it; beside the shards stand the files of the Hugging Face directory that are not weights, byte for byte, and
+hf_dtypes.json. The layout says only how the ranks share the work.
+
+OUT must not exist; it appears complete or not at all (a hidden directory beside it is renamed). Memory is bounded by
+the model's largest tensors, not by its size (weights/megatron_files.py, weights/export.py): `memory_bound_bytes`.
+`--check` does load the whole model, twice on the last rank.
+
+Conversion runs on the CPU with gloo, also on machines with GPUs: it computes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_gkd.config import Flag, flags_of
+from megatron_gkd.errors import CheckpointError, ConfigError
+from megatron_gkd.flags import parse
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.settings import Section, setting
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_gkd.architecture import Architecture
+    from megatron_gkd.parallel.layout import Layout
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ConvertConfig(Section):
+    """Conversion of a checkpoint between Hugging Face and Megatron."""
+
+    to: Literal["megatron", "hf"] = setting(help="Format that is written.")
+    model: str = setting(help="Directory that is read: the other format.")
+    save: str = setting(help="Directory that is written; it must not exist.")
+    tensor_model_parallel_size: int = setting(1, "Tensor parallel size of the ranks that convert.", ge=1)
+    pipeline_model_parallel_size: int = setting(1, "Pipeline stages of the ranks that convert.", ge=1)
+    expert_model_parallel_size: int = setting(1, "Expert parallel size of the ranks that convert.", ge=1)
+    expert_tensor_parallel_size: int | None = setting(
+        None, "Ranks that share one expert; null: --tensor_model_parallel_size.", ge=1
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] | None = setting(None, "Type of the weights written; null: as they are.")
+    hf_config: str | None = setting(
+        None,
+        "With --to hf: Hugging Face directory to take config and tokenizer from, where the checkpoint has none "
+        "(one of a training run).",
+    )
+    check: bool = setting(False, "Afterwards, compare logits on a sample text with transformers'; loads the model.")
+    check_tolerance: float = setting(1e-3, "Largest difference of a logit, in fp32, that --check accepts.", gt=0)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages shown.")
+
+
+def convert_flags() -> dict[str, Flag]:
+    """The table of flags."""
+    return flags_of(ConvertConfig, "convert")
+
+
+def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
+    """What a command line asks for."""
+    table = convert_flags()
+    values = parse(argv, table, prog="megatron-gkd convert", headings={"convert": str(ConvertConfig.__doc__)})
+    for name in ("to", "model", "save"):
+        if not values.get(name):
+            raise ConfigError(f"--{name} is missing; {table[name].item.metadata['help']}")
+    cfg = ConvertConfig(**values)
+    if cfg.hf_config is not None and cfg.to != "hf":
+        raise ConfigError("--hf_config goes with --to hf; with --to megatron the files come from --model")
+    return cfg
+
+
+def run_convert(cfg: ConvertConfig) -> None:
+    """Carry it out. Collective over all ranks of the world."""
+    import torch.distributed as dist
+
+    from megatron_gkd import platform
+    from megatron_gkd.architecture import read_architecture
+    from megatron_gkd.parallel.layout import Layout
+    from megatron_gkd.weights.hf_writer import check_destination
+    from megatron_gkd.weights.megatron_files import is_megatron_checkpoint
+    from megatron_gkd.weights.plan import check_layout
+
+    platform.init_distributed(platform.setup("cpu"))
+    if is_megatron_checkpoint(cfg.model) != (cfg.to == "hf"):
+        found = "is already a Megatron checkpoint" if cfg.to == "megatron" else "is no Megatron distributed checkpoint"
+        raise CheckpointError(f"{cfg.model} {found}; --to {cfg.to} needs a directory of the other format")
+    check_destination(Path(cfg.save))
+    arch = read_architecture(cfg.hf_config or cfg.model)
+    layout = Layout.for_world(
+        dist.get_world_size(),
+        tensor=cfg.tensor_model_parallel_size,
+        pipeline=cfg.pipeline_model_parallel_size,
+        expert=cfg.expert_model_parallel_size,
+        expert_tensor=cfg.expert_tensor_parallel_size,
+        name="conversion",
+    )
+    check_layout(arch, layout.tensor, layout.pipeline, ep=layout.expert, etp=layout.expert_tensor_size)
+    dist.barrier()  # every rank has seen that the destination is free
+    (_to_megatron if cfg.to == "megatron" else _to_hf)(cfg, arch, layout)
+    if dist.get_rank() == 0:
+        logger.info("%s, %s -> %s", arch.model_type, cfg.model, cfg.save)
+    if cfg.check:
+        _check(cfg, arch, layout)
+
+
+def _to_megatron(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
+    import torch.distributed as dist
+
+    from megatron_gkd.parallel.groups import build_groups
+    from megatron_gkd.weights.dtypes import exact_dtype, stored_dtypes, write_dtypes
+    from megatron_gkd.weights.hf_files import HFCheckpoint
+    from megatron_gkd.weights.hf_writer import copy_side_files
+    from megatron_gkd.weights.load import check_manifest
+    from megatron_gkd.weights.megatron_files import build_skeleton, write_shards
+
+    groups = build_groups(layout)
+    with HFCheckpoint(cfg.model) as checkpoint, _appearing(Path(cfg.save)) as temporary:
+        check_manifest(checkpoint, arch)
+        dtypes = stored_dtypes(checkpoint, arch)
+        chunks = build_skeleton(arch, layout, groups, dtype=cfg.dtype or _name(exact_dtype(dtypes)))
+        write_shards(chunks, checkpoint, arch, groups, temporary)
+        if dist.get_rank() == 0:
+            copy_side_files(Path(cfg.model), temporary)
+            write_dtypes(temporary, dtypes)
+
+
+def _to_hf(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
+    import torch.distributed as dist
+
+    from megatron_gkd.model.build import DTYPES
+    from megatron_gkd.parallel.groups import build_groups
+    from megatron_gkd.weights.export import save_hf
+    from megatron_gkd.weights.megatron_files import MegatronCheckpoint, build_skeleton
+
+    groups = build_groups(layout)
+    chunks = build_skeleton(arch, layout, groups, dtype="fp32")
+    source = MegatronCheckpoint(cfg.model, chunks, arch, groups)
+    save_hf(
+        chunks,
+        arch,
+        groups,
+        source_dir=cfg.hf_config or cfg.model,
+        out_dir=cfg.save,
+        dtype=DTYPES[cfg.dtype] if cfg.dtype else None,
+        bucket_bytes=BUCKET_BYTES,
+        read=source.read,
+    )
+    dist.barrier()  # the directory is there for every rank
+
+
+BUCKET_BYTES = 16 * 2**20
+
+
+def memory_bound_bytes(arch: Architecture, itemsize: int, *, to: Literal["megatron", "hf"], tensor: int = 1) -> int:
+    """Most bytes of weights that a rank holds at once, besides the kernel's cache of the files.
+
+    To megatron: one shard, twice while it is serialised. To hf: two buckets, a parameter, and a stored chunk of it.
+    """
+    import math
+
+    from megatron_gkd.weights.plan import unit_shapes, units
+
+    vocabulary = arch.padded_vocab_size(tensor) * arch.hidden_size * itemsize
+    largest = max(
+        vocabulary,
+        *(sum(math.prod(s) for s in unit_shapes(unit, arch).values()) * itemsize for unit in units(arch)),
+    )
+    return 2 * largest if to == "megatron" else 2 * max(BUCKET_BYTES, largest) + 2 * largest
+
+
+def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
+    """Load the Megatron side of the conversion and compare it with transformers on the Hugging Face side."""
+
+    from megatron_gkd.model.build import build_model
+    from megatron_gkd.parallel.groups import build_groups
+    from megatron_gkd.weights.chunks import ExpertRank, check_chunks
+    from megatron_gkd.weights.compare import model_logits, reference_logits, sample_tokens
+    from megatron_gkd.weights.megatron_files import MegatronCheckpoint
+
+    hf_dir, megatron_dir = (cfg.model, cfg.save) if cfg.to == "megatron" else (cfg.save, cfg.model)
+    groups = build_groups(layout)
+    chunks = build_model(arch, layout, groups, dtype="fp32", use_cpu=True)
+    MegatronCheckpoint(megatron_dir, chunks, arch, groups).fill(check_chunks(chunks, arch, ExpertRank.of(groups)))
+    tokens = sample_tokens(hf_dir, arch)
+    logits = model_logits(chunks, layout, groups, arch, tokens)
+    if logits is None or groups.tp.rank() != 0 or groups.dp.rank() != 0:
+        return
+    difference = float((logits - reference_logits(hf_dir, tokens)).abs().max())
+    print(f"largest difference of {logits.numel()} logits from transformers': {difference:.3g}", flush=True)
+    if not difference <= cfg.check_tolerance:
+        raise CheckpointError(
+            f"--check: logits differ by {difference:.3g}, accepted is {cfg.check_tolerance:.3g}; do not use {cfg.save}"
+        )
+
+
+def _name(dtype: torch.dtype) -> Any:
+    from megatron_gkd.model.build import DTYPES
+
+    return {value: name for name, value in DTYPES.items()}[dtype]
+
+
+@contextmanager
+def _appearing(out_dir: Path) -> Iterator[Path]:
+    """A directory that all ranks write into; it takes its name when all have left the block without an error.
+
+    Communication: two barriers over WORLD. A rank that fails leaves the others waiting: let the launcher end them.
+    """
+    import torch.distributed as dist
+
+    from megatron_gkd.weights.hf_writer import check_destination
+
+    temporary = out_dir.parent / f".{out_dir.name}.incomplete"
+    writes = dist.get_rank() == 0
+    if writes:
+        shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted conversion to the same place
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    try:
+        yield temporary
+        dist.barrier()
+        if writes:
+            check_destination(out_dir)
+            os.rename(temporary, out_dir)
+    finally:
+        if writes:
+            shutil.rmtree(temporary, ignore_errors=True)
+    dist.barrier()

@@ -1,0 +1,86 @@
+"""Is a converted model the same network? Its logits on a sample text against transformers', both in fp32.
+
+The only proof of a conversion that means something: a wrong map survives the way there and back bit for bit.
+Communication: the schedule's over the pipeline group, one all-gather of [1, S, V/tp] over the tensor group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.model.build import HiddenStateGPTModel
+from megatron_gkd.model.pipeline import forward_hidden, run_schedule
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import MicroBatch
+
+SAMPLE_TEXT: Final = (
+    "The quick brown fox jumps over the lazy dog. In 1969, two people walked on the Moon; 12 did so until 1972.\n"
+    "def add(a, b):\n    return a + b\n"
+)
+
+
+def sample_tokens(hf_dir: str | Path, arch: Architecture) -> torch.Tensor:
+    """[1, S] token ids of the sample text; where the directory has no tokenizer, ids spread over the vocabulary."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError):
+        return (torch.arange(64) * max(arch.vocab_size // 64, 1) % arch.vocab_size)[None]
+    ids = torch.tensor([tokenizer(SAMPLE_TEXT).input_ids])
+    if int(ids.max()) >= arch.vocab_size:
+        raise CheckpointError(f"{hf_dir}: the tokenizer gives id {int(ids.max())}, the model has {arch.vocab_size}")
+    return ids
+
+
+def reference_logits(hf_dir: str | Path, tokens: torch.Tensor) -> torch.Tensor:
+    """[1, S, V] of transformers, in fp32 on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(hf_dir), dtype=torch.float32, trust_remote_code=False, local_files_only=True
+    )
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(tokens).logits
+    return logits
+
+
+def model_logits(
+    chunks: Sequence[HiddenStateGPTModel],
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    arch: Architecture,
+    tokens: torch.Tensor,
+) -> torch.Tensor | None:
+    """[1, S, V] of the megatron-core model, without padding; None outside the last pipeline stage."""
+
+    def forward_step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:
+        def collect(hidden: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+            local = torch.nn.functional.linear(chunk.head_input(hidden), chunk.head_weight()).contiguous()
+            shards = [torch.empty_like(local) for _ in range(layout.tensor)]
+            dist.all_gather(shards, local, group=groups.tp)
+            return torch.cat(shards, dim=-1).transpose(0, 1)
+
+        return forward_hidden(chunk, next(batches), torch.device("cpu")), collect
+
+    if layout.tensor > arch.num_kv_heads:
+        # megatron-core 0.16 (attention.py:1411) asks its global state, which is not set up here, for the group.
+        raise CheckpointError(
+            f"--check runs the model over at most as many tensor-parallel ranks as it has key/value heads "
+            f"({arch.num_kv_heads}); given {layout.tensor}"
+        )
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = MicroBatch((0,), (0,), tokens, torch.arange(tokens.shape[1])[None], none, none, none)
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        out = run_schedule(chunks, layout, groups, forward_step, [batch], forward_only=True, collect=True)
+    return out[0][..., : arch.vocab_size] if out else None

@@ -1,0 +1,262 @@
+"""Megatron distributed checkpoints (`torch_dist`) of a model alone, written and read one parameter at a time.
+
+The names, shapes and offsets of the shards come from `GPTModel.sharded_state_dict` of a SKELETON: this rank's model
+chunks on the meta device (`build_skeleton`), which hold no memory. So the files are exactly those that megatron-core
+writes for such a model, whatever the layout, and train/checkpoint.py's names; only the values arrive later:
+
+    writing   each shard is read from the Hugging Face files when its turn to be written comes, and dropped,
+    reading   a parameter is put together from the stored chunks that overlap it when the export asks for it.
+
+Memory besides the skeleton: one shard while writing; one parameter and one stored chunk while reading. The memory map
+of the source does not count: its pages are the kernel's to drop.
+
+Communication: `write_shards` is collective over WORLD (dist_checkpointing plans its files there); opening a
+MegatronCheckpoint makes one all_gather_object over the model's ranks; reading is local.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.model.build import HiddenStateGPTModel, build_model
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, unwrap
+from megatron_gkd.weights.hf_files import HFCheckpoint
+from megatron_gkd.weights.load import check_manifest, fill, parameter_plan
+from megatron_gkd.weights.plan import cut
+
+_MARKER: Final = "metadata.json"  # megatron-core's: which format the directory has
+_MODEL_PREFIXES: Final = ("embedding.", "decoder.", "output_layer.")  # of the model's keys, besides the optimizer's
+
+
+def is_megatron_checkpoint(path: str | Path) -> bool:
+    """Whether the directory is a distributed checkpoint that megatron-core wrote, or this module."""
+    try:
+        return "sharded_backend" in json.loads((Path(path) / _MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def build_skeleton(
+    arch: Architecture, layout: Layout, groups: ProcessGroupCollection, *, dtype: Any
+) -> list[HiddenStateGPTModel]:
+    """This rank's model chunks on the meta device: names, shapes and shards, no values."""
+    without_embedding_group = copy.copy(groups)
+    without_embedding_group.embd = None  # GPTModel sums a tied embedding over it when it is made; there are no values
+    with torch.device("meta"):
+        return build_model(arch, layout, without_embedding_group, dtype=dtype, use_cpu=True)
+
+
+def write_shards(
+    chunks: Sequence[HiddenStateGPTModel],
+    checkpoint: HFCheckpoint,
+    arch: Architecture,
+    groups: ProcessGroupCollection,
+    out_dir: Path,
+) -> None:
+    """Write the checkpoint's weights as the distributed checkpoint of these (skeleton) chunks into an empty directory.
+
+    Raises CheckpointError where checkpoint, architecture and chunks do not agree, before anything is written.
+    """
+    check_manifest(checkpoint, arch)
+    tp_rank, tp_size, expert_rank = groups.tp.rank(), groups.tp.size(), ExpertRank.of(groups)
+    plans = {
+        _storage(parameter.tensor): (parameter, parameter_plan(parameter, arch, tp_rank, tp_size, expert_rank))
+        for parameter in check_chunks(chunks, arch, expert_rank)
+    }
+
+    def read(shard: torch.Tensor) -> torch.Tensor:
+        """The values of a contiguous part of a parameter (megatron-core stores gate and up apart)."""
+        parameter, rectangles = plans[_storage(shard)]
+        row = math.prod(parameter.tensor.shape[1:])
+        first, rows = shard.storage_offset() // row, shard.numel() // row
+        assert shard.is_contiguous()
+        assert (first * row, rows * row) == (shard.storage_offset(), shard.numel())
+        values = torch.empty((rows, *parameter.tensor.shape[1:]), dtype=shard.dtype, device="cpu")
+        fill(values, tuple(cut(rectangles, (first, first + rows))), checkpoint)
+        return values.view(shard.shape)
+
+    try:
+        dist_checkpointing.save(_sharded_state(chunks, groups), str(out_dir), sharded_strategy=_SaveWhenRead(read))
+    except CheckpointException as error:
+        raise CheckpointError(f"{out_dir} cannot be written: {_first_failure(error)}") from error
+
+
+class MegatronCheckpoint:
+    """The model in a distributed checkpoint (of a conversion, of a training run or of Megatron-LM), read on demand."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        chunks: Sequence[torch.nn.Module],
+        arch: Architecture,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        self.path = Path(path)
+        self._vocab_size = arch.vocab_size
+        self._reader = FileSystemReader(self.path)
+        try:
+            metadata = self._reader.read_metadata()
+        except Exception as error:  # a pickle that is damaged can raise anything
+            raise CheckpointError(f"{self.path}/.metadata is missing or damaged: {error!r}") from error
+        self._reader.set_up_storage_reader(metadata, is_coordinator=False)
+        self._stored = {
+            key: value
+            for key, value in metadata.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata)
+        }
+        self._shards: dict[int, list[ShardedTensor]] = {}
+        state = _sharded_state(chunks, groups)
+        apply_factories(state)
+        for shard in nested_values(state):
+            if isinstance(shard, ShardedTensor):
+                self._shards.setdefault(_storage(shard.data), []).append(shard)
+        for shards in self._shards.values():
+            for shard in shards:
+                self._check(shard)
+        self._check_unused(arch, groups)
+
+    def read(self, parameter: Parameter) -> torch.Tensor:
+        """The value of a parameter of the chunks, in the stored dtype; vocabulary padding is zero."""
+        tensor = parameter.tensor
+        shards = self._shards[_storage(tensor)]
+        stored = self._stored[shards[0].key]
+        value = torch.empty(tensor.shape, dtype=stored.properties.dtype)
+        for shard in shards:
+            part = value.as_strided(shard.data.shape, shard.data.stride(), shard.data.storage_offset())
+            self._read_shard(shard, part.view((1,) * shard.prepend_axis_num + tuple(shard.local_shape)))
+        if parameter.unit.role in ("embedding", "head"):
+            start = shards[0].global_offset[0]
+            # At least the vocabulary is stored (_check), so every row below it has been read.
+            value[max(self._vocab_size - start, 0) :] = 0
+        return value
+
+    def fill(self, parameters: Sequence[Parameter]) -> None:
+        """Copy the values into the parameters themselves."""
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.tensor.copy_(self.read(parameter))
+
+    def _check_unused(self, arch: Architecture, groups: ProcessGroupCollection) -> None:
+        used: list[Any] = [None] * groups.tp_ep_pp.size()
+        mine = {shard.key for shards in self._shards.values() for shard in shards}
+        dist.all_gather_object(used, mine, group=groups.tp_ep_pp)
+        unused = {key for key in self._stored if key.startswith(_MODEL_PREFIXES)}.difference(*used)
+        if unused:
+            raise CheckpointError(
+                f"{self.path} holds {min(unused)} (and {len(unused) - 1} more), for which this config.json "
+                f"({arch.model_type}) has no place: dropping it would give a different model, so it is refused"
+            )
+
+    def _check(self, shard: ShardedTensor) -> None:
+        if shard.key not in self._stored:
+            raise CheckpointError(f"{self.path} has no {shard.key}, which this model needs")
+        size, needed = tuple(self._stored[shard.key].size), tuple(shard.global_shape)
+        enough = size[0] >= self._vocab_size and size[1:] == needed[1:]
+        if not (enough if shard.allow_shape_mismatch else size == needed):
+            raise CheckpointError(
+                f"{self.path}: {shard.key} has shape {list(size)}, config.json needs {list(needed)}"
+                + (f" with {self._vocab_size} rows or more" if shard.allow_shape_mismatch else "")
+            )
+
+    def _read_shard(self, shard: ShardedTensor, target: torch.Tensor) -> None:
+        stored = self._stored[shard.key]
+        offsets, sizes = torch.Size(shard.global_offset), torch.Size(target.shape)
+        items = create_read_items_for_chunk_list(shard.key, stored, [ChunkStorageMetadata(offsets, sizes)])
+        found = sum(math.prod(item.lengths) for item in items)
+        needed = math.prod(
+            max(min(offset + size, end) - offset, 0)
+            for offset, size, end in zip(offsets, sizes, stored.size, strict=True)
+        )
+        if found != needed:
+            raise CheckpointError(f"{self.path}: {shard.key} at {list(offsets)} is stored {found}/{needed}")
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target))
+        except Exception as error:  # a truncated file raises what its reader meets first
+            raise CheckpointError(f"{self.path}: {shard.key} cannot be read: {error!r}") from error
+
+
+def _sharded_state(chunks: Sequence[Any], groups: ProcessGroupCollection) -> dict[str, Any]:
+    """As train/checkpoint.py's, of the model alone."""
+    metadata = {"dp_cp_group": groups.dp_cp}
+    return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Identity of a tensor's memory, also on the meta device; alike for its views."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _first_failure(error: CheckpointException) -> str:
+    rank, (failure, _) = min(error.failures.items())
+    return f"rank {rank}: {failure}"
+
+
+class _SaveWhenRead(SaveShardedStrategy):
+    """megatron-core's `torch_dist` format through torch's own writer, which asks for one shard after another.
+
+    megatron-core's writer copies all of a rank's shards first, to write them in the background.
+    """
+
+    def __init__(self, read: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__("torch_dist", 1)
+        self._read = read
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        writer = FileSystemWriter(Path(checkpoint_dir), single_file_per_rank=True, thread_count=1)
+        save_state_dict(mcore_to_pyt_state_dict(by_key), storage_writer=writer, planner=_ReadOnLookup(self._read))
+
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+
+class _ReadOnLookup(MCoreSavePlanner):
+    def __init__(self, read: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._read = read
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = super().lookup_object(index)
+        return self._read(found) if isinstance(found, torch.Tensor) else found
+
+
+class _Into(DefaultLoadPlanner):
+    """Every item that is read belongs to one target."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self._target
+
+    def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+        """The values have been copied into the target."""

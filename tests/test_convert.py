@@ -1,0 +1,334 @@
+"""`megatron-gkd convert`: there and back bit for bit over layouts, megatron-core's own loader, refusals, memory.
+
+That the map is right is tests/weights/test_logits.py's; here `--check` must see a network that is not the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from safetensors.torch import load_file, save_file
+
+from megatron_gkd import cli
+from megatron_gkd.architecture import read_architecture
+from megatron_gkd.convert import ConvertConfig, memory_bound_bytes, parse_convert_config, run_convert
+from megatron_gkd.errors import CheckpointError, ConfigError
+from megatron_gkd.model.build import build_model
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.weights.hf_files import HFCheckpoint
+from tests.checkpoints import write_tiny_checkpoint
+from tests.ranks import run_ranks
+from tests.weights.ranks_at_work import groups_of, load_model, megatron
+
+ROOT = Path(__file__).parents[1]
+SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def convert(configs: list[ConvertConfig]) -> list[str]:
+    """Messages of the conversions that are refused."""
+    messages = []
+    with megatron():
+        for cfg in configs:
+            try:
+                run_convert(cfg)
+            except CheckpointError as error:
+                messages.append(str(error))
+    return messages
+
+
+def config(to: Any, model: Path, save: Path, tp: int = 1, pp: int = 1, ep: int = 1, **options: Any) -> ConvertConfig:
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep}
+    return ConvertConfig(to=to, model=str(model), save=str(save), **sizes, **options)
+
+
+def digests(path: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen3", False)])
+@pytest.mark.parametrize(("there", "back"), [((1, 1), (2, 1)), ((2, 1), (1, 2)), ((2, 2), (1, 1)), ((1, 2), (2, 2))])
+def test_there_and_back_bit_for_bit(tmp_path: Path, family: str, tied: bool, there: Any, back: Any) -> None:
+    """Other layouts on the way back, where the vocabulary is padded otherwise too."""
+    source = write_tiny_checkpoint(tmp_path / "source", family, tied=tied, dtype=torch.bfloat16)
+    for to, model, save, layout in (("megatron", "source", "megatron", there), ("hf", "megatron", "back", back)):
+        cfg = config(to, tmp_path / model, tmp_path / save, *layout)
+        assert run_ranks(convert, [cfg], world=layout[0] * layout[1]) == [[]] * (layout[0] * layout[1])
+    for name in SIDE_FILES:
+        for other in ("megatron", "back"):
+            assert (tmp_path / other / name).read_bytes() == (source / name).read_bytes()
+    with HFCheckpoint(source) as before, HFCheckpoint(tmp_path / "back") as after:
+        assert sorted(before.names()) == sorted(after.names())
+        for name in before.names():
+            assert after.dtype(name) == torch.bfloat16
+            assert torch.equal(after.read(name), before.read(name))
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "megatron", "back"}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("mixtral", {}), ("qwen3_moe", {"mlp_only_layers": [1], "tied": True})]
+)
+def test_experts_there_and_back(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    """Through expert parallelism one way and tensor x expert tensor x pipeline parallelism the other."""
+    source = write_tiny_checkpoint(tmp_path / "source", family, **options)
+    there = config("megatron", source, tmp_path / "m", ep=2, expert_tensor_parallel_size=1)
+    assert run_ranks(convert, [there], world=2) == [[], []]
+    back = [
+        config("hf", tmp_path / "m", tmp_path / "tp", tp=2),
+        config("hf", tmp_path / "m", tmp_path / "ep", tp=2, ep=2, expert_tensor_parallel_size=1),
+        config("hf", tmp_path / "m", tmp_path / "pp", pp=2),
+    ]
+    assert run_ranks(convert, back, world=2) == [[], []]
+    assert digests(tmp_path / "tp") == digests(tmp_path / "ep") == digests(tmp_path / "pp")
+    with HFCheckpoint(source) as before, HFCheckpoint(tmp_path / "tp") as after:
+        assert sorted(before.names()) == sorted(after.names())
+        assert all(torch.equal(after.read(name), before.read(name)) for name in before.names())
+
+
+def run_own_loader(source: str, converted: str, layout: Layout) -> list[str]:
+    """Load the conversion with megatron-core's loader, as train/checkpoint.py does, and compare the parameters."""
+    with megatron():
+        expected = load_model(Path(source), layout)
+        groups = groups_of(layout)
+        chunks = build_model(expected.arch, layout, groups, dtype="fp32", use_cpu=True)
+        metadata = {"dp_cp_group": groups.dp_cp}
+        state = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+        loaded = dist_checkpointing.load(state, converted)
+        faults = []
+        for i, chunk in enumerate(chunks):
+            chunk.load_state_dict(loaded[f"model{i}"], strict=True)
+            right = dict(expected.chunks[i].named_parameters())
+            faults += [name for name, value in chunk.named_parameters() if not torch.equal(value, right[name])]
+    return faults
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("llama", Layout(tensor=2)),
+        ("llama", Layout(pipeline=2, virtual_pipeline=2)),
+        ("qwen3_moe", Layout(data=2, expert=2)),
+    ],
+)
+def test_megatron_core_loads_it_in_another_layout(tmp_path: Path, family: str, layout: Layout) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source", family, tied=False)
+    run_ranks(convert, [config("megatron", source, tmp_path / "out")], world=1)
+    assert run_ranks(run_own_loader, str(source), str(tmp_path / "out"), layout, world=2) == [[], []]
+
+
+def run_save_as_training_does(source: str, out: str) -> None:
+    """megatron-core's writer, with entries of an optimizer beside the model."""
+    with megatron():
+        model = load_model(Path(source), Layout(tensor=2))
+        metadata = {"dp_cp_group": model.groups.dp_cp}
+        if dist.get_rank() == 0:
+            Path(out).mkdir()
+        dist.barrier()
+        state = {"model0": model.chunks[0].sharded_state_dict(metadata=metadata), "optimizer": {"step": 3}}
+        dist_checkpointing.save(state, out)
+
+
+def test_a_checkpoint_of_a_training_run_with_another_config(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source", "llama", tied=True)
+    run_ranks(run_save_as_training_does, str(source), str(tmp_path / "step"), world=2)
+    cfg = config("hf", tmp_path / "step", tmp_path / "back", hf_config=str(source))
+    assert run_ranks(convert, [cfg, replace(cfg, hf_config=None, save=str(tmp_path / "none"))], world=1) == [
+        [f"{tmp_path}/step has no config.json; it is not a Hugging Face model directory"]
+    ]
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_tensors_of_several_dtypes_return_to_them(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source", "llama", layers=1, dtype=torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-4
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    there, back = (config("megatron", source, tmp_path / "m"), config("hf", tmp_path / "m", tmp_path / "back"))
+    assert run_ranks(convert, [there, back], world=1) == [[]]
+    returned = load_file(tmp_path / "back/model.safetensors")
+    assert all(
+        torch.equal(value, returned[name]) and value.dtype == returned[name].dtype for name, value in tensors.items()
+    )
+
+
+def test_another_dtype(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source", "llama", layers=1)
+    there = config("megatron", source, tmp_path / "m", dtype="bf16")
+    back = config("hf", tmp_path / "m", tmp_path / "back", dtype="bf16")
+    assert run_ranks(convert, [there, back], world=1) == [[]]
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
+    assert all(torch.equal(before[name].bfloat16(), after[name]) for name in before)
+    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source", "llama", layers=2)
+    made = tmp_path / "made"
+    bad = write_tiny_checkpoint(tmp_path / "bad", "llama", layers=2)
+    tensors = load_file(bad / "model.safetensors")
+    save_file(tensors | {"model.layers.1.self_attn.o_proj.bias": torch.ones(64)}, bad / "model.safetensors")
+    other = write_tiny_checkpoint(tmp_path / "other", "llama", layers=1)
+    before = {path.name for path in tmp_path.iterdir()} | {"made"}
+    (messages,) = run_ranks(
+        convert,
+        [
+            config("megatron", source, made),
+            config("megatron", source, made),
+            config("megatron", made, tmp_path / "out"),
+            config("hf", source, tmp_path / "out"),
+            config("megatron", bad, tmp_path / "out"),
+            config("hf", made, tmp_path / "out", hf_config=str(other)),
+        ],
+        world=1,
+    )
+    for message, expected in zip(
+        messages,
+        ("not overwritten", "already a Megatron", "no Megatron distributed", "o_proj.bias", "has shape [2, "),
+        strict=True,
+    ):
+        assert expected in message
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_damaged_megatron_checkpoints(tmp_path: Path) -> None:
+    source, made = write_tiny_checkpoint(tmp_path / "source", "llama", layers=2), tmp_path / "made"
+    run_ranks(convert, [config("megatron", source, made)], world=1)
+    shards, index = made / "__0_0.distcp", made / ".metadata"
+    whole, entries = shards.read_bytes(), index.read_bytes()
+    back = config("hf", made, tmp_path / "back")
+    shards.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in run_ranks(convert, [back], world=1)[0][0]
+    shards.write_bytes(whole)
+    index.write_bytes(entries[:40])
+    assert "missing or damaged" in run_ranks(convert, [back], world=1)[0][0]
+    index.write_bytes(entries)
+    (made / "hf_dtypes.json").write_text('{"dtype": "float4"}')
+    assert "hf_dtypes.json is damaged" in run_ranks(convert, [back], world=1)[0][0]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "made"}
+
+
+def test_flags() -> None:
+    with pytest.raises(ConfigError, match="--save is missing"):
+        parse_convert_config(["--to", "hf", "--model", "m"])
+    with pytest.raises(ConfigError, match="--hf_config goes with --to hf"):
+        parse_convert_config(["--to", "megatron", "--model", "m", "--save", "s", "--hf_config", "c"])
+    assert parse_convert_config(["--to", "hf", "--model", "m", "--save", "s", "--check"]).check
+
+
+# ---- one plain process -----------------------------------------------------------------------------------------------
+
+
+def tool(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """tools/convert_hf.py as a user starts it."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in ranks}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tools/convert_hf.py"), *argv]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_tool_checks_what_it_made(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "source", "qwen3", tied=True, rope="yarn")
+    done = tool("--to", "megatron", "--model", "source", "--save", "out", "--check", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    difference = float(done.stdout.rsplit(":", 1)[1])
+    assert difference <= 1e-5
+
+
+def run_check_of_another_model(source: str, made: str) -> list[str]:
+    """The comparison that --check makes, with a source whose weights have changed after the conversion."""
+    import megatron_gkd.convert as module
+
+    cfg = config("megatron", Path(source), Path(made))
+    with megatron():
+        run_convert(cfg)
+        tensors = load_file(Path(source) / "model.safetensors")
+        swapped = ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight")
+        tensors[swapped[0]], tensors[swapped[1]] = tensors[swapped[1]], tensors[swapped[0]]
+        save_file(tensors, Path(source) / "model.safetensors", metadata={"format": "pt"})
+        try:
+            module._check(cfg, read_architecture(source), Layout())
+        except CheckpointError as error:
+            return [str(error)]
+    return []
+
+
+def test_check_sees_another_model(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source", "llama", layers=2)
+    ((message,),) = run_ranks(run_check_of_another_model, str(source), str(tmp_path / "out"), world=1)
+    assert "logits differ by" in message
+
+
+def test_the_command_line_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").mkdir()
+    assert cli.main(["convert", "--to", "hf", "--model", "nowhere"]) == 2
+    assert "--save is missing" in capsys.readouterr().err
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+MEASURED = """if True:
+    import sys, threading, time
+    from megatron_gkd.convert import ConvertConfig, run_convert
+    to, small, large, out, check = sys.argv[1:]
+    run_convert(ConvertConfig(to=to, model=small, save=out + "_small", check=bool(check)))  # all is imported now
+
+    def anonymous_bytes():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+    before, peak = anonymous_bytes(), 0
+
+    def watch():
+        global peak
+        while True:
+            peak = max(peak, anonymous_bytes())
+            time.sleep(0.001)
+
+    threading.Thread(target=watch, daemon=True).start()
+    run_convert(ConvertConfig(to=to, model=large, save=out, check=bool(check)))
+    print("peak", peak - before)
+"""
+
+
+def peak_bytes(to: str, small: Path, large: Path, out: Path, check: bool = False) -> int:
+    """Most memory that a conversion in one plain process adds, without the kernel's cache of mapped files."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEASURED, to, str(small), str(large), str(out), "check" if check else ""]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("peak")[1])
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_memory(tmp_path: Path) -> None:
+    """210 MB of weights, largest tensor 6.3 MB, both ways, within the stated bound."""
+    options: dict[str, Any] = {"hidden_size": 512, "ffn_hidden_size": 1024, "vocab_size": 3072, "heads": 8}
+    small = write_tiny_checkpoint(tmp_path / "small", "llama", layers=1, **options)
+    large = write_tiny_checkpoint(tmp_path / "large", "llama", layers=20, max_shard_size="50MB", **options)
+    arch = read_architecture(large)
+    weights = sum(file.stat().st_size for file in large.glob("*.safetensors"))
+    slack = 24 * 2**20  # of the interpreter: plans, metadata, stacks of the groups' threads
+    there = peak_bytes("megatron", small, large, tmp_path / "m")
+    assert there <= memory_bound_bytes(arch, 4, to="megatron") + slack < weights / 2
+    back = peak_bytes("hf", tmp_path / "m_small", tmp_path / "m", tmp_path / "hf")
+    assert back <= memory_bound_bytes(arch, 4, to="hf") + slack < weights / 2
+    with HFCheckpoint(large) as before, HFCheckpoint(tmp_path / "hf") as after:
+        assert all(torch.equal(before.read(name), after.read(name)) for name in before.names())
+    loaded = peak_bytes("megatron", small, large, tmp_path / "checked", check=True)  # the measure sees a whole model
+    assert loaded > 2 * (memory_bound_bytes(arch, 4, to="hf") + slack)
