@@ -66,6 +66,12 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
     student_layout, teacher_layout = _layouts(config, dist.get_world_size())
     student_arch, teacher_arch = read_architecture(config.model.model), read_architecture(_teacher_path(config))
+    for flag, arch in (("model", student_arch), ("teacher_model", teacher_arch)):
+        if arch.moe is not None:
+            raise NotBuiltError(
+                f"--{flag}: distillation with a mixture of experts ({arch.model_type}) is not built yet; "
+                "it can be converted"
+            )
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
     check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
