@@ -41,7 +41,22 @@ def test_bench_loss(tmp_path):
     assert all(f"| {name} |" in result.stdout for name in rows), "the table names every method"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("loss_*.json")), ids=lambda path: path.name)
+def test_bench_convert(tmp_path):
+    out = tmp_path / "convert.json"
+    result = _run("benchmarks.bench_convert", "--quick", "--dir", str(tmp_path), "--json", str(out))
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert {"device", "threads", "commit", "versions"} <= set(report["environment"])
+    assert [row["method"] for row in report["rows"]] == "read load write export copy to_megatron to_hf".split()
+    for row in report["rows"]:
+        assert row["wall_s"]["p20"] <= row["wall_s"]["median"] <= row["wall_s"]["p80"]
+        assert row["gb_per_s"]["median"] > 0
+        assert ("of_plain" in row) == (row["method"] not in ("read", "write", "copy"))
+        assert f"| {row['method']} |" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["convert.json"], "what was written is gone"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)
 def test_recorded_results_can_be_read(path):
     report = json.loads(path.read_text(encoding="utf-8"))
     assert report["environment"]["commit"], "a recorded result names the code that made it"
