@@ -70,7 +70,9 @@ def build_rollouts(
         group=group,
         dtype=dtype,
         probes=probes(rows, length),
-        score=lambda sequences: student_logprobs(student, sequences, vocab_size=arch.vocab_size, device=where.device),
+        score=lambda sequences: student_logprobs(
+            student.chunks, student.layout, student.groups, sequences, vocab_size=arch.vocab_size, device=where.device
+        ),
         verify_every=sampling.verify_sync_every,
     )
     settings = SamplingSettings(
