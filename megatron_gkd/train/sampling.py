@@ -108,7 +108,7 @@ def stop_tokens(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[in
 def probes(rows: RowDataset, max_model_len: int) -> list[Sequence[int]]:
     """Sequences for verification: the beginnings of the first rows, the same in every run on the same data."""
     length = min(_PROBE_TOKENS, max_model_len - 1)
-    found = []
+    found: list[Sequence[int]] = []
     for index in range(min(_NUM_PROBES, len(rows))):
         row = rows[index]
         ids = (*row.prompt_ids, *(row.completion_ids or ()))[-length:]
