@@ -19,6 +19,7 @@ Invariants: every rank makes the same collectives whatever fails: a rank whose e
 broadcasts, and the ranks agree on the outcome after `begin`, after the last bucket and after `end`. No completion is
 ever used whose version differs from the one asked for.
 
+After every push a prompt that the engine saw after the push before must be new to it: its prefix cache was dropped.
 Verification compares mean and largest |difference| of the log-probabilities of fixed probe tokens with a tolerance
 that knows the dtype (bf16 engines differ from bf16 trainers by as much as either differs from fp32, so there the mean
 decides). On a mismatch the tensors that the engine received are compared with the trainer's by checksum, and the worst
@@ -122,6 +123,7 @@ class RolloutBridge:
             logger.warning("push of version %d was rolled back and is repeated: %s", version, error)
             result = self._push_once(version, attempt=2)
         self._each("wake for sampling", lambda engine: engine.wake_kv())
+        self._each("drop the prefixes cached under older weights", self._check_prefix_cache)
         self.version = version
         self._num_pushes += 1
         if self._num_pushes == 1 or (self._verify_every and (self._num_pushes - 1) % self._verify_every == 0):
@@ -210,6 +212,16 @@ class RolloutBridge:
                 f"{self._dtype} allows {mean_limit:g} and {largest_limit:g}. {self._name_worst_tensor()}"
             )
         return Agreement(mean, largest, num_tokens)
+
+    def _check_prefix_cache(self, engine: Engine) -> None:
+        """A prompt that the engine has seen after every push must be new to it after this one. (vLLM's scores do not
+        read the prefix cache, so verification alone would not notice.)
+        """
+        canary = [token for probe in self._probes for token in probe][: engine.max_model_len - 1]
+        if num_tokens := engine.cached_tokens(canary):
+            raise RolloutError(
+                f"{num_tokens} of {len(canary)} tokens of a prompt came from the cache, computed with older weights"
+            )
 
     def _name_worst_tensor(self) -> str:
         """Compare what the engines say they received with the weights as they are now. Collective."""

@@ -165,6 +165,15 @@ class ColocatedEngine:
             for ids, output in zip(sequences, outputs, strict=True)
         ]
 
+    def cached_tokens(self, prompt: Sequence[int]) -> int:
+        with self._state.sampling("sample a token"):
+            from vllm import SamplingParams
+
+            (output,) = self._run([prompt], [SamplingParams(temperature=0, max_tokens=1, detokenize=False)])
+        if output.num_cached_tokens is None:
+            raise RolloutError("this version of vLLM does not say how much of a prompt it took from its cache")
+        return int(output.num_cached_tokens)
+
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
         from vllm import TokensPrompt
 

@@ -65,6 +65,7 @@ def server_command(
     command += ["--dtype", VLLM_DTYPES[dtype], "--tensor-parallel-size", str(tensor_parallel_size)]
     command += ["--worker-extension-cls", WORKER_EXTENSION, "--load-format", "auto" if read_weights else "dummy"]
     command += ["--generation-config", "vllm", "--logprobs-mode", "raw_logprobs"]
+    command += ["--enable-prompt-tokens-details"]
     if max_model_len is not None:
         command += ["--max-model-len", str(max_model_len)]
     if kv_cache_bytes is not None:

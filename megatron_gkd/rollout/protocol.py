@@ -93,6 +93,11 @@ class Engine(Protocol):
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats, temperature 1) of each token but the first given those before it."""
 
+    def cached_tokens(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt the engine takes from its prefix cache when it samples one token from it (and so
+        caches it).
+        """
+
     def sleep(self) -> None:
         """Free what the sleep level says; nothing at level 0."""
 

@@ -24,9 +24,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import httpx
 import torch
@@ -37,7 +38,14 @@ from megatron_gkd.rollout.local_server import VLLM_DTYPES
 from megatron_gkd.rollout.protocol import DEFAULT_TIMEOUT_S, Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 from megatron_gkd.rollout.transfer import GroupTransfer, ShmTransfer, Transfer, can_be_read_by
-from megatron_gkd.rollout.wire import completion_body, read_completion, read_scores, score_body
+from megatron_gkd.rollout.wire import (
+    completion_body,
+    probe_body,
+    read_cached_tokens,
+    read_completion,
+    read_scores,
+    score_body,
+)
 
 WeightTransfer = Literal["auto", "shm", "group"]
 UNTOUCHED = "default"  # what vLLM says of weights that nobody updated
@@ -117,12 +125,12 @@ class ServerEngine:
             self._transfer = self._transfer or self._make_transfer()
             self._num_sent = 0
 
-    def bucket(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def bucket(self, tensors: Sequence[tuple[str, torch.Tensor]], sums: Mapping[str, tuple[int, int]]) -> None:
         """The workers take it while the caller goes on: what they say comes with the next `bucket`, or with `end`."""
         with self._state.bucket():
             assert self._transfer is not None
             if tensors:
-                self._transfer.send(tensors)
+                self._transfer.send(tensors, sums)
                 self._num_sent += len(tensors)
 
     def end(self, version: int) -> None:
@@ -140,6 +148,10 @@ class ServerEngine:
             if self._state.memory == "awake":
                 self._client.post("/resume", "resume")
             self._check_stamp("after the update")
+
+    def received(self) -> dict[str, tuple[tuple[int, int], float]]:
+        rows = self._call("gkd_received", [], "say which tensors it received")[0]
+        return {name: ((sums[0], sums[1]), norm) for name, (sums, norm) in rows.items()}
 
     def abort(self) -> None:
         with self._state.abort() as unfinished:
@@ -166,6 +178,11 @@ class ServerEngine:
             self._check_length(ids, f"sequence {index}")
         answers, _ = self._complete(f"score {len(sequences)} sequences", [score_body(ids) for ids in sequences])
         return [read_scores(ids, answer, self._client.name) for ids, answer in zip(sequences, answers, strict=True)]
+
+    def cached_tokens(self, prompt: Sequence[int]) -> int:
+        self._check_length(prompt, "the prompt")
+        (answer,), _ = self._complete("sample a token", [probe_body(prompt)])
+        return read_cached_tokens(answer, self._client.name)
 
     def _complete(self, what: str, bodies: list[dict[str, Any]]) -> tuple[list[Any], int]:
         """(the server's answers, the version of the weights they come from)."""
@@ -201,6 +218,14 @@ class ServerEngine:
             if self._transfer is not None:
                 self._transfer.close()
             self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     # ---- connection ------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@
     group   another machine: a broadcast in a process group between this rank and the workers (group.py)
 
 In both, a bucket is under way while the caller prepares the next: at most two exist at a time, and a failure shows
-in the next call at the latest (`send` or `finish`). Checksums of all tensors go with the request, and the worker
+in the next call at the latest (`send` or `finish`). The checksums of the tensors go with the request, and the worker
 verifies them. Whatever happens, files are removed: after each bucket, in `cancel` and in `close`.
 """
 
@@ -17,14 +17,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
 
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.rollout.checksum import checksum
 from megatron_gkd.rollout.group import (
     Backend,
     Tensors,
@@ -36,6 +35,7 @@ from megatron_gkd.rollout.group import (
     start_broadcast,
 )
 
+Sums = Mapping[str, tuple[int, int]]  # tensor name -> its checksum where it came from
 Answer = concurrent.futures.Future[Any]
 Call = Callable[
     [str, list[Any], str], Answer
@@ -58,7 +58,7 @@ _POLL_S: Final = 0.0005
 class Transfer(Protocol):
     """One way to the workers; used by one thread."""
 
-    def send(self, tensors: Tensors) -> None:
+    def send(self, tensors: Tensors, sums: Sums) -> None:
         """Hand over a bucket. Raises what became of the one before it, too."""
 
     def finish(self) -> None:
@@ -80,14 +80,13 @@ class ShmTransfer:
         self._under_way: tuple[Answer, str] | None = None
         self._num_buckets = 0
 
-    def send(self, tensors: Tensors) -> None:
+    def send(self, tensors: Tensors, sums: Sums) -> None:
         path = os.path.join(self.directory, f"bucket{self._num_buckets}.safetensors")
         self._num_buckets += 1
         try:
             write_safetensors(path, tensors)
-            sums = {name: checksum(tensor) for name, tensor in tensors}
             self.finish()  # the bucket before this one
-            self._under_way = (self._call("gkd_bucket_file", [path, sums], _what(tensors)), path)
+            self._under_way = (self._call("gkd_bucket_file", [path, dict(sums)], _what(tensors)), path)
         except BaseException:
             _remove(path)
             raise
@@ -132,13 +131,12 @@ class GroupTransfer:
         self._num_groups = 0
         self._under_way: Answer | None = None
 
-    def send(self, tensors: Tensors) -> None:
+    def send(self, tensors: Tensors, sums: Sums) -> None:
         flat, layout = flatten(tensors, self._device)
-        sums = {name: checksum(tensor) for name, tensor in tensors}
         self.finish()
         if self._group is None:
             self._join()
-        self._under_way = self._call("gkd_bucket_group", [layout, flat.numel(), sums], _what(tensors))
+        self._under_way = self._call("gkd_bucket_group", [layout, flat.numel(), dict(sums)], _what(tensors))
         work = start_broadcast(self._group, flat)
         while not work.is_completed():
             if self._under_way.done() and self._under_way.exception() is not None:

@@ -83,3 +83,19 @@ def read_scores(ids: Sequence[int], answer: Any, server: str) -> list[float]:
             f"{server} answered without the log-probabilities of the prompt ({type(error).__name__}: {error})"
         ) from error
     return [-math.inf if value <= _MINUS_INFINITY else value for value in values]
+
+
+def probe_body(ids: Sequence[int]) -> dict[str, Any]:
+    """One token after a prompt, for what the answer says of the prompt's cached prefix."""
+    return {"prompt": list(ids), "max_tokens": 1, "temperature": 0.0}
+
+
+def read_cached_tokens(answer: Any, server: str) -> int:
+    """The prompt's tokens that came from the prefix cache."""
+    details = answer["usage"].get("prompt_tokens_details")
+    if details is None or details.get("cached_tokens") is None:
+        raise RolloutError(
+            f"{server} does not say how much of a prompt it took from its cache; start it with "
+            "--enable-prompt-tokens-details (launch/rollout_server.sh does)"
+        )
+    return int(details["cached_tokens"])

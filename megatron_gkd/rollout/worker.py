@@ -60,6 +60,7 @@ class RolloutWorker:
         with self._in_vllm() as model:
             if self.device.type == "cpu":
                 _drop_expert_kernels(model)
+            self._gkd_updating = True
             initialize_layerwise_reload(model)
         self._gkd_received: dict[str, tuple[tuple[int, int], float]] = {}
 
@@ -97,6 +98,7 @@ class RolloutWorker:
             finalize_layerwise_reload(model, self.model_config)
             if self.device.type == "cpu":
                 _repack_heads(model)
+        self._gkd_updating = False
         return len(self._gkd_received)
 
     def gkd_received(self) -> dict[str, tuple[tuple[int, int], float]]:

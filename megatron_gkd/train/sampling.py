@@ -70,7 +70,9 @@ def build_rollouts(
         group=group,
         dtype=dtype,
         probes=probes(rows, length),
-        score=lambda sequences: student_logprobs(student, sequences, vocab_size=arch.vocab_size, device=where.device),
+        score=lambda sequences: student_logprobs(
+            student.chunks, student.layout, student.groups, sequences, vocab_size=arch.vocab_size, device=where.device
+        ),
         verify_every=sampling.verify_sync_every,
     )
     settings = SamplingSettings(
@@ -106,7 +108,7 @@ def stop_tokens(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[in
 def probes(rows: RowDataset, max_model_len: int) -> list[Sequence[int]]:
     """Sequences for verification: the beginnings of the first rows, the same in every run on the same data."""
     length = min(_PROBE_TOKENS, max_model_len - 1)
-    found = []
+    found: list[Sequence[int]] = []
     for index in range(min(_NUM_PROBES, len(rows))):
         row = rows[index]
         ids = (*row.prompt_ids, *(row.completion_ids or ()))[-length:]

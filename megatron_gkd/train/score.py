@@ -12,17 +12,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gkd.model.build import HiddenStateGPTModel
-from megatron_gkd.model.pipeline import forward_hidden, select_loss_tokens
+from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
+from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatch, Sample
 from megatron_gkd.train.batches import Collator, plan_forward
-from megatron_gkd.train.student import Student
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
 
 
 def student_logprobs(
-    student: Student, sequences: Sequence[Sequence[int]], *, vocab_size: int, device: torch.device
+    chunks: Sequence[torch.nn.Module],
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    sequences: Sequence[Sequence[int]],
+    *,
+    vocab_size: int,
+    device: torch.device,
 ) -> list[list[float]]:
     """log Q(token | tokens before it) in nats for each token but the first of each sequence (of at least two tokens);
     the same on every rank.
@@ -31,7 +38,6 @@ def student_logprobs(
     then one all-reduce of [number of tokens] float64 over all its ranks.
     """
     samples = [Sample(i, i, tuple(ids[:1]), tuple(ids[1:]), "dataset") for i, ids in enumerate(sequences)]
-    layout = student.layout
     plan = plan_forward([sample.num_inputs for sample in samples], layout, micro_batch_size=1)
     starts = [0]
     for sample in samples:
@@ -40,14 +46,13 @@ def student_logprobs(
 
     def forward_step(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        return forward_hidden(model, batch, device), lambda hidden: measure(model.module, hidden, batch)
+        return forward_hidden(model, batch, device), lambda hidden: measure(_unwrapped(model), hidden, batch)
 
-    @torch.no_grad()
     def measure(model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch) -> Any:
         rows = select_loss_tokens(model.head_input(hidden), batch)
         logits = torch.nn.functional.linear(rows, model.head_weight())
         values = -vocab_parallel_cross_entropy(
-            logits, batch.labels.to(logits.device), tp_group=student.groups.tp, vocab_size=vocab_size
+            logits, batch.labels.to(logits.device), tp_group=groups.tp, vocab_size=vocab_size
         ).double()
         done = 0
         for position in batch.positions:
@@ -57,8 +62,16 @@ def student_logprobs(
         return values.sum(), torch.tensor(done, dtype=torch.int, device=device), {}
 
     collate = Collator(samples, plan, layout, packing=False)
-    student.forward_only(forward_step, [collate(positions) for positions in plan[student.groups.dp.rank()]])
-    if student.groups.tp.rank() != 0:
+    batches = [collate(positions) for positions in plan[groups.dp.rank()]]
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        run_schedule(chunks, layout, groups, forward_step, batches, forward_only=True)
+    if groups.tp.rank() != 0:
         logprobs.zero_()  # every TP rank of the last stage computed the same
-    dist.all_reduce(logprobs, group=student.groups.intra_dist_opt)
+    dist.all_reduce(logprobs, group=groups.intra_dist_opt)
     return [logprobs[a:b].tolist() for a, b in pairwise(starts)]
+
+
+def _unwrapped(model: Any) -> HiddenStateGPTModel:
+    return model.module if hasattr(model, "module") else model

@@ -89,6 +89,8 @@ class Delivery:
         if leader == self._writer:
             return buffer, sums_B2
         if here == leader:
+            assert buffer is not None
+            assert sums_B2 is not None
             dist.send(sums_B2, dst=self._writer, group=self._group)
             dist.send(buffer, dst=self._writer, group=self._group)
         elif here == self._writer:
