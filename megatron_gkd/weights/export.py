@@ -19,7 +19,7 @@ rank 0. Its LEADER is the first of its ranks (tensor rank 0 of data-parallel rep
 
 Memory besides the model: a leader holds one bucket and one shard; the writer the bucket in hand and the one that
 arrives. A bucket is at most `bucket_bytes`, or one parameter's tensors where those are larger (the embedding,
-usually).
+usually). Under `in_place` the writer's own unsplit parameters are handed out without a bucket.
 
 Tied embeddings are exported once, from the first stage. Vocabulary padding is dropped. The values are the parameters'
 at the time of the pass: with a distributed optimizer call it after the parameter all-gather has completed.
@@ -39,9 +39,9 @@ from megatron_gkd.architecture import Architecture, read_architecture, read_conf
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
 from megatron_gkd.weights.dtypes import read_dtypes, stored_dtypes
-from megatron_gkd.weights.hf_files import HFCheckpoint, has_safetensors
+from megatron_gkd.weights.hf_files import HFCheckpoint, copy_checked, has_safetensors
 from megatron_gkd.weights.hf_writer import DEFAULT_SHARD_BYTES, HFWriter, TensorSpec, check_destination
-from megatron_gkd.weights.naming import ROLES, Unit
+from megatron_gkd.weights.naming import ROLES, Unit, hf_names
 from megatron_gkd.weights.plan import plan, unit_shapes, units
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def hf_tensor_stream(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
     read: Callable[[Parameter], torch.Tensor] | None = None,
+    in_place: bool = False,
 ) -> HFTensorStream:
     """Make the static schedule. See HFTensorStream.
 
@@ -84,10 +85,12 @@ def hf_tensor_stream(
             never the world.
         dtypes: of the exported tensors: one for all, one per HF name, or None for the parameters' own.
         read: the value of a parameter, on the CPU, where the chunks hold none (conversion); None: the parameter.
+        in_place: hand out views of the model's own memory where an HF tensor lies in it as it is. For a reader that
+            is done with each tensor before it asks for the next one, and does not write to it.
 
     Communication: one all_gather_object over pg_collection.tp_ep_pp (unit keys and dtypes).
     """
-    return HFTensorStream(chunks, arch, pg_collection, bucket_bytes, dtypes, read)
+    return HFTensorStream(chunks, arch, pg_collection, bucket_bytes, dtypes, read, in_place)
 
 
 class HFTensorStream:
@@ -95,7 +98,7 @@ class HFTensorStream:
     again and again.
 
     The tensors of a bucket are views of one buffer, which is not used again: they may be kept, at the price of their
-    memory.
+    memory (not so under `in_place`).
 
     Communication of a pass: point to point on pg_collection.tp and expt_tp (shards, parameter dtype) and on tp_ep_pp
     (buckets, uint8), as in the module's docstring; nothing on ranks of other data-parallel replicas.
@@ -112,8 +115,10 @@ class HFTensorStream:
         bucket_bytes: int,
         dtypes: Mapping[str, torch.dtype] | torch.dtype | None,
         read: Callable[[Parameter], torch.Tensor] | None = None,
+        in_place: bool = False,
     ) -> None:
         assert bucket_bytes > 0, bucket_bytes
+        self._in_place = in_place
         self._arch = arch
         self._read = read or (lambda parameter: parameter.tensor.detach())
         self._tp, self._expert_tp, self._model = pg_collection.tp, pg_collection.expt_tp, pg_collection.tp_ep_pp
@@ -133,11 +138,26 @@ class HFTensorStream:
         if not (self._dense_part or self._expert_part):
             return
         for bucket in self.buckets:
+            if self._in_place and self.is_writer and self._holds_whole(bucket):
+                yield from self._unit_by_unit(bucket)
+                continue
             buffer = self._collect(bucket)
             if buffer is not None and self.is_writer:
                 for spec, tensor in zip(bucket.specs, views(bucket, buffer), strict=True):
                     yield spec.name, tensor
             del buffer
+
+    def _holds_whole(self, bucket: Bucket) -> bool:
+        """Whether this rank has all of a bucket's parameters, none of them split: nobody sends."""
+        groups = {self._tp if unit.expert is None else self._expert_tp for unit in bucket.units}
+        return self.leads(bucket.owner) and all(group.size() == 1 for group in groups)
+
+    def _unit_by_unit(self, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+        specs = {spec.name: spec for spec in bucket.specs}
+        for unit in bucket.units:
+            parameter = self._local[unit]
+            value = self._read(parameter).contiguous()
+            yield from whole_tensors(parameter, self._arch, value, [specs[name] for name in hf_names(unit, self._arch)])
 
     @torch.no_grad()
     def gather(self, bucket: Bucket) -> torch.Tensor | None:
@@ -275,8 +295,28 @@ def place(
         position += rectangle.num_rows
         if rectangle.name is not None:
             target = tensors[rectangle.name][slice(*rectangle.rows)]
-            (target if rectangle.columns is None else target[:, slice(*rectangle.columns)]).copy_(rows)
+            target = target if rectangle.columns is None else target[:, slice(*rectangle.columns)]
+            copy_checked(target, rows, rectangle.name)
     assert position == shard.shape[0], (parameter.name, position, shard.shape)
+
+
+def whole_tensors(
+    parameter: Parameter, arch: Architecture, value: torch.Tensor, specs: Sequence[TensorSpec]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The HF tensors of a parameter that is not split: views of its value where each of them lies in it in one piece
+    and in its dtype, else new ones.
+    """
+    padded_vocab = value.shape[0] if ROLES[parameter.unit.role].transform == "vocabulary" else 0
+    found: dict[str, torch.Tensor] = {}
+    position = 0
+    for rectangle in plan(parameter.unit, arch, 0, 1, padded_vocab):
+        if rectangle.name is not None:
+            found[rectangle.name] = value[position : position + rectangle.num_rows]
+        position += rectangle.num_rows
+    if any(found[spec.name].shape != spec.shape or value.dtype != spec.dtype for spec in specs):
+        found = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=value.device) for spec in specs}
+        place(parameter, arch, value, 0, 1, found)
+    yield from ((spec.name, found[spec.name]) for spec in specs)
 
 
 def _unit_specs(
@@ -325,7 +365,9 @@ def save_hf(
     if any(_takes_part(pg_collection)):  # other replicas may arrive when the directory is there already
         check_destination(out_dir)
     dtypes = dtype or _source_dtypes(source_dir, arch)
-    stream = hf_tensor_stream(chunks, arch, pg_collection, bucket_bytes=bucket_bytes, dtypes=dtypes, read=read)
+    stream = hf_tensor_stream(
+        chunks, arch, pg_collection, bucket_bytes=bucket_bytes, dtypes=dtypes, read=read, in_place=True
+    )
     if not stream.is_writer:
         for _ in stream:
             raise AssertionError("only the writer receives tensors")

@@ -95,6 +95,51 @@ def test_a_stream_is_used_again_and_again(tmp_path: Path) -> None:
     assert run_ranks(run_twice, str(path), world=4) == [[]] * 4
 
 
+def run_in_place(path: str, dtype: torch.dtype) -> list[str]:
+    """What is wrong with the tensors that are handed out in place."""
+    with megatron():
+        model = load_model(Path(path), Layout())
+        pointers = {parameter.untyped_storage().data_ptr() for parameter in model.chunks[0].parameters()}
+        copied = hf_tensor_stream(model.chunks, model.arch, model.groups, bucket_bytes=20_000, dtypes=dtype)
+        stream = hf_tensor_stream(model.chunks, model.arch, model.groups, dtypes=dtype, in_place=True)
+        faults = [] if stream.manifest == copied.manifest else ["manifest"]
+        for (name, tensor), (other, expected) in zip(stream, copied, strict=True):
+            if (name, tensor.dtype) != (other, dtype) or not torch.equal(tensor, expected):
+                faults.append(name)
+            one_piece = dtype == torch.float32 and not any(f"{x}_proj" in name for x in "qkv")
+            if (tensor.untyped_storage().data_ptr() in pointers) != one_piece or not tensor.is_contiguous():
+                faults.append(f"{name}: memory")
+            if expected.untyped_storage().data_ptr() in pointers:
+                faults.append(f"{name}: the model's own memory, not asked for")
+    return faults
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_in_place_the_tensors_are_the_models_memory(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    path = write_tiny_checkpoint(tmp_path / "source", family, layers=2, tied=True)
+    assert run_ranks(run_in_place, str(path), dtype, world=1) == [[]]
+
+
+def run_overflow(path: str, out: str, layout: Layout) -> str:
+    with megatron():
+        model = load_model(Path(path), layout)
+        with torch.no_grad():
+            model.chunks[0].get_parameter("decoder.layers.0.mlp.linear_fc2.weight").fill_(1e5)
+        try:
+            save_hf(model.chunks, model.arch, model.groups, source_dir=path, out_dir=out, dtype=torch.float16)
+        except CheckpointError as error:
+            return str(error)
+    return "written"
+
+
+def test_values_beyond_fp16_are_not_exported_as_infinity(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path / "source", "llama", layers=1)
+    (message,) = run_ranks(run_overflow, str(path), str(tmp_path / "out"), Layout(), world=1)
+    assert "mlp.down_proj.weight has values beyond fp16" in message
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
 def run_bounded(path: str, keep: bool) -> tuple[int, int]:
     """Most bytes of stream buffers alive at once on this rank, and the largest bucket."""
     with megatron():
