@@ -20,6 +20,7 @@ import torch
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.local_server import LocalServer
 from megatron_gkd.rollout.protocol import Completion, Request
+from megatron_gkd.rollout.server import SubprocessEngine
 from tests.rollout.serving import (
     GREEDY,
     assert_greedy,
@@ -63,10 +64,11 @@ def sample_for_ever(engine: object, many: list[Request]) -> list[Completion]:
         engine.generate(many, GREEDY)  # type: ignore[attr-defined]
 
 
-def test_experts(tmp_path: Path) -> None:
+def test_experts_in_an_engine_with_a_server_of_its_own(tmp_path: Path) -> None:
     models = [write_moe_model(tmp_path / f"moe{seed}", seed) for seed in range(3)]
     assert any(".experts.3.gate_proj." in name for name, _ in weights(models[0])), "one tensor per expert"
-    with start_server(models[0]) as server, connect(server, models[0]) as engine:
+    with SubprocessEngine(str(models[0]), dtype="fp32", max_model_len=9999, kv_cache_bytes=64 * 2**20) as engine:
+        assert engine.max_model_len == 256, "the model's"
         for version, model in enumerate(models[1:], start=1):
             push(engine, weights(model), version)
             assert_greedy(model, requests(), engine.generate(requests(), GREEDY))
@@ -77,6 +79,9 @@ def test_experts(tmp_path: Path) -> None:
         engine.abort()
         push(engine, weights(models[1]), 4)
         assert_greedy(models[1], requests(), engine.generate(requests(), GREEDY))
+        group = engine._server.process_group
+        assert len(members(group)) >= 3
+    assert members(group) == []
 
 
 def test_weights_of_the_directory_and_the_end_of_the_starter(tmp_path: Path) -> None:
