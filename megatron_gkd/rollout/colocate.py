@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -28,7 +29,7 @@ import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.errors import ConfigError, RolloutError
-from megatron_gkd.rollout.guard import EngineGuard, keep_process_groups
+from megatron_gkd.rollout.guard import EngineGuard, keep_process_groups, own_shared_memory
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 
@@ -95,6 +96,7 @@ class ColocatedEngine:
             }
         else:
             options["kv_cache_memory_bytes"] = _cpu_kv_bytes(arch, dtype, tensor_parallel_size, length)
+        token = _same_on_all_ranks(f"gkd-{secrets.token_hex(8)}")
         with self._guard():
             for name, value in (_QUIET | _as_torchrun()).items():
                 os.environ.setdefault(name, value)
@@ -103,8 +105,9 @@ class ColocatedEngine:
             from vllm import LLM
 
             try:
-                with keep_process_groups():
+                with keep_process_groups(), own_shared_memory(token):
                     self._llm = LLM(**options)
+                    dist.barrier()  # all ranks have opened what is about to lose its name
             except Exception as error:
                 raise RolloutError(
                     f"vLLM could not be built for {model_path} ({_DTYPES[dtype]}, tensor parallel "
@@ -237,6 +240,13 @@ def _check_start(tensor_parallel_size: int) -> None:
             f"--vllm_tensor_parallel_size {tensor_parallel_size} does not divide the world of {dist.get_world_size()} "
             "ranks, over which the engines are laid out"
         )
+
+
+def _same_on_all_ranks(text: str) -> str:
+    """Rank 0's, on every rank."""
+    texts: list[Any] = [text]
+    dist.broadcast_object_list(texts, src=0)
+    return str(texts[0])
 
 
 def _as_torchrun() -> dict[str, str]:

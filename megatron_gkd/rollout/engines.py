@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
 from megatron_gkd.config import SamplingConfig
-from megatron_gkd.errors import NotBuiltError
+from megatron_gkd.errors import ConfigError, GKDError, RolloutError
 from megatron_gkd.rollout.protocol import Engine
 
 
@@ -49,4 +50,71 @@ def open_engines(
             sleep_level=sampling.sleep_level,
         )
         return LocalEngines({rank // tensor: engine}, world_size // tensor, reports=rank % tensor == 0)
-    raise NotBuiltError(f"--vllm_mode {sampling.vllm_mode}")
+    return _servers_on_rank_0(sampling, model_path=model_path, dtype=dtype, max_model_len=max_model_len, group=group)
+
+
+def server_urls(host: str, port: int) -> list[str]:
+    """URLs of `--vllm_server_host`: names with commas between, each HOST, HOST:PORT or a URL. Raises ConfigError."""
+    urls = []
+    for name in host.split(","):
+        parts = urlsplit(name.strip() if "//" in name else f"http://{name.strip()}")
+        try:
+            where, own_port = parts.hostname, parts.port
+        except ValueError as error:
+            raise ConfigError(f"--vllm_server_host {host}: {name!r} has a bad port ({error})") from error
+        if parts.scheme not in ("http", "https") or not where or parts.path.strip("/"):
+            raise ConfigError(f"--vllm_server_host {host}: {name!r} is not HOST, HOST:PORT or http(s)://HOST:PORT")
+        where = f"[{where}]" if ":" in where else where
+        urls.append(f"{parts.scheme}://{where}:{own_port or port}")
+    if len(set(urls)) < len(urls):
+        raise ConfigError(f"--vllm_server_host {host} names a server twice")
+    return urls
+
+
+def _servers_on_rank_0(
+    sampling: SamplingConfig,
+    *,
+    model_path: str,
+    dtype: Literal["fp32", "bf16", "fp16"],
+    max_model_len: int,
+    group: dist.ProcessGroup,
+) -> LocalEngines:
+    """Rank 0 opens them; a failure there is raised on every rank."""
+    urls = server_urls(sampling.vllm_server_host, sampling.vllm_server_port) if sampling.vllm_server_host else []
+    engines: list[Engine] = []
+    failure: GKDError | None = None
+    if dist.get_rank(group) == 0:
+        from megatron_gkd.rollout.server import ServerEngine, SubprocessEngine
+
+        try:
+            for url in urls:
+                engines.append(ServerEngine(url, model_path=model_path, dtype=dtype))  # noqa: PERF401 - kept on failure
+            if sampling.vllm_mode == "subprocess":
+                engines.append(
+                    SubprocessEngine(
+                        model_path,
+                        dtype=dtype,
+                        max_model_len=max_model_len + 1,  # a server takes prompts up to one token less
+                        tensor_parallel_size=sampling.vllm_tensor_parallel_size,
+                        gpu_memory_utilization=sampling.vllm_gpu_memory_utilization,
+                    )
+                )
+            _check_lengths(engines, urls, max_model_len)
+        except GKDError as error:
+            failure = error
+    outcome: list[object] = [(str(failure) if failure else None)]
+    dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
+    if outcome[0] is not None:
+        for engine in engines:
+            engine.close()
+        raise failure or RolloutError(str(outcome[0]))
+    return LocalEngines(dict(enumerate(engines)), max(1, len(urls)), reports=bool(engines))
+
+
+def _check_lengths(engines: Sequence[Engine], urls: Sequence[str], max_model_len: int) -> None:
+    for url, engine in zip(urls, engines, strict=False):
+        if engine.max_model_len < max_model_len:
+            raise ConfigError(
+                f"{url} takes {engine.max_model_len} tokens of prompt and completion, and {max_model_len} are wanted: "
+                "start it with a larger --max-model-len, or give --vllm_max_model_len or a smaller --max_length"
+            )

@@ -12,7 +12,8 @@ dozen functions of torch, replaced for ever. In the other direction, the adaptat
     ...                    # trainer's world, bit for bit as before
 
 Closing an engine is a case of its own: vLLM's shutdown destroys torch.distributed's default group, the trainer's, and
-`keep_process_groups` makes it destroy vLLM's own groups alone.
+`keep_process_groups` makes it destroy vLLM's own groups alone. Building one on a CPU leaves segments of shared memory
+behind, under names that collide; `own_shared_memory` gives them names of their own and removes them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,3 +150,25 @@ def keep_process_groups() -> Iterator[None]:
         yield
     finally:
         core.cleanup_dist_env_and_memory = original
+
+
+@contextlib.contextmanager
+def own_shared_memory(token: str) -> Iterator[None]:
+    """For the construction of an engine on a CPU, where the ranks of a tensor parallel engine talk through segments in
+    /dev/shm. Started by a launcher, vLLM names them by rank and counter alone and leaves them behind when a process
+    ends, so that the next run on the machine, or one beside it, fails with "errno: 17". Here they bear `token`, the
+    same on all ranks and new for every engine, and lose their names as soon as all ranks have opened them.
+    """
+    try:
+        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Segments
+    except ImportError:
+        yield
+        return
+    original = Segments.make_group_name
+    Segments.make_group_name = staticmethod(lambda communicator: f"{token}-{original(communicator).replace('/', '')}")
+    try:
+        yield
+    finally:
+        Segments.make_group_name = staticmethod(original)
+        for path in Path("/dev/shm").glob(f"{token}-*"):
+            path.unlink(missing_ok=True)

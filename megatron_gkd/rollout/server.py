@@ -32,9 +32,10 @@ from typing import Any, Literal, Self
 import httpx
 import torch
 
+from megatron_gkd.architecture import read_architecture
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.client import ServerAnswerError, ServerClient
-from megatron_gkd.rollout.local_server import VLLM_DTYPES
+from megatron_gkd.rollout.local_server import VLLM_DTYPES, LocalServer
 from megatron_gkd.rollout.protocol import DEFAULT_TIMEOUT_S, Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 from megatron_gkd.rollout.transfer import GroupTransfer, ShmTransfer, Transfer, can_be_read_by
@@ -320,6 +321,48 @@ class ServerEngine:
                 f"{which} has {len(ids)} tokens; {self._client.name} takes 1 to {self.max_model_len - 1}, one less "
                 "than its max_model_len (--max-model-len of the server)"
             )
+
+
+class SubprocessEngine(ServerEngine):
+    """A server of its own, that this process starts (local_server.py) and that ends with the engine."""
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: Literal["fp32", "bf16", "fp16"],
+        max_model_len: int | None = None,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_bytes: int | None = None,
+        read_weights: bool = False,
+        port: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """`max_model_len` beyond the model's own length is cut to that; a server takes prompts of one token less."""
+        longest = read_architecture(model_path).max_position_embeddings
+        self._server = LocalServer(
+            model_path,
+            dtype=dtype,
+            port=port,
+            tensor_parallel_size=tensor_parallel_size,
+            max_model_len=min(max_model_len or longest, longest),
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_bytes=kv_cache_bytes,
+            read_weights=read_weights,
+        )
+        try:
+            super().__init__(
+                self._server.url, model_path=model_path, dtype=dtype, read_weights=read_weights, timeout_s=timeout_s
+            )
+        except BaseException:
+            self._server.close()
+            raise
+
+    def close(self) -> None:
+        """End the server too."""
+        super().close()
+        self._server.close()
 
 
 def _check_workers(name: str, workers: Sequence[dict[str, Any]], model_path: str, dtype: str) -> None:
