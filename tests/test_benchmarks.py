@@ -47,7 +47,8 @@ def test_bench_convert(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(out.read_text(encoding="utf-8"))
     assert {"device", "threads", "commit", "versions"} <= set(report["environment"])
-    assert [row["method"] for row in report["rows"]] == "read load write export copy to_megatron to_hf".split()
+    methods = ["read", "load", "write", "export", "copy", "to_megatron", "to_hf"]
+    assert [row["method"] for row in report["rows"]] == methods
     for row in report["rows"]:
         assert row["wall_s"]["p20"] <= row["wall_s"]["median"] <= row["wall_s"]["p80"]
         assert row["gb_per_s"]["median"] > 0

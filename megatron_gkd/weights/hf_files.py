@@ -3,8 +3,8 @@ hf_writer.py.
 
 `HFCheckpoint(path)` reads the headers of all files and checks them: sizes, the index, links that leave the directory.
 `read` then takes a rectangle of a tensor from a memory map; `read_into` copies one into memory that exists, without a
-map (a fresh map costs a page fault for every few pages, which halves the bandwidth). Pickled weights
-(`pytorch_model.bin`) are never opened: unpickling runs code.
+map (twice as fast where the dtype changes, and a file that shrinks meanwhile is an error instead of a crash). Pickled
+weights (`pytorch_model.bin`) are never opened: unpickling runs code.
 
 File format (safetensors): 8 bytes little-endian N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
 """
