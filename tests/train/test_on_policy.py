@@ -1,0 +1,220 @@
+"""On-policy runs from end to end, on real vLLM: the student samples, the teacher judges, the student gets better.
+
+The same seed gives the same completions in another layout; a resumed run has the losses of one that never stopped, bit
+for bit, also where completions were sampled for later steps (--steps_per_generation, --rollout_lag).
+
+The runs of two ranks share two processes, since importing vLLM takes seconds. Does not cover: GPUs, sleep levels.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_gkd.platform import cpu_adaptation
+from megatron_gkd.train.loop import run_training
+from megatron_gkd.train.rollouts import Rollouts
+from tests.checkpoints import write_tiny_checkpoint
+from tests.ranks import run_ranks
+from tests.test_end_to_end import command, records
+from tests.train.trainers import T, run_config, write_rows
+
+pytestmark = pytest.mark.slow
+
+BATCH, STEPS = 8, 6
+
+
+@dataclass(frozen=True)
+class Inputs:
+    student: str
+    teacher: str
+    rows: str
+    held_out: str
+    root: Path
+
+    def config(self, name: str, **flags: Any) -> Any:
+        options: dict[str, Any] = dict(
+            eval_dataset=[self.held_out],
+            save=str(self.root / name),
+            save_hf=False,
+            lmbda=1.0,
+            beta=1.0,
+            max_completion_length=12,
+            max_length=96,
+            global_batch_size=BATCH,
+            micro_batch_size=2,
+            train_iters=STEPS,
+            lr=3e-3,
+            lr_decay_style="constant",
+        )
+        return run_config(self.student, self.teacher, self.rows, **(options | flags))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    root = tmp_path_factory.mktemp("on_policy")
+    student = write_tiny_checkpoint(root / "student", "qwen3", tied=True, head_dim=32, layers=2, seed=1)
+    teacher = write_tiny_checkpoint(root / "teacher", "llama", tied=False, vocab_size=384, layers=4, seed=2)
+    rows, held_out = write_rows(root / "d.jsonl", 64), write_rows(root / "h.jsonl", 8, seed=5)
+    return Inputs(str(student), str(teacher), rows, held_out, root)
+
+
+def train_all(configs: list[Any]) -> list[list[dict[int, tuple[int, ...]]]]:
+    """Run them one after the other; per run and step the completions that were trained on."""
+    found = []
+    original = Rollouts.for_step
+
+    for config in configs:
+        completions: list[dict[int, tuple[int, ...]]] = []
+
+        def recording(self: Rollouts, *args: Any, into: Any = completions) -> Any:
+            result = original(self, *args)
+            into.append({position: c.token_ids for position, c in result.items()})
+            return result
+
+        Rollouts.for_step = recording  # type: ignore[method-assign]
+        try:
+            with cpu_adaptation():
+                run_training(config)
+        finally:
+            Rollouts.for_step = original  # type: ignore[method-assign]
+        found.append(completions)
+    return found
+
+
+def resumed(inputs: Inputs, name: str, step: int, **flags: Any) -> Any:
+    """The configuration of a run that goes on from a checkpoint of run `name`; the checkpoint has to exist already."""
+    return inputs.config(f"{name}_resumed", load=str(inputs.root / name / f"checkpoints/step_{step:08d}"), **flags)
+
+
+WINDOW: dict[str, Any] = {"lmbda": 0.5, "steps_per_generation": 3, "save_steps": 4, T["pipeline"]: 2}
+LAG: dict[str, Any] = {
+    "vllm_mode": "subprocess", "rollout_lag": 1, "train_iters": 4, "save_steps": 2, T["tensor"]: 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(inputs: Inputs) -> dict[str, list[dict[int, tuple[int, ...]]]]:
+    configs = {
+        "tp2": inputs.config("tp2", **{T["tensor"]: 2}),
+        "pp2": inputs.config("pp2", vllm_tensor_parallel_size=2, verify_sync_every=2, **{T["pipeline"]: 2}),
+        "dp2": inputs.config("dp2", **{T["teacher_tensor"]: 2}),
+        "window": inputs.config("window", **WINDOW),
+        "window_resumed": resumed(inputs, "window", 4, **WINDOW),
+    }
+    found = run_ranks(train_all, list(configs.values()), world=2, timeout_s=400, fresh=True)
+    assert found[0] == found[1], "every rank has all completions"
+    return dict(zip(configs, found[0], strict=True))
+
+
+def test_on_policy_distillation_improves_the_held_out_reverse_kl(inputs: Inputs, runs: dict[str, Any]) -> None:
+    for name in ("tp2", "pp2", "dp2"):
+        first, last = records(inputs.root / name / "evaluation.jsonl")
+        assert last["reverse_kl"] < 0.9 * first["reverse_kl"], name
+        metrics = records(inputs.root / name / "metrics.jsonl")
+        assert [row["source/student/num_samples"] for row in metrics] == [BATCH] * STEPS
+        assert all(row["rollout/version_lag"] == 0 for row in metrics)
+        assert all(row["rollout/num_tokens"] == row["num_tokens"] for row in metrics)
+        assert all(0 <= row["rollout/truncated"] <= 1 and row["push_attempts"] == 1 for row in metrics)
+
+
+def test_the_layout_does_not_change_the_completions(inputs: Inputs, runs: dict[str, Any]) -> None:
+    """TP 2 with two engines, PP 2 with one engine of two ranks, DP 2: the same tokens as long as the weights are equal
+    but for rounding.
+    """
+    assert runs["tp2"][:3] == runs["pp2"][:3] == runs["dp2"][:3]
+    assert len(set(runs["tp2"][0].values())) > BATCH // 2  # not all alike
+    assert runs["tp2"][0] != runs["tp2"][1]
+
+
+def test_a_resumed_run_trains_on_what_was_sampled_before(inputs: Inputs, runs: dict[str, Any]) -> None:
+    """Completions of steps 4 to 6 were sampled at step 4 (counted from 1) with --steps_per_generation 3; the run went
+    on from step 4's checkpoint.
+    """
+    waiting = json.loads((inputs.root / "window/checkpoints/step_00000004/rollouts.json").read_text())
+    assert sorted(waiting) == ["4", "5"]
+    assert runs["window_resumed"] == runs["window"][4:]
+    _same_steps(inputs, "window", first=5)
+    assert {row["rollout/version_lag"] for row in records(inputs.root / "window/metrics.jsonl")} == {0, 1, 2}
+
+
+def test_overlapped_sampling_resumes_bit_for_bit(inputs: Inputs) -> None:
+    """--rollout_lag 1 with a server of the run's own: step k trains on samples of the policy before it."""
+    configs = [inputs.config("lag", **LAG), resumed(inputs, "lag", 2, **LAG)]
+    ((whole, rest), _) = run_ranks(train_all, configs, world=2, timeout_s=400, fresh=True)
+    assert rest == whole[2:]
+    _same_steps(inputs, "lag", first=3)
+    assert [row["rollout/version_lag"] for row in records(inputs.root / "lag/metrics.jsonl")] == [0, 1, 1, 1]
+
+
+def _same_steps(inputs: Inputs, name: str, *, first: int) -> None:
+    whole = {row["step"]: row for row in records(inputs.root / name / "metrics.jsonl")}
+    rest = {row["step"]: row for row in records(inputs.root / f"{name}_resumed" / "metrics.jsonl")}
+    assert sorted(rest) == [step for step in sorted(whole) if step >= first]
+    for step, row in rest.items():
+        for key in ("loss", "grad_norm", "num_tokens", "rollout/mean_logprob", "rollout/version_lag"):
+            assert row[key] == whole[step][key], (step, key)
+
+
+def test_the_command_line_of_the_readme_with_defaults(inputs: Inputs) -> None:
+    """One plain process, without torchrun, half of the samples on-policy by default."""
+    save = inputs.root / "plain"
+    flags = [
+        "--model",
+        inputs.student,
+        "--teacher_model",
+        inputs.teacher,
+        "--dataset",
+        inputs.rows,
+        "--save",
+        str(save),
+    ]
+    flags += ["--train_iters", "2", "--max_length", "96", "--max_completion_length", "8", "--device", "cpu"]
+    result = command(["train", *flags])
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = records(save / "metrics.jsonl")
+    assert all(row["source/student/num_samples"] + row["source/dataset/num_samples"] == 16 for row in rows)
+    assert all(row["source/student/num_samples"] > 0 for row in rows)
+    assert "Traceback" not in result.stderr
+    shutil.rmtree(save)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--use_vllm false", "--use_vllm is false"),
+        ("--rollout_lag 1", "--vllm_mode server or subprocess"),
+        ("--vllm_mode server", "needs --vllm_server_host"),
+        ("--vllm_server_host localhost", "is for --vllm_mode server"),
+        ("--vllm_mode subprocess --rollout_lag 1 --steps_per_generation 2", "use one of them"),
+        ("--vllm_mode server --vllm_server_host 127.0.0.1:9 --vllm_tensor_parallel_size 2", "the server's own matter"),
+        ("--vllm_mode subprocess --sleep_level 1", "is for colocated engines"),
+        ("--vllm_tensor_parallel_size 3", "does not divide the world of 1 ranks"),
+        ("--vllm_max_model_len 6", "raise --vllm_max_model_len"),
+        ("--vllm_mode server --vllm_server_host 127.0.0.1:1", "127.0.0.1:1"),
+    ],
+)
+def test_bad_sampling_flags_are_one_clear_line(inputs: Inputs, flags: str, says: str) -> None:
+    words = [
+        "--model",
+        inputs.student,
+        "--teacher_model",
+        inputs.teacher,
+        "--dataset",
+        inputs.rows,
+        "--max_length",
+        "96",
+    ]
+    words += ["--save", str(inputs.root / "never"), "--device", "cpu", "--train_iters", "1"]
+    result = command(["train", *words, "--max_completion_length", "8", *flags.split()])
+    assert result.returncode == 2, result.stderr[-2000:]
+    (line,) = [text for text in result.stderr.splitlines() if text.startswith("megatron-gkd: error")]
+    assert says in line
+    assert not (inputs.root / "never").exists()
+    assert torch.get_num_threads() == 1
