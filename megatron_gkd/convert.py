@@ -13,6 +13,9 @@ the model's largest tensors, not by its size (weights/megatron_files.py, weights
 `--check` does load the whole model, twice on the last rank.
 
 Conversion runs on the CPU with gloo, also on machines with GPUs: it computes nothing.
+
+`--bridge megatron_bridge` hands a family that is not in our map to another library (weights/megatron_bridge.py); all of
+the above is then that library's, but that OUT is not overwritten and appears complete.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from megatron_gkd.config import Flag, flags_of
 from megatron_gkd.errors import CheckpointError, ConfigError
 from megatron_gkd.flags import parse
 from megatron_gkd.observe.logging import get_logger
-from megatron_gkd.settings import Section, setting
+from megatron_gkd.settings import Section, default_of, setting
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +64,9 @@ class ConvertConfig(Section):
     )
     check: bool = setting(False, "Afterwards, compare logits on a sample text with transformers'; loads the model.")
     check_tolerance: float = setting(1e-3, "Largest difference of a logit, in fp32, that --check accepts.", gt=0)
+    bridge: Literal["own", "megatron_bridge"] = setting(
+        "own", "Who converts: this package, or megatron-bridge (families that are not supported here; unchecked)."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages shown.")
 
 
@@ -79,11 +85,28 @@ def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
     cfg = ConvertConfig(**values)
     if cfg.hf_config is not None and cfg.to != "hf":
         raise ConfigError("--hf_config goes with --to hf; with --to megatron the files come from --model")
+    if cfg.bridge != "own":
+        _refuse_with_bridge(cfg)
     return cfg
+
+
+def _refuse_with_bridge(cfg: ConvertConfig) -> None:
+    """What another library's conversion does not take."""
+    taken = ("to", "model", "save", "hf_config", "bridge", "log_level")
+    for name, flag in convert_flags().items():
+        if name not in taken and getattr(cfg, name) != default_of(flag.item):
+            raise ConfigError(f"--bridge {cfg.bridge} takes no --{name}: it converts in one process, unchecked")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"--bridge {cfg.bridge} converts in one process: start it without torchrun")
 
 
 def run_convert(cfg: ConvertConfig) -> None:
     """Carry it out. Collective over all ranks of the world."""
+    if cfg.bridge == "megatron_bridge":
+        from megatron_gkd.weights.megatron_bridge import convert_with_megatron_bridge
+
+        convert_with_megatron_bridge(cfg.to, cfg.model, cfg.save, hf_config=cfg.hf_config)
+        return
     import torch.distributed as dist
 
     from megatron_gkd import platform

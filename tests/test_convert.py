@@ -230,6 +230,36 @@ def test_flags() -> None:
     assert parse_convert_config(["--to", "hf", "--model", "m", "--save", "s", "--check"]).check
 
 
+# ---- the optional bridge ---------------------------------------------------------------------------------------------
+
+
+def test_the_bridge_is_refused_where_it_cannot_or_need_not_work(tmp_path: Path) -> None:
+    """Its errors only: the library itself is never imported in these tests."""
+    assert "megatron.bridge" not in sys.modules
+    ours = write_tiny_checkpoint(tmp_path / "ours", "llama", layers=1)
+    other = tmp_path / "other"
+    other.mkdir()
+    out = tmp_path / "out"
+    arguments = ["--bridge", "megatron_bridge", "--save", str(out), "--to"]
+
+    def refused(expected: str, *argv: str, config: dict[str, Any] | None = None) -> None:
+        (other / "config.json").write_text(json.dumps(config or {"model_type": "gpt2"}))
+        with pytest.raises((ConfigError, CheckpointError), match=expected):
+            run_convert(parse_convert_config([*arguments, *argv]))
+        assert not out.exists()
+
+    refused("llama is in this package's own map.*leave out --bridge", "megatron", "--model", str(ours))
+    refused("no safetensors", "megatron", "--model", str(other))
+    refused("needs --hf_config", "hf", "--model", str(tmp_path))
+    refused("own map", "hf", "--model", str(tmp_path), "--hf_config", str(ours))
+    refused("remote code", "megatron", "--model", str(other), config={"model_type": "x", "auto_map": {"A": "b.C"}})
+    for flag in (["--check"], ["--dtype", "bf16"], ["--tensor_model_parallel_size", "2"], ["--check_tolerance", "1"]):
+        refused(f"takes no {flag[0]}", "megatron", "--model", str(other), *flag)
+    save_file({"a": torch.zeros(1)}, other / "model.safetensors")
+    refused("megatron-bridge is not installed.*qwen3_moe", "megatron", "--model", str(other))
+    assert "megatron.bridge" not in sys.modules
+
+
 # ---- one plain process -----------------------------------------------------------------------------------------------
 
 
