@@ -37,6 +37,7 @@ import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture, read_architecture, read_config_json
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
 from megatron_gkd.weights.dtypes import read_dtypes, stored_dtypes
 from megatron_gkd.weights.hf_files import HFCheckpoint, copy_checked, has_safetensors
@@ -373,12 +374,14 @@ def save_hf(
             raise AssertionError("only the writer receives tensors")
         return
     changes = {} if dtype is None else _dtype_changes(source_dir, dtype)
+    transfer = Transfer(log, out_dir, "written", sum(spec.num_bytes for spec in stream.manifest))
     with HFWriter(
         out_dir, stream.manifest, source_dir=source_dir, max_shard_bytes=max_shard_bytes, config_changes=changes
     ) as writer:
         for name, tensor in stream:
             writer.write(name, tensor)
-    log.info("wrote %.2f GB to %s", sum(spec.num_bytes for spec in stream.manifest) / 1e9, out_dir)
+            transfer.add(tensor.nbytes)
+    transfer.finish()
 
 
 def _source_dtypes(source_dir: Path, arch: Architecture) -> dict[str, torch.dtype] | torch.dtype | None:

@@ -15,7 +15,7 @@ refused.
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -24,6 +24,7 @@ import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError, ShapeError
+from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.naming import ROLES, Unit, hf_names, is_ignored_hf_name
@@ -66,21 +67,17 @@ def load_hf_weights(
         then.
         ShapeError: a parameter's shape is not its shard's.
     """
-    start = time.perf_counter()
     check_manifest(checkpoint, arch)
     expert_rank = expert_rank or ExpertRank(tp_rank=tp_rank, tp_size=tp_size)
     parameters = check_chunks(chunks, arch, expert_rank)
     plans = [parameter_plan(parameter, arch, tp_rank, tp_size, expert_rank) for parameter in parameters]
-    num_bytes = 0
+    transfer = Transfer(log, checkpoint.path, "read", sum(stored_bytes(plan, checkpoint) for plan in plans))
     with torch.no_grad():
         for done, (parameter, rectangles) in enumerate(zip(parameters, plans, strict=True), start=1):
-            num_bytes += fill(parameter.tensor, rectangles, checkpoint)
+            transfer.add(fill(parameter.tensor, rectangles, checkpoint))
             if progress is not None:
                 progress(done, len(parameters))
-    report = LoadReport(len(parameters), num_bytes, time.perf_counter() - start)
-    rate = num_bytes / max(report.seconds, 1e-9)
-    log.info("read %.2f GB of %s in %.1f s (%.2f GB/s)", num_bytes / 1e9, checkpoint.path, report.seconds, rate / 1e9)
-    return report
+    return LoadReport(len(parameters), transfer.num_bytes, transfer.finish())
 
 
 def load_vocab_shard(
@@ -169,6 +166,16 @@ def parameter_plan(
             f"of {', '.join(hf_names(unit, arch))}"
         )
     return rectangles
+
+
+def stored_bytes(rectangles: Sequence[Rectangle], checkpoint: HFCheckpoint) -> int:
+    """Bytes that `fill` reads."""
+    total = 0
+    for name, (first, last), columns in rectangles:
+        if name is not None:
+            rest = math.prod(checkpoint.shape(name)[1:]) if columns is None else columns[1] - columns[0]
+            total += (last - first) * rest * checkpoint.dtype(name).itemsize
+    return total
 
 
 def fill(target: torch.Tensor, rectangles: Sequence[Rectangle], checkpoint: HFCheckpoint) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,11 +47,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.model.build import HiddenStateGPTModel, build_model
+from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, unwrap
 from megatron_gkd.weights.hf_files import HFCheckpoint
-from megatron_gkd.weights.load import check_manifest, fill, parameter_plan
+from megatron_gkd.weights.load import check_manifest, fill, parameter_plan, stored_bytes
 from megatron_gkd.weights.plan import cut
+
+log = logging.getLogger(__name__)
 
 _MARKER: Final = "metadata.json"  # megatron-core's: which format the directory has
 _MODEL_PREFIXES: Final = ("embedding.", "decoder.", "output_layer.")  # of the model's keys, besides the optimizer's
@@ -92,6 +96,9 @@ def write_shards(
         for parameter in check_chunks(chunks, arch, expert_rank)
     }
 
+    total = sum(stored_bytes(rectangles, checkpoint) for _, rectangles in plans.values())
+    transfer = Transfer(log, checkpoint.path, "converted", total)
+
     def read(shard: torch.Tensor) -> torch.Tensor:
         """The values of a contiguous part of a parameter (megatron-core stores gate and up apart)."""
         parameter, rectangles = plans[_storage(shard)]
@@ -100,13 +107,14 @@ def write_shards(
         assert shard.is_contiguous()
         assert (first * row, rows * row) == (shard.storage_offset(), shard.numel())
         values = torch.empty((rows, *parameter.tensor.shape[1:]), dtype=shard.dtype, device="cpu")
-        fill(values, tuple(cut(rectangles, (first, first + rows))), checkpoint)
+        transfer.add(fill(values, tuple(cut(rectangles, (first, first + rows))), checkpoint))
         return values.view(shard.shape)
 
     try:
         dist_checkpointing.save(_sharded_state(chunks, groups), str(out_dir), sharded_strategy=_SaveWhenRead(read))
     except CheckpointException as error:
         raise CheckpointError(f"{out_dir} cannot be written: {_first_failure(error)}") from error
+    transfer.finish()
 
 
 class MegatronCheckpoint:

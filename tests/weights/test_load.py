@@ -109,6 +109,7 @@ def test_report_progress_and_log(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert seen == [(i + 1, total) for i in range(total)]
     assert report.num_parameters == total
     assert report.num_bytes == sum(4 * torch.Size(shape).numel() for shape in hf_tensor_shapes(arch).values())
+    assert f"{tmp_path}: 0.00 GB read in" in caplog.text
     assert "GB/s" in caplog.text
 
 
