@@ -280,6 +280,19 @@ def test_the_tool_checks_what_it_made(tmp_path: Path) -> None:
     assert difference <= 1e-5
 
 
+@pytest.mark.parametrize(("family", "layout"), [("llama", (4, 1)), ("qwen2", (2, 2)), ("qwen3_moe", (2, 1, 2))])
+def test_check_on_several_ranks(tmp_path: Path, family: str, layout: tuple[int, ...]) -> None:
+    """Both ways; four tensor-parallel ranks share two key/value heads. It raises above the tolerance."""
+    source = write_tiny_checkpoint(tmp_path / "source", family, tied=True)
+    world = layout[0] * layout[1]
+    options: dict[str, Any] = {"check": True, "check_tolerance": 1e-5}
+    if family == "qwen3_moe":
+        options["expert_tensor_parallel_size"] = 1
+    there = config("megatron", source, tmp_path / "m", *layout, **options)
+    back = config("hf", tmp_path / "m", tmp_path / "back", *layout, **options)
+    assert run_ranks(convert, [there, back], world=world, timeout_s=120) == [[]] * world
+
+
 def run_check_of_another_model(source: str, made: str) -> list[str]:
     """The comparison that --check makes, with a source whose weights have changed after the conversion."""
     import megatron_gkd.convert as module

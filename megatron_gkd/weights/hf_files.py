@@ -29,6 +29,20 @@ DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 PIECE_BYTES: Final = 2**20  # what read_into holds besides the target: it stays in the processor's cache
 _MAX_HEADER_BYTES: Final = 100 * 10**6  # the limit of the safetensors library
 
+# An export carries them over byte for byte: what transformers and vLLM read besides the weights, and the licence.
+SIDE_FILES: Final = (
+    *(
+        "config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "additional_chat_templates",
+    ),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
+)
+
 
 class _Entry(NamedTuple):
     file: str
@@ -52,6 +66,7 @@ class HFCheckpoint:
             raise CheckpointError(f"{self.path} is not a directory; give a local Hugging Face model directory")
         if (self.path / "adapter_config.json").exists():
             raise CheckpointError(f"{self.path} holds an adapter (adapter_config.json); merge it into the model first")
+        check_side_files(self.path)
         files, weight_map = _weight_files(self.path)
         self._entries: dict[str, _Entry] = {}
         for file in files:
@@ -174,6 +189,14 @@ class HFCheckpoint:
             done += count
 
 
+def check_side_files(path: Path) -> None:
+    """An export copies what they lead to, so a link may not lead out of the directory."""
+    for name in SIDE_FILES:
+        for file in (name, *(f"{name}/{entry.name}" for entry in (path / name).glob("*"))):
+            if (path / file).is_symlink():
+                _inside(path, file)
+
+
 def has_safetensors(path: Path) -> bool:
     """Whether the directory holds weights that HFCheckpoint reads."""
     return (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists()
@@ -234,7 +257,7 @@ def _inside(path: Path, file: str) -> Path:
         raise CheckpointError(
             f"{path / file} is a link to {target}, outside the model directory: copy the file instead"
         )
-    if not target.is_file():
+    if not target.exists():
         raise CheckpointError(f"{path / file} is missing")
     return target
 
@@ -242,6 +265,8 @@ def _inside(path: Path, file: str) -> Path:
 def _read_header(path: Path, file: str) -> dict[str, _Entry]:
     """Names, dtypes and shapes of one file, checked against its size: a half-copied file is found before training."""
     target = _inside(path, file)
+    if not target.is_file():
+        raise CheckpointError(f"{path / file} is no file")
     size = target.stat().st_size
     with open(target, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

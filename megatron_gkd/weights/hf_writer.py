@@ -20,24 +20,17 @@ from typing import IO, Any, Final, NamedTuple, Self
 import torch
 
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.weights.hf_files import DTYPES, INDEX_FILE, SINGLE_FILE, cast_checked
+from megatron_gkd.weights.hf_files import (
+    DTYPES,
+    INDEX_FILE,
+    SIDE_FILES,
+    SINGLE_FILE,
+    cast_checked,
+    check_side_files,
+)
 
 DEFAULT_SHARD_BYTES: Final = 5 * 10**9
 _DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-
-# Carried over byte for byte: what transformers and vLLM read besides the weights, and the licence.
-_SIDE_FILES: Final = (
-    *(
-        "config.json",
-        "generation_config.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "additional_chat_templates",
-    ),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
-    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
-)
 
 
 class TensorSpec(NamedTuple):
@@ -78,6 +71,7 @@ class HFWriter:
         self.manifest = tuple(manifest)
         self._config_changes = dict(config_changes or {})
         check_destination(self.out_dir)
+        check_side_files(self.source_dir)
         if not (self.source_dir / "config.json").is_file():
             raise CheckpointError(f"{self.source_dir} has no config.json to export the model with")
         self._shards = plan_shards(self.manifest, max_shard_bytes)
@@ -159,7 +153,7 @@ def check_destination(out_dir: Path) -> None:
 
 def copy_side_files(source_dir: Path, out_dir: Path) -> None:
     """Copy config, generation config, tokenizer, chat templates and licence, byte for byte."""
-    for name in _SIDE_FILES:
+    for name in SIDE_FILES:
         source = source_dir / name
         if source.is_dir():
             shutil.copytree(source, out_dir / name)

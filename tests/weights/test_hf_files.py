@@ -218,12 +218,33 @@ def test_files_outside_the_directory(tmp_path: Path) -> None:
     expect(inside, "outside the model directory")
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "additional_chat_templates/mine.jinja", "config.json"])
+def test_side_files_outside_the_directory(tmp_path: Path, file: str) -> None:
+    """An export would copy whatever the link leads to."""
+    outside, model = tmp_path / "outside", model_dir(tmp_path)
+    outside.write_text("{}")
+    (model / file).unlink(missing_ok=True)
+    (model / file).parent.mkdir(exist_ok=True)
+    (model / file).symlink_to(outside)
+    expect(model, f"{file} is a link to .*outside the model directory")
+    with pytest.raises(CheckpointError, match="outside the model directory"):
+        HFWriter(tmp_path / "out", manifest({"a": A}), source_dir=model)
+    (model / file).unlink()
+    (model / "inside").write_text("{}")
+    (model / file).symlink_to(model / "inside")
+    HFCheckpoint(model)
+    (model / "inside").unlink()
+    expect(model, "missing")
+
+
 def test_links_of_the_hub_cache_are_inside_it(tmp_path: Path) -> None:
     repository = tmp_path / "models--org--name"
     blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123abcd"
     os.rename(single(tmp_path / "x") / SINGLE_FILE, single(blobs) / "beef")
     snapshot.mkdir(parents=True)
     (snapshot / SINGLE_FILE).symlink_to(Path("../../blobs/beef"))
+    (blobs / "cafe").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to(Path("../../blobs/cafe"))
     assert torch.equal(HFCheckpoint(snapshot).read("a"), A)
 
 
