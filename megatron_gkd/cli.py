@@ -112,12 +112,19 @@ def _report(argv: list[str]) -> Action:
 
 def _sample(argv: list[str]) -> Action:
     from megatron_gkd.flags import parse_sample_config
+    from megatron_gkd.observe.logging import setup_logging
 
-    parse_sample_config(argv)
-    raise NotBuiltError(
-        "not built yet: sample (sampling a teacher's completions to a file needs the vLLM rollout bridge: "
-        "train on completions that are in the data set)"
-    )
+    cfg = parse_sample_config(argv)
+    cfg.check()
+
+    def action() -> None:
+        setup_logging(cfg.log_level)
+        _silence_megatron_fallbacks()
+        from megatron_gkd.sample import run_sample
+
+        run_sample(cfg)
+
+    return action
 
 
 def _convert(argv: list[str]) -> Action:
@@ -143,7 +150,7 @@ def _not_built(name: str, advice: str) -> Callable[[list[str]], Action]:
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], Action]]] = {
     "train": ("distil a teacher into a student", _train),
-    "sample": ("sample completions of a data set's prompts to a file (not built yet)", _sample),
+    "sample": ("sample completions of a data set's prompts to a file", _sample),
     "convert": ("convert checkpoints between Hugging Face and Megatron", _convert),
     "eval": ("compare a student with its teacher on held-out data", _eval),
     "plan": (

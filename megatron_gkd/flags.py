@@ -14,8 +14,6 @@ configuration file is read here, because its own action lets a file that stands 
 `dataset: d.jsonl`; bare booleans and hyphens are normalised first; its messages of several lines are put in one.
 """
 
-# ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
-
 from __future__ import annotations
 
 import difflib
@@ -30,24 +28,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from megatron_gkd.config import Flag, RunConfig, flags, flags_of
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT
+from megatron_gkd.sample_config import SampleConfig
 from megatron_gkd.settings import Section, check, fits, optional, setting, show, type_hints, type_text
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
-
-
-@dataclass(frozen=True)
-class SampleConfig(Section):
-    """Sampling of a data set's prompts from a model, to a file."""
-
-    model: str = setting(help="Model to sample from: a Hugging Face model directory.")
-    result_path: str = setting(help="JSONL file that is written: the prompts with the sampled completions.")
-    dataset: list[str] = setting((), "Prompts: JSONL or Parquet files.")
-    max_new_tokens: int = setting(512, "Most tokens sampled per prompt.", gt=0)
-    write_batch_size: int = setting(1000, "Write the result every this many prompts.", ge=1)
-    infer_backend: Literal["vllm"] = setting("vllm", "Engine.")
-    vllm_gpu_memory_utilization: float = setting(0.9, "Share of each GPU's memory for vLLM.", gt=0, le=1)
-    vllm_max_model_len: int | None = setting(None, "Longest sequence of vLLM; null: the model's.", gt=0)
 
 
 @dataclass(frozen=True)
@@ -218,13 +203,17 @@ def to_markdown() -> str:
     """docs/configuration.md: a table of all flags, from the dataclasses."""
     lines = [_MARKDOWN_HEAD]
     missing = {entry.flag for entry in NOT_BUILT}
-    for section, heading in _headings().items():
-        table = [flag for flag in flags().values() if flag.section == section]
+    tables = [
+        (heading, [flag for flag in flags().values() if flag.section == section])
+        for section, heading in _headings().items()
+    ]
+    sample = flags_of(SampleConfig, "sample")
+    for heading, table in [*tables, ("`megatron-gkd sample`: flags of its own", list(sample.values()))]:
         if not table:
             continue
         lines += [f"## {heading}", "", "| flag | type | default | range | meaning |", "|---|---|---|---|---|"]
         for flag in table:
-            mark = " [1]" if flag.name in missing else ""
+            mark = " [1]" if flag.name in missing and flag.section != "sample" else ""
             kind, default = (
                 type_text(flag.hint).replace("|", " \\| "),
                 "required" if flag.required else show(flag.default),

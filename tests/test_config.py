@@ -176,20 +176,7 @@ ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("teacher_expert_model_parallel_size", {"teacher_expert_model_parallel_size": 2}),
     ("teacher_placement", {"teacher_placement": "separate"}),
     ("offload_teacher_model", {"offload_teacher_model": True}),
-    ("lmbda", {"lmbda": 0.5}),
     ("seq_kd", {"seq_kd": True}),
-    ("temperature", {"temperature": 1.0}),
-    ("top_p", {"top_p": 0.9}),
-    ("top_k", {"top_k": 50}),
-    ("max_completion_length", {"max_completion_length": 64}),
-    ("use_vllm", {"use_vllm": True}),
-    ("vllm_mode", {"vllm_mode": "server"}),
-    ("vllm_gpu_memory_utilization", {"vllm_gpu_memory_utilization": 0.5}),
-    ("vllm_tensor_parallel_size", {"vllm_tensor_parallel_size": 2}),
-    ("vllm_max_model_len", {"vllm_max_model_len": 2048}),
-    ("sleep_level", {"sleep_level": 1}),
-    ("vllm_server_host", {"vllm_server_host": "localhost"}),
-    ("vllm_server_port", {"vllm_server_port": 8001}),
     ("context_parallel_size", {"context_parallel_size": 2}),
     ("expert_model_parallel_size", {"expert_model_parallel_size": 2}),
     ("dataset", {"dataset": ["d.jsonl", "Org/Data:train#500"]}),
@@ -211,15 +198,9 @@ def test_what_is_not_built_is_refused_by_name(accepted: dict[str, Any], flag: st
     )
 
 
-def test_the_default_lmbda_is_refused_with_the_way_out(accepted: dict[str, Any]) -> None:
-    del accepted["lmbda"]
-    with pytest.raises(NotBuiltError, match=r"--lmbda 0\.5 \(.*pass --lmbda 0 "):
-        validate(accepted)
-
-
 def test_all_that_is_missing_is_named_at_once(accepted: dict[str, Any]) -> None:
-    with pytest.raises(NotBuiltError, match=r"--teacher_placement separate .*; --lmbda 1\.0 .*; --streaming true"):
-        validate(accepted | {"lmbda": 1.0, "streaming": True, "teacher_placement": "separate"})
+    with pytest.raises(NotBuiltError, match=r"--teacher_placement separate .*; --seq_kd true .*; --streaming true"):
+        validate(accepted | {"seq_kd": True, "streaming": True, "teacher_placement": "separate"})
 
 
 def test_contradictions_come_before_what_is_missing(accepted: dict[str, Any]) -> None:

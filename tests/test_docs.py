@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from megatron_gkd.cli import COMMANDS
-from megatron_gkd.config import flags
+from megatron_gkd.config import flags, flags_of
 from megatron_gkd.convert import convert_flags
+from megatron_gkd.sample_config import SampleConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+SAMPLE_FLAGS = flags_of(SampleConfig, "sample")
 SCRIPT_OPTIONS = {"--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers"}
 
 
@@ -45,6 +47,12 @@ def commands(page: Path) -> list[str]:
     ]
     starts = ("bash ", "python ", "torchrun ", "megatron-gkd ", "make ", "GKD_", ".venv/")
     return [line for line in lines if line.startswith(starts)]
+
+
+def command_of(words: list[str]) -> str:
+    """`train` in `torchrun ... -m megatron_gkd train --model S`; empty without one."""
+    programs = [i for i, word in enumerate(words) if word in ("megatron-gkd", "megatron_gkd")]
+    return words[programs[0] + 1] if programs and programs[0] + 1 < len(words) else ""
 
 
 ALL_COMMANDS = [pytest.param(page, line, id=f"{page.name}: {line[:60]}") for page in PAGES for line in commands(page)]
@@ -117,7 +125,7 @@ def test_command_lines_name_what_exists(page: Path, line: str):
     if "megatron-gkd" in words or "megatron_gkd" in words or "launch/quickstart.sh" in words:
         used = {word.split("=")[0] for word in words if word.startswith("--")} - {"--nproc-per-node", "--nnodes"}
         report = {"--num_answers", "--max_new_tokens"} if "report" in words else set()
-        known = convert_flags() if "convert" in words else flags()
+        known = {"convert": convert_flags(), "sample": SAMPLE_FLAGS}.get(command_of(words), flags())
         unknown = {flag for flag in used - SCRIPT_OPTIONS - report if flag.removeprefix("--") not in known}
         assert not unknown - {"--markdown"}, f"{page.name}: {sorted(unknown)} in {line}"
 
@@ -127,7 +135,7 @@ def test_flags_in_the_text_exist(page: Path):
     """`--name` and `--name value` in code spans: a flag of the program or an option of a script."""
     spans = re.findall(r"`(--[a-zA-Z_-]+)(?:[= ][^`]*)?`", page.read_text(encoding="utf-8"))
     known = (
-        {f"--{name}" for name in flags() | convert_flags()}
+        {f"--{name}" for name in flags() | convert_flags() | SAMPLE_FLAGS}
         | SCRIPT_OPTIONS
         | {"--config", "--rlhf_type", "--num_answers"}
     )

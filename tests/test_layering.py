@@ -18,7 +18,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_gkd"
 
 LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
-    0: {"__init__", "errors", "records", "settings", "config", "contradictions", "not_built", "flags", "observe"},
+    0: {"__init__", "errors", "records", "settings", "config", "contradictions", "not_built", "flags", "sample_config", "observe"},
     1: {"platform", "parallel"},
     2: {
         *("reference", "divergence", "support", "vocab_parallel_jsd", "vocab_parallel_topk", "vocab_parallel_ce"),
@@ -27,7 +27,7 @@ LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
     },
     3: {"model", "weights", "teacher_pipeline", "teacher_server", "rollout_bridge", "rollout"},
     4: {"train"},
-    5: {"cli", "__main__", "convert", "planner", "report"},
+    5: {"cli", "__main__", "convert", "planner", "report", "sample"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 MAY_IMPORT_MEGATRON = {"platform", "parallel", "model", "teacher_pipeline", "train", "weights"}

@@ -207,10 +207,10 @@ def _fit(row: Row, place: str, max_length: int, reserve: int, overlong: Overlong
 def _encode(record: Columns | str, encoder: ChatEncoder) -> Row:
     if isinstance(record, str):
         raise DataError(record)
-    return Row(*encoder.encode(*_prompt_and_completion(record)))
+    return Row(*encoder.encode(*prompt_and_completion(record)))
 
 
-def _prompt_and_completion(record: Columns) -> tuple[str | list[Message], str | Message | None]:
+def prompt_and_completion(record: Columns) -> tuple[str | list[Message], str | Message | None]:
     if "messages" in record:
         turns = _turns("messages", record["messages"])
         if turns[-1]["role"] == "assistant":

@@ -20,7 +20,7 @@ WINDOW = 20  # updates that the speed, and with it the ETA, is taken from
 
 
 class Progress:
-    """Of steps 1 .. total_steps, of which `done_steps` were done before (a resumed run)."""
+    """Of steps 1 .. total_steps, of which `done_steps` were done before (a resumed run); `unit` is their name."""
 
     def __init__(
         self,
@@ -28,10 +28,12 @@ class Progress:
         *,
         done_steps: int = 0,
         enabled: bool = True,
+        unit: str = "step",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total_steps = total_steps
+        self._unit = unit
         self._enabled = enabled
         self._stream = sys.stderr if stream is None else stream
         self._in_place = self._stream.isatty()
@@ -55,7 +57,7 @@ class Progress:
 
     def line(self, step: int, *, loss: float | None = None, tokens_per_s: float | None = None) -> str:
         """The text of the line."""
-        parts = [f"step {step}/{self._total_steps}"]
+        parts = [f"{self._unit} {step}/{self._total_steps}"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
         if tokens_per_s is not None:
@@ -63,7 +65,7 @@ class Progress:
         step_time_s = self._step_time_s()
         if step_time_s is not None:
             remaining_s = timedelta(seconds=round(step_time_s * max(self._total_steps - step, 0)))
-            parts += [f"{step_time_s:.2f} s/step", f"ETA {remaining_s}"]
+            parts += [f"{step_time_s:.2f} s/{self._unit}", f"ETA {remaining_s}"]
         return " | ".join(parts)
 
     def close(self) -> None:

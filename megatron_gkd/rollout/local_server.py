@@ -5,8 +5,8 @@
 
 It is `python -m vllm.entrypoints.openai.api_server` with what the rollout needs: the worker extension, the development
 endpoints (weights, pause, versions), sampling defaults that no generation_config.json can change. Those endpoints ask
-for no key, so it listens on the loopback interface only. `launch/rollout_server.sh` starts the same server by hand;
-`server_command` and `server_environment` are what both run.
+for no key, so it listens on the loopback interface only. `launch/rollout_server.sh` starts the same server by hand (a
+test holds its command against `server_command`).
 
 It lives in a process group of its own under a supervisor (supervisor.py), and ends with `close`, with this
 interpreter, and also when this process is killed. Its output goes to a log file; when it dies, the end of the log is in

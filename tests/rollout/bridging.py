@@ -142,7 +142,7 @@ def push_everywhere(models: list[list[Path]], cells: list[tuple[Layout, int]]) -
             for size in sorted({size for _, size in cells}):
                 with engine_for(paths[0], size) as engines:
                     for layout in [layout for layout, s in cells if s == size and _fits(layout, paths[0])]:
-                        found += _push_all(paths, layout, engines, size)
+                        found += push_all(paths, layout, engines, size)
     assert "LOCAL_WORLD_SIZE" not in os.environ, "vLLM's variable stayed"
     return found
 
@@ -151,10 +151,12 @@ def _fits(layout: Layout, path: Path) -> bool:
     return layout.expert == 1 or "moe" in path.parent.name
 
 
-def _push_all(paths: list[Path], layout: Layout, engines: LocalEngines, size: int) -> list[Pushed]:
+def push_all(
+    paths: list[Path], layout: Layout, engines: LocalEngines, size: int, *, to: str = "everyone"
+) -> list[Pushed]:
     found = []
     student = load_model(paths[0], layout)
-    bridge = bridge_for(student, engines)
+    bridge = bridge_for(student, engines, buckets=buckets_of(student, to=to))
     for version, path in enumerate(paths[1:], start=1):
         set_weights(student, path)
         push = bridge.push(version)

@@ -1,0 +1,97 @@
+"""A data set's prompts one by one, for sampling completions to a file, and the rows of that file.
+
+A row keeps the columns of its record, with the completion put where data/rows.py reads it:
+
+    {"messages": [..., {"role": "assistant", "content": TEXT}], "sampling": {...}}
+    {"prompt": ..., "completion": TEXT, "sampling": {...}}
+
+Reading it back tokenises the text again. `read_back` says beforehand what that will give, per completion:
+
+    exact       the very token ids that were sampled
+    respelled   other tokens of the same text (a sampler need not use the tokenizer's own segmentation, and may end a
+                turn with another of the model's end tokens)
+    changed     another text: bytes that are not UTF-8, special tokens or blanks that the chat template takes away
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_gkd.data.chat import ChatEncoder, Message
+from megatron_gkd.data.files import Columns, read_records
+from megatron_gkd.data.rows import prompt_and_completion
+from megatron_gkd.errors import DataError
+
+ReadBack = Literal["exact", "respelled", "changed"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One record's prompt. `index` counts all records, those that cannot be used included."""
+
+    index: int
+    place: str
+    record: Columns
+    text: str | list[Message]
+    ids: tuple[int, ...]
+
+
+def read_prompts(
+    paths: Sequence[str], encoder: ChatEncoder, *, start: int = 0
+) -> Iterator[Prompt | tuple[int, str, str]]:
+    """Prompts from record `start` on, in order; (index, place, what is wrong) for a record without a usable one."""
+    index = -1
+    for path, records in [(path, read_records(path)) for path in paths]:
+        for line, record in records:
+            index += 1
+            if index < start:
+                continue
+            place = f"{path}:{line}"
+            try:
+                if isinstance(record, str):
+                    raise DataError(record)
+                text, _ = prompt_and_completion(record)
+                ids, _ = encoder.encode(text, None)
+            except DataError as error:
+                yield index, place, str(error)
+            else:
+                yield Prompt(index, place, record, text, ids)
+
+
+def completion_text(encoder: ChatEncoder, token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:
+    """The text of a completion without the token that ended it."""
+    content = token_ids[:-1] if token_ids and token_ids[-1] in stop_ids else token_ids
+    return _decode(encoder, content)
+
+
+def read_back(encoder: ChatEncoder, prompt: Prompt, token_ids: Sequence[int], stop_ids: Sequence[int]) -> ReadBack:
+    """What the row will be read back as."""
+    text = completion_text(encoder, token_ids, stop_ids)
+    try:
+        prompt_ids, completion_ids = encoder.encode(prompt.text, text)
+    except DataError:
+        return "changed"
+    if prompt_ids != prompt.ids or completion_ids is None:
+        return "changed"
+    if completion_ids == tuple(token_ids):
+        return "exact"
+    return "respelled" if _decode(encoder, completion_ids[:-1]) == text and "\ufffd" not in text else "changed"
+
+
+def make_row(prompt: Prompt, text: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The row of one completion; what `sampling` says is not read back."""
+    row = {name: value for name, value in prompt.record.items() if name not in ("completion", "response")}
+    if "messages" in prompt.record:
+        assert not isinstance(prompt.text, str)
+        row["messages"] = [*prompt.text, {"role": "assistant", "content": text}]
+    else:
+        row["completion"] = text
+    return row | {"sampling": sampling}
+
+
+def _decode(encoder: ChatEncoder, ids: Sequence[int]) -> str:
+    text = encoder.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

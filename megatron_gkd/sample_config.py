@@ -1,0 +1,78 @@
+"""Settings of `megatron-gkd sample`."""
+
+# ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.settings import Section, setting
+
+
+@dataclass(frozen=True)
+class SampleConfig(Section):
+    """Sampling of a data set's prompts from a model, to a file."""
+
+    model: str = setting(help="Model to sample from: a Hugging Face model directory.")
+    result_path: str = setting(help="JSONL file that is written: the prompts with the sampled completions.")
+    dataset: list[str] = setting((), "Prompts: JSONL or Parquet files; completions in them are not used.")
+    max_new_tokens: int = setting(512, "Most tokens sampled per completion.", gt=0)
+    num_return_sequences: int = setting(1, "Completions per prompt.", ge=1)
+    temperature: float = setting(0.9, "Sampling temperature; 0 takes the most probable token.", ge=0, le=2)
+    top_p: float = setting(
+        1.0, "Sample from the smallest set of tokens with this probability; 1: from all.", gt=0, le=1
+    )
+    top_k: int = setting(0, "Sample from this many most probable tokens; 0: from all.", ge=0)
+    seed: int = setting(42, "Seed; a completion depends on it, its row and its number alone.", ge=0)
+    dtype: Literal["fp32", "bf16", "fp16"] = setting("bf16", "Precision of the engine.")
+    write_batch_size: int = setting(1000, "Write the result every this many prompts.", ge=1)
+    truncated: Literal["drop", "keep"] = setting(
+        "drop", "Completions cut at --max_new_tokens: drop and count them, or keep them, marked by their finish_reason."
+    )
+    respelled: Literal["drop", "keep"] = setting(
+        "keep",
+        "Completions whose text is read back as other tokens of the same text: keep them, marked by exact_tokens, or "
+        "drop and count them.",
+    )
+    on_bad_row: Literal["stop", "skip"] = setting("stop", "Malformed rows: stop with their place, or skip and count.")
+    overlong: Literal["drop", "stop"] = setting(
+        "drop", "Prompts that leave no room for --max_new_tokens: drop and count them, or stop with their place."
+    )
+    infer_backend: Literal["vllm"] = setting("vllm", "Engine.")
+    vllm_mode: Literal["colocate", "server", "subprocess"] = setting(
+        "colocate",
+        "colocate: vLLM in this process; subprocess: a server that this process starts and ends; server: one that runs "
+        "(a plain `vllm serve` will do).",
+    )
+    vllm_gpu_memory_utilization: float = setting(0.9, "Share of each GPU's memory for vLLM.", gt=0, le=1)
+    vllm_tensor_parallel_size: int = setting(1, "Tensor parallel size of vLLM; above 1 in mode subprocess.", ge=1)
+    vllm_max_model_len: int | None = setting(
+        None, "Longest sequence of vLLM; null: what the longest prompt needs, at most the model's.", gt=1
+    )
+    vllm_server_host: str | None = setting(None, "Host of the server, HOST or HOST:PORT, in mode server.")
+    vllm_server_port: int = setting(8000, "Port of the server.", ge=1, le=65535)
+    timeout_minutes: float = setting(240.0, "Most minutes that a server may take for one batch of prompts.", gt=0)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
+
+    def check(self) -> None:
+        """Combinations that cannot work. Raises ConfigError."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                "sample is one process, and torchrun started several; start it without, and give --vllm_mode "
+                "subprocess with --vllm_tensor_parallel_size for a model that needs several GPUs"
+            )
+        if self.vllm_mode == "server" and self.vllm_server_host is None:
+            raise ConfigError("--vllm_mode server needs --vllm_server_host")
+        if self.vllm_mode != "server" and self.vllm_server_host is not None:
+            raise ConfigError(
+                f"--vllm_server_host {self.vllm_server_host} is not used in --vllm_mode {self.vllm_mode}; pass "
+                "--vllm_mode server, or leave it out"
+            )
+        if self.vllm_mode != "subprocess" and self.vllm_tensor_parallel_size > 1:
+            raise ConfigError(
+                f"--vllm_tensor_parallel_size {self.vllm_tensor_parallel_size} needs --vllm_mode subprocess: sampling "
+                "is one process, and vLLM starts the others there"
+            )

@@ -1,0 +1,150 @@
+"""launch/rollout_server.sh: its command, what it refuses, and a server that it started, with weights pushed to it.
+
+Syntax, shellcheck and --help of all scripts: tests/test_launch.py. Not covered: GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_gkd.rollout.local_server import WORKER_EXTENSION, free_port, server_command, server_environment
+from tests.rollout.serving import GREEDY, assert_greedy, connect, members, push, requests, weights, write_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = ROOT / "launch/rollout_server.sh"
+OURS = ("MODEL", "HOST", "PORT", "DTYPE", "TP", "MAX_MODEL_LEN", "GPU_MEMORY", "KV_CACHE_BYTES", "READ_WEIGHTS")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def environment(**values: object) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in OURS}
+    return kept | {name: str(value) for name, value in values.items()}
+
+
+def script(*words: str, **values: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(SCRIPT), *words],
+        env=environment(**values),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+
+
+def dry(*words: str, **values: object) -> list[str]:
+    """The words of the command."""
+    result = script("--dry-run", *words, **values)
+    assert result.returncode == 0, result.stderr
+    return shlex.split(result.stdout.removeprefix("+ "))
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="compares the commands for a CPU")
+def test_it_starts_what_the_package_starts(model: Path) -> None:
+    dev, python, *words = dry(
+        "--seed", "3", MODEL=model, PORT=8123, DTYPE="fp32", TP=2, MAX_MODEL_LEN=99, KV_CACHE_BYTES=77
+    )
+    expected = server_command(
+        str(model),
+        host="127.0.0.1",
+        port=8123,
+        dtype="fp32",
+        tensor_parallel_size=2,
+        max_model_len=99,
+        kv_cache_bytes=77,
+        read_weights=False,
+        on_cpu=True,
+        extra=["--seed", "3"],
+    )
+    assert dev == "VLLM_SERVER_DEV_MODE=1"
+    assert python.endswith("/bin/python")
+    assert sorted(words) == sorted(expected[1:])
+    text = SCRIPT.read_text()
+    names = server_environment({}, on_cpu=True)
+    assert not [name for name in names if name not in text], "the environment of the server"
+    assert WORKER_EXTENSION in words
+
+
+def test_settings(model: Path) -> None:
+    words = dry(MODEL=model)
+    assert "bfloat16" in words
+    assert words[words.index("--load-format") + 1] == "dummy"
+    assert words[words.index("--host") + 1] == "127.0.0.1"
+    assert "--max-model-len" not in words
+    words = dry(MODEL=model, READ_WEIGHTS=1, DTYPE="fp16")
+    assert words[words.index("--load-format") + 1] == "auto"
+    assert "float16" in words
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3"])
+def test_another_interface_is_warned_of(model: Path, host: str) -> None:
+    result = script("--dry-run", MODEL=model, HOST=host)
+    assert result.returncode == 0
+    assert f"WARNING: listening on {host}, not on the loopback interface" in result.stderr
+    assert "ask for no key" in result.stderr
+    assert script("--dry-run", MODEL=model, HOST="localhost").stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"MODEL": ""}, "MODEL is not set"),
+        ({"MODEL": "/nowhere"}, "MODEL=/nowhere: there is no config.json in it"),
+        ({"PORT": "99999"}, "PORT=99999: give a port"),
+        ({"PORT": "http"}, "PORT=http: give a port"),
+        ({"TP": "0"}, "TP=0: give a positive"),
+        ({"DTYPE": "float32"}, "DTYPE=float32: give fp32, bf16 or fp16"),
+        ({"READ_WEIGHTS": "2"}, "READ_WEIGHTS=2: give 0 or 1"),
+        ({"GKD_VENV": "/nowhere"}, "setup_env.sh makes the environment"),
+    ],
+)
+def test_it_refuses(values: dict[str, str], message: str, model: Path) -> None:
+    result = script("--dry-run", **({"MODEL": str(model)} | values))
+    assert result.returncode == 2
+    assert f"rollout_server: {message}" in result.stderr or message in result.stderr
+
+
+def test_a_port_in_use(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        result = script(MODEL=model, PORT=listener.getsockname()[1])
+    assert result.returncode == 2
+    assert "is in use; give another PORT" in result.stderr
+
+
+@pytest.mark.slow
+def test_weights_are_pushed_to_it_and_an_interrupt_ends_it(tmp_path: Path) -> None:
+    models = [write_model(tmp_path / f"m{seed}", seed) for seed in range(2)]
+    port = free_port()
+    values = environment(MODEL=models[0], PORT=port, DTYPE="fp32", MAX_MODEL_LEN=128, KV_CACHE_BYTES=64 * 2**20)
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            ["bash", str(SCRIPT)], env=values, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    try:
+        with connect(f"http://127.0.0.1:{port}", models[0], retry_s=240.0, timeout_s=300.0) as engine:
+            push(engine, weights(models[1]), 1)
+            assert_greedy(models[1], requests(), engine.generate(requests(), GREEDY))
+        os.killpg(server.pid, signal.SIGINT)
+        server.wait(timeout=60)
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+    deadline = time.monotonic() + 20
+    while members(server.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert members(server.pid) == []
