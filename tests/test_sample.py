@@ -1,7 +1,7 @@
 """`megatron-gkd sample`, end to end with real vLLM on a CPU, and everything that it refuses before a model is loaded.
 
 The model is a tiny Qwen3 made to write plain ASCII, so that completions are text; its numbers are fp32, so that results
-do not depend on batches. Not covered: a GPU, a server that somebody else runs (rollout/test_server.py drives one).
+do not depend on batches. Not covered: a GPU, tensor parallel servers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ import torch
 from megatron_gkd import cli, sample
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
 from megatron_gkd.data.rows import load_rows
+from megatron_gkd.errors import RolloutError
+from megatron_gkd.rollout.local_server import LOOPBACK, free_port, server_command, server_environment
 from tests.checkpoints import tiny_tokenizer, write_tiny_checkpoint
+from tests.rollout.serving import connect
 
 NUM_PROMPTS = 30
 Command = Callable[..., list[str]]
@@ -184,6 +187,42 @@ def test_the_most_probable_tokens_and_the_documented_command_line(
         text = row["messages"][-1]["content"] if "messages" in row else row["completion"]
         by_record.setdefault(row["sampling"]["record"], set()).add(text)
     assert all(len(texts) == 1 for texts in by_record.values()), "temperature 0 has one answer"
+
+
+@pytest.mark.slow
+def test_a_plain_server_of_somebody_else(command: Command, model: Path, tmp_path: Path) -> None:
+    """Without the worker extension and the development endpoints: enough to sample from, and not to push weights to."""
+    port = free_port()
+    words = server_command(
+        str(model), host=LOOPBACK, port=port, dtype="fp32", max_model_len=256, kv_cache_bytes=64 * 2**20, on_cpu=True
+    )
+    at = words.index("--worker-extension-cls")
+    environment = server_environment(os.environ, on_cpu=True) | {"VLLM_SERVER_DEV_MODE": "0"}
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "megatron_gkd.rollout.supervisor", *words[:at], *words[at + 2 :]],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        options = ("--truncated", "keep", "--vllm_mode", "server", "--vllm_server_host", f"{LOOPBACK}:{port}")
+        url = f"http://{LOOPBACK}:{port}"
+        with connect(url, model, read_weights=True, retry_s=240.0, timeout_s=300.0) as engine:
+            assert engine.version == 0
+            with pytest.raises(RolloutError, match="cannot be updated: it lacks the worker extension"):
+                engine.begin()
+        with pytest.raises(RolloutError, match=r"lacks the development endpoints \(VLLM_SERVER_DEV_MODE=1\)"):
+            connect(url, model)
+        finished(command("served.jsonl", *options))
+        finished(command("own.jsonl", "--truncated", "keep"))
+        assert rows_of(tmp_path / "served.jsonl") == rows_of(tmp_path / "own.jsonl")
+    finally:
+        assert server.stdin is not None
+        server.stdin.close()
+        server.wait(timeout=60)
 
 
 # ---- refused before a model is loaded ------------------------------------------------------------------------------
