@@ -214,6 +214,7 @@ def test_a_plain_server_of_somebody_else(command: Command, model: Path, tmp_path
             assert engine.version == 0
             with pytest.raises(RolloutError, match="cannot be updated: it lacks the worker extension"):
                 engine.begin()
+            assert engine.version == 0, "what it has is still good"
         with pytest.raises(RolloutError, match=r"lacks the development endpoints \(VLLM_SERVER_DEV_MODE=1\)"):
             connect(url, model)
         finished(command("served.jsonl", *options))

@@ -115,9 +115,9 @@ class ServerEngine:
     # ---- weights ---------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
+        if not self._workers:
+            raise RolloutError(f"{self._client.name} cannot be updated: it lacks the worker extension; {_START}")
         with self._state.begin():
-            if not self._workers:
-                raise RolloutError(f"{self._client.name} cannot be updated: it lacks the worker extension; {_START}")
             self._client.post("/pause?mode=wait", "finish its requests and pause")
             self._set_stamp(f"gkd-{self._token}-incomplete")
             if any(worker["updating"] for worker in self._workers_info(required=True)):  # its pusher is gone

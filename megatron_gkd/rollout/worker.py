@@ -138,7 +138,9 @@ class RolloutWorker:
         }
 
     def gkd_read_token(self, path: str) -> str:
-        """The text of a small file, where this worker sees it: is shared memory shared with the pusher?"""
+        """The text of a pusher's small file, where this worker sees it: is shared memory shared? Reads nothing else."""
+        if not os.path.basename(os.path.dirname(os.path.realpath(path))).startswith("gkd-weights-"):
+            return ""
         try:
             with open(path, encoding="ascii") as file:
                 return file.read(64)

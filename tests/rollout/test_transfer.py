@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.group import flatten, own_address, unflatten
 from megatron_gkd.rollout.transfer import ShmTransfer, can_be_read_by, write_safetensors
+from megatron_gkd.rollout.worker import RolloutWorker
 
 MIXED = [
     ("b", torch.arange(3, dtype=torch.bfloat16)),
@@ -102,3 +103,16 @@ def test_shared_memory_is_found_by_looking(tmp_path: Path) -> None:
 def test_own_address() -> None:
     assert own_address("127.0.0.1", 8000) == "127.0.0.1"
     assert own_address("localhost", 8000) in ("127.0.0.1", "::1")
+
+
+def test_a_worker_reads_the_pushers_file_and_no_other(tmp_path: Path) -> None:
+    """The endpoint that asks for it needs no key."""
+    own = tmp_path / "gkd-weights-x"
+    own.mkdir()
+    (own / "token").write_text("abc")
+    (tmp_path / "secret").write_text("secret")
+    (own / "link").symlink_to(tmp_path / "secret")
+    worker = RolloutWorker()
+    assert worker.gkd_read_token(str(own / "token")) == "abc"
+    for path in (tmp_path / "secret", own / ".." / "secret", own / "link", own / "none", tmp_path):
+        assert worker.gkd_read_token(str(path)) == ""
