@@ -57,6 +57,20 @@ def test_bench_convert(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["convert.json"], "what was written is gone"
 
 
+def test_bench_rollout(tmp_path):
+    out = tmp_path / "rollout.json"
+    result = _run("benchmarks.bench_rollout", "--quick", "--json", str(out))
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = {row["method"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert list(rows) == ["copy", "load", "push", "gather", "push_load", "verify", "vllm", "generate"]
+    assert rows["push"]["of_load"] > 0
+    assert rows["vllm"]["of_generate"] > 0
+    for row in rows.values():
+        values = row.get("wall_s") or row["tokens_per_s"]
+        assert 0 < values["p20"] <= values["median"] <= values["p80"]
+    assert all(f"| {name} |" in result.stdout for name in rows)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)
 def test_recorded_results_can_be_read(path):
     report = json.loads(path.read_text(encoding="utf-8"))

@@ -277,6 +277,7 @@ def _sampling_parameters(request: Request, settings: SamplingSettings) -> Any:
         seed=request.seed,
         max_tokens=request.max_tokens,
         stop_token_ids=list(settings.stop_token_ids),
+        ignore_eos=True,  # those of the model's generation config: what stops is what the settings say
         logprobs=0,
         detokenize=False,
     )

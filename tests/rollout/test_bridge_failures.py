@@ -15,7 +15,7 @@ import torch
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.rollout.protocol import Completion
+from megatron_gkd.rollout.protocol import Completion, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
 from megatron_gkd.train.rollouts import Rollouts
 from tests.checkpoints import write_tiny_checkpoint
@@ -23,6 +23,7 @@ from tests.ranks import run_ranks
 from tests.rollout.bridging import (
     GREEDY,
     PROBES,
+    STOP,
     bridge_for,
     buckets_of,
     engine_for,
@@ -141,6 +142,10 @@ def inject(paths: list[Path]) -> dict[str, Any]:
         bridge.sample = original  # type: ignore[method-assign]
         seen["right version"] = len(rollouts.for_step(9, lambda step: requests(step)))
 
+        # What stops is what the settings say, not the model's generation config.
+        endless = engine.generate(requests(max_completion_length=150), SamplingSettings(5.0))
+        seen["endless"] = [(c.finish_reason, STOP in c.token_ids) for c in endless]
+
         # The engine fails while it samples.
         generate, vllm.generate = vllm.generate, _raise
         seen["engine died"] = _message(lambda: bridge.sample(requests(), GREEDY))
@@ -206,6 +211,12 @@ def test_weights_that_differ_stop_the_run_with_the_worst_tensor(seen: dict[str, 
 def test_a_kept_prefix_cache_is_noticed(seen: dict[str, Any]) -> None:
     assert "came from the cache, computed with older weights" in seen["cache kept"]
     assert seen["cache dropped"] == 7
+
+
+def test_only_the_stop_tokens_of_the_settings_stop(seen: dict[str, Any]) -> None:
+    """The model's generation config names one, and some of these completions go on after it."""
+    assert {reason for reason, _ in seen["endless"]} == {"length"}
+    assert any(has_stop for _, has_stop in seen["endless"])
 
 
 def test_an_old_completion_is_refused(seen: dict[str, Any]) -> None:
