@@ -80,6 +80,8 @@ def _of_sampling(cfg: RunConfig) -> Iterator[str]:
         yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, or give --lmbda 0"
     if find_spec("vllm") is None:
         yield f"{asked} with the package vllm (0.28 to 0.32), which is not installed: install it, or give --lmbda 0"
+    if sampling.temperature > 2:
+        yield f"--temperature {sampling.temperature:g} is above 2, the highest that vLLM samples at"
     if sampling.rollout_lag and sampling.vllm_mode == "colocate":
         yield (
             "--rollout_lag 1 samples while the student trains, and a colocated engine shares its devices: use "

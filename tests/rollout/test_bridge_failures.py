@@ -143,7 +143,7 @@ def inject(paths: list[Path]) -> dict[str, Any]:
         seen["right version"] = len(rollouts.for_step(9, lambda step: requests(step)))
 
         # What stops is what the settings say, not the model's generation config.
-        endless = engine.generate(requests(max_completion_length=150), SamplingSettings(5.0))
+        endless = engine.generate(requests(max_completion_length=180), SamplingSettings(2.0))
         seen["endless"] = [(c.finish_reason, STOP in c.token_ids) for c in endless]
 
         # The engine fails while it samples.

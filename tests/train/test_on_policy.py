@@ -188,6 +188,7 @@ def test_the_command_line_of_the_readme_with_defaults(inputs: Inputs) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        ("--temperature 2.5", "the highest that vLLM samples at"),
         ("--use_vllm false", "--use_vllm is false"),
         ("--rollout_lag 1", "--vllm_mode server or subprocess"),
         ("--vllm_mode server", "needs --vllm_server_host"),
