@@ -129,7 +129,7 @@ def _layouts(config: RunConfig, world_size: int) -> tuple[Layout, Layout]:
         world_size,
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
-        virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
+        virtual_pipeline=_virtual_pipeline(parallel.virtual_pipeline_model_parallel_size),
         sequence_parallel=parallel.sequence_parallel,
     )
     teacher_layout = Layout.for_world(
@@ -139,6 +139,11 @@ def _layouts(config: RunConfig, world_size: int) -> tuple[Layout, Layout]:
         name="teacher",
     )
     return student_layout, teacher_layout
+
+
+def _virtual_pipeline(size: int | None) -> int | None:
+    """One model chunk per stage is no virtual pipeline."""
+    return None if size == 1 else size
 
 
 def _vocabulary(config: RunConfig, student: Architecture, teacher: Architecture) -> tuple[PreTrainedTokenizerBase, int]:

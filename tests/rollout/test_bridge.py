@@ -35,7 +35,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path
     root = tmp_path_factory.mktemp("rollout")
     return {
         name: [
-            write_tiny_checkpoint(root / name / f"w{seed}", head_dim=32, layers=2, seed=seed, **options)  # type: ignore[arg-type]
+            write_tiny_checkpoint(root / name / f"w{seed}", head_dim=32, layers=4, seed=seed, **options)  # type: ignore[arg-type]
             for seed in range(4)
         ]
         for name, options in MODELS.items()
@@ -88,8 +88,9 @@ def test_one_rank(checkpoints: dict[str, list[Path]]) -> None:
 def test_two_ranks(checkpoints: dict[str, list[Path]]) -> None:
     layouts = [Layout(tensor=2), Layout(pipeline=2), Layout(data=2, expert=2)]
     cells = [(layout, size) for layout in layouts for size in (1, 2)]
+    cells.append((Layout(pipeline=2, virtual_pipeline=2), 1))
     found = run_ranks(push_everywhere, list(checkpoints.values()), cells, world=2, timeout_s=TIMEOUT_S, fresh=True)
-    check_all(found, (3 * 2 + 3) * 2 * 3)
+    check_all(found, (3 * 5 + 7) * 3)  # expert-parallel cells are for one model of the four
 
 
 def test_four_ranks(checkpoints: dict[str, list[Path]]) -> None:

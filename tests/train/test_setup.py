@@ -8,7 +8,7 @@ import pytest
 
 from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.flags import parse_run_config
-from megatron_gkd.train.setup import build_run
+from megatron_gkd.train.setup import _layouts, build_run
 from tests.checkpoints import MOE_FAMILIES, write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.train.runs import command_line
@@ -37,3 +37,13 @@ def test_distilling_with_experts_is_refused_by_flag_and_name(tmp_path: Path, fam
     argv = command_line(**models, dataset=rows, lmbda=0, report_to="none", device="cpu", train_iters=1)
     (message,) = run_ranks(refusal, argv, world=1)
     assert message.startswith(f"--{role}: distillation with a mixture of experts ({family}) is not built yet")
+
+
+def test_one_model_chunk_per_stage_is_no_virtual_pipeline() -> None:
+    """As in Megatron: 1 means none, with or without pipeline stages."""
+    for pipeline in (1, 2):
+        words = (
+            f"--virtual_pipeline_model_parallel_size 1 --pipeline_model_parallel_size {pipeline} --model S --dataset d"
+        )
+        student, _ = _layouts(parse_run_config(words.split()), pipeline)
+        assert (student.pipeline, student.virtual_pipeline) == (pipeline, None)
