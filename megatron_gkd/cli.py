@@ -2,8 +2,9 @@
 
 The second form is what torchrun starts. A command is first prepared (flags parsed, configuration validated, no heavy
 import) and then carried out. An error that the user can act on (`GKDError`) is one line on stderr and exit code 2;
-`--log_level debug` adds the traceback. While a command is prepared every rank meets the same error, so one rank per
-machine prints it; afterwards every rank that fails says so under its number.
+`--log_level debug` adds the traceback; exit code 1 is that of a check that found a difference. While a command is
+prepared every rank meets the same error, so one rank per machine prints it; afterwards every rank that fails says so
+under its number.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import megatron_gkd
-from megatron_gkd.errors import ConfigError, GKDError, NotBuiltError
+from megatron_gkd.errors import CheckFailedError, ConfigError, GKDError, NotBuiltError
 
 PROG = "megatron-gkd"
+EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -34,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, argv, every_rank=False)
     try:
         action()
+    except CheckFailedError as error:
+        _fail(error, argv, every_rank=True)
+        return EXIT_CHECK_FAILED
     except GKDError as error:
         return _fail(error, argv, every_rank=True)
     except KeyboardInterrupt:
@@ -141,6 +146,26 @@ def _convert(argv: list[str]) -> Action:
     return action
 
 
+def _check(argv: list[str]) -> Action:
+    if argv[:1] != ["teacher"] and argv[:1] not in (["-h"], ["--help"]):
+        given = f"check {argv[0]}" if argv else "check alone"
+        raise ConfigError(f"{given} is not a check; give `check teacher` (--help lists its flags)")
+    from megatron_gkd.flags import parse_check_config
+    from megatron_gkd.observe.logging import setup_logging
+
+    cfg = parse_check_config(argv[argv[:1] == ["teacher"] :])
+    cfg.check()
+
+    def action() -> None:
+        setup_logging(cfg.log_level)
+        _silence_megatron_fallbacks()
+        from megatron_gkd.check_teacher import run_check_teacher
+
+        run_check_teacher(cfg)
+
+    return action
+
+
 def _not_built(name: str, advice: str) -> Callable[[list[str]], Action]:
     def command(argv: list[str]) -> Action:
         raise NotBuiltError(f"not built yet: {name} ({advice})")
@@ -158,10 +183,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Action]]] = {
         _not_built("plan", "try the layout on a few steps"),
     ),
     "report": ("summarise a run directory: text, JSON, curve", _report),
-    "check": (
-        "compare a teacher server with a local teacher (not built yet)",
-        _not_built("check", "external teachers are missing, so there is nothing to compare"),
-    ),
+    "check": ("compare a teacher server with the local teacher (`check teacher`)", _check),
 }
 
 

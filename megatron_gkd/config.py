@@ -49,7 +49,8 @@ class TeacherConfig(Section):
     )
     teacher_model_server: str | None = setting(
         None,
-        "URL of an external teacher (vllm serve, swift deploy); needs --gkd_logits_topk.",
+        "URL of an external teacher (launch/teacher_server.sh, vllm serve); several with commas serve one teacher. "
+        "Needs --gkd_logits_topk.",
     )
     teacher_tensor_model_parallel_size: int | None = setting(
         None, "Tensor parallel size of the teacher; null: the student's.", ge=1
@@ -73,12 +74,25 @@ class TeacherConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher_model_server is not None:
-            url = urlsplit(self.teacher_model_server)
+        if self.routes_by_tag:
+            return
+        for name in [] if self.teacher_model_server is None else self.servers or ("",):
+            url = urlsplit(name)
             if url.scheme not in ("http", "https") or not url.netloc:
                 raise ConfigError(
-                    f"--teacher_model_server is {self.teacher_model_server}; it must be a URL such as http://localhost:8000"
+                    f"--teacher_model_server is {self.teacher_model_server}; it must be a URL such as "
+                    "http://localhost:8000, or several with commas"
                 )
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The URLs of --teacher_model_server."""
+        return tuple(name.strip() for name in (self.teacher_model_server or "").split(",") if name.strip())
+
+    @property
+    def routes_by_tag(self) -> bool:
+        """Whether --teacher_model_server is a JSON list of servers with tags."""
+        return (self.teacher_model_server or "").lstrip().startswith("[")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _of_distillation(cfg: RunConfig) -> Iterator[str]:
     if topk is None:
         yield "--teacher_model_server needs --gkd_logits_topk: a server tells only its most probable tokens"
     for flag in LOCAL_TEACHER:
-        if cfg.teacher.teacher_model is None and not cfg.is_default(flag):
+        if not cfg.is_default(flag):
             yield f"--{flag} is for a local teacher, but --teacher_model_server is given; leave it out"
 
 

@@ -37,4 +37,9 @@ class LayoutError(ConfigError):
 
 
 class RolloutError(GKDError, RuntimeError):
-    """A sampling engine failed, cannot be reached, holds other weights than the student, or was asked out of turn."""
+    """A sampling engine or a teacher server failed, cannot be reached, gave a wrong answer, holds other weights than it
+    should, or was asked out of turn."""
+
+
+class CheckFailedError(GKDError):
+    """`megatron-gkd check` found a difference past its tolerance; the command ends with exit code 1, not 2."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from megatron_gkd.check_config import CheckConfig
 from megatron_gkd.config import Flag, RunConfig, flags, flags_of
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT
@@ -61,6 +62,16 @@ def parse_sample_config(argv: Sequence[str]) -> SampleConfig:
         if not values.get(name):
             raise ConfigError(f"--{name} is missing; {table[name].item.metadata['help']}")
     return SampleConfig(**values)
+
+
+def parse_check_config(argv: Sequence[str]) -> CheckConfig:
+    """The same for `check teacher`."""
+    table = flags_of(CheckConfig, "check")
+    values = parse(argv, table, prog="megatron-gkd check teacher", headings={"check": str(CheckConfig.__doc__)})
+    for name in ("teacher_model", "teacher_model_server", "gkd_logits_topk", "dataset"):
+        if not values.get(name):
+            raise ConfigError(f"--{name} is missing; {table[name].item.metadata['help']}")
+    return CheckConfig(**values)
 
 
 def parse(
@@ -207,13 +218,17 @@ def to_markdown() -> str:
         (heading, [flag for flag in flags().values() if flag.section == section])
         for section, heading in _headings().items()
     ]
-    sample = flags_of(SampleConfig, "sample")
-    for heading, table in [*tables, ("`megatron-gkd sample`: flags of its own", list(sample.values()))]:
+    sample, check_flags = flags_of(SampleConfig, "sample"), flags_of(CheckConfig, "check")
+    others = [
+        ("`megatron-gkd sample`: flags of its own", list(sample.values())),
+        ("`megatron-gkd check teacher`: flags of its own", list(check_flags.values())),
+    ]
+    for heading, table in [*tables, *others]:
         if not table:
             continue
         lines += [f"## {heading}", "", "| flag | type | default | range | meaning |", "|---|---|---|---|---|"]
         for flag in table:
-            mark = " [1]" if flag.name in missing and flag.section != "sample" else ""
+            mark = " [1]" if flag.name in missing and flag.section not in ("sample", "check") else ""
             kind, default = (
                 type_text(flag.hint).replace("|", " \\| "),
                 "required" if flag.required else show(flag.default),

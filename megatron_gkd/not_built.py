@@ -80,7 +80,9 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
         "a student that is its own teacher is missing: give --teacher_model",
     ),
     NotBuilt(
-        "teacher_model_server", _changed("teacher_model_server"), "external teachers are missing: give --teacher_model"
+        "teacher_model_server",
+        lambda cfg: cfg.teacher.routes_by_tag,
+        "several teachers by tags are missing: give the URLs of one teacher's servers, with commas between them",
     ),
     NotBuilt(
         "teacher_context_parallel_size",

@@ -18,15 +18,15 @@ Routing (`plan_routes`) is pure: for each sample, one source for each destinatio
     R3  all ranks list the routes in the same order (by sample, then destination): sends and receives match untagged.
 
 Communication: `exchange` makes one batched point-to-point round per step over `group`; bytes on the wire = sum over
-routes with source != destination of T * bytes_per_token. Not here: a teacher on ranks of its own, host offload,
-teacher servers.
+routes with source != destination of T * bytes_per_token. Not here: a teacher on ranks of its own, host offload;
+a teacher server (train/server_teacher.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -160,6 +160,18 @@ def exchange(
     return SignalStore(spec, received), num_bytes
 
 
+class Teacher(Protocol):
+    """What training asks of a teacher, local or a server."""
+
+    layout: Layout  # by which the plan splits the samples for it
+
+    def signals(self, plan: StepPlan, micro_batches: Callable[[Sequence[int]], MicroBatch]) -> tuple[SignalStore, int]:
+        """See TeacherPipeline.signals."""
+
+    def close(self) -> None:
+        """Let go of what is outside this process."""
+
+
 class TeacherPipeline:
     """A local teacher: `signals(plan, ...)` forwards a step's sequences and delivers them to the student's last
     stage."""
@@ -210,6 +222,9 @@ class TeacherPipeline:
         local = {position: signal for batch in collected for position, signal in batch.items()}
         routes = plan_routes(plan.teacher, plan.student, self.layout, self.student_layout)
         return exchange(self.spec, routes, [s.num_loss_tokens for s in plan.samples], local, self.signal_group)
+
+    def close(self) -> None:
+        """Nothing: it lives and ends with its process."""
 
     def _forward_step(self, batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)

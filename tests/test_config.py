@@ -146,10 +146,19 @@ def test_local_teacher_flags_are_all_listed() -> None:
     assert set(in_section) == {*contradictions.LOCAL_TEACHER, "teacher_model", "teacher_model_server"}
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://h", "http://", "T"])
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://h", "http://", "T", "", "http://a:1,b:2"])
 def test_the_server_must_be_a_url(accepted: dict[str, Any], url: str) -> None:
     with pytest.raises(ConfigError, match="must be a URL such as"):
         validate(accepted | {"teacher_model_server": url})
+
+
+def test_several_servers(accepted: dict[str, Any]) -> None:
+    given = {"teacher_model": None, "teacher_model_server": "http://a:1, https://b:2/v1", "gkd_logits_topk": 4}
+    config = RunConfig.from_flat(accepted | given)
+    config.validate()
+    assert config.teacher.servers == ("http://a:1", "https://b:2/v1")
+    with_local = RunConfig.from_flat(accepted | given | {"teacher_model": accepted["teacher_model"]})
+    with_local.validate()
 
 
 def test_report_to_none_stands_alone(accepted: dict[str, Any]) -> None:
@@ -171,7 +180,10 @@ ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("model", {"model": "Org/Model"}),
     ("teacher_model", {"teacher_model": "Org/Model"}),
     ("teacher_model", {"teacher_model": None}),
-    ("teacher_model_server", {"teacher_model_server": "http://localhost:8000", "gkd_logits_topk": 20}),
+    (
+        "teacher_model_server",
+        {"teacher_model_server": '[{"url": "http://h:1", "tags": ["math"]}]', "gkd_logits_topk": 20},
+    ),
     ("teacher_context_parallel_size", {"teacher_context_parallel_size": 2}),
     ("teacher_expert_model_parallel_size", {"teacher_expert_model_parallel_size": 2}),
     ("teacher_placement", {"teacher_placement": "separate"}),

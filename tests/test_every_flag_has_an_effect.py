@@ -23,7 +23,6 @@ CONFIGURATION = {"config.py", "settings.py", "flags.py", "cli.py", "contradictio
 
 # Refused whenever they are away from their default, and read by nothing: what they steer is not built.
 REFUSED = {
-    "teacher_model_server",
     "teacher_context_parallel_size",
     "teacher_expert_model_parallel_size",
     "teacher_placement",
@@ -39,6 +38,7 @@ THROUGH = {
     "train_iters": (r"training\.(num_steps\(|train_iters\b)", None),
     "loss_path": (r"distillation\.fuse_loss\b", None),
     "use_liger_kernel": (r"distillation\.fuse_loss\b", None),
+    "teacher_model_server": (r"teacher\.servers\b", None),
     "use_vllm": (r"sampling\.use_vllm", ["contradictions.py"]),
     "num_train_epochs": (r"training\.(num_steps\(|num_train_epochs\b)", None),
 }

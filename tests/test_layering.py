@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_gkd"
 LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
     0: {
         *("__init__", "errors", "records", "settings", "config", "contradictions", "not_built", "flags"),
-        *("sample_config", "observe"),
+        *("sample_config", "check_config", "observe"),
     },
     1: {"platform", "parallel"},
     2: {
@@ -30,7 +30,7 @@ LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
     },
     3: {"model", "weights", "teacher_pipeline", "teacher_server", "rollout_bridge", "rollout"},
     4: {"train"},
-    5: {"cli", "__main__", "convert", "planner", "report", "sample"},
+    5: {"cli", "__main__", "convert", "planner", "report", "sample", "check_teacher"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 MAY_IMPORT_MEGATRON = {"platform", "parallel", "model", "teacher_pipeline", "train", "weights"}

@@ -5,8 +5,9 @@ kept-alive connections, and so that a control call can run while the caller does
 ends within its time limit. A call that may be repeated without harm (`again=True`) is, after a connection error or an
 answer of 500 and above, with growing pauses, for at most `retry_s`; others never are.
 
-The key of the API is sent as a header, and appears in no message. Proxies of the environment are not used: what
-passes here are weights and samples, between machines of one run.
+Answers may come compressed (gzip): the client says that it takes them so. The key of the API is sent as a header, and
+appears in no message. Proxies of the environment are not used: what passes here are weights, samples and a teacher's
+log-probabilities, between machines of one run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import concurrent.futures
 import re
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import httpx
@@ -51,13 +52,17 @@ class ServerClient:
         retry_s: float = 20.0,
         max_concurrency: int = 256,
         transport: httpx.AsyncBaseTransport | None = None,
+        role: str = "vLLM server",
+        script: str = "launch/rollout_server.sh",
     ) -> None:
+        """`role` and `script`, for messages: what the server is to the run, and what starts one."""
         url = base_url.rstrip("/").removesuffix("/v1")
         if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
             raise RolloutError(f"{base_url!r} is not the URL of a server; give one such as http://127.0.0.1:8000")
         self.url = url
         self.host = httpx.URL(url).host
-        self.name = f"the vLLM server at {url}"
+        self.name = f"the {role} at {url}"
+        self._script = script
         self._api_key_env = api_key_env
         self._timeout_s, self._retry_s, self._max_concurrency = timeout_s, retry_s, max_concurrency
         self._http = httpx.AsyncClient(
@@ -85,7 +90,19 @@ class ServerClient:
 
     def post_all(self, path: str, what: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Many calls that may be repeated, at once; answers in order. The first failure ends all of them."""
-        return self._wait(self._send_all(path, what, bodies, self._deadline(None)))
+        return self._wait(self._send_all(path, what, bodies, None, self._deadline(None)))
+
+    def start_all(
+        self,
+        path: str,
+        what: str,
+        bodies: Sequence[Mapping[str, Any]],
+        read: Callable[[int, Any], Any],
+    ) -> concurrent.futures.Future[list[Any]]:
+        """`post_all`, while the caller goes on. `read(index, answer)` takes each answer as it comes, in the loop's
+        thread, so that large answers are never held together; what it raises ends all calls.
+        """
+        return self._submit(self._send_all(path, what, bodies, read, self._deadline(None)))
 
     def close(self) -> None:
         """Idempotent; calls that are under way are cancelled."""
@@ -98,14 +115,22 @@ class ServerClient:
 
     # ---- in the loop's thread --------------------------------------------------------------------------------------
 
-    async def _send_all(self, path: str, what: str, bodies: Sequence[Mapping[str, Any]], deadline: float) -> list[Any]:
+    async def _send_all(
+        self,
+        path: str,
+        what: str,
+        bodies: Sequence[Mapping[str, Any]],
+        read: Callable[[int, Any], Any] | None,
+        deadline: float,
+    ) -> list[Any]:
         slots = asyncio.Semaphore(self._max_concurrency)
 
-        async def one(body: Mapping[str, Any]) -> Any:
+        async def one(index: int, body: Mapping[str, Any]) -> Any:
             async with slots:
-                return await self._send("POST", path, what, body, True, deadline)
+                answer = await self._send("POST", path, what, body, True, deadline)
+                return answer if read is None else read(index, answer)
 
-        tasks = [asyncio.create_task(one(body)) for body in bodies]
+        tasks = [asyncio.create_task(one(index, body)) for index, body in enumerate(bodies)]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -147,7 +172,7 @@ class ServerClient:
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             return RolloutError(
                 f"{self.name} cannot be reached ({_text(error)}), when asked to {what}; start one with "
-                "launch/rollout_server.sh, or correct the host and the port"
+                f"{self._script}, or correct the host and the port"
             )
         except (TimeoutError, httpx.TimeoutException):
             return RolloutError(
@@ -166,7 +191,7 @@ class ServerClient:
     def _refusal(self, response: httpx.Response, what: str) -> ServerAnswerError:
         advice = {
             401: f"; set the environment variable {self._api_key_env} to the server's key",
-            404: "; it lacks that endpoint: start it with launch/rollout_server.sh",
+            404: f"; it lacks that endpoint: start it with {self._script}",
         }.get(response.status_code, "")
         return ServerAnswerError(
             f"{self.name} answered {response.status_code} ({message_of(response)}), when asked to {what}{advice}",

@@ -41,6 +41,7 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
     run = build_run(config, with_training_data=False)
     assert run.eval_rows is not None, "RunConfig.validate refuses an evaluation without --eval_dataset"
     values = evaluate(run, run.eval_rows)
+    run.teacher.close()
     if run.is_writer:
         width = max(map(len, values))
         print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in values.items()), flush=True)

@@ -56,6 +56,7 @@ def run_training(config: RunConfig) -> None:
     try:
         _train(run, run_dir, state, writers)
     finally:
+        run.teacher.close()
         if run.rollouts is not None:
             run.rollouts.close()
     writers.close()

@@ -7,6 +7,7 @@ input is an error before work is lost, with the same message on every rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,10 +29,12 @@ from megatron_gkd.model.pipeline import check_num_micro_batches
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.teacher_pipeline import TeacherPipeline
+from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
+from megatron_gkd.teacher_server.probes import PROBE_TOKENS, Needs, probe_tokens
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import build_rollouts
+from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights, load_vocab_shard
@@ -48,7 +51,7 @@ class Run:
     platform: platform.Platform
     architecture: Architecture  # the student's
     student: Student
-    teacher: TeacherPipeline
+    teacher: Teacher
     loss: DistillationLoss
     rows: RowDataset | None  # None for an evaluation alone
     eval_rows: RowDataset | None
@@ -65,15 +68,18 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
     where = platform.setup(config.parallel.device)
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
     student_layout, teacher_layout = _layouts(config, dist.get_world_size())
-    student_arch, teacher_arch = read_architecture(config.model.model), read_architecture(_teacher_path(config))
-    for flag, arch in (("model", student_arch), ("teacher_model", teacher_arch)):
-        if arch.moe is not None:
+    student_arch, teacher_path = read_architecture(config.model.model), config.teacher.teacher_model
+    teacher_arch = None if teacher_path is None else read_architecture(teacher_path)
+    urls = config.teacher.servers
+    for flag, arch in (("model", student_arch), ("teacher_model", None if urls else teacher_arch)):
+        if arch is not None and arch.moe is not None:
             raise NotBuiltError(
                 f"--{flag}: distillation with a mixture of experts ({arch.model_type}) is not built yet; "
                 "it can be converted"
             )
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
-    check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
+    if teacher_arch is not None and not urls:
+        check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
     rows = None
     if with_training_data:
@@ -86,31 +92,33 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
     if eval_rows is not None:
         eval_rows.require_completions("evaluation")
 
-    student_groups, teacher_groups = build_groups(student_layout), build_groups(teacher_layout)
+    student_groups = build_groups(student_layout)
+    server_teacher: Teacher | None = None
+    if urls:  # before any weight is read: a server that does not fit is an error within seconds
+        needs = _server_needs(config, tokenizer, vocab_size, rows, eval_rows)
+        # The ranks that do not ask wait in a collective, so the requests have to end before it does.
+        timeout_s = 0.8 * 60 * config.parallel.distributed_timeout_minutes
+        server_teacher = ServerTeacher(urls, needs, student_layout, device=where.device, timeout_s=timeout_s)
     torch.manual_seed(config.training.seed)
     # The tracker's states are only drawn from with dropout, which is 0; sequence parallelism demands that they exist.
     model_parallel_cuda_manual_seed(config.training.seed, tp_rank=student_groups.tp.rank(), ep_rank=0, etp_rank=0)
     student = _build_student(config, where, student_arch, student_layout, student_groups, rows)
-    teacher_head, teacher = _build_teacher(
-        config,
-        where,
-        student_arch,
-        teacher_arch,
-        student_layout,
-        student_groups,
-        teacher_layout,
-        teacher_groups,
-        vocab_size,
-    )
+    teacher_head, teacher = None, server_teacher
+    if teacher is None:
+        assert teacher_arch is not None, "RunConfig.validate refuses a run without a teacher"
+        teacher_head, teacher = _build_teacher(
+            config, where, student_arch, teacher_arch, student_layout, student_groups, teacher_layout, vocab_size
+        )
     loss = DistillationLoss(
         config.distillation, tp_group=student_groups.tp, vocab_size=vocab_size, teacher_head=teacher_head
     )
     logger.info(
-        "student %s, %s; teacher %s, %s",
+        "student %s, %s; teacher %s",
         student_arch.model_type,
         student_layout.describe(),
-        teacher_arch.model_type,
-        teacher_layout.describe(),
+        f"at {', '.join(urls)}"
+        if teacher_arch is None or urls
+        else f"{teacher_arch.model_type}, {teacher_layout.describe()}",
     )
     rollouts = None
     if rows is not None and config.distillation.lmbda > 0:
@@ -146,11 +154,20 @@ def _virtual_pipeline(size: int | None) -> int | None:
     return None if size == 1 else size
 
 
-def _vocabulary(config: RunConfig, student: Architecture, teacher: Architecture) -> tuple[PreTrainedTokenizerBase, int]:
+def _vocabulary(
+    config: RunConfig, student: Architecture, teacher: Architecture | None
+) -> tuple[PreTrainedTokenizerBase, int]:
     """The student's tokenizer, and the number of token ids that both models have; rows beyond it are padding of one
-    of them."""
-    tokenizer, teacher_tokenizer = load_tokenizer(config.model.model), load_tokenizer(_teacher_path(config))
-    check_same_tokenizer(tokenizer, teacher_tokenizer)
+    of them. Of a teacher that is known by its server alone: the student's (probes.py asks the server)."""
+    tokenizer = load_tokenizer(config.model.model)
+    if teacher is None:
+        if len(tokenizer) > student.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {len(tokenizer)} tokens, but the student's vocabulary has {student.vocab_size} "
+                "rows: they do not belong together"
+            )
+        return tokenizer, student.vocab_size
+    check_same_tokenizer(tokenizer, load_tokenizer(_teacher_path(config)))
     vocab_size = min(student.vocab_size, teacher.vocab_size)
     if len(tokenizer) > vocab_size:
         raise ConfigError(
@@ -224,7 +241,7 @@ def _build_student(
     groups: ProcessGroupCollection,
     rows: RowDataset | None,
 ) -> Student:
-    chunks = _load_model(config.model.model, arch, layout, groups, dtype=config.model.dtype, where=where)
+    chunks = load_model(config.model.model, arch, layout, groups, dtype=config.model.dtype, where=where)
     return Student(
         chunks,
         layout,
@@ -236,6 +253,27 @@ def _build_student(
     )
 
 
+def _server_needs(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    rows: RowDataset | None,
+    eval_rows: RowDataset | None,
+) -> Needs:
+    """What the run asks of its teacher servers."""
+    topk = config.distillation.gkd_logits_topk
+    assert topk is not None, "RunConfig.validate refuses a server without --gkd_logits_topk"
+    data = [dataset for dataset in (rows, eval_rows) if dataset is not None]
+    longest = max((len(row.prompt_ids) + len(row.completion_ids or ()) for rows in data for row in rows), default=2)
+    if rows is not None and config.distillation.lmbda > 0:
+        longest = max(longest, config.data.max_length)
+    largest_id = len(tokenizer) - 1
+    first = [dataset[index] for dataset in data for index in range(min(len(dataset), PROBE_TOKENS))]
+    probe = probe_tokens([(*row.prompt_ids, *(row.completion_ids or ())) for row in first], largest_id)
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    return Needs(topk, vocab_size, largest_id, longest, probe, encode)
+
+
 def _build_teacher(
     config: RunConfig,
     where: platform.Platform,
@@ -244,14 +282,14 @@ def _build_teacher(
     student_layout: Layout,
     student_groups: ProcessGroupCollection,
     layout: Layout,
-    groups: ProcessGroupCollection,
     vocab_size: int,
 ) -> tuple[torch.Tensor | None, TeacherPipeline]:
     """The teacher, and (for hidden-state signals, on the student's last stage) its head cut at the student's shard
     boundaries.
     """
     path, topk = _teacher_path(config), config.distillation.gkd_logits_topk
-    chunks = _load_model(path, arch, layout, groups, dtype=config.model.dtype, where=where)
+    groups = build_groups(layout)
+    chunks = load_model(path, arch, layout, groups, dtype=config.model.dtype, where=where)
     teacher = TeacherPipeline(
         chunks, layout, groups, student_layout, vocab_size=vocab_size, device=where.device, topk=topk
     )
@@ -271,7 +309,7 @@ def _build_teacher(
     return head, teacher
 
 
-def _load_model(
+def load_model(
     path: str,
     arch: Architecture,
     layout: Layout,
@@ -280,6 +318,7 @@ def _load_model(
     dtype: Literal["fp32", "bf16", "fp16"],
     where: platform.Platform,
 ) -> list[HiddenStateGPTModel]:
+    """A model with its weights, this rank's chunks."""
     chunks = build_model(arch, layout, groups, dtype=dtype, use_cpu=where.kind == "cpu")
     with HFCheckpoint(path) as checkpoint:
         load_hf_weights(chunks, checkpoint, arch, tp_rank=groups.tp.rank(), tp_size=layout.tensor)

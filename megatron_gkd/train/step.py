@@ -18,7 +18,7 @@ from megatron_gkd.model.pipeline import ForwardStep, forward_hidden
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.records import MicroBatch, StepPlan
-from megatron_gkd.teacher_pipeline import Signal, SignalStore, TeacherPipeline
+from megatron_gkd.teacher_pipeline import Signal, SignalStore, Teacher
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.student import StepResult, Student
@@ -28,7 +28,7 @@ MicroBatchLoss = Callable[
 ]
 
 
-def teacher_signals(teacher: TeacherPipeline, plan: StepPlan, *, packing: bool) -> tuple[SignalStore, int]:
+def teacher_signals(teacher: Teacher, plan: StepPlan, *, packing: bool) -> tuple[SignalStore, int]:
     """Signals of every sample of the plan, and the bytes that this rank sent. Collective over all ranks."""
     return teacher.signals(plan, Collator(plan.samples, plan.teacher, teacher.layout, packing=packing))
 
@@ -53,7 +53,7 @@ def student_batches(plan: StepPlan, student: Student, *, packing: bool) -> list[
 
 def distill(
     student: Student,
-    teacher: TeacherPipeline,
+    teacher: Teacher,
     loss: DistillationLoss,
     plan: StepPlan,
     *,

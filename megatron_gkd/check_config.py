@@ -1,0 +1,58 @@
+"""Settings of `megatron-gkd check teacher`."""
+
+# ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_gkd.config import TeacherConfig
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.settings import Section, setting
+
+
+@dataclass(frozen=True)
+class CheckConfig(Section):
+    """Comparison of a teacher server with the same model here, on real rows."""
+
+    teacher_model: str = setting(help="The teacher: a Hugging Face model directory.")
+    teacher_model_server: str = setting(help="URL of the teacher server; several with commas.")
+    gkd_logits_topk: int = setting(help="K, as in training: the most probable tokens that are compared.", gt=0)
+    dataset: list[str] = setting((), "Rows with completions: JSONL or Parquet files.")
+    num_rows: int = setting(16, "Rows that are compared, from the first on.", ge=1)
+    max_length: int = setting(1024, "Longest row in tokens; longer ones are left out.", ge=2)
+    beta: float = setting(0.5, "Divergence of the loss that is compared.", ge=0, le=1)
+    dtype: Literal["fp32", "bf16", "fp16"] = setting("bf16", "Precision of the local teacher; give the server's.")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is a GPU, else CPU.")
+    logprob_tolerance: float | None = setting(
+        None, "Largest difference of a log-probability; null: 0.001 in fp32, 1 in bf16 and fp16.", gt=0
+    )
+    loss_tolerance: float | None = setting(
+        None, "Largest difference of a token's loss; null: 0.0001 in fp32, 0.1 in bf16 and fp16.", gt=0
+    )
+    timeout_s: float = setting(600.0, "Most seconds that the server may take for all rows.", gt=0)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The URLs of --teacher_model_server."""
+        return TeacherConfig(teacher_model_server=self.teacher_model_server).servers
+
+    @property
+    def tolerances(self) -> tuple[float, float]:
+        """(of a log-probability, of a token's loss)."""
+        logprob, loss = (1e-3, 1e-4) if self.dtype == "fp32" else (1.0, 0.1)
+        return self.logprob_tolerance or logprob, self.loss_tolerance or loss
+
+    def check(self) -> None:
+        """What cannot work. Raises ConfigError."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("check is one process, and torchrun started several; start it without")
+        if TeacherConfig(teacher_model_server=self.teacher_model_server).routes_by_tag:
+            raise ConfigError("check compares one teacher: give --teacher_model_server the URLs of its servers")
+        if not os.path.isdir(self.teacher_model):
+            raise ConfigError(
+                f"--teacher_model {self.teacher_model}: there is no such directory; give one in Hugging Face format"
+            )

@@ -1,0 +1,164 @@
+"""Requests for the teacher's top K as /v1/completions takes them, and its answers as arrays. Pure.
+
+Token ids in, token ids out: no text is looked at. One request scores one sequence of P prompt and C completion tokens:
+
+    prompt_logprobs = [null, row 1, ..., row P+C-1]        row i: K most probable tokens after the first i tokens
+    loss tokens     =          rows P .. P+C-1             (records.py: C loss tokens, in completion order)
+
+A row maps token ids to their log-probabilities at temperature 1 and their ranks. It has the ranks 1..K, and the
+sequence's own token i whatever its rank: K or K+1 entries. So a row that lacks token i belongs to another position,
+or to another sequence, and is refused. -inf is written as -9999.
+
+Shapes: `TopK` is [C, K], by rank. What `read_topk` returns is always complete, finite (or -inf), falling with the
+rank, of distinct tokens within the vocabulary, and of a probability of at most 1; everything else is a RolloutError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_gkd.errors import RolloutError
+
+_MINUS_INFINITY = -9999.0  # as the server writes it
+_SLACK = 1e-3  # of rounding: above a log-probability of 0, between ranks, above a total probability of 1
+
+
+class TopK(NamedTuple):
+    """The teacher's K most probable tokens at C positions, by rank."""
+
+    logprobs: npt.NDArray[np.float32]  # [C, K]
+    ids: npt.NDArray[np.int32]  # [C, K]
+
+
+def empty_topk(k: int) -> TopK:
+    """Of a sequence without loss tokens."""
+    return TopK(np.empty((0, k), np.float32), np.empty((0, k), np.int32))
+
+
+def topk_body(model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
+    """Score a sequence; the server samples one more token, which is not looked at (it refuses to sample none)."""
+    return {
+        "model": model,
+        "prompt": list(ids),
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "prompt_logprobs": k,
+        "return_token_ids": True,
+    }
+
+
+def read_topk(answer: Any, ids: Sequence[int], num_prompt: int, k: int, vocab_size: int, server: str) -> TopK:
+    """Rows P .. P+C-1 of an answer to `topk_body`, where P is `num_prompt`; `server` names the server in errors."""
+    assert 1 <= num_prompt <= len(ids), (num_prompt, len(ids))
+    try:
+        (choice,) = answer["choices"]
+        rows = choice["prompt_logprobs"]
+        echoed = choice.get("prompt_token_ids")
+        num_rows = len(rows)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RolloutError(
+            f"{server} answered without the log-probabilities of the sequence (prompt_logprobs; "
+            f"{type(error).__name__}: {error}); a vLLM server of 0.28 to 0.32 gives them"
+        ) from error
+    if num_rows != len(ids):
+        raise RolloutError(f"{server} answered {num_rows} rows of log-probabilities for {len(ids)} tokens")
+    if echoed is not None and list(echoed) != list(ids):
+        raise RolloutError(f"{server} scored {len(echoed)} tokens, other than the {len(ids)} that it was sent")
+    if rows[0]:
+        raise RolloutError(f"{server} gave the first token log-probabilities, which it cannot have: its rows are off")
+    logprobs = np.empty((len(ids) - num_prompt, k), np.float32)
+    found = np.empty((len(ids) - num_prompt, k), np.int32)
+    for index in range(num_prompt, len(ids)):
+        where = f"{server}, row {index} of a sequence of {len(ids)} tokens"
+        _read_row(rows[index], ids[index], logprobs[index - num_prompt], found[index - num_prompt], where)
+    _check_values(logprobs, found, vocab_size, server)
+    return TopK(logprobs, found)
+
+
+def _read_row(row: Any, token: int, logprobs: npt.NDArray[np.float32], ids: npt.NDArray[np.int32], where: str) -> None:
+    """Fill [K] log-probabilities and ids by rank."""
+    k = len(ids)
+    try:
+        entries = [(int(key), float(entry["logprob"]), int(entry["rank"])) for key, entry in row.items()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RolloutError(f"{where}: not token ids with logprob and rank ({type(error).__name__}: {error})") from error
+    if token not in (entry[0] for entry in entries):
+        raise RolloutError(
+            f"{where}: the sequence's own token {token} is not in it, so it belongs to another position; the server's "
+            "rows are off, and nothing of it can be used"
+        )
+    ranked = sorted((rank, key, value) for key, value, rank in entries if rank <= k)
+    if [rank for rank, _, _ in ranked] != list(range(1, k + 1)):
+        raise RolloutError(f"{where}: it has the ranks {[rank for rank, _, _ in ranked][:8]}, and 1 to {k} are needed")
+    for rank, key, value in ranked:
+        ids[rank - 1] = key
+        logprobs[rank - 1] = -math.inf if value <= _MINUS_INFINITY else value
+
+
+def _check_values(logprobs: npt.NDArray[np.float32], ids: npt.NDArray[np.int32], vocab_size: int, server: str) -> None:
+    if not logprobs.size:
+        return
+    if np.isnan(logprobs).any() or (logprobs == np.inf).any() or np.isneginf(logprobs[:, 0]).any():
+        raise RolloutError(f"{server} answered log-probabilities that are not numbers; look at its log and its weights")
+    if (
+        (logprobs[:, 1:] > logprobs[:, :-1] + _SLACK).any()
+        or (logprobs > _SLACK).any()
+        or (np.exp(logprobs.astype(np.float64)).sum(1) > 1 + _SLACK).any()
+    ):
+        raise RolloutError(
+            f"{server} answered numbers that are no log-probabilities (above 0, rising with the rank, or of a total "
+            "probability above 1); start it with --logprobs-mode raw_logprobs"
+        )
+    largest = int(ids.max())
+    if largest >= vocab_size or int(ids.min()) < 0:
+        raise RolloutError(
+            f"{server} names token {largest if largest >= vocab_size else int(ids.min())} among its most probable, and "
+            f"the student's vocabulary has {vocab_size}: it serves a model with another vocabulary"
+        )
+
+
+def next_token_body(model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
+    """The distribution after a sequence, by the other way: sampling."""
+    return {
+        "model": model,
+        "prompt": list(ids),
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "logprobs": k,
+        "return_tokens_as_token_ids": True,
+    }
+
+
+def read_next_token(answer: Any, k: int, server: str) -> TopK:
+    """[1, K] of an answer to `next_token_body`."""
+    try:
+        (choice,) = answer["choices"]
+        (row,) = choice["logprobs"]["top_logprobs"]
+        found = sorted(((float(value), int(key.removeprefix("token_id:"))) for key, value in row.items()), reverse=True)
+        logprobs, ids = zip(*found[:k], strict=True)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RolloutError(
+            f"{server} answered without the most probable next tokens as token ids ({type(error).__name__}: {error}); "
+            "a vLLM server of 0.28 to 0.32 gives them"
+        ) from error
+    if len(ids) != k:
+        raise RolloutError(f"{server} answered {len(ids)} next tokens, and {k} were asked for")
+    return TopK(np.array([logprobs], np.float32), np.array([ids], np.int32))
+
+
+def distance(a: TopK, b: TopK) -> float:
+    """Mean over positions of the least total variation that two top K, [C, K], allow: a token that one of them does
+    not name has at most the probability of its last one. 0 for equal ones, also where equals were ordered otherwise.
+    """
+    assert a.ids.shape == b.ids.shape, (a.ids.shape, b.ids.shape)
+    total = 0.0
+    for row_a, row_b, ids_a, ids_b in zip(np.exp(a.logprobs), np.exp(b.logprobs), a.ids, b.ids, strict=True):
+        of_a, of_b = dict(zip(ids_a.tolist(), row_a, strict=True)), dict(zip(ids_b.tolist(), row_b, strict=True))
+        total += sum(abs(p - of_b[i]) if i in of_b else max(0.0, p - row_b[-1]) for i, p in of_a.items())
+        total += sum(max(0.0, q - row_a[-1]) for i, q in of_b.items() if i not in of_a)
+    return total / 2 / max(len(a.ids), 1)

@@ -1,0 +1,116 @@
+"""A teacher server in the place of a local teacher: the same signals (teacher_pipeline.py), asked for over HTTP.
+
+Who asks: of each of the student's data-parallel replicas the first rank of the last stage, the DRIVER, for that
+replica's samples, all at once. It hands the [T, K] log-probabilities (float32) and ids (int32) of its samples to the
+other tensor-parallel ranks of the last stage, and those are all that hold them:
+
+    S1  every last-stage rank receives each sample that it trains on exactly once, nobody else does;
+    S2  every sample is asked for exactly once, by its driver;
+    S3  either all ranks return signals or all raise: nobody trains on a step of which a part failed.
+
+The plan's split for the teacher is the student's: a server has no layout.
+
+Communication, per step: one all_gather_object of outcomes (a line of text or None), then `exchange`; bytes on the
+wire = sum over samples of T * 8 K * (tensor parallel size - 1). The last stage holds the step's signals, nothing else.
+Not here: requests that overlap with the student's work, several teachers by tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_gkd.errors import ConfigError, RolloutError
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import MicroBatch, MicroBatchPlan, StepPlan
+from megatron_gkd.teacher_pipeline import Route, SignalSpec, SignalStore, exchange
+from megatron_gkd.teacher_server.probes import Needs
+from megatron_gkd.teacher_server.servers import TeacherServers
+
+
+def server_routes(plan: MicroBatchPlan, student: Layout) -> list[Route]:
+    """From each replica's driver to its last stage, in order of sample and destination (S1, S2). Pure."""
+    replica = {position: dp for dp, batches in enumerate(plan) for batch in batches for position in batch}
+    return [
+        Route(position, student.last_stage_ranks(replica[position])[0], destination)
+        for position in sorted(replica)
+        for destination in student.last_stage_ranks(replica[position])
+    ]
+
+
+class ServerTeacher:
+    """`signals(plan, ...)`, with the face of TeacherPipeline."""
+
+    def __init__(
+        self, urls: Sequence[str], needs: Needs, student_layout: Layout, *, device: torch.device, timeout_s: float
+    ) -> None:
+        """Connect and probe. Collective over all ranks; raises on all of them what any of them found.
+
+        Args:
+            timeout_s: of a step's requests; less than the time after which a collective fails, where others wait.
+        """
+        if needs.topk > needs.vocab_size:
+            raise ConfigError(
+                f"gkd_logits_topk {needs.topk} is outside 1..{needs.vocab_size}, the size of the vocabulary"
+            )
+        self.layout = student_layout
+        self.spec = SignalSpec("topk", needs.topk, torch.float32, device)
+        self.signal_group = dist.new_group(range(dist.get_world_size()))
+        drivers = [student_layout.last_stage_ranks(dp)[0] for dp in range(student_layout.data)]
+        rank = dist.get_rank()
+        self._replica = drivers.index(rank) if rank in drivers else None
+        self._servers: TeacherServers | None = None
+        self._together(lambda: self._connect(urls, needs, timeout_s))
+
+    @torch.no_grad()
+    def signals(self, plan: StepPlan, micro_batches: Callable[[Sequence[int]], MicroBatch]) -> tuple[SignalStore, int]:
+        """The step's signals, and the bytes that this rank sent to other ranks. Collective over all ranks.
+
+        Args:
+            micro_batches: not used: a server is sent sequences, not batches.
+        """
+        local: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._together(lambda: local.update(self._ask(plan)))
+        routes = server_routes(plan.student, self.layout)
+        num_tokens = [sample.num_loss_tokens for sample in plan.samples]
+        return exchange(self.spec, routes, num_tokens, local, self.signal_group)
+
+    def close(self) -> None:
+        """Let go of the servers. Idempotent, not collective."""
+        if self._servers is not None:
+            self._servers.close()
+
+    def _connect(self, urls: Sequence[str], needs: Needs, timeout_s: float) -> None:
+        if self._replica is not None:
+            self._servers = TeacherServers(urls, needs, timeout_s=timeout_s, first=self._replica)
+
+    def _ask(self, plan: StepPlan) -> dict[int, tuple[torch.Tensor, ...]]:
+        if self._servers is None or self._replica is None:
+            return {}
+        samples = [plan.samples[position] for batch in plan.student[self._replica] for position in batch]
+        found = self._servers.topk([(sample.prompt_ids, sample.completion_ids) for sample in samples])
+        return {
+            sample.position: (
+                torch.from_numpy(topk.logprobs).to(self.spec.device),
+                torch.from_numpy(topk.ids).to(self.spec.device),
+            )
+            for sample, topk in zip(samples, found, strict=True)
+        }
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do this rank's part; raise on every rank if it failed on one (S3). Communication: 1 all_gather_object."""
+        failure: Exception | None = None
+        try:
+            work()
+        except Exception as error:
+            failure = error
+        outcomes: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, None if failure is None else str(failure), group=self.signal_group)
+        first = next((outcome for outcome in outcomes if outcome is not None), None)
+        if first is not None:
+            self.close()
+            if failure is not None:
+                raise failure
+            raise RolloutError(first)

@@ -1,0 +1,244 @@
+"""Probes of teacher servers, and several servers as one teacher, against a server without vLLM (fake.py).
+
+Retries, deadlines and messages of the connection itself: tests/rollout/test_client.py. vLLM: test_vllm.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from megatron_gkd.errors import RolloutError
+from megatron_gkd.teacher_server.probes import PROBE_TOKENS, Needs, probe_tokens
+from megatron_gkd.teacher_server.servers import API_KEY_ENV, TeacherServers
+from tests.teacher_server.fake import VOCAB, FakeServer, random_teacher, serve
+
+NEEDS = Needs(topk=8, vocab_size=VOCAB, largest_id=VOCAB - 1, longest=40, probe=tuple(range(3, 35)))
+SEQUENCES = [((1, 2), (3, 4, 5)), ((9,), ()), ((8, 8, 8), (1,)), ((4,), (5,) * 30), ((VOCAB - 1,), (0, 1))]
+Connect = Callable[..., TeacherServers]
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    opened = []
+
+    def make(*fakes: FakeServer, needs: Needs = NEEDS, **options: Any) -> TeacherServers:
+        hosts = {f"h{i}": fake.transport for i, fake in enumerate(fakes)}
+
+        class ByHost(httpx.AsyncBaseTransport):
+            async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+                return await hosts[request.url.host].handle_async_request(request)
+
+        settings = {"timeout_s": 20.0, "retry_s": 1.0, "transport": ByHost()} | options
+        servers = TeacherServers([f"http://{host}:1" for host in hosts], needs, **settings)
+        opened.append(servers)
+        return servers
+
+    yield make
+    for servers in opened:
+        servers.close()
+
+
+def assert_right(found: list[Any], sequences: Any = SEQUENCES, k: int = NEEDS.topk) -> None:
+    teacher = random_teacher()
+    for (prompt, completion), topk in zip(sequences, found, strict=True):
+        assert topk.ids.shape == (len(completion), k)
+        for t in range(len(completion)):
+            values = teacher((*prompt, *completion[:t]))
+            best = np.argsort(-values)[:k]
+            assert topk.ids[t].tolist() == best.tolist()
+            np.testing.assert_allclose(topk.logprobs[t], values[best], atol=1e-6)
+
+
+@pytest.mark.parametrize("num_servers", [1, 2, 3])
+def test_topk_of_sequences_in_order_over_balanced_servers(connect: Connect, num_servers: int) -> None:
+    fakes = [FakeServer() for _ in range(num_servers)]
+    servers = connect(*fakes)
+    for fake in fakes:
+        fake.scored.clear()
+    assert_right(servers.topk(SEQUENCES))
+    asked = [[ids for ids in fake.scored if ids != list(NEEDS.probe)] for fake in fakes]
+    assert sorted(ids for part in asked for ids in part) == sorted([*p, *c] for p, c in SEQUENCES if c), (
+        "each once; none without loss tokens"
+    )
+    assert max(map(len, asked)) - min(map(len, asked)) <= 1
+    assert servers.topk([]) == []
+
+
+def test_over_a_real_connection_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_KEY_ENV, "secret")
+    fake = FakeServer()
+    with serve(fake) as url, TeacherServers([url + "/v1"], NEEDS, timeout_s=20) as servers:
+        assert_right(servers.topk(SEQUENCES))
+    assert fake.keys == {"Bearer secret"}
+
+
+def test_the_first_server_can_be_chosen(connect: Connect) -> None:
+    fakes = [FakeServer(), FakeServer()]
+    servers = connect(*fakes, first=1)
+    for fake in fakes:
+        fake.scored.clear()
+    servers.topk(SEQUENCES[:1])
+    assert [len(fake.scored) for fake in fakes] == [0, 2], "the sequence, and the canary"
+
+
+# ---- probes ----------------------------------------------------------------------------------------------------------
+
+
+def shifted(by: int) -> Callable[[dict[str, Any], Any], Any]:
+    """Rows of other positions, with the sequence's own tokens put in so that only the values tell."""
+
+    def spoil(request: dict[str, Any], answer: Any) -> Any:
+        choice = answer["choices"][0]
+        if "prompt_logprobs" not in choice:
+            return answer
+        ids, rows = request["prompt"], choice["prompt_logprobs"][1:]
+        moved = copy.deepcopy(rows[by:] + rows[:by])
+        for row, token in zip(moved, ids[1:], strict=True):
+            row.setdefault(str(token), {"logprob": -20.0, "rank": 250})
+        choice["prompt_logprobs"] = [None, *moved]
+        return answer
+
+    return spoil
+
+
+@pytest.mark.parametrize("by", [1, -1])
+def test_rows_off_by_one_are_found_by_their_values(connect: Connect, by: int) -> None:
+    fake = FakeServer()
+    fake.spoil = shifted(by)
+    with pytest.raises(RolloutError, match=r"not those of its positions: they differ by .* from what it samples"):
+        connect(fake)
+
+
+def test_k_above_the_servers_limit(connect: Connect) -> None:
+    with pytest.raises(
+        RolloutError, match=r"refuses to tell 8 tokens .*greater than max allowed: 7.*MAX_LOGPROBS=8.*gkd_logits_topk"
+    ):
+        connect(FakeServer(max_logprobs=7))
+    connect(FakeServer(max_logprobs=8))
+
+
+def test_sequences_above_the_servers_length(connect: Connect) -> None:
+    with pytest.raises(RolloutError, match=r"takes 40 tokens .* and 41 are needed.*MAX_MODEL_LEN=41.*--max_length"):
+        connect(FakeServer(max_model_len=40))
+    servers = connect(FakeServer(max_model_len=41))
+    with pytest.raises(RolloutError, match=r"a sequence of 41 tokens is longer than the 40"):
+        servers.topk([((1,), (2,) * 40)])
+
+
+def test_a_server_that_hides_its_length_is_asked_with_a_long_sequence(connect: Connect) -> None:
+    fake = FakeServer(max_model_len=None)
+    connect(fake)
+    assert NEEDS.longest in map(len, fake.scored)
+    short = FakeServer(max_model_len=None)
+    inner = short.respond
+
+    def respond(path: str, body: Any, key: str | None = None) -> tuple[int, Any]:
+        if body and len(body.get("prompt", ())) == NEEDS.longest:
+            return 400, {"error": {"message": "maximum context length"}}
+        return inner(path, body, key)
+
+    short.respond = respond  # type: ignore[method-assign]
+    with pytest.raises(
+        RolloutError, match=r"maximum context length.*score the longest sequence, 40 tokens.*--max_length"
+    ):
+        connect(short)
+
+
+def test_a_smaller_vocabulary(connect: Connect) -> None:
+    with pytest.raises(RolloutError, match=r"refuses token id 299, the largest .* another vocabulary"):
+        connect(FakeServer(random_teacher(vocab_size=299)))
+
+
+def test_a_larger_vocabulary(connect: Connect) -> None:
+    with pytest.raises(RolloutError, match=r"names token .* vocabulary has 300: it serves a model with another"):
+        connect(FakeServer(random_teacher(vocab_size=3000)))
+
+
+def test_another_tokenizer(connect: Connect) -> None:
+    fake = FakeServer()
+    fake.tokenize = lambda text: list(text.encode())
+    connect(fake, needs=replace(NEEDS, encode=lambda text: list(text.encode())))
+    with pytest.raises(RolloutError, match=r"another tokenizer than the student"):
+        connect(fake, needs=replace(NEEDS, encode=lambda text: [1, 2, 3]))
+    connect(FakeServer(), needs=replace(NEEDS, encode=lambda text: [1, 2, 3]))  # no /tokenize: not compared
+
+
+def test_no_model(connect: Connect) -> None:
+    fake = FakeServer()
+    fake.respond = lambda path, body, key=None: (200, {"data": []})  # type: ignore[method-assign]
+    with pytest.raises(RolloutError, match=r"names no model at /v1/models; start it with launch/teacher_server\.sh"):
+        connect(fake)
+
+
+def test_two_teachers(connect: Connect) -> None:
+    with pytest.raises(RolloutError, match=r"h0:1 and the teacher server at http://h1:1 are different teachers"):
+        connect(FakeServer(), FakeServer(random_teacher(1)))
+
+
+def test_probe_tokens() -> None:
+    assert probe_tokens([(1, 2, 3)] * 40, 9) == (1, 2, 3) * (PROBE_TOKENS // 3)
+    assert probe_tokens([(5,)], 9) == (5, 0, 9)
+    assert probe_tokens([], 9) == (0, 9)
+
+
+# ---- faults on the way -----------------------------------------------------------------------------------------------
+
+
+def test_500_is_repeated_and_then_right(connect: Connect) -> None:
+    fake = FakeServer()
+    servers = connect(fake)
+    fake.refuse = [500, 503]
+    assert_right(servers.topk(SEQUENCES))
+
+
+def test_500_without_end_stops(connect: Connect) -> None:
+    fake = FakeServer()
+    servers = connect(fake)
+    fake.refuse = [500] * 1000
+    with pytest.raises(RolloutError, match=r"teacher server at http://h0:1 answered 500 \(EngineCore .*score 4 seq"):
+        servers.topk(SEQUENCES)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c: c["prompt_logprobs"].pop(), "rows of log-probabilities for"),
+        (lambda c: next(iter(c["prompt_logprobs"][-1].values())).update(logprob=float("nan"), rank=1), "ranks|numbers"),
+    ],
+)
+def test_wrong_answers_stop_at_once(connect: Connect, spoil: Callable[[Any], Any], message: str) -> None:
+    fake = FakeServer()
+    servers = connect(fake)
+
+    def spoiled(request: dict[str, Any], answer: Any) -> Any:
+        spoil(answer["choices"][0])
+        return answer
+
+    fake.spoil = spoiled
+    fake.scored.clear()
+    with pytest.raises(RolloutError, match=message):
+        servers.topk(SEQUENCES[:1])
+    assert len(fake.scored) == 1, "the same question has the same answer"
+
+
+def test_another_model_on_the_way_is_found_before_its_answers_are_used(connect: Connect) -> None:
+    fake = FakeServer()
+    servers = connect(fake)
+    fake.teacher = random_teacher(5)
+    with pytest.raises(RolloutError, match=r"is another teacher than at the start of the run.*not used"):
+        servers.topk(SEQUENCES)
+
+
+def test_a_server_that_is_gone(connect: Connect) -> None:
+    fake = FakeServer()
+    with serve(fake) as url:
+        servers = TeacherServers([url], NEEDS, timeout_s=20, retry_s=0.3)
+    with servers, pytest.raises(RolloutError, match=r"(cannot be reached|broke the connection).*score 4 sequences"):
+        servers.topk(SEQUENCES)
