@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_gkd.config import RunConfig, flags
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.flags import parse_run_config, parse_sample_config, to_markdown, to_yaml
+from megatron_gkd.flags import parse_check_config, parse_run_config, parse_sample_config, to_markdown, to_yaml
 
 REQUIRED = object()
 
@@ -337,3 +337,32 @@ def test_the_documentation_page_is_in_step() -> None:
 def test_the_documentation_says_that_the_ends_of_beta_are_definitions() -> None:
     assert "definitions, not limits" in flags()["beta"].item.metadata["help"]
     assert "100 times" in flags()["beta"].item.metadata["help"]
+
+
+def test_check_teacher_flags() -> None:
+    line = "--teacher_model T --teacher_model_server http://a:1,http://b:2 --gkd_logits_topk 8 --dataset d.jsonl"
+    cfg = parse_check_config(line.split())
+    assert cfg.servers == ("http://a:1", "http://b:2")
+    assert cfg.tolerances == (1.0, 0.1)
+    assert parse_check_config([*line.split(), "--dtype", "fp32"]).tolerances == (1e-3, 1e-4)
+    given = [*line.split(), "--logprob_tolerance", "0.5", "--loss_tolerance", "0.2"]
+    assert parse_check_config(given).tolerances == (0.5, 0.2)
+    with pytest.raises(ConfigError, match="--teacher_model T: there is no such directory"):
+        cfg.check()
+    for name in ("teacher_model", "teacher_model_server", "gkd_logits_topk", "dataset"):
+        words = line.split()
+        at = words.index(f"--{name}")
+        with pytest.raises(ConfigError, match=f"--{name} is missing"):
+            parse_check_config(words[:at] + words[at + 2 :])
+
+
+def test_check_teacher_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"--teacher_model {tmp_path} --gkd_logits_topk 8 --dataset d.jsonl --teacher_model_server"
+    parse_check_config([*line.split(), "http://a:1"]).check()
+    with pytest.raises(ConfigError, match="must be a URL such as"):
+        parse_check_config([*line.split(), "a:1"]).check()
+    with pytest.raises(ConfigError, match="check compares one teacher"):
+        parse_check_config([*line.split(), '[{"url": "http://a:1"}]']).check()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="check is one process"):
+        parse_check_config([*line.split(), "http://a:1"]).check()

@@ -1,0 +1,184 @@
+"""A real vLLM server as the teacher: parity with transformers and with the local teacher, the check command, faults.
+
+One server, started by launch/teacher_server.sh on the loopback interface, for all tests; the last one kills it. Faults
+of other kinds: test_servers.py and tests/train/test_server_teacher.py. Not covered: GPUs, `swift deploy`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from megatron_gkd import cli
+from megatron_gkd.errors import RolloutError
+from megatron_gkd.rollout.local_server import free_port
+from megatron_gkd.teacher_server.probes import Needs
+from megatron_gkd.teacher_server.servers import TeacherServers
+from tests.checkpoints import tiny_tokenizer, write_tiny_checkpoint
+from tests.ranks import run_ranks
+from tests.rollout.serving import logprobs_of, members, write_model
+from tests.train.runs import command_line, metrics, train
+from tests.train.trainers import write_rows
+from tests.weights.ranks_at_work import megatron
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOPK, MAX_MODEL_LEN, KEY = 8, 128, "a-key-of-the-tests"
+SEQUENCES = [((5, 6, 7), tuple(range(20, 60))), ((1,), (2, 3, 299)), (tuple(range(90)), (258,)), ((4, 4), ())]
+
+
+class Served:
+    """A server, its process group, its model."""
+
+    def __init__(self, root: Path) -> None:
+        self.model, self.other = write_model(root / "teacher", 3), write_model(root / "other", 4)
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = root / "log"
+        values = dict(MODEL=self.model, PORT=self.port, DTYPE="fp32", MAX_LOGPROBS=TOPK, MAX_MODEL_LEN=MAX_MODEL_LEN)
+        values |= dict(KV_CACHE_BYTES=64 * 2**20, TEACHER_API_KEY=KEY)
+        environment = os.environ | {name: str(value) for name, value in values.items()}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                ["bash", str(ROOT / "launch/teacher_server.sh")],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health", trust_env=False).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.5)
+        raise AssertionError(self.log.read_text(errors="replace")[-3000:])
+
+    def kill(self) -> None:
+        if self.process.poll() is None or members(self.process.pid):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(tmp_path_factory.mktemp("vllm"))
+    try:
+        served.wait()
+        yield served
+    finally:
+        served.kill()
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_API_KEY", KEY)
+
+
+def needs(**changes: Any) -> Needs:
+    tokenizer = tiny_tokenizer()
+    values: dict[str, Any] = dict(topk=TOPK, vocab_size=300, largest_id=299, longest=100, probe=tuple(range(40, 80)))
+    values["encode"] = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    return Needs(**(values | changes))
+
+
+def test_topk_is_that_of_transformers(served: Served) -> None:
+    with TeacherServers([served.url], needs(), timeout_s=60) as servers:
+        found = servers.topk(SEQUENCES)
+    for (prompt, completion), topk in zip(SEQUENCES, found, strict=True):
+        assert topk.ids.shape == (len(completion), TOPK)
+        if completion:
+            rows = logprobs_of(served.model, [*prompt, *completion])[len(prompt) - 1 :]
+            best = rows.topk(TOPK)
+            assert topk.ids.tolist() == best.indices.tolist()
+            np.testing.assert_allclose(topk.logprobs, best.values.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topk": TOPK + 1}, r"refuses to tell 9 tokens per position .*MAX_LOGPROBS=9"),
+        ({"longest": MAX_MODEL_LEN}, r"takes 128 tokens \(max_model_len\), and 129 are needed"),
+        ({"largest_id": 5000}, r"refuses token id 5000, the largest of .* another vocabulary"),
+        ({"vocab_size": 100}, r"vocabulary has 100: it serves a model with another vocabulary"),
+        ({"encode": lambda text: [1, 2]}, r"has another tokenizer than the student"),
+    ],
+)
+def test_a_server_that_does_not_fit(served: Served, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RolloutError, match=message):
+        TeacherServers([served.url], needs(**changes), timeout_s=60)
+
+
+def test_the_longest_sequence_fits(served: Served) -> None:
+    with TeacherServers([served.url], needs(longest=MAX_MODEL_LEN - 1), timeout_s=60) as servers:
+        (topk,) = servers.topk([((1,), (2,) * (MAX_MODEL_LEN - 2))])
+    assert topk.ids.shape == (MAX_MODEL_LEN - 2, TOPK)
+
+
+def test_without_its_key(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TEACHER_API_KEY")
+    with pytest.raises(RolloutError, match=r"answered 401 .*TEACHER_API_KEY") as error:
+        TeacherServers([served.url], needs(), timeout_s=60)
+    assert KEY not in str(error.value)
+
+
+def check(argv: list[str]) -> tuple[int, str, str]:
+    """On a rank of a pool: the command makes process groups."""
+    import contextlib
+    import io
+
+    os.environ["TEACHER_API_KEY"] = KEY
+    out, err = io.StringIO(), io.StringIO()
+    with megatron(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_check_teacher(served: Served, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 6)
+    flags = dict(teacher_model_server=served.url, gkd_logits_topk=TOPK, dataset=rows, dtype="fp32", device="cpu")
+    for model, expected in ((served.model, 0), (served.other, 1)):
+        argv = ["check", "teacher", *command_line(teacher_model=model, **flags)]
+        ((code, out, err),) = run_ranks(check, argv, world=1)
+        assert code == expected, err
+        assert "log-probabilities, largest diff." in out
+        assert "top-K loss, largest diff." in out
+        assert ("is not the teacher of" in err) == bool(expected)
+
+
+def test_training_is_that_of_the_local_teacher(served: Served, tmp_path: Path) -> None:
+    student = write_tiny_checkpoint(tmp_path / "student", "qwen3", tied=True, layers=2, seed=1)
+    common = dict(model=str(student), dataset=write_rows(tmp_path / "rows.jsonl", 8), lmbda=0, gkd_logits_topk=TOPK)
+    common |= dict(device="cpu", report_to="none", lr=0.01, train_iters=2, global_batch_size=4, tensor=2, save_hf=False)
+    local = train(world=2, **common, save=str(tmp_path / "local"), teacher_model=served.model)
+    os.environ["TEACHER_API_KEY"] = KEY
+    remote = train(world=2, **common, save=str(tmp_path / "remote"), teacher_model_server=served.url)
+    for here, there in zip(metrics(local), metrics(remote), strict=True):
+        for name in ("loss", "grad_norm", "teacher_mass", "agreement", "num_tokens"):
+            assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-5), name
+
+
+def test_killed_in_the_middle(served: Served) -> None:
+    """The last test: the server is gone afterwards."""
+    with TeacherServers([served.url], needs(), timeout_s=60, retry_s=1.0) as servers:
+        timer = threading.Timer(0.3, served.kill)
+        timer.start()
+        with pytest.raises(RolloutError, match=r"cannot be reached|broke the connection|answered 500"):
+            servers.topk(SEQUENCES * 400)
+        timer.join()
