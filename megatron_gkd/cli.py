@@ -159,7 +159,7 @@ def _check(argv: list[str]) -> Action:
     def action() -> None:
         setup_logging(cfg.log_level)
         _silence_megatron_fallbacks()
-        from megatron_gkd.check_teacher import run_check_teacher
+        from megatron_gkd.train.check_teacher import run_check_teacher
 
         run_check_teacher(cfg)
 
