@@ -6,6 +6,8 @@ Retries, deadlines and messages of the connection itself: tests/rollout/test_cli
 from __future__ import annotations
 
 import copy
+import gzip
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -242,3 +244,27 @@ def test_a_server_that_is_gone(connect: Connect) -> None:
         servers = TeacherServers([url], NEEDS, timeout_s=20, retry_s=0.3)
     with servers, pytest.raises(RolloutError, match=r"(cannot be reached|broke the connection).*score 4 sequences"):
         servers.topk(SEQUENCES)
+
+
+def test_a_slow_server_is_given_up_at_the_deadline() -> None:
+    fake = FakeServer()
+    with serve(fake) as url, TeacherServers([url], NEEDS, timeout_s=3) as servers:
+        fake.spoil = lambda request, answer: time.sleep(6) or answer
+        start = time.monotonic()
+        with pytest.raises(RolloutError, match=r"did not answer within 3 s, when asked to score 4 sequences"):
+            servers.topk(SEQUENCES)
+        assert time.monotonic() - start < 6
+
+
+def test_compressed_answers_are_read() -> None:
+    fake = FakeServer()
+    plain = fake.transport
+
+    def compressed(request: httpx.Request) -> httpx.Response:
+        assert "gzip" in request.headers["Accept-Encoding"]
+        answer = plain.handler(request)
+        headers = {"Content-Encoding": "gzip"}
+        return httpx.Response(answer.status_code, headers=headers, content=gzip.compress(answer.content))
+
+    with TeacherServers(["http://h:1"], NEEDS, timeout_s=20, transport=httpx.MockTransport(compressed)) as servers:
+        assert_right(servers.topk(SEQUENCES))
