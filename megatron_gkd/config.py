@@ -83,6 +83,11 @@ class TeacherConfig(Section):
                     f"--teacher_model_server is {self.teacher_model_server}; it must be a URL such as "
                     "http://localhost:8000, or several with commas"
                 )
+            if "@" in url.netloc:  # not shown: what stands before it is a secret
+                raise ConfigError(
+                    "--teacher_model_server holds a name or a password, which would be written into logs; set the "
+                    "environment variable TEACHER_API_KEY instead"
+                )
 
     @property
     def servers(self) -> tuple[str, ...]:

@@ -152,6 +152,12 @@ def test_the_server_must_be_a_url(accepted: dict[str, Any], url: str) -> None:
         validate(accepted | {"teacher_model_server": url})
 
 
+def test_a_password_in_the_url_is_refused_and_not_shown(accepted: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="TEACHER_API_KEY instead") as error:
+        validate(accepted | {"teacher_model_server": "http://me:hidden@h:1"})
+    assert "hidden" not in str(error.value)
+
+
 def test_several_servers(accepted: dict[str, Any]) -> None:
     given = {"teacher_model": None, "teacher_model_server": "http://a:1, https://b:2/v1", "gkd_logits_topk": 4}
     config = RunConfig.from_flat(accepted | given)
