@@ -22,7 +22,9 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def setup_logging(level: str = "info", *, rank: int | None = None, stream: TextIO | None = None) -> None:
-    """Send the package's messages to `stream` (stderr); calling it again replaces what an earlier call set up.
+    """Send the package's messages to `stream`; calling it again replaces what an earlier call set up.
+
+    stream: None takes what is stderr when a message comes.
 
     rank: of this process; None takes the RANK that torchrun sets, 0 without it.
     """
@@ -31,7 +33,7 @@ def setup_logging(level: str = "info", *, rank: int | None = None, stream: TextI
     logger = logging.getLogger(PACKAGE)
     for old in [handler for handler in logger.handlers if isinstance(handler, _LineHandler)]:
         logger.removeHandler(old)
-    handler = _LineHandler(stream if stream is not None else sys.stderr)
+    handler = _LineHandler(stream)
     handler.setFormatter(_PackageFormatter(rank))
     logger.addHandler(handler)
     logger.setLevel(threshold if rank == 0 or threshold <= logging.DEBUG else max(threshold, logging.WARNING))
@@ -41,9 +43,19 @@ def setup_logging(level: str = "info", *, rank: int | None = None, stream: TextI
 class _LineHandler(logging.StreamHandler[TextIO]):
     """Clears the progress line before a message on a terminal; the line comes back with its next update."""
 
+    def __init__(self, stream: TextIO | None) -> None:
+        super().__init__(stream or sys.stderr)
+        self._follows_stderr = stream is None
+
     def emit(self, record: logging.LogRecord) -> None:
-        if self.stream.isatty():
-            self.stream.write(CLEAR_LINE)
+        if self._follows_stderr:
+            self.stream = sys.stderr  # which others may have replaced, and closed
+        try:
+            if self.stream.isatty():
+                self.stream.write(CLEAR_LINE)
+        except (OSError, ValueError):  # a message that cannot be shown is no reason to end a run
+            self.handleError(record)
+            return
         super().emit(record)
 
 

@@ -30,11 +30,10 @@ import torch.distributed as dist
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.rollout.guard import EngineGuard, keep_process_groups, own_shared_memory
+from megatron_gkd.rollout.local_server import VLLM_DTYPES, WORKER_EXTENSION
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_WORKER = "megatron_gkd.rollout.worker.RolloutWorker"
 _QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -78,14 +77,14 @@ class ColocatedEngine:
         length = min(max_model_len or arch.max_position_embeddings, arch.max_position_embeddings)
         options: dict[str, Any] = {
             "model": model_path,
-            "dtype": _DTYPES[dtype],
+            "dtype": VLLM_DTYPES[dtype],
             "tensor_parallel_size": tensor_parallel_size,
             "max_model_len": length,
             "seed": seed,
             "load_format": "auto" if read_weights else "dummy",
             "skip_tokenizer_init": True,
             "distributed_executor_backend": "external_launcher",
-            "worker_extension_cls": _WORKER,
+            "worker_extension_cls": WORKER_EXTENSION,
             "logprobs_mode": "raw_logprobs",
             "enforce_eager": not self._on_gpu,
         }
@@ -110,7 +109,7 @@ class ColocatedEngine:
                     dist.barrier()  # all ranks have opened what is about to lose its name
             except Exception as error:
                 raise RolloutError(
-                    f"vLLM could not be built for {model_path} ({_DTYPES[dtype]}, tensor parallel "
+                    f"vLLM could not be built for {model_path} ({VLLM_DTYPES[dtype]}, tensor parallel "
                     f"{tensor_parallel_size}, {length} tokens): {_first_line(error)}"
                 ) from error
             self.max_model_len = int(self._llm.model_config.max_model_len)

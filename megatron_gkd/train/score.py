@@ -20,6 +20,7 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatch, Sample
 from megatron_gkd.train.batches import Collator, plan_forward
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
+from megatron_gkd.weights.chunks import unwrap
 
 
 def student_logprobs(
@@ -46,7 +47,7 @@ def student_logprobs(
 
     def forward_step(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        return forward_hidden(model, batch, device), lambda hidden: measure(_unwrapped(model), hidden, batch)
+        return forward_hidden(model, batch, device), lambda hidden: measure(unwrap(model), hidden, batch)
 
     def measure(model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch) -> Any:
         rows = select_loss_tokens(model.head_input(hidden), batch)
@@ -71,7 +72,3 @@ def student_logprobs(
         logprobs.zero_()  # every TP rank of the last stage computed the same
     dist.all_reduce(logprobs, group=groups.intra_dist_opt)
     return [logprobs[a:b].tolist() for a, b in pairwise(starts)]
-
-
-def _unwrapped(model: Any) -> HiddenStateGPTModel:
-    return model.module if hasattr(model, "module") else model

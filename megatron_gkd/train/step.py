@@ -22,6 +22,7 @@ from megatron_gkd.teacher_pipeline import Signal, SignalStore, Teacher
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.student import StepResult, Student
+from megatron_gkd.weights.chunks import unwrap
 
 MicroBatchLoss = Callable[
     [HiddenStateGPTModel, torch.Tensor, MicroBatch, Signal], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
@@ -40,7 +41,7 @@ def forward_step_with(loss: MicroBatchLoss, signals: SignalStore, device: torch.
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
         output = forward_hidden(model, batch, device)
-        return output, lambda hidden: loss(_unwrapped(model), hidden, batch, signals.gather(batch))
+        return output, lambda hidden: loss(unwrap(model), hidden, batch, signals.gather(batch))
 
     return forward_step
 
@@ -91,7 +92,3 @@ def reduce_reports(metrics: Metrics, student: Student, device: torch.device) -> 
     Communication: one all-reduce of [2 * number of names] float64 over all ranks of the student's layout.
     """
     return metrics.reduce(lambda flat: dist.all_reduce(flat, group=student.groups.intra_dist_opt), device=device)
-
-
-def _unwrapped(model: Any) -> HiddenStateGPTModel:
-    return model.module if hasattr(model, "module") else model

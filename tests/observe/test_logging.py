@@ -88,3 +88,22 @@ def test_a_message_clears_the_progress_line_of_a_terminal() -> None:
     setup_logging("info", rank=0, stream=stream)
     get_logger("x").info("m")
     assert stream.getvalue().startswith(CLEAR_LINE)
+
+
+def test_messages_follow_a_replaced_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that was stderr at set-up, and was closed since, is not written to."""
+    first, second = io.StringIO(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", first)
+    setup_logging("info", rank=0)
+    first.close()
+    monkeypatch.setattr("sys.stderr", second)
+    get_logger("here").info("still heard")
+    assert second.getvalue().endswith("INFO here: still heard\n")
+
+
+def test_a_stream_that_cannot_be_written_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    setup_logging("info", rank=0, stream=stream)
+    stream.close()
+    get_logger("here").info("lost")
+    assert "I/O operation on closed file" in capsys.readouterr().err
