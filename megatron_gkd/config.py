@@ -65,11 +65,27 @@ class TeacherConfig(Section):
         None, "Expert parallel size of the teacher; null: the student's.", ge=1
     )
     teacher_placement: Literal["colocate", "separate"] = setting(
-        "colocate", "colocate: the teacher shares the student's ranks; separate: it has ranks of its own."
+        "colocate",
+        "colocate: the teacher shares the student's ranks; separate: the last --teacher_world_size ranks hold the "
+        "teacher alone, and work ahead of the student.",
+    )
+    teacher_world_size: int | None = setting(
+        None, "Ranks of the teacher with --teacher_placement separate, the last of the world.", ge=1
+    )
+    teacher_nodes: int | None = setting(
+        None, "The same in whole nodes, the last of the job, instead of --teacher_world_size.", ge=1
     )
     offload_teacher_model: bool = setting(False, "Keep the teacher in host memory while the student trains.")
     teacher_micro_batch_size: int | None = setting(
         None, "Samples that the teacher is fed at once; null: --micro_batch_size.", ge=1
+    )
+    teacher_micro_batch_tokens: int | None = setting(
+        None, "Most tokens, padding included, that the teacher is fed at once, instead of a number of samples.", ge=1
+    )
+    signal_memory_gb: float = setting(
+        8.0,
+        "Device memory (10^9 bytes a rank) for what the teacher hands over; what is beyond it waits in host memory.",
+        gt=0,
     )
 
     def __post_init__(self) -> None:

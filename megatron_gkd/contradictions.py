@@ -21,8 +21,12 @@ LOCAL_TEACHER = (
     "teacher_context_parallel_size",
     "teacher_expert_model_parallel_size",
     "teacher_placement",
+    "teacher_world_size",
+    "teacher_nodes",
     "offload_teacher_model",
     "teacher_micro_batch_size",
+    "teacher_micro_batch_tokens",
+    "signal_memory_gb",
 )
 
 
@@ -57,6 +61,7 @@ def _of_distillation(cfg: RunConfig) -> Iterator[str]:
         yield "--use_liger_kernel demands the fused loss and --loss_path logits the other one; leave out one of them"
     if loss.topk_tail != "renormalize" and topk is None:
         yield f"--topk_tail {loss.topk_tail} needs --gkd_logits_topk: the full vocabulary has no tail"
+    yield from _of_local_teacher(cfg)
     if cfg.teacher.teacher_model_server is None:
         return
     if topk is None:
@@ -64,6 +69,21 @@ def _of_distillation(cfg: RunConfig) -> Iterator[str]:
     for flag in LOCAL_TEACHER:
         if not cfg.is_default(flag):
             yield f"--{flag} is for a local teacher, but --teacher_model_server is given; leave it out"
+
+
+def _of_local_teacher(cfg: RunConfig) -> Iterator[str]:
+    teacher = cfg.teacher
+    if teacher.teacher_micro_batch_size is not None and teacher.teacher_micro_batch_tokens is not None:
+        yield "--teacher_micro_batch_size and --teacher_micro_batch_tokens both size a micro-batch; give one of them"
+    if teacher.teacher_world_size is not None and teacher.teacher_nodes is not None:
+        yield "--teacher_world_size and --teacher_nodes both say how many ranks the teacher has; give one of them"
+    sized = teacher.teacher_world_size is not None or teacher.teacher_nodes is not None
+    if teacher.teacher_placement == "separate" and not sized:
+        yield "--teacher_placement separate needs the number of the teacher's ranks: --teacher_world_size or _nodes"
+    if teacher.teacher_placement == "colocate" and sized:
+        yield "--teacher_world_size and --teacher_nodes need --teacher_placement separate; give it, or leave them out"
+    if teacher.teacher_placement == "separate" and teacher.offload_teacher_model:
+        yield "--offload_teacher_model frees memory for a student on the same ranks; with separate ones leave it out"
 
 
 def _of_parallel(cfg: RunConfig) -> Iterator[str]:
@@ -91,6 +111,11 @@ def _of_sampling(cfg: RunConfig) -> Iterator[str]:
         yield "--rollout_lag 1 and --steps_per_generation above 1 both make samples older; use one of them"
     if sampling.vllm_mode == "server" and sampling.vllm_server_host is None:
         yield "--vllm_mode server needs --vllm_server_host; launch/rollout_server.sh starts a server"
+    if sampling.vllm_mode == "colocate" and cfg.teacher.teacher_placement == "separate":
+        yield (
+            "--vllm_mode colocate lays its engines over all ranks, and --teacher_placement separate takes some of "
+            "them: use --vllm_mode server or subprocess"
+        )
     if sampling.vllm_mode != "server" and sampling.vllm_server_host is not None:
         yield f"--vllm_server_host is for --vllm_mode server, and the mode is {sampling.vllm_mode}; change one of them"
     if sampling.vllm_mode == "server" and sampling.vllm_tensor_parallel_size > 1:

@@ -95,12 +95,6 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
         "use tensor and pipeline parallelism",
     ),
     NotBuilt(
-        "teacher_placement", _changed("teacher_placement"), "the teacher shares the student's ranks: leave it out"
-    ),
-    NotBuilt(
-        "offload_teacher_model", _changed("offload_teacher_model"), "the teacher stays on the device: leave it out"
-    ),
-    NotBuilt(
         "seq_kd",
         _changed("seq_kd"),
         "sampling from the teacher is missing: sample beforehand with `megatron-gkd sample`, or pass --seq_kd false to "

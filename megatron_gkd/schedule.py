@@ -16,7 +16,8 @@ per rank:
     I1  every sample is in exactly one micro-batch;
     I2  every rank has the same number m of micro-batches (so that all ranks make the same collectives);
     I3  padded form: every micro-batch has exactly `micro_batch_size` samples, hence every rank has n / D;
-    I4  packed form: a micro-batch has at most `max_tokens` tokens;
+    I4  packed form: a micro-batch has at most `max_tokens` tokens; padded form with `max_tokens`: padding included,
+        unless it is one sample;
     I5  long with long: no micro-batch has fewer tokens than a later one, on whichever rank. The longest come first, so
         that memory runs out in the first micro-batch or not at all, and ranks that wait for each other at micro-batch i
         hold similar ones;
@@ -81,6 +82,8 @@ def plan_micro_batches(
             position.
         packing: micro-batches are bins of at most `max_tokens` tokens, whatever the number of samples in them.
             `micro_batch_size` has no part in it then: fold it into `max_tokens`.
+        max_tokens: in the padded form, with `allow_partial` alone: micro-batches have at most that many tokens, padding
+            included, instead of `micro_batch_size` samples; a longer sample stands alone.
         allow_partial: take any number of samples, as in evaluation. In the padded form micro-batches then have at most
             `micro_batch_size` samples instead of exactly that many; in either form there may be fewer samples than
             ranks, and empty micro-batches (I7).
@@ -100,14 +103,17 @@ def plan_micro_batches(
             )
         batches = _pack(lengths, _integer("max_tokens", max_tokens, least=1))
     else:
-        if max_tokens is not None:
+        if max_tokens is not None and not allow_partial:
             raise ConfigError(
                 f"max_tokens is {max_tokens} without packing, where micro_batch_size sets the size; leave it out"
             )
         if not allow_partial:
             _check_divisible(len(lengths), num_ranks, micro_batch_size)
         longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
-        batches = [longest_first[i : i + micro_batch_size] for i in range(0, len(lengths), micro_batch_size)]
+        if max_tokens is None:
+            batches = [longest_first[i : i + micro_batch_size] for i in range(0, len(lengths), micro_batch_size)]
+        else:
+            batches = _cap(longest_first, lengths, _integer("max_tokens", max_tokens, least=1))
     return _deal(_fill_up(batches, lengths, num_ranks), lengths, num_ranks)
 
 
@@ -157,11 +163,12 @@ def plan_step(
     micro_batch_size: int,
     teacher_data_parallel_size: int | None = None,
     teacher_micro_batch_size: int | None = None,
+    teacher_max_tokens: int | None = None,
     packing: bool = False,
     max_tokens: int | None = None,
 ) -> StepPlan:
     """The plan of one step: the student's micro-batches, and the teacher's for its own ranks and size (the student's
-    where left out).
+    where left out; `teacher_max_tokens` sets it in tokens, raised to the longest sample's length).
 
     The teacher only runs forward and its signals are keyed by position, so it need not divide the batch: where it does
     not, its micro-batches are smaller (`allow_partial`), and never a reason to refuse a step.
@@ -187,12 +194,14 @@ def plan_step(
         packing=packing,
         max_tokens=max_tokens,
     )
+    if teacher_max_tokens is not None:
+        teacher_max_tokens = max(_integer("teacher_max_tokens", teacher_max_tokens, least=1), *lengths)
     teacher = plan_micro_batches(
         lengths,
         data_parallel_size=teacher_ranks,
         micro_batch_size=teacher_size,
         packing=packing,
-        max_tokens=max_tokens,
+        max_tokens=teacher_max_tokens or max_tokens,
         allow_partial=True,
     )
     return StepPlan(step, tuple(samples), student, teacher)
@@ -243,6 +252,16 @@ def _pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         bins[which].append(position)
         bisect.insort(room, (free - length, which))
     return bins
+
+
+def _cap(longest_first: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Neighbours in length together, at most `max_tokens` tokens with their padding to the first one's length."""
+    batches: list[list[int]] = []
+    for position in longest_first:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(position)
+    return batches
 
 
 def _fill_up(batches: list[list[int]], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:

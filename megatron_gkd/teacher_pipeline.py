@@ -1,32 +1,25 @@
-"""The frozen teacher on its own parallel layout, and the signals that it hands to the student's last pipeline stage.
+"""The frozen teacher: a megatron-core model on process groups of its own, whose last stage turns each sequence of a
+step into a signal (signals.py) and hands it to the ranks of the student's last stage that train on it.
 
-A step runs in two phases. First the teacher forwards each sequence of the step once, on its own process groups,
-through megatron-core's forward-only schedule; its last stage keeps a SIGNAL for the completion tokens only. Then the
-signals travel to the ranks of the student's last stage that will compute the loss. Two kinds (T loss tokens of a
-sample):
+Each sequence is forwarded once a step, whatever the student's layout, without autograd, through megatron-core's
+forward-only schedule. Nothing of size [T, V] is ever held: hidden states leave as they are, the top K are found in
+chunks of tokens.
 
-    hidden   [T, Ht] final hidden state, in the teacher's dtype. The student's last stage holds the teacher's head,
-             sharded over the student's TP group like its own head, so the full-vocabulary loss is exact and no
-             logits are ever sent, stored or resharded.
-    top-K    [T, K] log-probabilities (float32, of the teacher's full vocabulary at temperature 1) and global token
-             ids (int32).
+Who is who on a rank:
 
-Routing (`plan_routes`) is pure: for each sample, one source for each destination. Invariants, each asserted by a test:
-    R1  every student last-stage rank that trains on a sample receives its signal exactly once, nobody else does;
-    R2  the source is a last-stage rank of the teacher replica that forwarded the sample, and the destination itself
-        where that is possible;
-    R3  all ranks list the routes in the same order (by sample, then destination): sends and receives match untagged.
+    TeacherPipeline     on every rank that holds a part of the teacher. `placement="colocate"`: the student's ranks too;
+                        its pass ends before the student's begins. `"separate"`: ranks that hold nothing else.
+    RemoteTeacher       on the student's ranks, where the teacher has ranks of its own: receives.
 
-Communication: `exchange` makes one batched point-to-point round per step over `group`; bytes on the wire = sum over
-routes with source != destination of T * bytes_per_token. Not here: a teacher on ranks of its own, host offload;
-a teacher server (train/server_teacher.py).
+`Teacher` is the face that both have, and teachers of other kinds (servers). Not here: what a signal is and how it
+travels (signals.py), weights in host memory between passes (model/host_weights.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,147 +27,54 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.build import HiddenStateGPTModel
+from megatron_gkd.model.host_weights import HostWeights
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import MicroBatch, MicroBatchPlan, StepPlan
+from megatron_gkd.records import MicroBatch, StepPlan
+from megatron_gkd.signals import (
+    Columns,
+    Incoming,
+    Outgoing,
+    SignalSpec,
+    SignalStore,
+    exchange,
+    in_host_memory,
+    plan_routes,
+)
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_topk
 
-SignalKind = Literal["hidden", "topk"]
-
-
-class Route(NamedTuple):
-    """One sample's signal, from a global rank to a global rank."""
-
-    position: int
-    source: int
-    destination: int
-
-
-def plan_routes(
-    teacher_plan: MicroBatchPlan, student_plan: MicroBatchPlan, teacher: Layout, student: Layout
-) -> list[Route]:
-    """Who sends which sample's signal to whom (see the module docstring for the invariants)."""
-    teacher_replica = {
-        position: dp for dp, batches in enumerate(teacher_plan) for batch in batches for position in batch
-    }
-    student_replica = {
-        position: dp for dp, batches in enumerate(student_plan) for batch in batches for position in batch
-    }
-    assert teacher_replica.keys() == student_replica.keys(), "teacher and student plan different samples"
-    routes = []
-    for position in sorted(student_replica):
-        sources = teacher.last_stage_ranks(teacher_replica[position])
-        for index, destination in enumerate(student.last_stage_ranks(student_replica[position])):
-            source = destination if destination in sources else sources[(position + index) % len(sources)]
-            routes.append(Route(position, source, destination))
-    return routes
-
-
-@dataclass(frozen=True)
-class Signal:
-    """The teacher's signal for T loss tokens: `hidden`, or `topk_logprobs` with `topk_indices`."""
-
-    hidden: torch.Tensor | None = None  # [T, Ht]
-    topk_logprobs: torch.Tensor | None = None  # [T, K] float32
-    topk_indices: torch.Tensor | None = None  # [T, K] int64, global ids
-
-
-@dataclass(frozen=True)
-class SignalSpec:
-    """Kind, width and types of a signal: what a receiver must know to allocate it."""
-
-    kind: SignalKind
-    width: int  # Ht, or K
-    dtype: torch.dtype  # of the hidden state
-    device: torch.device
-
-    def empty(self, num_tokens: int) -> tuple[torch.Tensor, ...]:
-        """Uninitialised tensors of one sample's signal."""
-        if self.kind == "hidden":
-            return (torch.empty(num_tokens, self.width, dtype=self.dtype, device=self.device),)
-        return (
-            torch.empty(num_tokens, self.width, dtype=torch.float32, device=self.device),
-            torch.empty(num_tokens, self.width, dtype=torch.int32, device=self.device),
-        )
-
-    @property
-    def bytes_per_token(self) -> int:
-        """On the wire: Ht * itemsize, or 8 K."""
-        return self.width * (self.dtype.itemsize if self.kind == "hidden" else 8)
-
-
-class SignalStore:
-    """The signals of one step on a rank of the student's last stage, by position in the global batch."""
-
-    def __init__(self, spec: SignalSpec, samples: dict[int, tuple[torch.Tensor, ...]]) -> None:
-        self._spec, self._samples = spec, samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def gather(self, micro_batch: MicroBatch) -> Signal:
-        """The signals of a micro-batch's loss tokens, in its order. An empty micro-batch gives tensors of zero rows."""
-        parts = [self._samples[position] for position in micro_batch.positions]
-        assert all(part[0].shape[0] == length for part, length in zip(parts, micro_batch.lengths, strict=True)), (
-            "signal and sample lengths differ"
-        )
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else list(self._spec.empty(0))
-        if self._spec.kind == "hidden":
-            return Signal(hidden=columns[0])
-        return Signal(topk_logprobs=columns[0], topk_indices=columns[1].long())
-
-
-def exchange(
-    spec: SignalSpec,
-    routes: Sequence[Route],
-    num_tokens: Sequence[int],
-    local: dict[int, tuple[torch.Tensor, ...]],
-    group: dist.ProcessGroup,
-) -> tuple[SignalStore, int]:
-    """Carry out the routes. Returns this rank's store and the bytes that it sent.
-
-    Args:
-        num_tokens: loss tokens of every sample of the step, by position.
-        local: signals that this rank computed, by position.
-        group: a group of all ranks, of its own (its messages must not interleave with the pipeline's).
-    """
-    rank = dist.get_rank()
-    received: dict[int, tuple[torch.Tensor, ...]] = {}
-    operations, num_bytes = [], 0
-    for position, source, destination in routes:
-        if source == destination:
-            if rank == destination:
-                received[position] = local[position]
-        elif num_tokens[position] == 0:
-            if rank == destination:
-                received[position] = spec.empty(0)
-        elif rank == source:
-            operations += [dist.P2POp(dist.isend, t.contiguous(), destination, group) for t in local[position]]
-            num_bytes += num_tokens[position] * spec.bytes_per_token
-        elif rank == destination:
-            received[position] = spec.empty(num_tokens[position])
-            operations += [dist.P2POp(dist.irecv, t, source, group) for t in received[position]]
-    if operations:
-        for request in dist.batch_isend_irecv(operations):
-            request.wait()
-    return SignalStore(spec, received), num_bytes
+Collate = Callable[[Sequence[int]], MicroBatch]
+Placement = Literal["colocate", "separate"]
 
 
 class Teacher(Protocol):
-    """What training asks of a teacher, local or a server."""
+    """What a run needs of a teacher, wherever it is."""
 
-    layout: Layout  # by which the plan splits the samples for it
+    @property
+    def layout(self) -> Layout:
+        """Over whose data-parallel ranks the teacher's micro-batches are planned."""
 
-    def signals(self, plan: StepPlan, micro_batches: Callable[[Sequence[int]], MicroBatch]) -> tuple[SignalStore, int]:
-        """See TeacherPipeline.signals."""
+    def signals(self, plan: StepPlan, micro_batches: Collate) -> tuple[SignalStore, int]:
+        """The signals of every sample of the step, and the bytes that this rank sent or, from a teacher elsewhere, will
+        receive. Collective over all ranks."""
 
     def close(self) -> None:
-        """Let go of what is outside this process."""
+        """Let go of what it holds outside this process. Idempotent, not collective."""
+
+
+def signal_spec(
+    *, topk: int | None, vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> SignalSpec:
+    """Of a local teacher: its final hidden states, or its top K. Raises ConfigError for an impossible K."""
+    if topk is None:
+        return SignalSpec("hidden", hidden_size, dtype, device)
+    if not 1 <= topk <= vocab_size:
+        raise ConfigError(f"gkd_logits_topk {topk} is outside 1..{vocab_size}, the size of the vocabulary")
+    return SignalSpec("topk", topk, dtype, device)
 
 
 class TeacherPipeline:
-    """A local teacher: `signals(plan, ...)` forwards a step's sequences and delivers them to the student's last
-    stage."""
+    """A rank's part of a local teacher: `signals(plan, ...)` forwards a step's sequences and delivers their signals."""
 
     def __init__(
         self,
@@ -186,27 +86,44 @@ class TeacherPipeline:
         vocab_size: int,
         device: torch.device,
         topk: int | None = None,
+        placement: Placement = "colocate",
+        max_signal_bytes: int | None = None,
+        offload: bool = False,
         chunk_tokens: int = 1024,
     ) -> None:
-        if topk is not None and not 1 <= topk <= vocab_size:
-            raise ConfigError(f"gkd_logits_topk {topk} is outside 1..{vocab_size}, the size of the vocabulary")
+        """Freeze the chunks. Collective over all ranks of the world (a group is made).
+
+        Args:
+            vocab_size: tokens that student and teacher share.
+            max_signal_bytes: of a step's signals in device memory; what is beyond it waits in host memory.
+            offload: keep the weights in host memory outside of `signals`.
+            chunk_tokens: tokens whose logits are held at once, for the top K.
+        """
         config = chunks[0].config
         self.chunks, self.layout, self.groups, self.student_layout = list(chunks), layout, groups, student_layout
         self.device, self.topk, self.vocab_size, self.chunk_tokens = device, topk, vocab_size, chunk_tokens
-        self.spec = SignalSpec(
-            "hidden" if topk is None else "topk", topk or config.hidden_size, config.params_dtype, device
+        self.spec = signal_spec(
+            topk=topk,
+            vocab_size=vocab_size,
+            hidden_size=config.hidden_size,
+            dtype=config.params_dtype,
+            device=device,
         )
+        self.separate, self.max_signal_bytes = placement == "separate", max_signal_bytes
         self.signal_group = dist.new_group(range(dist.get_world_size()))
+        self._outgoing: Outgoing | None = None
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)
             if topk is None and chunk.post_process:
-                # The head lives on the student's last stage (see the module docstring); of a tied one this frees the
-                # last stage's copy.
+                # The head lives on the student's last stage (see signals.py); of a tied one this frees the last
+                # stage's copy.
                 chunk.output_layer = None
+        self._weights = HostWeights(self.chunks, device) if offload else contextlib.nullcontext()
 
     @torch.no_grad()
-    def signals(self, plan: StepPlan, micro_batches: Callable[[Sequence[int]], MicroBatch]) -> tuple[SignalStore, int]:
-        """Forward every sample of the step once and route the signals. Collective over all ranks.
+    def signals(self, plan: StepPlan, micro_batches: Collate) -> tuple[SignalStore, int]:
+        """Forward every sample of the step once and deliver the signals. Collective over all ranks of the world; on
+        ranks of its own it returns when the signals of the step BEFORE have arrived.
 
         Args:
             micro_batches: collates the samples at the given positions for the teacher (its own prompts, its own
@@ -215,32 +132,56 @@ class TeacherPipeline:
         Returns:
             The store (empty on ranks outside the student's last stage) and the bytes that this rank sent.
         """
-        batches = [micro_batches(positions) for positions in plan.teacher[self.groups.dp.rank()]]
-        collected = run_schedule(
-            self.chunks, self.layout, self.groups, self._forward_step, batches, forward_only=True, collect=True
-        )
-        local = {position: signal for batch in collected for position, signal in batch.items()}
         routes = plan_routes(plan.teacher, plan.student, self.layout, self.student_layout)
-        return exchange(self.spec, routes, [s.num_loss_tokens for s in plan.samples], local, self.signal_group)
+        num_tokens = [sample.num_loss_tokens for sample in plan.samples]
+        if self.separate:
+            before, self._outgoing = self._outgoing, Outgoing(routes, self.signal_group)
+            self._forward(plan, micro_batches, self._outgoing.send)
+            if before is not None:
+                before.wait()
+            rank = dist.get_rank()
+            sent = sum(num_tokens[position] for position, source, _ in routes if source == rank)
+            return SignalStore(self.spec, {}), sent * self.spec.bytes_per_token
+        local: dict[int, Columns] = {}
+        self._forward(plan, micro_batches, self._keeper(plan, num_tokens, local))
+        return exchange(self.spec, routes, num_tokens, local, self.signal_group, max_bytes=self.max_signal_bytes)
 
     def close(self) -> None:
-        """Nothing: it lives and ends with its process."""
+        """Wait until everything that was sent has arrived."""
+        if self._outgoing is not None:
+            self._outgoing.wait()
+            self._outgoing = None
 
-    def _forward_step(self, batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
-        batch = next(batches)
+    def _keeper(
+        self, plan: StepPlan, num_tokens: Sequence[int], local: dict[int, Columns]
+    ) -> Callable[[int, Columns], None]:
+        """Puts signals into `local`; in host memory where this rank's are too many for the device."""
+        own = sum(num_tokens[p] for batch in plan.teacher[self.groups.dp.rank()] for p in batch)
+        limit = self.max_signal_bytes
+        if limit is None or own * self.spec.bytes_per_token <= limit:
+            return local.__setitem__
+        return lambda position, columns: local.__setitem__(position, in_host_memory(columns))
 
-        def collect(hidden: torch.Tensor, non_loss_data: bool) -> dict[int, tuple[torch.Tensor, ...]]:
-            rows = model.head_input(hidden)
-            columns = self._signal(model, select_loss_tokens(rows, batch))
-            return dict(
-                zip(
-                    batch.positions, zip(*(column.split(batch.lengths) for column in columns), strict=True), strict=True
-                )
-            )
+    def _forward(self, plan: StepPlan, micro_batches: Collate, deliver: Callable[[int, Columns], None]) -> None:
+        """One pass over this replica's micro-batches; `deliver` is called on the last stage, as each one ends."""
 
-        return forward_hidden(model, batch, self.device), collect
+        def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+            batch = next(batches)
 
-    def _signal(self, model: HiddenStateGPTModel, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            def collect(hidden: torch.Tensor, non_loss_data: bool) -> None:
+                columns = self._columns(model, select_loss_tokens(model.head_input(hidden), batch))
+                parts = zip(*(column.split(batch.lengths) for column in columns), strict=True)
+                for position, part in zip(batch.positions, parts, strict=True):
+                    deliver(position, part)
+
+            return forward_hidden(model, batch, self.device), collect
+
+        batches = [micro_batches(positions) for positions in plan.teacher[self.groups.dp.rank()]]
+        with self._weights:
+            run_schedule(self.chunks, self.layout, self.groups, forward_step, batches, forward_only=True, collect=True)
+
+    def _columns(self, model: HiddenStateGPTModel, hidden: torch.Tensor) -> Columns:
+        """[T, H] -> the signal's columns."""
         if self.topk is None:
             return (hidden,)
         head = model.head_weight()
@@ -253,3 +194,34 @@ class TeacherPipeline:
             )
             parts.append((values.float() - logsumexp.float()[:, None], indices.int()))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+class RemoteTeacher:
+    """The teacher as the student's ranks see it where it has ranks of its own: its signals come in, one by one."""
+
+    def __init__(self, layout: Layout, student_layout: Layout, spec: SignalSpec, *, max_signal_bytes: int) -> None:
+        """Collective over all ranks of the world (a group is made).
+
+        Args:
+            layout: the teacher's.
+            max_signal_bytes: of signals in device memory that are received ahead of their use.
+        """
+        self.layout, self.student_layout, self.spec = layout, student_layout, spec
+        self.max_signal_bytes = max_signal_bytes
+        self.signal_group = dist.new_group(range(dist.get_world_size()))
+        self._incoming: Incoming | None = None
+
+    def signals(self, plan: StepPlan, micro_batches: Collate) -> tuple[SignalStore, int]:
+        """A store that receives while it is used, and the bytes that will come. Returns at once.
+
+        Args:
+            micro_batches: not used: the teacher's ranks collate.
+        """
+        assert self._incoming is None or self._incoming.done, "signals of the step before were not used"
+        routes = plan_routes(plan.teacher, plan.student, self.layout, self.student_layout)
+        num_tokens = [sample.num_loss_tokens for sample in plan.samples]
+        self._incoming = Incoming(self.spec, routes, num_tokens, self.signal_group, max_bytes=self.max_signal_bytes)
+        return SignalStore(self.spec, {}, self._incoming), self._incoming.num_bytes
+
+    def close(self) -> None:
+        """Nothing is held outside this process."""

@@ -322,7 +322,7 @@ class Bad:
 BAD = {
     "layout": Bad(
         "--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2",
-        "the student's layout needs a multiple of tp 2 x cp 1 x pp 2 = 4 ranks, but the world has 2",
+        "the student's layout needs a multiple of tp 2 x cp 1 x pp 2 = 4 ranks, but it has 2",
     ),
     "teacher's layout": Bad(
         "--teacher_pipeline_model_parallel_size 4", "the teacher's layout needs a multiple of tp 1 x cp 1 x pp 4 = 4"

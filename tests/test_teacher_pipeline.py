@@ -1,36 +1,25 @@
-"""The teacher's signals: routing in pure Python, the exchange on gloo ranks, and what arrives against transformers.
+"""What a real teacher's signals are when they arrive, against transformers.
 
-Not covered: NCCL, a teacher on ranks of its own, host offload, teacher servers.
+Not covered: NCCL, how signals travel (test_signals.py), teacher servers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.data.collate import collate
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import MicroBatchPlan, Sample, StepPlan
-from megatron_gkd.schedule import plan_micro_batches, plan_step
-from megatron_gkd.teacher_pipeline import (
-    Route,
-    SignalSpec,
-    SignalStore,
-    TeacherPipeline,
-    exchange,
-    plan_routes,
-)
+from megatron_gkd.records import Sample, StepPlan
+from megatron_gkd.schedule import plan_step
+from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
 from megatron_gkd.weights.hf_files import HFCheckpoint
@@ -40,215 +29,6 @@ from tests.ranks import run_ranks
 from tests.weights.ranks_at_work import groups_of, load_model, megatron
 
 WORLD = 4
-LAYOUTS = {
-    "TP1": Layout(),
-    "TP2": Layout(tensor=2),
-    "PP2": Layout(pipeline=2),
-    "TP4": Layout(tensor=4),
-    "PP4": Layout(pipeline=4),
-    "DP2": Layout(data=2),
-    "TP2-PP2": Layout(tensor=2, pipeline=2),
-}
-
-
-def over_the_world(layout: Layout) -> Layout:
-    """The data-parallel size that fills the world, as every run has it."""
-    return Layout.for_world(WORLD, tensor=layout.tensor, pipeline=layout.pipeline)
-
-
-# ---- routing: pure ---------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout]:
-    """(teacher's plan, student's plan, teacher's layout, student's layout) over one world."""
-    world = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
-    divisors = [n for n in range(1, world + 1) if world % n == 0]
-    layouts = []
-    for _ in range(2):
-        tensor = draw(st.sampled_from(divisors))
-        pipeline = draw(st.sampled_from([n for n in divisors if world % (n * tensor) == 0]))
-        layouts.append(Layout.for_world(world, tensor=tensor, pipeline=pipeline))
-    lengths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=24))
-    teacher, student = (
-        plan_micro_batches(
-            lengths, data_parallel_size=layout.data, micro_batch_size=draw(st.integers(1, 5)), allow_partial=True
-        )
-        for layout in layouts
-    )
-    return teacher, student, layouts[0], layouts[1]
-
-
-def replica_of(plan: MicroBatchPlan) -> dict[int, int]:
-    return {position: dp for dp, batches in enumerate(plan) for batch in batches for position in batch}
-
-
-@given(plans())
-def test_each_rank_that_trains_on_a_sample_receives_it_once_and_nobody_else(
-    case: tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout],
-):
-    _, student_plan, _, student = case
-    routes = plan_routes(*case)
-    expected = Counter(
-        (position, rank) for position, dp in replica_of(student_plan).items() for rank in student.last_stage_ranks(dp)
-    )
-    assert Counter((route.position, route.destination) for route in routes) == expected
-    assert set(expected.values()) == {1}
-
-
-@given(plans())
-def test_sources_have_the_signal_and_stay_at_home_where_they_can(
-    case: tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout],
-):
-    teacher_plan, _, teacher, _ = case
-    replicas = replica_of(teacher_plan)
-    for position, source, destination in plan_routes(*case):
-        owners = teacher.last_stage_ranks(replicas[position])
-        assert source in owners
-        assert (source == destination) == (destination in owners)
-
-
-@given(plans())
-def test_routes_are_ordered_by_sample_then_destination(case: tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout]):
-    """So the messages of a pair of ranks match by order, without tags."""
-    keys = [(route.position, route.destination) for route in plan_routes(*case)]
-    assert keys == sorted(keys)
-
-
-def test_sources_take_turns():
-    """One teacher replica over TP 4 feeds four single ranks: no source sends everything."""
-    lengths = [5] * 8
-    teacher, student = Layout(tensor=4), Layout(data=4)
-    teacher_plan, student_plan = (
-        plan_micro_batches(lengths, data_parallel_size=layout.data, micro_batch_size=2) for layout in (teacher, student)
-    )
-    assert all(r.source == r.destination for r in plan_routes(teacher_plan, student_plan, teacher, student))
-    offset = Layout(data=4, rank_offset=4)  # destinations that hold nothing of the teacher
-    sent = Counter(route.source for route in plan_routes(teacher_plan, student_plan, teacher, offset))
-    assert sent == dict.fromkeys(range(4), 2)
-
-
-def test_two_plans_of_different_samples_are_a_fault():
-    one, other = (plan_micro_batches([3] * n, data_parallel_size=1, micro_batch_size=1) for n in (2, 3))
-    with pytest.raises(AssertionError, match="different samples"):
-        plan_routes(one, other, Layout(), Layout())
-
-
-# ---- the exchange ----------------------------------------------------------------------------------------------------
-
-NUM_TOKENS = (5, 1, 0, 7, 2, 3, 0, 4)  # two samples without a completion
-KINDS = ("hidden", "topk")
-
-
-def spec_of(kind: Any) -> SignalSpec:
-    return SignalSpec(kind, 3, torch.bfloat16 if kind == "hidden" else torch.float32, torch.device("cpu"))
-
-
-def signal_of(position: int, kind: str) -> tuple[torch.Tensor, ...]:
-    """A signal that says which sample, token and column it is (exact in bfloat16)."""
-    base = torch.arange(NUM_TOKENS[position])[:, None] * 4 + torch.arange(3) + 32 * position
-    if kind == "hidden":
-        return (base.to(torch.bfloat16),)
-    return base.float() / 8, base.int()
-
-
-def exchange_all(pairs: list[tuple[Layout, Layout]]) -> list[tuple[int, int, int, list[int]]]:
-    """Per pair of layouts and kind: (bytes sent, bytes of the plan from this rank, samples received, wrong ones)."""
-    group, rank, results = dist.new_group(range(WORLD)), dist.get_rank(), []
-    for (teacher, student), kind in product(pairs, KINDS):
-        spec = spec_of(kind)
-        teacher_plan, student_plan = (
-            plan_micro_batches(
-                [n + 1 for n in NUM_TOKENS], data_parallel_size=layout.data, micro_batch_size=2, allow_partial=True
-            )
-            for layout in (teacher, student)
-        )
-        routes = plan_routes(teacher_plan, student_plan, teacher, student)
-        mine = teacher.coordinate(rank)
-        own = teacher_plan[mine.dp] if mine.pp == teacher.pipeline - 1 else ()
-        local = {position: signal_of(position, kind) for batch in own for position in batch}
-        store, num_bytes = exchange(spec, routes, NUM_TOKENS, local, group)
-        planned = sum(
-            NUM_TOKENS[r.position] * spec.bytes_per_token for r in routes if r.source == rank != r.destination
-        )
-        expected = [r.position for r in routes if r.destination == rank]
-        wrong = [p for p in expected if not same(store._samples[p], signal_of(p, kind))]
-        assert len(store) == len(expected)
-        results.append((num_bytes, planned, len(store), wrong))
-    return results
-
-
-def same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
-    return len(one) == len(other) and all(
-        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True)
-    )
-
-
-def test_every_pair_of_layouts_exchanges_what_it_plans():
-    names = list(product(LAYOUTS, LAYOUTS))
-    pairs = [(over_the_world(LAYOUTS[t]), over_the_world(LAYOUTS[s])) for t, s in names]
-    ranks = run_ranks(exchange_all, pairs, world=WORLD)
-    for index, ((teacher_name, student_name), kind) in enumerate(product(names, KINDS)):
-        what = f"teacher {teacher_name}, student {student_name}, {kind}"
-        cells = [rank[index] for rank in ranks]
-        assert all(sent == planned for sent, planned, _, _ in cells), what
-        assert all(not wrong for *_, wrong in cells), what
-        student = over_the_world(LAYOUTS[student_name])
-        assert sum(received for _, _, received, _ in cells) == len(NUM_TOKENS) * student.tensor, what
-        if teacher_name == student_name:
-            assert not any(sent for sent, *_ in cells), f"{what}: nothing need travel"
-        if (teacher_name, student_name) == ("PP4", "TP4"):  # three of four destinations are elsewhere
-            assert sum(sent for sent, *_ in cells) == 3 * sum(NUM_TOKENS) * spec_of(kind).bytes_per_token
-
-
-def test_bytes_per_token():
-    device = torch.device("cpu")
-    assert SignalSpec("hidden", 4096, torch.bfloat16, device).bytes_per_token == 8192
-    assert SignalSpec("hidden", 64, torch.float32, device).bytes_per_token == 256
-    assert SignalSpec("topk", 64, torch.bfloat16, device).bytes_per_token == 512  # 4 bytes + 4 bytes each
-    for spec in (spec_of(kind) for kind in KINDS):
-        assert sum(t.nbytes for t in spec.empty(7)) == 7 * spec.bytes_per_token
-
-
-# ---- the store -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gather_follows_the_order_of_the_micro_batch(kind: str):
-    samples = [Sample(p, p, (1, 2), tuple(range(n)), "dataset") for p, n in enumerate(NUM_TOKENS)]
-    store = SignalStore(spec_of(kind), {p: signal_of(p, kind) for p in range(len(NUM_TOKENS))})
-    order = (4, 0, 2, 7)
-    signal = store.gather(collate([samples[p] for p in order]))
-    expected = [torch.cat(column) for column in zip(*(signal_of(p, kind) for p in order), strict=True)]
-    if kind == "hidden":
-        assert signal.hidden is not None
-        assert torch.equal(signal.hidden, expected[0])
-        assert signal.topk_logprobs is None
-    else:
-        assert signal.hidden is None
-        assert signal.topk_logprobs is not None
-        assert signal.topk_indices is not None
-        assert torch.equal(signal.topk_logprobs, expected[0])
-        assert torch.equal(signal.topk_indices, expected[1].long())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_pitfall_15_an_empty_micro_batch_gets_zero_rows(kind: str):
-    signal = SignalStore(spec_of(kind), {}).gather(collate([]))
-    tensor = signal.hidden if kind == "hidden" else signal.topk_indices
-    assert tensor is not None
-    assert tensor.shape == (0, 3)
-
-
-def test_pitfall_16_a_signal_of_another_length_is_never_zipped():
-    sample = Sample(3, 3, (1, 2), (1, 2, 3), "dataset")
-    store = SignalStore(spec_of("hidden"), {3: signal_of(3, "hidden")})  # 7 tokens for a completion of 3
-    with pytest.raises(AssertionError, match="lengths differ"):
-        store.gather(collate([sample]))
-
-
-# ---- real teachers ---------------------------------------------------------------------------------------------------
-
 VOCAB = 300
 TOPK = 5
 CHUNK = 4  # tokens of a chunk of top-K logits: several per micro-batch
@@ -343,7 +123,8 @@ def run_teacher(path: str, teacher: Layout, student: Layout, topk: int | None, p
         after = [p for chunk in pipeline.chunks for p in chunk.parameters()]
         head = head_shard(path, student) if topk is None else None
         arrived = {}
-        for position in store._samples:
+        graphless = not any(t.requires_grad for part in store._samples.values() for t in part)
+        for position in list(store._samples):
             signal = store.gather(collate([plan.samples[position]]))
             if topk is None:
                 assert signal.hidden is not None
@@ -361,7 +142,7 @@ def run_teacher(path: str, teacher: Layout, student: Layout, topk: int | None, p
             "frozen": not any(p.requires_grad or p.grad is not None for p in after),
             "eval": not any(module.training for chunk in pipeline.chunks for module in chunk.modules()),
             "heads": [getattr(chunk, "output_layer", None) is not None for chunk in pipeline.chunks],
-            "graphless": not any(t.requires_grad for part in store._samples.values() for t in part),
+            "graphless": graphless,
         }
 
 
@@ -422,7 +203,7 @@ def test_topk_signal_is_the_dense_models_topk_with_the_full_logsumexp(teachers: 
 
 def check_common(ranks: list[dict[str, Any]], plan: StepPlan, teacher: Layout, student: Layout, packing: bool) -> None:
     """Every sequence forwarded once; frozen and untouched; arrivals and bytes as planned."""
-    trained = replica_of(plan.student)
+    trained = {p: dp for dp, batches in enumerate(plan.student) for batch in batches for p in batch}
     for rank, result in enumerate(ranks):
         where = student.coordinate(rank)
         mine = {p for p, dp in trained.items() if dp == where.dp} if where.pp == student.pipeline - 1 else set()
@@ -474,7 +255,7 @@ def divergence_of_identical_models(student: str, teacher: str, layout: Layout) -
             plan = plan_for(layout, layout, packing=False)
             signals.append(pipeline.signals(plan, Collator(plan.samples, plan.teacher, layout, packing=False))[0])
         groups = groups_of(layout)
-        if not len(signals[0]):
+        if not signals[0]._samples:
             return []
         rows = read_architecture(student).padded_vocab_size(layout.tensor)
         heads = [head_shard(path, layout, rows) for path in (student, teacher)]
@@ -557,7 +338,3 @@ def wrong_topk(path: str) -> list[str]:
 def test_topk_outside_the_vocabulary_is_refused(teachers: Any):
     (messages,) = run_ranks(wrong_topk, teachers["untied"][0], world=1)
     assert messages == [f"gkd_logits_topk {k} is outside 1..300, the size of the vocabulary" for k in (0, 301)]
-
-
-def test_a_route_reads_as_a_record():
-    assert Route(3, 0, 1)._asdict() == {"position": 3, "source": 0, "destination": 1}

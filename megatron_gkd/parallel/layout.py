@@ -8,8 +8,9 @@ The experts of a mixture are cut over the same ranks of a stage in another way, 
 
     rank = rank_offset + etp_rank + etp * (ep_rank + ep * (edp_rank + edp * pp_rank)),   etp * ep * edp = tp * cp * dp
 
-Student and teacher each have a `Layout` of their own over the same ranks. Context parallelism is a field already,
-because every size check has to know of it, but a size above 1 is refused until the attention for it is built.
+Student and teacher each have a `Layout` of their own, over the same ranks or over ranks of their own. Context
+parallelism is a field already, because every size check has to know of it, but a size above 1 is refused until the
+attention for it is built.
 """
 
 from __future__ import annotations
@@ -84,10 +85,11 @@ class Layout:
         expert_tensor: int | None = None,
         virtual_pipeline: int | None = None,
         sequence_parallel: bool = False,
+        rank_offset: int = 0,
         name: str = "student",
     ) -> Layout:
-        """The layout whose data-parallel size fills `world_size` ranks. Raises LayoutError when tp * cp * pp does
-        not divide it.
+        """The layout whose data-parallel size fills `world_size` ranks from `rank_offset` on. Raises LayoutError when
+        tp * cp * pp does not divide them.
         """
         model_size = tensor * context * pipeline
         if model_size < 1 or world_size % model_size:
@@ -98,8 +100,7 @@ class Layout:
             nearest = " or ".join(str(n) for n in dict.fromkeys((below, above)) if n > 0)
             raise LayoutError(
                 f"the {name}'s layout needs a multiple of tp {tensor} x cp {context} x pp {pipeline} = {model_size} "
-                f"ranks, but the world has {world_size}: "
-                f"start {nearest} ranks or change the {name}'s parallel sizes"
+                f"ranks, but it has {world_size}: give it {nearest} ranks, or change the {name}'s parallel sizes"
             )
         return cls(
             tensor,
@@ -109,6 +110,7 @@ class Layout:
             expert,
             virtual_pipeline,
             sequence_parallel,
+            rank_offset=rank_offset,
             expert_tensor=expert_tensor,
         )
 
@@ -132,10 +134,14 @@ class Layout:
         """Model chunks per rank."""
         return self.virtual_pipeline or 1
 
+    def holds(self, rank: int) -> bool:
+        """Whether a global rank is one of the layout's."""
+        return 0 <= rank - self.rank_offset < self.world_size
+
     def coordinate(self, rank: int) -> Coordinate:
         """Coordinates of a global rank."""
         index = rank - self.rank_offset
-        if not 0 <= index < self.world_size:
+        if not self.holds(rank):
             raise LayoutError(
                 f"rank {rank} is outside the layout's ranks "
                 f"{self.rank_offset}..{self.rank_offset + self.world_size - 1}"

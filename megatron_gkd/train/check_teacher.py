@@ -32,7 +32,8 @@ from megatron_gkd.errors import CheckFailedError, DataError, NotBuiltError
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
-from megatron_gkd.teacher_pipeline import Signal, TeacherPipeline
+from megatron_gkd.signals import Signal
+from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.teacher_server.probes import Needs, probe_tokens
 from megatron_gkd.topk_jsd import topk_jsd
 from megatron_gkd.train.batches import Collator

@@ -52,7 +52,7 @@ class TrainerState:
 
 def save_checkpoint(
     run_dir: str | Path,
-    student: Student,
+    student: Student | None,
     state: TrainerState,
     *,
     keep: int | None = None,
@@ -61,6 +61,7 @@ def save_checkpoint(
     """Write a checkpoint of `state.step`, move the pointer, delete all but the `keep` newest. Returns its directory.
 
     Args:
+        student: None on a rank that the teacher has to itself.
         rollouts: completions that are sampled and not yet trained on (train/rollouts.py).
     """
     root = Path(run_dir) / "checkpoints"
@@ -72,7 +73,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     dist.barrier()
     with _results_in_this_process():
-        dist_checkpointing.save(_sharded_state(student, is_loading=False), str(temporary))
+        dist_checkpointing.save({} if student is None else _sharded_state(student, is_loading=False), str(temporary))
     dist.barrier()
     if dist.get_rank() == 0:
         if rollouts:
@@ -137,11 +138,12 @@ def read_rollouts(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def load_checkpoint(checkpoint: Path, student: Student, *, expected: TrainerState) -> TrainerState:
+def load_checkpoint(checkpoint: Path, student: Student | None, *, expected: TrainerState) -> TrainerState:
     """Restore weights, moments, step counts and the position in the schedule. Hyperparameters are not restored: the
     configuration's hold.
 
     Args:
+        student: None on a rank that the teacher has to itself.
         expected: what the run was configured to be; step and position are not compared.
 
     Raises CheckpointError for a checkpoint of something else, or a damaged one.
@@ -149,6 +151,9 @@ def load_checkpoint(checkpoint: Path, student: Student, *, expected: TrainerStat
     state = read_state(checkpoint)
     _refuse_another_run(checkpoint, state, expected)
     try:
+        if student is None:
+            dist_checkpointing.load({}, str(checkpoint))
+            return state
         loaded = dist_checkpointing.load(_sharded_state(student, is_loading=True), str(checkpoint))
         for index, model in enumerate(student.models):
             model.load_state_dict(loaded[f"model{index}"], strict=True)

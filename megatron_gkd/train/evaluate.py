@@ -20,13 +20,13 @@ from megatron_gkd.data.rows import RowDataset
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.observe.metrics import Metrics
-from megatron_gkd.records import MicroBatch, Sample, StepPlan
-from megatron_gkd.schedule import plan_micro_batches
-from megatron_gkd.teacher_pipeline import Signal
+from megatron_gkd.records import MicroBatch
+from megatron_gkd.signals import Signal
 from megatron_gkd.topk_jsd import topk_jsd
-from megatron_gkd.train.batches import plan_forward
-from megatron_gkd.train.setup import Run, build_run
+from megatron_gkd.train.plans import evaluation_plans
+from megatron_gkd.train.setup import Run, TeacherRun, build
 from megatron_gkd.train.step import add_reports, forward_step_with, reduce_reports, student_batches, teacher_signals
+from megatron_gkd.train.teacher_ranks import serve_evaluation
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
 from megatron_gkd.vocab_parallel_topk import vocab_parallel_argmax
@@ -37,8 +37,13 @@ _CHUNK_TOKENS = 256  # bounds the logits held at a time
 
 
 def run_evaluation(config: RunConfig) -> dict[str, float]:
-    """`megatron-gkd eval`: print the numbers of the student as it is. Collective over all ranks."""
-    run = build_run(config, with_training_data=False)
+    """`megatron-gkd eval`: print the numbers of the student as it is, and return them; none on ranks of the teacher's
+    own. Collective over all ranks."""
+    run = build(config, with_training_data=False)
+    if isinstance(run, TeacherRun):
+        serve_evaluation(run)
+        run.teacher.close()
+        return {}
     assert run.eval_rows is not None, "RunConfig.validate refuses an evaluation without --eval_dataset"
     values = evaluate(run, run.eval_rows)
     run.teacher.close()
@@ -51,9 +56,7 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
 def evaluate(run: Run, rows: RowDataset) -> dict[str, float]:
     """The numbers of the module docstring and `num_tokens`, the same on every rank. Collective over all ranks."""
     metrics = Metrics(NAMES)
-    batch_size = run.config.training.global_batch_size
-    for start in range(0, len(rows), batch_size):
-        plan = _plan(run, rows, range(start, min(start + batch_size, len(rows))))
+    for plan in evaluation_plans(run.config, rows, run.student.layout, run.teacher.layout):
         signals, _ = teacher_signals(run.teacher, plan, packing=run.config.data.packing)
 
         def loss(model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Any:
@@ -64,24 +67,6 @@ def evaluate(run: Run, rows: RowDataset) -> dict[str, float]:
         add_reports(metrics, run.student.forward_only(step, batches), run.student)
     reduce_reports(metrics, run.student, run.platform.device)
     return {**metrics.means(), "num_tokens": metrics.counts()["nll"]}
-
-
-def _plan(run: Run, rows: RowDataset, indices: range) -> StepPlan:
-    samples = []
-    for position, index in enumerate(indices):
-        row = rows[index]
-        assert row.completion_ids is not None, "build_run requires completions in evaluation rows"
-        samples.append(Sample(position, index, row.prompt_ids, row.completion_ids, "dataset"))
-    lengths = [sample.num_inputs for sample in samples]
-    training = run.config.training
-    student = plan_forward(lengths, run.student.layout, micro_batch_size=training.micro_batch_size)
-    teacher = plan_micro_batches(
-        lengths,
-        data_parallel_size=run.teacher.layout.data,
-        micro_batch_size=run.config.teacher.teacher_micro_batch_size or training.micro_batch_size,
-        allow_partial=True,
-    )
-    return StepPlan(0, tuple(samples), student, teacher)
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """The training loop, to be read from top to bottom.
 
-    for each step:  rows -> sources -> completions -> samples -> plan -> teacher signals -> student update -> metrics
+    for each step:  plan (plans.py) -> teacher signals -> student update -> metrics
 
-Everything random is a function of (seed, step, sample), so a resumed run needs the step and the data position,
-nothing else. The run directory (`--save`) is described in docs/run_directory.md.
+The run directory (`--save`) is described in docs/run_directory.md. Ranks that the teacher has to itself run the loop of
+teacher_ranks.py beside this one: the same plans, evaluations and checkpoints in the same order.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.sampler import row_indices
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.flags import to_yaml
 from megatron_gkd.observe.logging import get_logger
@@ -22,10 +20,6 @@ from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers
-from megatron_gkd.records import Row, Source, StepPlan
-from megatron_gkd.rollout.protocol import Request
-from megatron_gkd.rollout.requests import make_requests
-from megatron_gkd.schedule import Sampled, make_samples, plan_step, sample_sources
 from megatron_gkd.train.checkpoint import (
     TrainerState,
     find_checkpoint,
@@ -34,9 +28,10 @@ from megatron_gkd.train.checkpoint import (
     save_checkpoint,
 )
 from megatron_gkd.train.evaluate import evaluate
-from megatron_gkd.train.sampling import engine_length
-from megatron_gkd.train.setup import Run, build_run, max_packed_tokens
+from megatron_gkd.train.plans import evaluates_after, saves_after
+from megatron_gkd.train.setup import Run, TeacherRun, build
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
+from megatron_gkd.train.teacher_ranks import serve_training
 from megatron_gkd.weights.export import save_hf
 from megatron_gkd.weights.hf_writer import check_destination
 
@@ -47,7 +42,10 @@ def run_training(config: RunConfig) -> None:
     """`megatron-gkd train`: distil, evaluate, save, export. Collective over all ranks of the world."""
     run_dir = Path(config.checkpoint.save)
     _check_run_dir(config, run_dir)
-    run = build_run(config)
+    run = build(config)
+    if isinstance(run, TeacherRun):
+        serve_training(run)
+        return
     state = _resume(run)
     if run.is_writer:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -80,74 +78,18 @@ def _train(run: Run, run_dir: Path, state: TrainerState, writers: _Writers) -> N
     with Progress(train_iters, done_steps=state.step, enabled=run.is_writer) as progress:
         while state.step < train_iters:
             state = _train_step(run, state, writers, progress)
-            last = state.step == train_iters
-            if last or (config.logging.eval_steps and state.step % config.logging.eval_steps == 0):
+            if evaluates_after(config, state.step, train_iters):
                 _evaluate(run, writers, step=state.step)
-            if last or state.step % config.checkpoint.save_steps == 0:
+            if saves_after(config, state.step, train_iters):
                 rollouts = None if run.rollouts is None else run.rollouts.state()
                 save_checkpoint(run_dir, run.student, state, keep=config.checkpoint.save_total_limit, rollouts=rollouts)
-
-
-class Draw(NamedTuple):
-    """Rows and sources of a step, by position in the global batch."""
-
-    indices: list[int]
-    rows: list[Row]
-    sources: list[Source]
-
-
-def draw(run: Run, step: int) -> Draw:
-    """A pure function of the configuration, the data and the step."""
-    assert run.rows is not None
-    training, distillation = run.config.training, run.config.distillation
-    size = training.global_batch_size
-    indices = row_indices(training.seed, step * size, size, len(run.rows), run.config.data.shuffle)
-    sources = sample_sources(training.seed, step, size, lmbda=distillation.lmbda, seq_kd=distillation.seq_kd)
-    return Draw(indices, [run.rows[i] for i in indices], sources)
-
-
-def requests(run: Run, step: int) -> list[Request]:
-    """What is asked of the sampling engines for a step."""
-    assert run.rollouts is not None
-    _, rows, sources = draw(run, step)
-    config = run.config
-    return make_requests(
-        {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
-        run_seed=config.training.seed,
-        step=step,
-        max_completion_length=config.sampling.max_completion_length,
-        max_length=config.data.max_length,
-        max_model_len=engine_length(config, run.architecture),
-    )
-
-
-def next_plan(run: Run, state: TrainerState) -> StepPlan:
-    """The plan of step `state.step + 1`: a pure function of the configuration, the data, the step, and, where the
-    student samples, of its weights.
-    """
-    config, training = run.config, run.config.training
-    indices, rows, sources = draw(run, state.step)
-    sampled: dict[int, Sampled] = {}
-    if run.rollouts is not None:
-        completions = run.rollouts.for_step(state.step, lambda step: requests(run, step))
-        sampled = {position: (c.token_ids, c.version) for position, c in completions.items()}
-    samples = make_samples(indices, rows, sources, sampled=sampled)
-    return plan_step(
-        state.step,
-        samples,
-        data_parallel_size=run.student.layout.data,
-        micro_batch_size=training.micro_batch_size,
-        teacher_data_parallel_size=run.teacher.layout.data,
-        teacher_micro_batch_size=config.teacher.teacher_micro_batch_size,
-        packing=config.data.packing,
-        max_tokens=max_packed_tokens(config),
-    )
 
 
 def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Progress) -> TrainerState:
     start_s = time.perf_counter()
     timers = Timers(synchronize=run.platform.synchronize)
-    plan = next_plan(run, state)
+    assert run.plans is not None
+    plan = run.plans.plan(state.step)
     result, signal_bytes = distill(
         run.student,
         run.teacher,
@@ -205,9 +147,8 @@ def _check_run_dir(config: RunConfig, run_dir: Path) -> None:
 
 def _resume(run: Run) -> TrainerState:
     """The state to start from: the checkpoint's that `--load` names, or the beginning."""
-    assert run.rows is not None
-    sharded = run.config.parallel.use_distributed_optimizer
-    beginning = TrainerState(0, 0, run.rows.fingerprint(), repr(run.architecture), sharded)
+    assert run.plans is not None
+    beginning = run.plans.before_training(run.architecture)
     load = run.config.checkpoint.load
     if load is None:
         return beginning

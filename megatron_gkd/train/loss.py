@@ -31,7 +31,7 @@ from megatron_gkd.fused_linear_jsd import HiddenTeacher, TopKTeacher, fused_line
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.records import SOURCES, MicroBatch, Source
-from megatron_gkd.teacher_pipeline import Signal
+from megatron_gkd.signals import Signal
 from megatron_gkd.topk_jsd import topk_jsd, topk_masses
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd

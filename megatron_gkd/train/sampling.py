@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.distributed as dist
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_gkd.architecture import Architecture
@@ -52,8 +51,7 @@ def build_rollouts(
     """
     sampling, length = config.sampling, engine_length(config, arch)
     _check_prompts(rows, length)
-    group = dist.group.WORLD
-    assert group is not None
+    group = student.groups.intra_dist_opt  # all ranks of the student's layout
     dtype = config.model.dtype
     local = open_engines(sampling, model_path=config.model.model, dtype=dtype, max_model_len=length, group=group)
     stream = hf_tensor_stream(

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatch, MicroBatchPlan, StepPlan
-from megatron_gkd.teacher_pipeline import Route, SignalSpec, SignalStore, exchange
+from megatron_gkd.signals import Route, SignalSpec, SignalStore, exchange
 from megatron_gkd.teacher_server.probes import Needs
 from megatron_gkd.teacher_server.servers import TeacherServers
 

@@ -18,7 +18,8 @@ from megatron_gkd.model.pipeline import ForwardStep, forward_hidden
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.records import MicroBatch, StepPlan
-from megatron_gkd.teacher_pipeline import Signal, SignalStore, Teacher
+from megatron_gkd.signals import Signal, SignalStore
+from megatron_gkd.teacher_pipeline import Teacher
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.student import StepResult, Student

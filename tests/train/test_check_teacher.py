@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_gkd import cli
-from megatron_gkd.teacher_pipeline import Signal
+from megatron_gkd.signals import Signal
 from megatron_gkd.train.check_teacher import compare_row
 from tests.ranks import one_rank_group, run_ranks
 from tests.teacher_server.fake import FakeServer, random_teacher, serve

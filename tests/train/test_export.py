@@ -100,10 +100,10 @@ def run_untrained(argv: list[str], run_dir: str) -> None:
 
 
 def state_of(run: Run, config: RunConfig, step: int | None = 0) -> TrainerState:
-    assert run.rows is not None
+    assert run.plans is not None
     assert step is not None
     sharded = config.parallel.use_distributed_optimizer
-    return TrainerState(step, 0, run.rows.fingerprint(), repr(run.architecture), sharded)
+    return TrainerState(step, 0, run.plans.rows.fingerprint(), repr(run.architecture), sharded)
 
 
 def side_files(path: Path) -> dict[str, bytes]:

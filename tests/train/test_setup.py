@@ -8,7 +8,8 @@ import pytest
 
 from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.flags import parse_run_config
-from megatron_gkd.train.setup import _layouts, build_run
+from megatron_gkd.train.inputs import layouts
+from megatron_gkd.train.setup import build_run
 from tests.checkpoints import MOE_FAMILIES, write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.train.runs import command_line
@@ -45,5 +46,5 @@ def test_one_model_chunk_per_stage_is_no_virtual_pipeline() -> None:
         words = (
             f"--virtual_pipeline_model_parallel_size 1 --pipeline_model_parallel_size {pipeline} --model S --dataset d"
         )
-        student, _ = _layouts(parse_run_config(words.split()), pipeline)
+        student, _ = layouts(parse_run_config(words.split()), pipeline)
         assert (student.pipeline, student.virtual_pipeline) == (pipeline, None)

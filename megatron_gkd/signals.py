@@ -1,0 +1,310 @@
+"""What a teacher hands to the student, and how it travels from the teacher's last pipeline stage to the student's.
+
+A SIGNAL belongs to a sample of the step (T loss tokens, in completion order). Two kinds:
+
+    hidden   [T, Ht] final hidden state, in the teacher's dtype. The student's last stage holds the teacher's head,
+             sharded over the student's TP group like its own head, so the full-vocabulary loss is exact and no
+             logits are ever sent, stored or resharded.
+    top-K    [T, K] log-probabilities (float32, of the teacher's full vocabulary at temperature 1) and global token
+             ids (int32).
+
+Routing (`plan_routes`) is pure: for each sample, one source for each destination. Invariants, each asserted by a test:
+    R1  every student last-stage rank that trains on a sample receives its signal exactly once, nobody else does;
+    R2  the source is a last-stage rank of the teacher replica that forwarded the sample, and the destination itself
+        where that is possible;
+    R3  all ranks list the routes in the same order, the one in which the teacher makes the signals (micro-batch,
+        replica, sample, destination): sends and receives of a pair of ranks match untagged.
+
+Two ways to travel, both point to point over a group of its own, with the same bytes on the wire: sum over routes with
+source != destination of T * bytes_per_token.
+
+    exchange              teacher and student share their ranks: after the teacher's pass, in rounds (`plan_rounds`)
+                          in which no rank sends or receives more than `max_bytes`. What a rank holds of a step
+                          beyond `max_bytes` waits in (pinned) host memory.
+    Outgoing, Incoming    the teacher has ranks of its own: each signal is sent as soon as it is made, and received
+                          no more than `max_bytes` ahead of its use. So the student begins with the first
+                          micro-batch while the teacher works on the second, and the teacher on the next step while
+                          the student still trains.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import MicroBatch, MicroBatchPlan
+
+SignalKind = Literal["hidden", "topk"]
+Columns = tuple[torch.Tensor, ...]  # of one sample: (hidden,) or (log-probabilities, ids)
+
+
+class Route(NamedTuple):
+    """One sample's signal, from a global rank to a global rank."""
+
+    position: int
+    source: int
+    destination: int
+
+
+def plan_routes(
+    teacher_plan: MicroBatchPlan, student_plan: MicroBatchPlan, teacher: Layout, student: Layout
+) -> list[Route]:
+    """Who sends which sample's signal to whom (see the module docstring for the invariants)."""
+    teacher_replica = {
+        position: dp for dp, batches in enumerate(teacher_plan) for batch in batches for position in batch
+    }
+    student_replica = {
+        position: dp for dp, batches in enumerate(student_plan) for batch in batches for position in batch
+    }
+    assert teacher_replica.keys() == student_replica.keys(), "teacher and student plan different samples"
+    routes = []
+    for row in zip(*teacher_plan, strict=True):  # the i-th micro-batch of every replica
+        for position in (position for batch in row for position in batch):
+            sources = teacher.last_stage_ranks(teacher_replica[position])
+            for index, destination in enumerate(student.last_stage_ranks(student_replica[position])):
+                source = destination if destination in sources else sources[(position + index) % len(sources)]
+                routes.append(Route(position, source, destination))
+    return routes
+
+
+def plan_rounds(routes: Sequence[Route], num_bytes: Sequence[int], max_bytes: int) -> list[list[Route]]:
+    """The routes that travel, in rounds in which no rank sends or receives more than `max_bytes`, in order. A signal
+    that alone is larger than that has a round that no other of its ranks is in.
+
+    Args:
+        num_bytes: of each sample's signal, by position.
+    """
+    rounds: list[list[Route]] = []
+    load: dict[tuple[str, int], int] = {}
+    for route in routes:
+        size = num_bytes[route.position]
+        if route.source == route.destination or not size:
+            continue
+        ends = (("sends", route.source), ("receives", route.destination))
+        if not rounds or any(load.get(end, 0) and load[end] + size > max_bytes for end in ends):
+            rounds.append([])
+            load = {}
+        rounds[-1].append(route)
+        for end in ends:
+            load[end] = load.get(end, 0) + size
+    return rounds
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The teacher's signal for T loss tokens: `hidden`, or `topk_logprobs` with `topk_indices`."""
+
+    hidden: torch.Tensor | None = None  # [T, Ht]
+    topk_logprobs: torch.Tensor | None = None  # [T, K] float32
+    topk_indices: torch.Tensor | None = None  # [T, K] int64, global ids
+
+
+@dataclass(frozen=True)
+class SignalSpec:
+    """Kind, width and types of a signal: what a receiver must know to allocate it."""
+
+    kind: SignalKind
+    width: int  # Ht, or K
+    dtype: torch.dtype  # of the hidden state
+    device: torch.device
+
+    def empty(self, num_tokens: int) -> Columns:
+        """Uninitialised tensors of one sample's signal."""
+        if self.kind == "hidden":
+            return (torch.empty(num_tokens, self.width, dtype=self.dtype, device=self.device),)
+        return (
+            torch.empty(num_tokens, self.width, dtype=torch.float32, device=self.device),
+            torch.empty(num_tokens, self.width, dtype=torch.int32, device=self.device),
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """On the wire: Ht * itemsize, or 8 K."""
+        return self.width * (self.dtype.itemsize if self.kind == "hidden" else 8)
+
+
+class SignalStore:
+    """The signals of one step on a rank of the student's last stage, by position in the global batch. Each is handed
+    out once, and its memory let go of."""
+
+    def __init__(self, spec: SignalSpec, samples: dict[int, Columns], incoming: Incoming | None = None) -> None:
+        """Keep `samples`, and what `incoming` brings."""
+        self._spec, self._samples, self._incoming = spec, samples, incoming
+
+    def gather(self, micro_batch: MicroBatch) -> Signal:
+        """The signals of a micro-batch's loss tokens, in its order. An empty micro-batch gives tensors of zero rows."""
+        parts = [self._take(position) for position in micro_batch.positions]
+        assert all(part[0].shape[0] == length for part, length in zip(parts, micro_batch.lengths, strict=True)), (
+            "signal and sample lengths differ"
+        )
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else list(self._spec.empty(0))
+        if self._spec.kind == "hidden":
+            return Signal(hidden=columns[0])
+        return Signal(topk_logprobs=columns[0], topk_indices=columns[1].long())
+
+    def _take(self, position: int) -> Columns:
+        if position in self._samples:
+            columns = self._samples.pop(position)
+        else:
+            assert self._incoming is not None, f"the signal of sample {position} is not here, or was handed out before"
+            columns = self._incoming.take(position)
+        return tuple(column.to(self._spec.device, non_blocking=True) for column in columns)
+
+
+def exchange(
+    spec: SignalSpec,
+    routes: Sequence[Route],
+    num_tokens: Sequence[int],
+    local: dict[int, Columns],
+    group: dist.ProcessGroup,
+    *,
+    max_bytes: int | None = None,
+) -> tuple[SignalStore, int]:
+    """Carry out the routes. Returns this rank's store and the bytes that it sent.
+
+    Args:
+        num_tokens: loss tokens of every sample of the step, by position.
+        local: signals that this rank computed, by position; on the device or in host memory.
+        group: a group of all ranks, of its own (its messages must not interleave with the pipeline's).
+        max_bytes: of a round, and of the device memory that this rank's store may take; None: no limit.
+    """
+    rank = dist.get_rank()
+    num_bytes = [count * spec.bytes_per_token for count in num_tokens]
+    mine = [route for route in routes if route.destination == rank]
+    to_host = max_bytes is not None and sum(num_bytes[route.position] for route in mine) > max_bytes
+    received: dict[int, Columns] = {}
+    for position, source, _ in mine:
+        if source == rank:
+            received[position] = local[position]
+        elif num_tokens[position] == 0:
+            received[position] = spec.empty(0)
+    sent = 0
+    for some in plan_rounds(routes, num_bytes, max_bytes if max_bytes is not None else sum(num_bytes) + 1):
+        operations = []
+        arriving: dict[int, Columns] = {}
+        for position, source, destination in some:
+            if rank == source:
+                columns = tuple(t.to(spec.device).contiguous() for t in local[position])
+                operations += [dist.P2POp(dist.isend, t, destination, group) for t in columns]
+                sent += num_bytes[position]
+            elif rank == destination:
+                arriving[position] = spec.empty(num_tokens[position])
+                operations += [dist.P2POp(dist.irecv, t, source, group) for t in arriving[position]]
+        for request in dist.batch_isend_irecv(operations) if operations else []:
+            request.wait()
+        received |= {p: in_host_memory(columns) for p, columns in arriving.items()} if to_host else arriving
+    return SignalStore(spec, received), sent
+
+
+class Outgoing:
+    """On a rank of a teacher with ranks of its own: the signals of one step, each sent when it is made."""
+
+    def __init__(self, routes: Sequence[Route], group: dist.ProcessGroup) -> None:
+        """Args: routes: of the step; those from this rank are carried out."""
+        self._group, self._under_way = group, list[tuple[Any, torch.Tensor]]()
+        self._destinations: dict[int, list[int]] = {}
+        for position, source, destination in routes:
+            if source == dist.get_rank():
+                self._destinations.setdefault(position, []).append(destination)
+
+    def send(self, position: int, columns: Columns) -> None:
+        """Start to send one sample's signal. The calls come in the order of the routes."""
+        for destination in self._destinations.pop(position, []) if columns[0].shape[0] else []:
+            for column in columns:
+                column = column.contiguous()
+                request = dist.isend(column, destination, group=self._group)
+                self._under_way.append((request, column))  # sending reads the tensor until it is done
+
+    def wait(self) -> None:
+        """Until all has been received."""
+        for request, _ in self._under_way:
+            request.wait()
+        self._under_way.clear()
+
+
+class Incoming:
+    """On a rank of the student's last stage, from a teacher with ranks of its own: the signals of one step, received
+    in the order in which they are made, at most `max_bytes` ahead of their use.
+
+    Where the student's order differs from the teacher's so much that more is there than that, the oldest go to host
+    memory. Nothing is received before the first is asked for.
+    """
+
+    def __init__(
+        self,
+        spec: SignalSpec,
+        routes: Sequence[Route],
+        num_tokens: Sequence[int],
+        group: dist.ProcessGroup,
+        *,
+        max_bytes: int,
+    ) -> None:
+        """Keep the routes to this rank."""
+        rank = dist.get_rank()
+        self._spec, self._group, self._max_bytes = spec, group, max_bytes
+        self._num_tokens = num_tokens
+        mine = [(position, source) for position, source, destination in routes if destination == rank]
+        self._empty = {position for position, _ in mine if not num_tokens[position]}
+        self._to_come = deque((position, source) for position, source in mine if num_tokens[position])
+        self._here: dict[int, tuple[Columns, list[Any]]] = {}  # on the device, with the requests that fill them
+        self._staged: dict[int, Columns] = {}  # in host memory
+        self._held = 0
+        self.num_bytes = sum(self._size(position) for position, _ in self._to_come)
+        self.most_held_bytes = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether every signal was taken."""
+        return not (self._to_come or self._here or self._staged)
+
+    def take(self, position: int) -> Columns:
+        """The signal of a sample; waits for it, and starts to receive what comes next."""
+        if position in self._empty:
+            return self._spec.empty(0)
+        while position not in self._here and position not in self._staged:
+            assert self._to_come, f"no signal of sample {position} is to come"
+            self._post(making_room=True)
+        if position in self._staged:
+            columns = self._staged.pop(position)
+        else:
+            columns, requests = self._here.pop(position)
+            self._held -= self._size(position)
+            for request in requests:
+                request.wait()
+        while self._to_come and self._held + self._size(self._to_come[0][0]) <= self._max_bytes:
+            self._post()
+        return columns
+
+    def _size(self, position: int) -> int:
+        return self._num_tokens[position] * self._spec.bytes_per_token
+
+    def _post(self, *, making_room: bool = False) -> None:
+        """Start to receive the next one."""
+        position, source = self._to_come.popleft()
+        while making_room and self._here and self._held + self._size(position) > self._max_bytes:
+            self._stage(next(iter(self._here)))
+        columns = self._spec.empty(self._num_tokens[position])
+        self._here[position] = columns, [dist.irecv(t, source, group=self._group) for t in columns]
+        self._held += self._size(position)
+        self.most_held_bytes = max(self.most_held_bytes, self._held)
+
+    def _stage(self, position: int) -> None:
+        columns, requests = self._here.pop(position)
+        for request in requests:
+            request.wait()
+        self._staged[position] = in_host_memory(columns)
+        self._held -= self._size(position)
+
+
+def in_host_memory(columns: Columns) -> Columns:
+    """Copies in host memory, pinned where they come from a GPU."""
+    copies = tuple(torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in columns)
+    for copy, t in zip(copies, columns, strict=True):
+        copy.copy_(t)
+    return copies

@@ -1,0 +1,211 @@
+"""What a run is given, checked in order of cost before process groups, weights or an optimizer exist.
+
+Order: flags against the world (layouts), config.json of both models against the layouts, tokenizers against each
+other, data against the models, batch against the layout. So bad input is an error before work is lost, with the same
+message on every rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_gkd.architecture import Architecture, read_architecture
+from megatron_gkd.config import DataConfig, RunConfig
+from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
+from megatron_gkd.data.rows import RowDataset, load_rows
+from megatron_gkd.errors import ConfigError, DataError, LayoutError, NotBuiltError
+from megatron_gkd.model.pipeline import check_num_micro_batches
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.weights.plan import check_layout
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The same on every rank."""
+
+    config: RunConfig
+    student_arch: Architecture
+    teacher_arch: Architecture | None  # None: known by its server alone
+    student_layout: Layout
+    teacher_layout: Layout  # the student's, with a teacher at a server
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int  # token ids that both models have
+    rows: RowDataset | None  # None for an evaluation alone
+    eval_rows: RowDataset | None
+
+    @property
+    def separate(self) -> bool:
+        """Whether the teacher has ranks of its own."""
+        return self.config.teacher.teacher_placement == "separate"
+
+    @property
+    def train_iters(self) -> int:
+        """Steps of the run; 1 for an evaluation alone."""
+        return 1 if self.rows is None else self.config.training.num_steps(len(self.rows))
+
+
+def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool = True) -> Inputs:
+    """Read and check (see the module docstring). Not collective."""
+    student_layout, teacher_layout = layouts(config, world_size)
+    student_arch, teacher_path = read_architecture(config.model.model), config.teacher.teacher_model
+    teacher_arch = None if teacher_path is None else read_architecture(teacher_path)
+    urls = config.teacher.servers
+    for flag, arch in (("model", student_arch), ("teacher_model", None if urls else teacher_arch)):
+        if arch is not None and arch.moe is not None:
+            raise NotBuiltError(
+                f"--{flag}: distillation with a mixture of experts ({arch.model_type}) is not built yet; "
+                "it can be converted"
+            )
+    check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
+    if teacher_arch is not None and not urls:
+        check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
+    tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
+    rows = None
+    if with_training_data:
+        sampled = config.sampling.max_completion_length if config.distillation.lmbda > 0 else None
+        rows = _rows(config.data, config.data.dataset, tokenizer, vocab_size, max_completion_length=sampled)
+    eval_rows = _rows(config.data, config.data.eval_dataset, tokenizer, vocab_size, max_rows=config.data.eval_samples)
+    if rows is not None:
+        rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
+        _check_batch(config, student_layout)
+    if eval_rows is not None:
+        eval_rows.require_completions("evaluation")
+    return Inputs(
+        config, student_arch, teacher_arch, student_layout, teacher_layout, tokenizer, vocab_size, rows, eval_rows
+    )
+
+
+def layouts(config: RunConfig, world_size: int) -> tuple[Layout, Layout]:
+    """(student's, teacher's). Raises LayoutError, with the nearest numbers that are possible."""
+    parallel, teacher = config.parallel, config.teacher
+    teacher_ranks = _teacher_ranks(config, world_size)
+    student_layout = Layout.for_world(
+        world_size - teacher_ranks,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        virtual_pipeline=_virtual_pipeline(parallel.virtual_pipeline_model_parallel_size),
+        sequence_parallel=parallel.sequence_parallel,
+    )
+    teacher_layout = Layout.for_world(
+        teacher_ranks or world_size,
+        tensor=teacher.teacher_tensor_model_parallel_size or parallel.tensor_model_parallel_size,
+        pipeline=teacher.teacher_pipeline_model_parallel_size or parallel.pipeline_model_parallel_size,
+        rank_offset=world_size - teacher_ranks if teacher_ranks else 0,
+        name="teacher",
+    )
+    return student_layout, teacher_layout
+
+
+def _teacher_ranks(config: RunConfig, world_size: int) -> int:
+    """Ranks of the teacher's own; 0 where it shares the student's."""
+    teacher = config.teacher
+    if teacher.teacher_placement == "colocate":
+        return 0
+    count, asked = teacher.teacher_world_size, f"--teacher_world_size {teacher.teacher_world_size}"
+    if count is None:
+        assert teacher.teacher_nodes is not None, "RunConfig.validate refuses separate ranks without their number"
+        local = os.environ.get("LOCAL_WORLD_SIZE")
+        if local is None:
+            raise ConfigError(
+                f"--teacher_nodes {teacher.teacher_nodes} counts nodes, and nothing says how many ranks a node has: "
+                "start under torchrun, or give --teacher_world_size"
+            )
+        count, asked = teacher.teacher_nodes * int(local), f"--teacher_nodes {teacher.teacher_nodes} of {local} ranks"
+    if count >= world_size:
+        least = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+        raise LayoutError(
+            f"{asked} leaves none of the world's {world_size} ranks for the student, which needs {least} or a "
+            f"multiple: start {count + least} ranks, or give the teacher fewer"
+        )
+    return count
+
+
+def _virtual_pipeline(size: int | None) -> int | None:
+    """One model chunk per stage is no virtual pipeline."""
+    return None if size == 1 else size
+
+
+def _vocabulary(
+    config: RunConfig, student: Architecture, teacher: Architecture | None
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """The student's tokenizer, and the number of token ids that both models have; rows beyond it are padding of one
+    of them. Of a teacher that is known by its server alone: the student's (probes.py asks the server)."""
+    tokenizer = load_tokenizer(config.model.model)
+    if teacher is None:
+        if len(tokenizer) > student.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {len(tokenizer)} tokens, but the student's vocabulary has {student.vocab_size} "
+                "rows: they do not belong together"
+            )
+        return tokenizer, student.vocab_size
+    check_same_tokenizer(tokenizer, load_tokenizer(str(config.teacher.teacher_model)))
+    vocab_size = min(student.vocab_size, teacher.vocab_size)
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the student's vocabulary has {student.vocab_size} rows "
+            "and the teacher's "
+            f"{teacher.vocab_size}: they do not belong together"
+        )
+    return tokenizer, vocab_size
+
+
+def _rows(
+    data: DataConfig,
+    paths: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    *,
+    max_rows: int | None = None,
+    max_completion_length: int | None = None,
+) -> RowDataset | None:
+    if not paths:
+        return None
+    rows = load_rows(
+        paths,
+        tokenizer,
+        max_length=data.max_length,
+        max_completion_length=max_completion_length,
+        on_bad_row=data.on_bad_row,
+        overlong=data.overlong,
+        max_rows=max_rows,
+    )
+    if rows.max_token_id >= vocab_size:
+        raise DataError(
+            f"{', '.join(paths)}: token id {rows.max_token_id} is outside the models' vocabulary of {vocab_size}"
+        )
+    logger.info("%s: %s", ", ".join(paths), rows.summary)
+    return rows
+
+
+def _check_batch(config: RunConfig, layout: Layout) -> None:
+    training = config.training
+    per_pass = layout.data * training.micro_batch_size
+    if config.data.packing:
+        # The interleaved schedule wants a multiple of PP micro-batches; packing makes as many as the rows need.
+        if layout.virtual_pipeline:
+            raise NotBuiltError(
+                f"packing is not built for a virtual pipeline ({layout.describe()}): leave out --packing or "
+                "--virtual_pipeline_model_parallel_size"
+            )
+        if training.global_batch_size < layout.data:
+            raise ConfigError(
+                f"global_batch_size {training.global_batch_size} cannot be packed for {layout.data} data parallel "
+                f"ranks: each needs a sample; give at least {layout.data}, or fewer ranks"
+            )
+        return
+    if training.global_batch_size % per_pass:
+        below = training.global_batch_size // per_pass * per_pass
+        raise ConfigError(
+            f"global_batch_size {training.global_batch_size} is not a multiple of data parallel size {layout.data} "
+            "x micro_batch_size "
+            f"{training.micro_batch_size} = {per_pass}: the nearest are "
+            f"{' and '.join(str(n) for n in (below, below + per_pass) if n)}"
+        )
+    check_num_micro_batches(layout, training.global_batch_size // per_pass)

@@ -1,0 +1,155 @@
+"""What every step of a run works on, known on every rank alike before any tensor exists.
+
+    for each step:  rows -> sources -> completions -> samples -> plan
+
+Everything random is a function of (seed, step, sample), so a resumed run needs the step and the data position, nothing
+else. Where the student samples, the completions also depend on its weights: they come from `Rollouts` on the student's
+ranks, and, where the teacher has ranks of its own, go from the first rank to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.config import RunConfig
+from megatron_gkd.data.rows import RowDataset
+from megatron_gkd.data.sampler import row_indices
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import Row, Sample, Source, StepPlan
+from megatron_gkd.rollout.protocol import Request
+from megatron_gkd.rollout.requests import make_requests
+from megatron_gkd.schedule import Sampled, make_samples, plan_micro_batches, plan_step, sample_sources
+from megatron_gkd.train.batches import plan_forward
+from megatron_gkd.train.checkpoint import TrainerState
+from megatron_gkd.train.rollouts import Rollouts
+
+
+class Draw(NamedTuple):
+    """Rows and sources of a step, by position in the global batch."""
+
+    indices: list[int]
+    rows: list[Row]
+    sources: list[Source]
+
+
+class StepPlans:
+    """The plans of a run's steps; `plan` is collective over the ranks that sample, and over `everyone` if given."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        rows: RowDataset,
+        student: Layout,
+        teacher: Layout,
+        *,
+        max_model_len: int,
+        rollouts: Rollouts | None = None,
+        everyone: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Keep what all steps share.
+
+        Args:
+            max_model_len: most tokens that the sampling engines take.
+            rollouts: on the student's ranks, where it samples.
+            everyone: all ranks, where some have no student and it samples: they are told the completions.
+        """
+        self.config, self.rows, self.student, self.teacher = config, rows, student, teacher
+        self.rollouts, self._max_model_len, self._everyone = rollouts, max_model_len, everyone
+
+    def before_training(self, student: Architecture) -> TrainerState:
+        """The state that a run without a checkpoint begins with, and that a checkpoint's is held against."""
+        sharded = self.config.parallel.use_distributed_optimizer
+        return TrainerState(0, 0, self.rows.fingerprint(), repr(student), sharded)
+
+    def draw(self, step: int) -> Draw:
+        """A pure function of the configuration, the data and the step."""
+        training, distillation = self.config.training, self.config.distillation
+        size = training.global_batch_size
+        indices = row_indices(training.seed, step * size, size, len(self.rows), self.config.data.shuffle)
+        sources = sample_sources(training.seed, step, size, lmbda=distillation.lmbda, seq_kd=distillation.seq_kd)
+        return Draw(indices, [self.rows[i] for i in indices], sources)
+
+    def requests(self, step: int) -> list[Request]:
+        """What is asked of the sampling engines for a step."""
+        _, rows, sources = self.draw(step)
+        return make_requests(
+            {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
+            run_seed=self.config.training.seed,
+            step=step,
+            max_completion_length=self.config.sampling.max_completion_length,
+            max_length=self.config.data.max_length,
+            max_model_len=self._max_model_len,
+        )
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan of step `step`, counted from 0."""
+        config, training = self.config, self.config.training
+        indices, rows, sources = self.draw(step)
+        samples = make_samples(indices, rows, sources, sampled=self._completions(step))
+        return plan_step(
+            step,
+            samples,
+            data_parallel_size=self.student.data,
+            micro_batch_size=training.micro_batch_size,
+            teacher_data_parallel_size=self.teacher.data,
+            teacher_micro_batch_size=config.teacher.teacher_micro_batch_size,
+            teacher_max_tokens=config.teacher.teacher_micro_batch_tokens,
+            packing=config.data.packing,
+            max_tokens=max_packed_tokens(config),
+        )
+
+    def _completions(self, step: int) -> dict[int, Sampled]:
+        sampled: dict[int, Sampled] = {}
+        if self.rollouts is not None:
+            completions = self.rollouts.for_step(step, self.requests)
+            sampled = {position: (c.token_ids, c.version) for position, c in completions.items()}
+        if self._everyone is not None:
+            told: list[Any] = [sampled]
+            dist.broadcast_object_list(told, src=0, group=self._everyone)
+            sampled = told[0]
+        return sampled
+
+
+def evaluation_plans(config: RunConfig, rows: RowDataset, student: Layout, teacher: Layout) -> Iterator[StepPlan]:
+    """Forward passes over held-out rows, in batches of the training batch size; only the last may be smaller."""
+    training, batch_size = config.training, config.training.global_batch_size
+    for start in range(0, len(rows), batch_size):
+        samples = []
+        for position, index in enumerate(range(start, min(start + batch_size, len(rows)))):
+            row = rows[index]
+            assert row.completion_ids is not None, "read_inputs requires completions in evaluation rows"
+            samples.append(Sample(position, index, row.prompt_ids, row.completion_ids, "dataset"))
+        lengths = [sample.num_inputs for sample in samples]
+        cap = config.teacher.teacher_micro_batch_tokens
+        yield StepPlan(
+            0,
+            tuple(samples),
+            plan_forward(lengths, student, micro_batch_size=training.micro_batch_size),
+            plan_micro_batches(
+                lengths,
+                data_parallel_size=teacher.data,
+                micro_batch_size=config.teacher.teacher_micro_batch_size or training.micro_batch_size,
+                max_tokens=None if cap is None else max(cap, *lengths),
+                allow_partial=True,
+            ),
+        )
+
+
+def max_packed_tokens(config: RunConfig) -> int | None:
+    """Tokens of a packed micro-batch; None without packing."""
+    return config.data.max_length * config.training.micro_batch_size if config.data.packing else None
+
+
+def evaluates_after(config: RunConfig, step: int, train_iters: int) -> bool:
+    """Whether held-out rows are evaluated when `step` steps are done."""
+    every = config.logging.eval_steps
+    return step == train_iters or bool(every and step % every == 0)
+
+
+def saves_after(config: RunConfig, step: int, train_iters: int) -> bool:
+    """Whether a checkpoint is saved when `step` steps are done."""
+    return step == train_iters or step % config.checkpoint.save_steps == 0

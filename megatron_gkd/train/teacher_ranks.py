@@ -1,0 +1,43 @@
+"""The loop of a rank that the teacher has to itself (`--teacher_placement separate`).
+
+It makes the same plans as the student's ranks, evaluates and takes part in checkpoints after the same steps, and has
+no other contact with them than the signals that it sends. So it works ahead: while the student trains on a step, the
+teacher forwards the next one, unless that has to be sampled from the student first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_gkd.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from megatron_gkd.train.plans import evaluates_after, evaluation_plans, saves_after
+from megatron_gkd.train.setup import TeacherRun
+from megatron_gkd.train.step import teacher_signals
+
+
+def serve_training(run: TeacherRun) -> None:
+    """All steps of the run, from the one that `--load` resumes at. Collective over all ranks."""
+    assert run.plans is not None
+    config, state = run.config, run.plans.before_training(run.architecture)
+    if config.checkpoint.load is not None:
+        state = load_checkpoint(find_checkpoint(config.checkpoint.load), None, expected=state)
+    if state.step == 0:
+        serve_evaluation(run)
+    while state.step < run.train_iters:
+        plan = run.plans.plan(state.step)
+        teacher_signals(run.teacher, plan, packing=config.data.packing)
+        state = replace(state, step=state.step + 1, consumed_samples=state.consumed_samples + len(plan.samples))
+        if evaluates_after(config, state.step, run.train_iters):
+            serve_evaluation(run)
+        if saves_after(config, state.step, run.train_iters):
+            save_checkpoint(Path(config.checkpoint.save), None, state, keep=config.checkpoint.save_total_limit)
+    run.teacher.close()
+
+
+def serve_evaluation(run: TeacherRun) -> None:
+    """One pass over the held-out rows, if there are any. Collective over all ranks."""
+    if run.eval_rows is None:
+        return
+    for plan in evaluation_plans(run.config, run.eval_rows, run.student_layout, run.teacher.layout):
+        teacher_signals(run.teacher, plan, packing=run.config.data.packing)
