@@ -61,8 +61,8 @@ def _of_distillation(cfg: RunConfig) -> Iterator[str]:
         yield "--use_liger_kernel demands the fused loss and --loss_path logits the other one; leave out one of them"
     if loss.topk_tail != "renormalize" and topk is None:
         yield f"--topk_tail {loss.topk_tail} needs --gkd_logits_topk: the full vocabulary has no tail"
-    yield from _of_local_teacher(cfg)
     if cfg.teacher.teacher_model_server is None:
+        yield from _of_local_teacher(cfg)
         return
     if topk is None:
         yield "--teacher_model_server needs --gkd_logits_topk: a server tells only its most probable tokens"

@@ -192,8 +192,6 @@ ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("teacher_context_parallel_size", {"teacher_context_parallel_size": 2}),
     ("teacher_expert_model_parallel_size", {"teacher_expert_model_parallel_size": 2}),
-    ("teacher_placement", {"teacher_placement": "separate"}),
-    ("offload_teacher_model", {"offload_teacher_model": True}),
     ("seq_kd", {"seq_kd": True}),
     ("context_parallel_size", {"context_parallel_size": 2}),
     ("expert_model_parallel_size", {"expert_model_parallel_size": 2}),
@@ -217,8 +215,8 @@ def test_what_is_not_built_is_refused_by_name(accepted: dict[str, Any], flag: st
 
 
 def test_all_that_is_missing_is_named_at_once(accepted: dict[str, Any]) -> None:
-    with pytest.raises(NotBuiltError, match=r"--teacher_placement separate .*; --seq_kd true .*; --streaming true"):
-        validate(accepted | {"seq_kd": True, "streaming": True, "teacher_placement": "separate"})
+    with pytest.raises(NotBuiltError, match=r"--context_parallel_size 2 .*; --expert_model_parallel_size 2"):
+        validate(accepted | {"context_parallel_size": 2, "expert_model_parallel_size": 2})
 
 
 def test_contradictions_come_before_what_is_missing(accepted: dict[str, Any]) -> None:

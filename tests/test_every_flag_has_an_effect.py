@@ -25,8 +25,6 @@ CONFIGURATION = {"config.py", "settings.py", "flags.py", "cli.py", "contradictio
 REFUSED = {
     "teacher_context_parallel_size",
     "teacher_expert_model_parallel_size",
-    "teacher_placement",
-    "offload_teacher_model",
     "context_parallel_size",
     "expert_model_parallel_size",
     "streaming",

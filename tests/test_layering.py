@@ -28,7 +28,7 @@ LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
         *("topk_jsd", "fused_linear_jsd", "fused_chunks", "fused_dense", "fused_task", "checks"),
         *("kernels", "schedule", "data", "architecture"),
     },
-    3: {"model", "weights", "teacher_pipeline", "teacher_server", "rollout_bridge", "rollout"},
+    3: {"model", "weights", "signals", "teacher_pipeline", "teacher_server", "rollout_bridge", "rollout"},
     4: {"train"},
     5: {"cli", "__main__", "convert", "planner", "report", "sample"},
 }

@@ -10,11 +10,14 @@ divided per micro-batch. So the gradient, and its norm, do not depend on TP, PP,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -64,12 +67,13 @@ class Student:
         self.chunks = [DistributedDataParallel(self.config, ddp, chunk, pg_collection=groups) for chunk in chunks]
         for chunk in self.chunks:
             chunk.broadcast_params()
-        self.optimizer = get_megatron_optimizer(
-            _optimizer_config(training, self.config.params_dtype, use_distributed_optimizer),
-            self.chunks,
-            use_gloo_process_groups=False,
-            pg_collection=groups,
-        )
+        with _world_is(groups.intra_dist_opt):
+            self.optimizer = get_megatron_optimizer(
+                _optimizer_config(training, self.config.params_dtype, use_distributed_optimizer),
+                self.chunks,
+                use_gloo_process_groups=False,
+                pg_collection=groups,
+            )
         _initialise_adam_state(self.optimizer)
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
@@ -114,6 +118,23 @@ class Student:
         for chunk in self.chunks:
             chunk.eval()
         return run_schedule(self.chunks, self.layout, self.groups, forward_step, micro_batches, forward_only=True)
+
+
+@contextlib.contextmanager
+def _world_is(group: dist.ProcessGroup) -> Iterator[None]:
+    """While an optimizer is made: megatron-core (0.16) aligns the parameter groups of all ranks of the WORLD, also of
+    those that the teacher has to itself, which make no optimizer. Here the world is the student's ranks.
+    """
+    gather, size = dist.all_gather_object, dist.get_world_size
+
+    def size_here(group: dist.ProcessGroup | None = None, world: dist.ProcessGroup = group) -> int:
+        return size(group or world)
+
+    dist.all_gather_object, dist.get_world_size = functools.partial(gather, group=group), size_here
+    try:
+        yield
+    finally:
+        dist.all_gather_object, dist.get_world_size = gather, size
 
 
 def _optimizer_config(training: TrainingConfig, dtype: torch.dtype, use_distributed_optimizer: bool) -> OptimizerConfig:

@@ -21,7 +21,7 @@ from megatron_gkd.records import SOURCES, Sample, Source, StepPlan
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.train.loss import DistillationLoss
-from megatron_gkd.train.setup import build_run
+from megatron_gkd.train.setup import Run, build_run
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.weights.export import hf_tensor_stream
 from tests.checkpoints import write_tiny_checkpoint
@@ -114,9 +114,8 @@ class StepOutcome:
 class Trainer:
     """A run on this rank whose objective, samples and state the test sets."""
 
-    def __init__(self, config: RunConfig) -> None:
-        assert config.distillation.gkd_logits_topk is None
-        self.config, self.run = config, build_run(config)
+    def __init__(self, config: RunConfig, run: Run | None = None) -> None:
+        self.config, self.run = config, run or build_run(config)
         self._initial = [p.detach().clone() for p in self._parameters()]
         self._topk_teacher: dict[int, TeacherPipeline] = {}
 
@@ -137,8 +136,9 @@ class Trainer:
 
     def teacher(self, topk: int | None) -> TeacherPipeline:
         """The run's own, or one that sends its top K (a second build: the run's has given its head away)."""
-        if topk is None:
+        if topk == self.config.distillation.gkd_logits_topk:
             return self.run.teacher
+        assert topk is not None
         if topk not in self._topk_teacher:
             distillation = replace(self.config.distillation, gkd_logits_topk=topk)
             self._topk_teacher[topk] = build_run(replace(self.config, distillation=distillation)).teacher
