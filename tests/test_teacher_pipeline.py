@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.data.collate import collate
@@ -104,6 +105,21 @@ def head_shard(path: str, student: Layout, padded_vocab: int | None = None) -> t
         )
 
 
+class _Products(TorchDispatchMode):
+    """Of every matrix product: the width of the result, and the most rows of that width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.linear):
+            width = result.shape[-1]
+            self.rows[width] = max(self.rows.get(width, 0), result.numel() // width)
+        return result
+
+
 def run_teacher(path: str, teacher: Layout, student: Layout, topk: int | None, packing: bool) -> dict[str, Any]:
     """Signals by sample as they arrive (hidden states already multiplied with this rank's shard of the head), and what
     the hooks saw."""
@@ -119,7 +135,8 @@ def run_teacher(path: str, teacher: Layout, student: Layout, topk: int | None, p
         before = [p.detach().clone() for chunk in pipeline.chunks for p in chunk.parameters()]
         plan = plan_for(teacher, student, packing)
         collator = Collator(plan.samples, plan.teacher, teacher, packing=packing, pad_id=VOCAB - 1)
-        store, num_bytes = pipeline.signals(plan, collator)
+        with _Products() as products:
+            store, num_bytes = pipeline.signals(plan, collator)
         after = [p for chunk in pipeline.chunks for p in chunk.parameters()]
         head = head_shard(path, student) if topk is None else None
         arrived = {}
@@ -143,6 +160,9 @@ def run_teacher(path: str, teacher: Layout, student: Layout, topk: int | None, p
             "eval": not any(module.training for chunk in pipeline.chunks for module in chunk.modules()),
             "heads": [getattr(chunk, "output_layer", None) is not None for chunk in pipeline.chunks],
             "graphless": graphless,
+            "logit_rows": products.rows.get(
+                read_architecture(path).padded_vocab_size(teacher.tensor) // teacher.tensor, 0
+            ),
         }
 
 
@@ -182,6 +202,7 @@ def test_hidden_signal_times_the_teachers_head_is_transformers_logits(teachers: 
             assert not logits[:, VOCAB:].any(), "padding rows of the head are zero"
             torch.testing.assert_close(logits[:, :VOCAB], expected[position], rtol=0, atol=1e-5)
     assert not any(head for result in ranks for head in result["heads"]), "the student's last stage holds the shards"
+    assert not any(result["logit_rows"] for result in ranks), "logits were computed"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -191,6 +212,7 @@ def test_topk_signal_is_the_dense_models_topk_with_the_full_logsumexp(teachers: 
     ranks = run_ranks(run_teacher, path, teacher, student, TOPK, packing, world=WORLD)
     plan = plan_for(teacher, student, packing)
     check_common(ranks, plan, teacher, student, packing)
+    assert max(result["logit_rows"] for result in ranks) == CHUNK, "logits are held for one chunk of tokens at a time"
     for dp in range(student.data):
         for rank in student.last_stage_ranks(dp):
             for position in (p for batch in plan.student[dp] for p in batch):
