@@ -145,7 +145,18 @@ def make_samples(
             raise DataError(
                 f"sample {position} comes from the {source}, policy version {version}; only the student's carry one"
             )
-        samples.append(Sample(position, index, row.prompt_ids, tuple(completion), source, version))
+        samples.append(
+            Sample(
+                position,
+                index,
+                row.prompt_ids,
+                tuple(completion),
+                source,
+                version,
+                teacher_prompt_ids=row.teacher_prompt_ids,
+                tag=row.tag,
+            )
+        )
     return tuple(samples)
 
 
@@ -172,7 +183,7 @@ def plan_step(
     positions = [sample.position for sample in samples]
     if positions != list(range(len(samples))):
         raise DataError(f"samples are in the order {positions[:8]}...; sample i of a step must have position i")
-    empty = [sample.position for sample in samples if sample.num_inputs < 1]
+    empty = [sample.position for sample in samples if min(sample.num_inputs, sample.for_teacher.num_inputs) < 1]
     if empty:
         raise DataError(
             f"samples {empty[:8]} have one prompt token and no completion: there is nothing to feed a model"
@@ -188,7 +199,7 @@ def plan_step(
         max_tokens=max_tokens,
     )
     teacher = plan_micro_batches(
-        lengths,
+        [sample.for_teacher.num_inputs for sample in samples],
         data_parallel_size=teacher_ranks,
         micro_batch_size=teacher_size,
         packing=packing,

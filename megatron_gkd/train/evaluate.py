@@ -21,7 +21,6 @@ from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.records import MicroBatch, Sample, StepPlan
-from megatron_gkd.schedule import plan_micro_batches
 from megatron_gkd.teacher_pipeline import Signal
 from megatron_gkd.topk_jsd import topk_jsd
 from megatron_gkd.train.batches import plan_forward
@@ -71,15 +70,23 @@ def _plan(run: Run, rows: RowDataset, indices: range) -> StepPlan:
     for position, index in enumerate(indices):
         row = rows[index]
         assert row.completion_ids is not None, "build_run requires completions in evaluation rows"
-        samples.append(Sample(position, index, row.prompt_ids, row.completion_ids, "dataset"))
-    lengths = [sample.num_inputs for sample in samples]
-    training = run.config.training
-    student = plan_forward(lengths, run.student.layout, micro_batch_size=training.micro_batch_size)
-    teacher = plan_micro_batches(
-        lengths,
-        data_parallel_size=run.teacher.layout.data,
-        micro_batch_size=run.config.teacher.teacher_micro_batch_size or training.micro_batch_size,
-        allow_partial=True,
+        samples.append(
+            Sample(
+                position,
+                index,
+                row.prompt_ids,
+                row.completion_ids,
+                "dataset",
+                teacher_prompt_ids=row.teacher_prompt_ids,
+                tag=row.tag,
+            )
+        )
+    micro_batch_size = run.config.training.micro_batch_size
+    student = plan_forward([s.num_inputs for s in samples], run.student.layout, micro_batch_size=micro_batch_size)
+    teacher = plan_forward(
+        [sample.for_teacher.num_inputs for sample in samples],
+        run.teacher.layout,
+        micro_batch_size=run.config.teacher.teacher_micro_batch_size or micro_batch_size,
     )
     return StepPlan(0, tuple(samples), student, teacher)
 

@@ -31,7 +31,8 @@ MicroBatchLoss = Callable[
 
 def teacher_signals(teacher: Teacher, plan: StepPlan, *, packing: bool) -> tuple[SignalStore, int]:
     """Signals of every sample of the plan, and the bytes that this rank sent. Collective over all ranks."""
-    return teacher.signals(plan, Collator(plan.samples, plan.teacher, teacher.layout, packing=packing))
+    samples = [sample.for_teacher for sample in plan.samples]
+    return teacher.signals(plan, Collator(samples, plan.teacher, teacher.layout, packing=packing))
 
 
 def forward_step_with(loss: MicroBatchLoss, signals: SignalStore, device: torch.device) -> ForwardStep:
