@@ -72,7 +72,7 @@ class Sample:
 
     @property
     def for_teacher(self) -> Sample:
-        """The sample as the teacher is fed it: the same completion, hence the same loss tokens, after its own prompt."""
+        """The sample as the teacher is fed it: the same completion, so the same loss tokens, after its own prompt."""
         if self.teacher_prompt_ids is None:
             return self
         return replace(self, prompt_ids=self.teacher_prompt_ids, teacher_prompt_ids=None)

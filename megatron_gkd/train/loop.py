@@ -9,6 +9,7 @@ nothing else. The run directory (`--save`) is described in docs/run_directory.md
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers
 from megatron_gkd.records import Row, Source, StepPlan
-from megatron_gkd.rollout.protocol import Request
+from megatron_gkd.rollout.protocol import Completion, Request
 from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.schedule import Sampled, make_samples, plan_step, sample_sources
 from megatron_gkd.train.checkpoint import (
@@ -35,6 +36,7 @@ from megatron_gkd.train.checkpoint import (
 )
 from megatron_gkd.train.evaluate import evaluate
 from megatron_gkd.train.sampling import engine_length
+from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.setup import Run, build_run, max_packed_tokens
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.weights.export import save_hf
@@ -125,15 +127,30 @@ def next_plan(run: Run, state: TrainerState) -> StepPlan:
     """The plan of step `state.step + 1`: a pure function of the configuration, the data, the step, and, where the
     student samples, of its weights.
     """
-    config, training = run.config, run.config.training
-    indices, rows, sources = draw(run, state.step)
-    sampled: dict[int, Sampled] = {}
+    completions: dict[int, Completion] = {}
     if run.rollouts is not None:
         completions = run.rollouts.for_step(state.step, lambda step: requests(run, step))
-        sampled = {position: (c.token_ids, c.version) for position, c in completions.items()}
+    return _plan(run, state.step, completions)
+
+
+def ask_ahead(run: Run, step: int) -> None:
+    """Let teacher servers work on a later step's samples already, where these are known without the student's next
+    weights: nothing is sampled, or its completions wait (--steps_per_generation). Not collective.
+    """
+    if not isinstance(run.teacher, ServerTeacher) or step >= run.student.train_iters:
+        return
+    completions = {} if run.rollouts is None else run.rollouts.waiting(step)
+    if completions is not None:
+        run.teacher.prefetch(_plan(run, step, completions))
+
+
+def _plan(run: Run, step: int, completions: Mapping[int, Completion]) -> StepPlan:
+    config, training = run.config, run.config.training
+    indices, rows, sources = draw(run, step)
+    sampled: dict[int, Sampled] = {position: (c.token_ids, c.version) for position, c in completions.items()}
     samples = make_samples(indices, rows, sources, sampled=sampled)
     return plan_step(
-        state.step,
+        step,
         samples,
         data_parallel_size=run.student.layout.data,
         micro_batch_size=training.micro_batch_size,
@@ -156,6 +173,7 @@ def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Prog
         packing=run.config.data.packing,
         device=run.platform.device,
         timers=timers,
+        meanwhile=lambda: ask_ahead(run, state.step + 1),
     )
     metrics = Metrics([*run.loss.report_names(), "signal_bytes"])
     add_reports(metrics, result.reports, run.student)

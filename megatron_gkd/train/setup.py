@@ -8,7 +8,7 @@ input is an error before work is lost, with the same message on every rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +34,7 @@ from megatron_gkd.teacher_server.probes import PROBE_TOKENS, Needs, probe_tokens
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import build_rollouts
+from megatron_gkd.train.self_teacher import SelfTeacher
 from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.hf_files import HFCheckpoint
@@ -81,31 +82,51 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
     if teacher_arch is not None and not urls:
         check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
-    rows = None
+    rows, tag_key = None, config.teacher.teacher_tag_key
     if with_training_data:
         sampled = config.sampling.max_completion_length if config.distillation.lmbda > 0 else None
-        rows = _rows(config.data, config.data.dataset, tokenizer, vocab_size, max_completion_length=sampled)
-    eval_rows = _rows(config.data, config.data.eval_dataset, tokenizer, vocab_size, max_rows=config.data.eval_samples)
+        rows = _rows(
+            config.data, config.data.dataset, tokenizer, vocab_size, max_completion_length=sampled, tag_key=tag_key
+        )
+    eval_rows = _rows(
+        config.data,
+        config.data.eval_dataset,
+        tokenizer,
+        vocab_size,
+        max_rows=config.data.eval_samples,
+        tag_key=tag_key,
+    )
     if rows is not None:
         rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
         _check_batch(config, student_layout)
     if eval_rows is not None:
         eval_rows.require_completions("evaluation")
+    for purpose, data in (("training", rows), ("evaluation", eval_rows)):
+        if data is not None:
+            _check_teacher_of(config, purpose, data)
 
     student_groups = build_groups(student_layout)
     server_teacher: Teacher | None = None
     if urls:  # before any weight is read: a server that does not fit is an error within seconds
         needs = _server_needs(config, tokenizer, vocab_size, rows, eval_rows)
         # The ranks that do not ask wait in a collective, so the requests have to end before it does.
-        timeout_s = 0.8 * 60 * config.parallel.distributed_timeout_minutes
-        server_teacher = ServerTeacher(urls, needs, student_layout, device=where.device, timeout_s=timeout_s)
+        timeout_s = config.teacher.teacher_timeout_s or 0.8 * 60 * config.parallel.distributed_timeout_minutes
+        server_teacher = ServerTeacher(
+            urls, needs, student_layout, device=where.device, timeout_s=timeout_s, tags=config.teacher.server_tags
+        )
     torch.manual_seed(config.training.seed)
     # The tracker's states are only drawn from with dropout, which is 0; sequence parallelism demands that they exist.
     model_parallel_cuda_manual_seed(config.training.seed, tp_rank=student_groups.tp.rank(), ep_rank=0, etp_rank=0)
     student = _build_student(config, where, student_arch, student_layout, student_groups, rows)
-    teacher_head, teacher = None, server_teacher
-    if teacher is None:
-        assert teacher_arch is not None, "RunConfig.validate refuses a run without a teacher"
+    teacher_head: torch.Tensor | Callable[[], torch.Tensor] | None = None
+    teacher = server_teacher
+    if teacher is None and teacher_arch is None:
+        topk = config.distillation.gkd_logits_topk
+        teacher = SelfTeacher(student, vocab_size=vocab_size, device=where.device, topk=topk)
+        if topk is None and student_groups.pp.rank() == student_layout.pipeline - 1:
+            teacher_head = teacher.head
+    elif teacher is None:
+        assert teacher_arch is not None
         teacher_head, teacher = _build_teacher(
             config, where, student_arch, teacher_arch, student_layout, student_groups, teacher_layout, vocab_size
         )
@@ -117,7 +138,9 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
         student_arch.model_type,
         student_layout.describe(),
         f"at {', '.join(urls)}"
-        if teacher_arch is None or urls
+        if urls
+        else "the student itself"
+        if teacher_arch is None
         else f"{teacher_arch.model_type}, {teacher_layout.describe()}",
     )
     rollouts = None
@@ -186,6 +209,7 @@ def _rows(
     *,
     max_rows: int | None = None,
     max_completion_length: int | None = None,
+    tag_key: str | None = None,
 ) -> RowDataset | None:
     if not paths:
         return None
@@ -197,6 +221,7 @@ def _rows(
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
         max_rows=max_rows,
+        tag_key=tag_key,
     )
     if rows.max_token_id >= vocab_size:
         raise DataError(
@@ -204,6 +229,26 @@ def _rows(
         )
     logger.info("%s: %s", ", ".join(paths), rows.summary)
     return rows
+
+
+def _check_teacher_of(config: RunConfig, purpose: str, rows: RowDataset) -> None:
+    """Raises where rows have no teacher, or nothing to learn from it."""
+    teacher = config.teacher
+    if teacher.is_student:
+        rows.require_teacher_prompts(purpose)
+        without = len(rows) - rows.summary.num_teacher_prompts
+        if without:
+            logger.warning(
+                "%s: %d of %d rows have no teacher_prompt; in self-distillation their divergence is 0",
+                purpose,
+                without,
+                len(rows),
+            )
+    if teacher.server_tags:
+        assert teacher.teacher_tag_key is not None, "RunConfig.validate refuses tags without their column"
+        tags = {tag for of_server in teacher.server_tags.values() for tag in of_server}
+        rest = any(not of_server for of_server in teacher.server_tags.values())
+        rows.check_tags(tags, rest=rest, column=teacher.teacher_tag_key)
 
 
 def _check_batch(config: RunConfig, layout: Layout) -> None:
@@ -264,12 +309,13 @@ def _server_needs(
     topk = config.distillation.gkd_logits_topk
     assert topk is not None, "RunConfig.validate refuses a server without --gkd_logits_topk"
     data = [dataset for dataset in (rows, eval_rows) if dataset is not None]
-    longest = max((len(row.prompt_ids) + len(row.completion_ids or ()) for rows in data for row in rows), default=2)
+    lengths = (len(row.prompt_ids_for_teacher) + len(row.completion_ids or ()) for rows in data for row in rows)
+    longest = max(lengths, default=2)
     if rows is not None and config.distillation.lmbda > 0:
         longest = max(longest, config.data.max_length)
     largest_id = len(tokenizer) - 1
     first = [dataset[index] for dataset in data for index in range(min(len(dataset), PROBE_TOKENS))]
-    probe = probe_tokens([(*row.prompt_ids, *(row.completion_ids or ())) for row in first], largest_id)
+    probe = probe_tokens([(*row.prompt_ids_for_teacher, *(row.completion_ids or ())) for row in first], largest_id)
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     return Needs(topk, vocab_size, largest_id, longest, probe, encode)
 
