@@ -89,19 +89,18 @@ def config_of(root: Path, family: str, *, own: bool, **flags: Any) -> Any:
         lr_warmup_fraction=0.0,
     )
     named = {T.get(name, name): value for name, value in flags.items()}
-    return run_config(student, None if own else teacher, dataset, **common, **OPTIMIZER, **named)
+    return run_config(student, None if own else teacher, dataset, **(common | OPTIMIZER | named))
 
 
 def run_cells(config: Any, cells: list[Cell]) -> list[list[StepOutcome]]:
-    """Per cell one step from the initial state; per rank of the first cell also a second step."""
+    """Per cell one step from the initial state, and a second one of the first cell."""
     outcomes = []
     with megatron():
         trainer = Trainer(config)
         for index, cell in enumerate(cells):
             trainer.rewind()
-            steps = []
-            for _ in range(2 if index == 0 else 1):
-                steps.append(
+            outcomes.append(
+                [
                     trainer.step(
                         SAMPLES,
                         cell.distillation(),
@@ -109,8 +108,9 @@ def run_cells(config: Any, cells: list[Cell]) -> list[list[StepOutcome]]:
                         packing=cell.packing,
                         max_tokens=MAX_PACKED_TOKENS if cell.packing else None,
                     )
-                )
-            outcomes.append(steps)
+                    for _ in range(2 if index == 0 else 1)
+                ]
+            )
     return outcomes
 
 
@@ -212,9 +212,8 @@ def look_at_a_self_teacher(config: Any) -> list[str]:
                 changed.append("the head is a copy, or carries a graph")
         elif run.student.groups.pp.rank() == run.student.layout.pipeline - 1:
             changed.append("no head")
-        if signals.gather.__self__._samples and any(  # type: ignore[attr-defined]
-            column.requires_grad for columns in signals._samples.values() for column in columns
-        ):
+        columns = [column for columns in signals._samples.values() for column in columns]
+        if any(column.requires_grad for column in columns):
             changed.append("signals with a graph")
     return changed
 
@@ -259,7 +258,7 @@ def evaluations(configs: list[Any]) -> list[tuple[dict[str, float], tuple[Any, .
 def test_evaluation_gives_the_teacher_its_prompt(root: Path, flags: dict[str, Any]) -> None:
     held_out = write_rows(root / "held_out.jsonl", 5, seed=3, teacher_prompts=True)
     configs = [
-        config_of(root, "llama", own=own, eval_dataset=[held_out], **flags | dict(global_batch_size=4))
+        config_of(root, "llama", own=own, eval_dataset=[held_out], global_batch_size=4, **flags)
         for own in (True, False)
     ]
     student, other = write_pair(root, "llama")
