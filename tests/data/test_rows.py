@@ -314,7 +314,7 @@ def test_a_teacher_prompt_leaves_room_for_what_is_sampled(tmp_path):
     path = write(tmp_path / "d.jsonl", {"prompt": "a", "teacher_prompt": "x" * 20})
     needed = len(ChatEncoder(TOKENIZER).encode("x" * 20, None)[0]) + 15
     assert len(load(path, max_length=needed, max_completion_length=15)) == 1
-    with pytest.raises(DataError, match="no usable row.*teacher_prompt_overlong"):
+    with pytest.raises(DataError, match=r"no usable row.*teacher_prompt_overlong"):
         load(path, max_length=needed - 1, max_completion_length=15)
 
 

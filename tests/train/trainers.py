@@ -100,10 +100,10 @@ def make_samples(
     return tuple(samples)
 
 
-def run_config(student: str, teacher: str | None, dataset: str, **flags: Any) -> RunConfig:
+def run_config(student: str, teacher: str | None, rows: str, /, **flags: Any) -> RunConfig:
     """A configuration of a supervised run on the CPU, checked as the command line would check it."""
     values: dict[str, Any] = dict(
-        model=student, teacher_model=teacher, dataset=[dataset], lmbda=0.0, device="cpu", report_to=["none"]
+        model=student, teacher_model=teacher, dataset=[rows], lmbda=0.0, device="cpu", report_to=["none"]
     )
     config = RunConfig.from_flat(values | flags)
     config.validate("train")
