@@ -122,10 +122,12 @@ class RowDataset(Sequence[Row]):
     def fingerprint(self) -> str:
         """Equal for equal rows in equal order: a resumed run checks that it goes on with the data it began with."""
         digest = hashlib.sha256()
-        own = (self._tokens, self._borders, self._prompt_only)
-        for numbers in (*own, self._teacher_tokens, self._teacher_borders, self._tag_index):
+        arrays = [self._tokens, self._borders, self._prompt_only]
+        if self._teacher_tokens or self._tags:  # without, the fingerprint is that of data that never had them
+            arrays += [self._teacher_tokens, self._teacher_borders, self._tag_index]
+        for numbers in arrays:
             digest.update(len(numbers).to_bytes(8, "little") + numbers.tobytes())
-        digest.update(repr(self._tags).encode())
+        digest.update("".join(map(repr, self._tags)).encode())
         return digest.hexdigest()[:16]
 
     def require_completions(self, purpose: str) -> None:
