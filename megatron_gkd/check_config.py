@@ -50,7 +50,7 @@ class CheckConfig(Section):
         """What cannot work. Raises ConfigError."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("check is one process, and torchrun started several; start it without")
-        if TeacherConfig(teacher_model_server=self.teacher_model_server).routes_by_tag:
+        if TeacherConfig(teacher_model_server=self.teacher_model_server).server_tags:
             raise ConfigError("check compares one teacher: give --teacher_model_server the URLs of its servers")
         if not os.path.isdir(self.teacher_model):
             raise ConfigError(

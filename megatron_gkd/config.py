@@ -17,11 +17,11 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from megatron_gkd.contradictions import refuse_contradictions
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT, Command, refuse_not_built
+from megatron_gkd.server_list import ServerEntry, parse_servers
 from megatron_gkd.settings import Section, default_of, setting, show, type_hints
 
 __all__ = ["NOT_BUILT", "RunConfig", "flags"]
@@ -42,15 +42,27 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class TeacherConfig(Section):
-    """Teacher: a local model in its own parallel layout, or a server."""
+    """Teacher: a local model in its own parallel layout, servers, or the student itself."""
 
     teacher_model: str | None = setting(
-        None, "Teacher: a Hugging Face model directory; it may be left out with --teacher_model_server."
+        None,
+        "Teacher: a Hugging Face model directory; it may be left out with --teacher_model_server. Without both the "
+        "student's current weights teach, given the column teacher_prompt of the data in place of the prompt.",
     )
     teacher_model_server: str | None = setting(
         None,
         "URL of an external teacher (launch/teacher_server.sh, vllm serve); several with commas serve one teacher. "
-        "Needs --gkd_logits_topk.",
+        'Several teachers: a JSON list such as [{"url": "http://a:8000", "tags": ["math"]}, {"url": "http://b:8000"}]; '
+        "one without tags takes the rest. Needs --gkd_logits_topk.",
+    )
+    teacher_tag_key: str | None = setting(
+        None, "The column of the data that holds a row's tag, where the teacher servers have tags."
+    )
+    teacher_timeout_s: float | None = setting(
+        None,
+        "Most seconds that a step's requests to the teacher servers may take; null: 0.8 of "
+        "--distributed_timeout_minutes.",
+        gt=0,
     )
     teacher_tensor_model_parallel_size: int | None = setting(
         None, "Tensor parallel size of the teacher; null: the student's.", ge=1
@@ -90,30 +102,27 @@ class TeacherConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.routes_by_tag:
-            return
-        for name in [] if self.teacher_model_server is None else self.servers or ("",):
-            url = urlsplit(name)
-            if url.scheme not in ("http", "https") or not url.netloc:
-                raise ConfigError(
-                    f"--teacher_model_server is {self.teacher_model_server}; it must be a URL such as "
-                    "http://localhost:8000, or several with commas"
-                )
-            if "@" in url.netloc:  # not shown: what stands before it is a secret
-                raise ConfigError(
-                    "--teacher_model_server holds a name or a password, which would be written into logs; set the "
-                    "environment variable TEACHER_API_KEY instead"
-                )
+        if self.teacher_model_server is not None:
+            parse_servers(self.teacher_model_server)
 
     @property
     def servers(self) -> tuple[str, ...]:
         """The URLs of --teacher_model_server."""
-        return tuple(name.strip() for name in (self.teacher_model_server or "").split(",") if name.strip())
+        return tuple(entry.url for entry in self._entries)
 
     @property
-    def routes_by_tag(self) -> bool:
-        """Whether --teacher_model_server is a JSON list of servers with tags."""
-        return (self.teacher_model_server or "").lstrip().startswith("[")
+    def server_tags(self) -> dict[str, tuple[str, ...]]:
+        """URL -> its tags, () for the rest; empty where no server has tags: then all are one teacher."""
+        return {entry.url: entry.tags for entry in self._entries} if any(e.tags for e in self._entries) else {}
+
+    @property
+    def _entries(self) -> tuple[ServerEntry, ...]:
+        return () if self.teacher_model_server is None else parse_servers(self.teacher_model_server)
+
+    @property
+    def is_student(self) -> bool:
+        """Self-distillation: the student's own current weights teach."""
+        return self.teacher_model is None and self.teacher_model_server is None
 
 
 @dataclass(frozen=True)

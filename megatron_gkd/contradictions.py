@@ -28,6 +28,7 @@ LOCAL_TEACHER = (
     "teacher_micro_batch_tokens",
     "signal_memory_gb",
 )
+SERVER_TEACHER = ("teacher_tag_key", "teacher_timeout_s")
 
 
 def refuse_contradictions(cfg: RunConfig, command: Command) -> None:
@@ -61,14 +62,40 @@ def _of_distillation(cfg: RunConfig) -> Iterator[str]:
         yield "--use_liger_kernel demands the fused loss and --loss_path logits the other one; leave out one of them"
     if loss.topk_tail != "renormalize" and topk is None:
         yield f"--topk_tail {loss.topk_tail} needs --gkd_logits_topk: the full vocabulary has no tail"
-    if cfg.teacher.teacher_model_server is None:
+    yield from _of_teacher(cfg)
+
+
+def _of_teacher(cfg: RunConfig) -> Iterator[str]:
+    teacher = cfg.teacher
+    if teacher.teacher_model_server is None:
+        for flag in SERVER_TEACHER:
+            if not cfg.is_default(flag):
+                yield f"--{flag} is for teacher servers, and --teacher_model_server is not given; leave it out"
+    elif cfg.distillation.gkd_logits_topk is None:
+        yield "--teacher_model_server needs --gkd_logits_topk: a server tells only its most probable tokens"
+    elif teacher.server_tags and teacher.teacher_tag_key is None:
+        yield (
+            "--teacher_model_server has tags and --teacher_tag_key is missing: name the column of the data that holds "
+            "each row's tag"
+        )
+    elif teacher.teacher_tag_key is not None and not teacher.server_tags:
+        yield "--teacher_tag_key chooses among servers by their tags, and none has any; leave it out, or give them tags"
+    most_s = 60 * cfg.parallel.distributed_timeout_minutes
+    if teacher.teacher_timeout_s is not None and teacher.teacher_timeout_s >= most_s:
+        yield (
+            f"--teacher_timeout_s {teacher.teacher_timeout_s:g} is not below --distributed_timeout_minutes "
+            f"{cfg.parallel.distributed_timeout_minutes} ({most_s} s), after which the ranks that wait for the answers "
+            "give up; change one of them"
+        )
+    other = "--teacher_model_server is given" if teacher.teacher_model_server is not None else None
+    if teacher.is_student:
+        other = "without --teacher_model the student teaches itself"
+    if other is None:
         yield from _of_local_teacher(cfg)
         return
-    if topk is None:
-        yield "--teacher_model_server needs --gkd_logits_topk: a server tells only its most probable tokens"
     for flag in LOCAL_TEACHER:
         if not cfg.is_default(flag):
-            yield f"--{flag} is for a local teacher, but --teacher_model_server is given; leave it out"
+            yield f"--{flag} is for a local teacher, but {other}; leave it out"
 
 
 def _of_local_teacher(cfg: RunConfig) -> Iterator[str]:
@@ -126,6 +153,8 @@ def _of_sampling(cfg: RunConfig) -> Iterator[str]:
 
 def _of_training(cfg: RunConfig) -> Iterator[str]:
     training = cfg.training
+    if cfg.teacher.is_student and cfg.distillation.seq_kd:
+        yield "--seq_kd true samples from a teacher, and without --teacher_model the student is its own; leave it out"
     if training.train_iters is not None and training.num_train_epochs is not None:
         yield "--train_iters and --num_train_epochs both say how long to train; give one of them"
     if training.min_lr > training.lr:

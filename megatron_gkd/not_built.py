@@ -75,16 +75,6 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt("model", _names_hub_model("model"), _MODEL),
     NotBuilt("teacher_model", _names_hub_model("teacher_model"), _MODEL),
     NotBuilt(
-        "teacher_model",
-        lambda cfg: cfg.teacher.teacher_model is None and cfg.teacher.teacher_model_server is None,
-        "a student that is its own teacher is missing: give --teacher_model",
-    ),
-    NotBuilt(
-        "teacher_model_server",
-        lambda cfg: cfg.teacher.routes_by_tag,
-        "several teachers by tags are missing: give the URLs of one teacher's servers, with commas between them",
-    ),
-    NotBuilt(
         "teacher_context_parallel_size",
         _above_one("teacher_context_parallel_size"),
         "use tensor and pipeline parallelism",

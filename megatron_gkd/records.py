@@ -6,12 +6,15 @@ P+C-2), and their labels are `completion_ids`. Every sample therefore has exactl
 for the student, for a local teacher and for a teacher server alike, whatever their prompts, their micro-batches or
 their padding are.
 
+The teacher may be given another prompt than the student (`teacher_prompt_ids`, P' tokens: privileged information). It
+is fed P' + C - 1 tokens, and its last C are the loss tokens, in the same order: `Sample.for_teacher` is that sample.
+
 Legend: B sequences, S padded length, T loss tokens of a micro-batch, N segments of a packed micro-batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,13 +31,20 @@ class Row:
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...] | None
+    teacher_prompt_ids: tuple[int, ...] | None = None  # the teacher's prompt; None: prompt_ids
+    tag: str | None = None  # which of several teachers scores it
 
     def __post_init__(self) -> None:
-        if not self.prompt_ids:
+        if not self.prompt_ids or self.teacher_prompt_ids == ():
             raise DataError(
                 "a row needs at least one prompt token: the first completion token is predicted from the last "
                 "prompt token"
             )
+
+    @property
+    def prompt_ids_for_teacher(self) -> tuple[int, ...]:
+        """What the teacher is given as the prompt."""
+        return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class Sample:
     completion_ids: tuple[int, ...]
     source: Source
     policy_version: int | None = None  # of the student that sampled it; None for the other sources
+    teacher_prompt_ids: tuple[int, ...] | None = None  # the teacher's prompt; None: prompt_ids
+    tag: str | None = None  # which of several teachers scores it
 
     @property
     def num_inputs(self) -> int:
@@ -57,6 +69,13 @@ class Sample:
     def num_loss_tokens(self) -> int:
         """C."""
         return len(self.completion_ids)
+
+    @property
+    def for_teacher(self) -> Sample:
+        """The sample as the teacher is fed it: the same completion, so the same loss tokens, after its own prompt."""
+        if self.teacher_prompt_ids is None:
+            return self
+        return replace(self, prompt_ids=self.teacher_prompt_ids, teacher_prompt_ids=None)
 
 
 @dataclass(frozen=True)
@@ -85,4 +104,5 @@ class StepPlan:
     step: int
     samples: tuple[Sample, ...]  # in global-batch order: samples[i].position == i
     student: MicroBatchPlan
-    teacher: MicroBatchPlan  # the same samples, split for the teacher's own data-parallel size and micro-batch size
+    # the same samples, split for the teacher's own data-parallel size and micro-batch size, by its own prompts' lengths
+    teacher: MicroBatchPlan

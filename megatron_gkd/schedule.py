@@ -151,7 +151,18 @@ def make_samples(
             raise DataError(
                 f"sample {position} comes from the {source}, policy version {version}; only the student's carry one"
             )
-        samples.append(Sample(position, index, row.prompt_ids, tuple(completion), source, version))
+        samples.append(
+            Sample(
+                position,
+                index,
+                row.prompt_ids,
+                tuple(completion),
+                source,
+                version,
+                teacher_prompt_ids=row.teacher_prompt_ids,
+                tag=row.tag,
+            )
+        )
     return tuple(samples)
 
 
@@ -179,7 +190,7 @@ def plan_step(
     positions = [sample.position for sample in samples]
     if positions != list(range(len(samples))):
         raise DataError(f"samples are in the order {positions[:8]}...; sample i of a step must have position i")
-    empty = [sample.position for sample in samples if sample.num_inputs < 1]
+    empty = [sample.position for sample in samples if min(sample.num_inputs, sample.for_teacher.num_inputs) < 1]
     if empty:
         raise DataError(
             f"samples {empty[:8]} have one prompt token and no completion: there is nothing to feed a model"
@@ -194,10 +205,11 @@ def plan_step(
         packing=packing,
         max_tokens=max_tokens,
     )
+    teacher_lengths = [sample.for_teacher.num_inputs for sample in samples]
     if teacher_max_tokens is not None:
-        teacher_max_tokens = max(_integer("teacher_max_tokens", teacher_max_tokens, least=1), *lengths)
+        teacher_max_tokens = max(_integer("teacher_max_tokens", teacher_max_tokens, least=1), *teacher_lengths)
     teacher = plan_micro_batches(
-        lengths,
+        teacher_lengths,
         data_parallel_size=teacher_ranks,
         micro_batch_size=teacher_size,
         packing=packing,

@@ -170,8 +170,7 @@ class TeacherPipeline:
 
             def collect(hidden: torch.Tensor, non_loss_data: bool) -> None:
                 columns = self._columns(model, select_loss_tokens(model.head_input(hidden), batch))
-                parts = zip(*(column.split(batch.lengths) for column in columns), strict=True)
-                for position, part in zip(batch.positions, parts, strict=True):
+                for position, part in by_position(batch, columns).items():
                     deliver(position, part)
 
             return forward_hidden(model, batch, self.device), collect
@@ -184,16 +183,40 @@ class TeacherPipeline:
         """[T, H] -> the signal's columns."""
         if self.topk is None:
             return (hidden,)
-        head = model.head_weight()
-        parts = []
-        # At least one chunk, so that an empty micro-batch makes the same collectives on every TP rank.
-        for rows in hidden.split(self.chunk_tokens) if hidden.shape[0] else (hidden,):
-            logits = torch.nn.functional.linear(rows, head)
-            values, indices, logsumexp = vocab_parallel_topk(
-                logits, self.topk, tp_group=self.groups.tp, vocab_size=self.vocab_size
-            )
-            parts.append((values.float() - logsumexp.float()[:, None], indices.int()))
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        return topk_signal(
+            hidden,
+            model.head_weight(),
+            self.topk,
+            tp_group=self.groups.tp,
+            vocab_size=self.vocab_size,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+
+def topk_signal(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    k: int,
+    *,
+    tp_group: dist.ProcessGroup,
+    vocab_size: int,
+    chunk_tokens: int = 1024,
+) -> Columns:
+    """The top-K signal of T hidden states [T, H] under a head's shard [V/tp, H], `chunk_tokens` at a time."""
+    values, ids = [], []
+    # At least one chunk, so that an empty micro-batch makes the same collectives on every TP rank.
+    for rows in hidden.split(chunk_tokens) if hidden.shape[0] else (hidden,):
+        logits = torch.nn.functional.linear(rows, head)
+        best, indices, logsumexp = vocab_parallel_topk(logits, k, tp_group=tp_group, vocab_size=vocab_size)
+        values.append(best.float() - logsumexp.float()[:, None])
+        ids.append(indices.int())
+    return torch.cat(values), torch.cat(ids)
+
+
+def by_position(batch: MicroBatch, columns: Columns) -> dict[int, Columns]:
+    """A micro-batch's signal, columns of [T, ...], cut into those of its samples, in order."""
+    parts = zip(*(column.split(batch.lengths) for column in columns), strict=True)
+    return dict(zip(batch.positions, parts, strict=True))
 
 
 class RemoteTeacher:

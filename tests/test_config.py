@@ -133,17 +133,58 @@ def test_contradictions(accepted: dict[str, Any], given: dict[str, Any], message
         validate(accepted | given)
 
 
+SERVER: dict[str, Any] = {"teacher_model": None, "teacher_model_server": "http://h:1", "gkd_logits_topk": 4}
+TAGGED = SERVER | {
+    "teacher_model_server": '[{"url": "http://a:1", "tags": ["math", "code"]}, {"url": "http://b:2"}]',
+    "teacher_tag_key": "subject",
+}
+
+
 @pytest.mark.parametrize("flag", contradictions.LOCAL_TEACHER)
-def test_local_teacher_flags_are_refused_beside_a_server(accepted: dict[str, Any], flag: str) -> None:
+@pytest.mark.parametrize("teacher", [SERVER, {"teacher_model": None}], ids=["server", "itself"])
+def test_local_teacher_flags_are_refused_without_one(
+    accepted: dict[str, Any], teacher: dict[str, Any], flag: str
+) -> None:
     other: Any = {"teacher_placement": "separate", "offload_teacher_model": True}.get(flag, 2)
-    server = {"teacher_model": None, "teacher_model_server": "http://h:1", "gkd_logits_topk": 4}
     with pytest.raises(ConfigError, match=f"--{flag} is for a local teacher"):
-        validate(accepted | server | {flag: other})
+        validate(accepted | teacher | {flag: other})
+
+
+def test_the_student_may_be_its_own_teacher(accepted: dict[str, Any]) -> None:
+    config = RunConfig.from_flat(accepted | {"teacher_model": None})
+    config.validate()
+    assert config.teacher.is_student
+    assert not RunConfig.from_flat(accepted).teacher.is_student
+    with pytest.raises(ConfigError, match="--seq_kd true samples from a teacher, and without --teacher_model"):
+        validate(accepted | {"teacher_model": None, "seq_kd": True})
+
+
+def test_several_teachers_by_tags(accepted: dict[str, Any]) -> None:
+    config = RunConfig.from_flat(accepted | TAGGED)
+    config.validate()
+    assert config.teacher.servers == ("http://a:1", "http://b:2")
+    assert config.teacher.server_tags == {"http://a:1": ("math", "code"), "http://b:2": ()}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (TAGGED | {"teacher_tag_key": None}, "has tags and --teacher_tag_key is missing: name the column"),
+        (SERVER | {"teacher_tag_key": "subject"}, "--teacher_tag_key chooses among servers by their tags, and none"),
+        ({"teacher_tag_key": "subject"}, "--teacher_tag_key is for teacher servers"),
+        ({"teacher_timeout_s": 5.0}, "--teacher_timeout_s is for teacher servers"),
+        (SERVER | {"teacher_timeout_s": 600.0}, r"--teacher_timeout_s 600 is not below .*minutes 10 \(600 s\)"),
+    ],
+)
+def test_flags_of_teacher_servers(accepted: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(accepted | given)
 
 
 def test_local_teacher_flags_are_all_listed() -> None:
     in_section = [name for name, flag in flags().items() if flag.section == "teacher"]
-    assert set(in_section) == {*contradictions.LOCAL_TEACHER, "teacher_model", "teacher_model_server"}
+    others = {"teacher_model", "teacher_model_server", *contradictions.SERVER_TEACHER}
+    assert set(in_section) == {*contradictions.LOCAL_TEACHER, *others}
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://h", "http://", "T", "", "http://a:1,b:2"])
@@ -185,11 +226,6 @@ def test_wandb_needs_its_package(accepted: dict[str, Any], monkeypatch: pytest.M
 ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("model", {"model": "Org/Model"}),
     ("teacher_model", {"teacher_model": "Org/Model"}),
-    ("teacher_model", {"teacher_model": None}),
-    (
-        "teacher_model_server",
-        {"teacher_model_server": '[{"url": "http://h:1", "tags": ["math"]}]', "gkd_logits_topk": 20},
-    ),
     ("teacher_context_parallel_size", {"teacher_context_parallel_size": 2}),
     ("teacher_expert_model_parallel_size", {"teacher_expert_model_parallel_size": 2}),
     ("seq_kd", {"seq_kd": True}),

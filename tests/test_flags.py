@@ -25,6 +25,8 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("freeze_embeddings", False, ("true", True), ("2",)),
     ("teacher_model", None, ("T", "T"), ()),
     ("teacher_model_server", None, ("http://localhost:8000", "http://localhost:8000"), ("localhost",)),
+    ("teacher_tag_key", None, ("subject", "subject"), ()),
+    ("teacher_timeout_s", None, ("30", 30.0), ("0", "-1", "x")),
     ("teacher_tensor_model_parallel_size", None, ("2", 2), ("0", "1.5")),
     ("teacher_pipeline_model_parallel_size", None, ("2", 2), ("0", "x")),
     ("teacher_context_parallel_size", None, ("2", 2), ("0",)),
@@ -366,7 +368,8 @@ def test_check_teacher_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="must be a URL such as"):
         parse_check_config([*line.split(), "a:1"]).check()
     with pytest.raises(ConfigError, match="check compares one teacher"):
-        parse_check_config([*line.split(), '[{"url": "http://a:1"}]']).check()
+        parse_check_config([*line.split(), '[{"url": "http://a:1", "tags": ["x"]}]']).check()
+    parse_check_config([*line.split(), '[{"url": "http://a:1"}]']).check()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="check is one process"):
         parse_check_config([*line.split(), "http://a:1"]).check()

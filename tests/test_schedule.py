@@ -326,6 +326,25 @@ def test_plan_step_plans_the_teacher_by_its_own_layout():
     assert same.teacher == same.student
 
 
+def test_plan_step_plans_the_teacher_by_its_own_prompts():
+    """The longest first, for each by the lengths that it is fed; within the limit on tokens for each."""
+    of_teacher = [70, None, 2, 3]
+    rows = [
+        Row(tuple(range(n)), (1,), None if m is None else tuple(range(m)), "math")
+        for n, m in zip([4, 9, 60, 7], of_teacher, strict=True)
+    ]
+    samples = make_samples([0, 1, 2, 3], rows, ["dataset"] * 4)
+    assert [sample.for_teacher.num_inputs for sample in samples] == [70, 9, 2, 3]
+    assert all(sample.tag == "math" for sample in samples)
+    plan = plan_step(0, samples, data_parallel_size=2, micro_batch_size=1)
+    assert plan.student == plan_micro_batches([4, 9, 60, 7], data_parallel_size=2, micro_batch_size=1)
+    assert plan.teacher == plan_micro_batches([70, 9, 2, 3], data_parallel_size=2, micro_batch_size=1)
+    assert plan.student != plan.teacher
+    packed = plan_step(0, samples, data_parallel_size=1, micro_batch_size=1, packing=True, max_tokens=72)
+    assert packed.teacher == (((0, 2), (1, 3)),)
+    assert packed.student == (((2, 1), (3, 0)),) or packed.student == (((1, 2), (0, 3)),)
+
+
 def test_plan_step_packs_for_student_and_teacher():
     samples = samples_of([60, 40, 70])
     plan = plan_step(
@@ -341,5 +360,8 @@ def test_plan_step_refuses_what_cannot_be_a_step():
         plan_step(0, samples[::-1], data_parallel_size=1, micro_batch_size=1)
     with pytest.raises(DataError, match=r"samples \[1\] have one prompt token and no completion"):
         plan_step(0, [samples[0], Sample(1, 0, (5,), (), "student", 0)], data_parallel_size=1, micro_batch_size=1)
+    short = Sample(1, 0, (5, 6), (), "student", 0, teacher_prompt_ids=(5,))
+    with pytest.raises(DataError, match=r"samples \[1\] have one prompt token and no completion"):
+        plan_step(0, [samples[0], short], data_parallel_size=1, micro_batch_size=1)
     with pytest.raises(ConfigError, match=r"global_batch_size 2 .*nearest possible global_batch_size is 3"):
         plan_step(0, samples, data_parallel_size=3, micro_batch_size=1)

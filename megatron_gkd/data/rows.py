@@ -6,10 +6,15 @@ A record takes one of these forms (null columns count as absent, further columns
     prompt, completion|response   strings, or lists of chat turns; the completion's list has the assistant's turn only
     prompt                        a prompt only: its completion has to be sampled
 
+and, with any of them, `teacher_prompt`: a string or a list of chat turns that the teacher is given in place of the
+prompt.
+
 Lengths, with P prompt and C completion tokens, and R = `max_completion_length` where completions will be sampled (else
 0): a row fits if P + max(C, R, 1) <= max_length. One that does not is dropped and counted, or cut at the left of its
 prompt, or stops the run. Completions are never cut: a truncated answer would teach the student to stop in the middle.
-One that leaves no room for a prompt token is dropped and counted apart.
+One that leaves no room for a prompt token is dropped and counted apart. The teacher's prompt has to fit in the same
+way and is never cut either, since what it is there for would be lost unseen: a row whose own does not fit is dropped
+and counted apart, or stops the run.
 
 Rows are tokenised once, in file order, and kept in memory (4 bytes a token); nothing is written. The result depends on
 the files, the tokenizer and the arguments alone, so every rank holds the same rows under the same indices.
@@ -19,8 +24,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,7 +51,9 @@ class RowSummary:
     num_used: int = 0
     num_prompt_only: int = 0  # of the used ones
     num_truncated: int = 0  # of the used ones: prompts cut at the left
-    dropped: dict[str, int] = field(default_factory=dict)  # "malformed" | "overlong" | "completion_overlong" -> rows
+    num_teacher_prompts: int = 0  # of the used ones
+    # "malformed" | "overlong" | "completion_overlong" | "teacher_prompt_overlong" -> rows
+    dropped: dict[str, int] = field(default_factory=dict)
     first_dropped: dict[str, str] = field(
         default_factory=dict
     )  # the same keys -> place and reason of the first of them
@@ -59,6 +66,8 @@ class RowSummary:
         text = f"{self.num_read} rows read, {self.num_used} used"
         if self.num_prompt_only:
             text += f", {self.num_prompt_only} of them without a completion"
+        if self.num_teacher_prompts:
+            text += f", {self.num_teacher_prompts} with a teacher_prompt"
         if self.num_truncated:
             text += f", {self.num_truncated} with their prompt cut at the left"
         for reason, count in sorted(self.dropped.items()):
@@ -78,6 +87,10 @@ class RowDataset(Sequence[Row]):
         )  # row i: prompt = tokens[borders[2i] : borders[2i+1]], completion up to borders[2i+2]
         self._places = array("q")  # per row: file, line
         self._prompt_only = array("b")
+        self._teacher_tokens = array("i")
+        self._teacher_borders = array("q", [0])  # row i: teacher's prompt = [borders[i] : borders[i+1]]; none if empty
+        self._tags: list[str] = []  # distinct ones, in the order of their first rows
+        self._tag_index = array("i")  # per row: into _tags; -1: none
 
     def __len__(self) -> int:
         return len(self._prompt_only)
@@ -87,8 +100,13 @@ class RowDataset(Sequence[Row]):
             raise IndexError(f"row {index} of {len(self)}")
         index %= len(self)
         start, middle, end = self._borders[2 * index : 2 * index + 3]
+        of_teacher = self._teacher_tokens[slice(*self._teacher_borders[index : index + 2])]
+        tag = self._tag_index[index]
         return Row(
-            tuple(self._tokens[start:middle]), None if self._prompt_only[index] else tuple(self._tokens[middle:end])
+            tuple(self._tokens[start:middle]),
+            None if self._prompt_only[index] else tuple(self._tokens[middle:end]),
+            tuple(of_teacher) or None,
+            None if tag < 0 else self._tags[tag],
         )
 
     def place(self, index: int) -> str:
@@ -99,13 +117,17 @@ class RowDataset(Sequence[Row]):
     @property
     def max_token_id(self) -> int:
         """The largest id in any row, to be held against a model's vocabulary."""
-        return max(self._tokens, default=-1)
+        return max(max(self._tokens, default=-1), max(self._teacher_tokens, default=-1))
 
     def fingerprint(self) -> str:
         """Equal for equal rows in equal order: a resumed run checks that it goes on with the data it began with."""
         digest = hashlib.sha256()
-        for numbers in (self._tokens, self._borders, self._prompt_only):
+        arrays = [self._tokens, self._borders, self._prompt_only]
+        if self._teacher_tokens or self._tags:  # without, the fingerprint is that of data that never had them
+            arrays += [self._teacher_tokens, self._teacher_borders, self._tag_index]
+        for numbers in arrays:
             digest.update(len(numbers).to_bytes(8, "little") + numbers.tobytes())
+        digest.update("".join(map(repr, self._tags)).encode())
         return digest.hexdigest()[:16]
 
     def require_completions(self, purpose: str) -> None:
@@ -123,6 +145,30 @@ class RowDataset(Sequence[Row]):
         if lmbda < 1 and not seq_kd:
             self.require_completions(f"--lmbda {lmbda:g} with --seq_kd false")
 
+    def require_teacher_prompts(self, purpose: str) -> None:
+        """Raises if no row has a prompt of the teacher's own; `purpose` says what needs them."""
+        if not self.summary.num_teacher_prompts:
+            raise DataError(
+                f"{purpose}: no row has a column `teacher_prompt`, and without --teacher_model the student teaches "
+                "itself: from the same prompt both sides are equal, and nothing is learned. Add the column (what the "
+                "teacher is given in place of the prompt), or give --teacher_model or --teacher_model_server"
+            )
+
+    def check_tags(self, served: Collection[str], *, rest: bool, column: str) -> None:
+        """Raises if a row has a tag that no teacher is for. `rest`: one is for all others, and for rows without."""
+        for number, tag in enumerate(self._tags):
+            if tag not in served and not rest:
+                raise DataError(
+                    f"{self.place(self._tag_index.index(number))}: no teacher server has the tag {tag!r} of the column "
+                    f"`{column}`; those given have {', '.join(sorted(served))}. Add one, or one without tags, which "
+                    "takes the rest"
+                )
+        if -1 in self._tag_index and not rest:
+            raise DataError(
+                f"{self.place(self._tag_index.index(-1))}: the row has no column `{column}` (--teacher_tag_key), and "
+                "no teacher server is without tags, to take it; add the column, or such a server"
+            )
+
     def _append(self, row: Row, file: int, line: int) -> None:
         self._tokens.extend(row.prompt_ids)
         self._borders.append(len(self._tokens))
@@ -130,6 +176,11 @@ class RowDataset(Sequence[Row]):
         self._borders.append(len(self._tokens))
         self._places.extend((file, line))
         self._prompt_only.append(row.completion_ids is None)
+        self._teacher_tokens.extend(row.teacher_prompt_ids or ())
+        self._teacher_borders.append(len(self._teacher_tokens))
+        if row.tag is not None and row.tag not in self._tags:
+            self._tags.append(row.tag)
+        self._tag_index.append(-1 if row.tag is None else self._tags.index(row.tag))
 
 
 def load_rows(
@@ -141,6 +192,7 @@ def load_rows(
     on_bad_row: OnBadRow = "stop",
     overlong: Overlong = "drop",
     max_rows: int | None = None,
+    tag_key: str | None = None,
 ) -> RowDataset:
     """Reads and tokenises files, in the order given.
 
@@ -150,6 +202,7 @@ def load_rows(
         on_bad_row: "stop" at the first malformed row, or "skip" and count them.
         overlong: what to do with a row that does not fit: "drop" and count, "truncate_left" the prompt, "stop".
         max_rows: stop reading once that many rows are in use; None reads everything.
+        tag_key: the column that says which of several teachers scores a row; None: there is one.
     """
     _check(max_length, max_completion_length, on_bad_row, overlong, max_rows)
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
@@ -166,7 +219,7 @@ def load_rows(
             summary.num_read += 1
             place = f"{paths[file]}:{line}"
             try:
-                row = _encode(record, encoder)
+                row = _encode(record, encoder, tag_key)
             except DataError as error:
                 if on_bad_row == "stop":
                     raise DataError(f"{place}: {error}; correct the row, or pass --on_bad_row skip") from error
@@ -177,6 +230,7 @@ def load_rows(
                 rows._append(fitted, file, line)
                 summary.num_used += 1
                 summary.num_prompt_only += fitted.completion_ids is None
+                summary.num_teacher_prompts += fitted.teacher_prompt_ids is not None
     if not len(rows):
         raise DataError(f"no usable row in {', '.join(map(str, paths))}: {summary}")
     return rows
@@ -186,11 +240,18 @@ def _fit(row: Row, place: str, max_length: int, reserve: int, overlong: Overlong
     """The row, or the row with its prompt cut, or None: dropped and counted."""
     num_prompt, num_completion = len(row.prompt_ids), len(row.completion_ids or ())
     room = max_length - max(num_completion, reserve, 1)  # for the prompt
-    if num_prompt <= room:
-        return row
     needed = (
         f"{num_completion} completion tokens" if num_completion >= reserve else f"room for {reserve} sampled tokens"
     )
+    num_of_teacher = len(row.teacher_prompt_ids or ())
+    if num_of_teacher > room >= 1:
+        text = f"{place}: {num_of_teacher} tokens of `teacher_prompt` and {needed} exceed max_length {max_length}"
+        if overlong == "stop":
+            raise DataError(f"{text}; raise --max_length, shorten the row, or choose --overlong drop")
+        summary.drop("teacher_prompt_overlong", text)
+        return None
+    if num_prompt <= room:
+        return row
     text = f"{place}: {num_prompt} prompt tokens and {needed} exceed max_length {max_length}"
     if overlong == "stop":
         raise DataError(f"{text}; raise --max_length, shorten the row, or choose --overlong drop or truncate_left")
@@ -201,13 +262,22 @@ def _fit(row: Row, place: str, max_length: int, reserve: int, overlong: Overlong
         summary.drop("overlong", text)
         return None
     summary.num_truncated += 1
-    return Row(row.prompt_ids[-room:], row.completion_ids)
+    return replace(row, prompt_ids=row.prompt_ids[-room:])
 
 
-def _encode(record: Columns | str, encoder: ChatEncoder) -> Row:
+def _encode(record: Columns | str, encoder: ChatEncoder, tag_key: str | None) -> Row:
     if isinstance(record, str):
         raise DataError(record)
-    return Row(*encoder.encode(*prompt_and_completion(record)))
+    prompt_ids, completion_ids = encoder.encode(*prompt_and_completion(record))
+    of_teacher = None
+    if "teacher_prompt" in record:
+        value = record["teacher_prompt"]
+        turns = value if isinstance(value, str) else _prompt("teacher_prompt", _turns("teacher_prompt", value))
+        of_teacher, _ = encoder.encode(turns, None)
+    tag = None if tag_key is None else record.get(tag_key)
+    if tag is not None and not isinstance(tag, str):
+        raise DataError(f"`{tag_key}` (--teacher_tag_key) is a {type(tag).__name__}; it must be a string")
+    return Row(prompt_ids, completion_ids, of_teacher, tag)
 
 
 def prompt_and_completion(record: Columns) -> tuple[str | list[Message], str | Message | None]:

@@ -156,6 +156,11 @@ def _ask(
     try:
         client.post(COMPLETIONS, what, body, again=True)
     except ServerAnswerError as error:
+        if error.status == 422:  # `swift deploy`, whose `prompt` is a string
+            raise RolloutError(
+                f"{client.name} does not take token ids as the prompt ({error}), and text would be cut into tokens a "
+                "second time; serve the model with launch/teacher_server.sh or `vllm serve`"
+            ) from error
         if error.status != 400:
             raise
         refuse(error)

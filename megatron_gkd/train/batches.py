@@ -11,8 +11,11 @@ from megatron_gkd.records import MicroBatch, MicroBatchPlan, Sample
 from megatron_gkd.schedule import plan_micro_batches
 
 
-def plan_forward(lengths: Sequence[int], layout: Layout, *, micro_batch_size: int) -> MicroBatchPlan:
+def plan_forward(
+    lengths: Sequence[int], layout: Layout, *, micro_batch_size: int, max_tokens: int | None = None
+) -> MicroBatchPlan:
     """Micro-batches of any number of samples for a forward pass alone: the last ones may be smaller, or empty.
+    `max_tokens` sizes them in tokens, as in schedule.py.
 
     The interleaved pipeline wants one shape [B, S] and a multiple of PP micro-batches: there they are single samples,
     filled up with empty ones.
@@ -22,6 +25,7 @@ def plan_forward(lengths: Sequence[int], layout: Layout, *, micro_batch_size: in
         lengths,
         data_parallel_size=layout.data,
         micro_batch_size=1 if one_shape else micro_batch_size,
+        max_tokens=None if max_tokens is None or one_shape else max(max_tokens, *lengths),
         allow_partial=True,
     )
     if one_shape:

@@ -99,7 +99,7 @@ def compare(config: CheckConfig) -> Comparison:
     rows.require_completions("check teacher")
     samples = _samples(rows)
     plan = StepPlan(0, samples, *[(tuple((s.position,) for s in samples),)] * 2)
-    sequences = [(*s.prompt_ids, *s.completion_ids) for s in samples]
+    sequences = [(*s.prompt_ids, *s.completion_ids) for s in samples]  # the teacher's prompts
     needs = Needs(
         config.gkd_logits_topk,
         arch.vocab_size,
@@ -182,5 +182,5 @@ def _samples(rows: RowDataset) -> tuple[Sample, ...]:
     for index in range(len(rows)):
         row = rows[index]
         assert row.completion_ids is not None, "require_completions has seen to it"
-        samples.append(Sample(index, index, row.prompt_ids, row.completion_ids, "dataset"))
+        samples.append(Sample(index, index, row.prompt_ids_for_teacher, row.completion_ids, "dataset"))
     return tuple(samples)

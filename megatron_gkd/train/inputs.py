@@ -7,6 +7,7 @@ message on every rank.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.architecture import Architecture, read_architecture
-from megatron_gkd.config import DataConfig, RunConfig
+from megatron_gkd.config import RunConfig
 from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.errors import ConfigError, DataError, LayoutError, NotBuiltError
@@ -32,7 +33,7 @@ class Inputs:
 
     config: RunConfig
     student_arch: Architecture
-    teacher_arch: Architecture | None  # None: known by its server alone
+    teacher_arch: Architecture | None  # None: known by its server alone, or the student itself
     student_layout: Layout
     teacher_layout: Layout  # the student's, with a teacher at a server
     tokenizer: PreTrainedTokenizerBase
@@ -67,16 +68,19 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     if teacher_arch is not None and not urls:
         check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
-    rows = None
+    rows, read = None, functools.partial(_rows, config, tokenizer=tokenizer, vocab_size=vocab_size)
     if with_training_data:
         sampled = config.sampling.max_completion_length if config.distillation.lmbda > 0 else None
-        rows = _rows(config.data, config.data.dataset, tokenizer, vocab_size, max_completion_length=sampled)
-    eval_rows = _rows(config.data, config.data.eval_dataset, tokenizer, vocab_size, max_rows=config.data.eval_samples)
+        rows = read(config.data.dataset, max_completion_length=sampled)
+    eval_rows = read(config.data.eval_dataset, max_rows=config.data.eval_samples)
     if rows is not None:
         rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
         _check_batch(config, student_layout)
     if eval_rows is not None:
         eval_rows.require_completions("evaluation")
+    for purpose, found in (("training", rows), ("evaluation", eval_rows)):
+        if found is not None:
+            _check_teacher_of(config, purpose, found)
     return Inputs(
         config, student_arch, teacher_arch, student_layout, teacher_layout, tokenizer, vocab_size, rows, eval_rows
     )
@@ -157,16 +161,17 @@ def _vocabulary(
 
 
 def _rows(
-    data: DataConfig,
+    config: RunConfig,
     paths: Sequence[str],
+    *,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
-    *,
     max_rows: int | None = None,
     max_completion_length: int | None = None,
 ) -> RowDataset | None:
     if not paths:
         return None
+    data = config.data
     rows = load_rows(
         paths,
         tokenizer,
@@ -175,6 +180,7 @@ def _rows(
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
         max_rows=max_rows,
+        tag_key=config.teacher.teacher_tag_key,
     )
     if rows.max_token_id >= vocab_size:
         raise DataError(
@@ -182,6 +188,26 @@ def _rows(
         )
     logger.info("%s: %s", ", ".join(paths), rows.summary)
     return rows
+
+
+def _check_teacher_of(config: RunConfig, purpose: str, rows: RowDataset) -> None:
+    """Raises where rows have no teacher, or nothing to learn from it."""
+    teacher = config.teacher
+    if teacher.is_student:
+        rows.require_teacher_prompts(purpose)
+        without = len(rows) - rows.summary.num_teacher_prompts
+        if without:
+            logger.warning(
+                "%s: %d of %d rows have no teacher_prompt; in self-distillation their divergence is 0",
+                purpose,
+                without,
+                len(rows),
+            )
+    if teacher.server_tags:
+        assert teacher.teacher_tag_key is not None, "RunConfig.validate refuses tags without their column"
+        tags = {tag for of_server in teacher.server_tags.values() for tag in of_server}
+        rest = any(not of_server for of_server in teacher.server_tags.values())
+        rows.check_tags(tags, rest=rest, column=teacher.teacher_tag_key)
 
 
 def _check_batch(config: RunConfig, layout: Layout) -> None:

@@ -29,6 +29,7 @@ from megatron_gkd.train.checkpoint import (
 )
 from megatron_gkd.train.evaluate import evaluate
 from megatron_gkd.train.plans import evaluates_after, saves_after
+from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.setup import Run, TeacherRun, build
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.train.teacher_ranks import serve_training
@@ -85,6 +86,16 @@ def _train(run: Run, run_dir: Path, state: TrainerState, writers: _Writers) -> N
                 save_checkpoint(run_dir, run.student, state, keep=config.checkpoint.save_total_limit, rollouts=rollouts)
 
 
+def _ask_ahead(run: Run, step: int) -> None:
+    """Let teacher servers work on a later step's samples already, where these are known. Not collective."""
+    if not isinstance(run.teacher, ServerTeacher) or step >= run.student.train_iters:
+        return
+    assert run.plans is not None
+    plan = run.plans.plan_ahead(step)
+    if plan is not None:
+        run.teacher.prefetch(plan)
+
+
 def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Progress) -> TrainerState:
     start_s = time.perf_counter()
     timers = Timers(synchronize=run.platform.synchronize)
@@ -98,6 +109,7 @@ def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Prog
         packing=run.config.data.packing,
         device=run.platform.device,
         timers=timers,
+        meanwhile=lambda: _ask_ahead(run, state.step + 1),
     )
     metrics = Metrics([*run.loss.report_names(), "signal_bytes"])
     add_reports(metrics, result.reports, run.student)

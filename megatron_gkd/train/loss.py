@@ -19,7 +19,7 @@ states in the backward (under sequence parallelism the reduce-scatter of `head_i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -60,16 +60,23 @@ class DistillationLoss:
         *,
         tp_group: torch.distributed.ProcessGroup,
         vocab_size: int,
-        teacher_head: torch.Tensor | None,
+        teacher_head: torch.Tensor | Callable[[], torch.Tensor] | None,
     ) -> None:
         """Keep what is the same for every micro-batch.
 
         Args:
             vocab_size: tokens that student and teacher share; columns at or above it are padding.
-            teacher_head: [V/tp, Ht], sharded like the student's head; None with top-K signals.
+            teacher_head: [V/tp, Ht], sharded like the student's head, or a function that gives the current one; None
+                with top-K signals. It must carry no graph.
         """
-        self.distillation, self.tp_group = distillation, tp_group
-        self.vocab_size, self.teacher_head = vocab_size, teacher_head
+        self.distillation, self.tp_group, self.vocab_size = distillation, tp_group, vocab_size
+        self._teacher_head = teacher_head
+
+    @property
+    def teacher_head(self) -> torch.Tensor | None:
+        """[V/tp, Ht], as it is now; None with top-K signals."""
+        head = self._teacher_head
+        return head if head is None or isinstance(head, torch.Tensor) else head()
 
     def report_names(self) -> list[str]:
         """Names of the report, the same on every rank."""

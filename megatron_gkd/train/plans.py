@@ -9,7 +9,7 @@ ranks, and, where the teacher has ranks of its own, go from the first rank to al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -20,9 +20,9 @@ from megatron_gkd.data.rows import RowDataset
 from megatron_gkd.data.sampler import row_indices
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Row, Sample, Source, StepPlan
-from megatron_gkd.rollout.protocol import Request
+from megatron_gkd.rollout.protocol import Completion, Request
 from megatron_gkd.rollout.requests import make_requests
-from megatron_gkd.schedule import Sampled, make_samples, plan_micro_batches, plan_step, sample_sources
+from megatron_gkd.schedule import Sampled, make_samples, plan_step, sample_sources
 from megatron_gkd.train.batches import plan_forward
 from megatron_gkd.train.checkpoint import TrainerState
 from megatron_gkd.train.rollouts import Rollouts
@@ -86,10 +86,20 @@ class StepPlans:
         )
 
     def plan(self, step: int) -> StepPlan:
-        """The plan of step `step`, counted from 0."""
+        """The plan of step `step`, counted from 0. A pure function of the configuration, the data, the step, and, where
+        the student samples, of its weights."""
+        return self._with(step, self._completions(step))
+
+    def plan_ahead(self, step: int) -> StepPlan | None:
+        """The plan of a later step, where its samples are known without the student's next weights: nothing is
+        sampled, or its completions wait (--steps_per_generation). Not collective."""
+        waiting = {} if self.rollouts is None else self.rollouts.waiting(step)
+        return None if waiting is None else self._with(step, _sampled(waiting))
+
+    def _with(self, step: int, sampled: Mapping[int, Sampled]) -> StepPlan:
         config, training = self.config, self.config.training
         indices, rows, sources = self.draw(step)
-        samples = make_samples(indices, rows, sources, sampled=self._completions(step))
+        samples = make_samples(indices, rows, sources, sampled=sampled)
         return plan_step(
             step,
             samples,
@@ -105,13 +115,16 @@ class StepPlans:
     def _completions(self, step: int) -> dict[int, Sampled]:
         sampled: dict[int, Sampled] = {}
         if self.rollouts is not None:
-            completions = self.rollouts.for_step(step, self.requests)
-            sampled = {position: (c.token_ids, c.version) for position, c in completions.items()}
+            sampled = _sampled(self.rollouts.for_step(step, self.requests))
         if self._everyone is not None:
             told: list[Any] = [sampled]
             dist.broadcast_object_list(told, src=0, group=self._everyone)
             sampled = told[0]
         return sampled
+
+
+def _sampled(completions: Mapping[int, Completion]) -> dict[int, Sampled]:
+    return {position: (c.token_ids, c.version) for position, c in completions.items()}
 
 
 def evaluation_plans(config: RunConfig, rows: RowDataset, student: Layout, teacher: Layout) -> Iterator[StepPlan]:
@@ -122,19 +135,27 @@ def evaluation_plans(config: RunConfig, rows: RowDataset, student: Layout, teach
         for position, index in enumerate(range(start, min(start + batch_size, len(rows)))):
             row = rows[index]
             assert row.completion_ids is not None, "read_inputs requires completions in evaluation rows"
-            samples.append(Sample(position, index, row.prompt_ids, row.completion_ids, "dataset"))
-        lengths = [sample.num_inputs for sample in samples]
-        cap = config.teacher.teacher_micro_batch_tokens
+            own, tag = row.teacher_prompt_ids, row.tag
+            samples.append(
+                Sample(
+                    position,
+                    index,
+                    row.prompt_ids,
+                    row.completion_ids,
+                    "dataset",
+                    teacher_prompt_ids=own,
+                    tag=tag,
+                )
+            )
         yield StepPlan(
             0,
             tuple(samples),
-            plan_forward(lengths, student, micro_batch_size=training.micro_batch_size),
-            plan_micro_batches(
-                lengths,
-                data_parallel_size=teacher.data,
+            plan_forward([s.num_inputs for s in samples], student, micro_batch_size=training.micro_batch_size),
+            plan_forward(
+                [sample.for_teacher.num_inputs for sample in samples],
+                teacher,
                 micro_batch_size=config.teacher.teacher_micro_batch_size or training.micro_batch_size,
-                max_tokens=None if cap is None else max(cap, *lengths),
-                allow_partial=True,
+                max_tokens=config.teacher.teacher_micro_batch_tokens,
             ),
         )
 

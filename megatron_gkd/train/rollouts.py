@@ -81,6 +81,11 @@ class Rollouts:
         self.metrics["rollout_s"] = time.perf_counter() - start_s
         return completions
 
+    def waiting(self, step: int) -> dict[int, Completion] | None:
+        """Completions of a later step that are there already, and stay there; None where it is not sampled yet. Not
+        collective."""
+        return self._pending.get(step)
+
     def finish(self) -> None:
         """Wait for what is being sampled beside the training, if anything is."""
         if self._under_way is not None:

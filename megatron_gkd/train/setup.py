@@ -32,6 +32,7 @@ from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.plans import StepPlans
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import build_rollouts, engine_length
+from megatron_gkd.train.self_teacher import SelfTeacher
 from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.hf_files import HFCheckpoint
@@ -92,13 +93,18 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     groups = build_groups(inputs.student_layout)
     here = inputs.student_layout.holds(dist.get_rank())
     teacher = _server_teacher(inputs, where) if config.teacher.servers else None  # before any weight is read
-    teacher_groups = None if teacher is not None else build_groups(inputs.teacher_layout)
+    local = not (config.teacher.servers or config.teacher.is_student)
+    teacher_groups = build_groups(inputs.teacher_layout) if local else None
     torch.manual_seed(config.training.seed)
     # The tracker's states are only drawn from with dropout, which is 0; sequence parallelism demands that they exist.
     tp_rank = groups.tp.rank() if here else 0
     model_parallel_cuda_manual_seed(config.training.seed, tp_rank=tp_rank, ep_rank=0, etp_rank=0)
     student = _build_student(inputs, where, groups) if here else None
-    if teacher is None:
+    if teacher is None and config.teacher.is_student:
+        assert student is not None, "RunConfig.validate refuses ranks of its own for a student that teaches itself"
+        topk = config.distillation.gkd_logits_topk
+        teacher = SelfTeacher(student, vocab_size=inputs.vocab_size, device=where.device, topk=topk)
+    elif teacher is None:
         assert teacher_groups is not None
         teacher = _local_teacher(inputs, where, teacher_groups)
     # Ranks without a student have to be told what it samples.
@@ -109,7 +115,7 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
         plans = _plans(inputs, None, everyone)
         student_arch, layout = inputs.student_arch, inputs.student_layout
         return TeacherRun(config, student_arch, teacher, plans, layout, inputs.eval_rows, inputs.train_iters)
-    head = _teacher_head(inputs, where, groups)
+    head = teacher.head if isinstance(teacher, SelfTeacher) else _teacher_head(inputs, where, groups)
     loss = DistillationLoss(config.distillation, tp_group=groups.tp, vocab_size=inputs.vocab_size, teacher_head=head)
     logger.info("student %s, %s; teacher %s", inputs.student_arch.model_type, student.layout.describe(), _told(inputs))
     rollouts = None
@@ -154,8 +160,15 @@ def _server_teacher(inputs: Inputs, where: platform.Platform) -> Teacher:
     config = inputs.config
     needs = _server_needs(config, inputs.tokenizer, inputs.vocab_size, inputs.rows, inputs.eval_rows)
     # The ranks that do not ask wait in a collective, so the requests have to end before it does.
-    timeout_s = 0.8 * 60 * config.parallel.distributed_timeout_minutes
-    return ServerTeacher(config.teacher.servers, needs, inputs.student_layout, device=where.device, timeout_s=timeout_s)
+    timeout_s = config.teacher.teacher_timeout_s or 0.8 * 60 * config.parallel.distributed_timeout_minutes
+    return ServerTeacher(
+        config.teacher.servers,
+        needs,
+        inputs.student_layout,
+        device=where.device,
+        timeout_s=timeout_s,
+        tags=config.teacher.server_tags,
+    )
 
 
 def _local_teacher(inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection) -> Teacher:
@@ -211,8 +224,10 @@ def _teacher_head(inputs: Inputs, where: platform.Platform, groups: ProcessGroup
 
 def _told(inputs: Inputs) -> str:
     """The teacher, for the log."""
-    if inputs.teacher_arch is None or inputs.config.teacher.servers:
+    if inputs.config.teacher.servers:
         return f"at {', '.join(inputs.config.teacher.servers)}"
+    if inputs.teacher_arch is None:
+        return "the student itself"
     own = f" on {inputs.teacher_layout.world_size} ranks of its own" if inputs.separate else ""
     return f"{inputs.teacher_arch.model_type}, {inputs.teacher_layout.describe()}{own}"
 
@@ -228,12 +243,13 @@ def _server_needs(
     topk = config.distillation.gkd_logits_topk
     assert topk is not None, "RunConfig.validate refuses a server without --gkd_logits_topk"
     data = [dataset for dataset in (rows, eval_rows) if dataset is not None]
-    longest = max((len(row.prompt_ids) + len(row.completion_ids or ()) for rows in data for row in rows), default=2)
+    lengths = (len(row.prompt_ids_for_teacher) + len(row.completion_ids or ()) for rows in data for row in rows)
+    longest = max(lengths, default=2)
     if rows is not None and config.distillation.lmbda > 0:
         longest = max(longest, config.data.max_length)
     largest_id = len(tokenizer) - 1
     first = [dataset[index] for dataset in data for index in range(min(len(dataset), PROBE_TOKENS))]
-    probe = probe_tokens([(*row.prompt_ids, *(row.completion_ids or ())) for row in first], largest_id)
+    probe = probe_tokens([(*row.prompt_ids_for_teacher, *(row.completion_ids or ())) for row in first], largest_id)
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     return Needs(topk, vocab_size, largest_id, longest, probe, encode)
 

@@ -32,7 +32,8 @@ MicroBatchLoss = Callable[
 
 def teacher_signals(teacher: Teacher, plan: StepPlan, *, packing: bool) -> tuple[SignalStore, int]:
     """Signals of every sample of the plan, and the bytes that this rank sent. Collective over all ranks."""
-    return teacher.signals(plan, Collator(plan.samples, plan.teacher, teacher.layout, packing=packing))
+    samples = [sample.for_teacher for sample in plan.samples]
+    return teacher.signals(plan, Collator(samples, plan.teacher, teacher.layout, packing=packing))
 
 
 def forward_step_with(loss: MicroBatchLoss, signals: SignalStore, device: torch.device) -> ForwardStep:
@@ -62,10 +63,16 @@ def distill(
     packing: bool,
     device: torch.device,
     timers: Timers,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> tuple[StepResult, int]:
-    """One update of the student on the plan; returns its result and the signal bytes that this rank sent."""
+    """One update of the student on the plan; returns its result and the signal bytes that this rank sent.
+
+    Args:
+        meanwhile: called between the teacher's part and the student's, to start what can go on beside the latter.
+    """
     with timers.phase("teacher"):
         signals, num_bytes = teacher_signals(teacher, plan, packing=packing)
+    meanwhile()
     sources = {sample.position: sample.source for sample in plan.samples}
 
     def loss_of(model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Any:

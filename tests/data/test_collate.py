@@ -121,3 +121,21 @@ def test_one_prompt_token_and_one_completion_token():
     assert batch.tokens.tolist() == [[5]]
     assert batch.loss_index.tolist() == [0]
     assert batch.labels.tolist() == [6]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_teachers_batch_has_the_same_loss_tokens_after_its_own_prompt(packing):
+    samples = [
+        Sample(0, 0, (1, 2), (5, 6, 7), "dataset", teacher_prompt_ids=(9, 9, 9, 4)),
+        Sample(1, 1, (1, 2, 3), (8,), "dataset"),
+        Sample(2, 2, (1, 2, 3, 4), (6, 6), "dataset", teacher_prompt_ids=(3,)),
+    ]
+    student = collate(samples, packing=packing)
+    teacher = collate([sample.for_teacher for sample in samples], packing=packing)
+    for name in ("labels", "loss_sample"):
+        assert torch.equal(getattr(student, name), getattr(teacher, name))
+    assert student.lengths == teacher.lengths
+    assert student.positions == teacher.positions
+    fed = teacher.tokens.flatten()[teacher.loss_index]
+    assert fed.tolist() == [4, 5, 6, 3, 3, 6], "the last prompt token, then the completion without its last token"
+    assert student.tokens.flatten()[student.loss_index].tolist() == [2, 5, 6, 3, 4, 6]

@@ -6,6 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.records import Row
@@ -245,6 +246,110 @@ def test_max_rows_stops_reading(tmp_path):
     path = write(tmp_path / "d.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}, "{")
     rows = load_rows([path, path], TOKENIZER, max_length=99, max_rows=2)
     assert len(rows) == rows.summary.num_read == 2
+
+
+def test_a_teacher_prompt_is_encoded_as_the_prompt_is(tmp_path):
+    encoder = ChatEncoder(TOKENIZER)
+    secret = [{"role": "system", "content": "The answer is 5."}, USER]
+    rows = load(
+        write(
+            tmp_path / "d.jsonl",
+            {"messages": [USER, ASSISTANT], "teacher_prompt": secret},
+            {"prompt": "2 + 3?", "completion": "5", "teacher_prompt": "2 + 3? It is 5."},
+            {"prompt": "2 + 3?", "teacher_prompt": None},
+        )
+    )
+    assert rows[0].teacher_prompt_ids == encoder.encode(secret, None)[0]
+    assert rows[0].prompt_ids == encoder.encode([USER], None)[0]
+    assert rows[0].completion_ids == encoder.encode([USER], ASSISTANT)[1]
+    assert rows[1].teacher_prompt_ids == rows[1].prompt_ids_for_teacher == encoder.encode("2 + 3? It is 5.", None)[0]
+    assert rows[2].teacher_prompt_ids is None
+    assert rows[2].prompt_ids_for_teacher == rows[2].prompt_ids
+    assert rows.summary.num_teacher_prompts == 2
+    assert "2 with a teacher_prompt" in str(rows.summary)
+    rows.require_teacher_prompts("training")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (5, "`teacher_prompt` is a int"),
+        ([], "`teacher_prompt` is a list without turns"),
+        ([USER, ASSISTANT], "`teacher_prompt` ends with a turn of 'assistant'"),
+    ],
+)
+def test_malformed_teacher_prompts(tmp_path, value, message):
+    path = write(tmp_path / "d.jsonl", {"prompt": "a", "completion": "b", "teacher_prompt": value})
+    with pytest.raises(DataError, match=message):
+        load(path)
+
+
+def test_the_largest_id_may_be_in_a_teacher_prompt(tmp_path):
+    plain, high = ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b", "teacher_prompt": "\u00ff"})
+    with_high = load(write(tmp_path / "a.jsonl", high))
+    without = load(write(tmp_path / "b.jsonl", plain))
+    assert with_high.max_token_id == max(max(without[0].prompt_ids), max(with_high[0].teacher_prompt_ids))
+
+
+def test_a_teacher_prompt_that_does_not_fit_is_never_cut(tmp_path):
+    """Not even by truncate_left, which would take the privileged part away unseen; the student's may be."""
+    long = {"prompt": "a", "completion": "b", "teacher_prompt": "x" * 60}
+    short = {"prompt": "y" * 60, "completion": "b", "teacher_prompt": "z"}
+    fitting = {"prompt": "a", "completion": "b"}
+    path = write(tmp_path / "d.jsonl", long, short, fitting)
+    dropped = load(path, max_length=50)
+    assert len(dropped) == 1
+    assert dropped.summary.dropped == {"teacher_prompt_overlong": 1, "overlong": 1}
+    assert "tokens of `teacher_prompt` and" in dropped.summary.first_dropped["teacher_prompt_overlong"]
+    cut = load(path, max_length=50, overlong="truncate_left")
+    assert len(cut) == 2
+    assert len(cut[0].prompt_ids) + len(cut[0].completion_ids) == 50
+    assert cut[0].teacher_prompt_ids == ChatEncoder(TOKENIZER).encode("z", None)[0]
+    assert cut.summary.dropped == {"teacher_prompt_overlong": 1}
+    with pytest.raises(DataError, match=r"d\.jsonl:1: \d+ tokens of `teacher_prompt` and .* exceed max_length 50"):
+        load(path, max_length=50, overlong="stop")
+
+
+def test_a_teacher_prompt_leaves_room_for_what_is_sampled(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"prompt": "a", "teacher_prompt": "x" * 20})
+    needed = len(ChatEncoder(TOKENIZER).encode("x" * 20, None)[0]) + 15
+    assert len(load(path, max_length=needed, max_completion_length=15)) == 1
+    with pytest.raises(DataError, match=r"no usable row.*teacher_prompt_overlong"):
+        load(path, max_length=needed - 1, max_completion_length=15)
+
+
+def test_tags(tmp_path):
+    bare = {"prompt": "a", "completion": "b"}
+    path = write(tmp_path / "d.jsonl", bare | {"of": "math"}, bare | {"of": "code"}, bare, bare | {"of": "math"})
+    assert [row.tag for row in load(path)] == [None] * 4
+    rows = load(path, tag_key="of")
+    assert [row.tag for row in rows] == ["math", "code", None, "math"]
+    rows.check_tags({"math"}, rest=True, column="of")
+    with pytest.raises(DataError, match=r"d\.jsonl:2: no teacher server has the tag 'code' of the column `of`.*math"):
+        rows.check_tags({"math"}, rest=False, column="of")
+    with pytest.raises(DataError, match=r"d\.jsonl:3: the row has no column `of` \(--teacher_tag_key\)"):
+        rows.check_tags({"math", "code"}, rest=False, column="of")
+    bad = write(tmp_path / "bad.jsonl", bare | {"of": 3})
+    with pytest.raises(DataError, match=r"`of` \(--teacher_tag_key\) is a int"):
+        load(bad, tag_key="of")
+
+
+def test_fingerprint_tells_teachers_prompts_and_tags_apart(tmp_path):
+    bare = {"prompt": "a", "completion": "b", "of": "x"}
+    first, second = bare | {"teacher_prompt": "c"}, bare | {"teacher_prompt": "d"}
+    fingerprints = [
+        load(write(tmp_path / "d.jsonl", *records), tag_key=key).fingerprint()
+        for records, key in [
+            ([bare, bare], None),
+            ([first, bare], None),
+            ([bare, first], None),
+            ([second, bare], None),
+            ([bare, bare], "of"),
+            ([bare, bare | {"of": "y"}], "of"),
+            ([bare, bare | {"of": "z"}], "of"),
+        ]
+    ]
+    assert len(set(fingerprints)) == len(fingerprints)
 
 
 def test_fingerprint_tells_data_apart(tmp_path):

@@ -90,6 +90,93 @@ def test_the_first_server_can_be_chosen(connect: Connect) -> None:
     assert [len(fake.scored) for fake in fakes] == [0, 2], "the sequence, and the canary"
 
 
+# ---- several teachers ------------------------------------------------------------------------------------------------
+
+TAGGED = {"http://h0:1": ("math",), "http://h1:1": ("code", "logic"), "http://h2:1": ("math",), "http://h3:1": ()}
+TAGS = ["math", "code", "math", None, "logic"]
+TEACHERS = {"math": 0, "code": 1, "logic": 1, None: 3}
+
+
+def asked_of(fake: FakeServer) -> list[list[int]]:
+    return [ids for ids in fake.scored if ids != list(NEEDS.probe)]
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_every_sequence_goes_to_the_teacher_of_its_tag(connect: Connect, first: int) -> None:
+    """Two servers of one teacher share a tag; the last takes the rest. Each is another distribution."""
+    fakes = [FakeServer(random_teacher(seed)) for seed in (0, 1, 0, 3)]
+    servers = connect(*fakes, tags=TAGGED, first=first)
+    for fake in fakes:
+        fake.scored.clear()
+    found = servers.topk(SEQUENCES, TAGS)
+    for (prompt, completion), tag, topk in zip(SEQUENCES, TAGS, found, strict=True):
+        teacher = random_teacher(TEACHERS[tag])
+        for t in range(len(completion)):
+            assert topk.ids[t].tolist() == np.argsort(-teacher((*prompt, *completion[:t])))[:8].tolist()
+    math, code, more_math, rest = map(asked_of, fakes)
+    assert sorted(map(len, (math, more_math))) == [1, 1], "balanced"
+    assert sorted(math + more_math) == sorted([[1, 2, 3, 4, 5], [8, 8, 8, 1]])
+    assert code == [[VOCAB - 1, 0, 1]]
+    assert rest == [[4, *[5] * 30]]
+
+
+def test_a_tag_that_no_server_has_goes_to_the_rest_or_is_refused(connect: Connect) -> None:
+    fakes = [FakeServer(random_teacher(seed)) for seed in (0, 1)]
+    servers = connect(*fakes, tags={"http://h0:1": ("math",), "http://h1:1": ()})
+    fakes[1].scored.clear()
+    servers.topk(SEQUENCES[:1], ["poetry"])
+    assert asked_of(fakes[1]) == [[1, 2, 3, 4, 5]]
+    servers = connect(*fakes, tags={"http://h0:1": ("math",), "http://h1:1": ("code",)})
+    with pytest.raises(RolloutError, match=r"no teacher server has the tag 'poetry', and none is without tags"):
+        servers.topk(SEQUENCES[:1], ["poetry"])
+
+
+def test_servers_that_share_a_tag_must_be_one_teacher(connect: Connect) -> None:
+    fakes = [FakeServer(random_teacher(seed)) for seed in (0, 1, 1)]
+    connect(*fakes, tags={"http://h0:1": ("a",), "http://h1:1": ("b",), "http://h2:1": ("c", "b")})
+    with pytest.raises(RolloutError, match=r"h0:1 and .*h2:1 are different teachers.* or give them different tags"):
+        connect(*fakes, tags={"http://h0:1": ("a",), "http://h1:1": ("b",), "http://h2:1": ("b", "a")})
+    with pytest.raises(RolloutError, match=r"h1:1 are different teachers"):
+        connect(*fakes[:2], tags={"http://h0:1": (), "http://h1:1": ()})
+
+
+# ---- while the caller goes on ----------------------------------------------------------------------------------------
+
+
+def test_a_call_is_under_way_while_the_caller_goes_on() -> None:
+    """Every answer is there before the result is asked for; the canaries are asked then."""
+    fake = FakeServer()
+    with serve(fake) as url, TeacherServers([url], NEEDS, timeout_s=20) as servers:
+        fake.scored.clear()
+        asked = servers.start(SEQUENCES)
+        until = time.monotonic() + 10
+        while len(fake.scored) < 4 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(fake.scored) == len(asked_of(fake)) == 4
+        assert_right(asked.result())
+        assert len(fake.scored) == 5, "and the canary"
+
+
+def test_what_came_early_is_checked_all_the_same(connect: Connect) -> None:
+    fake = FakeServer()
+    servers = connect(fake)
+    asked = servers.start(SEQUENCES)
+    for part in asked.parts:
+        part.future.result()
+    fake.teacher = random_teacher(5)
+    with pytest.raises(RolloutError, match=r"is another teacher than at the start of the run.*not used"):
+        asked.result()
+
+
+def test_a_failure_on_the_way_comes_with_the_result(connect: Connect) -> None:
+    fake = FakeServer()
+    servers = connect(fake)
+    fake.refuse = [400]
+    asked = servers.start(SEQUENCES[:1])
+    with pytest.raises(RolloutError, match=r"answered 400"):
+        asked.result()
+
+
 # ---- probes ----------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +257,21 @@ def test_another_tokenizer(connect: Connect) -> None:
     with pytest.raises(RolloutError, match=r"another tokenizer than the student"):
         connect(fake, needs=replace(NEEDS, encode=lambda text: [1, 2, 3]))
     connect(FakeServer(), needs=replace(NEEDS, encode=lambda text: [1, 2, 3]))  # no /tokenize: not compared
+
+
+def test_a_server_that_takes_text_only(connect: Connect) -> None:
+    """As `swift deploy` does: its models have no length, and a list of ids is no string."""
+    fake = FakeServer(max_model_len=None)
+    inner = fake.respond
+
+    def respond(path: str, body: Any, key: str | None = None) -> tuple[int, Any]:
+        if path == "/v1/completions" and not isinstance(body["prompt"], str):
+            return 422, {"detail": [{"loc": ["body", "prompt"], "msg": "Input should be a valid string"}]}
+        return inner(path, body, key)
+
+    fake.respond = respond  # type: ignore[method-assign]
+    with pytest.raises(RolloutError, match=r"does not take token ids as the prompt \(.*422.*vllm serve"):
+        connect(fake)
 
 
 def test_no_model(connect: Connect) -> None:

@@ -27,6 +27,7 @@ from megatron_gkd.teacher_server.servers import TeacherServers
 from tests.checkpoints import tiny_tokenizer, write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.rollout.serving import logprobs_of, members, write_model
+from tests.teacher_server.fake import FakeServer, random_teacher, serve
 from tests.train.runs import command_line, metrics, train
 from tests.train.trainers import write_rows
 from tests.weights.ranks_at_work import megatron
@@ -108,6 +109,23 @@ def test_topk_is_that_of_transformers(served: Served) -> None:
             best = rows.topk(TOPK)
             assert topk.ids.tolist() == best.indices.tolist()
             np.testing.assert_allclose(topk.logprobs, best.values.numpy(), atol=1e-4)
+
+
+def test_beside_another_teacher_by_tags(served: Served) -> None:
+    """Of two teachers, one on vLLM."""
+    fake = FakeServer(max_model_len=MAX_MODEL_LEN)
+    with serve(fake) as url:
+        tags = {served.url: ("math",), url: ("code",)}
+        with TeacherServers([served.url, url], needs(), timeout_s=60, tags=tags) as servers:
+            fake.scored.clear()
+            mine, other = servers.topk([SEQUENCES[1], SEQUENCES[1]], ["math", "code"])
+    prompt, completion = SEQUENCES[1]
+    whole = [*prompt, *completion]
+    right = logprobs_of(served.model, whole)[len(prompt) - 1 :].topk(TOPK)
+    assert mine.ids.tolist() == right.indices.tolist()
+    best = [np.argsort(-random_teacher()(tuple(whole[:i])))[:TOPK].tolist() for i in range(1, len(whole))]
+    assert other.ids.tolist() == best
+    assert whole in fake.scored
 
 
 @pytest.mark.parametrize(

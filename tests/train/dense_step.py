@@ -7,7 +7,8 @@ no pipeline, no micro-batches, no padding (each sample is its own sequence), no 
            / number of completion tokens of the global batch
 
     D: KL(P||Q) at beta 0, KL(Q||P) at beta 1, beta KL(P||M) + (1 - beta) KL(Q||M) between, M = beta P + (1 - beta) Q.
-    P, Q: softmax over the token ids that both models have; with a top K, renormalised on the teacher's K most probable
+    P is the teacher's after its own prompt, where a sample has one. P, Q: softmax over the token ids that both models
+    have; with a top K, renormalised on the teacher's K most probable
     of them, or with all others as one more outcome ("bucket").
 
 Then torch's clip_grad_norm_ and AdamW, with Megatron's parameter groups: no weight decay on 1-D parameters.
@@ -17,7 +18,7 @@ Then torch's clip_grad_norm_ and AdamW, with Megatron's parameter groups: no wei
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -27,7 +28,16 @@ from megatron_gkd.config import TrainingConfig
 from megatron_gkd.records import Sample
 
 Signal = Literal["full", "topk", "bucket"]
-Fault = Literal["mean_per_sample", "no_division", "sft_on_student", "label_shift", "decay_on_norms", "no_clipping"]
+Fault = Literal[
+    "mean_per_sample",
+    "no_division",
+    "sft_on_student",
+    "label_shift",
+    "decay_on_norms",
+    "no_clipping",
+    "students_prompt",
+    "attached_teacher",
+]
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,16 @@ def dense_step(
 ) -> DenseStep:
     """One update from `samples` at learning rate `training.lr`."""
     student = load(student_path)
-    teacher_logits = all_logits(teacher_path, tuple(samples))
+    teacher_samples = tuple(
+        sample
+        if sample.teacher_prompt_ids is None or fault == "students_prompt"
+        else replace(sample, prompt_ids=sample.teacher_prompt_ids)
+        for sample in samples
+    )
+    teacher_logits = all_logits(teacher_path, teacher_samples)
+    if fault == "attached_teacher":  # of a student that is its own teacher
+        assert teacher_path == student_path
+        teacher_logits = tuple(completion_logits(student, sample) for sample in teacher_samples)
     num_tokens = sum(len(sample.completion_ids) for sample in samples)
     names = ("divergence", "agreement", "cross_entropy", "teacher_mass", "student_mass")
     losses, values, counts = [], dict.fromkeys(names, 0.0), {"cross_entropy": 0}

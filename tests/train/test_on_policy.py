@@ -18,10 +18,13 @@ import pytest
 import torch
 
 from megatron_gkd.platform import cpu_adaptation
+from megatron_gkd.records import StepPlan
 from megatron_gkd.train.loop import run_training
 from megatron_gkd.train.rollouts import Rollouts
+from megatron_gkd.train.server_teacher import ServerTeacher
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
+from tests.teacher_server.fake import FakeServer, serve
 from tests.test_end_to_end import command, records
 from tests.train.trainers import T, run_config, write_rows
 
@@ -53,7 +56,8 @@ class Inputs:
             lr=3e-3,
             lr_decay_style="constant",
         )
-        return run_config(self.student, self.teacher, self.rows, **(options | flags))
+        options |= dict(teacher_model=self.teacher, dataset=[self.rows]) | flags
+        return run_config(self.student, None, self.rows, **options)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +155,55 @@ def test_overlapped_sampling_resumes_bit_for_bit(inputs: Inputs) -> None:
     assert rest == whole[2:]
     _same_steps(inputs, "lag", first=3)
     assert [row["rollout/version_lag"] for row in records(inputs.root / "lag/metrics.jsonl")] == [0, 1, 1, 1]
+
+
+# ---- other teachers -------------------------------------------------------------------------------------------------
+
+
+def train_and_record(configs: list[Any]) -> list[tuple[list[dict[int, tuple[int, ...]]], list[int]]]:
+    """Per run its completions, and the steps whose teacher requests were sent ahead."""
+    found = []
+    original = ServerTeacher.prefetch
+
+    for config in configs:
+        ahead: list[int] = []
+
+        def recording(self: ServerTeacher, plan: StepPlan, into: Any = ahead) -> None:
+            into.append(plan.step)
+            original(self, plan)
+
+        ServerTeacher.prefetch = recording  # type: ignore[method-assign]
+        try:
+            (completions,) = train_all([config])
+        finally:
+            ServerTeacher.prefetch = original  # type: ignore[method-assign]
+        found.append((completions, ahead))
+    return found
+
+
+def test_the_student_as_its_own_teacher_and_a_server_that_is_asked_ahead(inputs: Inputs) -> None:
+    """Completions come from the prompt, and are judged after `teacher_prompt`; what waits from an earlier sampling
+    (--steps_per_generation) is sent to the server while the step before trains."""
+    rows = write_rows(inputs.root / "p.jsonl", 64, teacher_prompts=True)
+    held_out = write_rows(inputs.root / "ph.jsonl", 8, seed=5, teacher_prompts=True)
+    itself = inputs.config("itself", teacher_model=None, dataset=[rows], eval_dataset=[held_out])
+    fake = FakeServer(max_model_len=128)
+    with serve(fake) as url:
+        more: dict[str, Any] = dict(steps_per_generation=3, gkd_logits_topk=8, teacher_model_server=url)
+        more |= dict(teacher_model=None, dataset=[rows], eval_dataset=[])
+        served = inputs.config("served", **more)
+        ((own, behind),) = run_ranks(train_and_record, [itself, served], world=1, timeout_s=400, fresh=True)
+    first, last = records(inputs.root / "itself/evaluation.jsonl")
+    assert last["reverse_kl"] < 0.9 * first["reverse_kl"]
+    for row in records(inputs.root / "itself/metrics.jsonl"):
+        assert row["source/student/num_samples"] == BATCH
+        assert row["loss"] > 0
+    assert own[1] == []
+    assert behind[1] == [1, 2, 4, 5], "the first step of each sampling has new weights"
+    completions = [ids for step in behind[0] for ids in step.values()]
+    scored = [tuple(ids) for ids in fake.scored]
+    assert len(completions) == BATCH * STEPS
+    assert all(any(ids[-len(c) :] == c for ids in scored) for c in completions)
 
 
 def _same_steps(inputs: Inputs, name: str, *, first: int) -> None:

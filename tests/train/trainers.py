@@ -19,8 +19,9 @@ from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.records import SOURCES, Sample, Source, StepPlan
 from megatron_gkd.schedule import plan_step
-from megatron_gkd.teacher_pipeline import TeacherPipeline
+from megatron_gkd.teacher_pipeline import Teacher
 from megatron_gkd.train.loss import DistillationLoss
+from megatron_gkd.train.self_teacher import SelfTeacher
 from megatron_gkd.train.setup import Run, build_run
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.weights.export import hf_tensor_stream
@@ -63,15 +64,24 @@ def write_pair(root: Path, family: str) -> tuple[str, str]:
     return paths[0], paths[1]
 
 
-def write_rows(path: Path, num_rows: int, *, seed: int = 0) -> str:
-    """A JSONL file of prompts and completions of mixed lengths."""
+def write_rows(
+    path: Path, num_rows: int, *, seed: int = 0, teacher_prompts: bool = False, tags: Sequence[str | None] = ()
+) -> str:
+    """A JSONL file of prompts and completions of mixed lengths; on request with prompts for the teacher in most rows,
+    and with tags in turn, in the column `subject`."""
     generator = torch.Generator().manual_seed(seed)
 
     def words(most: int) -> str:
         number = int(torch.randint(1, most + 1, (1,), generator=generator))
         return " ".join(WORDS[int(torch.randint(len(WORDS), (1,), generator=generator))] for _ in range(number))
 
-    path.write_text("".join(json.dumps({"prompt": words(3), "completion": words(4)}) + "\n" for _ in range(num_rows)))
+    rows: list[dict[str, Any]] = [{"prompt": words(3), "completion": words(4)} for _ in range(num_rows)]
+    for index, row in enumerate(rows):
+        if teacher_prompts and index % 4 != 3:
+            row["teacher_prompt"] = f"{row['prompt']} {words(6)}"
+        if tags:
+            row["subject"] = tags[index % len(tags)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
@@ -90,10 +100,10 @@ def make_samples(
     return tuple(samples)
 
 
-def run_config(student: str, teacher: str, dataset: str, **flags: Any) -> RunConfig:
+def run_config(student: str, teacher: str | None, rows: str, /, **flags: Any) -> RunConfig:
     """A configuration of a supervised run on the CPU, checked as the command line would check it."""
     values: dict[str, Any] = dict(
-        model=student, teacher_model=teacher, dataset=[dataset], lmbda=0.0, device="cpu", report_to=["none"]
+        model=student, teacher_model=teacher, dataset=[rows], lmbda=0.0, device="cpu", report_to=["none"]
     )
     config = RunConfig.from_flat(values | flags)
     config.validate("train")
@@ -117,7 +127,7 @@ class Trainer:
     def __init__(self, config: RunConfig, run: Run | None = None) -> None:
         self.config, self.run = config, run or build_run(config)
         self._initial = [p.detach().clone() for p in self._parameters()]
-        self._topk_teacher: dict[int, TeacherPipeline] = {}
+        self._topk_teacher: dict[int, Teacher] = {}
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for chunk in self.run.student.chunks for p in chunk.parameters()]
@@ -134,11 +144,17 @@ class Trainer:
                     tensor.zero_()
         student.scheduler.num_steps = 0
 
-    def teacher(self, topk: int | None) -> TeacherPipeline:
-        """The run's own, or one that sends its top K (a second build: the run's has given its head away)."""
+    def teacher(self, topk: int | None) -> Teacher:
+        """The run's own, or one that sends its top K (a second build: the run's has given its head away; but a student
+        that is its own teacher has to stay the same one)."""
         if topk == self.config.distillation.gkd_logits_topk:
             return self.run.teacher
         assert topk is not None
+        if topk not in self._topk_teacher and self.config.teacher.is_student:
+            run = self.run
+            self._topk_teacher[topk] = SelfTeacher(
+                run.student, vocab_size=run.loss.vocab_size, device=run.platform.device, topk=topk
+            )
         if topk not in self._topk_teacher:
             distillation = replace(self.config.distillation, gkd_logits_topk=topk)
             self._topk_teacher[topk] = build_run(replace(self.config, distillation=distillation)).teacher
