@@ -121,10 +121,7 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
     teacher_head: torch.Tensor | Callable[[], torch.Tensor] | None = None
     teacher = server_teacher
     if teacher is None and teacher_arch is None:
-        topk = config.distillation.gkd_logits_topk
-        teacher = SelfTeacher(student, vocab_size=vocab_size, device=where.device, topk=topk)
-        if topk is None and student_groups.pp.rank() == student_layout.pipeline - 1:
-            teacher_head = teacher.head
+        teacher_head, teacher = _build_self_teacher(config, where, student, vocab_size)
     elif teacher is None:
         assert teacher_arch is not None
         teacher_head, teacher = _build_teacher(
@@ -318,6 +315,16 @@ def _server_needs(
     probe = probe_tokens([(*row.prompt_ids_for_teacher, *(row.completion_ids or ())) for row in first], largest_id)
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     return Needs(topk, vocab_size, largest_id, longest, probe, encode)
+
+
+def _build_self_teacher(
+    config: RunConfig, where: platform.Platform, student: Student, vocab_size: int
+) -> tuple[Callable[[], torch.Tensor] | None, SelfTeacher]:
+    """The student as teacher, and (for hidden-state signals, on its last stage) what gives its current head."""
+    topk = config.distillation.gkd_logits_topk
+    teacher = SelfTeacher(student, vocab_size=vocab_size, device=where.device, topk=topk)
+    has_head = topk is None and student.groups.pp.rank() == student.layout.pipeline - 1
+    return teacher.head if has_head else None, teacher
 
 
 def _build_teacher(
