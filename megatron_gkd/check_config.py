@@ -20,7 +20,7 @@ class CheckConfig(Section):
     teacher_model: str = setting(help="The teacher: a Hugging Face model directory.")
     teacher_model_server: str = setting(help="URL of the teacher server; several with commas.")
     gkd_logits_topk: int = setting(help="K, as in training: the most probable tokens that are compared.", gt=0)
-    dataset: list[str] = setting((), "Rows with completions: JSONL or Parquet files.")
+    dataset: list[str] = setting((), "Rows with completions: JSONL or Parquet files, or data sets saved on disk.")
     num_rows: int = setting(16, "Rows that are compared, from the first on.", ge=1)
     max_length: int = setting(1024, "Longest row in tokens; longer ones are left out.", ge=2)
     beta: float = setting(0.5, "Divergence of the loss that is compared.", ge=0, le=1)

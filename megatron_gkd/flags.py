@@ -285,8 +285,9 @@ def _not_built_lines() -> list[str]:
 
 def _from_yaml(value: Any, hint: Any) -> Any:
     """A scalar for a list is a list of one; `1e-5`, a string to YAML 1.1, is a float."""
-    if get_origin(hint) is list and not isinstance(value, list):
-        value = [value]
+    if get_origin(hint) is list:
+        items = value if isinstance(value, list) else [value]
+        return [_from_yaml(item, get_args(hint)[0]) for item in items]
     if isinstance(value, str) and not fits(value, hint) and fits(1.0, hint):
         try:
             return float(value)

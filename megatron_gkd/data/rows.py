@@ -1,10 +1,6 @@
 """Data set files -> tokenised rows, with a policy for malformed and overlong ones, and a summary of what happened.
 
-A record takes one of these forms (null columns count as absent, further columns are ignored):
-
-    messages                      chat turns; a last turn of the assistant is the completion, else all are the prompt
-    prompt, completion|response   strings, or lists of chat turns; the completion's list has the assistant's turn only
-    prompt                        a prompt only: its completion has to be sampled
+The forms of a record: forms.py.
 
 Lengths, with P prompt and C completion tokens, and R = `max_completion_length` where completions will be sampled (else
 0): a row fits if P + max(C, R, 1) <= max_length. One that does not is dropped and counted, or cut at the left of its
@@ -19,13 +15,16 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from megatron_gkd.data.chat import ChatEncoder, Message
+from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.data.dataset import Check, Rows, needs_completion
 from megatron_gkd.data.files import Columns, read_records
+from megatron_gkd.data.forms import prompt_and_completion
+from megatron_gkd.data.sampler import check_weights
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.records import Row
 
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 OnBadRow = Literal["stop", "skip"]
 Overlong = Literal["drop", "truncate_left", "stop"]
-
-FORMS = "`messages`, `prompt` with `completion` or `response`, or `prompt` alone"
 
 
 @dataclass
@@ -66,7 +63,7 @@ class RowSummary:
         return text
 
 
-class RowDataset(Sequence[Row]):
+class RowDataset(Rows):
     """Rows by index, held as flat arrays of ids; immutable once loaded."""
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -78,6 +75,7 @@ class RowDataset(Sequence[Row]):
         )  # row i: prompt = tokens[borders[2i] : borders[2i+1]], completion up to borders[2i+2]
         self._places = array("q")  # per row: file, line
         self._prompt_only = array("b")
+        self._sizes = [0] * len(self._paths)
 
     def __len__(self) -> int:
         return len(self._prompt_only)
@@ -92,9 +90,27 @@ class RowDataset(Sequence[Row]):
         )
 
     def place(self, index: int) -> str:
-        """Where a row came from, `path:line`."""
         file, line = self._places[2 * index : 2 * index + 2]
         return f"{self._paths[file]}:{line}"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(self._sizes)
+
+    @property
+    def longest(self) -> int:
+        return max((self._borders[i + 2] - self._borders[i] for i in range(0, 2 * len(self), 2)), default=0)
+
+    def account(self) -> str:
+        return str(self.summary)
+
+    def require(self, check: Check) -> None:
+        for index in range(len(self)):
+            check(self[index], self.place(index))
+
+    def require_ids_below(self, vocab_size: int) -> None:
+        if self.max_token_id >= vocab_size:
+            super().require_ids_below(vocab_size)  # names the row
 
     @property
     def max_token_id(self) -> int:
@@ -102,26 +118,17 @@ class RowDataset(Sequence[Row]):
         return max(self._tokens, default=-1)
 
     def fingerprint(self) -> str:
-        """Equal for equal rows in equal order: a resumed run checks that it goes on with the data it began with."""
         digest = hashlib.sha256()
         for numbers in (self._tokens, self._borders, self._prompt_only):
             digest.update(len(numbers).to_bytes(8, "little") + numbers.tobytes())
+        if self.weights:
+            digest.update(repr((self.weights, self.sizes)).encode())
         return digest.hexdigest()[:16]
 
     def require_completions(self, purpose: str) -> None:
-        """Raises if a row has a prompt only; `purpose` says what needs the completions."""
         if self.summary.num_prompt_only:
-            first = self._prompt_only.index(1)
-            raise DataError(
-                f"{purpose} needs a completion in every row, and {self.summary.num_prompt_only} of {len(self)} rows "
-                f"have a prompt only (first: {self.place(first)}); add completions, or sample them "
-                "(--lmbda 1, or --seq_kd true with a teacher)"
-            )
-
-    def check_sources(self, *, lmbda: float, seq_kd: bool) -> None:
-        """Raises if a step may take a completion from the data set that is not there."""
-        if lmbda < 1 and not seq_kd:
-            self.require_completions(f"--lmbda {lmbda:g} with --seq_kd false")
+            count = f"{self.summary.num_prompt_only} of {len(self)} rows have"
+            raise needs_completion(purpose, count, self.place(self._prompt_only.index(1)))
 
     def _append(self, row: Row, file: int, line: int) -> None:
         self._tokens.extend(row.prompt_ids)
@@ -130,6 +137,7 @@ class RowDataset(Sequence[Row]):
         self._borders.append(len(self._tokens))
         self._places.extend((file, line))
         self._prompt_only.append(row.completion_ids is None)
+        self._sizes[file] += 1
 
 
 def load_rows(
@@ -141,6 +149,7 @@ def load_rows(
     on_bad_row: OnBadRow = "stop",
     overlong: Overlong = "drop",
     max_rows: int | None = None,
+    weights: Sequence[float] = (),
 ) -> RowDataset:
     """Reads and tokenises files, in the order given.
 
@@ -150,13 +159,17 @@ def load_rows(
         on_bad_row: "stop" at the first malformed row, or "skip" and count them.
         overlong: what to do with a row that does not fit: "drop" and count, "truncate_left" the prompt, "stop".
         max_rows: stop reading once that many rows are in use; None reads everything.
+        weights: one a file: how often its rows are drawn; empty: in proportion to the files' rows.
     """
     _check(max_length, max_completion_length, on_bad_row, overlong, max_rows)
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not paths:
         raise DataError("no data set is given; give --dataset at least one file")
+    if weights:
+        check_weights(weights, len(paths))
     encoder = ChatEncoder(tokenizer)
     rows = RowDataset([str(path) for path in paths])
+    rows.weights = tuple(weights)
     summary = rows.summary
     files = [read_records(path) for path in paths]  # a missing file is found before hours are spent on the first
     for file, records in enumerate(files):
@@ -179,6 +192,8 @@ def load_rows(
                 summary.num_prompt_only += fitted.completion_ids is None
     if not len(rows):
         raise DataError(f"no usable row in {', '.join(map(str, paths))}: {summary}")
+    if weights and 0 in rows.sizes:
+        raise DataError(f"no usable row in {paths[rows.sizes.index(0)]}, which has a weight: {summary}")
     return rows
 
 
@@ -208,63 +223,6 @@ def _encode(record: Columns | str, encoder: ChatEncoder) -> Row:
     if isinstance(record, str):
         raise DataError(record)
     return Row(*encoder.encode(*prompt_and_completion(record)))
-
-
-def prompt_and_completion(record: Columns) -> tuple[str | list[Message], str | Message | None]:
-    if "messages" in record:
-        turns = _turns("messages", record["messages"])
-        if turns[-1]["role"] == "assistant":
-            if len(turns) == 1:
-                raise DataError("`messages` has the assistant's turn only; a prompt must come before it")
-            return turns[:-1], turns[-1]
-        return _prompt("messages", turns), None
-    if "prompt" not in record:
-        raise DataError(f"columns {sorted(record)} are not a known form; supported: {FORMS}")
-    given = [name for name in ("completion", "response") if name in record]
-    if len(given) == 2:
-        raise DataError("both `completion` and `response` are given; keep one of them")
-    prompt = record["prompt"]
-    prompt = prompt if isinstance(prompt, str) else _prompt("prompt", _turns("prompt", prompt))
-    if not given:
-        return prompt, None
-    completion = record[given[0]]
-    if isinstance(completion, str):
-        return prompt, completion
-    answer = _turns(given[0], completion)
-    if len(answer) != 1 or answer[0]["role"] != "assistant":
-        raise DataError(
-            f"`{given[0]}` has turns of {[turn['role'] for turn in answer]}; it must have one, the assistant's"
-        )
-    return prompt, answer[0]
-
-
-def _turns(column: str, value: Any) -> list[Message]:
-    """Checks a list of chat turns; text content only."""
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"`{column}` is a {type(value).__name__}{' without turns' if value == [] else ''}; give a list of turns"
-        )
-    turns: list[Message] = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, Mapping):
-            raise DataError(
-                f"`{column}`, turn {number} is a {type(turn).__name__}; give an object with `role` and `content`"
-            )
-        turn = {name: entry for name, entry in turn.items() if entry is not None}
-        for name in ("role", "content"):
-            if not isinstance(turn.get(name), str):
-                found = type(turn[name]).__name__ if name in turn else "missing"
-                raise DataError(f"`{column}`, turn {number}: `{name}` is {found}; it must be a string (text only)")
-        turns.append(turn)
-    return turns
-
-
-def _prompt(column: str, turns: list[Message]) -> list[Message]:
-    if turns[-1]["role"] not in ("user", "tool"):
-        raise DataError(
-            f"`{column}` ends with a turn of {turns[-1]['role']!r}; a prompt ends with a user's turn (or a tool's)"
-        )
-    return turns
 
 
 def _check(

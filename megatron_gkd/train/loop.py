@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.sampler import row_indices
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.flags import to_yaml
 from megatron_gkd.observe.logging import get_logger
@@ -101,7 +100,7 @@ def draw(run: Run, step: int) -> Draw:
     assert run.rows is not None
     training, distillation = run.config.training, run.config.distillation
     size = training.global_batch_size
-    indices = row_indices(training.seed, step * size, size, len(run.rows), run.config.data.shuffle)
+    indices = run.rows.indices(training.seed, step * size, size, shuffle=run.config.data.shuffle)
     sources = sample_sources(training.seed, step, size, lmbda=distillation.lmbda, seq_kd=distillation.seq_kd)
     return Draw(indices, [run.rows[i] for i in indices], sources)
 

@@ -8,7 +8,6 @@ input is an error before work is lost, with the same message on every rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +21,10 @@ from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config import DataConfig, RunConfig
 from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
-from megatron_gkd.data.rows import RowDataset, load_rows
-from megatron_gkd.errors import ConfigError, DataError, NotBuiltError
+from megatron_gkd.data.dataset import Rows
+from megatron_gkd.data.rows import load_rows
+from megatron_gkd.data.streaming import StreamedRows
+from megatron_gkd.errors import ConfigError, NotBuiltError
 from megatron_gkd.model.build import DTYPES, HiddenStateGPTModel, build_model
 from megatron_gkd.model.pipeline import check_num_micro_batches
 from megatron_gkd.observe.logging import get_logger
@@ -53,8 +54,8 @@ class Run:
     student: Student
     teacher: Teacher
     loss: DistillationLoss
-    rows: RowDataset | None  # None for an evaluation alone
-    eval_rows: RowDataset | None
+    rows: Rows | None  # None for an evaluation alone
+    eval_rows: Rows | None
     rollouts: Rollouts | None  # None where nothing is sampled from the student
 
     @property
@@ -84,8 +85,8 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
     rows = None
     if with_training_data:
         sampled = config.sampling.max_completion_length if config.distillation.lmbda > 0 else None
-        rows = _rows(config.data, config.data.dataset, tokenizer, vocab_size, max_completion_length=sampled)
-    eval_rows = _rows(config.data, config.data.eval_dataset, tokenizer, vocab_size, max_rows=config.data.eval_samples)
+        rows = _training_rows(config.data, tokenizer, vocab_size, max_completion_length=sampled)
+    eval_rows = _eval_rows(config.data, tokenizer, vocab_size)
     if rows is not None:
         rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
         _check_batch(config, student_layout)
@@ -178,31 +179,37 @@ def _vocabulary(
     return tokenizer, vocab_size
 
 
-def _rows(
-    data: DataConfig,
-    paths: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    *,
-    max_rows: int | None = None,
-    max_completion_length: int | None = None,
-) -> RowDataset | None:
-    if not paths:
-        return None
-    rows = load_rows(
-        paths,
+def _training_rows(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, max_completion_length: int | None
+) -> Rows:
+    rows = (StreamedRows if data.streaming else load_rows)(
+        data.dataset,
         tokenizer,
         max_length=data.max_length,
         max_completion_length=max_completion_length,
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
-        max_rows=max_rows,
+        weights=data.dataset_weights,
     )
-    if rows.max_token_id >= vocab_size:
-        raise DataError(
-            f"{', '.join(paths)}: token id {rows.max_token_id} is outside the models' vocabulary of {vocab_size}"
-        )
-    logger.info("%s: %s", ", ".join(paths), rows.summary)
+    rows.require_ids_below(vocab_size)
+    logger.info("%s: %s", ", ".join(data.dataset), rows.account())
+    return rows
+
+
+def _eval_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows | None:
+    """Read whole, and in their own proportions, however the training rows are."""
+    if not data.eval_dataset:
+        return None
+    rows = load_rows(
+        data.eval_dataset,
+        tokenizer,
+        max_length=data.max_length,
+        on_bad_row=data.on_bad_row,
+        overlong=data.overlong,
+        max_rows=data.eval_samples,
+    )
+    rows.require_ids_below(vocab_size)
+    logger.info("%s: %s", ", ".join(data.eval_dataset), rows.account())
     return rows
 
 
@@ -239,7 +246,7 @@ def _build_student(
     arch: Architecture,
     layout: Layout,
     groups: ProcessGroupCollection,
-    rows: RowDataset | None,
+    rows: Rows | None,
 ) -> Student:
     chunks = load_model(config.model.model, arch, layout, groups, dtype=config.model.dtype, where=where)
     return Student(
@@ -257,14 +264,14 @@ def _server_needs(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
-    rows: RowDataset | None,
-    eval_rows: RowDataset | None,
+    rows: Rows | None,
+    eval_rows: Rows | None,
 ) -> Needs:
     """What the run asks of its teacher servers."""
     topk = config.distillation.gkd_logits_topk
     assert topk is not None, "RunConfig.validate refuses a server without --gkd_logits_topk"
     data = [dataset for dataset in (rows, eval_rows) if dataset is not None]
-    longest = max((len(row.prompt_ids) + len(row.completion_ids or ()) for rows in data for row in rows), default=2)
+    longest = max((dataset.longest for dataset in data), default=2)
     if rows is not None and config.distillation.lmbda > 0:
         longest = max(longest, config.data.max_length)
     largest_id = len(tokenizer) - 1

@@ -35,7 +35,8 @@ def test_every_form_of_a_pair_gives_the_same_row(tmp_path):
         {"prompt": [USER], "completion": [ASSISTANT]},
         {"prompt": [USER], "completion": "I am well."},
         {"prompt": "Hello", "response": [ASSISTANT]},
-        {"messages": [USER, ASSISTANT], "prompt": "something else"},
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "I am well."}]},
+        {"instruction": "Hello", "input": "", "output": "I am well."},
         {"messages": [{**USER, "name": None}, {**ASSISTANT, "tool_calls": None}]},
     ]
     rows = load(write(tmp_path / "d.jsonl", *records))
@@ -84,11 +85,8 @@ def test_strings_with_a_plain_tokenizer(tmp_path):
     [
         ("{", "not valid JSON"),
         ("3", "a JSON int, not an object"),
-        (
-            {"conversations": [], "id": 3},
-            r"columns \['conversations', 'id'\] are not a known form; supported: `messages`",
-        ),
-        ({"instruction": "a", "input": "", "output": "b"}, r"columns \['input', 'instruction', 'output'\]"),
+        ({"question": "a", "id": 3}, r"columns \['id', 'question'\] are not a known form; supported: `messages`"),
+        ({"messages": [USER, ASSISTANT], "prompt": "a"}, "columns `messages` and `prompt` are two forms at once"),
         ({"prompt": None, "completion": "b"}, r"columns \['completion'\]"),
         ({"prompt": "a", "completion": "b", "response": "c"}, "both `completion` and `response`"),
         ({"prompt": 5}, "`prompt` is a int; give a list of turns"),
@@ -122,10 +120,8 @@ def test_template_error_names_the_place(tmp_path):
 
 
 def test_no_usable_row_is_an_error_with_the_reason(tmp_path):
-    with pytest.raises(
-        DataError, match=r"no usable row in .*2 rows read, 0 used; 2 dropped as malformed .*'conversations'"
-    ):
-        load(write(tmp_path / "d.jsonl", *[{"conversations": []}] * 2), on_bad_row="skip")
+    with pytest.raises(DataError, match=r"no usable row in .*2 rows read, 0 used; 2 dropped as malformed .*'question'"):
+        load(write(tmp_path / "d.jsonl", *[{"question": "a"}] * 2), on_bad_row="skip")
     with pytest.raises(DataError, match="no data set is given"):
         load_rows([], TOKENIZER, max_length=9)
     with pytest.raises(DataError, match="0 rows read"):
