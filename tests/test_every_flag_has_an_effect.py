@@ -29,7 +29,6 @@ REFUSED = {
     "offload_teacher_model",
     "context_parallel_size",
     "expert_model_parallel_size",
-    "streaming",
 }
 
 # Read through another name: a pattern, and where.

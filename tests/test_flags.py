@@ -67,6 +67,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("device", "auto", ("cpu", "cpu"), ("tpu",)),
     ("distributed_timeout_minutes", 10, ("30", 30), ("0",)),
     ("dataset", [], ("d.jsonl", ["d.jsonl"]), ()),
+    ("dataset_weights", [], ("0.7", [0.7]), ("0", "-1", "x", "nan")),
     ("eval_dataset", [], ("e.jsonl", ["e.jsonl"]), ()),
     ("eval_samples", None, ("8", 8), ("0",)),
     ("max_length", 1024, ("2048", 2048), ("1", "0")),
@@ -190,6 +191,10 @@ COMMAND_LINES: tuple[tuple[str, dict[str, Any]], ...] = (
         {"teacher_model": "Qwen/Qwen2.5-72B-Instruct", "dataset": ["your_dataset"]},
     ),
     ("--model S --dataset a.jsonl b.parquet c.jsonl --packing", {"dataset": ["a.jsonl", "b.parquet", "c.jsonl"]}),
+    (
+        "--model S --dataset a.jsonl b.jsonl --dataset_weights 0.5 0.5 --streaming",
+        {"dataset_weights": [0.5, 0.5], "streaming": True},
+    ),
     ("--model S --use_vllm --vllm_mode server --vllm_server_port 8001 --sequence_parallel", {"vllm_mode": "server"}),
 )
 
@@ -277,6 +282,7 @@ def test_the_command_line_wins_wherever_the_file_stands(tmp_path: Path) -> None:
         ("beta: 2", r"--beta is 2; it must be in \[0, 1\]"),
         ("beta: null", "--beta is null; it must be float"),
         ("model: 5", "--model is 5; it must be str"),
+        ("dataset_weights: [1, 0]", "--dataset_weights is 1 0; it must be > 0"),
         ("dataset: [1]", "--dataset is 1; it must be str, several"),
         ("seq_kd: 1", r"--seq_kd is 1; it must be true\|false"),
         ("- beta", "must hold `flag: value` lines"),

@@ -87,7 +87,7 @@ class StreamedRows(Rows):
         tried = [self._read(index * len(self) // number) for index in range(number)]
         self._checked = [placed for placed in tried if placed is not None]
         if not self._checked:
-            raise DataError(f"none of {number} records from all over {', '.join(self._paths)} is usable: {self._why()}")
+            raise DataError(f"none of {number} records from all over {', '.join(self._paths)} is usable{self._why()}")
 
     def __len__(self) -> int:
         return self._borders[-1]

@@ -258,3 +258,21 @@ def test_pitfall_10_rows_are_the_encoders_ids_unchanged(tmp_path):
 
     rows = load(write(tmp_path / "d.jsonl", {"messages": [USER, ASSISTANT]}))
     assert rows[0] == Row(*ChatEncoder(TOKENIZER).encode([USER], ASSISTANT))
+
+
+def test_weights_decide_the_stream_and_the_fingerprint(tmp_path):
+    a = write(tmp_path / "a.jsonl", *[{"prompt": str(i), "completion": "b"} for i in range(6)])
+    b = write(tmp_path / "b.jsonl", *[{"prompt": str(i), "completion": "c"} for i in range(2)])
+
+    def rows(*weights):
+        return load_rows([a, b], TOKENIZER, max_length=99, weights=weights)
+
+    assert rows().sizes == rows(1, 3).sizes == (6, 2)
+    assert sum(index >= 6 for index in rows().indices(0, 0, 1000, shuffle=True)) == 250
+    assert sum(index >= 6 for index in rows(1, 3).indices(0, 0, 1000, shuffle=True)) == 750
+    assert len({rows().fingerprint(), rows(1, 3).fingerprint(), rows(3, 1).fingerprint()}) == 3
+    with pytest.raises(ConfigError, match="has 1 values and --dataset 2"):
+        rows(1)
+    empty = write(tmp_path / "b.jsonl", "{")
+    with pytest.raises(DataError, match=rf"no usable row in {empty}, which has a weight"):
+        load_rows([a, empty], TOKENIZER, max_length=99, on_bad_row="skip", weights=[1, 1])
