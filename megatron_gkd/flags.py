@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from megatron_gkd.check_config import CheckConfig
+from megatron_gkd.check_config import CheckConfig, CheckDataConfig
 from megatron_gkd.config import Flag, RunConfig, flags, flags_of
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT
@@ -72,6 +72,16 @@ def parse_check_config(argv: Sequence[str]) -> CheckConfig:
         if not values.get(name):
             raise ConfigError(f"--{name} is missing; {table[name].item.metadata['help']}")
     return CheckConfig(**values)
+
+
+def parse_check_data_config(argv: Sequence[str]) -> CheckDataConfig:
+    """The same for `check data`."""
+    table = flags_of(CheckDataConfig, "check_data")
+    values = parse(argv, table, prog="megatron-gkd check data", headings={"check_data": str(CheckDataConfig.__doc__)})
+    for name in ("model", "dataset"):
+        if not values.get(name):
+            raise ConfigError(f"--{name} is missing; {table[name].item.metadata['help']}")
+    return CheckDataConfig(**values)
 
 
 def parse(
@@ -219,16 +229,18 @@ def to_markdown() -> str:
         for section, heading in _headings().items()
     ]
     sample, check_flags = flags_of(SampleConfig, "sample"), flags_of(CheckConfig, "check")
+    check_data = flags_of(CheckDataConfig, "check_data")
     others = [
         ("`megatron-gkd sample`: flags of its own", list(sample.values())),
         ("`megatron-gkd check teacher`: flags of its own", list(check_flags.values())),
+        ("`megatron-gkd check data`: flags of its own", list(check_data.values())),
     ]
     for heading, table in [*tables, *others]:
         if not table:
             continue
         lines += [f"## {heading}", "", "| flag | type | default | range | meaning |", "|---|---|---|---|---|"]
         for flag in table:
-            mark = " [1]" if flag.name in missing and flag.section not in ("sample", "check") else ""
+            mark = " [1]" if flag.name in missing and flag.section not in ("sample", "check", "check_data") else ""
             kind, default = (
                 type_text(flag.hint).replace("|", " \\| "),
                 "required" if flag.required else show(flag.default),

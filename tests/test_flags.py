@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from megatron_gkd.config import RunConfig, flags
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.flags import parse_check_config, parse_run_config, parse_sample_config, to_markdown, to_yaml
+from megatron_gkd.flags import (
+    parse_check_config,
+    parse_check_data_config,
+    parse_run_config,
+    parse_sample_config,
+    to_markdown,
+    to_yaml,
+)
 
 REQUIRED = object()
 
@@ -372,3 +379,18 @@ def test_check_teacher_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="check is one process"):
         parse_check_config([*line.split(), "http://a:1"]).check()
+
+
+def test_check_data_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"--model {tmp_path} --dataset a.jsonl b.parquet --num_rows 0 --max_completion_length 8"
+    cfg = parse_check_data_config(line.split())
+    cfg.check()
+    assert (cfg.dataset, cfg.num_rows, cfg.max_completion_length) == (["a.jsonl", "b.parquet"], 0, 8)
+    assert (cfg.on_bad_row, cfg.overlong, cfg.max_rows) == ("skip", "drop", None)
+    for name in ("model", "dataset"):
+        other = [word for n in ("model", "dataset") if n != name for word in (f"--{n}", "x")]
+        with pytest.raises(ConfigError, match=f"--{name} is missing"):
+            parse_check_data_config(other)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="check is one process"):
+        cfg.check()

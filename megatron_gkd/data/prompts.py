@@ -64,7 +64,7 @@ def read_prompts(
 def completion_text(encoder: ChatEncoder, token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:
     """The text of a completion without the token that ended it."""
     content = token_ids[:-1] if token_ids and token_ids[-1] in stop_ids else token_ids
-    return _decode(encoder, content)
+    return encoder.decode(content)
 
 
 def read_back(encoder: ChatEncoder, prompt: Prompt, token_ids: Sequence[int], stop_ids: Sequence[int]) -> ReadBack:
@@ -78,7 +78,7 @@ def read_back(encoder: ChatEncoder, prompt: Prompt, token_ids: Sequence[int], st
         return "changed"
     if completion_ids == tuple(token_ids):
         return "exact"
-    return "respelled" if _decode(encoder, completion_ids[:-1]) == text and "\ufffd" not in text else "changed"
+    return "respelled" if encoder.decode(completion_ids[:-1]) == text and "\ufffd" not in text else "changed"
 
 
 def make_row(prompt: Prompt, text: str, sampling: dict[str, Any]) -> dict[str, Any]:
@@ -89,9 +89,3 @@ def make_row(prompt: Prompt, text: str, sampling: dict[str, Any]) -> dict[str, A
     else:
         row["messages"] = [*prompt.text, {"role": "assistant", "content": text}]
     return row | {"sampling": sampling}
-
-
-def _decode(encoder: ChatEncoder, ids: Sequence[int]) -> str:
-    text = encoder.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
