@@ -101,6 +101,8 @@ def parse(
         values = vars(parser.parse_args(tokens))
     except ArgumentError as error:
         raise ConfigError(_one_line(str(error), table)) from error
+    except (OverflowError, RecursionError, UnicodeError) as error:  # of the parser's own conversions
+        raise ConfigError(f"a flag's value cannot be read ({error}): {' '.join(map(repr, tokens))}") from error
     values = {name: None if name in nulls else values[name] for name in table}
     return {name: value for name, value in values.items() if not (value is None and table[name].required)}
 

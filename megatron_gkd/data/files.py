@@ -156,7 +156,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Columns | str]]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             check_schema(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
                 for record in parse_batch(batch):

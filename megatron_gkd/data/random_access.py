@@ -117,7 +117,7 @@ class _Parquet(IndexedRecords):
         super().__init__(path, [path])
         self._unreadable = (pyarrow.ArrowException, OSError, ValueError)
         try:
-            self._file = pyarrow.parquet.ParquetFile(path)
+            self._file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
             check_schema(path, self._file.schema_arrow.names)
             footer = self._file.metadata
             sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
