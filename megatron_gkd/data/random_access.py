@@ -45,9 +45,11 @@ Record = tuple[int, Columns | str]
 
 
 class IndexedRecords(ABC):
-    """A data set whose records can be read in any order. `digest` is equal for equal data."""
+    """A data set whose records can be read in any order. `digest` is equal for equal data; `unit_bytes` is the most
+    that is decoded for one record, where that is more than the record."""
 
     digest: str
+    unit_bytes: int = 0
 
     def __init__(self, path: Path, files: list[Path]) -> None:
         self.path, self._files = path, files
@@ -127,7 +129,7 @@ class _Parquet(IndexedRecords):
             raise DataError(f"data set {path}: not a readable Parquet file: {error}") from error
         self._borders: list[int] = list(accumulate(sizes, initial=0))
         self._decoded: OrderedDict[int, Any] = OrderedDict()  # row group -> table, the latest used last
-        self.largest_group_bytes = max(
+        self.unit_bytes = max(
             (footer.row_group(group).total_byte_size for group in range(footer.num_row_groups)), default=0
         )
         self.digest = _digest([path])

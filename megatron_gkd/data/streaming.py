@@ -44,6 +44,7 @@ logger = get_logger(__name__)
 
 NUM_CHECKED = 256
 _ATTEMPTS = 1000
+_LARGE_UNIT_BYTES = 32 * 2**20
 
 
 class _Placed(NamedTuple):
@@ -119,10 +120,15 @@ class StreamedRows(Rows):
         return digest.hexdigest()[:16]
 
     def account(self) -> str:
+        unit_bytes = max(records.unit_bytes for records in self._sets)
+        large = (
+            f". Row groups of up to {unit_bytes / 2**20:.0f} MB are decoded whole for each row, which takes time: "
+            "write smaller ones (row_group_size)"
+        )
         return (
             f"{len(self)} records, read while training; of {min(NUM_CHECKED, len(self))} that were checked "
             f"{len(self._checked)} are usable{self._why()}. The others are checked when their turn comes, and what is "
-            "dropped then is reported then"
+            f"dropped then is reported then{large if unit_bytes > _LARGE_UNIT_BYTES else ''}"
         )
 
     def require(self, check: Check) -> None:

@@ -86,6 +86,14 @@ def test_decoded_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.Monk
     assert records[0][1] == RECORDS[0]
 
 
+def test_large_row_groups_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = stream(written("parquet", tmp_path, RECORDS))
+    assert "40 records, read while training; of 40 that were checked 40 are usable. The others" in rows.account()
+    assert "Row groups" not in rows.account()
+    monkeypatch.setattr("megatron_gkd.data.streaming._LARGE_UNIT_BYTES", 10)
+    assert "Row groups of up to 0 MB are decoded whole" in rows.account()
+
+
 # --- rows that cannot be used
 
 
