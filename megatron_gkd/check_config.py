@@ -1,4 +1,4 @@
-"""Settings of `megatron-gkd check teacher`."""
+"""Settings of `megatron-gkd check teacher` and `megatron-gkd check data`."""
 
 # ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
 
@@ -20,7 +20,7 @@ class CheckConfig(Section):
     teacher_model: str = setting(help="The teacher: a Hugging Face model directory.")
     teacher_model_server: str = setting(help="URL of the teacher server; several with commas.")
     gkd_logits_topk: int = setting(help="K, as in training: the most probable tokens that are compared.", gt=0)
-    dataset: list[str] = setting((), "Rows with completions: JSONL or Parquet files.")
+    dataset: list[str] = setting((), "Rows with completions: JSONL or Parquet files, or data sets saved on disk.")
     num_rows: int = setting(16, "Rows that are compared, from the first on.", ge=1)
     max_length: int = setting(1024, "Longest row in tokens; longer ones are left out.", ge=2)
     beta: float = setting(0.5, "Divergence of the loss that is compared.", ge=0, le=1)
@@ -48,11 +48,40 @@ class CheckConfig(Section):
 
     def check(self) -> None:
         """What cannot work. Raises ConfigError."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("check is one process, and torchrun started several; start it without")
+        _check_one_process()
         if TeacherConfig(teacher_model_server=self.teacher_model_server).server_tags:
             raise ConfigError("check compares one teacher: give --teacher_model_server the URLs of its servers")
         if not os.path.isdir(self.teacher_model):
             raise ConfigError(
                 f"--teacher_model {self.teacher_model}: there is no such directory; give one in Hugging Face format"
             )
+
+
+@dataclass(frozen=True)
+class CheckDataConfig(Section):
+    """What a data set trains on: its rows as tokens, and the account of all of them."""
+
+    model: str = setting(help="The student: a Hugging Face model directory, for its tokenizer and chat template.")
+    dataset: list[str] = setting((), "Data to be checked: JSONL or Parquet files, or data sets saved on disk.")
+    num_rows: int = setting(3, "Rows that are shown, from the first on; all are checked and counted.", ge=0)
+    max_rows: int | None = setting(None, "Rows that are read; null: all.", ge=1)
+    max_length: int = setting(1024, "As in training: most tokens of prompt and completion together.", ge=2)
+    max_completion_length: int | None = setting(
+        None, "As in training with --lmbda above 0: room that every prompt leaves; null: none.", gt=0
+    )
+    on_bad_row: Literal["stop", "skip"] = setting("skip", "At a malformed row: stop, or skip and count it.")
+    overlong: Literal["drop", "truncate_left", "stop"] = setting(
+        "drop", "A row over --max_length: drop and count it, cut its prompt from the left, or stop."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
+
+    def check(self) -> None:
+        """What cannot work. Raises ConfigError."""
+        _check_one_process()
+        if not os.path.isdir(self.model):
+            raise ConfigError(f"--model {self.model}: there is no such directory; give one in Hugging Face format")
+
+
+def _check_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("check is one process, and torchrun started several; start it without")

@@ -147,13 +147,21 @@ def _convert(argv: list[str]) -> Action:
 
 
 def _check(argv: list[str]) -> Action:
-    if argv[:1] != ["teacher"] and argv[:1] not in (["-h"], ["--help"]):
-        given = f"check {argv[0]}" if argv else "check alone"
-        raise ConfigError(f"{given} is not a check; give `check teacher` (--help lists its flags)")
+    name, rest = (argv[0] if argv else ""), argv[1:]
+    if name in ("-h", "--help"):
+        return lambda: print(f"usage: {PROG} check {{{','.join(CHECKS)}}} [flags]; --help after the name lists them")
+    if name not in CHECKS:
+        given = f"check {name}" if name else "check alone"
+        names = " or ".join(f"`check {known}`" for known in CHECKS)
+        raise ConfigError(f"{given} is not a check; give {names} (--help lists its flags)")
+    return CHECKS[name](rest)
+
+
+def _check_teacher(argv: list[str]) -> Action:
     from megatron_gkd.flags import parse_check_config
     from megatron_gkd.observe.logging import setup_logging
 
-    cfg = parse_check_config(argv[argv[:1] == ["teacher"] :])
+    cfg = parse_check_config(argv)
     cfg.check()
 
     def action() -> None:
@@ -164,6 +172,25 @@ def _check(argv: list[str]) -> Action:
         run_check_teacher(cfg)
 
     return action
+
+
+def _check_data(argv: list[str]) -> Action:
+    from megatron_gkd.flags import parse_check_data_config
+    from megatron_gkd.observe.logging import setup_logging
+
+    cfg = parse_check_data_config(argv)
+    cfg.check()
+
+    def action() -> None:
+        setup_logging(cfg.log_level)
+        from megatron_gkd.data.check import run_check_data
+
+        run_check_data(cfg)
+
+    return action
+
+
+CHECKS: dict[str, Callable[[list[str]], Action]] = {"teacher": _check_teacher, "data": _check_data}
 
 
 def _not_built(name: str, advice: str) -> Callable[[list[str]], Action]:
@@ -183,7 +210,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Action]]] = {
         _not_built("plan", "try the layout on a few steps"),
     ),
     "report": ("summarise a run directory: text, JSON, curve", _report),
-    "check": ("compare a teacher server with the local teacher (`check teacher`)", _check),
+    "check": ("`check data`: what rows train on; `check teacher`: a server against the local teacher", _check),
 }
 
 

@@ -237,7 +237,10 @@ class DataConfig(Section):
     """Data."""
 
     dataset: list[str] = setting(
-        (), "Training data: JSONL or Parquet files of prompts and completions (chat messages)."
+        (), "Training data: JSONL or Parquet files, or directories of Hugging Face data sets saved on disk."
+    )
+    dataset_weights: list[float] = setting(
+        (), "How often rows of each --dataset are drawn, in their order; empty: in proportion to their rows.", gt=0
     )
     eval_dataset: list[str] = setting((), "Held-out data, in the same form.")
     eval_samples: int | None = setting(None, "Rows of the held-out data that are used; null: all.", gt=0)
@@ -250,7 +253,9 @@ class DataConfig(Section):
     shuffle: bool = setting(
         True, "Draw the rows in a new random order in every epoch; false: in the order of the files."
     )
-    streaming: bool = setting(False, "Read the training data while training.")
+    streaming: bool = setting(
+        False, "Read and tokenise training rows when they are used, instead of all before the first step."
+    )
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
             yield from _of_sampling(cfg)
     needed = "dataset" if command == "train" else "eval_dataset"
     if not cfg.get(needed):
-        yield f"--{needed} is missing; give one or more JSONL or Parquet files"
+        yield f"--{needed} is missing; give one or more JSONL or Parquet files, or directories of saved data sets"
     if "wandb" in cfg.logging.report_to and find_spec("wandb") is None:
         yield "--report_to wandb needs the package wandb, which is not installed; install it, or leave wandb out"
 
@@ -161,6 +161,14 @@ def _of_training(cfg: RunConfig) -> Iterator[str]:
         yield f"--min_lr {training.min_lr} is above --lr {training.lr}; it is where the decay ends"
     if training.lr_decay_style == "constant" and training.min_lr > 0:
         yield "--min_lr has no effect with --lr_decay_style constant; leave it out, or decay linear or cosine"
+    weights, num_sets = cfg.data.dataset_weights, len(cfg.data.dataset)
+    if weights and len(weights) != num_sets:
+        yield f"--dataset_weights has {len(weights)} values and --dataset {num_sets}; give one weight a data set"
+    if weights and min(weights) * 1000 < sum(weights):
+        yield (
+            f"--dataset_weights {min(weights)} is less than a thousandth of their sum, {sum(weights)}; leave that data "
+            "set out, or give it more"
+        )
     for flag in ("eval_steps", "eval_samples"):
         if not cfg.is_default(flag) and not cfg.data.eval_dataset:
             yield f"--{flag} needs --eval_dataset"

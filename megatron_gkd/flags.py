@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from megatron_gkd.check_config import CheckConfig
+from megatron_gkd.check_config import CheckConfig, CheckDataConfig
 from megatron_gkd.config import Flag, RunConfig, flags, flags_of
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT
@@ -74,6 +74,16 @@ def parse_check_config(argv: Sequence[str]) -> CheckConfig:
     return CheckConfig(**values)
 
 
+def parse_check_data_config(argv: Sequence[str]) -> CheckDataConfig:
+    """The same for `check data`."""
+    table = flags_of(CheckDataConfig, "check_data")
+    values = parse(argv, table, prog="megatron-gkd check data", headings={"check_data": str(CheckDataConfig.__doc__)})
+    for name in ("model", "dataset"):
+        if not values.get(name):
+            raise ConfigError(f"--{name} is missing; {table[name].item.metadata['help']}")
+    return CheckDataConfig(**values)
+
+
 def parse(
     argv: Sequence[str],
     table: Mapping[str, Flag],
@@ -91,6 +101,8 @@ def parse(
         values = vars(parser.parse_args(tokens))
     except ArgumentError as error:
         raise ConfigError(_one_line(str(error), table)) from error
+    except (OverflowError, RecursionError, UnicodeError) as error:  # of the parser's own conversions
+        raise ConfigError(f"a flag's value cannot be read ({error}): {' '.join(map(repr, tokens))}") from error
     values = {name: None if name in nulls else values[name] for name in table}
     return {name: value for name, value in values.items() if not (value is None and table[name].required)}
 
@@ -219,16 +231,18 @@ def to_markdown() -> str:
         for section, heading in _headings().items()
     ]
     sample, check_flags = flags_of(SampleConfig, "sample"), flags_of(CheckConfig, "check")
+    check_data = flags_of(CheckDataConfig, "check_data")
     others = [
         ("`megatron-gkd sample`: flags of its own", list(sample.values())),
         ("`megatron-gkd check teacher`: flags of its own", list(check_flags.values())),
+        ("`megatron-gkd check data`: flags of its own", list(check_data.values())),
     ]
     for heading, table in [*tables, *others]:
         if not table:
             continue
         lines += [f"## {heading}", "", "| flag | type | default | range | meaning |", "|---|---|---|---|---|"]
         for flag in table:
-            mark = " [1]" if flag.name in missing and flag.section not in ("sample", "check") else ""
+            mark = " [1]" if flag.name in missing and flag.section not in ("sample", "check", "check_data") else ""
             kind, default = (
                 type_text(flag.hint).replace("|", " \\| "),
                 "required" if flag.required else show(flag.default),
@@ -285,8 +299,9 @@ def _not_built_lines() -> list[str]:
 
 def _from_yaml(value: Any, hint: Any) -> Any:
     """A scalar for a list is a list of one; `1e-5`, a string to YAML 1.1, is a float."""
-    if get_origin(hint) is list and not isinstance(value, list):
-        value = [value]
+    if get_origin(hint) is list:
+        items = value if isinstance(value, list) else [value]
+        return [_from_yaml(item, get_args(hint)[0]) for item in items]
     if isinstance(value, str) and not fits(value, hint) and fits(1.0, hint):
         try:
             return float(value)

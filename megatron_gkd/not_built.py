@@ -66,7 +66,10 @@ def _names_hub_model(flag: str) -> Callable[[RunConfig], bool]:
     return lambda cfg: cfg.get(flag) is not None and not os.path.isdir(cfg.get(flag))
 
 
-_DATA = "data sets are read from .jsonl and .parquet files; fetching one by its name is missing: export it to a file"
+_DATA = (
+    "data sets are read from .jsonl and .parquet files and from directories that save_to_disk wrote; fetching one by "
+    "its name is missing: save it first"
+)
 _MODEL = (
     "there is no such directory, and fetching a model by its name is missing: give a directory in Hugging Face format"
 )
@@ -97,5 +100,4 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
     ),
     NotBuilt("dataset", _names_hub_data("dataset"), _DATA, TRAIN),
     NotBuilt("eval_dataset", _names_hub_data("eval_dataset"), _DATA),
-    NotBuilt("streaming", _changed("streaming"), "rows are read before training: leave it out", TRAIN),
 )

@@ -42,6 +42,11 @@ class Row:
             )
 
     @property
+    def num_tokens(self) -> int:
+        """Of the longer of the two sequences: the student's and the teacher's."""
+        return max(len(self.prompt_ids), len(self.prompt_ids_for_teacher)) + len(self.completion_ids or ())
+
+    @property
     def prompt_ids_for_teacher(self) -> tuple[int, ...]:
         """What the teacher is given as the prompt."""
         return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids

@@ -84,9 +84,10 @@ def check(name: str, value: Any, hint: Any, allowed: Range) -> None:
     """Raise a ConfigError that names the flag, the value and what is needed."""
     if not fits(value, hint):
         raise ConfigError(f"--{name} is {show(value)}; it must be {type_text(hint)}{_and_range(allowed)}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not allowed.contains(value):
-        raise ConfigError(f"--{name} is {show(value)}; it must be {_range_text(allowed)}")
-    if isinstance(value, list) and len(set(value)) != len(value):
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, (int, float)) and not isinstance(item, bool) and not allowed.contains(item):
+            raise ConfigError(f"--{name} is {show(value)}; it must be {_range_text(allowed)}")
+    if isinstance(value, list) and get_args(hint) != (float,) and len(set(value)) != len(value):
         raise ConfigError(f"--{name} has the same value twice: {' '.join(map(str, value))}; give each once")
 
 

@@ -123,6 +123,8 @@ def test_model_is_required() -> None:
         ({"train_iters": 2, "num_train_epochs": 1.0}, "--train_iters and --num_train_epochs"),
         ({"lr": 1e-5, "min_lr": 1e-4}, "--min_lr 0.0001 is above --lr 1e-05"),
         ({"lr_decay_style": "constant", "min_lr": 1e-6}, "--min_lr has no effect"),
+        ({"dataset_weights": [0.5, 0.5]}, "--dataset_weights has 2 values and --dataset 1; give one weight a data set"),
+        ({"dataset": ["a", "b"], "dataset_weights": [1, 1e-4]}, "less than a thousandth of their sum"),
         ({"eval_steps": 5}, "--eval_steps needs --eval_dataset"),
         ({"eval_samples": 5}, "--eval_samples needs --eval_dataset"),
         ({"dataset": []}, "--dataset is missing"),
@@ -233,7 +235,6 @@ ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("expert_model_parallel_size", {"expert_model_parallel_size": 2}),
     ("dataset", {"dataset": ["d.jsonl", "Org/Data:train#500"]}),
     ("eval_dataset", {"eval_dataset": ["Org/Data"]}),
-    ("streaming", {"streaming": True}),
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.check_config import CheckConfig
+from megatron_gkd.check_config import CheckConfig, CheckDataConfig
 from megatron_gkd.cli import COMMANDS
 from megatron_gkd.config import flags, flags_of
 from megatron_gkd.convert import convert_flags
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 SAMPLE_FLAGS = flags_of(SampleConfig, "sample")
-CHECK_FLAGS = flags_of(CheckConfig, "check")
+CHECK_FLAGS = flags_of(CheckConfig, "check") | flags_of(CheckDataConfig, "check_data")
 SCRIPT_OPTIONS = {"--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers"}
 
 

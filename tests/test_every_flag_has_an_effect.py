@@ -27,7 +27,6 @@ REFUSED = {
     "teacher_expert_model_parallel_size",
     "context_parallel_size",
     "expert_model_parallel_size",
-    "streaming",
 }
 
 # Read through another name: a pattern, and where.

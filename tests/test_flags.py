@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from megatron_gkd.config import RunConfig, flags
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.flags import parse_check_config, parse_run_config, parse_sample_config, to_markdown, to_yaml
+from megatron_gkd.flags import (
+    parse_check_config,
+    parse_check_data_config,
+    parse_run_config,
+    parse_sample_config,
+    to_markdown,
+    to_yaml,
+)
 
 REQUIRED = object()
 
@@ -73,6 +80,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("device", "auto", ("cpu", "cpu"), ("tpu",)),
     ("distributed_timeout_minutes", 10, ("30", 30), ("0",)),
     ("dataset", [], ("d.jsonl", ["d.jsonl"]), ()),
+    ("dataset_weights", [], ("0.7", [0.7]), ("0", "-1", "x", "nan")),
     ("eval_dataset", [], ("e.jsonl", ["e.jsonl"]), ()),
     ("eval_samples", None, ("8", 8), ("0",)),
     ("max_length", 1024, ("2048", 2048), ("1", "0")),
@@ -196,6 +204,10 @@ COMMAND_LINES: tuple[tuple[str, dict[str, Any]], ...] = (
         {"teacher_model": "Qwen/Qwen2.5-72B-Instruct", "dataset": ["your_dataset"]},
     ),
     ("--model S --dataset a.jsonl b.parquet c.jsonl --packing", {"dataset": ["a.jsonl", "b.parquet", "c.jsonl"]}),
+    (
+        "--model S --dataset a.jsonl b.jsonl --dataset_weights 0.5 0.5 --streaming",
+        {"dataset_weights": [0.5, 0.5], "streaming": True},
+    ),
     ("--model S --use_vllm --vllm_mode server --vllm_server_port 8001 --sequence_parallel", {"vllm_mode": "server"}),
 )
 
@@ -283,6 +295,7 @@ def test_the_command_line_wins_wherever_the_file_stands(tmp_path: Path) -> None:
         ("beta: 2", r"--beta is 2; it must be in \[0, 1\]"),
         ("beta: null", "--beta is null; it must be float"),
         ("model: 5", "--model is 5; it must be str"),
+        ("dataset_weights: [1, 0]", "--dataset_weights is 1 0; it must be > 0"),
         ("dataset: [1]", "--dataset is 1; it must be str, several"),
         ("seq_kd: 1", r"--seq_kd is 1; it must be true\|false"),
         ("- beta", "must hold `flag: value` lines"),
@@ -373,3 +386,18 @@ def test_check_teacher_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="check is one process"):
         parse_check_config([*line.split(), "http://a:1"]).check()
+
+
+def test_check_data_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"--model {tmp_path} --dataset a.jsonl b.parquet --num_rows 0 --max_completion_length 8"
+    cfg = parse_check_data_config(line.split())
+    cfg.check()
+    assert (cfg.dataset, cfg.num_rows, cfg.max_completion_length) == (["a.jsonl", "b.parquet"], 0, 8)
+    assert (cfg.on_bad_row, cfg.overlong, cfg.max_rows) == ("skip", "drop", None)
+    for name in ("model", "dataset"):
+        other = [word for n in ("model", "dataset") if n != name for word in (f"--{n}", "x")]
+        with pytest.raises(ConfigError, match=f"--{name} is missing"):
+            parse_check_data_config(other)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="check is one process"):
+        cfg.check()

@@ -1,8 +1,15 @@
 """From data set files to what a model is fed: tokenisation (chat), files and rows, the order of rows, and collation.
 
-files    JSONL and Parquet records, with the place each came from
-chat     tokenizers, chat templates -> (prompt ids, completion ids)
-rows     records -> tokenised rows, policies for bad and overlong ones, a summary
-sampler  which rows a step sees: stateless and resumable
-collate  samples -> one micro-batch of tensors
+files          JSONL, Parquet and saved data sets: records in order, with the place each came from
+random_access  the same records by number, over an index
+forms          a record's columns -> (prompt, completion)
+chat           tokenizers, chat templates -> (prompt ids, completion ids)
+dataset        what a run asks of its rows
+rows           records -> tokenised rows in memory, policies for bad and overlong ones, a summary
+streaming      the same rows, read and tokenised on access
+sampler        which rows a step sees, also from several sets with weights: stateless and resumable
+collate        samples -> one micro-batch of tensors
+check, show    `megatron-gkd check data`: what is trained on, checked and made visible
+prompts        prompts for sampling to a file, and the rows of that file
+result_file    a JSONL file that survives its writer
 """

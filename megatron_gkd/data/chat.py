@@ -21,6 +21,7 @@ are only ids.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,12 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
             )
 
 
+def as_turns(prompt: str | Sequence[Message], completion: str | Message | None) -> tuple[list[Message], Message | None]:
+    """A row for a chat template: strings become the user's turn and the assistant's."""
+    turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return turns, {"role": "assistant", "content": completion} if isinstance(completion, str) else completion
+
+
 class ChatEncoder:
     """Text -> ids with one tokenizer.
 
@@ -94,10 +101,7 @@ class ChatEncoder:
         assistant's content.
         """
         if self.has_template:
-            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            if isinstance(completion, str):
-                completion = {"role": "assistant", "content": completion}
-            return self._encode_turns(turns, completion)
+            return self._encode_turns(*as_turns(prompt, completion))
         if not isinstance(prompt, str) or not (completion is None or isinstance(completion, str)):
             raise DataError(
                 "chat messages, but the tokenizer has no chat template; give prompt and completion as strings, "
@@ -105,8 +109,24 @@ class ChatEncoder:
             )
         return self._encode_strings(prompt, completion)
 
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """The ids of a text by itself; the names of special tokens in it are those tokens."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens by their names."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that no text is made of."""
+        added = (token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        return frozenset((*self.tokenizer.all_special_ids, *added))
+
     def _encode_strings(self, prompt: str, completion: str | None) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-        bare = self._tokenize(prompt)
+        bare = self.tokenize(prompt)
         prompt_ids = tuple(self.tokenizer(prompt, verbose=False)["input_ids"])
         if len(prompt_ids) > len(bare) and prompt_ids[-1] == self.end_of_turn_id:  # a tokenizer that closes every text
             prompt_ids = prompt_ids[:-1]
@@ -114,7 +134,7 @@ class ChatEncoder:
             raise DataError("the prompt is empty, and the tokenizer has no beginning-of-text token to put in its place")
         if completion is None:
             return prompt_ids, None
-        completion_ids = self._tokenize(completion)
+        completion_ids = self.tokenize(completion)
         if completion_ids[-1:] != (self.end_of_turn_id,):
             completion_ids = (*completion_ids, self.end_of_turn_id)
         return prompt_ids, completion_ids
@@ -152,7 +172,7 @@ class ChatEncoder:
         prompt_text = self._template_text(turns, add_generation_prompt=True)
         whole_text = self._template_text(whole, add_generation_prompt=False)
         if whole_text.startswith(prompt_text):
-            completion_ids = self._tokenize(whole_text[len(prompt_text) :])
+            completion_ids = self.tokenize(whole_text[len(prompt_text) :])
             if self.tokenizer.decode([*prompt_ids, *completion_ids]) == self.tokenizer.decode(list(whole_ids)):
                 return completion_ids
         common = next(
@@ -174,13 +194,9 @@ class ChatEncoder:
             raise CheckpointError(
                 f"the tokenizer's chat template does not work on one user and one assistant turn: {error}"
             ) from error
-        special = {
-            *self.tokenizer.all_special_ids,
-            *(i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special),
-        }
         tail = text.rpartition(_PROBE)[2]
-        for token_id in self._tokenize(tail) if _PROBE in text else ():
-            if token_id in special:
+        for token_id in self.tokenize(tail) if _PROBE in text else ():
+            if token_id in self.special_ids:
                 return token_id
         raise CheckpointError(
             "the tokenizer's chat template does not close an assistant turn with a special token (it writes "
@@ -197,7 +213,7 @@ class ChatEncoder:
         return token_id
 
     def _template_ids(self, turns: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
-        return self._tokenize(self._template_text(turns, add_generation_prompt=add_generation_prompt))
+        return self.tokenize(self._template_text(turns, add_generation_prompt=add_generation_prompt))
 
     def _template_text(self, turns: Sequence[Message], *, add_generation_prompt: bool) -> str:
         messages: Any = [dict(turn) for turn in turns]
@@ -211,9 +227,6 @@ class ChatEncoder:
             raise DataError(f"the chat template refuses the messages: {error or type(error).__name__}") from error
         assert isinstance(text, str)
         return text
-
-    def _tokenize(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _end_of_turn(self) -> str:
         return repr(self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id))

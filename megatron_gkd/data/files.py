@@ -1,20 +1,33 @@
-"""Records of JSONL and Parquet files, one at a time, each with the place it came from.
+"""Records of data set files, each with the place it came from: in order, or any one of them.
 
-A place reads `path:17`: line 17 of a JSONL file, row 17 of a Parquet file, counted from 1. A record that cannot be
-parsed is handed on as its error text, so that the caller's policy for bad rows decides; a file that cannot be read at
-all stops the run.
+    .jsonl       one JSON object a line, in UTF-8
+    .parquet     a Parquet file
+    a directory  a Hugging Face data set saved on disk (`save_to_disk`): state.json and the Arrow files that it names
+
+A place reads `path:17`: line 17 of a JSONL file, row 17 of a Parquet file or of a data set on disk, counted from 1. A
+record that cannot be parsed is handed on as its error text, so that the caller's policy for bad rows decides; a file
+that cannot be read at all stops the run.
+
+What JSON would lose silently is such an error: a key given twice, of which a dictionary keeps the last. Arrow data is
+validated before it is read: a damaged offset would make the library read anywhere in memory.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_gkd.errors import DataError, NotBuiltError
 
-SUPPORTED = "a .jsonl file (one JSON object a line) or a .parquet file"
+SUPPORTED = (
+    "a .jsonl file (one JSON object a line), a .parquet file, or the directory of a Hugging Face data set saved on disk"
+)
+STATE_FILE, DICT_FILE = "state.json", "dataset_dict.json"  # of `datasets`: a data set, and several of them
+
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 Columns = dict[str, Any]  # without the columns that are null
 
@@ -24,50 +37,153 @@ def read_records(path: str | Path) -> Iterator[tuple[int, Columns | str]]:
 
     Whether the file exists and is of a supported kind is checked at the call, before the first record is asked for.
     """
+    path = check_supported(path)
+    if path.is_dir():
+        return _read_saved(path, saved_files(path))
+    return _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
+
+
+def check_supported(path: str | Path) -> Path:
+    """Raises unless there is a file, or a directory, of a supported kind."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         if path.suffix in (".jsonl", ".parquet") or path.is_absolute() or len(path.parts) > 2:
             raise DataError(f"data set {path}: there is no such file; give {SUPPORTED}")
         raise NotBuiltError(
             f"data set {path}: there is no such file, and data sets by name (--dataset NAME) are not supported yet; "
             f"give {SUPPORTED}"
         )
-    if not path.is_file() or path.suffix not in (".jsonl", ".parquet"):
+    if path.is_dir():
+        if (path / DICT_FILE).is_file():
+            names = ", ".join(sorted(str(state.parent) for state in path.glob(f"*/{STATE_FILE}")))
+            raise DataError(f"data set {path}: a directory of several data sets; give one of them: {names}")
+        if not (path / STATE_FILE).is_file():
+            raise DataError(f"data set {path}: a directory without {STATE_FILE}; give {SUPPORTED}")
+    elif not path.is_file() or path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"data set {path}: a file of another kind; give {SUPPORTED}")
+    return path
+
+
+def parse_line(line: bytes, *, first: bool) -> Columns | str:
+    """A line of a JSONL file: its columns, or what is wrong with it."""
+    try:
+        record = json.loads(line.decode("utf-8-sig" if first else "utf-8"), object_pairs_hook=_object)
+    except RecursionError:
+        return "not valid JSON in UTF-8: nested too deeply"
+    except ValueError as error:  # also UnicodeDecodeError, JSONDecodeError, and integers of thousands of digits
+        return f"not valid JSON in UTF-8: {error}"
+    return _columns(record) if isinstance(record, dict) else f"a JSON {type(record).__name__}, not an object"
+
+
+def parse_batch(batch: Any) -> list[Columns | str]:
+    """The rows of an Arrow record batch: their columns, or what is wrong with them."""
+    import pyarrow
+
+    # Arrow's own errors; invalid UTF-8; dates out of Python's range; types without a Python form.
+    unreadable = (pyarrow.ArrowException, ValueError, OverflowError, TypeError, NotImplementedError)
+    try:
+        batch.validate(full=True)
+        return [_columns(record) for record in batch.to_pylist()]
+    except unreadable as error:
+        if batch.num_rows == 1:
+            return [f"not readable: {' '.join(str(error).split())}"]
+    return [row for index in range(batch.num_rows) for row in parse_batch(batch.slice(index, 1))]
+
+
+def check_schema(path: Path, names: list[str]) -> None:
+    """Raises without columns, and for one that is there twice: of two, a dictionary keeps the last."""
+    if not names:
+        raise DataError(f"data set {path}: it has no columns; give another")
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"data set {path}: the column `{name}` is there twice; remove one")
+
+
+def saved_files(path: Path) -> list[Path]:
+    """The Arrow files of a data set on disk, in order."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        names = [entry["filename"] for entry in state["_data_files"]]
+        selected = state.get("_indices_data_files")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"data set {path}: a {'file of another kind' if path.is_file() else 'directory'}; give {SUPPORTED}"
-        )
-    return _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
+            f"data set {path}: {STATE_FILE} does not name the Arrow files ({error!r}); save it again"
+        ) from error
+    if selected:
+        raise DataError(f"data set {path}: a selection of rows, as old versions of datasets saved it; save it again")
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise DataError(f"data set {path}: {STATE_FILE} names files outside of the directory: {names}")
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise DataError(f"data set {path}: {', '.join(missing)}, named in {STATE_FILE}, is not there; copy it again")
+    return [path / name for name in names]
+
+
+def saved_batches(path: Path, file: Path) -> Iterator[Any]:
+    """The record batches of one Arrow file of the data set at `path`: views of the mapped file, nothing is copied."""
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as reader:
+            check_schema(path, reader.schema.names)
+            for batch in reader:
+                batch.validate()
+                yield batch
+            # A stream that is cut between two batches reads as a shorter one.
+            source.seek(max(source.size() - len(_ARROW_END), 0))
+            if source.read() != _ARROW_END:
+                raise DataError(f"data set {path}: {file.name} is cut short, its end mark is missing; copy it again")
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"data set {path}: {file.name} is not a readable Arrow file: {error}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Columns | str]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.isspace():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield number, f"not valid JSON in UTF-8: {error}"
-                continue
-            yield (
-                number,
-                _columns(record) if isinstance(record, dict) else f"a JSON {type(record).__name__}, not an object",
-            )
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.isspace():
+                    yield number, parse_line(line, first=number == 1)
+    except OSError as error:
+        raise DataError(f"data set {path}: cannot be read: {error.strerror}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Columns | str]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            check_schema(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
+                for record in parse_batch(batch):
                     number += 1
-                    yield number, _columns(record)
-    except (pyarrow.ArrowException, OSError) as error:
+                    yield number, record
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"data set {path}: not a readable Parquet file (after row {number}): {error}") from error
+
+
+def _read_saved(path: Path, files: list[Path]) -> Iterator[tuple[int, Columns | str]]:
+    number = 0
+    for file in files:
+        for batch in saved_batches(path, file):
+            for record in parse_batch(batch):
+                number += 1
+                yield number, record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return record
 
 
 def _columns(record: dict[str, Any]) -> Columns:

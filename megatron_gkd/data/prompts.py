@@ -1,9 +1,10 @@
 """A data set's prompts one by one, for sampling completions to a file, and the rows of that file.
 
-A row keeps the columns of its record, with the completion put where data/rows.py reads it:
+A row has the prompt and the completion in one of two forms, whatever the form of its record (forms.py), and keeps
+the record's other columns:
 
-    {"messages": [..., {"role": "assistant", "content": TEXT}], "sampling": {...}}
-    {"prompt": ..., "completion": TEXT, "sampling": {...}}
+    {"prompt": ..., "completion": TEXT, "sampling": {...}}               where there is `prompt`, or it is a string
+    {"messages": [..., {"role": "assistant", ...}], "sampling": {...}}   else
 
 Reading it back tokenises the text again. `read_back` says beforehand what that will give, per completion:
 
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from megatron_gkd.data.chat import ChatEncoder, Message
 from megatron_gkd.data.files import Columns, read_records
-from megatron_gkd.data.rows import prompt_and_completion
+from megatron_gkd.data.forms import form_columns, prompt_and_completion
 from megatron_gkd.errors import DataError
 
 ReadBack = Literal["exact", "respelled", "changed"]
@@ -63,7 +64,7 @@ def read_prompts(
 def completion_text(encoder: ChatEncoder, token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:
     """The text of a completion without the token that ended it."""
     content = token_ids[:-1] if token_ids and token_ids[-1] in stop_ids else token_ids
-    return _decode(encoder, content)
+    return encoder.decode(content)
 
 
 def read_back(encoder: ChatEncoder, prompt: Prompt, token_ids: Sequence[int], stop_ids: Sequence[int]) -> ReadBack:
@@ -77,21 +78,14 @@ def read_back(encoder: ChatEncoder, prompt: Prompt, token_ids: Sequence[int], st
         return "changed"
     if completion_ids == tuple(token_ids):
         return "exact"
-    return "respelled" if _decode(encoder, completion_ids[:-1]) == text and "\ufffd" not in text else "changed"
+    return "respelled" if encoder.decode(completion_ids[:-1]) == text and "\ufffd" not in text else "changed"
 
 
 def make_row(prompt: Prompt, text: str, sampling: dict[str, Any]) -> dict[str, Any]:
     """The row of one completion; what `sampling` says is not read back."""
-    row = {name: value for name, value in prompt.record.items() if name not in ("completion", "response")}
-    if "messages" in prompt.record:
-        assert not isinstance(prompt.text, str)
-        row["messages"] = [*prompt.text, {"role": "assistant", "content": text}]
+    row = {name: value for name, value in prompt.record.items() if name not in form_columns(prompt.record)}
+    if isinstance(prompt.text, str) or "prompt" in prompt.record:
+        row |= {"prompt": prompt.text, "completion": text}
     else:
-        row["completion"] = text
+        row["messages"] = [*prompt.text, {"role": "assistant", "content": text}]
     return row | {"sampling": sampling}
-
-
-def _decode(encoder: ChatEncoder, ids: Sequence[int]) -> str:
-    text = encoder.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text

@@ -1,13 +1,7 @@
 """Data set files -> tokenised rows, with a policy for malformed and overlong ones, and a summary of what happened.
 
-A record takes one of these forms (null columns count as absent, further columns are ignored):
-
-    messages                      chat turns; a last turn of the assistant is the completion, else all are the prompt
-    prompt, completion|response   strings, or lists of chat turns; the completion's list has the assistant's turn only
-    prompt                        a prompt only: its completion has to be sampled
-
-and, with any of them, `teacher_prompt`: a string or a list of chat turns that the teacher is given in place of the
-prompt.
+The forms of a record: forms.py. With any of them goes `teacher_prompt`: a string or a list of chat turns that the
+teacher is given in place of the prompt.
 
 Lengths, with P prompt and C completion tokens, and R = `max_completion_length` where completions will be sampled (else
 0): a row fits if P + max(C, R, 1) <= max_length. One that does not is dropped and counted, or cut at the left of its
@@ -24,23 +18,27 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from megatron_gkd.data.chat import ChatEncoder, Message
+from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
 from megatron_gkd.data.files import Columns, read_records
+from megatron_gkd.data.forms import prompt_and_completion, prompt_of
+from megatron_gkd.data.sampler import check_weights
 from megatron_gkd.errors import ConfigError, DataError
+from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.records import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = get_logger(__name__)
+
 OnBadRow = Literal["stop", "skip"]
 Overlong = Literal["drop", "truncate_left", "stop"]
-
-FORMS = "`messages`, `prompt` with `completion` or `response`, or `prompt` alone"
 
 
 @dataclass
@@ -75,7 +73,7 @@ class RowSummary:
         return text
 
 
-class RowDataset(Sequence[Row]):
+class RowDataset(Rows):
     """Rows by index, held as flat arrays of ids; immutable once loaded."""
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -91,6 +89,7 @@ class RowDataset(Sequence[Row]):
         self._teacher_borders = array("q", [0])  # row i: teacher's prompt = [borders[i] : borders[i+1]]; none if empty
         self._tags: list[str] = []  # distinct ones, in the order of their first rows
         self._tag_index = array("i")  # per row: into _tags; -1: none
+        self._sizes = [0] * len(self._paths)
 
     def __len__(self) -> int:
         return len(self._prompt_only)
@@ -110,9 +109,27 @@ class RowDataset(Sequence[Row]):
         )
 
     def place(self, index: int) -> str:
-        """Where a row came from, `path:line`."""
         file, line = self._places[2 * index : 2 * index + 2]
         return f"{self._paths[file]}:{line}"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(self._sizes)
+
+    @property
+    def longest(self) -> int:
+        return max((row.num_tokens for row in self), default=0)
+
+    def account(self) -> str:
+        return str(self.summary)
+
+    def require(self, check: Check) -> None:
+        for index in range(len(self)):
+            check(self[index], self.place(index))
+
+    def require_ids_below(self, vocab_size: int) -> None:
+        if self.max_token_id >= vocab_size:
+            super().require_ids_below(vocab_size)  # names the row
 
     @property
     def max_token_id(self) -> int:
@@ -120,7 +137,6 @@ class RowDataset(Sequence[Row]):
         return max(max(self._tokens, default=-1), max(self._teacher_tokens, default=-1))
 
     def fingerprint(self) -> str:
-        """Equal for equal rows in equal order: a resumed run checks that it goes on with the data it began with."""
         digest = hashlib.sha256()
         arrays = [self._tokens, self._borders, self._prompt_only]
         if self._teacher_tokens or self._tags:  # without, the fingerprint is that of data that never had them
@@ -128,45 +144,25 @@ class RowDataset(Sequence[Row]):
         for numbers in arrays:
             digest.update(len(numbers).to_bytes(8, "little") + numbers.tobytes())
         digest.update("".join(map(repr, self._tags)).encode())
+        if self.weights:
+            digest.update(repr((self.weights, self.sizes)).encode())
         return digest.hexdigest()[:16]
 
     def require_completions(self, purpose: str) -> None:
-        """Raises if a row has a prompt only; `purpose` says what needs the completions."""
         if self.summary.num_prompt_only:
-            first = self._prompt_only.index(1)
-            raise DataError(
-                f"{purpose} needs a completion in every row, and {self.summary.num_prompt_only} of {len(self)} rows "
-                f"have a prompt only (first: {self.place(first)}); add completions, or sample them "
-                "(--lmbda 1, or --seq_kd true with a teacher)"
-            )
-
-    def check_sources(self, *, lmbda: float, seq_kd: bool) -> None:
-        """Raises if a step may take a completion from the data set that is not there."""
-        if lmbda < 1 and not seq_kd:
-            self.require_completions(f"--lmbda {lmbda:g} with --seq_kd false")
+            count = f"{self.summary.num_prompt_only} of {len(self)} rows have"
+            raise needs_completion(purpose, count, self.place(self._prompt_only.index(1)))
 
     def require_teacher_prompts(self, purpose: str) -> None:
-        """Raises if no row has a prompt of the teacher's own; `purpose` says what needs them."""
-        if not self.summary.num_teacher_prompts:
-            raise DataError(
-                f"{purpose}: no row has a column `teacher_prompt`, and without --teacher_model the student teaches "
-                "itself: from the same prompt both sides are equal, and nothing is learned. Add the column (what the "
-                "teacher is given in place of the prompt), or give --teacher_model or --teacher_model_server"
-            )
-
-    def check_tags(self, served: Collection[str], *, rest: bool, column: str) -> None:
-        """Raises if a row has a tag that no teacher is for. `rest`: one is for all others, and for rows without."""
-        for number, tag in enumerate(self._tags):
-            if tag not in served and not rest:
-                raise DataError(
-                    f"{self.place(self._tag_index.index(number))}: no teacher server has the tag {tag!r} of the column "
-                    f"`{column}`; those given have {', '.join(sorted(served))}. Add one, or one without tags, which "
-                    "takes the rest"
-                )
-        if -1 in self._tag_index and not rest:
-            raise DataError(
-                f"{self.place(self._tag_index.index(-1))}: the row has no column `{column}` (--teacher_tag_key), and "
-                "no teacher server is without tags, to take it; add the column, or such a server"
+        without = len(self) - self.summary.num_teacher_prompts
+        if without == len(self):
+            raise needs_teacher_prompt(purpose, "no row has")
+        if without:
+            logger.warning(
+                "%s: %d of %d rows have no teacher_prompt; in self-distillation their divergence is 0",
+                purpose,
+                without,
+                len(self),
             )
 
     def _append(self, row: Row, file: int, line: int) -> None:
@@ -181,6 +177,7 @@ class RowDataset(Sequence[Row]):
         if row.tag is not None and row.tag not in self._tags:
             self._tags.append(row.tag)
         self._tag_index.append(-1 if row.tag is None else self._tags.index(row.tag))
+        self._sizes[file] += 1
 
 
 def load_rows(
@@ -193,6 +190,7 @@ def load_rows(
     overlong: Overlong = "drop",
     max_rows: int | None = None,
     tag_key: str | None = None,
+    weights: Sequence[float] = (),
 ) -> RowDataset:
     """Reads and tokenises files, in the order given.
 
@@ -203,13 +201,17 @@ def load_rows(
         overlong: what to do with a row that does not fit: "drop" and count, "truncate_left" the prompt, "stop".
         max_rows: stop reading once that many rows are in use; None reads everything.
         tag_key: the column that says which of several teachers scores a row; None: there is one.
+        weights: one a file: how often its rows are drawn; empty: in proportion to the files' rows.
     """
     _check(max_length, max_completion_length, on_bad_row, overlong, max_rows)
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not paths:
         raise DataError("no data set is given; give --dataset at least one file")
+    if weights:
+        check_weights(weights, len(paths))
     encoder = ChatEncoder(tokenizer)
     rows = RowDataset([str(path) for path in paths])
+    rows.weights = tuple(weights)
     summary = rows.summary
     files = [read_records(path) for path in paths]  # a missing file is found before hours are spent on the first
     for file, records in enumerate(files):
@@ -233,6 +235,8 @@ def load_rows(
                 summary.num_teacher_prompts += fitted.teacher_prompt_ids is not None
     if not len(rows):
         raise DataError(f"no usable row in {', '.join(map(str, paths))}: {summary}")
+    if weights and 0 in rows.sizes:
+        raise DataError(f"no usable row in {paths[rows.sizes.index(0)]}, which has a weight: {summary}")
     return rows
 
 
@@ -271,70 +275,11 @@ def _encode(record: Columns | str, encoder: ChatEncoder, tag_key: str | None) ->
     prompt_ids, completion_ids = encoder.encode(*prompt_and_completion(record))
     of_teacher = None
     if "teacher_prompt" in record:
-        value = record["teacher_prompt"]
-        turns = value if isinstance(value, str) else _prompt("teacher_prompt", _turns("teacher_prompt", value))
-        of_teacher, _ = encoder.encode(turns, None)
+        of_teacher, _ = encoder.encode(prompt_of("teacher_prompt", record["teacher_prompt"]), None)
     tag = None if tag_key is None else record.get(tag_key)
     if tag is not None and not isinstance(tag, str):
         raise DataError(f"`{tag_key}` (--teacher_tag_key) is a {type(tag).__name__}; it must be a string")
     return Row(prompt_ids, completion_ids, of_teacher, tag)
-
-
-def prompt_and_completion(record: Columns) -> tuple[str | list[Message], str | Message | None]:
-    if "messages" in record:
-        turns = _turns("messages", record["messages"])
-        if turns[-1]["role"] == "assistant":
-            if len(turns) == 1:
-                raise DataError("`messages` has the assistant's turn only; a prompt must come before it")
-            return turns[:-1], turns[-1]
-        return _prompt("messages", turns), None
-    if "prompt" not in record:
-        raise DataError(f"columns {sorted(record)} are not a known form; supported: {FORMS}")
-    given = [name for name in ("completion", "response") if name in record]
-    if len(given) == 2:
-        raise DataError("both `completion` and `response` are given; keep one of them")
-    prompt = record["prompt"]
-    prompt = prompt if isinstance(prompt, str) else _prompt("prompt", _turns("prompt", prompt))
-    if not given:
-        return prompt, None
-    completion = record[given[0]]
-    if isinstance(completion, str):
-        return prompt, completion
-    answer = _turns(given[0], completion)
-    if len(answer) != 1 or answer[0]["role"] != "assistant":
-        raise DataError(
-            f"`{given[0]}` has turns of {[turn['role'] for turn in answer]}; it must have one, the assistant's"
-        )
-    return prompt, answer[0]
-
-
-def _turns(column: str, value: Any) -> list[Message]:
-    """Checks a list of chat turns; text content only."""
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"`{column}` is a {type(value).__name__}{' without turns' if value == [] else ''}; give a list of turns"
-        )
-    turns: list[Message] = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, Mapping):
-            raise DataError(
-                f"`{column}`, turn {number} is a {type(turn).__name__}; give an object with `role` and `content`"
-            )
-        turn = {name: entry for name, entry in turn.items() if entry is not None}
-        for name in ("role", "content"):
-            if not isinstance(turn.get(name), str):
-                found = type(turn[name]).__name__ if name in turn else "missing"
-                raise DataError(f"`{column}`, turn {number}: `{name}` is {found}; it must be a string (text only)")
-        turns.append(turn)
-    return turns
-
-
-def _prompt(column: str, turns: list[Message]) -> list[Message]:
-    if turns[-1]["role"] not in ("user", "tool"):
-        raise DataError(
-            f"`{column}` ends with a turn of {turns[-1]['role']!r}; a prompt ends with a user's turn (or a tool's)"
-        )
-    return turns
 
 
 def _check(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
 from megatron_gkd.data.files import Columns, read_records
+from megatron_gkd.data.forms import prompt_and_completion
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.errors import GKDError
 from megatron_gkd.report.run_record import RunRecord
@@ -105,7 +106,5 @@ def _question(rows: RowDataset, index: int, tokenizer: PreTrainedTokenizerBase) 
 
 def prompt_text(record: Columns) -> str:
     """The user's last turn, or the prompt's text."""
-    turns = record.get("messages") or record["prompt"]
-    if isinstance(turns, str):
-        return turns
-    return str(next(turn["content"] for turn in reversed(turns) if turn["role"] != "assistant"))
+    prompt, _ = prompt_and_completion(record)
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])

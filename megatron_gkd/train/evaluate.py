@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.rows import RowDataset
+from megatron_gkd.data.dataset import Rows
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.observe.metrics import Metrics
@@ -53,7 +53,7 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
     return values
 
 
-def evaluate(run: Run, rows: RowDataset) -> dict[str, float]:
+def evaluate(run: Run, rows: Rows) -> dict[str, float]:
     """The numbers of the module docstring and `num_tokens`, the same on every rank. Collective over all ranks."""
     metrics = Metrics(NAMES)
     for plan in evaluation_plans(run.config, rows, run.student.layout, run.teacher.layout):

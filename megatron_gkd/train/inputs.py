@@ -7,9 +7,7 @@ message on every rank.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -17,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
-from megatron_gkd.data.rows import RowDataset, load_rows
-from megatron_gkd.errors import ConfigError, DataError, LayoutError, NotBuiltError
+from megatron_gkd.data.dataset import Rows
+from megatron_gkd.data.rows import load_rows
+from megatron_gkd.data.streaming import StreamedRows
+from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.pipeline import check_num_micro_batches
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
@@ -38,8 +38,8 @@ class Inputs:
     teacher_layout: Layout  # the student's, with a teacher at a server
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int  # token ids that both models have
-    rows: RowDataset | None  # None for an evaluation alone
-    eval_rows: RowDataset | None
+    rows: Rows | None  # None for an evaluation alone
+    eval_rows: Rows | None
 
     @property
     def separate(self) -> bool:
@@ -68,11 +68,8 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     if teacher_arch is not None and not urls:
         check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
-    rows, read = None, functools.partial(_rows, config, tokenizer=tokenizer, vocab_size=vocab_size)
-    if with_training_data:
-        sampled = config.sampling.max_completion_length if config.distillation.lmbda > 0 else None
-        rows = read(config.data.dataset, max_completion_length=sampled)
-    eval_rows = read(config.data.eval_dataset, max_rows=config.data.eval_samples)
+    rows = _training_rows(config, tokenizer, vocab_size) if with_training_data else None
+    eval_rows = _eval_rows(config, tokenizer, vocab_size)
     if rows is not None:
         rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
         _check_batch(config, student_layout)
@@ -160,54 +157,52 @@ def _vocabulary(
     return tokenizer, vocab_size
 
 
-def _rows(
-    config: RunConfig,
-    paths: Sequence[str],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    max_rows: int | None = None,
-    max_completion_length: int | None = None,
-) -> RowDataset | None:
-    if not paths:
-        return None
+def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows:
     data = config.data
-    rows = load_rows(
-        paths,
+    rows = (StreamedRows if data.streaming else load_rows)(
+        data.dataset,
         tokenizer,
         max_length=data.max_length,
-        max_completion_length=max_completion_length,
+        max_completion_length=config.sampling.max_completion_length if config.distillation.lmbda > 0 else None,
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
-        max_rows=max_rows,
+        weights=data.dataset_weights,
         tag_key=config.teacher.teacher_tag_key,
     )
-    if rows.max_token_id >= vocab_size:
-        raise DataError(
-            f"{', '.join(paths)}: token id {rows.max_token_id} is outside the models' vocabulary of {vocab_size}"
-        )
-    logger.info("%s: %s", ", ".join(paths), rows.summary)
+    rows.require_ids_below(vocab_size)
+    logger.info("%s: %s", ", ".join(data.dataset), rows.account())
     return rows
 
 
-def _check_teacher_of(config: RunConfig, purpose: str, rows: RowDataset) -> None:
+def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows | None:
+    """Read whole, and in their own proportions, however the training rows are."""
+    data = config.data
+    if not data.eval_dataset:
+        return None
+    rows = load_rows(
+        data.eval_dataset,
+        tokenizer,
+        max_length=data.max_length,
+        on_bad_row=data.on_bad_row,
+        overlong=data.overlong,
+        max_rows=data.eval_samples,
+        tag_key=config.teacher.teacher_tag_key,
+    )
+    rows.require_ids_below(vocab_size)
+    logger.info("%s: %s", ", ".join(data.eval_dataset), rows.account())
+    return rows
+
+
+def _check_teacher_of(config: RunConfig, purpose: str, rows: Rows) -> None:
     """Raises where rows have no teacher, or nothing to learn from it."""
     teacher = config.teacher
     if teacher.is_student:
         rows.require_teacher_prompts(purpose)
-        without = len(rows) - rows.summary.num_teacher_prompts
-        if without:
-            logger.warning(
-                "%s: %d of %d rows have no teacher_prompt; in self-distillation their divergence is 0",
-                purpose,
-                without,
-                len(rows),
-            )
     if teacher.server_tags:
         assert teacher.teacher_tag_key is not None, "RunConfig.validate refuses tags without their column"
         tags = {tag for of_server in teacher.server_tags.values() for tag in of_server}
         rest = any(not of_server for of_server in teacher.server_tags.values())
-        rows.check_tags(tags, rest=rest, column=teacher.teacher_tag_key)
+        rows.require_tags(tags, rest=rest, column=teacher.teacher_tag_key)
 
 
 def _check_batch(config: RunConfig, layout: Layout) -> None:

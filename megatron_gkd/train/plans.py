@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.rows import RowDataset
-from megatron_gkd.data.sampler import row_indices
+from megatron_gkd.data.dataset import Rows
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Row, Sample, Source, StepPlan
 from megatron_gkd.rollout.protocol import Completion, Request
@@ -42,7 +41,7 @@ class StepPlans:
     def __init__(
         self,
         config: RunConfig,
-        rows: RowDataset,
+        rows: Rows,
         student: Layout,
         teacher: Layout,
         *,
@@ -69,7 +68,7 @@ class StepPlans:
         """A pure function of the configuration, the data and the step."""
         training, distillation = self.config.training, self.config.distillation
         size = training.global_batch_size
-        indices = row_indices(training.seed, step * size, size, len(self.rows), self.config.data.shuffle)
+        indices = self.rows.indices(training.seed, step * size, size, shuffle=self.config.data.shuffle)
         sources = sample_sources(training.seed, step, size, lmbda=distillation.lmbda, seq_kd=distillation.seq_kd)
         return Draw(indices, [self.rows[i] for i in indices], sources)
 
@@ -127,7 +126,7 @@ def _sampled(completions: Mapping[int, Completion]) -> dict[int, Sampled]:
     return {position: (c.token_ids, c.version) for position, c in completions.items()}
 
 
-def evaluation_plans(config: RunConfig, rows: RowDataset, student: Layout, teacher: Layout) -> Iterator[StepPlan]:
+def evaluation_plans(config: RunConfig, rows: Rows, student: Layout, teacher: Layout) -> Iterator[StepPlan]:
     """Forward passes over held-out rows, in batches of the training batch size; only the last may be smaller."""
     training, batch_size = config.training, config.training.global_batch_size
     for start in range(0, len(rows), batch_size):

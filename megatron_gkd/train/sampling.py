@@ -9,11 +9,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.chat import ChatEncoder
-from megatron_gkd.data.rows import RowDataset
+from megatron_gkd.data.dataset import Rows
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.build import DTYPES
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.platform import Platform
+from megatron_gkd.records import Row
 from megatron_gkd.rollout.engines import open_engines
 from megatron_gkd.rollout.protocol import SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
@@ -41,7 +42,7 @@ def build_rollouts(
     arch: Architecture,
     student: Student,
     tokenizer: PreTrainedTokenizerBase,
-    rows: RowDataset,
+    rows: Rows,
     vocab_size: int,
 ) -> Rollouts:
     """Start or reach the engines and tie them to the student. Collective over the world.
@@ -103,7 +104,7 @@ def stop_tokens(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[in
     return tuple(sorted(found))
 
 
-def probes(rows: RowDataset, max_model_len: int) -> list[Sequence[int]]:
+def probes(rows: Rows, max_model_len: int) -> list[Sequence[int]]:
     """Sequences for verification: the beginnings of the first rows, the same in every run on the same data."""
     length = min(_PROBE_TOKENS, max_model_len - 1)
     found: list[Sequence[int]] = []
@@ -115,11 +116,12 @@ def probes(rows: RowDataset, max_model_len: int) -> list[Sequence[int]]:
     return found or [(0, 1)]
 
 
-def _check_prompts(rows: RowDataset, max_model_len: int) -> None:
-    for index in range(len(rows)):
-        if len(rows[index].prompt_ids) >= max_model_len:
+def _check_prompts(rows: Rows, max_model_len: int) -> None:
+    def check(row: Row, place: str) -> None:
+        if len(row.prompt_ids) >= max_model_len:
             raise ConfigError(
-                f"{rows.place(index)} has a prompt of {len(rows[index].prompt_ids)} tokens, and the sampling engine "
-                f"takes {max_model_len} for prompt and completion: raise --vllm_max_model_len (and --max_length), or "
-                "leave the row out"
+                f"{place} has a prompt of {len(row.prompt_ids)} tokens, and the sampling engine takes {max_model_len} "
+                "for prompt and completion: raise --vllm_max_model_len (and --max_length), or leave the row out"
             )
+
+    rows.require(check)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.rows import RowDataset
+from megatron_gkd.data.dataset import Rows
 from megatron_gkd.model.build import DTYPES, HiddenStateGPTModel, build_model
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
@@ -52,7 +52,7 @@ class Run:
     teacher: Teacher
     loss: DistillationLoss
     plans: StepPlans | None  # None for an evaluation alone
-    eval_rows: RowDataset | None
+    eval_rows: Rows | None
 
     @property
     def is_writer(self) -> bool:
@@ -74,7 +74,7 @@ class TeacherRun:
     teacher: TeacherPipeline
     plans: StepPlans | None  # None for an evaluation alone
     student_layout: Layout
-    eval_rows: RowDataset | None
+    eval_rows: Rows | None
     train_iters: int
 
 
@@ -236,15 +236,14 @@ def _server_needs(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
-    rows: RowDataset | None,
-    eval_rows: RowDataset | None,
+    rows: Rows | None,
+    eval_rows: Rows | None,
 ) -> Needs:
     """What the run asks of its teacher servers."""
     topk = config.distillation.gkd_logits_topk
     assert topk is not None, "RunConfig.validate refuses a server without --gkd_logits_topk"
     data = [dataset for dataset in (rows, eval_rows) if dataset is not None]
-    lengths = (len(row.prompt_ids_for_teacher) + len(row.completion_ids or ()) for rows in data for row in rows)
-    longest = max(lengths, default=2)
+    longest = max((dataset.longest for dataset in data), default=2)
     if rows is not None and config.distillation.lmbda > 0:
         longest = max(longest, config.data.max_length)
     largest_id = len(tokenizer) - 1

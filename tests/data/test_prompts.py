@@ -22,6 +22,9 @@ RECORDS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "old answer"}]},
     {"prompt": "What is 2 + 3?", "completion": "old answer"},
     {"prompt": [{"role": "user", "content": "Hello"}], "response": "old answer"},
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "old answer"}], "id": 8},
+    {"instruction": "Hello", "input": "how are you?", "output": "old answer", "id": 9},
+    {"instruction": "Hello", "output": "old answer", "system": "Be brief."},
 ]
 
 
@@ -41,7 +44,7 @@ def prompts(path: str, encoder: ChatEncoder, **options: int) -> list[Prompt]:
 
 def test_rows_are_read_back_with_the_new_completion(encoder: ChatEncoder, tmp_path: Path) -> None:
     found = prompts(write(tmp_path / "in.jsonl", RECORDS), encoder)
-    assert [prompt.index for prompt in found] == [0, 1, 2, 3]
+    assert [prompt.index for prompt in found] == list(range(7))
     answer = encoder.encode("?", "The answer is 5.")[1]
     assert answer is not None
     rows = []
@@ -53,6 +56,9 @@ def test_rows_are_read_back_with_the_new_completion(encoder: ChatEncoder, tmp_pa
         ["messages", "sampling"],
         ["completion", "prompt", "sampling"],
         ["completion", "prompt", "sampling"],
+        ["id", "messages", "sampling"],
+        ["completion", "id", "prompt", "sampling"],
+        ["messages", "sampling"],
     ]
     again = load_rows(write(tmp_path / "out.jsonl", rows), encoder.tokenizer, max_length=100)
     assert [(row.prompt_ids, row.completion_ids) for row in again] == [(prompt.ids, answer) for prompt in found]

@@ -36,7 +36,8 @@ def test_every_form_of_a_pair_gives_the_same_row(tmp_path):
         {"prompt": [USER], "completion": [ASSISTANT]},
         {"prompt": [USER], "completion": "I am well."},
         {"prompt": "Hello", "response": [ASSISTANT]},
-        {"messages": [USER, ASSISTANT], "prompt": "something else"},
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "I am well."}]},
+        {"instruction": "Hello", "input": "", "output": "I am well."},
         {"messages": [{**USER, "name": None}, {**ASSISTANT, "tool_calls": None}]},
     ]
     rows = load(write(tmp_path / "d.jsonl", *records))
@@ -85,11 +86,8 @@ def test_strings_with_a_plain_tokenizer(tmp_path):
     [
         ("{", "not valid JSON"),
         ("3", "a JSON int, not an object"),
-        (
-            {"conversations": [], "id": 3},
-            r"columns \['conversations', 'id'\] are not a known form; supported: `messages`",
-        ),
-        ({"instruction": "a", "input": "", "output": "b"}, r"columns \['input', 'instruction', 'output'\]"),
+        ({"question": "a", "id": 3}, r"columns \['id', 'question'\] are not a known form; supported: `messages`"),
+        ({"messages": [USER, ASSISTANT], "prompt": "a"}, "columns `messages` and `prompt` are two forms at once"),
         ({"prompt": None, "completion": "b"}, r"columns \['completion'\]"),
         ({"prompt": "a", "completion": "b", "response": "c"}, "both `completion` and `response`"),
         ({"prompt": 5}, "`prompt` is a int; give a list of turns"),
@@ -123,10 +121,8 @@ def test_template_error_names_the_place(tmp_path):
 
 
 def test_no_usable_row_is_an_error_with_the_reason(tmp_path):
-    with pytest.raises(
-        DataError, match=r"no usable row in .*2 rows read, 0 used; 2 dropped as malformed .*'conversations'"
-    ):
-        load(write(tmp_path / "d.jsonl", *[{"conversations": []}] * 2), on_bad_row="skip")
+    with pytest.raises(DataError, match=r"no usable row in .*2 rows read, 0 used; 2 dropped as malformed .*'question'"):
+        load(write(tmp_path / "d.jsonl", *[{"question": "a"}] * 2), on_bad_row="skip")
     with pytest.raises(DataError, match="no data set is given"):
         load_rows([], TOKENIZER, max_length=9)
     with pytest.raises(DataError, match="0 rows read"):
@@ -324,11 +320,11 @@ def test_tags(tmp_path):
     assert [row.tag for row in load(path)] == [None] * 4
     rows = load(path, tag_key="of")
     assert [row.tag for row in rows] == ["math", "code", None, "math"]
-    rows.check_tags({"math"}, rest=True, column="of")
+    rows.require_tags({"math"}, rest=True, column="of")
     with pytest.raises(DataError, match=r"d\.jsonl:2: no teacher server has the tag 'code' of the column `of`.*math"):
-        rows.check_tags({"math"}, rest=False, column="of")
+        rows.require_tags({"math"}, rest=False, column="of")
     with pytest.raises(DataError, match=r"d\.jsonl:3: the row has no column `of` \(--teacher_tag_key\)"):
-        rows.check_tags({"math", "code"}, rest=False, column="of")
+        rows.require_tags({"math", "code"}, rest=False, column="of")
     bad = write(tmp_path / "bad.jsonl", bare | {"of": 3})
     with pytest.raises(DataError, match=r"`of` \(--teacher_tag_key\) is a int"):
         load(bad, tag_key="of")
@@ -367,3 +363,21 @@ def test_pitfall_10_rows_are_the_encoders_ids_unchanged(tmp_path):
 
     rows = load(write(tmp_path / "d.jsonl", {"messages": [USER, ASSISTANT]}))
     assert rows[0] == Row(*ChatEncoder(TOKENIZER).encode([USER], ASSISTANT))
+
+
+def test_weights_decide_the_stream_and_the_fingerprint(tmp_path):
+    a = write(tmp_path / "a.jsonl", *[{"prompt": str(i), "completion": "b"} for i in range(6)])
+    b = write(tmp_path / "b.jsonl", *[{"prompt": str(i), "completion": "c"} for i in range(2)])
+
+    def rows(*weights):
+        return load_rows([a, b], TOKENIZER, max_length=99, weights=weights)
+
+    assert rows().sizes == rows(1, 3).sizes == (6, 2)
+    assert sum(index >= 6 for index in rows().indices(0, 0, 1000, shuffle=True)) == 250
+    assert sum(index >= 6 for index in rows(1, 3).indices(0, 0, 1000, shuffle=True)) == 750
+    assert len({rows().fingerprint(), rows(1, 3).fingerprint(), rows(3, 1).fingerprint()}) == 3
+    with pytest.raises(ConfigError, match="has 1 values and --dataset 2"):
+        rows(1)
+    empty = write(tmp_path / "b.jsonl", "{")
+    with pytest.raises(DataError, match=rf"no usable row in {empty}, which has a weight"):
+        load_rows([a, empty], TOKENIZER, max_length=99, on_bad_row="skip", weights=[1, 1])

@@ -1,0 +1,214 @@
+"""`megatron-gkd check data`: what a data set trains on, row by row for the eye, and checked and counted for all rows.
+
+Rows are read as training reads them (rows.py). Then, for every row that would be used, by other means than those that
+made it:
+
+    tokens   the tokenizer's own `apply_chat_template(tokenize=True)` gives the same ids (without a template: each
+             string by itself); a prompt that was cut is compared from the cut on. A row in which one token would span
+             the border of prompt and completion must agree in each half by itself, and is counted.
+    text     the ids decode to what was rendered, blanks aside (which some tokenizers move): nothing became an unknown
+             token, or another letter
+    mask     a collated row has its loss positions on the last tokens, one for each of the completion, with the
+             completion as labels
+
+Ends with exit code 1 if a row fails, or if no row has anything to train on. Prompts alone are such rows: with
+`--lmbda 1` they are right, and the message says so.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_gkd.check_config import CheckDataConfig
+from megatron_gkd.data.chat import ChatEncoder, as_turns, load_tokenizer
+from megatron_gkd.data.collate import collate
+from megatron_gkd.data.files import Columns, read_records
+from megatron_gkd.data.forms import Pair, prompt_and_completion
+from megatron_gkd.data.rows import RowDataset, load_rows
+from megatron_gkd.data.show import show_row
+from megatron_gkd.errors import CheckFailedError
+from megatron_gkd.records import Row, Sample
+
+_SHOWN_PROBLEMS = 10
+
+
+@dataclass
+class Account:
+    """Over the rows that are used."""
+
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    num_completions: int = 0
+    num_ended: int = 0  # completions that end with the token a sampler stops at
+    num_end_inside: int = 0  # completions with that token before their end
+    num_split: int = 0  # rows in which a token would span the border
+    longest: int = 0
+    longest_place: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    def lines(self, rows: RowDataset) -> list[str]:
+        """For people."""
+        per_row = self.num_completion_tokens / max(self.num_completions, 1)
+        lines = [
+            f"records read             {rows.summary.num_read}",
+            f"rows used                {rows.summary.num_used}",
+            *(f"dropped as {why:<13} {n}" for why, n in sorted(rows.summary.dropped.items())),
+            f"prompts cut at the left  {rows.summary.num_truncated}",
+            f"prompts alone            {rows.summary.num_prompt_only}",
+            f"tokens of prompts        {self.num_prompt_tokens}",
+            f"tokens of completions    {self.num_completion_tokens} ({per_row:.1f} a completion; these are trained on)",
+            f"longest row              {self.longest} tokens ({self.longest_place})",
+            f"end with the stop token  {self.num_ended} of {self.num_completions} completions",
+            f"have it inside as well   {self.num_end_inside}",
+            f"split at the border      {self.num_split}",
+        ]
+        return lines + [f"first {why}: {text}" for why, text in sorted(rows.summary.first_dropped.items())]
+
+
+def run_check_data(config: CheckDataConfig) -> None:
+    """Print the rows and the account; raises CheckFailedError if something is wrong with what would be trained on."""
+    encoder = ChatEncoder(load_tokenizer(config.model))
+    rows = load_rows(
+        config.dataset,
+        encoder.tokenizer,
+        max_length=config.max_length,
+        max_completion_length=config.max_completion_length,
+        on_bad_row=config.on_bad_row,
+        overlong=config.overlong,
+        max_rows=config.max_rows,
+    )
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for index in range(min(config.num_rows, len(rows))):
+        print(show_row(encoder, rows[index], rows.place(index), colours=colours), end="\n\n")
+    found = check_rows(encoder, rows, config.dataset)
+    print("\n".join(found.lines(rows)), flush=True)
+    if found.problems:
+        print("\n".join(f"WRONG {problem}" for problem in found.problems[:_SHOWN_PROBLEMS]), flush=True)
+        raise CheckFailedError(
+            f"{len(found.problems)} of {len(rows)} rows would not train on what the data set says (first: "
+            f"{found.problems[0]}); look at the tokenizer and the chat template of {config.model}"
+        )
+    if not found.num_completion_tokens:
+        raise CheckFailedError(
+            f"nothing to train on: none of {len(rows)} rows has a completion; add completions, or train with --lmbda 1 "
+            "(the student samples them)"
+        )
+
+
+def check_rows(encoder: ChatEncoder, rows: RowDataset, paths: Sequence[str]) -> Account:
+    """The checks of the module docstring."""
+    found = Account()
+    for index, record in _records(rows, paths):
+        row, place = rows[index], rows.place(index)
+        completion = row.completion_ids or ()
+        found.num_prompt_tokens += len(row.prompt_ids)
+        found.num_completion_tokens += len(completion)
+        found.num_completions += row.completion_ids is not None
+        found.num_ended += completion[-1:] == (encoder.end_of_turn_id,)
+        found.num_end_inside += encoder.end_of_turn_id in completion[:-1]
+        if len(row.prompt_ids) + len(completion) > found.longest:
+            found.longest, found.longest_place = len(row.prompt_ids) + len(completion), place
+        rendered = _Rendered(encoder, prompt_and_completion(record), may_be_cut=rows.summary.num_truncated > 0)
+        found.num_split += rendered.is_split(row)
+        problem = rendered.problem(row) or _mask_problem(row)
+        if problem:
+            found.problems.append(f"{place}: {problem}")
+    return found
+
+
+def _records(rows: RowDataset, paths: Sequence[str]) -> Iterator[tuple[int, Columns]]:
+    """(index, record) of every row: a second reading, in the order of the first."""
+    index = 0
+    for path in paths:
+        for line, record in read_records(path):
+            if index < len(rows) and rows.place(index) == f"{path}:{line}":
+                assert not isinstance(record, str), "a row that was loaded has columns"
+                yield index, record
+                index += 1
+
+
+class _Rendered:
+    """A record as the tokenizer itself renders and tokenises it."""
+
+    def __init__(self, encoder: ChatEncoder, pair: Pair, *, may_be_cut: bool) -> None:
+        self._encoder, self._may_be_cut = encoder, may_be_cut
+        prompt, completion = pair
+        if encoder.has_template:
+            turns, answer = as_turns(prompt, completion)
+            self.prompt, self.prompt_ids = self._render(turns, add_generation_prompt=True)
+            self.num_added = 0
+            whole = None if answer is None else self._render([*turns, answer], add_generation_prompt=False)
+            self.whole_ids = None if whole is None else whole[1]
+            self.completion = None if whole is None else self._cut(whole[0][len(self.prompt) :])
+        else:
+            assert isinstance(prompt, str)
+            assert completion is None or isinstance(completion, str)
+            self.prompt, self.prompt_ids = prompt, encoder.encode(prompt, None)[0]
+            self.num_added = len(self.prompt_ids) - len(encoder.tokenize(prompt))  # a beginning-of-text token
+            self.completion = None if completion is None else completion + encoder.decode([encoder.end_of_turn_id])
+            self.whole_ids = None
+
+    def problem(self, row: Row) -> str | None:
+        """What is wrong with the row, or None."""
+        is_cut = self._may_be_cut and len(row.prompt_ids) < len(self.prompt_ids)
+        if row.prompt_ids != (self.prompt_ids[-len(row.prompt_ids) :] if is_cut else self.prompt_ids):
+            return "the prompt's tokens are not the tokenizer's own"
+        if row.completion_ids is not None and not (self._is_whole(row) or self._is_half(row)):
+            return "the completion's tokens are not the tokenizer's own"
+        if not is_cut:
+            text, ids = self.prompt + (self.completion or ""), (*row.prompt_ids, *(row.completion_ids or ()))
+            return _text_problem(text, self._encoder.decode(ids[self.num_added :]))
+        # The prompt may have been cut within a letter.
+        return _text_problem(self.completion or "", self._encoder.decode(row.completion_ids or ()))
+
+    def is_split(self, row: Row) -> bool:
+        return self.whole_ids is not None and row.completion_ids is not None and not self._is_whole(row)
+
+    def _is_whole(self, row: Row) -> bool:
+        """Prompt and completion are consecutive in the tokens of the whole conversation."""
+        ids = (*row.prompt_ids, *(row.completion_ids or ()))
+        end = len(self.prompt_ids) + len(row.completion_ids or ())
+        return self.whole_ids is not None and self.whole_ids[end - len(ids) : end] == ids
+
+    def _is_half(self, row: Row) -> bool:
+        """The completion's text by itself has these tokens."""
+        assert self.completion is not None
+        return self._encoder.tokenize(self.completion) == row.completion_ids
+
+    def _render(self, turns: list[Any], *, add_generation_prompt: bool) -> tuple[str, tuple[int, ...]]:
+        options: dict[str, Any] = dict(add_generation_prompt=add_generation_prompt, return_dict=False)
+        messages: Any = [dict(turn) for turn in turns]
+        apply = self._encoder.tokenizer.apply_chat_template
+        return str(apply(messages, tokenize=False, **options)), tuple(apply(messages, tokenize=True, **options))
+
+    def _cut(self, text: str) -> str:
+        """Up to and including the last token that ends a turn."""
+        end = self._encoder.decode([self._encoder.end_of_turn_id])
+        return text[: text.rindex(end) + len(end)] if end in text else text
+
+
+def _text_problem(text: str, decoded: str) -> str | None:
+    wanted, given = "".join(text.split()), "".join(decoded.split())
+    if wanted == given:
+        return None
+    at = next((i for i, (a, b) in enumerate(zip(wanted, given, strict=False)) if a != b), min(len(wanted), len(given)))
+    return f"the tokens spell another text: {given[at : at + 30]!r} where the data set has {wanted[at : at + 30]!r}"
+
+
+def _mask_problem(row: Row) -> str | None:
+    if not row.completion_ids:
+        return None
+    batch = collate([Sample(0, 0, row.prompt_ids, row.completion_ids, "dataset")])
+    start, num_inputs = len(row.prompt_ids) - 1, len(row.prompt_ids) + len(row.completion_ids) - 1
+    fed = (*row.prompt_ids, *row.completion_ids)[:-1]
+    if (
+        batch.tokens[0, :num_inputs].tolist() != list(fed)
+        or batch.loss_index.tolist() != list(range(start, num_inputs))
+        or batch.labels.tolist() != list(row.completion_ids)
+    ):
+        return "the loss positions are not the last ones, with the completion as labels"
+    return None

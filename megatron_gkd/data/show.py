@@ -1,0 +1,43 @@
+"""A row as people read it: the prompt, and what is trained on, told apart by marks, on a terminal also by colour.
+
+Ids are decoded for the eye alone. Special tokens are text here, line breaks are line breaks, and every other character
+that a terminal would obey is written as an escape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.records import Row
+
+_DIM, _TRAINED, _SPECIAL, _OFF = "\x1b[2m", "\x1b[1;32m", "\x1b[7m", "\x1b[0m"
+
+
+def show_row(encoder: ChatEncoder, row: Row, place: str, *, colours: bool) -> str:
+    """Several lines: those of the prompt begin with `|`, those that are trained on with `>`."""
+    completion = row.completion_ids
+    trained = "no completion: it has to be sampled" if completion is None else f"{len(completion)} trained on"
+    lines = [f"{place}: {len(row.prompt_ids)} prompt tokens, {trained}"]
+    lines += _marked(encoder, row.prompt_ids, "prompt  |", _DIM if colours else "")
+    if completion:
+        lines += _marked(encoder, completion, "trained >", _TRAINED if colours else "")
+    return "\n".join(lines)
+
+
+def _marked(encoder: ChatEncoder, ids: Sequence[int], mark: str, style: str) -> list[str]:
+    """Lines of text, each in its style by itself, so that a terminal that is cut off is left as it was."""
+    lines = [""]
+    for special, run in groupby(ids, key=encoder.special_ids.__contains__):
+        begin = style + (_SPECIAL if special else "")
+        for number, text in enumerate(visible(encoder.decode(list(run))).split("\n")):
+            if number:
+                lines.append("")
+            lines[-1] += f"{begin}{text}{_OFF}" if style and text else text
+    return [f"  {mark} {line}".rstrip() for line in lines]
+
+
+def visible(text: str) -> str:
+    """Without characters that act on a terminal; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

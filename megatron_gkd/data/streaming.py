@@ -1,0 +1,207 @@
+"""Rows that are read and tokenised when they are used: for data that is too large to be tokenised beforehand.
+
+An index of where the records are is made at the start (random_access.py); the order, the position and a resume are
+those of rows in memory, over all records instead of the usable ones. What is not known beforehand is checked on access:
+
+    a malformed record   with `on_bad_row="stop"` an error with its place, else another row is taken in its place
+    an overlong row      as `overlong` says: another row in its place, cut, or an error
+    anything a run asks  (`require`: completions, lengths, ids) an error with the place
+
+The row in the place of one that cannot be used is drawn from the same data set, by a hash of its number and of the
+attempt: a function of the data alone, so every rank and every resumed run takes the same, and neighbours that are all
+bad do not all end at one row. It comes once more than the others in an epoch.
+
+At the start `NUM_CHECKED` records, evenly spread, are read as in use; everything that is asked of rows is asked of them
+at once. What streaming loses against rows in memory: every other bad row is found when its turn comes, the counts of
+what was dropped are those of the records seen so far, and an epoch is as long as all records, bad ones included.
+
+The fingerprint covers the files (random_access.py says how closely), the settings that decide which rows are used, and
+the ids of the checked rows, hence the tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
+from megatron_gkd.data.random_access import open_records
+from megatron_gkd.data.rows import OnBadRow, Overlong, RowSummary, _check, _encode, _fit
+from megatron_gkd.data.sampler import check_weights
+from megatron_gkd.errors import DataError
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.records import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
+
+NUM_CHECKED = 256
+_ATTEMPTS = 1000
+_LARGE_UNIT_BYTES = 32 * 2**20
+
+
+class _Placed(NamedTuple):
+    row: Row
+    place: str
+
+
+class StreamedRows(Rows):
+    """Rows by index, read on access. `summary` counts the records that were dropped, each once, and nothing else."""
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        max_completion_length: int | None = None,
+        on_bad_row: OnBadRow = "stop",
+        overlong: Overlong = "drop",
+        weights: Sequence[float] = (),
+        tag_key: str | None = None,
+    ) -> None:
+        """The arguments are those of `load_rows`. Raises DataError if a checked record says so, or none is usable."""
+        _check(max_length, max_completion_length, on_bad_row, overlong, None)
+        if not paths:
+            raise DataError("no data set is given; give --dataset at least one file")
+        if weights:
+            check_weights(weights, len(paths))
+        self.weights, self.summary = tuple(weights), RowSummary()
+        self._encoder = ChatEncoder(tokenizer)
+        self._max_length, self._reserve = max_length, max_completion_length or 0
+        self._on_bad_row, self._overlong, self._tag_key = on_bad_row, overlong, tag_key
+        self._checks: list[Check] = []
+        self._dropped: set[int] = set()
+        self._paths = [str(path) for path in paths]
+        self._sets = [open_records(path) for path in paths]
+        self._borders = list(accumulate(self.sizes, initial=0))
+        for path, size in zip(self._paths, self.sizes, strict=True):
+            if not size:
+                raise DataError(f"data set {path} has no record; leave it out")
+        number = min(NUM_CHECKED, len(self))
+        tried = [self._read(index * len(self) // number) for index in range(number)]
+        self._checked = [placed for placed in tried if placed is not None]
+        if not self._checked:
+            raise DataError(f"none of {number} records from all over {', '.join(self._paths)} is usable{self._why()}")
+
+    def __len__(self) -> int:
+        return self._borders[-1]
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices, as in RowDataset
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row, place = self._used(index % len(self))
+        for check in self._checks:
+            check(row, place)
+        return row
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(map(len, self._sets))
+
+    @property
+    def longest(self) -> int:
+        return self._max_length
+
+    def place(self, index: int) -> str:
+        return self._used(index).place
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        asked = (self._max_length, self._reserve, self._on_bad_row, self._overlong, self.weights, self._tag_key)
+        digest.update(repr((asked, [(len(records), records.digest) for records in self._sets])).encode())
+        digest.update(repr([placed.row for placed in self._checked]).encode())
+        return digest.hexdigest()[:16]
+
+    def account(self) -> str:
+        unit_bytes = max(records.unit_bytes for records in self._sets)
+        large = (
+            f". Row groups of up to {unit_bytes / 2**20:.0f} MB are decoded whole for each row, which takes time: "
+            "write smaller ones (row_group_size)"
+        )
+        return (
+            f"{len(self)} records, read while training; of {min(NUM_CHECKED, len(self))} that were checked "
+            f"{len(self._checked)} are usable{self._why()}. The others are checked when their turn comes, and what is "
+            f"dropped then is reported then{large if unit_bytes > _LARGE_UNIT_BYTES else ''}"
+        )
+
+    def require(self, check: Check) -> None:
+        for row, place in self._checked:
+            check(row, place)
+        self._checks.append(check)
+
+    def require_completions(self, purpose: str) -> None:
+        def check(row: Row, place: str) -> None:
+            if row.completion_ids is None:
+                raise needs_completion(purpose, "a row has", place)
+
+        self.require(check)
+
+    def require_teacher_prompts(self, purpose: str) -> None:
+        def check(row: Row, place: str) -> None:
+            if row.teacher_prompt_ids is None:
+                raise needs_teacher_prompt(purpose, f"{place} lacks")
+
+        self.require(check)
+
+    def _used(self, index: int) -> _Placed:
+        """The row at an index, or the one in its place."""
+        number = bisect_right(self._borders, index) - 1
+        first, size = self._borders[number], len(self._sets[number])
+        for attempt in range(_ATTEMPTS):
+            placed = self._read(first + _draw(index - first, attempt) % size)
+            if placed is not None:
+                return placed
+        raise DataError(
+            f"{self._paths[number]}: {_ATTEMPTS} records drawn in a row cannot be used{self._why()}; clean the data "
+            "set, or raise --max_length"
+        )
+
+    def _read(self, index: int) -> _Placed | None:
+        """The record at an index as a row, or None if it is dropped; it is counted the first time."""
+        if index in self._dropped:
+            return None
+        number = bisect_right(self._borders, index) - 1
+        line, record = self._sets[number][index - self._borders[number]]
+        place, found = f"{self._paths[number]}:{line}", RowSummary()
+        row: Row | None = None
+        try:
+            encoded = _encode(record, self._encoder, self._tag_key)
+        except DataError as error:
+            if self._on_bad_row == "stop":
+                raise DataError(f"{place}: {error}; correct the row, or pass --on_bad_row skip") from error
+            found.drop("malformed", f"{place}: {error}")
+        else:
+            row = _fit(encoded, place, self._max_length, self._reserve, self._overlong, found)
+        if row is not None:
+            return _Placed(row, place)
+        self._dropped.add(index)
+        for reason, text in found.first_dropped.items():
+            self.summary.drop(reason, text)
+            count = self.summary.dropped[reason]
+            if count & (count - 1) == 0:  # the first, second, fourth ...: rank 0's log stays short
+                logger.info("streaming: %d of the records read so far dropped as %s (now %s)", count, reason, text)
+        return None
+
+    def _why(self) -> str:
+        """`; 3 dropped as malformed (first: ...)`, or nothing."""
+        first = self.summary.first_dropped
+        return "".join(
+            f"; {count} dropped as {reason} (first: {first[reason]})"
+            for reason, count in sorted(self.summary.dropped.items())
+        )
+
+
+def _draw(index: int, attempt: int) -> int:
+    """Attempt 0 is the record itself."""
+    if attempt == 0:
+        return index
+    digest = hashlib.blake2b(f"{index},{attempt}".encode(), digest_size=8, person=b"gkd.replacement")
+    return int.from_bytes(digest.digest(), "little")
