@@ -11,10 +11,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.sampler import row_indices
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.flags import to_yaml
 from megatron_gkd.observe.logging import get_logger
@@ -22,10 +20,10 @@ from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers
-from megatron_gkd.records import Row, Source, StepPlan
+from megatron_gkd.records import StepPlan
 from megatron_gkd.rollout.protocol import Request
 from megatron_gkd.rollout.requests import make_requests
-from megatron_gkd.schedule import Sampled, make_samples, plan_step, sample_sources
+from megatron_gkd.schedule import Sampled, make_samples, plan_step
 from megatron_gkd.train.checkpoint import (
     TrainerState,
     find_checkpoint,
@@ -33,6 +31,7 @@ from megatron_gkd.train.checkpoint import (
     read_rollouts,
     save_checkpoint,
 )
+from megatron_gkd.train.draws import draw_step
 from megatron_gkd.train.evaluate import evaluate
 from megatron_gkd.train.sampling import engine_length
 from megatron_gkd.train.setup import Run, build_run, max_packed_tokens
@@ -59,6 +58,8 @@ def run_training(config: RunConfig) -> None:
         run.teacher.close()
         if run.rollouts is not None:
             run.rollouts.close()
+        if run.teacher_samples is not None:
+            run.teacher_samples.close()
     writers.close()
     if config.checkpoint.save_hf:
         save_hf(
@@ -88,29 +89,12 @@ def _train(run: Run, run_dir: Path, state: TrainerState, writers: _Writers) -> N
                 save_checkpoint(run_dir, run.student, state, keep=config.checkpoint.save_total_limit, rollouts=rollouts)
 
 
-class Draw(NamedTuple):
-    """Rows and sources of a step, by position in the global batch."""
-
-    indices: list[int]
-    rows: list[Row]
-    sources: list[Source]
-
-
-def draw(run: Run, step: int) -> Draw:
-    """A pure function of the configuration, the data and the step."""
-    assert run.rows is not None
-    training, distillation = run.config.training, run.config.distillation
-    size = training.global_batch_size
-    indices = row_indices(training.seed, step * size, size, len(run.rows), run.config.data.shuffle)
-    sources = sample_sources(training.seed, step, size, lmbda=distillation.lmbda, seq_kd=distillation.seq_kd)
-    return Draw(indices, [run.rows[i] for i in indices], sources)
-
-
 def requests(run: Run, step: int) -> list[Request]:
     """What is asked of the sampling engines for a step."""
     assert run.rollouts is not None
-    _, rows, sources = draw(run, step)
+    assert run.rows is not None
     config = run.config
+    _, rows, sources = draw_step(config, run.rows, step)
     return make_requests(
         {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
         run_seed=config.training.seed,
@@ -126,11 +110,14 @@ def next_plan(run: Run, state: TrainerState) -> StepPlan:
     student samples, of its weights.
     """
     config, training = run.config, run.config.training
-    indices, rows, sources = draw(run, state.step)
+    assert run.rows is not None
+    indices, rows, sources = draw_step(config, run.rows, state.step)
     sampled: dict[int, Sampled] = {}
     if run.rollouts is not None:
         completions = run.rollouts.for_step(state.step, lambda step: requests(run, step))
         sampled = {position: (c.token_ids, c.version) for position, c in completions.items()}
+    if run.teacher_samples is not None:
+        sampled |= {position: (ids, None) for position, ids in run.teacher_samples.for_step(state.step).items()}
     samples = make_samples(indices, rows, sources, sampled=sampled)
     return plan_step(
         state.step,
@@ -179,6 +166,7 @@ def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Prog
             "consumed_samples": state.consumed_samples + len(plan.samples),
             **timers.seconds(),
             **({} if run.rollouts is None else run.rollouts.metrics),
+            **({} if run.teacher_samples is None else run.teacher_samples.metrics),
         }
         writers.metrics(step, values)
         progress.update(step, loss=means.get("loss"), tokens_per_s=num_tokens / step_time_s)

@@ -51,7 +51,7 @@ def build_rollouts(
         vocab_size: token ids that student and teacher both have.
     """
     sampling, length = config.sampling, engine_length(config, arch)
-    _check_prompts(rows, length)
+    check_prompts(rows, length)
     group = dist.group.WORLD
     assert group is not None
     dtype = config.model.dtype
@@ -117,7 +117,8 @@ def probes(rows: RowDataset, max_model_len: int) -> list[Sequence[int]]:
     return found or [(0, 1)]
 
 
-def _check_prompts(rows: RowDataset, max_model_len: int) -> None:
+def check_prompts(rows: RowDataset, max_model_len: int) -> None:
+    """Raise a ConfigError for the first prompt that leaves no room for a token."""
     for index in range(len(rows)):
         if len(rows[index].prompt_ids) >= max_model_len:
             raise ConfigError(

@@ -36,6 +36,8 @@ from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import build_rollouts
 from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.student import Student
+from megatron_gkd.train.teacher_samples import TeacherSamples
+from megatron_gkd.train.teacher_sampling import build_teacher_samples
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights, load_vocab_shard
 from megatron_gkd.weights.plan import check_layout
@@ -56,6 +58,7 @@ class Run:
     rows: RowDataset | None  # None for an evaluation alone
     eval_rows: RowDataset | None
     rollouts: Rollouts | None  # None where nothing is sampled from the student
+    teacher_samples: TeacherSamples | None  # None where nothing is sampled from the teacher
 
     @property
     def is_writer(self) -> bool:
@@ -83,7 +86,8 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
     rows = None
     if with_training_data:
-        sampled = config.sampling.max_completion_length if config.distillation.lmbda > 0 else None
+        samples = config.distillation.lmbda > 0 or config.distillation.samples_teacher
+        sampled = config.sampling.max_completion_length if samples else None
         rows = _rows(config.data, config.data.dataset, tokenizer, vocab_size, max_completion_length=sampled)
     eval_rows = _rows(config.data, config.data.eval_dataset, tokenizer, vocab_size, max_rows=config.data.eval_samples)
     if rows is not None:
@@ -94,11 +98,16 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
 
     student_groups = build_groups(student_layout)
     server_teacher: Teacher | None = None
+    needs: Needs | None = None
     if urls:  # before any weight is read: a server that does not fit is an error within seconds
         needs = _server_needs(config, tokenizer, vocab_size, rows, eval_rows)
         # The ranks that do not ask wait in a collective, so the requests have to end before it does.
         timeout_s = 0.8 * 60 * config.parallel.distributed_timeout_minutes
         server_teacher = ServerTeacher(urls, needs, student_layout, device=where.device, timeout_s=timeout_s)
+    teacher_samples: TeacherSamples | None = None
+    if rows is not None and config.distillation.samples_teacher:  # before the models need the devices' memory
+        assert dist.group.WORLD is not None
+        teacher_samples = build_teacher_samples(config, rows, tokenizer, vocab_size, needs, group=dist.group.WORLD)
     torch.manual_seed(config.training.seed)
     # The tracker's states are only drawn from with dropout, which is 0; sequence parallelism demands that they exist.
     model_parallel_cuda_manual_seed(config.training.seed, tp_rank=student_groups.tp.rank(), ep_rank=0, etp_rank=0)
@@ -123,7 +132,7 @@ def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
     rollouts = None
     if rows is not None and config.distillation.lmbda > 0:
         rollouts = build_rollouts(config, where, student_arch, student, tokenizer, rows, vocab_size)
-    return Run(config, where, student_arch, student, teacher, loss, rows, eval_rows, rollouts)
+    return Run(config, where, student_arch, student, teacher, loss, rows, eval_rows, rollouts, teacher_samples)
 
 
 def _teacher_path(config: RunConfig) -> str:
@@ -265,7 +274,7 @@ def _server_needs(
     assert topk is not None, "RunConfig.validate refuses a server without --gkd_logits_topk"
     data = [dataset for dataset in (rows, eval_rows) if dataset is not None]
     longest = max((len(row.prompt_ids) + len(row.completion_ids or ()) for rows in data for row in rows), default=2)
-    if rows is not None and config.distillation.lmbda > 0:
+    if rows is not None and (config.distillation.lmbda > 0 or config.distillation.samples_teacher):
         longest = max(longest, config.data.max_length)
     largest_id = len(tokenizer) - 1
     first = [dataset[index] for dataset in data for index in range(min(len(dataset), PROBE_TOKENS))]
