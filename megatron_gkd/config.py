@@ -155,8 +155,10 @@ class DistillationConfig(Section):
 
 @dataclass(frozen=True)
 class SamplingConfig(Section):
-    """Sampling of completions from the student, for `--lmbda` above 0. The first four, and the longest sequence, also hold
-    for the teacher's completions (`--seq_kd true`)."""
+    """Sampling of completions from the student, for `--lmbda` above 0.
+
+    Temperature, top p, top k, the longest completion and the longest sequence also hold for the teacher's completions.
+    """
 
     temperature: float = setting(0.9, "Sampling temperature.", gt=0)
     top_p: float = setting(
