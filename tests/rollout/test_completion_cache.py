@@ -166,9 +166,10 @@ def test_what_is_written_after_a_failure_goes_to_another_file(tmp_path: Path, mo
         raise OSError("no space left on device")
 
     cache = CompletionCache(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(RolloutError, match="no space left"):
+    with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        cache.add(KEPT)
+        with pytest.raises(RolloutError, match="no space left"):
+            cache.add(KEPT)
     assert not contents(cache), "what may not be on disk is not used"
     cache.add(KEPT)
     assert len(list(tmp_path.iterdir())) == 2

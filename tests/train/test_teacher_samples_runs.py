@@ -20,11 +20,10 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.platform import cpu_adaptation
 from megatron_gkd.rollout.server import SubprocessEngine
 from megatron_gkd.train.loop import run_training
-from megatron_gkd.train.teacher_samples import TeacherSamples
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.rollout.serving import logprobs_of
-from tests.train.runs import metrics
+from tests.train.runs import metrics, recorded_teacher_samples
 from tests.train.trainers import WORDS, T, run_config
 
 pytest.importorskip("vllm")
@@ -76,22 +75,15 @@ def train_all(runs: list[tuple[Any, bool]]) -> list[Completions | str]:
     step the teacher's completions, or what the run ended with.
     """
     found: list[Completions | str] = []
-    for_step, start = TeacherSamples.for_step, SubprocessEngine.__init__
+    start = SubprocessEngine.__init__
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RolloutError("no engine may start here")
 
     for config, may_start in runs:
-        completions: Completions = []
-
-        def recording(self: TeacherSamples, step: int, into: Completions = completions) -> Any:
-            into.append(for_step(self, step))
-            return into[-1]
-
-        TeacherSamples.for_step = recording  # type: ignore[method-assign]
         SubprocessEngine.__init__ = start if may_start else refuse  # type: ignore[method-assign]
         try:
-            with cpu_adaptation():
+            with cpu_adaptation(), recorded_teacher_samples() as completions:
                 run_training(config)
             found.append(completions)
         except RolloutError as error:
@@ -99,7 +91,7 @@ def train_all(runs: list[tuple[Any, bool]]) -> list[Completions | str]:
                 raise
             found.append(str(error))
         finally:
-            TeacherSamples.for_step, SubprocessEngine.__init__ = for_step, start  # type: ignore[method-assign]
+            SubprocessEngine.__init__ = start  # type: ignore[method-assign]
     return found
 
 
