@@ -155,10 +155,7 @@ class DistillationConfig(Section):
 
 @dataclass(frozen=True)
 class SamplingConfig(Section):
-    """Sampling of completions from the student, for `--lmbda` above 0.
-
-    Temperature, top p, top k, the longest completion and the longest sequence also hold for the teacher's completions.
-    """
+    """Sampling of completions from the student, for `--lmbda` above 0."""
 
     temperature: float = setting(0.9, "Sampling temperature.", gt=0)
     top_p: float = setting(
@@ -199,7 +196,7 @@ class SamplingConfig(Section):
 
 @dataclass(frozen=True)
 class TeacherSamplingConfig(Section):
-    """Sampling of completions from the teacher, for `--seq_kd true`."""
+    """Sampling of completions from the teacher, for `--seq_kd true`; how tokens are drawn and the lengths: as above."""
 
     teacher_samples_cache: str | None = setting(
         None,

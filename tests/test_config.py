@@ -126,6 +126,21 @@ def test_model_is_required() -> None:
         ({"eval_steps": 5}, "--eval_steps needs --eval_dataset"),
         ({"eval_samples": 5}, "--eval_samples needs --eval_dataset"),
         ({"dataset": []}, "--dataset is missing"),
+        ({"seq_kd": True, "teacher_model": None}, "--seq_kd true samples from the teacher, and there is none"),
+        ({"seq_kd": True, "use_vllm": False}, "--seq_kd true .* with vLLM alone, and --use_vllm is false"),
+        ({"seq_kd": True, "temperature": 2.5}, "--temperature 2.5 is above 2"),
+        ({"teacher_samples_cache": "c"}, "--teacher_samples_cache .* needs --seq_kd true"),
+        *(
+            (
+                {"seq_kd": True, "gkd_logits_topk": 4, "teacher_model_server": "http://h:1", flag: value},
+                f"--{flag} is for a",
+            )
+            for flag, value in {
+                "teacher_sampling_steps": 5,
+                "teacher_vllm_tensor_parallel_size": 2,
+                "teacher_vllm_gpu_memory_utilization": 0.5,
+            }.items()
+        ),
     ],
 )
 def test_contradictions(accepted: dict[str, Any], given: dict[str, Any], message: str) -> None:
@@ -173,6 +188,20 @@ def test_report_to_none_stands_alone(accepted: dict[str, Any]) -> None:
         validate(accepted | {"report_to": ["none", "tensorboard"]})
 
 
+def test_sampling_from_a_local_teacher_needs_vllm(accepted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where something is sampled, that is; a server samples by itself."""
+    monkeypatch.setattr(contradictions, "find_spec", lambda name: None)
+    accepted |= {"report_to": ["none"], "seq_kd": True}
+    with pytest.raises(
+        ConfigError, match="with the package vllm .*which is not installed: install it, or give --seq_kd"
+    ):
+        validate(accepted)
+    validate(accepted | {"gkd_logits_topk": 4, "teacher_model_server": "http://h:1"})
+    validate(accepted | {"seq_kd": False})
+    monkeypatch.setattr(contradictions, "find_spec", lambda name: object())
+    validate(accepted)
+
+
 def test_wandb_needs_its_package(accepted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contradictions, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package wandb"):
@@ -194,7 +223,6 @@ ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("teacher_expert_model_parallel_size", {"teacher_expert_model_parallel_size": 2}),
     ("teacher_placement", {"teacher_placement": "separate"}),
     ("offload_teacher_model", {"offload_teacher_model": True}),
-    ("seq_kd", {"seq_kd": True}),
     ("context_parallel_size", {"context_parallel_size": 2}),
     ("expert_model_parallel_size", {"expert_model_parallel_size": 2}),
     ("dataset", {"dataset": ["d.jsonl", "Org/Data:train#500"]}),
@@ -217,8 +245,10 @@ def test_what_is_not_built_is_refused_by_name(accepted: dict[str, Any], flag: st
 
 
 def test_all_that_is_missing_is_named_at_once(accepted: dict[str, Any]) -> None:
-    with pytest.raises(NotBuiltError, match=r"--teacher_placement separate .*; --seq_kd true .*; --streaming true"):
-        validate(accepted | {"seq_kd": True, "streaming": True, "teacher_placement": "separate"})
+    with pytest.raises(
+        NotBuiltError, match=r"--teacher_placement separate .*; --context_parallel_size 2 .*; --streaming"
+    ):
+        validate(accepted | {"context_parallel_size": 2, "streaming": True, "teacher_placement": "separate"})
 
 
 def test_contradictions_come_before_what_is_missing(accepted: dict[str, Any]) -> None:

@@ -185,8 +185,8 @@ def train_recorded(argv: list[str]) -> list[dict[int, tuple[int, ...]]]:
 
 
 def test_training_on_what_the_server_samples(served: Served, tmp_path: Path) -> None:
-    """`--seq_kd`: with --top_k 1 the teacher's most probable tokens. A resumed run takes them from the cache; a run with
-    an empty one samples the same again.
+    """`--seq_kd`: with --top_k 1 the teacher's most probable tokens. A resumed run takes them from the cache; another
+    run, with an empty one, samples the same.
     """
     student = write_tiny_checkpoint(tmp_path / "student", "qwen3", tied=True, layers=2, seed=1)
     flags = dict(model=str(student), dataset=write_rows(tmp_path / "rows.jsonl", 8), lmbda=0, seq_kd=True)
