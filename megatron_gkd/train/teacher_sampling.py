@@ -127,7 +127,9 @@ class EngineSampler:
         """
         self._path, self._longest = path, longest
         self._dtype: Literal["fp32", "bf16", "fp16"] = config.model.dtype
-        self._settings = config.teacher_sampling
+        teacher_sampling = config.teacher_sampling
+        self._tensor_parallel_size = teacher_sampling.teacher_vllm_tensor_parallel_size
+        self._gpu_memory_utilization = teacher_sampling.teacher_vllm_gpu_memory_utilization
         self.identity = f"directory {fingerprint(path)} {self._dtype}"
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> Iterator[list[Completion]]:
@@ -138,8 +140,8 @@ class EngineSampler:
             self._path,
             dtype=self._dtype,
             max_model_len=self._longest + 1,  # a server takes prompts up to one token less
-            tensor_parallel_size=self._settings.teacher_vllm_tensor_parallel_size,
-            gpu_memory_utilization=self._settings.teacher_vllm_gpu_memory_utilization,
+            tensor_parallel_size=self._tensor_parallel_size,
+            gpu_memory_utilization=self._gpu_memory_utilization,
             read_weights=True,
             timeout_s=_TIMEOUT_S,
             startup_timeout_s=_TIMEOUT_S,

@@ -6,6 +6,7 @@ of other kinds: test_servers.py and tests/train/test_server_teacher.py. Not cove
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from tests.checkpoints import tiny_tokenizer, write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.rollout.serving import logprobs_of, members, write_model
 from tests.train.runs import command_line, metrics, recorded_teacher_samples, train, train_on_this_rank
-from tests.train.trainers import write_rows
+from tests.train.trainers import WORDS, write_rows
 from tests.weights.ranks_at_work import megatron
 
 pytest.importorskip("vllm")
@@ -188,8 +189,10 @@ def test_training_on_what_the_server_samples(served: Served, tmp_path: Path) -> 
     """`--seq_kd`: with --top_k 1 the teacher's most probable tokens. A resumed run takes them from the cache; another
     run, with an empty one, samples the same.
     """
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {word}!"}) + "\n" for word in WORDS[:8]))
     student = write_tiny_checkpoint(tmp_path / "student", "qwen3", tied=True, layers=2, seed=1)
-    flags = dict(model=str(student), dataset=write_rows(tmp_path / "rows.jsonl", 8), lmbda=0, seq_kd=True)
+    flags = dict(model=str(student), dataset=str(prompts), lmbda=0, seq_kd=True)
     flags |= dict(gkd_logits_topk=TOPK, teacher_model_server=served.url, max_length=100, max_completion_length=9)
     flags |= dict(device="cpu", report_to="none", train_iters=3, global_batch_size=4, tensor=2, save_hf=False)
     flags |= dict(save_steps=1)
@@ -200,7 +203,7 @@ def test_training_on_what_the_server_samples(served: Served, tmp_path: Path) -> 
         assert first == second
         return first
 
-    rows = load_rows(str(flags["dataset"]), tiny_tokenizer(), max_length=100)
+    rows = load_rows(str(prompts), tiny_tokenizer(), max_length=100)
     for step, completions in enumerate(run("greedy", top_k=1)):
         for position, index in enumerate(row_indices(42, step * 4, 4, len(rows))):
             prompt, ids = rows[index].prompt_ids, completions[position]
