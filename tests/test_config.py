@@ -130,17 +130,6 @@ def test_model_is_required() -> None:
         ({"seq_kd": True, "use_vllm": False}, "--seq_kd true .* with vLLM alone, and --use_vllm is false"),
         ({"seq_kd": True, "temperature": 2.5}, "--temperature 2.5 is above 2"),
         ({"teacher_samples_cache": "c"}, "--teacher_samples_cache .* needs --seq_kd true"),
-        *(
-            (
-                {"seq_kd": True, "gkd_logits_topk": 4, "teacher_model_server": "http://h:1", flag: value},
-                f"--{flag} is for a",
-            )
-            for flag, value in {
-                "teacher_sampling_steps": 5,
-                "teacher_vllm_tensor_parallel_size": 2,
-                "teacher_vllm_gpu_memory_utilization": 0.5,
-            }.items()
-        ),
     ],
 )
 def test_contradictions(accepted: dict[str, Any], given: dict[str, Any], message: str) -> None:
@@ -154,6 +143,17 @@ def test_local_teacher_flags_are_refused_beside_a_server(accepted: dict[str, Any
     server = {"teacher_model": None, "teacher_model_server": "http://h:1", "gkd_logits_topk": 4}
     with pytest.raises(ConfigError, match=f"--{flag} is for a local teacher"):
         validate(accepted | server | {flag: other})
+
+
+@pytest.mark.parametrize("flag", contradictions.TEACHERS_ENGINE)
+def test_flags_of_the_teachers_engine_are_for_a_local_teacher_that_samples(accepted: dict[str, Any], flag: str) -> None:
+    value: Any = 0.5 if flag == "teacher_vllm_gpu_memory_utilization" else 2
+    with pytest.raises(ConfigError, match=f"--{flag} .* needs --seq_kd true"):
+        validate(accepted | {flag: value})
+    server = {"seq_kd": True, "gkd_logits_topk": 4, "teacher_model_server": "http://h:1"}
+    with pytest.raises(ConfigError, match=f"--{flag} is for a local teacher's engine"):
+        validate(accepted | server | {flag: value})
+    validate(accepted | {"seq_kd": True, flag: value})
 
 
 def test_local_teacher_flags_are_all_listed() -> None:
@@ -193,7 +193,7 @@ def test_sampling_from_a_local_teacher_needs_vllm(accepted: dict[str, Any], monk
     monkeypatch.setattr(contradictions, "find_spec", lambda name: None)
     accepted |= {"report_to": ["none"], "seq_kd": True}
     with pytest.raises(
-        ConfigError, match="with the package vllm .*which is not installed: install it, or give --seq_kd"
+        ConfigError, match=r"with the package vllm .*which is not installed: install it, or give --seq_kd"
     ):
         validate(accepted)
     validate(accepted | {"gkd_logits_topk": 4, "teacher_model_server": "http://h:1"})
