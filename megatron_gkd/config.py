@@ -142,7 +142,8 @@ class DistillationConfig(Section):
     )
     seq_kd: bool = setting(
         False,
-        "Samples that are not on-policy: the teacher samples the completion (true), or the data set gives it (false).",
+        "Samples that are not on-policy: the teacher samples the completion with vLLM (true), or the data set gives it "
+        "(false).",
     )
     sft_alpha: float = setting(
         0.0, "Weight of the cross entropy added on samples whose completion is not the student's.", ge=0
@@ -165,6 +166,11 @@ class DistillationConfig(Section):
     use_liger_kernel: bool = setting(
         False, "Demand the fused linear loss (as --loss_path fused); not together with --gkd_logits_topk."
     )
+
+    @property
+    def samples_teacher(self) -> bool:
+        """Whether completions are sampled by the teacher."""
+        return self.seq_kd and self.lmbda < 1
 
     @property
     def fuse_loss(self) -> bool:
@@ -210,6 +216,30 @@ class SamplingConfig(Section):
         "Compare the engines' log-probabilities with the student's after the first push of weights and after every so "
         "many; 0: after the first only.",
         ge=0,
+    )
+
+
+@dataclass(frozen=True)
+class TeacherSamplingConfig(Section):
+    """Sampling of completions from the teacher, for `--seq_kd true`; how tokens are drawn and the lengths: as above."""
+
+    teacher_samples_cache: str | None = setting(
+        None,
+        "Directory that keeps the completions, by teacher, prompt and sampling settings; several runs may share one. "
+        "null: teacher_samples in the run directory.",
+    )
+    teacher_sampling_steps: int | None = setting(
+        None,
+        "Steps whose completions a local teacher samples at once. null: the whole run, before the models are loaded, "
+        "so that its engine has the devices to itself; else the engine is started again every so many steps, and "
+        "shares the devices with both models.",
+        ge=1,
+    )
+    teacher_vllm_tensor_parallel_size: int = setting(
+        1, "Tensor parallel size of a local teacher's engine, on the first rank's machine.", ge=1
+    )
+    teacher_vllm_gpu_memory_utilization: float = setting(
+        0.9, "Share of each GPU's memory for a local teacher's engine.", gt=0, le=1
     )
 
 
@@ -330,6 +360,7 @@ class RunConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    teacher_sampling: TeacherSamplingConfig = field(default_factory=TeacherSamplingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -29,6 +29,11 @@ LOCAL_TEACHER = (
     "signal_memory_gb",
 )
 SERVER_TEACHER = ("teacher_tag_key", "teacher_timeout_s")
+TEACHERS_ENGINE = (
+    "teacher_sampling_steps",
+    "teacher_vllm_tensor_parallel_size",
+    "teacher_vllm_gpu_memory_utilization",
+)
 
 
 def refuse_contradictions(cfg: RunConfig, command: Command) -> None:
@@ -44,6 +49,7 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield from _of_training(cfg)
         if cfg.distillation.lmbda > 0:
             yield from _of_sampling(cfg)
+        yield from _of_teacher_sampling(cfg)
     needed = "dataset" if command == "train" else "eval_dataset"
     if not cfg.get(needed):
         yield f"--{needed} is missing; give one or more JSONL or Parquet files, or directories of saved data sets"
@@ -149,6 +155,28 @@ def _of_sampling(cfg: RunConfig) -> Iterator[str]:
         yield "--vllm_tensor_parallel_size is the server's own matter with --vllm_mode server: give it to the server"
     if sampling.vllm_mode != "colocate" and sampling.sleep_level > 0:
         yield f"--sleep_level is for colocated engines; give 0 with --vllm_mode {sampling.vllm_mode}"
+
+
+def _of_teacher_sampling(cfg: RunConfig) -> Iterator[str]:
+    sampling, server = cfg.sampling, cfg.teacher.teacher_model_server is not None
+    for flag in ("teacher_samples_cache", *TEACHERS_ENGINE):
+        if not cfg.distillation.seq_kd and not cfg.is_default(flag):
+            yield f"--{flag} is for completions that the teacher samples: it needs --seq_kd true"
+        if server and flag in TEACHERS_ENGINE and not cfg.is_default(flag):
+            yield f"--{flag} is for a local teacher's engine, but --teacher_model_server is given; leave it out"
+    if not cfg.distillation.samples_teacher:
+        return
+    asked, instead = "--seq_kd true samples from the teacher", "or give --seq_kd false"
+    if cfg.teacher.server_tags:
+        yield f"{asked}, and --teacher_model_server names several by tags: give the servers of one, {instead}"
+    if cfg.teacher.teacher_model is None and not server:
+        yield f"{asked}, and there is none: give --teacher_model or --teacher_model_server, {instead}"
+    if not sampling.use_vllm:
+        yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, {instead}"
+    if not server and find_spec("vllm") is None:
+        yield f"{asked} with the package vllm (0.28 to 0.32), which is not installed: install it, {instead}"
+    if sampling.temperature > 2:
+        yield f"--temperature {sampling.temperature:g} is above 2, the highest that vLLM samples at"
 
 
 def _of_training(cfg: RunConfig) -> Iterator[str]:

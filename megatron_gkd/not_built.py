@@ -87,13 +87,6 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
         _above_one("teacher_expert_model_parallel_size"),
         "use tensor and pipeline parallelism",
     ),
-    NotBuilt(
-        "seq_kd",
-        _changed("seq_kd"),
-        "sampling from the teacher is missing: sample beforehand with `megatron-gkd sample`, or pass --seq_kd false to "
-        "use the data set's completions",
-        TRAIN,
-    ),
     NotBuilt("context_parallel_size", _above_one("context_parallel_size"), "use tensor and pipeline parallelism"),
     NotBuilt(
         "expert_model_parallel_size", _above_one("expert_model_parallel_size"), "use tensor and pipeline parallelism"

@@ -128,6 +128,10 @@ def test_model_is_required() -> None:
         ({"eval_steps": 5}, "--eval_steps needs --eval_dataset"),
         ({"eval_samples": 5}, "--eval_samples needs --eval_dataset"),
         ({"dataset": []}, "--dataset is missing"),
+        ({"seq_kd": True, "teacher_model": None}, "--seq_kd true samples from the teacher, and there is none"),
+        ({"seq_kd": True, "use_vllm": False}, "--seq_kd true .* with vLLM alone, and --use_vllm is false"),
+        ({"seq_kd": True, "temperature": 2.5}, "--temperature 2.5 is above 2"),
+        ({"teacher_samples_cache": "c"}, "--teacher_samples_cache .* needs --seq_kd true"),
     ],
 )
 def test_contradictions(accepted: dict[str, Any], given: dict[str, Any], message: str) -> None:
@@ -183,6 +187,17 @@ def test_flags_of_teacher_servers(accepted: dict[str, Any], given: dict[str, Any
         validate(accepted | given)
 
 
+@pytest.mark.parametrize("flag", contradictions.TEACHERS_ENGINE)
+def test_flags_of_the_teachers_engine_are_for_a_local_teacher_that_samples(accepted: dict[str, Any], flag: str) -> None:
+    value: Any = 0.5 if flag == "teacher_vllm_gpu_memory_utilization" else 2
+    with pytest.raises(ConfigError, match=f"--{flag} .* needs --seq_kd true"):
+        validate(accepted | {flag: value})
+    server = {"seq_kd": True, "gkd_logits_topk": 4, "teacher_model_server": "http://h:1"}
+    with pytest.raises(ConfigError, match=f"--{flag} is for a local teacher's engine"):
+        validate(accepted | server | {flag: value})
+    validate(accepted | {"seq_kd": True, flag: value})
+
+
 def test_local_teacher_flags_are_all_listed() -> None:
     in_section = [name for name, flag in flags().items() if flag.section == "teacher"]
     others = {"teacher_model", "teacher_model_server", *contradictions.SERVER_TEACHER}
@@ -216,6 +231,20 @@ def test_report_to_none_stands_alone(accepted: dict[str, Any]) -> None:
         validate(accepted | {"report_to": ["none", "tensorboard"]})
 
 
+def test_sampling_from_a_local_teacher_needs_vllm(accepted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where something is sampled, that is; a server samples by itself."""
+    monkeypatch.setattr(contradictions, "find_spec", lambda name: None)
+    accepted |= {"report_to": ["none"], "seq_kd": True}
+    with pytest.raises(
+        ConfigError, match=r"with the package vllm .*which is not installed: install it, or give --seq_kd"
+    ):
+        validate(accepted)
+    validate(accepted | {"gkd_logits_topk": 4, "teacher_model_server": "http://h:1"})
+    validate(accepted | {"seq_kd": False})
+    monkeypatch.setattr(contradictions, "find_spec", lambda name: object())
+    validate(accepted)
+
+
 def test_wandb_needs_its_package(accepted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contradictions, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package wandb"):
@@ -230,7 +259,6 @@ ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("teacher_model", {"teacher_model": "Org/Model"}),
     ("teacher_context_parallel_size", {"teacher_context_parallel_size": 2}),
     ("teacher_expert_model_parallel_size", {"teacher_expert_model_parallel_size": 2}),
-    ("seq_kd", {"seq_kd": True}),
     ("context_parallel_size", {"context_parallel_size": 2}),
     ("expert_model_parallel_size", {"expert_model_parallel_size": 2}),
     ("dataset", {"dataset": ["d.jsonl", "Org/Data:train#500"]}),

@@ -338,6 +338,7 @@ class SubprocessEngine(ServerEngine):
         read_weights: bool = False,
         port: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        startup_timeout_s: float = 600.0,
     ) -> None:
         """`max_model_len` beyond the model's own length is cut to that; a server takes prompts of one token less."""
         longest = read_architecture(model_path).max_position_embeddings
@@ -350,6 +351,7 @@ class SubprocessEngine(ServerEngine):
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_bytes=kv_cache_bytes,
             read_weights=read_weights,
+            startup_timeout_s=startup_timeout_s,
         )
         try:
             super().__init__(

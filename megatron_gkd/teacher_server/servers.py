@@ -4,6 +4,7 @@
     servers.topk([(prompt_ids, completion_ids), ...])            # -> [TopK [C, K], ...], in order
     asked = servers.start(sequences, tags)                       # the same, while the caller goes on
     asked.result()
+    servers.generate(requests, settings)                         # completions of one teacher, in order
 
 With `tags` a sequence goes to the servers of its tag, else to those without tags, "the rest". Servers that share a tag
 (or the rest) are one teacher; others may be different models. The sequences of a tag are dealt to its servers by length
@@ -31,7 +32,9 @@ import httpx
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.client import ServerClient
+from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.requests import assign
+from megatron_gkd.rollout.wire import completion_body, read_completion
 from megatron_gkd.teacher_server.probes import COMPLETIONS, TOLERANCE, Needs, Probed, ask_canary, probe_server
 from megatron_gkd.teacher_server.wire import TopK, distance, empty_topk, read_topk, topk_body
 
@@ -164,6 +167,31 @@ class TeacherServers:
             raise
         return Asked(found, tuple(parts), self._check_unchanged)
 
+    def generate(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion]:
+        """Completions that the teacher samples (that without tags), in the order of the requests. They end at the stop
+        tokens of the settings alone, and at the longest sequence that was asked about at the start.
+        """
+        servers, found = self._of_tag(None), dict[int, Completion]()
+        costs = [len(request.prompt_ids) + request.max_tokens for request in requests]
+        work: list[tuple[_Server, list[int], Future[list[Completion]]]] = []
+        try:
+            for server, dealt in zip(servers, assign(costs, len(servers)), strict=True):
+                if dealt:
+                    work.append((server, dealt, self._sample(server, [requests[i] for i in dealt], settings)))
+            for _, dealt, future in work:
+                found.update(zip(dealt, future.result(), strict=True))
+        finally:
+            for *_, future in work:
+                future.cancel()
+        for server, *_ in work:
+            self._check_unchanged(server)
+        return [found[index] for index in range(len(requests))]
+
+    @property
+    def probed(self) -> Probed:
+        """What the first of the servers was found to be; the others without tags are the same teacher."""
+        return self._of_tag(None)[0].probed
+
     def close(self) -> None:
         """Let go of the servers; they keep running. Idempotent."""
         for client in self._clients:
@@ -186,15 +214,31 @@ class TeacherServers:
         first = self._first % len(servers)
         return servers[first:] + servers[:first]
 
+    def _sample(
+        self, server: _Server, requests: Sequence[Request], settings: SamplingSettings
+    ) -> Future[list[Completion]]:
+        client, model = server.client, {"model": server.probed.model}
+        for request in requests:
+            self._check_length(client, len(request.prompt_ids) + 1)
+        bodies = [model | completion_body(request, settings, self.needs.longest) for request in requests]
+
+        def read(index: int, answer: Any) -> Completion:
+            return read_completion(requests[index], answer, 0, client.name)
+
+        return client.start_all(COMPLETIONS, f"sample {len(bodies)} completions", bodies, read)
+
+    def _check_length(self, client: ServerClient, num_tokens: int) -> None:
+        if num_tokens > self.needs.longest:
+            raise RolloutError(
+                f"a sequence of {num_tokens} tokens is longer than the {self.needs.longest} that {client.name} was "
+                "asked about at the start"
+            )
+
     def _start(self, server: _Server, sequences: Sequences) -> Future[list[TopK]]:
         client = server.client
         whole = [[*prompt, *completion] for prompt, completion in sequences]
         for ids in whole:
-            if len(ids) > self.needs.longest:
-                raise RolloutError(
-                    f"a sequence of {len(ids)} tokens is longer than the {self.needs.longest} that {client.name} was "
-                    "asked about at the start"
-                )
+            self._check_length(client, len(ids))
         bodies = [topk_body(server.probed.model, ids, self.needs.topk) for ids in whole]
         read = partial(self._read, client.name, sequences, whole)
         return client.start_all(COMPLETIONS, f"score {len(bodies)} sequences", bodies, read)

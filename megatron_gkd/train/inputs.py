@@ -159,11 +159,12 @@ def _vocabulary(
 
 def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows:
     data = config.data
+    samples = config.distillation.lmbda > 0 or config.distillation.samples_teacher
     rows = (StreamedRows if data.streaming else load_rows)(
         data.dataset,
         tokenizer,
         max_length=data.max_length,
-        max_completion_length=config.sampling.max_completion_length if config.distillation.lmbda > 0 else None,
+        max_completion_length=config.sampling.max_completion_length if samples else None,
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
         weights=data.dataset_weights,

@@ -58,6 +58,8 @@ def run_training(config: RunConfig) -> None:
         run.teacher.close()
         if run.rollouts is not None:
             run.rollouts.close()
+        if run.teacher_samples is not None:
+            run.teacher_samples.close()
     writers.close()
     if config.checkpoint.save_hf:
         save_hf(
@@ -133,6 +135,7 @@ def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Prog
             "consumed_samples": state.consumed_samples + len(plan.samples),
             **timers.seconds(),
             **({} if run.rollouts is None else run.rollouts.metrics),
+            **({} if run.teacher_samples is None else run.teacher_samples.metrics),
         }
         writers.metrics(step, values)
         progress.update(step, loss=means.get("loss"), tokens_per_s=num_tokens / step_time_s)

@@ -10,7 +10,7 @@ ranks, and, where the teacher has ranks of its own, go from the first rank to al
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,25 +18,20 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import Row, Sample, Source, StepPlan
+from megatron_gkd.records import Sample, StepPlan
 from megatron_gkd.rollout.protocol import Completion, Request
 from megatron_gkd.rollout.requests import make_requests
-from megatron_gkd.schedule import Sampled, make_samples, plan_step, sample_sources
+from megatron_gkd.schedule import Sampled, make_samples, plan_step
 from megatron_gkd.train.batches import plan_forward
 from megatron_gkd.train.checkpoint import TrainerState
+from megatron_gkd.train.draws import draw_step
 from megatron_gkd.train.rollouts import Rollouts
-
-
-class Draw(NamedTuple):
-    """Rows and sources of a step, by position in the global batch."""
-
-    indices: list[int]
-    rows: list[Row]
-    sources: list[Source]
+from megatron_gkd.train.teacher_samples import TeacherSamples
 
 
 class StepPlans:
-    """The plans of a run's steps; `plan` is collective over the ranks that sample, and over `everyone` if given."""
+    """The plans of a run's steps; `plan` is collective over the ranks that sample, and over all where the teacher
+    samples or `everyone` is given."""
 
     def __init__(
         self,
@@ -47,6 +42,7 @@ class StepPlans:
         *,
         max_model_len: int,
         rollouts: Rollouts | None = None,
+        teacher_samples: TeacherSamples | None = None,
         everyone: dist.ProcessGroup | None = None,
     ) -> None:
         """Keep what all steps share.
@@ -54,27 +50,21 @@ class StepPlans:
         Args:
             max_model_len: most tokens that the sampling engines take.
             rollouts: on the student's ranks, where it samples.
+            teacher_samples: on all ranks, where the teacher samples.
             everyone: all ranks, where some have no student and it samples: they are told the completions.
         """
         self.config, self.rows, self.student, self.teacher = config, rows, student, teacher
-        self.rollouts, self._max_model_len, self._everyone = rollouts, max_model_len, everyone
+        self.rollouts, self.teacher_samples = rollouts, teacher_samples
+        self._max_model_len, self._everyone = max_model_len, everyone
 
     def before_training(self, student: Architecture) -> TrainerState:
         """The state that a run without a checkpoint begins with, and that a checkpoint's is held against."""
         sharded = self.config.parallel.use_distributed_optimizer
         return TrainerState(0, 0, self.rows.fingerprint(), repr(student), sharded)
 
-    def draw(self, step: int) -> Draw:
-        """A pure function of the configuration, the data and the step."""
-        training, distillation = self.config.training, self.config.distillation
-        size = training.global_batch_size
-        indices = self.rows.indices(training.seed, step * size, size, shuffle=self.config.data.shuffle)
-        sources = sample_sources(training.seed, step, size, lmbda=distillation.lmbda, seq_kd=distillation.seq_kd)
-        return Draw(indices, [self.rows[i] for i in indices], sources)
-
     def requests(self, step: int) -> list[Request]:
         """What is asked of the sampling engines for a step."""
-        _, rows, sources = self.draw(step)
+        _, rows, sources = draw_step(self.config, self.rows, step)
         return make_requests(
             {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
             run_seed=self.config.training.seed,
@@ -92,12 +82,14 @@ class StepPlans:
     def plan_ahead(self, step: int) -> StepPlan | None:
         """The plan of a later step, where its samples are known without the student's next weights: nothing is
         sampled, or its completions wait (--steps_per_generation). Not collective."""
+        if self.teacher_samples is not None:
+            return None
         waiting = {} if self.rollouts is None else self.rollouts.waiting(step)
         return None if waiting is None else self._with(step, _sampled(waiting))
 
     def _with(self, step: int, sampled: Mapping[int, Sampled]) -> StepPlan:
         config, training = self.config, self.config.training
-        indices, rows, sources = self.draw(step)
+        indices, rows, sources = draw_step(config, self.rows, step)
         samples = make_samples(indices, rows, sources, sampled=sampled)
         return plan_step(
             step,
@@ -119,6 +111,8 @@ class StepPlans:
             told: list[Any] = [sampled]
             dist.broadcast_object_list(told, src=0, group=self._everyone)
             sampled = told[0]
+        if self.teacher_samples is not None:
+            sampled |= {position: (ids, None) for position, ids in self.teacher_samples.for_step(step).items()}
         return sampled
 
 

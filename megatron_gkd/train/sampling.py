@@ -51,7 +51,7 @@ def build_rollouts(
         vocab_size: token ids that student and teacher both have.
     """
     sampling, length = config.sampling, engine_length(config, arch)
-    _check_prompts(rows, length)
+    check_prompts(rows, length)
     group = student.groups.intra_dist_opt  # all ranks of the student's layout
     dtype = config.model.dtype
     local = open_engines(sampling, model_path=config.model.model, dtype=dtype, max_model_len=length, group=group)
@@ -116,11 +116,14 @@ def probes(rows: Rows, max_model_len: int) -> list[Sequence[int]]:
     return found or [(0, 1)]
 
 
-def _check_prompts(rows: Rows, max_model_len: int) -> None:
+def check_prompts(rows: Rows, max_model_len: int, *, of_teacher: bool = False) -> None:
+    """Refuse a prompt (the teacher's, with `of_teacher`) that leaves no room for a token. Raises ConfigError."""
+
     def check(row: Row, place: str) -> None:
-        if len(row.prompt_ids) >= max_model_len:
+        num_tokens = len(row.prompt_ids_for_teacher if of_teacher else row.prompt_ids)
+        if num_tokens >= max_model_len:
             raise ConfigError(
-                f"{place} has a prompt of {len(row.prompt_ids)} tokens, and the sampling engine takes {max_model_len} "
+                f"{place} has a prompt of {num_tokens} tokens, and the sampling engine takes {max_model_len} "
                 "for prompt and completion: raise --vllm_max_model_len (and --max_length), or leave the row out"
             )
 

@@ -8,6 +8,7 @@ groups, servers, weights and the optimizer are made.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture
@@ -35,6 +35,8 @@ from megatron_gkd.train.sampling import build_rollouts, engine_length
 from megatron_gkd.train.self_teacher import SelfTeacher
 from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.student import Student
+from megatron_gkd.train.teacher_samples import TeacherSamples
+from megatron_gkd.train.teacher_sampling import build_teacher_samples
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights, load_vocab_shard
 
@@ -58,6 +60,11 @@ class Run:
     def is_writer(self) -> bool:
         """Whether this rank writes files and prints."""
         return dist.get_rank() == 0
+
+    @property
+    def teacher_samples(self) -> TeacherSamples | None:
+        """None where nothing is sampled from the teacher."""
+        return None if self.plans is None else self.plans.teacher_samples
 
     @property
     def rollouts(self) -> Rollouts | None:
@@ -92,7 +99,10 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     inputs = read_inputs(config, dist.get_world_size(), with_training_data=with_training_data)
     groups = build_groups(inputs.student_layout)
     here = inputs.student_layout.holds(dist.get_rank())
-    teacher = _server_teacher(inputs, where) if config.teacher.servers else None  # before any weight is read
+    # Servers and the teacher's engine come first: an error within seconds, and the devices' memory is free.
+    needs = _server_needs(inputs) if config.teacher.servers else None
+    teacher: Teacher | None = None if needs is None else _server_teacher(inputs, where, needs)
+    teacher_samples = _teacher_samples(inputs, needs)
     local = not (config.teacher.servers or config.teacher.is_student)
     teacher_groups = build_groups(inputs.teacher_layout) if local else None
     torch.manual_seed(config.training.seed)
@@ -112,10 +122,10 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     everyone = dist.new_group(range(dist.get_world_size())) if inputs.separate and samples else None
     if student is None:
         assert isinstance(teacher, TeacherPipeline)
-        plans = _plans(inputs, None, everyone)
+        plans = _plans(inputs, None, teacher_samples, everyone)
         student_arch, layout = inputs.student_arch, inputs.student_layout
         return TeacherRun(config, student_arch, teacher, plans, layout, inputs.eval_rows, inputs.train_iters)
-    head = teacher.head if isinstance(teacher, SelfTeacher) else _teacher_head(inputs, where, groups)
+    head = _teacher_head(inputs, where, groups, teacher)
     loss = DistillationLoss(config.distillation, tp_group=groups.tp, vocab_size=inputs.vocab_size, teacher_head=head)
     logger.info("student %s, %s; teacher %s", inputs.student_arch.model_type, student.layout.describe(), _told(inputs))
     rollouts = None
@@ -123,11 +133,16 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
         rollouts = build_rollouts(
             config, where, inputs.student_arch, student, inputs.tokenizer, inputs.rows, inputs.vocab_size
         )
-    plans = _plans(inputs, rollouts, everyone)
+    plans = _plans(inputs, rollouts, teacher_samples, everyone)
     return Run(config, where, inputs.student_arch, student, teacher, loss, plans, inputs.eval_rows)
 
 
-def _plans(inputs: Inputs, rollouts: Rollouts | None, everyone: dist.ProcessGroup | None) -> StepPlans | None:
+def _plans(
+    inputs: Inputs,
+    rollouts: Rollouts | None,
+    teacher_samples: TeacherSamples | None,
+    everyone: dist.ProcessGroup | None,
+) -> StepPlans | None:
     if inputs.rows is None:
         return None
     return StepPlans(
@@ -137,6 +152,7 @@ def _plans(inputs: Inputs, rollouts: Rollouts | None, everyone: dist.ProcessGrou
         inputs.teacher_layout,
         max_model_len=engine_length(inputs.config, inputs.student_arch),
         rollouts=rollouts,
+        teacher_samples=teacher_samples,
         everyone=everyone,
     )
 
@@ -155,10 +171,19 @@ def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGrou
     )
 
 
-def _server_teacher(inputs: Inputs, where: platform.Platform) -> Teacher:
+def _teacher_samples(inputs: Inputs, needs: Needs | None) -> TeacherSamples | None:
+    """Where the teacher samples: what the first window of steps needs is sampled here. Collective over all ranks."""
+    if inputs.rows is None or not inputs.config.distillation.samples_teacher:
+        return None
+    assert dist.group.WORLD is not None
+    return build_teacher_samples(
+        inputs.config, inputs.rows, inputs.tokenizer, inputs.vocab_size, needs, group=dist.group.WORLD
+    )
+
+
+def _server_teacher(inputs: Inputs, where: platform.Platform, needs: Needs) -> Teacher:
     """Probed: a server that does not fit is an error within seconds."""
     config = inputs.config
-    needs = _server_needs(config, inputs.tokenizer, inputs.vocab_size, inputs.rows, inputs.eval_rows)
     # The ranks that do not ask wait in a collective, so the requests have to end before it does.
     timeout_s = config.teacher.teacher_timeout_s or 0.8 * 60 * config.parallel.distributed_timeout_minutes
     return ServerTeacher(
@@ -202,11 +227,15 @@ def _local_teacher(inputs: Inputs, where: platform.Platform, groups: ProcessGrou
     )
 
 
-def _teacher_head(inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection) -> torch.Tensor | None:
+def _teacher_head(
+    inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection, teacher: Teacher
+) -> torch.Tensor | Callable[[], torch.Tensor] | None:
     """For hidden-state signals, on the student's last stage: the teacher's head, cut at the student's shard borders."""
     config, layout = inputs.config, inputs.student_layout
     if config.teacher.servers or config.distillation.gkd_logits_topk or groups.pp.rank() != layout.pipeline - 1:
         return None
+    if isinstance(teacher, SelfTeacher):
+        return teacher.head
     assert inputs.teacher_arch is not None
     assert config.teacher.teacher_model is not None
     with HFCheckpoint(config.teacher.teacher_model) as checkpoint:
@@ -232,25 +261,20 @@ def _told(inputs: Inputs) -> str:
     return f"{inputs.teacher_arch.model_type}, {inputs.teacher_layout.describe()}{own}"
 
 
-def _server_needs(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    rows: Rows | None,
-    eval_rows: Rows | None,
-) -> Needs:
+def _server_needs(inputs: Inputs) -> Needs:
     """What the run asks of its teacher servers."""
-    topk = config.distillation.gkd_logits_topk
+    config, distillation, tokenizer = inputs.config, inputs.config.distillation, inputs.tokenizer
+    topk = distillation.gkd_logits_topk
     assert topk is not None, "RunConfig.validate refuses a server without --gkd_logits_topk"
-    data = [dataset for dataset in (rows, eval_rows) if dataset is not None]
+    data = [dataset for dataset in (inputs.rows, inputs.eval_rows) if dataset is not None]
     longest = max((dataset.longest for dataset in data), default=2)
-    if rows is not None and config.distillation.lmbda > 0:
+    if inputs.rows is not None and (distillation.lmbda > 0 or distillation.samples_teacher):
         longest = max(longest, config.data.max_length)
     largest_id = len(tokenizer) - 1
     first = [dataset[index] for dataset in data for index in range(min(len(dataset), PROBE_TOKENS))]
     probe = probe_tokens([(*row.prompt_ids_for_teacher, *(row.completion_ids or ())) for row in first], largest_id)
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    return Needs(topk, vocab_size, largest_id, longest, probe, encode)
+    return Needs(topk, inputs.vocab_size, largest_id, longest, probe, encode)
 
 
 def load_model(

@@ -43,6 +43,7 @@ class FakeServer:
         self.refuse: list[int] = []
         self.tokenize: Callable[[str], list[int]] | None = None
         self.scored: list[list[int]] = []
+        self.sampled: list[list[int]] = []
         self.keys: set[str | None] = set()
         self._lock = Lock()
 
@@ -70,15 +71,28 @@ class FakeServer:
             return 400, {"error": {"message": f"Requested {k}, which is greater than max allowed: {self.max_logprobs}"}}
         if self.max_model_len and len(ids) >= self.max_model_len:
             return 400, {"error": {"message": f"maximum context length is {self.max_model_len} tokens"}}
-        if "logprobs" in body:
+        if "stop_token_ids" in body:
+            choice: dict[str, Any] = self._sample(body)
+        elif "logprobs" in body:
             best = self.teacher(tuple(ids))
             top = {f"token_id:{i}": float(best[i]) for i in np.argsort(-best)[:k]}
-            choice: dict[str, Any] = {"logprobs": {"top_logprobs": [top]}}
+            choice = {"logprobs": {"top_logprobs": [top]}}
         else:
             self.scored.append(ids)
             rows = [None] + [self._row(ids[:i], ids[i], k) for i in range(1, len(ids))]
             choice = {"prompt_logprobs": rows, "prompt_token_ids": ids}
         return 200, self.spoil(body, {"choices": [choice]})
+
+    def _sample(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A completion, a function of the prompt and the seed."""
+        generator, tokens, logprobs = np.random.default_rng(body["seed"]), [], []
+        while len(tokens) < body["max_tokens"] and (not tokens or tokens[-1] not in body["stop_token_ids"]):
+            values = self.teacher((*body["prompt"], *tokens))
+            tokens.append(int(np.argmax(values / body["temperature"] + generator.gumbel(size=len(values)))))
+            logprobs.append(float(values[tokens[-1]]))
+        self.sampled.append(body["prompt"])
+        reason = "stop" if tokens[-1] in body["stop_token_ids"] else "length"
+        return {"finish_reason": reason, "token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}
 
     def _row(self, prefix: Sequence[int], token: int, k: int) -> dict[str, Any]:
         values = self.teacher(tuple(prefix))

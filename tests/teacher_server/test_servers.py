@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from megatron_gkd.errors import RolloutError
+from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.teacher_server.probes import PROBE_TOKENS, Needs, probe_tokens
 from megatron_gkd.teacher_server.servers import API_KEY_ENV, TeacherServers
 from tests.teacher_server.fake import VOCAB, FakeServer, random_teacher, serve
@@ -175,6 +176,50 @@ def test_a_failure_on_the_way_comes_with_the_result(connect: Connect) -> None:
     asked = servers.start(SEQUENCES[:1])
     with pytest.raises(RolloutError, match=r"answered 400"):
         asked.result()
+
+
+# ---- completions -----------------------------------------------------------------------------------------------------
+
+SETTINGS = SamplingSettings(temperature=0.9, stop_token_ids=(7, 8))
+REQUESTS = [Request(10 + i, tuple(range(1, 2 + 3 * i)), max_tokens=9 - i, seed=i) for i in range(7)]
+
+
+@pytest.mark.parametrize("num_servers", [1, 3])
+def test_completions_in_order_over_balanced_servers(connect: Connect, num_servers: int) -> None:
+    """The same whatever the number of servers; up to a stop token or the limit, each asked for once."""
+    fakes = [FakeServer() for _ in range(num_servers)]
+    found = connect(*fakes).generate(REQUESTS, SETTINGS)
+    assert found == connect(FakeServer()).generate(REQUESTS, SETTINGS)
+    assert [completion.key for completion in found] == [request.key for request in REQUESTS]
+    for request, completion in zip(REQUESTS, found, strict=True):
+        stopped = completion.token_ids[-1] in SETTINGS.stop_token_ids
+        assert completion.finish_reason == ("stop" if stopped else "length")
+        assert len(completion.token_ids) == request.max_tokens or stopped
+    counts = [len(fake.sampled) for fake in fakes]
+    assert sum(counts) == len(REQUESTS)
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_server_that_became_another_teacher_is_found_before_its_completions_are_used(connect: Connect) -> None:
+    fake = FakeServer()
+    servers = connect(fake)
+    servers.generate(REQUESTS, SETTINGS)
+    fake.teacher = random_teacher(1)
+    with pytest.raises(RolloutError, match="is another teacher than at the start"):
+        servers.generate(REQUESTS, SETTINGS)
+
+
+def test_completions_are_asked_for_again_after_a_failure_and_refused_where_they_are_wrong(connect: Connect) -> None:
+    fake = FakeServer()
+    servers = connect(fake)
+    expected = servers.generate(REQUESTS, SETTINGS)
+    fake.refuse = [500, 503, 500]
+    assert servers.generate(REQUESTS, SETTINGS) == expected
+    with pytest.raises(RolloutError, match="a sequence of 41 tokens is longer than the 40"):
+        servers.generate([Request(0, (1,) * 40, 1, 0)], SETTINGS)
+    fake.spoil = lambda request, answer: (answer["choices"][0].pop("token_ids", None) and answer) or answer
+    with pytest.raises(RolloutError, match="without its token ids"):
+        servers.generate(REQUESTS, SETTINGS)
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------------

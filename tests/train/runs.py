@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.observe.writers import read_rows
 from megatron_gkd.train.loop import run_training
+from megatron_gkd.train.teacher_samples import TeacherSamples
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from tests.ranks import run_ranks
 from tests.train.trainers import T
@@ -44,6 +47,22 @@ def metrics(run_dir: Path, *, first_step: int = 1, file: str = "metrics.jsonl") 
     """The rows of a run from a step on, without timings."""
     rows = [row for row in read_rows(run_dir / file) if row["step"] >= first_step]
     return [{name: value for name, value in row.items() if not name.endswith(TIMINGS)} for row in rows]
+
+
+@contextlib.contextmanager
+def recorded_teacher_samples() -> Iterator[list[dict[int, tuple[int, ...]]]]:
+    """The completions that the teacher sampled, by step and position, of the runs of this process."""
+    for_step, found = TeacherSamples.for_step, []  # type: ignore[var-annotated]
+
+    def recording(self: TeacherSamples, step: int) -> dict[int, tuple[int, ...]]:
+        found.append(for_step(self, step))
+        return found[-1]
+
+    TeacherSamples.for_step = recording  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        TeacherSamples.for_step = for_step  # type: ignore[method-assign]
 
 
 def exported(run_dir: Path) -> dict[str, torch.Tensor]:

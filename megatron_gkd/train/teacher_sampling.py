@@ -1,0 +1,208 @@
+"""From a RunConfig to the run's `TeacherSamples`: who samples, its settings, its identity, its cache.
+
+Two samplers:
+
+    EngineSampler   a local teacher: a vLLM server that the first rank starts with the teacher's weights whenever
+                    something is missing, and ends when it is sampled. Identity: the fingerprint of the model's
+                    directory (weights/fingerprint.py) and the precision.
+    ServerSampler   the servers of an external teacher, beside the training. Identity: the name of the model and its
+                    canary, the distribution of a probe (teacher_server/probes.py), which is kept with the completions.
+
+A canary is the same up to rounding when it is asked again, so it is compared, not hashed: a server whose canary is
+nearer than `_SAME` to one that is kept is that teacher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from megatron_gkd.architecture import read_architecture
+from megatron_gkd.config import RunConfig
+from megatron_gkd.data.dataset import Rows
+from megatron_gkd.errors import RolloutError
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.rollout.completion_cache import CompletionCache, prompt_seed
+from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
+from megatron_gkd.rollout.requests import make_requests
+from megatron_gkd.teacher_server.probes import Needs, Probed
+from megatron_gkd.teacher_server.servers import TeacherServers
+from megatron_gkd.teacher_server.wire import TopK, distance
+from megatron_gkd.train.checkpoint import find_checkpoint, read_state
+from megatron_gkd.train.draws import draw_step
+from megatron_gkd.train.sampling import check_prompts, engine_length, stop_tokens
+from megatron_gkd.train.teacher_samples import Sampler, Store, TeacherSamples
+from megatron_gkd.weights.fingerprint import fingerprint
+
+logger = get_logger(__name__)
+
+_PART = 1024  # completions that are sampled at once, and then written
+_TIMEOUT_S = 3600.0  # of such a part, and of an engine's start: a large teacher is read from a slow disk
+_CONCURRENCY = 256  # requests under way at each server of an external teacher, as with an engine of the run's own
+_SAME = 0.01  # mean total variation between canaries; what another rounding puts above it is sampled again
+
+
+def build_teacher_samples(
+    config: RunConfig,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    needs: Needs | None,
+    *,
+    group: dist.ProcessGroup,
+) -> TeacherSamples:
+    """Check the prompts, and sample for the first window of steps. Collective over `group`.
+
+    Args:
+        vocab_size: token ids that student and teacher both have.
+        needs: what the run asks of its teacher servers; None for a local teacher.
+        group: all ranks of the run.
+    """
+    sampling, load = config.sampling, config.checkpoint.load
+    directory = config.teacher.teacher_model or config.model.model
+    length = min(engine_length(config, read_architecture(path)) for path in (config.model.model, directory))
+    check_prompts(rows, length, of_teacher=True)
+    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, stop_tokens(directory, tokenizer))
+    own = config.teacher_sampling.teacher_samples_cache
+    place = Path(own) if own is not None else Path(config.checkpoint.save) / "teacher_samples"
+
+    def open_store() -> Store:
+        cache = CompletionCache(place)
+        logger.info("teacher's completions: %d in %s; stop tokens %s", len(cache), place, settings.stop_token_ids)
+        sampler: Sampler
+        if needs is None:
+            sampler = EngineSampler(config, directory, length)
+        else:
+            sampler = ServerSampler(config.teacher.servers, needs, place)
+        return Store(sampler, cache, settings, lambda step: teacher_requests(config, rows, step, length), vocab_size)
+
+    samples = TeacherSamples(
+        open_store,
+        group=group,
+        train_iters=config.training.num_steps(len(rows)),
+        window=config.teacher_sampling.teacher_sampling_steps if needs is None else 1,
+    )
+    samples.begin(0 if load is None else read_state(find_checkpoint(load)).step)
+    return samples
+
+
+def teacher_requests(config: RunConfig, rows: Rows, step: int, longest: int) -> list[Request]:
+    """What is asked of the teacher for a step, keyed by position in the global batch.
+
+    Args:
+        longest: most tokens of prompt and completion together, of the models and the engine.
+    """
+    _, drawn, sources = draw_step(config, rows, step)
+    requests = make_requests(
+        {
+            position: drawn[position].prompt_ids_for_teacher
+            for position, source in enumerate(sources)
+            if source == "teacher"
+        },
+        run_seed=config.training.seed,
+        step=step,
+        max_completion_length=config.sampling.max_completion_length,
+        max_length=config.data.max_length,
+        max_model_len=longest,
+    )
+    seed = config.training.seed
+    return [replace(request, seed=prompt_seed(seed, request.prompt_ids)) for request in requests]
+
+
+class EngineSampler:
+    """A local teacher, in a vLLM server of its own for as long as it samples."""
+
+    beside_training = False
+
+    def __init__(self, config: RunConfig, path: str, longest: int) -> None:
+        """
+        Args:
+            path: the teacher's directory.
+            longest: most tokens of prompt and completion together.
+        """
+        self._path, self._longest = path, longest
+        self._dtype: Literal["fp32", "bf16", "fp16"] = config.model.dtype
+        teacher_sampling = config.teacher_sampling
+        self._tensor_parallel_size = teacher_sampling.teacher_vllm_tensor_parallel_size
+        self._gpu_memory_utilization = teacher_sampling.teacher_vllm_gpu_memory_utilization
+        self.identity = f"directory {fingerprint(path)} {self._dtype}"
+
+    def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> Iterator[list[Completion]]:
+        from megatron_gkd.rollout.server import SubprocessEngine
+
+        logger.info("teacher's completions: starting a vLLM engine to sample %d", len(requests))
+        with SubprocessEngine(
+            self._path,
+            dtype=self._dtype,
+            max_model_len=self._longest + 1,  # a server takes prompts up to one token less
+            tensor_parallel_size=self._tensor_parallel_size,
+            gpu_memory_utilization=self._gpu_memory_utilization,
+            read_weights=True,
+            timeout_s=_TIMEOUT_S,
+            startup_timeout_s=_TIMEOUT_S,
+        ) as engine:
+            for start in range(0, len(requests), _PART):
+                yield engine.generate(requests[start : start + _PART], settings)
+
+    def close(self) -> None:
+        """Nothing is open between two calls of `sample`."""
+
+
+class ServerSampler:
+    """The servers of an external teacher."""
+
+    beside_training = True
+
+    def __init__(self, urls: Sequence[str], needs: Needs, place: Path) -> None:
+        """Connect and probe.
+
+        Args:
+            place: directory of the cache, where canaries are kept.
+        """
+        self._servers = TeacherServers(urls, needs, timeout_s=_TIMEOUT_S, max_concurrency=_CONCURRENCY)
+        try:
+            self.identity = known_teacher(place, self._servers.probed, needs.probe)
+        except BaseException:
+            self._servers.close()
+            raise
+
+    def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> Iterator[list[Completion]]:
+        for start in range(0, len(requests), _PART):
+            yield self._servers.generate(requests[start : start + _PART], settings)
+
+    def close(self) -> None:
+        self._servers.close()
+
+
+def known_teacher(place: Path, probed: Probed, probe: Sequence[int]) -> str:
+    """The identity of a server's teacher: that of the canary in `place` that its own equals, else a new one, kept."""
+    canary = probed.canary
+    name = hashlib.blake2b(repr((probed.model, list(probe), canary.ids.shape)).encode(), digest_size=8).hexdigest()
+    try:
+        for path in sorted(place.glob(f"teacher-{name}-*.json")):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            there = TopK(np.array(kept["logprobs"], np.float32), np.array(kept["ids"], np.int32))
+            if distance(there, canary) <= _SAME:
+                return f"server {path.stem}"
+        digest = hashlib.blake2b(canary.ids.tobytes() + canary.logprobs.tobytes(), digest_size=8).hexdigest()
+        path = place / f"teacher-{name}-{digest}.json"
+        place.mkdir(parents=True, exist_ok=True)
+        record = {"model": probed.model, "probe": list(probe), "ids": canary.ids.tolist()}
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(record | {"logprobs": canary.logprobs.tolist()}), encoding="utf-8")
+        unfinished.rename(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RolloutError(
+            f"the canaries of teacher servers in {place} cannot be read or written ({error}); give another "
+            "--teacher_samples_cache"
+        ) from error
+    return f"server {path.stem}"

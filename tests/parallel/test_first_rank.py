@@ -1,0 +1,83 @@
+"""Work on the first rank: everybody has the result or the error, and waiting is longer than a collective may last."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_gkd.errors import ConfigError, DataError, RolloutError
+from megatron_gkd.parallel.first_rank import InThread, on_first_rank
+from tests.ranks import run_ranks
+
+
+def results() -> tuple[list[Any], list[int]]:
+    """On all ranks, and on the ranks 1 and 2 alone, whose first is rank 1."""
+    calls: list[int] = []
+
+    def work() -> Any:
+        calls.append(dist.get_rank())
+        return {"from": dist.get_rank()}
+
+    world = dist.group.WORLD
+    assert world is not None
+    found = [on_first_rank(work, world)]
+    part = dist.new_group([1, 2])
+    if dist.get_rank() > 0:
+        found.append(on_first_rank(work, part))
+    return found, calls
+
+
+def test_every_rank_has_what_the_first_found() -> None:
+    first, second, third = run_ranks(results, world=3)
+    assert first == ([{"from": 0}], [0])
+    assert second == ([{"from": 0}, {"from": 1}], [1])
+    assert third == ([{"from": 0}, {"from": 1}], [])
+
+
+def failures() -> list[tuple[str, str]]:
+    def fail(error: Exception) -> Any:
+        raise error
+
+    world, found = dist.group.WORLD, []
+    assert world is not None
+    for raised in (DataError("bad row 7"), OSError(28, "disk full"), ValueError()):
+        try:
+            on_first_rank(lambda raised=raised: fail(raised), world)  # type: ignore[misc]
+        except Exception as error:
+            found.append((type(error).__name__, str(error)))
+    assert on_first_rank(lambda: 5, world) == 5, "the group goes on"
+    return found
+
+
+def test_every_rank_raises_the_same() -> None:
+    first, second = run_ranks(failures, world=2)
+    assert first == [("DataError", "bad row 7"), ("OSError", "[Errno 28] disk full"), ("ValueError", "")]
+    assert second == [(RolloutError.__name__, text) for text in ("bad row 7", "[Errno 28] disk full", "ValueError()")]
+
+
+def longer_than_a_collective() -> str:
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    return on_first_rank(lambda: time.sleep(3) or "done", group, every_s=0.2)
+
+
+def test_the_others_wait_longer_than_a_collective_may_last() -> None:
+    assert run_ranks(longer_than_a_collective, world=2, fresh=True) == ["done", "done"]
+
+
+def test_a_group_is_required() -> None:
+    with pytest.raises(ConfigError, match="group=None was given"):
+        on_first_rank(lambda: 1, None)  # type: ignore[arg-type]
+
+
+def test_a_call_in_a_thread() -> None:
+    call = InThread(lambda: time.sleep(0.2) or 7, "test")
+    assert not call.done
+    assert call.result() == 7
+    assert call.done
+    failing = InThread(lambda: [][1], "test")
+    with pytest.raises(IndexError):
+        failing.result()
