@@ -27,11 +27,17 @@ from megatron_gkd.rollout.protocol import Request
 from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.schedule import Sampled, make_samples, plan_step, sample_sources
 from megatron_gkd.train.checkpoint import (
+    Checkpoints,
     TrainerState,
-    find_checkpoint,
+    check_writable,
+    choose_checkpoint,
+    describe_run,
+    is_hf_directory,
     load_checkpoint,
+    load_initial_weights,
     read_rollouts,
-    save_checkpoint,
+    set_aside_later,
+    starts_over,
 )
 from megatron_gkd.train.evaluate import evaluate
 from megatron_gkd.train.sampling import engine_length
@@ -48,7 +54,7 @@ def run_training(config: RunConfig) -> None:
     run_dir = Path(config.checkpoint.save)
     _check_run_dir(config, run_dir)
     run = build_run(config)
-    state = _resume(run)
+    state = _resume(run, run_dir)
     if run.is_writer:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
@@ -75,17 +81,25 @@ def run_training(config: RunConfig) -> None:
 def _train(run: Run, run_dir: Path, state: TrainerState, writers: _Writers) -> None:
     """All steps, with evaluations and checkpoints."""
     config, train_iters = run.config, run.student.train_iters
+    checkpoints = Checkpoints(
+        run_dir,
+        description=describe_run(config, run.student, run.platform.kind),
+        keep=config.checkpoint.save_total_limit,
+        in_background=config.checkpoint.async_save,
+    )
     if state.step == 0:
         _evaluate(run, writers, step=0)
     with Progress(train_iters, done_steps=state.step, enabled=run.is_writer) as progress:
         while state.step < train_iters:
             state = _train_step(run, state, writers, progress)
+            checkpoints.poll()
             last = state.step == train_iters
             if last or (config.logging.eval_steps and state.step % config.logging.eval_steps == 0):
                 _evaluate(run, writers, step=state.step)
             if last or state.step % config.checkpoint.save_steps == 0:
                 rollouts = None if run.rollouts is None else run.rollouts.state()
-                save_checkpoint(run_dir, run.student, state, keep=config.checkpoint.save_total_limit, rollouts=rollouts)
+                checkpoints.save(run.student, state, rollouts=rollouts)
+    checkpoints.finish()
 
 
 class Draw(NamedTuple):
@@ -197,22 +211,43 @@ def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
 def _check_run_dir(config: RunConfig, run_dir: Path) -> None:
     """Refuse, on every rank and before any work, to write over an earlier run or over its exported student."""
     record = run_dir / "metrics.jsonl"
-    if config.checkpoint.load is None and record.exists() and record.stat().st_size > 0:
+    load = config.checkpoint.load
+    if (load is None or is_hf_directory(load)) and record.exists() and record.stat().st_size > 0:
         raise ConfigError(f"{record} holds an earlier run; give another --save, or --load it to resume")
     if config.checkpoint.save_hf:
         check_destination(run_dir / "hf")
+    check_writable(run_dir / "checkpoints")
 
 
-def _resume(run: Run) -> TrainerState:
+def _resume(run: Run, run_dir: Path) -> TrainerState:
     """The state to start from: the checkpoint's that `--load` names, or the beginning."""
+    state = _start(run, run_dir)
+    set_aside_later(run_dir, state.step)
+    return state
+
+
+def _start(run: Run, run_dir: Path) -> TrainerState:
     assert run.rows is not None
     sharded = run.config.parallel.use_distributed_optimizer
     beginning = TrainerState(0, 0, run.rows.fingerprint(), repr(run.architecture), sharded)
-    load = run.config.checkpoint.load
-    if load is None:
+    options = run.config.checkpoint
+    if options.load is None:
         return beginning
-    checkpoint = find_checkpoint(load)
-    state = load_checkpoint(checkpoint, run.student, expected=beginning)
+    if is_hf_directory(options.load):
+        load_initial_weights(options.load, run.student, run.architecture)
+        return beginning
+    if starts_over(options.load, run_dir):
+        logger.warning("--load %s: no checkpoint there yet; STARTING FROM THE BEGINNING", options.load)
+        return beginning
+    checkpoint = choose_checkpoint(options.load, verify=options.verify_checkpoint)
+    state = load_checkpoint(
+        checkpoint,
+        run.student,
+        expected=beginning,
+        description=describe_run(run.config, run.student, run.platform.kind),
+        allow_changed_config=options.allow_changed_config,
+        seed=run.config.training.seed,
+    )
     if run.rollouts is not None:
         run.rollouts.load_state(read_rollouts(checkpoint))
     if run.is_writer:

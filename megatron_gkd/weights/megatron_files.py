@@ -38,7 +38,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -53,6 +53,7 @@ from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, unw
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import check_manifest, fill, parameter_plan, stored_bytes
 from megatron_gkd.weights.plan import cut
+from megatron_gkd.weights.safe_files import SafeReader
 
 log = logging.getLogger(__name__)
 
@@ -129,11 +130,8 @@ class MegatronCheckpoint:
     ) -> None:
         self.path = Path(path)
         self._vocab_size = arch.vocab_size
-        self._reader = FileSystemReader(self.path)
-        try:
-            metadata = self._reader.read_metadata()
-        except Exception as error:  # a pickle that is damaged can raise anything
-            raise CheckpointError(f"{self.path}/.metadata is missing or damaged: {error!r}") from error
+        self._reader = SafeReader(self.path)
+        metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=False)
         self._stored = {
             key: value
