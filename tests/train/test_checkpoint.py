@@ -22,27 +22,10 @@ from megatron_gkd.errors import CheckpointError
 from megatron_gkd.train.checkpoint import complete_checkpoints, files, find_checkpoint, read_state
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import RankFailureError, run_ranks
+from tests.train.checkpoint_runs import FLAGS, SAVED_AT, STEPS, assert_same_bits, checkpoint_of, write_inputs
 from tests.train.runs import command_line, exported, metrics, train, train_on_this_rank
 from tests.train.trainers import write_rows
 
-STEPS, SAVED_AT = 6, 3
-# adam_eps near the gradients' size: with 1e-8 the smallest gradients, which are rounding, move weights by full steps.
-FLAGS: dict[str, Any] = dict(
-    lmbda=0,
-    sft_alpha=0.5,
-    micro_batch_size=1,
-    global_batch_size=8,
-    train_iters=STEPS,
-    lr=3e-3,
-    min_lr=1e-4,
-    lr_warmup_fraction=0.34,
-    adam_eps=1e-4,
-    clip_grad=0.1,
-    save_steps=SAVED_AT,
-    report_to="none",
-    device="cpu",
-    eval_steps=SAVED_AT,
-)
 HOME: dict[str, Any] = dict(tensor=2, pipeline=2)
 
 
@@ -53,18 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def inputs(root: Path) -> dict[str, Any]:
-    """Models and data; 4 key/value heads, so that TP4 divides them. 21 rows: the epochs end within batches."""
-    sizes: dict[str, Any] = dict(hidden_size=32, ffn_hidden_size=48, kv_heads=4)
-    student = write_tiny_checkpoint(root / "student", "qwen3", tied=True, seed=1, **sizes)
-    teacher = write_tiny_checkpoint(root / "teacher", "qwen3", tied=False, layers=2, seed=2, **sizes)
-    return dict(
-        model=student,
-        teacher_model=teacher,
-        teacher_tensor=1,
-        teacher_pipeline=1,
-        dataset=[write_rows(root / "rows.jsonl", 21)],
-        eval_dataset=[write_rows(root / "held_out.jsonl", 5, seed=9)],
-    )
+    return write_inputs(root)
 
 
 @pytest.fixture(scope="module")
@@ -75,19 +47,6 @@ def whole(root: Path, inputs: dict[str, Any]) -> dict[bool, Path]:
         sharded: train(world=4, **inputs, **FLAGS, **layout, sharded=sharded, save=root / f"whole_{sharded}")
         for sharded, layout in layouts.items()
     }
-
-
-def checkpoint_of(run_dir: Path, step: int = SAVED_AT) -> Path:
-    return run_dir / "checkpoints" / f"step_{step:08d}"
-
-
-def assert_same_bits(resumed: Path, whole: Path, first_step: int) -> None:
-    assert metrics(resumed, first_step=first_step) == metrics(whole, first_step=first_step)
-    evaluations = [metrics(run, first_step=first_step, file="evaluation.jsonl") for run in (resumed, whole)]
-    assert evaluations[0] == evaluations[1] != []
-    ours, theirs = exported(resumed), exported(whole)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
@@ -237,7 +196,7 @@ def lose_common(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_state, "state.json has 17 bytes, its manifest says"),
+        (damage_state, "state.json has 18 bytes, its manifest says"),
         (drop_a_field, "state.json has"),
         (lose_tensors, "distcp cannot be read .No such file"),
         (lose_common, "common.pt cannot be read .No such file"),
