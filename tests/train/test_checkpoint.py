@@ -103,6 +103,20 @@ def test_a_run_goes_on_in_another_layout(
         assert (weights[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
 
 
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "whole"])
+@pytest.mark.parametrize("layout", ["PP4", "TP4 SP", "DP4"])
+def test_every_layout_exports_the_same_bits(
+    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool, layout: str
+) -> None:
+    """Loaded after the last step, nothing is left to train: what is exported is what was loaded."""
+    flags = FLAGS | OTHERS[layout] | dict(eval_steps=100)
+    source = checkpoint_of(whole[sharded], STEPS)
+    run_dir = train(world=4, **inputs, **flags, sharded=sharded, save=tmp_path / "run", load=source)
+    ours, theirs = exported(run_dir), exported(whole[sharded])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 # ---- the directory --------------------------------------------------------------------------------------------------
 
 
