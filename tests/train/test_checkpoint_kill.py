@@ -65,7 +65,7 @@ class Zygote:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(70)
+        self.process.wait(310)
         self.errors.close()
 
 
@@ -99,6 +99,7 @@ def check_what_is_left(root: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_runs_end_up_as_the_uninterrupted_one(
     tmp_path: Path, inputs: dict[str, Any], zygote: Zygote, layout: str
