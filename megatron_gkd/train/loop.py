@@ -230,23 +230,23 @@ def _start(run: Run, run_dir: Path) -> TrainerState:
     assert run.rows is not None
     sharded = run.config.parallel.use_distributed_optimizer
     beginning = TrainerState(0, 0, run.rows.fingerprint(), repr(run.architecture), sharded)
-    options = run.config.checkpoint
-    if options.load is None:
+    config, load = run.config, run.config.checkpoint.load
+    if load is None:
         return beginning
-    if is_hf_directory(options.load):
-        load_initial_weights(options.load, run.student, run.architecture)
+    if is_hf_directory(load):
+        load_initial_weights(load, run.student, run.architecture)
         return beginning
-    if starts_over(options.load, run_dir):
-        logger.warning("--load %s: no checkpoint there yet; STARTING FROM THE BEGINNING", options.load)
+    if starts_over(load, run_dir):
+        logger.warning("--load %s: no checkpoint there yet; STARTING FROM THE BEGINNING", load)
         return beginning
-    checkpoint = choose_checkpoint(options.load, verify=options.verify_checkpoint)
+    checkpoint = choose_checkpoint(load, verify=config.checkpoint.verify_checkpoint)
     state = load_checkpoint(
         checkpoint,
         run.student,
         expected=beginning,
-        description=describe_run(run.config, run.student, run.platform.kind),
-        allow_changed_config=options.allow_changed_config,
-        seed=run.config.training.seed,
+        description=describe_run(config, run.student, run.platform.kind),
+        allow_changed_config=config.checkpoint.allow_changed_config,
+        seed=config.training.seed,
     )
     if run.rollouts is not None:
         run.rollouts.load_state(read_rollouts(checkpoint))

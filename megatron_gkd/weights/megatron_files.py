@@ -2,7 +2,7 @@
 
 The names, shapes and offsets of the shards come from `GPTModel.sharded_state_dict` of a SKELETON: this rank's model
 chunks on the meta device (`build_skeleton`), which hold no memory. So the files are exactly those that megatron-core
-writes for such a model, whatever the layout, and train/checkpoint.py's names; only the values arrive later:
+writes for such a model, whatever the layout, and train/checkpoint's names; only the values arrive later:
 
     writing   each shard is read from the Hugging Face files when its turn to be written comes, and dropped,
     reading   a parameter is put together from the stored chunks that overlap it when the export asks for it.
@@ -210,7 +210,7 @@ class MegatronCheckpoint:
 
 
 def _sharded_state(chunks: Sequence[Any], groups: ProcessGroupCollection) -> dict[str, Any]:
-    """As train/checkpoint.py's, of the model alone."""
+    """As train/checkpoint/sharded.py's, of the model alone."""
     metadata = {"dp_cp_group": groups.dp_cp}
     return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
 

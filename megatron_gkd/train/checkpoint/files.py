@@ -31,6 +31,7 @@ from megatron_gkd.errors import CheckpointError
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest"
 _PIECE_BYTES: Final = 2**22
+_PROBE: Final = ".probe_"
 _UNFINISHED: Final = (".writing_*", ".deleting_*")
 
 
@@ -105,7 +106,7 @@ def check_writable(directory: Path) -> None:
     """Make the directory and write to it. Raises CheckpointError, before work is lost, where that fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe_") as probe:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=_PROBE) as probe:
             probe.write(b"probe")
             probe.flush()
     except OSError as error:
@@ -220,7 +221,9 @@ def keep_newest(root: Path, keep: int | None) -> None:
 
 
 def remove_unfinished(root: Path) -> None:
-    """What interrupted saves and deletions left."""
+    """What interrupted saves, deletions and probes left."""
+    for probe in root.glob(f"{_PROBE}*"):
+        probe.unlink()
     for pattern in _UNFINISHED:
         for leftover in root.glob(pattern):
             shutil.rmtree(leftover)
