@@ -103,10 +103,12 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Make the directory and write to it. Raises CheckpointError, before work is lost, where that fails."""
+    """Write to the directory, or where it would be made, and leave nothing. Raises CheckpointError, before work is
+    lost, where that fails.
+    """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=_PROBE) as probe:
+        there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        with tempfile.NamedTemporaryFile(dir=there, prefix=_PROBE) as probe:
             probe.write(b"probe")
             probe.flush()
     except OSError as error:
