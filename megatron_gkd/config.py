@@ -321,8 +321,22 @@ class CheckpointConfig(Section):
     """Run directory and checkpoints."""
 
     save: str = setting("runs/gkd", "Run directory: configuration, metrics, checkpoints, exported student.")
-    load: str | None = setting(None, "Run directory or checkpoint to resume from.")
+    load: str | None = setting(
+        None,
+        "Run directory (its newest undamaged checkpoint) or checkpoint to resume from; or a Hugging Face model "
+        "directory with the weights to start from.",
+    )
+    verify_checkpoint: Literal["full", "sizes"] = setting(
+        "full",
+        "Before loading: read every file of the checkpoint and compare it with its checksum, or compare sizes alone.",
+    )
+    allow_changed_config: bool = setting(
+        False, "Resume although flags that change the numbers differ from those of the run that saved."
+    )
     save_steps: int = setting(500, "Save a checkpoint every this many steps, and at the end.", ge=1)
+    async_save: bool = setting(
+        False, "Write checkpoints while training goes on; it stops only for a copy in host memory."
+    )
     save_total_limit: int | None = setting(None, "Keep this many newest checkpoints; null: all.", ge=1)
     save_hf: bool = setting(True, "Export the student as a Hugging Face model directory at the end.")
 

@@ -71,6 +71,20 @@ def test_bench_rollout(tmp_path):
     assert all(f"| {name} |" in result.stdout for name in rows)
 
 
+def test_bench_checkpoint(tmp_path):
+    out = tmp_path / "checkpoint.json"
+    result = _run("benchmarks.bench_checkpoint", "--quick", "--dir", str(tmp_path), "--json", str(out))
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["method"] for row in report["rows"]] == ["write", "save", "stop", "read", "hash", "verify", "load"]
+    for row in report["rows"]:
+        assert 0 < row["wall_s"]["p20"] <= row["wall_s"]["median"] <= row["wall_s"]["p80"]
+        assert ("of_plain" in row) == (row["method"] not in ("read", "write"))
+        assert f"| {row['method']} |" in result.stdout
+    assert report["rows"][2]["of_save"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.json"], "what was written is gone"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)
 def test_recorded_results_can_be_read(path):
     report = json.loads(path.read_text(encoding="utf-8"))

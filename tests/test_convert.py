@@ -96,7 +96,7 @@ def test_experts_there_and_back(tmp_path: Path, family: str, options: dict[str, 
 
 
 def run_own_loader(source: str, converted: str, layout: Layout) -> list[str]:
-    """Load the conversion with megatron-core's loader, as train/checkpoint.py does, and compare the parameters."""
+    """Load the conversion with megatron-core's own loader and compare the parameters."""
     with megatron():
         expected = load_model(Path(source), layout)
         groups = groups_of(layout)

@@ -20,15 +20,10 @@ from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers
-from megatron_gkd.train.checkpoint import (
-    TrainerState,
-    find_checkpoint,
-    load_checkpoint,
-    read_rollouts,
-    save_checkpoint,
-)
+from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
 from megatron_gkd.train.evaluate import evaluate
 from megatron_gkd.train.plans import evaluates_after, saves_after
+from megatron_gkd.train.resume import open_checkpoints, resume
 from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.setup import Run, TeacherRun, build
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
@@ -47,13 +42,14 @@ def run_training(config: RunConfig) -> None:
     if isinstance(run, TeacherRun):
         serve_training(run)
         return
-    state = _resume(run)
+    state = resume(run)
+    set_aside_later(run_dir, state.step)
     if run.is_writer:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
     writers = _Writers(run, run_dir, first_step=state.step + 1 if config.checkpoint.load else None)
     try:
-        _train(run, run_dir, state, writers)
+        _train(run, state, writers)
     finally:
         run.teacher.close()
         if run.rollouts is not None:
@@ -73,19 +69,21 @@ def run_training(config: RunConfig) -> None:
         logger.info("done: %d steps; run directory %s", run.student.train_iters, run_dir)
 
 
-def _train(run: Run, run_dir: Path, state: TrainerState, writers: _Writers) -> None:
+def _train(run: Run, state: TrainerState, writers: _Writers) -> None:
     """All steps, with evaluations and checkpoints."""
-    config, train_iters = run.config, run.student.train_iters
+    config, train_iters, checkpoints = run.config, run.student.train_iters, open_checkpoints(run)
     if state.step == 0:
         _evaluate(run, writers, step=0)
     with Progress(train_iters, done_steps=state.step, enabled=run.is_writer) as progress:
         while state.step < train_iters:
             state = _train_step(run, state, writers, progress)
+            checkpoints.poll()
             if evaluates_after(config, state.step, train_iters):
                 _evaluate(run, writers, step=state.step)
             if saves_after(config, state.step, train_iters):
                 rollouts = None if run.rollouts is None else run.rollouts.state()
-                save_checkpoint(run_dir, run.student, state, keep=config.checkpoint.save_total_limit, rollouts=rollouts)
+                checkpoints.save(run.student, state, rollouts=rollouts)
+    checkpoints.finish()
 
 
 def _ask_ahead(run: Run, step: int) -> None:
@@ -154,26 +152,12 @@ def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
 def _check_run_dir(config: RunConfig, run_dir: Path) -> None:
     """Refuse, on every rank and before any work, to write over an earlier run or over its exported student."""
     record = run_dir / "metrics.jsonl"
-    if config.checkpoint.load is None and record.exists() and record.stat().st_size > 0:
+    load = config.checkpoint.load
+    if (load is None or is_hf_directory(load)) and record.exists() and record.stat().st_size > 0:
         raise ConfigError(f"{record} holds an earlier run; give another --save, or --load it to resume")
     if config.checkpoint.save_hf:
         check_destination(run_dir / "hf")
-
-
-def _resume(run: Run) -> TrainerState:
-    """The state to start from: the checkpoint's that `--load` names, or the beginning."""
-    assert run.plans is not None
-    beginning = run.plans.before_training(run.architecture)
-    load = run.config.checkpoint.load
-    if load is None:
-        return beginning
-    checkpoint = find_checkpoint(load)
-    state = load_checkpoint(checkpoint, run.student, expected=beginning)
-    if run.rollouts is not None:
-        run.rollouts.load_state(read_rollouts(checkpoint))
-    if run.is_writer:
-        logger.info("resumed from %s: %d steps done", checkpoint, state.step)
-    return state
+    check_writable(run_dir / "checkpoints")
 
 
 class _Writers:

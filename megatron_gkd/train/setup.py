@@ -77,12 +77,14 @@ class TeacherRun:
     """The parts of a run on a rank that the teacher has to itself."""
 
     config: RunConfig
+    platform: platform.Platform
     architecture: Architecture  # the student's
     teacher: TeacherPipeline
     plans: StepPlans | None  # None for an evaluation alone
     student_layout: Layout
     eval_rows: Rows | None
     train_iters: int
+    student: None = None
 
 
 def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
@@ -124,7 +126,7 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
         assert isinstance(teacher, TeacherPipeline)
         plans = _plans(inputs, None, teacher_samples, everyone)
         student_arch, layout = inputs.student_arch, inputs.student_layout
-        return TeacherRun(config, student_arch, teacher, plans, layout, inputs.eval_rows, inputs.train_iters)
+        return TeacherRun(config, where, student_arch, teacher, plans, layout, inputs.eval_rows, inputs.train_iters)
     head = _teacher_head(inputs, where, groups, teacher)
     loss = DistillationLoss(config.distillation, tp_group=groups.tp, vocab_size=inputs.vocab_size, teacher_head=head)
     logger.info("student %s, %s; teacher %s", inputs.student_arch.model_type, student.layout.describe(), _told(inputs))

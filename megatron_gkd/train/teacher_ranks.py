@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_gkd.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from megatron_gkd.train.checkpoint import set_aside_later
 from megatron_gkd.train.plans import evaluates_after, evaluation_plans, saves_after
+from megatron_gkd.train.resume import open_checkpoints, resume
 from megatron_gkd.train.setup import TeacherRun
 from megatron_gkd.train.step import teacher_signals
 
@@ -19,19 +20,21 @@ from megatron_gkd.train.step import teacher_signals
 def serve_training(run: TeacherRun) -> None:
     """All steps of the run, from the one that `--load` resumes at. Collective over all ranks."""
     assert run.plans is not None
-    config, state = run.config, run.plans.before_training(run.architecture)
-    if config.checkpoint.load is not None:
-        state = load_checkpoint(find_checkpoint(config.checkpoint.load), None, expected=state)
+    config, state = run.config, resume(run)
+    set_aside_later(Path(config.checkpoint.save), state.step)
+    checkpoints = open_checkpoints(run)
     if state.step == 0:
         serve_evaluation(run)
     while state.step < run.train_iters:
         plan = run.plans.plan(state.step)
         teacher_signals(run.teacher, plan, packing=config.data.packing)
         state = replace(state, step=state.step + 1, consumed_samples=state.consumed_samples + len(plan.samples))
+        checkpoints.poll()
         if evaluates_after(config, state.step, run.train_iters):
             serve_evaluation(run)
         if saves_after(config, state.step, run.train_iters):
-            save_checkpoint(Path(config.checkpoint.save), None, state, keep=config.checkpoint.save_total_limit)
+            checkpoints.save(None, state)
+    checkpoints.finish()
     run.teacher.close()
 
 

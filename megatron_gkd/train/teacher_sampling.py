@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.errors import RolloutError
+from megatron_gkd.errors import CheckpointError, RolloutError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.rollout.completion_cache import CompletionCache, prompt_seed
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
@@ -37,7 +37,7 @@ from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.teacher_server.probes import Needs, Probed
 from megatron_gkd.teacher_server.servers import TeacherServers
 from megatron_gkd.teacher_server.wire import TopK, distance
-from megatron_gkd.train.checkpoint import find_checkpoint, read_state
+from megatron_gkd.train.checkpoint import find_checkpoint, is_hf_directory, read_state
 from megatron_gkd.train.draws import draw_step
 from megatron_gkd.train.sampling import check_prompts, engine_length, stop_tokens
 from megatron_gkd.train.teacher_samples import Sampler, Store, TeacherSamples
@@ -67,7 +67,7 @@ def build_teacher_samples(
         needs: what the run asks of its teacher servers; None for a local teacher.
         group: all ranks of the run.
     """
-    sampling, load = config.sampling, config.checkpoint.load
+    sampling = config.sampling
     directory = config.teacher.teacher_model or config.model.model
     length = min(engine_length(config, read_architecture(path)) for path in (config.model.model, directory))
     check_prompts(rows, length, of_teacher=True)
@@ -91,8 +91,19 @@ def build_teacher_samples(
         train_iters=config.training.num_steps(len(rows)),
         window=config.teacher_sampling.teacher_sampling_steps if needs is None else 1,
     )
-    samples.begin(0 if load is None else read_state(find_checkpoint(load)).step)
+    samples.begin(_first_step(config.checkpoint.load))
     return samples
+
+
+def _first_step(load: str | None) -> int:
+    """Where the run will go on. Of a checkpoint that cannot be read the resume has more to say; until then nothing is
+    known, and sampling begins with the first step."""
+    if load is None or is_hf_directory(load):
+        return 0
+    try:
+        return read_state(find_checkpoint(load)).step
+    except CheckpointError:
+        return 0
 
 
 def teacher_requests(config: RunConfig, rows: Rows, step: int, longest: int) -> list[Request]:

@@ -2,7 +2,7 @@
 
 The names, shapes and offsets of the shards come from `GPTModel.sharded_state_dict` of a SKELETON: this rank's model
 chunks on the meta device (`build_skeleton`), which hold no memory. So the files are exactly those that megatron-core
-writes for such a model, whatever the layout, and train/checkpoint.py's names; only the values arrive later:
+writes for such a model, whatever the layout, and train/checkpoint's names; only the values arrive later:
 
     writing   each shard is read from the Hugging Face files when its turn to be written comes, and dropped,
     reading   a parameter is put together from the stored chunks that overlap it when the export asks for it.
@@ -38,7 +38,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -53,6 +53,7 @@ from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, unw
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import check_manifest, fill, parameter_plan, stored_bytes
 from megatron_gkd.weights.plan import cut
+from megatron_gkd.weights.safe_files import SafeReader
 
 log = logging.getLogger(__name__)
 
@@ -129,11 +130,8 @@ class MegatronCheckpoint:
     ) -> None:
         self.path = Path(path)
         self._vocab_size = arch.vocab_size
-        self._reader = FileSystemReader(self.path)
-        try:
-            metadata = self._reader.read_metadata()
-        except Exception as error:  # a pickle that is damaged can raise anything
-            raise CheckpointError(f"{self.path}/.metadata is missing or damaged: {error!r}") from error
+        self._reader = SafeReader(self.path)
+        metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=False)
         self._stored = {
             key: value
@@ -212,7 +210,7 @@ class MegatronCheckpoint:
 
 
 def _sharded_state(chunks: Sequence[Any], groups: ProcessGroupCollection) -> dict[str, Any]:
-    """As train/checkpoint.py's, of the model alone."""
+    """As train/checkpoint/sharded.py's, of the model alone."""
     metadata = {"dp_cp_group": groups.dp_cp}
     return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
 

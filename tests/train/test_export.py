@@ -22,7 +22,7 @@ from megatron_gkd.data.collate import collate
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
 from megatron_gkd.records import MicroBatch, Sample
-from megatron_gkd.train.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from megatron_gkd.train.checkpoint import TrainerState, describe_run, load_checkpoint, save_checkpoint
 from megatron_gkd.train.loop import run_training
 from megatron_gkd.train.setup import Run, build_run
 from megatron_gkd.weights.hf_files import HFCheckpoint
@@ -86,7 +86,8 @@ def run_load_and_logits(argv: list[str], checkpoint: str) -> torch.Tensor | None
     config = parse_run_config(argv, command="train")
     with megatron():
         run = build_run(config)
-        load_checkpoint(Path(checkpoint), run.student, expected=state_of(run, config))
+        description = describe_run(config, run.student, "cpu")
+        load_checkpoint(Path(checkpoint), run.student, expected=state_of(run, config), description=description)
         return logits(run)
 
 
@@ -95,7 +96,8 @@ def run_untrained(argv: list[str], run_dir: str) -> None:
     config = parse_run_config(argv, command="train")
     with megatron():
         run = build_run(config)
-        save_checkpoint(run_dir, run.student, state_of(run, config, step=config.training.train_iters))
+        state = state_of(run, config, step=config.training.train_iters)
+        save_checkpoint(run_dir, run.student, state, description=describe_run(config, run.student, "cpu"))
         run_training(config)
 
 

@@ -1,0 +1,246 @@
+"""The directory of a run's checkpoints: names, durable writing, manifest, removal. No torch, no ranks.
+
+    SAVE/checkpoints/step_00000010/     complete: it holds `manifest.json`, which is written last, and was renamed whole
+    SAVE/checkpoints/latest             the name of the newest one, for readers; written after the rename
+    SAVE/checkpoints/.writing_step_*    being written, or left by a save that was interrupted
+    SAVE/checkpoints/.deleting_step_*   being deleted, or left by a deletion that was interrupted
+    SAVE/checkpoints/.replaced_step_*   of a continuation that the run has left, by resuming from before it
+
+The manifest names every other file of the checkpoint with its size and SHA-256 (1.4 GB/s a core; a CRC is twice as
+fast, but two files of an old and a new state may share one). It finds damage, not forgery: who can write the files can
+write the manifest.
+
+Nothing with a hidden name is ever taken for a checkpoint. All functions are local and act on one machine's view.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from megatron_gkd.errors import CheckpointError
+
+MANIFEST: Final = "manifest.json"
+LATEST: Final = "latest"
+_PIECE_BYTES: Final = 2**22
+_PROBE: Final = ".probe_"
+_UNFINISHED: Final = (".writing_*", ".deleting_*")
+
+
+class Entry(NamedTuple):
+    """What the manifest says of a file."""
+
+    num_bytes: int
+    sha256: str
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return root / f"step_{step:08d}"
+
+
+def writing_path(root: Path, step: int) -> Path:
+    """Where it is while it is written."""
+    return root / f".writing_step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Directories `step_N`, oldest first."""
+    return sorted((d for d in root.glob("step_*") if d.name[5:].isdigit() and d.is_dir()), key=step_of)
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Those that hold a manifest, oldest first."""
+    return [d for d in checkpoints(root) if (d / MANIFEST).is_file()]
+
+
+# ---- durable writing ------------------------------------------------------------------------------------------------
+
+
+def sync_directory(path: Path) -> None:
+    """Flush the names in a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file that somebody else has written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write beside, flush to disk, rename, flush the directory: the file holds the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_directory(path.parent)
+
+
+def check_writable(directory: Path) -> None:
+    """Write to the directory, or where it would be made, and leave nothing. Raises CheckpointError, before work is
+    lost, where that fails.
+    """
+    try:
+        there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        with tempfile.NamedTemporaryFile(dir=there, prefix=_PROBE) as probe:
+            probe.write(b"probe")
+            probe.flush()
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} cannot be written ({error.strerror or error}), so no checkpoint could be saved: give another "
+            "--save, or make it writable"
+        ) from error
+
+
+def describe_failure(error: BaseException, directory: Path) -> str:
+    """An error of a save as one line, with what to do."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with contextlib.suppress(OSError):
+            text += f"; {shutil.disk_usage(directory).free / 1e9:.1f} GB are free there"
+        text += ": make room, or give --save_total_limit"
+    return text
+
+
+# ---- manifest -------------------------------------------------------------------------------------------------------
+
+
+def hash_file(path: Path) -> Entry:
+    """Read a file whole: its size and checksum."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+            num_bytes += len(piece)
+    return Entry(num_bytes, digest.hexdigest())
+
+
+def write_manifest(checkpoint: Path, entries: Mapping[str, Entry]) -> None:
+    """Say what the checkpoint consists of; makes it complete."""
+    files = {name: {"bytes": e.num_bytes, "sha256": e.sha256} for name, e in sorted(entries.items())}
+    write_durably(checkpoint / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1))
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Entry]:
+    """Raises CheckpointError for a missing or damaged one."""
+    path = checkpoint / MANIFEST
+    try:
+        content: Any = json.loads(path.read_text())
+        if content["version"] != 1:
+            raise ValueError(f"version {content['version']}, this program reads version 1")
+        entries = {str(n): Entry(int(e["bytes"]), str(e["sha256"])) for n, e in content["files"].items()}
+        for name in entries:
+            if name in ("", ".", "..") or "/" in name:
+                raise ValueError(f"it names {name!r}, which is no file of the directory")
+        return entries
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({type(error).__name__}: {error})") from error
+
+
+def find_damage(checkpoint: Path, entries: Mapping[str, Entry], *, read: bool) -> str | None:
+    """The first file that is not what the manifest says, in words; `read`: compare contents, not sizes alone."""
+    for name, entry in entries.items():
+        path = checkpoint / name
+        try:
+            num_bytes = path.stat().st_size
+            if num_bytes != entry.num_bytes:
+                return f"{path} has {num_bytes} bytes, its manifest says {entry.num_bytes}"
+            if read and hash_file(path) != entry:
+                return f"{path} has changed since it was written (its SHA-256 is not the manifest's)"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror or error})"
+    return None
+
+
+def shares(entries: Mapping[str, Entry], num_parts: int) -> list[dict[str, Entry]]:
+    """The entries in `num_parts` parts of about equal bytes: largest first, each to the part with the least."""
+    parts: list[dict[str, Entry]] = [{} for _ in range(num_parts)]
+    sizes = [0] * num_parts
+    for name, entry in sorted(entries.items(), key=lambda item: (-item[1].num_bytes, item[0])):
+        smallest = sizes.index(min(sizes))
+        parts[smallest][name] = entry
+        sizes[smallest] += entry.num_bytes
+    return parts
+
+
+# ---- publishing and removal -----------------------------------------------------------------------------------------
+
+
+def publish(written: Path, final: Path) -> None:
+    """Make a checkpoint whose files and manifest are on disk the newest one."""
+    sync_directory(written)
+    if final.exists():
+        _set_aside(final)
+    written.rename(final)
+    sync_directory(final.parent)
+    write_durably(final.parent / LATEST, final.name)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete; interrupted, it leaves nothing that looks complete."""
+    hidden = checkpoint.with_name(f".deleting_{checkpoint.name.lstrip('.')}")
+    checkpoint.rename(hidden)
+    sync_directory(hidden.parent)
+    shutil.rmtree(hidden)
+
+
+def keep_newest(root: Path, keep: int | None) -> None:
+    """Delete all complete checkpoints but the `keep` newest, and with them what was set aside; None: nothing.
+
+    To be called when the newest one is on disk; at least that one stays.
+    """
+    if keep is None:
+        return
+    assert keep >= 1
+    for old in [*complete_checkpoints(root)[:-keep], *root.glob(".replaced_*")]:
+        remove_checkpoint(old)
+
+
+def remove_unfinished(root: Path) -> None:
+    """What interrupted saves, deletions and probes left."""
+    for probe in root.glob(f"{_PROBE}*"):
+        probe.unlink()
+    for pattern in _UNFINISHED:
+        for leftover in root.glob(pattern):
+            shutil.rmtree(leftover)
+
+
+def set_aside_after(root: Path, step: int) -> list[Path]:
+    """Hide every checkpoint of a later step, complete or not: they belong to a continuation that is left, or are
+    damaged. Returns their new paths.
+    """
+    return [_set_aside(checkpoint) for checkpoint in checkpoints(root) if step_of(checkpoint) > step]
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    names = {path.name for path in checkpoint.parent.glob(".replaced_*")}
+    number = next(n for n in range(len(names) + 1) if f".replaced_{checkpoint.name}_{n}" not in names)
+    hidden = checkpoint.with_name(f".replaced_{checkpoint.name}_{number}")
+    checkpoint.rename(hidden)
+    return hidden

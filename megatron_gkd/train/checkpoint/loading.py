@@ -1,0 +1,243 @@
+"""Loading: which checkpoint `--load` means, whether it is whole, and back into the run.
+
+Nothing is read as weights before the checkpoint has been verified, and all ranks decide together: the first rank names
+the candidates, the files are shared over the ranks by size, each rank compares its share with the manifest, and a
+checkpoint is taken when no rank has found damage.
+
+Communication: collective over WORLD, but for `find_checkpoint` and `is_hf_directory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_gkd.architecture import Architecture, read_architecture
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.train.checkpoint import files
+from megatron_gkd.train.checkpoint.agreement import first_problem, from_first, on_first
+from megatron_gkd.train.checkpoint.rng import read_rng, reseed, restore_rng
+from megatron_gkd.train.checkpoint.sharded import restore
+from megatron_gkd.train.checkpoint.state import (
+    RNG_FILE,
+    STATE_FILE,
+    RunDescription,
+    TrainerState,
+    changed_flags,
+    describe_changes,
+    read_run,
+    read_state,
+    refuse_another_run,
+    refuse_changed_flags,
+)
+from megatron_gkd.train.student import Student
+from megatron_gkd.weights.hf_files import HFCheckpoint
+from megatron_gkd.weights.load import load_hf_weights
+from megatron_gkd.weights.safe_files import COMMON_FILE, load_plain, read_metadata
+
+Verify = Literal["full", "sizes"]
+logger = get_logger(__name__)
+
+
+def is_hf_directory(path: str | Path) -> bool:
+    """Whether `--load PATH` names a Hugging Face model directory: weights to start from, no state to go on from."""
+    path = Path(path)
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors")) and not _is_checkpoint(path)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `--load PATH` means, unverified: itself, or the newest of a run directory.
+
+    Raises CheckpointError where there is none.
+    """
+    return _candidates(Path(path))[0]
+
+
+def starts_over(load: str | Path, run_dir: str | Path) -> bool:
+    """Whether `--load` names the run directory itself and nothing was saved there yet: a run that was stopped before
+    its first checkpoint, started again with the same command line.
+    """
+    same = Path(load).resolve() == Path(run_dir).resolve()
+    return on_first(lambda: same and not files.checkpoints(Path(run_dir) / "checkpoints"))
+
+
+def choose_checkpoint(path: str | Path, *, verify: Verify = "full") -> Path:
+    """The checkpoint that `--load PATH` means, verified; collective.
+
+    Of a run directory: the newest that is whole; each that is not is named in a warning. Raises CheckpointError where
+    none is, or where PATH is one checkpoint and it is damaged.
+    """
+    candidates = on_first(lambda: _candidates(Path(path)))
+    problems: list[str] = []
+    for checkpoint in candidates:
+        problem = verify_checkpoint(checkpoint, verify)
+        if problem is None:
+            if problems and dist.get_rank() == 0:
+                logger.warning("--load %s: going on from the OLDER checkpoint %s", path, checkpoint)
+            return checkpoint
+        problems.append(problem)
+        if dist.get_rank() == 0 and not _is_checkpoint(Path(path)):
+            logger.warning("DAMAGED CHECKPOINT SKIPPED: %s: %s", checkpoint.name, problem)
+    raise CheckpointError(
+        f"--load {path}: damaged: {'; '.join(problems)}. Take an older checkpoint with --load, restore the file, or "
+        "start without --load"
+    )
+
+
+def verify_checkpoint(checkpoint: Path, verify: Verify = "full") -> str | None:
+    """What is wrong with the files of a checkpoint; None where they are what the manifest says. Collective."""
+    try:
+        entries = on_first(lambda: files.read_manifest(checkpoint))
+    except CheckpointError as error:
+        return str(error)
+    lacking = sorted({STATE_FILE} - entries.keys())
+    if lacking:
+        return f"{checkpoint / files.MANIFEST} does not name {lacking[0]}"
+    mine = files.shares(entries, dist.get_world_size())[dist.get_rank()]
+    return first_problem(files.find_damage(checkpoint, mine, read=verify == "full"))
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    student: Student | None,
+    *,
+    expected: TrainerState,
+    description: RunDescription,
+    allow_changed_config: bool = False,
+    seed: int = 0,
+) -> TrainerState:
+    """Restore weights, moments, step counts, the position in the schedule and the random states. Hyperparameters are
+    not restored: the configuration's hold.
+
+    Args:
+        student: None on a rank that has none.
+        expected: what the run was configured to be; step and position are not compared.
+        description: of the run that goes on; what changed is refused (state.py) unless `allow_changed_config`.
+        seed: of new random states, in another layout.
+
+    Raises CheckpointError, on all ranks, for a checkpoint of something else, or a damaged one.
+    """
+    state, saved = on_first(lambda: (read_state(checkpoint), read_run(checkpoint)))
+    refuse_another_run(checkpoint, state, expected)
+    description = from_first(description)  # a rank without a student does not know the layout
+    changed = changed_flags(saved.config, description.config)
+    if not allow_changed_config:
+        refuse_changed_flags(checkpoint, changed)
+    check_plain_data(checkpoint)
+    try:
+        restore(checkpoint, student)
+        problem = None
+    # A damaged directory raises many types, among them one that is no Exception.
+    except (Exception, CheckpointException) as error:
+        problem = f"{type(error).__name__}: {error}"
+    problem = first_problem(problem)
+    if problem is not None:
+        raise CheckpointError(f"{checkpoint} cannot be loaded ({problem}): take an older checkpoint with --load")
+    _restore_random_states(checkpoint, student, state, saved, description, seed)
+    if dist.get_rank() == 0:
+        _report(checkpoint, saved, description, describe_changes(changed))
+    return state
+
+
+def check_plain_data(checkpoint: Path) -> None:
+    """Refuse, on all ranks, a checkpoint whose pickled files hold more than plain data; collective."""
+    try:
+        read_metadata(checkpoint / ".metadata")
+        load_plain(checkpoint / COMMON_FILE)
+        problem = None
+    except Exception as error:  # a damaged pickle can raise anything
+        problem = str(error)
+    problem = first_problem(problem)
+    if problem is not None:
+        raise CheckpointError(f"{checkpoint} cannot be loaded ({problem}): take an older checkpoint with --load")
+
+
+def set_aside_later(run_dir: str | Path, step: int) -> None:
+    """The run goes on from `step`: hide its checkpoints of later steps, which belong to a continuation that is left, or
+    are damaged. The first rank acts; collective.
+    """
+
+    moved = on_first(lambda: files.set_aside_after(Path(run_dir) / "checkpoints", step))
+    if moved and dist.get_rank() == 0:
+        logger.warning(
+            "the run goes on from step %d; its checkpoints of later steps are set aside: %s (with --save_total_limit "
+            "they are deleted when the next checkpoint is saved)",
+            step,
+            ", ".join(map(str, moved)),
+        )
+
+
+def load_initial_weights(path: str | Path, student: Student | None, architecture: Architecture) -> None:
+    """Start from the weights of a Hugging Face directory. Raises CheckpointError for another model."""
+    found = read_architecture(path)
+    if found != architecture:
+        raise CheckpointError(
+            f"--load {path} is another model:\n  --load   {found}\n  --model  {architecture}\nGive a directory of the "
+            "same architecture, or give it as --model"
+        )
+    if student is None:
+        return
+    groups = student.groups
+    with HFCheckpoint(path) as checkpoint:
+        load_hf_weights(
+            student.models, checkpoint, architecture, tp_rank=groups.tp.rank(), tp_size=student.layout.tensor
+        )
+    student.optimizer.reload_model_params()
+    if dist.get_rank() == 0:
+        logger.info("starting at step 0 from the weights of %s", path)
+
+
+def _candidates(path: Path) -> list[Path]:
+    """Newest first."""
+    if _is_checkpoint(path):
+        return [path]
+    found = files.checkpoints(path / "checkpoints")
+    if not found:
+        raise CheckpointError(
+            f"--load {path}: no complete checkpoint there; give a run directory (with checkpoints/step_*), one "
+            f"checkpoint directory (with {files.MANIFEST}) or a Hugging Face model directory to start from"
+        )
+    return found[::-1]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return any((path / name).is_file() for name in (files.MANIFEST, STATE_FILE))
+
+
+def _restore_random_states(
+    checkpoint: Path,
+    student: Student | None,
+    state: TrainerState,
+    saved: RunDescription,
+    description: RunDescription,
+    seed: int,
+) -> None:
+    if saved.ranks == description.ranks:
+        restore_rng(read_rng(checkpoint / RNG_FILE, dist.get_rank()))
+        return
+    reseed(seed + state.step, None if student is None else student.groups)
+    if dist.get_rank() == 0:
+        logger.warning(
+            "RANDOM STATES ARE NEW: the checkpoint is of %s on %d ranks (%s), this run is %s on %d (%s); with the same "
+            "layout they would be restored",
+            *saved.ranks,
+            *description.ranks,
+        )
+
+
+def _report(checkpoint: Path, saved: RunDescription, now: RunDescription, changes: str) -> None:
+    if changes:
+        logger.warning("%s was saved with another configuration: %s", checkpoint, changes)
+    versions: Iterable[str] = {**saved.versions, **now.versions}
+    different = [
+        f"{name} {saved.versions.get(name, 'absent')} -> {now.versions.get(name, 'absent')}"
+        for name in versions
+        if saved.versions.get(name) != now.versions.get(name)
+    ]
+    if different:
+        logger.warning("%s was saved with other packages: %s", checkpoint, "; ".join(different))

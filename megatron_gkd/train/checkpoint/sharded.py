@@ -1,0 +1,114 @@
+"""The student's state as megatron-core's dist_checkpointing sees it, and how it comes back into the student.
+
+Weights, optimizer state and learning-rate schedule; the optimizer state in the `fully_reshardable` form, so that TP,
+PP, VPP and DP may change between save and load. A rank without a student (it holds a teacher alone) has an empty state
+and takes part in everything that is collective.
+
+Communication: `sharded_state` gathers the distributed optimizer's shards over the data parallel group;
+`restore` is collective over WORLD (dist_checkpointing plans its reads there).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_gkd.train.student import Student
+from megatron_gkd.weights.safe_files import SafeCommon, SafeTorchDist
+
+
+def sharded_state(student: Student | None, *, is_loading: bool) -> dict[str, Any]:
+    """Model chunks, optimizer and schedule; empty without a student."""
+    if student is None:
+        return {}
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": student.groups.dp_cp,
+    }
+    models = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(student.models)}
+    # One chunk: its own names, as the optimizer knows them; several (virtual pipeline): by chunk.
+    named = next(iter(models.values())) if len(models) == 1 else models
+    return {
+        **models,
+        "optimizer": student.optimizer.sharded_state_dict(named, is_loading=is_loading, metadata=metadata),
+        "scheduler": student.scheduler.state_dict(),
+    }
+
+
+def restore(checkpoint: Path, student: Student | None) -> None:
+    """Read weights, moments, step counts and the position in the schedule into the student. Hyperparameters are not
+    restored: the configuration's hold.
+    """
+    loaded = dist_checkpointing.load(
+        sharded_state(student, is_loading=True),
+        str(checkpoint),
+        sharded_strategy=SafeTorchDist(),
+        common_strategy=SafeCommon(),
+    )
+    if student is None:
+        return
+    for index, model in enumerate(student.models):
+        model.load_state_dict(loaded[f"model{index}"], strict=True)
+    with _TorchAdamStep(student), _OwnHyperparameters(student):
+        student.optimizer.load_state_dict(loaded["optimizer"])
+    student.scheduler.load_state_dict(loaded["scheduler"])
+
+
+class _OwnHyperparameters:
+    """While loading an optimizer: its parameter groups keep the learning rates, decay, betas and epsilon that they were
+    made with. torch and megatron-core put the saved ones in their place, and a flag given to a resumed run would be
+    ignored.
+    """
+
+    _NAMES = ("lr", "max_lr", "min_lr", "weight_decay", "start_wd", "end_wd", "betas", "eps")
+
+    def __init__(self, student: Student) -> None:
+        self.optimizer = student.optimizer
+
+    def __enter__(self) -> None:
+        self.kept = [{n: g[n] for n in self._NAMES if n in g} for g in self.optimizer.param_groups]
+
+    def __exit__(self, *_: object) -> None:
+        for group, kept in zip(self.optimizer.param_groups, self.kept, strict=True):
+            group.update(kept)
+
+
+class _TorchAdamStep:
+    """While loading into the distributed optimizer over torch's AdamW: two faults of megatron-core 0.16 in restoring
+    the step count.
+
+    1. It restores the count first and leaves it out of the tensors of the fully reshardable form, but then copies
+       every entry of the optimizer state from them (`_set_main_param_and_optimizer_states`) and fails on "step".
+    2. It gives all parameters ONE tensor as their count (`load_state_dict`), which each of them then increments in
+       every update: the bias correction runs away, and the resumed run silently differs.
+    """
+
+    def __init__(self, student: Student) -> None:
+        members = getattr(student.optimizer, "chained_optimizers", [student.optimizer])
+        self.members = [
+            m
+            for m in members
+            if hasattr(m, "_set_main_param_and_optimizer_states")
+            and isinstance(m.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        ]
+
+    def __enter__(self) -> None:
+        for member in self.members:
+            original = member._set_main_param_and_optimizer_states
+
+            def with_step(param: Any, tensors: dict[str, Any], member: Any = member, original: Any = original) -> None:
+                group, order = member.model_param_group_index_map[param]
+                main_param = member.optimizer.param_groups[group]["params"][order]
+                original(param, {"step": member.optimizer.state[main_param]["step"], **tensors})
+
+            member._set_main_param_and_optimizer_states = with_step
+
+    def __exit__(self, *_: object) -> None:
+        for member in self.members:
+            del member._set_main_param_and_optimizer_states
+            for state in member.optimizer.state.values():
+                state["step"] = state["step"].clone()

@@ -1,0 +1,179 @@
+"""What a checkpoint says of its run in JSON: `state.json` (where it stopped) and `run.json` (what it was), and what may
+differ between the run that saved and the run that goes on.
+
+Refused always: another architecture, other training rows, the other form of optimizer state: nothing could go on.
+Refused unless `--allow_changed_config`: a flag that changes the numbers of the steps to come. A flag is taken for one
+of those unless it is listed here as free; so a new flag is refused until somebody has thought about it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import torch.distributed as dist
+
+import megatron_gkd
+from megatron_gkd.config import RunConfig, flags
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.settings import show
+from megatron_gkd.train.student import Student
+
+STATE_FILE: Final = "state.json"
+RUN_FILE: Final = "run.json"
+ROLLOUTS_FILE: Final = "rollouts.json"
+RNG_FILE: Final = "rng.safetensors"
+
+_PACKAGES: Final = ("torch", "megatron-core", "transformers", "vllm")
+
+# Sections and flags that a resumed run may set otherwise: where files are, what is reported, how the same numbers are
+# computed (up to rounding), and what is checked on its own (--model by its architecture, --dataset by its rows).
+_FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel")
+_FREE_FLAGS: Final = frozenset(
+    {
+        *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row"),
+        *("micro_batch_size", "loss_path", "use_liger_kernel"),
+        *("teacher_model_server", "teacher_micro_batch_size", "teacher_micro_batch_tokens", "teacher_timeout_s"),
+        *("teacher_placement", "teacher_world_size", "teacher_nodes", "offload_teacher_model", "signal_memory_gb"),
+        *("teacher_samples_cache", "teacher_sampling_steps"),
+        *("teacher_vllm_tensor_parallel_size", "teacher_vllm_gpu_memory_utilization"),
+        *(f"teacher_{size}_parallel_size" for size in ("tensor_model", "pipeline_model", "context", "expert_model")),
+        *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level"),
+        *("vllm_server_host", "vllm_server_port", "weight_bucket_mb", "verify_sync_every"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a resume needs beside the sharded tensors."""
+
+    step: int  # completed updates
+    consumed_samples: int  # position in the stream of rows
+    data_fingerprint: str  # of the tokenised training rows
+    architecture: str  # repr of the student's Architecture: a checkpoint of another model is refused
+    use_distributed_optimizer: bool  # the two forms of optimizer state are not interchangeable
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What a run is: everything that it was told, with what it ran."""
+
+    config: Mapping[str, Any]  # flag -> value, all of them
+    config_sha256: str
+    versions: Mapping[str, str]  # of the packages that make the numbers
+    layout: str  # of the student
+    world_size: int
+    device: str
+
+    @property
+    def ranks(self) -> tuple[str, int, str]:
+        """What has to be the same for a rank to be the same rank."""
+        return self.layout, self.world_size, self.device
+
+
+def describe_run(config: RunConfig, student: Student | None, device: str) -> RunDescription:
+    """The run that is going on; a rank without a student does not know the layout, and the first rank's counts."""
+    values = config.to_flat()
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    layout = "" if student is None else student.layout.describe()
+    return RunDescription(values, digest, _versions(), layout, dist.get_world_size(), device)
+
+
+def _versions() -> dict[str, str]:
+    found = {"megatron-gkd": megatron_gkd.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def is_free(flag: str) -> bool:
+    """Whether a resumed run may set the flag otherwise without being told to."""
+    return flag in _FREE_FLAGS or (flag in flags() and flags()[flag].section in _FREE_SECTIONS)
+
+
+def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Flags that differ: name -> (saved, now). One that the other side does not know counts as its default."""
+    changed = {}
+    for flag in {**saved, **now}:
+        default = flags()[flag].default if flag in flags() else None
+        before, after = saved.get(flag, default), now.get(flag, default)
+        if before != after:
+            changed[flag] = (before, after)
+    return changed
+
+
+def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """`--lr 0.001 (saved) -> 0.01; ...`."""
+    return "; ".join(f"--{flag} {show(before)} (saved) -> {show(after)}" for flag, (before, after) in changed.items())
+
+
+def refuse_changed_flags(checkpoint: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise CheckpointError for those that change the numbers."""
+    refused = {flag: change for flag, change in changed.items() if not is_free(flag)}
+    if refused:
+        raise CheckpointError(
+            f"{checkpoint} was saved by a run with another configuration: {describe_changes(refused)}. The resumed run "
+            "would not be the same run: give the saved values, or --allow_changed_config true if that is meant"
+        )
+
+
+def refuse_another_run(checkpoint: Path, state: TrainerState, expected: TrainerState) -> None:
+    """Raise CheckpointError where nothing could go on; step and position are not compared."""
+    if state.architecture != expected.architecture:
+        raise CheckpointError(
+            f"{checkpoint} was saved for another student:\n  saved  {state.architecture}\n  --model "
+            f"{expected.architecture}\nGive the same --model, or start without --load"
+        )
+    if state.data_fingerprint != expected.data_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was saved with other training rows: the order of the rows would not go on where it stopped; "
+            "give the same --dataset, --max_length and --overlong, or start without --load"
+        )
+    if state.use_distributed_optimizer != expected.use_distributed_optimizer:
+        saved = str(state.use_distributed_optimizer).lower()
+        raise CheckpointError(
+            f"{checkpoint} was saved with --use_distributed_optimizer {saved}, whose optimizer state has another form; "
+            f"give --use_distributed_optimizer {saved}"
+        )
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def to_json(record: TrainerState | RunDescription) -> str:
+    """As it stands in the file."""
+    return json.dumps(asdict(record), indent=1)
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """Raises CheckpointError for a damaged state file."""
+    return _read(checkpoint / STATE_FILE, TrainerState)
+
+
+def read_run(checkpoint: Path) -> RunDescription:
+    """Raises CheckpointError for a damaged file."""
+    return _read(checkpoint / RUN_FILE, RunDescription)
+
+
+def read_rollouts(checkpoint: Path) -> dict[str, Any]:
+    """Completions that waited when the checkpoint was saved; empty without any. Raises CheckpointError."""
+    path = checkpoint / ROLLOUTS_FILE
+    return _read(path, dict) if path.exists() else {}
+
+
+def _read(path: Path, kind: Any) -> Any:
+    try:
+        return kind(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): take an older checkpoint of the run with --load"
+        ) from error

@@ -1,0 +1,158 @@
+"""Reading `torch_dist` checkpoints without running what is in them.
+
+The format has pickles in three places. torch (2.13) and megatron-core (0.16) open them so:
+
+    .metadata       pickle.load: which tensor lies where         here: an unpickler that knows CLASSES, and nothing else
+    byte entries    torch.load(weights_only=False)               here: weights_only=True
+    common.pt       torch.load, whose default was False          here: weights_only=True
+    tensors         torch.load(weights_only=True)                as it is
+
+CLASSES are plain data, whose constructors do nothing but keep their arguments. A checkpoint that names anything else is
+refused, and the name is told. Paths in the metadata that leave the directory are refused too.
+
+    reader = SafeReader(path)                    in place of torch's FileSystemReader
+    dist_checkpointing.load(state, path, sharded_strategy=SafeTorchDist(), common_strategy=SafeCommon())
+
+Communication: none here; `SafeTorchDist.load` is as collective as megatron-core's (WORLD).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    TorchDistLoadShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
+    _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from megatron_gkd.errors import CheckpointError
+
+COMMON_FILE: Final = COMMON_STATE_FNAME  # what is not sharded
+_TORCH: Final = "torch.distributed.checkpoint"
+_PLANS: Final = "megatron.core.dist_checkpointing.strategies.torch"
+CLASSES: Final = frozenset(
+    {
+        *(
+            (f"{_TORCH}.metadata", name)
+            for name in (
+                *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorStorageMetadata"),
+                *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+            )
+        ),
+        *((f"{_TORCH}.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
+        # The plans of all ranks, which megatron-core keeps in the metadata.
+        *((f"{_TORCH}.planner", n) for n in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+        ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+        ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
+        (_PLANS, "MCoreMetadata"),
+        (_PLANS, "MCoreSavePlan"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),  # a table of names
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "PurePosixPath"),
+        ("pathlib._local", "PosixPath"),  # as Python 3.13 writes it
+        ("copyreg", "_reconstructor"),  # object.__new__ of one of the above
+        ("builtins", "object"),
+    }
+)
+
+
+class _PlainDataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise CheckpointError(
+            f"it names {module}.{name}, which is no part of a checkpoint's metadata: loading it could run code, so it "
+            "is refused"
+        )
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Raises CheckpointError for a file that is missing, damaged or not plain data."""
+    try:
+        with open(path, "rb") as file:
+            metadata = _PlainDataUnpickler(file).load()
+    except Exception as error:  # a pickle that is damaged can raise anything
+        raise CheckpointError(f"{path} is missing or damaged: {error!r}") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
+    for info in metadata.storage_data.values():
+        relative = Path(info.relative_path)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise CheckpointError(f"{path} places a tensor in {info.relative_path}, outside the checkpoint: refused")
+    return metadata
+
+
+def load_plain(file: str | Path | io.BytesIO) -> Any:
+    """What torch.save wrote, as long as it is tensors and plain Python data."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = f"{file} is damaged or" if isinstance(file, str | Path) else "an entry"
+        raise CheckpointError(f"{what} holds more than tensors and plain data, so it is refused: {error}") from error
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader of tensors, with the metadata read as plain data, once."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = read_metadata(Path(self.path) / ".metadata")
+            if getattr(self._metadata, "storage_meta", None) is None:
+                self._metadata.storage_meta = StorageMeta()
+        return self._metadata
+
+
+class _SafePlanner(MCoreLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], load_plain(value))
+
+
+class SafeTorchDist(TorchDistLoadShardedStrategy):
+    """megatron-core's loading of `torch_dist` (0.16.1, strategies/torch.py) on the safe reader and planner."""
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
+        shards = [leaf for leaf in nested_values(sharded_state_dict) if isinstance(leaf, ShardedTensor)]
+        by_key, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        target = mcore_to_pyt_state_dict(by_key, True)
+        planner = _SafePlanner(
+            shapes_validation_sharded_tensors=[s for s in shards if not s.allow_shape_mismatch],
+            allow_shape_mismatch_sharded_tensors={s.key: s for s in shards if s.allow_shape_mismatch},
+        )
+        load(target, storage_reader=SafeReader(checkpoint_dir), planner=planner)
+        values = {key: _unwrap_pyt_sharded_tensor(cast(Any, value)) for key, value in target.items()}
+        loaded = _replace_sharded_keys_with_state_dict_keys(values, flat_mapping, rename_mapping)
+        _restore_dict_types(loaded, sharded_state_dict)
+        return cast(dict[str, Any], loaded)
+
+
+class SafeCommon(TorchCommonLoadStrategy):
+    """megatron-core's loading of what is not sharded, as plain data."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> Any:
+        return load_plain(Path(checkpoint_dir) / COMMON_FILE)
+
+    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: str | Path) -> Any:
+        raise CheckpointError(f"{checkpoint_dir}: objects in files of their own are not read; torch_dist has none")
