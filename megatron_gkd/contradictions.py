@@ -181,8 +181,6 @@ def _of_teacher_sampling(cfg: RunConfig) -> Iterator[str]:
 
 def _of_training(cfg: RunConfig) -> Iterator[str]:
     training = cfg.training
-    if cfg.teacher.is_student and cfg.distillation.seq_kd:
-        yield "--seq_kd true samples from a teacher, and without --teacher_model the student is its own; leave it out"
     if training.train_iters is not None and training.num_train_epochs is not None:
         yield "--train_iters and --num_train_epochs both say how long to train; give one of them"
     if training.min_lr > training.lr:

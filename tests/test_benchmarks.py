@@ -85,6 +85,19 @@ def test_bench_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.json"], "what was written is gone"
 
 
+def test_bench_teacher(tmp_path):
+    out = tmp_path / "teacher.json"
+    result = _run("benchmarks.bench_teacher", "--quick", "--json", str(out))
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = {row["method"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert list(rows) == ["forward", "hidden", "top64", "logits", "colocate", "separate", "local", "server"]
+    assert rows["hidden"]["bytes_per_token"] == 64 * 4
+    assert rows["logits"]["bytes_per_token"] == 300 * 4
+    assert rows["separate"]["of_colocate"] > 0
+    assert rows["server"]["of_local"] > 0
+    assert all(f"| {name} |" in result.stdout for name in rows)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)
 def test_recorded_results_can_be_read(path):
     report = json.loads(path.read_text(encoding="utf-8"))

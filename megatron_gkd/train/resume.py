@@ -27,24 +27,24 @@ logger = get_logger(__name__)
 def resume(run: Run | TeacherRun) -> TrainerState:
     """The state to start from: the checkpoint's that `--load` names, or the beginning. Collective over all ranks."""
     assert run.plans is not None
-    checkpoint_config, beginning = run.config.checkpoint, run.plans.before_training(run.architecture)
-    load = checkpoint_config.load
+    config, beginning = run.config, run.plans.before_training(run.architecture)
+    load = config.checkpoint.load
     if load is None:
         return beginning
     if is_hf_directory(load):
         load_initial_weights(load, run.student, run.architecture)
         return beginning
-    if starts_over(load, checkpoint_config.save):
+    if starts_over(load, config.checkpoint.save):
         logger.warning("--load %s: no checkpoint there yet; STARTING FROM THE BEGINNING", load)
         return beginning
-    checkpoint = choose_checkpoint(load, verify=checkpoint_config.verify_checkpoint)
+    checkpoint = choose_checkpoint(load, verify=config.checkpoint.verify_checkpoint)
     state = load_checkpoint(
         checkpoint,
         run.student,
         expected=beginning,
         description=_description(run),
-        allow_changed_config=checkpoint_config.allow_changed_config,
-        seed=run.config.training.seed,
+        allow_changed_config=config.checkpoint.allow_changed_config,
+        seed=config.training.seed,
     )
     if isinstance(run, Run) and run.rollouts is not None:
         run.rollouts.load_state(read_rollouts(checkpoint))
@@ -55,9 +55,12 @@ def resume(run: Run | TeacherRun) -> TrainerState:
 
 def open_checkpoints(run: Run | TeacherRun) -> Checkpoints:
     """The saves of the run."""
-    config = run.config.checkpoint
+    config = run.config
     return Checkpoints(
-        config.save, description=_description(run), keep=config.save_total_limit, in_background=config.async_save
+        config.checkpoint.save,
+        description=_description(run),
+        keep=config.checkpoint.save_total_limit,
+        in_background=config.checkpoint.async_save,
     )
 
 

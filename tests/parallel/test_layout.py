@@ -64,7 +64,7 @@ def test_data_parallel_size_fills_the_world_or_the_numbers_are_named(world: int,
     assert f"the teacher's layout needs a multiple of tp {tensor} x cp 1 x pp {pipeline} = {size} ranks" in text
     assert f"but it has {world}" in text
     nearest = [n for n in (world // size * size, -(-world // size) * size) if n]
-    assert f"start {' or '.join(map(str, nearest))} ranks" in text
+    assert f"give it {' or '.join(map(str, nearest))} ranks" in text
 
 
 @given(layouts, st.integers(-3, 100))
