@@ -13,7 +13,8 @@ to rank 0. In every round and in turn, the same sequences:
     logits     full logits [T, V] in the model's dtype, what other trainers send
 
 `bytes_per_token` is what goes over the wire for a completion token and destination; `floor_bytes` what it would be
-in bf16 (H x 2) and with a two-byte log-probability (K x 6). `over_forward` is seconds a completion token over those of
+in bf16 (H x 2) and with a two-byte log-probability (K x 6). `cpu_s` is the CPU time of both ranks together, the
+steadier number on a machine that does other work; `over_forward` is CPU seconds a completion token over those of
 `forward`.
 
 Server: the top 64 of the same sequences from a vLLM server on this machine, and from the local teacher, one process
@@ -39,7 +40,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.measure import environment, quantiles
+from benchmarks.measure import Seconds, environment, quantiles
 from megatron_gkd import platform
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.parallel.groups import build_groups
@@ -118,31 +119,36 @@ def signal_rank(rank: int, options: argparse.Namespace, directory: str) -> None:
     arch = read_architecture(options.teacher)
     plan = plan_of(sequences(options, arch.vocab_size), layout, student)
     collate = Collator(plan.samples, plan.teacher, layout, packing=False)
-    seconds: dict[str, list[float]] = {kind: [] for kind in SIGNALS}
+    seconds: dict[str, list[Seconds]] = {kind: [] for kind in SIGNALS}
     for number in range(options.rounds + 1):
         for kind in SIGNALS:
             dist.barrier()
-            start_s = time.perf_counter()
+            start = Seconds(time.perf_counter(), time.process_time())
             if kind == "forward":
                 with torch.no_grad():
                     pipelines["hidden"]._forward(plan, collate, lambda *_: None)
             else:
                 pipelines[kind].signals(plan, collate)
             dist.barrier()
+            cpu_s = torch.tensor(time.process_time() - start.cpu_s, dtype=torch.float64)
+            wall_s = time.perf_counter() - start.wall_s
+            dist.all_reduce(cpu_s)
             if number:  # the first round warms up
-                seconds[kind].append(time.perf_counter() - start_s)
+                seconds[kind].append(Seconds(wall_s, cpu_s.item()))
     if rank == 0:
         tokens = sum(sample.num_loss_tokens for sample in plan.samples)
         sizes = {kind: pipelines[kind].spec.bytes_per_token for kind in SIGNALS[1:]}
         floor = {"hidden": arch.hidden_size * 2, "top64": TOPK * 6, "logits": arch.vocab_size * 2}
+        cpu = {kind: quantiles([found.cpu_s for found in seconds[kind]]) for kind in SIGNALS}
         rows = [
             {
                 "method": kind,
-                "wall_s": quantiles(seconds[kind]),
+                "wall_s": quantiles([found.wall_s for found in seconds[kind]]),
+                "cpu_s": cpu[kind],
                 "tokens": tokens,
                 "bytes_per_token": sizes.get(kind, 0),
                 "floor_bytes": floor.get(kind, 0),
-                "over_forward": (quantiles(seconds[kind])["median"] - quantiles(seconds["forward"])["median"]) / tokens,
+                "over_forward": (cpu[kind]["median"] - cpu["forward"]["median"]) / tokens,
             }
             for kind in SIGNALS
         ]
@@ -275,15 +281,16 @@ def _quick(options: argparse.Namespace, directory: str) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| method | seconds | p20 | p80 | us a token over forward | bytes a token | floor | ratio |"]
-    lines.append("|" + "---|" * 8)
+    lines = ["| method | seconds | p20 | p80 | CPU s | CPU us a token over forward | bytes a token | floor | ratio |"]
+    lines.append("|" + "---|" * 9)
     for row in rows:
         s = row["wall_s"]
         over = f"{1e6 * row['over_forward']:.0f}" if "over_forward" in row else ""
         size = f"{row['bytes_per_token']:.0f}" if "bytes_per_token" in row else ""
+        cpu = f"{row['cpu_s']['median']:.3f}" if "cpu_s" in row else ""
         ratio = row.get("of_colocate", row.get("of_local"))
         lines.append(
-            f"| {row['method']} | {s['median']:.3f} | {s['p20']:.3f} | {s['p80']:.3f} | {over} | {size} | "
+            f"| {row['method']} | {s['median']:.3f} | {s['p20']:.3f} | {s['p80']:.3f} | {cpu} | {over} | {size} | "
             f"{row.get('floor_bytes', '')} | {'' if ratio is None else f'{ratio:.2f}'} |"
         )
     return "\n".join(lines)
