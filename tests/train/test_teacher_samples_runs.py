@@ -30,6 +30,7 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
 BATCH, STEPS, LONGEST = 8, 4, 10
+OWN_RANK: dict[str, Any] = {T["tensor"]: 1, "teacher_placement": "separate", "teacher_world_size": 1}
 COUNTS = ("teacher_samples/from_cache", "teacher_samples/sampled")
 Completions = list[dict[int, tuple[int, ...]]]
 
@@ -98,6 +99,7 @@ def train_all(runs: list[tuple[Any, bool]]) -> list[Completions | str]:
 @pytest.fixture(scope="module")
 def runs(inputs: Inputs) -> dict[str, Any]:
     cache = str(inputs.root / "whole/teacher_samples")
+    greedy = {"teacher_samples_cache": str(inputs.root / "greedy/teacher_samples")}
     checkpoint = str(inputs.root / "whole/checkpoints/step_00000002")
     planned = {
         "greedy": (inputs.config("greedy", lmbda=0.0, top_k=1, train_iters=2), True),
@@ -105,6 +107,7 @@ def runs(inputs: Inputs) -> dict[str, Any]:
         "reused": (inputs.config("reused", teacher_samples_cache=cache), False),
         "resumed": (inputs.config("resumed", load=checkpoint, teacher_samples_cache=cache), False),
         "again": (inputs.config("again", load=checkpoint, teacher_sampling_steps=2), True),
+        "separate": (inputs.config("separate", lmbda=0.0, top_k=1, train_iters=2, **OWN_RANK, **greedy), False),
         "no engine": (inputs.config("no_engine"), False),
     }
     found = run_ranks(train_all, list(planned.values()), world=2, timeout_s=500, fresh=True)
@@ -158,6 +161,14 @@ def test_what_is_in_the_cache_is_not_sampled(inputs: Inputs, runs: dict[str, Any
     assert [row[name] for row in reused for name in COUNTS] == [n for part in runs["whole"] for n in (len(part), 0)]
     assert without_counts(reused) == without_counts(whole)
     assert not (inputs.root / "reused/teacher_samples").exists()
+
+
+def test_a_teacher_on_a_rank_of_its_own_is_told_the_completions(inputs: Inputs, runs: dict[str, Any]) -> None:
+    assert runs["separate"] == runs["greedy"]
+    separate, greedy = (without_counts(metrics(inputs.root / name)) for name in ("separate", "greedy"))
+    assert len(separate) == 2
+    for mine, other in zip(separate, greedy, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(inputs: Inputs, runs: dict[str, Any]) -> None:
