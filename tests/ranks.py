@@ -54,6 +54,9 @@ import torch
 import torch.distributed as dist
 
 _PRELOAD = ("torch", "torch.distributed", "pytest", "megatron.core", "megatron.core.tensor_parallel")
+# Groups that something still refers to keep their threads, and gloo's wake up a hundred times a second: with hundreds
+# of them the machine does nothing else. A pool above this is ended, and the next call starts a new one.
+_MOST_THREADS = 100
 _GRACE_S = 1.0  # after the first failure, how long to wait for a peer that failed before it
 _START_TIMEOUT_S = 120.0  # first start: the server imports torch and megatron.core
 _GLOO_TIMEOUT = timedelta(minutes=30)  # the caller's timeout_s governs; gloo's own must not be shorter
@@ -80,11 +83,14 @@ def run_ranks(
     if live is None:
         live = _pools[world] = _Pool(world)
     try:
-        return live.run(fn, args, seed, timeout_s)
+        results = live.run(fn, args, seed, timeout_s)
     except BaseException:  # also KeyboardInterrupt: ranks in the middle of a call cannot be used again
         del _pools[world]
         live.kill()
         raise
+    if live.num_threads() > _MOST_THREADS:
+        _pools.pop(world).close()
+    return results
 
 
 # ---- groups, called inside a rank -----------------------------------------------------------------------------------
@@ -187,6 +193,10 @@ class _Pool:
                 with open(path) as file:
                     texts.append(f"--- rank {rank}, most recent call first\n{file.read()}")
         return "\n".join(texts)
+
+    def num_threads(self) -> int:
+        """Of the rank that has most."""
+        return max(len(os.listdir(f"/proc/{process.pid}/task")) for process in self.processes)
 
     def close(self) -> None:
         """Tell the ranks to end; kill those that do not."""
