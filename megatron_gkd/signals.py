@@ -52,16 +52,16 @@ class Route(NamedTuple):
     destination: int
 
 
+def replicas(plan: MicroBatchPlan) -> dict[int, int]:
+    """Position of a sample -> the data-parallel replica that it is in."""
+    return {position: dp for dp, batches in enumerate(plan) for batch in batches for position in batch}
+
+
 def plan_routes(
     teacher_plan: MicroBatchPlan, student_plan: MicroBatchPlan, teacher: Layout, student: Layout
 ) -> list[Route]:
     """Who sends which sample's signal to whom (see the module docstring for the invariants)."""
-    teacher_replica = {
-        position: dp for dp, batches in enumerate(teacher_plan) for batch in batches for position in batch
-    }
-    student_replica = {
-        position: dp for dp, batches in enumerate(student_plan) for batch in batches for position in batch
-    }
+    teacher_replica, student_replica = replicas(teacher_plan), replicas(student_plan)
     assert teacher_replica.keys() == student_replica.keys(), "teacher and student plan different samples"
     routes = []
     for row in zip(*teacher_plan, strict=True):  # the i-th micro-batch of every replica

@@ -164,20 +164,9 @@ class TeacherPipeline:
 
     def _forward(self, plan: StepPlan, micro_batches: Collate, deliver: Callable[[int, Columns], None]) -> None:
         """One pass over this replica's micro-batches; `deliver` is called on the last stage, as each one ends."""
-
-        def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
-            batch = next(batches)
-
-            def collect(hidden: torch.Tensor, non_loss_data: bool) -> None:
-                columns = self._columns(model, select_loss_tokens(model.head_input(hidden), batch))
-                for position, part in by_position(batch, columns).items():
-                    deliver(position, part)
-
-            return forward_hidden(model, batch, self.device), collect
-
         batches = [micro_batches(positions) for positions in plan.teacher[self.groups.dp.rank()]]
         with self._weights:
-            run_schedule(self.chunks, self.layout, self.groups, forward_step, batches, forward_only=True, collect=True)
+            forward_signals(self.chunks, self.layout, self.groups, batches, self.device, self._columns, deliver)
 
     def _columns(self, model: HiddenStateGPTModel, hidden: torch.Tensor) -> Columns:
         """[T, H] -> the signal's columns."""
@@ -213,10 +202,30 @@ def topk_signal(
     return torch.cat(values), torch.cat(ids)
 
 
-def by_position(batch: MicroBatch, columns: Columns) -> dict[int, Columns]:
-    """A micro-batch's signal, columns of [T, ...], cut into those of its samples, in order."""
-    parts = zip(*(column.split(batch.lengths) for column in columns), strict=True)
-    return dict(zip(batch.positions, parts, strict=True))
+def forward_signals(
+    chunks: Sequence[HiddenStateGPTModel],
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    batches: Sequence[MicroBatch],
+    device: torch.device,
+    columns_of: Callable[[HiddenStateGPTModel, torch.Tensor], Columns],
+    deliver: Callable[[int, Columns], None],
+) -> None:
+    """Forward the micro-batches; on the last stage `columns_of(model, hidden states [T, H])` makes each one's signal,
+    and `deliver(position, columns)` is called for its samples, in order, as it ends."""
+
+    def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+        batch = next(batches)
+
+        def collect(hidden: torch.Tensor, non_loss_data: bool) -> None:
+            columns = columns_of(model, select_loss_tokens(model.head_input(hidden), batch))
+            parts = zip(*(column.split(batch.lengths) for column in columns), strict=True)
+            for position, part in zip(batch.positions, parts, strict=True):
+                deliver(position, part)
+
+        return forward_hidden(model, batch, device), collect
+
+    run_schedule(chunks, layout, groups, forward_step, batches, forward_only=True, collect=True)
 
 
 class RemoteTeacher:

@@ -8,6 +8,7 @@ message on every rank.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -170,9 +171,7 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
         weights=data.dataset_weights,
         tag_key=config.teacher.teacher_tag_key,
     )
-    rows.require_ids_below(vocab_size)
-    logger.info("%s: %s", ", ".join(data.dataset), rows.account())
-    return rows
+    return _within(rows, data.dataset, vocab_size)
 
 
 def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows | None:
@@ -189,8 +188,13 @@ def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size
         max_rows=data.eval_samples,
         tag_key=config.teacher.teacher_tag_key,
     )
+    return _within(rows, data.eval_dataset, vocab_size)
+
+
+def _within(rows: Rows, paths: Sequence[str], vocab_size: int) -> Rows:
+    """The rows, with ids within the models' vocabulary, and their account in the log."""
     rows.require_ids_below(vocab_size)
-    logger.info("%s: %s", ", ".join(data.eval_dataset), rows.account())
+    logger.info("%s: %s", ", ".join(paths), rows.account())
     return rows
 
 

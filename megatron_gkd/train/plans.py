@@ -18,7 +18,7 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import Sample, StepPlan
+from megatron_gkd.records import StepPlan
 from megatron_gkd.rollout.protocol import Completion, Request
 from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.schedule import Sampled, make_samples, plan_step
@@ -124,25 +124,11 @@ def evaluation_plans(config: RunConfig, rows: Rows, student: Layout, teacher: La
     """Forward passes over held-out rows, in batches of the training batch size; only the last may be smaller."""
     training, batch_size = config.training, config.training.global_batch_size
     for start in range(0, len(rows), batch_size):
-        samples = []
-        for position, index in enumerate(range(start, min(start + batch_size, len(rows)))):
-            row = rows[index]
-            assert row.completion_ids is not None, "read_inputs requires completions in evaluation rows"
-            own, tag = row.teacher_prompt_ids, row.tag
-            samples.append(
-                Sample(
-                    position,
-                    index,
-                    row.prompt_ids,
-                    row.completion_ids,
-                    "dataset",
-                    teacher_prompt_ids=own,
-                    tag=tag,
-                )
-            )
+        indices = range(start, min(start + batch_size, len(rows)))
+        samples = make_samples(indices, [rows[i] for i in indices], ["dataset"] * len(indices))
         yield StepPlan(
             0,
-            tuple(samples),
+            samples,
             plan_forward([s.num_inputs for s in samples], student, micro_batch_size=training.micro_batch_size),
             plan_forward(
                 [sample.for_teacher.num_inputs for sample in samples],

@@ -17,16 +17,15 @@ Costs one more forward pass and no memory for weights. Not here: a teacher of ol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
+from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.records import MicroBatch, StepPlan
-from megatron_gkd.signals import SignalStore, exchange, plan_routes
-from megatron_gkd.teacher_pipeline import by_position, signal_spec, topk_signal
+from megatron_gkd.signals import Columns, SignalStore, exchange, plan_routes
+from megatron_gkd.teacher_pipeline import forward_signals, signal_spec, topk_signal
 from megatron_gkd.train.student import Student
 
 
@@ -52,24 +51,24 @@ class SelfTeacher:
         """See TeacherPipeline.signals. The student's weights, gradients and mode are as before."""
         student = self._student
         batches = [micro_batches(positions) for positions in plan.teacher[student.groups.dp.rank()]]
+        local: dict[int, Columns] = {}
         was_training = [model.training for model in student.models]
         try:
             for model in student.models:
                 model.eval()
             # The chunks without their DDP wrappers: nothing here is to be reduced.
-            collected = run_schedule(
+            forward_signals(
                 student.models,
                 self.layout,
                 student.groups,
-                self._forward_step,
                 batches,
-                forward_only=True,
-                collect=True,
+                self._device,
+                self._columns,
+                local.__setitem__,
             )
         finally:
             for model, training in zip(student.models, was_training, strict=True):
                 model.train(training)
-        local = {position: signal for batch in collected for position, signal in batch.items()}
         routes = plan_routes(plan.teacher, plan.student, self.layout, self.layout)
         return exchange(self.spec, routes, [s.num_loss_tokens for s in plan.samples], local, self.signal_group)
 
@@ -80,15 +79,8 @@ class SelfTeacher:
     def close(self) -> None:
         """Nothing: it lives and ends with its process."""
 
-    def _forward_step(self, batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
-        batch = next(batches)
-
-        def collect(hidden: torch.Tensor, non_loss_data: bool) -> dict[int, tuple[torch.Tensor, ...]]:
-            rows = select_loss_tokens(model.head_input(hidden), batch)
-            if self._topk is None:
-                return by_position(batch, (rows,))
-            group = self._student.groups.tp
-            columns = topk_signal(rows, model.head_weight(), self._topk, tp_group=group, vocab_size=self._vocab_size)
-            return by_position(batch, columns)
-
-        return forward_hidden(model, batch, self._device), collect
+    def _columns(self, model: HiddenStateGPTModel, hidden: torch.Tensor) -> Columns:
+        if self._topk is None:
+            return (hidden,)
+        group = self._student.groups.tp
+        return topk_signal(hidden, model.head_weight(), self._topk, tp_group=group, vocab_size=self._vocab_size)

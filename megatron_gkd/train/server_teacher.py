@@ -32,14 +32,14 @@ import torch.distributed as dist
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatch, MicroBatchPlan, Sample, StepPlan
-from megatron_gkd.signals import Route, SignalSpec, SignalStore, exchange
+from megatron_gkd.signals import Route, SignalSpec, SignalStore, exchange, replicas
 from megatron_gkd.teacher_server.probes import Needs
 from megatron_gkd.teacher_server.servers import Asked, TeacherServers
 
 
 def server_routes(plan: MicroBatchPlan, student: Layout) -> list[Route]:
     """From each replica's driver to its last stage, in order of sample and destination (S1, S2). Pure."""
-    replica = {position: dp for dp, batches in enumerate(plan) for batch in batches for position in batch}
+    replica = replicas(plan)
     return [
         Route(position, student.last_stage_ranks(replica[position])[0], destination)
         for position in sorted(replica)
