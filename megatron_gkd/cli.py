@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ PROG = "megatron-gkd"
 EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+SILENT_RANK_WAITS_S = 20.0
 
 Action = Callable[[], None]
 
@@ -221,7 +223,11 @@ def _usage() -> str:
 
 
 def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
-    """Print the error as one line; returns the exit code."""
+    """Print the error as one line; returns the exit code.
+
+    A rank that is not to speak waits for the one that is: a launcher ends every rank when the first has ended, and it
+    must not be the only one with the message.
+    """
     rank = int(os.environ.get("RANK", "0"))
     if every_rank or int(os.environ.get("LOCAL_RANK", rank)) == 0:
         if _wants_traceback(argv):
@@ -229,6 +235,8 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
         several = every_rank and int(os.environ.get("WORLD_SIZE", "1")) > 1
         text = " ".join(str(error).split())
         sys.stderr.write(f"{PROG}: {f'rank {rank}: ' if several else ''}error: {text}\n")
+    else:
+        time.sleep(SILENT_RANK_WAITS_S)
     return EXIT_USAGE
 
 

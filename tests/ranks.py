@@ -8,9 +8,10 @@
     def test_sum():
         assert run_ranks(body, 3.0, world=2) == [6.0, 6.0]
 
-What a rank finds when `fn` is called: WORLD is initialised on gloo with `world` ranks, torch has one thread, and
-`random`, `numpy` and `torch` are seeded with `seed`, THE SAME ON EVERY RANK (so that every rank can draw the whole
-tensor and keep its shard). `tp_group(n)` and `one_rank_group()` give process groups that are made once per pool.
+What a rank finds when `fn` is called: the test process's environment variables of that moment, WORLD initialised on
+gloo with `world` ranks, one thread for torch; and `random`, `numpy` and `torch` are seeded with `seed`, THE SAME ON
+EVERY RANK (so that every rank can draw the whole tensor and keep its shard). `tp_group(n)` and `one_rank_group()` give
+process groups that are made once per pool.
 
 How it works: one pool of processes per world size, forked from a server that has imported torch, megatron.core and
 pytest before any torch operation ran (forking a process that has run a backward hangs; spawning costs 15 s). Work
@@ -22,7 +23,7 @@ closed by peer"); the pool is thrown away and the next call starts a new one. Af
 Python stack of every rank that was still at work, and the pool is killed.
 
 Groups that a call makes are destroyed after it. All else that it leaves stays, since ranks are shared: megatron's
-parallel_state, torch default dtype, monkeypatches, environment variables, cached modules. Undo what you set
+parallel_state, torch default dtype, monkeypatches, cached modules. Undo what you set
 (try/finally), or pass `fresh=True` to run in new processes that end with the call (about 0.3 s for two ranks).
 
 Not covered: NCCL, several machines, functions defined in a test or lambda, output capture (a rank's prints bypass
@@ -147,7 +148,7 @@ class _Pool:
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], seed: int, timeout_s: float) -> list[Any]:
         call = pickle.dumps((fn, args))
         for connection in self.connections:
-            connection.send_bytes(pickle.dumps((call, seed)))
+            connection.send_bytes(pickle.dumps((call, seed, dict(os.environ))))
         return self._collect(getattr(fn, "__qualname__", repr(fn)), timeout_s)
 
     def _collect(self, what: str, timeout_s: float) -> list[Any]:
@@ -254,7 +255,9 @@ def _rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
                 break
             if not message:
                 break
-            call, seed = pickle.loads(message)
+            call, seed, environment = pickle.loads(message)
+            os.environ.clear()
+            os.environ.update(environment)
             result = _attempt(lambda: _call(call, seed))  # noqa: B023 - called before the next turn
             _destroy_groups_left()
             connection.send_bytes(result)

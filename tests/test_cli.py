@@ -144,11 +144,16 @@ def test_what_every_rank_would_say_is_said_once_per_machine(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """And a silent rank stays until the launcher ends it, for at most a while: had it ended first, the launcher would
+    have ended the speaker before its message."""
+    waited: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert cli.main([*TRAIN, *MISSING]) == 2
     err = capsys.readouterr().err
     assert err.startswith("megatron-gkd: error: not built yet") if prints else err == ""
+    assert waited == ([] if prints else [cli.SILENT_RANK_WAITS_S])
 
 
 def stub(monkeypatch: pytest.MonkeyPatch, module: str, **names: object) -> None:

@@ -229,7 +229,7 @@ def run_mismatch(config: Any, what: str) -> None:
         ("dropped by the teacher", "plan different samples"),
         ("another length", "signal and sample lengths differ"),
         ("swapped", "signal and sample lengths differ"),
-        ("unknown", "KeyError: 17"),
+        ("unknown", "the signal of sample 17 is not here"),
     ],
 )
 def test_pitfall_16_a_signal_never_meets_another_sample(root: Path, what: str, message: str) -> None:
