@@ -287,6 +287,11 @@ class CheckpointConfig(Section):
 
     save: str = setting("runs/gkd", "Run directory: configuration, metrics, checkpoints, exported student.")
     load: str | None = setting(None, "Run directory or checkpoint to resume from.")
+    auto_resume: bool = setting(
+        False,
+        "Go on from the newest checkpoint in --save where there is one; else begin, from --load if that is given, and "
+        "replace what a start without a checkpoint recorded. For runs that are restarted with the same command line.",
+    )
     save_steps: int = setting(500, "Save a checkpoint every this many steps, and at the end.", ge=1)
     save_total_limit: int | None = setting(None, "Keep this many newest checkpoints; null: all.", ge=1)
     save_hf: bool = setting(True, "Export the student as a Hugging Face model directory at the end.")

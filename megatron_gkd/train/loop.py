@@ -20,6 +20,7 @@ from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers
+from megatron_gkd.train.auto_resume import choose_start, ended_before, first_step_to_write, resumes_itself
 from megatron_gkd.train.checkpoint import (
     TrainerState,
     find_checkpoint,
@@ -42,16 +43,18 @@ logger = get_logger(__name__)
 def run_training(config: RunConfig) -> None:
     """`megatron-gkd train`: distil, evaluate, save, export. Collective over all ranks of the world."""
     run_dir = Path(config.checkpoint.save)
+    asked, config = config, choose_start(config)
     _check_run_dir(config, run_dir)
     run = build(config)
     if isinstance(run, TeacherRun):
         serve_training(run)
         return
     state = _resume(run)
+    ended = ended_before(config, done_steps=state.step, train_iters=run.student.train_iters)
     if run.is_writer:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
-    writers = _Writers(run, run_dir, first_step=state.step + 1 if config.checkpoint.load else None)
+        (run_dir / "config.yaml").write_text(to_yaml(asked))
+    writers = _Writers(run, run_dir, first_step=first_step_to_write(config, state.step))
     try:
         _train(run, run_dir, state, writers)
     finally:
@@ -59,7 +62,7 @@ def run_training(config: RunConfig) -> None:
         if run.rollouts is not None:
             run.rollouts.close()
     writers.close()
-    if config.checkpoint.save_hf:
+    if config.checkpoint.save_hf and not ended:
         save_hf(
             run.student.chunks,
             run.architecture,
@@ -151,9 +154,10 @@ def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
 def _check_run_dir(config: RunConfig, run_dir: Path) -> None:
     """Refuse, on every rank and before any work, to write over an earlier run or over its exported student."""
     record = run_dir / "metrics.jsonl"
-    if config.checkpoint.load is None and record.exists() and record.stat().st_size > 0:
+    is_new = config.checkpoint.load is None and not config.checkpoint.auto_resume
+    if is_new and record.exists() and record.stat().st_size > 0:
         raise ConfigError(f"{record} holds an earlier run; give another --save, or --load it to resume")
-    if config.checkpoint.save_hf:
+    if config.checkpoint.save_hf and not resumes_itself(config):
         check_destination(run_dir / "hf")
 
 
