@@ -61,7 +61,7 @@ sampling_flags=(
     --vllm_mode colocate --vllm_gpu_memory_utilization "$vllm_memory" --verify_sync_every 50
 )
 data_flags=(--dataset "$DATASET" --max_length 2048 --micro_batch_size 1 --global_batch_size 64)
-optimizer_flags=(--lr 1e-5 --lr_decay_style constant --lr_warmup_fraction 0.05 --num_train_epochs 1)
+optimizer_flags=(--lr 1e-5 --lr_decay_style constant --lr_warmup_fraction 0.05)
 run_flags=(--save "${SAVE:-runs/on_policy}" --save_steps 50 --save_total_limit 3)
 
 launcher=train_single_node.sh

@@ -78,7 +78,7 @@ esac
 # The data set's completions teach; beta 0.5 weighs both directions of the divergence.
 loss_flags=(--lmbda 0 --seq_kd false --beta 0.5 --loss_path fused)
 data_flags=(--dataset "$DATASET" --max_length 4096 --micro_batch_size 1 --global_batch_size 128)
-optimizer_flags=(--lr 1e-5 --min_lr 1e-6 --lr_decay_style cosine --lr_warmup_fraction 0.05 --num_train_epochs 1)
+optimizer_flags=(--lr 1e-5 --min_lr 1e-6 --lr_decay_style cosine --lr_warmup_fraction 0.05)
 run_flags=(--save "${SAVE:-runs/qwen2.5_72b_to_7b}" --save_steps 100 --save_total_limit 3)
 # The first pass loads 145 GB on the teacher's ranks while the others wait.
 run_flags+=(--distributed_timeout_minutes 30)

@@ -26,6 +26,7 @@
 #   RDZV_ENDPOINT     HOST or HOST:PORT (29500) of one of the nodes, the same everywhere
 #   RDZV_ID           name of the job at the endpoint, the same on all nodes (default: megatron-gkd)
 #   RDZV_TIMEOUT_S    seconds to wait for all nodes (default: 900)
+#   RDZV_CONF         more of torchrun's --rdzv-conf, as KEY=VALUE,... (keep_alive_interval=5: a node is lost after 3 of them)
 #   MASTER_ADDR, MASTER_PORT, NODE_RANK    instead: host and port (29500) of node 0; number of this node, from 0
 #   LOCAL_ADDR        address of this node for the others, where its host name does not resolve to it
 #   NPROC_PER_NODE    ranks a node (default: one a GPU that is visible, else 1)
@@ -102,7 +103,7 @@ if [[ -n ${RDZV_ENDPOINT:-} ]]; then
     max_restarts=${MAX_RESTARTS:-3}
     rendezvous_flags=(
         --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-megatron-gkd}"
-        --rdzv-conf "join_timeout=$timeout_s"
+        --rdzv-conf "join_timeout=$timeout_s${RDZV_CONF:+,$RDZV_CONF}"
     )
 elif [[ -n ${MASTER_ADDR:-} ]]; then
     port=${MASTER_PORT:-29500}

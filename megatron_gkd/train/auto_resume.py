@@ -1,5 +1,5 @@
-"""`--auto_resume`: where a start of a run begins, decided at the start itself, so that the same command line starts a run
-and, after a restart by torchrun or a scheduler, goes on with it.
+"""`--auto_resume`: where a start of a run begins, decided at the start itself, so that the same command line begins a
+run and, after a restart by torchrun or a scheduler, goes on with it.
 
 The first rank looks and tells the others: on a shared file system two nodes may see a new checkpoint at different
 times, and ranks that start from different steps would wait for each other for ever.
