@@ -24,7 +24,8 @@ logger = get_logger(__name__)
 
 
 def choose_start(config: RunConfig) -> RunConfig:
-    """The configuration with `--load` set to the run directory where `--auto_resume` finds a checkpoint there.
+    """The configuration with `--load` set to the run directory where `--auto_resume` finds a checkpoint there, and
+    away from it where there is none.
 
     Communication: with --auto_resume, one broadcast of one integer from rank 0 over WORLD, which is made if need be.
     """
@@ -36,10 +37,13 @@ def choose_start(config: RunConfig) -> RunConfig:
     found = dist.get_rank() == 0 and any((Path(config.checkpoint.save) / "checkpoints").glob("step_*"))
     answer = torch.tensor([int(found)], device=where.device)
     dist.broadcast(answer, src=0, group=dist.group.WORLD)
-    if not answer.item():
-        logger.info("--auto_resume: no checkpoint in %s yet, the run begins", config.checkpoint.save)
-        return config
-    return replace(config, checkpoint=replace(config.checkpoint, load=config.checkpoint.save))
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if answer.item():
+        return replace(config, checkpoint=replace(config.checkpoint, load=save))
+    logger.info("--auto_resume: no checkpoint in %s yet, the run begins", save)
+    if load is not None and Path(load).resolve() == Path(save).resolve():
+        return replace(config, checkpoint=replace(config.checkpoint, load=None))
+    return config
 
 
 def resumes_itself(config: RunConfig) -> bool:
@@ -50,9 +54,9 @@ def resumes_itself(config: RunConfig) -> bool:
 def first_step_to_write(config: RunConfig, done_steps: int) -> int | None:
     """The first step that the run will record; what an earlier start recorded from there on is taken back. None: there
     was no earlier start, and a record that is there is another run's."""
-    if config.checkpoint.load:
-        return done_steps + 1
-    return 0 if config.checkpoint.auto_resume else None  # stopped before its first checkpoint: from the beginning
+    if config.checkpoint.auto_resume and not resumes_itself(config):
+        return 0  # an earlier start was stopped before its first checkpoint
+    return done_steps + 1 if config.checkpoint.load else None
 
 
 def ended_before(config: RunConfig, *, done_steps: int, train_iters: int) -> bool:

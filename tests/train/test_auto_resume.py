@@ -87,6 +87,14 @@ def test_the_same_command_line_goes_on_or_begins_again(
     assert "load: null" in (run_dir / "config.yaml").read_text(), "the record says what was asked for"
 
 
+def test_ranks_that_the_teacher_has_to_itself_go_on_too(tmp_path: Path, flags: dict[str, Any]) -> None:
+    separate = flags | dict(teacher_placement="separate", teacher_world_size=1)
+    whole = train(world=2, **separate, save=tmp_path / "whole")
+    run_dir = stopped(whole, tmp_path / "run", last_row=5, saved=True)
+    train(world=2, **separate, save=run_dir)
+    assert record(run_dir) == record(whole)
+
+
 def test_a_finished_run_is_left_alone_and_not_taken_further(tmp_path: Path, flags: dict[str, Any], whole: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
@@ -103,6 +111,8 @@ def test_load_says_where_a_run_begins_and_not_where_it_goes_on(
     elsewhere = whole / "checkpoints" / f"step_{SAVED_AT:08d}"
     begun = train(world=2, **flags, save=tmp_path / "run", load=elsewhere)
     assert [row["step"] for row in record(begun)[0]] == [SAVED_AT + 1, STEPS]
+    train(world=2, **flags, save=tmp_path / "new", load=tmp_path / "new")
+    assert record(tmp_path / "new") == record(whole), "the run's own directory, still without a checkpoint"
     own = stopped(whole, tmp_path / "own", last_row=5, saved=True)
     train(world=2, **flags, save=own, load=tmp_path / "is-not-there")
     assert record(own) == record(whole)
