@@ -124,6 +124,8 @@ fi
 environment=(
     "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}" "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}"
+    # torch (2.13) else keeps one store for all attempts: ranks that are started again find the addresses of the dead ones
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 )
 
 # ---- what is started --------------------------------------------------------------------------------------------------

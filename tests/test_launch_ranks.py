@@ -154,6 +154,15 @@ def test_single_node(whole: Path):
     assert len(list((whole / "checkpoints").glob("step_*"))) == 2
 
 
+def test_a_killed_rank_on_one_node(tmp_path: Path, nodes: Nodes, whole: Path):
+    agent = nodes.start(SINGLE, tmp_path / "run", NPROC_PER_NODE="2", MAX_RESTARTS="1")
+    nodes.until(lambda: rows_written(tmp_path / "run") > SAVE_STEPS + 1)
+    os.kill(workers(agent)[1], signal.SIGKILL)
+    nodes.wait(agent)
+    assert_same_run(tmp_path / "run", whole)
+    assert nodes.log(agent).count("resumed from") == 1, nodes.tails()
+
+
 def test_two_nodes_by_number(tmp_path: Path, nodes: Nodes, whole: Path):
     env = dict(NNODES="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     nodes.wait(*[nodes.start(MULTI, tmp_path / "run", **env, NODE_RANK=str(rank)) for rank in (0, 1)])

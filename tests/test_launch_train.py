@@ -79,6 +79,7 @@ def test_single_node_command():
     assert has(command, "--standalone", "--nproc-per-node", "1", "--max-restarts", "3", "-m", "megatron_gkd", "train")
     assert command[-6:] == ["--auto_resume", "true", "--model", "a b", "--lr", "1e-4"]
     assert {"OMP_NUM_THREADS=1", "CUDA_DEVICE_MAX_CONNECTIONS=1"} < set(command)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in command, "restarts need it"
 
 
 def test_single_node_environment():
