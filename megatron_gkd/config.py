@@ -326,6 +326,11 @@ class CheckpointConfig(Section):
         "Run directory (its newest undamaged checkpoint) or checkpoint to resume from; or a Hugging Face model "
         "directory with the weights to start from.",
     )
+    auto_resume: bool = setting(
+        False,
+        "Go on from the newest checkpoint in --save where there is one; else begin, from --load if that is given, and "
+        "replace what a start without a checkpoint recorded. For runs that are restarted with the same command line.",
+    )
     verify_checkpoint: Literal["full", "sizes"] = setting(
         "full",
         "Before loading: read every file of the checkpoint and compare it with its checksum, or compare sizes alone.",

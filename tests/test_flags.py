@@ -109,6 +109,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("seed", 42, ("1234", 1234), ("-1", "1.5")),
     ("save", "runs/gkd", ("out", "out"), ()),
     ("load", None, ("out", "out"), ()),
+    ("auto_resume", False, ("true", True), ("x",)),
     ("verify_checkpoint", "full", ("sizes", "sizes"), ("none",)),
     ("allow_changed_config", False, ("true", True), ("x",)),
     ("save_steps", 500, ("10", 10), ("0",)),

@@ -20,6 +20,7 @@ from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers
+from megatron_gkd.train.auto_resume import choose_start, ended_before, first_step_to_write, resumes_itself
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
 from megatron_gkd.train.evaluate import evaluate
 from megatron_gkd.train.plans import evaluates_after, saves_after
@@ -37,17 +38,19 @@ logger = get_logger(__name__)
 def run_training(config: RunConfig) -> None:
     """`megatron-gkd train`: distil, evaluate, save, export. Collective over all ranks of the world."""
     run_dir = Path(config.checkpoint.save)
+    asked, config = config, choose_start(config)
     _check_run_dir(config, run_dir)
     run = build(config)
     if isinstance(run, TeacherRun):
         serve_training(run)
         return
     state = resume(run)
+    ended = ended_before(config, done_steps=state.step, train_iters=run.student.train_iters)
     set_aside_later(run_dir, state.step)
     if run.is_writer:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
-    writers = _Writers(run, run_dir, first_step=state.step + 1 if config.checkpoint.load else None)
+        (run_dir / "config.yaml").write_text(to_yaml(asked))
+    writers = _Writers(run, run_dir, first_step=first_step_to_write(config, state.step))
     try:
         _train(run, state, writers)
     finally:
@@ -57,7 +60,7 @@ def run_training(config: RunConfig) -> None:
         if run.teacher_samples is not None:
             run.teacher_samples.close()
     writers.close()
-    if config.checkpoint.save_hf:
+    if config.checkpoint.save_hf and not ended:
         save_hf(
             run.student.chunks,
             run.architecture,
@@ -152,10 +155,11 @@ def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
 def _check_run_dir(config: RunConfig, run_dir: Path) -> None:
     """Refuse, on every rank and before any work, to write over an earlier run or over its exported student."""
     record = run_dir / "metrics.jsonl"
-    load = config.checkpoint.load
-    if (load is None or is_hf_directory(load)) and record.exists() and record.stat().st_size > 0:
+    checkpoint = config.checkpoint
+    is_new = checkpoint.load is None or is_hf_directory(checkpoint.load)
+    if is_new and not checkpoint.auto_resume and record.exists() and record.stat().st_size > 0:
         raise ConfigError(f"{record} holds an earlier run; give another --save, or --load it to resume")
-    if config.checkpoint.save_hf:
+    if config.checkpoint.save_hf and not resumes_itself(config):
         check_destination(run_dir / "hf")
     check_writable(run_dir / "checkpoints")
 
