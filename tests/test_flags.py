@@ -117,6 +117,8 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("save_hf", True, ("false", False), ("x",)),
     ("logging_steps", 1, ("5", 5), ("0",)),
     ("eval_steps", None, ("50", 50), ("0",)),
+    ("loss_spike_factor", None, ("3", 3.0), ("1", "0.5")),
+    ("max_bad_steps", 3, ("5", 5), ("0",)),
     ("report_to", ["tensorboard"], ("none", ["none"]), ("mlflow",)),
     ("log_level", "info", ("debug", "debug"), ("trace",)),
 )

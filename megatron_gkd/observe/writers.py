@@ -85,7 +85,7 @@ class JsonlWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": step} | {name: _finite(value) for name, value in values.items()}
         rest = (json.dumps(row, allow_nan=False) + "\n").encode()
-        with _told_apart(self._path):
+        with told_apart(self._path):
             while rest:  # a nearly full disk takes a part, then nothing
                 rest = rest[self._file.write(rest) :]
 
@@ -100,17 +100,17 @@ class TensorBoardWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         self._directory = directory
-        with _told_apart(directory):
+        with told_apart(directory):
             self._writer: Any = SummaryWriter(str(directory), purge_step=first_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        with _told_apart(self._directory):
+        with told_apart(self._directory):
             for name, value in values.items():
                 self._writer.add_scalar(name, float(value), step)
             self._writer.flush()
 
     def close(self) -> None:
-        with _told_apart(self._directory):
+        with told_apart(self._directory):
             self._writer.close()
 
 
@@ -140,7 +140,7 @@ class WandbWriter:
 
 
 @contextlib.contextmanager
-def _told_apart(path: Path) -> Iterator[None]:
+def told_apart(path: Path) -> Iterator[None]:
     """A full disk, or a directory that is gone, as an error that names the file and says what to do."""
     try:
         yield

@@ -3,7 +3,8 @@
 A bad step is one whose loss or gradient norm is not finite. It makes no update (train/student.py); here it is counted,
 its samples are written to SAVE/bad_steps/step_00000010.json, and after `--max_bad_steps` of them in a row the run ends.
 
-    {"step": 10, "problem": "the loss is not finite", "loss": "nan", "grad_norm": "nan", "num_samples": 64, "left_out": 0,
+    {"step": 10, "problem": "the loss is not finite", "loss": "nan", "grad_norm": "nan", "num_samples": 64,
+     "left_out": 0,
      "samples": [{"position": 3, "row": 1745, "source": "dataset", "policy_version": null, "loss_sum": "nan",
                   "prompt_ids": [...], "completion_ids": [...], "prompt": "...", "completion": "..."}]}
 
@@ -58,20 +59,13 @@ class BadSteps:
         sample_losses = self._sample_losses(plan)
         if self._run.is_writer:
             path = self._write(step, plan, result, loss, sample_losses)
-            logger.warning(
-                "step %d: %s, no update was made (%d in a row, --max_bad_steps %d); %s",
-                *(
-                    step,
-                    problem,
-                    self._in_a_row,
-                    most,
-                    f"its samples: {path}" if path else "its samples were not written",
-                ),
-            )
+            where = f"its samples are in {path}" if path else "its samples were not written"
+            count = f"{self._in_a_row} in a row, --max_bad_steps {most}"
+            logger.warning("step %d: %s, no update was made (%s); %s", step, problem, count, where)
         if self._in_a_row >= most:
             raise TrainingError(
-                f"step {step}: {problem}, as of {self._in_a_row} steps in a row (--max_bad_steps {most}). No weight was "
-                f"changed by them. Look at the samples in {self._directory}; lower --lr or --clip_grad, or mend the "
+                f"step {step}: {problem}, in the {self._in_a_row}. step in a row (--max_bad_steps {most}). None of them "
+                f"changed a weight. Look at the samples in {self._directory}; lower --lr or --clip_grad, or mend the "
                 f"data, and go on from the last checkpoint with --load {self._directory.parent}"
             )
         return True
@@ -170,7 +164,9 @@ _LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed 
 
 
 def lost_rank(error: Exception, run_dir: str, timeout_minutes: float) -> TrainingError | None:
-    """What to say of a collective that failed because another rank is gone or does not answer; None for other errors."""
+    """What to say of a collective that failed because another rank is gone or does not answer; None for others."""
+    if isinstance(error, GKDError):
+        return None
     text = " ".join(str(error).split())
     distributed = isinstance(error, dist.DistError) or "gloo" in text.lower() or "nccl" in text.lower()
     if not (isinstance(error, RuntimeError) and distributed and any(word in text.lower() for word in _LOST)):

@@ -21,7 +21,7 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
-from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers
+from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers, told_apart
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
 from megatron_gkd.train.evaluate import evaluate
 from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
@@ -64,8 +64,9 @@ def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None) -> No
     config, state = run.config, resume(run)
     set_aside_later(run_dir, state.step)
     if run.is_writer:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
+        with told_apart(run_dir / "config.yaml"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(to_yaml(config))
     writers = _Writers(run, run_dir, first_step=state.step + 1 if config.checkpoint.load else None)
     try:
         _train(run, state, writers, agreement)

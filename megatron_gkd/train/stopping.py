@@ -4,10 +4,10 @@ the command ends with exit code 75 (cli.py). What schedulers, torchrun and users
 All ranks have to stop after the same step, although the signal may reach one of them alone:
 
     the student's ranks     add the request to the sums that they reduce in every step anyway: no further collective
-    ranks of the teacher's  (`--teacher_placement separate`) work up to two steps ahead. There all ranks add up requests in
-                            a gloo group of their own, and each waits only for the sum of the step LAG steps before: by
-                            then the student has made that step anyway, or the signals in between could not have been
-                            sent. So nobody waits longer than without it, and the run stops LAG steps later.
+    ranks of the teacher's  (`--teacher_placement separate`) work up to two steps ahead. There all ranks add up requests
+                            in a gloo group of their own, and each waits only for the sum of the step LAG steps before:
+                            the student has made that one, or the signals of the step after it would not have arrived.
+                            So nobody waits longer than without it, and the run stops LAG steps later.
 
 Not covered: a signal before the first step or after the last one acts as if nobody listened (the process ends).
 """
