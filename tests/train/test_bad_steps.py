@@ -68,7 +68,7 @@ def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint_intact(inputs: d
     for unchanged, error in run_ranks(train_with_nan, command_line(**flags), [1, 3, 4], 0, world=2, timeout_s=120):
         assert unchanged == [True, False, True, True]
         assert error is not None
-        assert "step 4: the loss is not finite, in the 2. step in a row (--max_bad_steps 2)" in error
+        assert "step 4: the loss is not finite, the 2. such step in a row (--max_bad_steps 2)" in error
         assert f"--load {run_dir}" in error
     assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["latest", "step_00000002"]
     # What was wrong is mended: the resumed run is the one that had one bad step, its first.
