@@ -156,7 +156,7 @@ def command_on_rank(argv: list[str], rank: int, world: int, port: int, directory
     hold_step(directory, rank)
     from megatron_gkd.cli import main
 
-    sys.exit(main(argv))
+    sys.exit(main(["train", *argv]))
 
 
 def hold_step(directory: Path, rank: int) -> None:

@@ -116,8 +116,11 @@ def test_torchrun_hands_sigterm_on(inputs: dict[str, Any], tmp_path: Path) -> No
     argv = command_line(**inputs | TP2 | dict(save=run_dir, train_iters=100000, save_hf=False))
     with open(tmp_path / "output", "w+") as output:
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            + ["-m", "megatron_gkd", "train", *argv],
+            [
+                sys.executable,
+                *"-m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_gkd train".split(),
+                *argv,
+            ],
             stdout=output,
             stderr=output,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
