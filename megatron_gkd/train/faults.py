@@ -65,8 +65,8 @@ class BadSteps:
         if self._in_a_row >= most:
             raise TrainingError(
                 f"step {step}: {problem}, the {self._in_a_row}. such step in a row (--max_bad_steps {most}). None "
-                f"of them changed a weight. Look at the samples in {self._directory}; lower --lr or --clip_grad, or mend "
-                f"the data, and go on from the last checkpoint with --load {self._directory.parent}"
+                f"of them changed a weight. Look at the samples in {self._directory}; lower --lr or --clip_grad, or "
+                f"mend the data, and go on from the last checkpoint with --load {self._directory.parent}"
             )
         return True
 

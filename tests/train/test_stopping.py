@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from megatron_gkd.cli import EXIT_STOPPED
-from megatron_gkd.observe.writers import JsonlWriter, TrainingError
+from megatron_gkd.errors import TrainingError
+from megatron_gkd.observe.writers import JsonlWriter
 from megatron_gkd.train.faults import lost_rank
 from megatron_gkd.train.stopping import LAG, SIGNALS, StopAgreement, StopSignals
 from tests.ranks import run_ranks
@@ -28,6 +29,7 @@ from tests.train.faulty_runs import Command
 from tests.train.runs import command_line, metrics, train, train_on_this_rank
 
 RUN: dict[str, Any] = FLAGS | dict(save_steps=100, micro_batch_size=4, train_iters=8)
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TP2: dict[str, Any] = RUN | dict(tensor=2)
 OWN: dict[str, Any] = RUN | dict(tensor=2, teacher_placement="separate", teacher_world_size=1)
 
@@ -116,11 +118,7 @@ def test_torchrun_hands_sigterm_on(inputs: dict[str, Any], tmp_path: Path) -> No
     argv = command_line(**inputs | TP2 | dict(save=run_dir, train_iters=100000, save_hf=False))
     with open(tmp_path / "output", "w+") as output:
         launcher = subprocess.Popen(
-            [
-                sys.executable,
-                *"-m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_gkd train".split(),
-                *argv,
-            ],
+            [*LAUNCH, "-m", "megatron_gkd", "train", *argv],
             stdout=output,
             stderr=output,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
