@@ -112,6 +112,7 @@ def test_a_killed_rank_ends_the_others_with_advice(
     assert 1 in saved_steps(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_torchrun_hands_sigterm_on(inputs: dict[str, Any], tmp_path: Path) -> None:
     """SIGTERM to torchrun, as a scheduler sends it: the ranks save within the 30 seconds that it leaves them."""
     run_dir = tmp_path / "run"
