@@ -106,6 +106,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("adam_beta1", 0.9, ("0.8", 0.8), ("1", "-0.1")),
     ("adam_beta2", 0.95, ("0.999", 0.999), ("1",)),
     ("adam_eps", 1e-8, ("1e-6", 1e-6), ("0",)),
+    ("max_bad_steps", 3, ("5", 5), ("0",)),
     ("seed", 42, ("1234", 1234), ("-1", "1.5")),
     ("save", "runs/gkd", ("out", "out"), ()),
     ("load", None, ("out", "out"), ()),
@@ -118,6 +119,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("save_hf", True, ("false", False), ("x",)),
     ("logging_steps", 1, ("5", 5), ("0",)),
     ("eval_steps", None, ("50", 50), ("0",)),
+    ("loss_spike_factor", None, ("3", 3.0), ("1", "0.5")),
     ("report_to", ["tensorboard"], ("none", ["none"]), ("mlflow",)),
     ("log_level", "info", ("debug", "debug"), ("trace",)),
 )
