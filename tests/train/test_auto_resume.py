@@ -102,7 +102,8 @@ def test_a_finished_run_is_left_alone_and_not_taken_further(tmp_path: Path, flag
     train(world=2, **flags, save=run_dir)
     assert contents(run_dir) == before
     with pytest.raises(RankFailureError, match=r"CheckpointError: .*hf exists and is not overwritten"):
-        train(world=2, **flags | dict(train_iters=STEPS + 2, lr_decay_style="constant"), save=run_dir)
+        longer = dict(train_iters=STEPS + 2, lr_decay_style="constant", allow_changed_config=True)
+        train(world=2, **flags | longer, save=run_dir)
 
 
 def test_load_says_where_a_run_begins_and_not_where_it_goes_on(
