@@ -2,7 +2,8 @@
 
 The second form is what torchrun starts. A command is first prepared (flags parsed, configuration validated, no heavy
 import) and then carried out. An error that the user can act on (`GKDError`) is one line on stderr and exit code 2;
-`--log_level debug` adds the traceback; exit code 1 is that of a check that found a difference. While a command is
+`--log_level debug` adds the traceback; exit code 1 is that of a check that found a difference, exit code 75
+(EX_TEMPFAIL: try again) that of a training run that was told to stop and has saved a checkpoint. While a command is
 prepared every rank meets the same error, so one rank per machine prints it; afterwards every rank that fails says so
 under its number.
 """
@@ -18,11 +19,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import megatron_gkd
-from megatron_gkd.errors import CheckFailedError, ConfigError, GKDError, NotBuiltError
+from megatron_gkd.errors import CheckFailedError, ConfigError, GKDError, NotBuiltError, RunStoppedError
 
 PROG = "megatron-gkd"
 EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
+EXIT_STOPPED = 75  # os.EX_TEMPFAIL
 EXIT_INTERRUPTED = 130
 SILENT_RANK_WAITS_S = 20.0
 
@@ -38,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, argv, every_rank=False)
     try:
         action()
+    except RunStoppedError as stop:
+        sys.stderr.write(f"{PROG}: rank {os.environ.get('RANK', '0')}: {stop}\n")
+        return EXIT_STOPPED
     except CheckFailedError as error:
         _fail(error, argv, every_rank=True)
         return EXIT_CHECK_FAILED
@@ -219,7 +224,9 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Action]]] = {
 def _usage() -> str:
     lines = [f"usage: {PROG} COMMAND [flags]", "", "commands:"]
     lines += [f"  {name:<8} {text}" for name, (text, _) in COMMANDS.items()]
-    return "\n".join([*lines, "", f"`{PROG} COMMAND --help` lists the flags; --version prints the version."])
+    lines += ["", f"`{PROG} COMMAND --help` lists the flags; --version prints the version."]
+    codes = "0 done; 1 a check found a difference; 2 an error, in one line; 75 stopped by SIGTERM or SIGUSR1, saved"
+    return "\n".join([*lines, f"exit codes: {codes}"])
 
 
 def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:

@@ -309,6 +309,11 @@ class TrainingConfig(Section):
     adam_beta1: float = setting(0.9, "AdamW beta 1.", ge=0, lt=1)
     adam_beta2: float = setting(0.95, "AdamW beta 2.", ge=0, lt=1)
     adam_eps: float = setting(1e-8, "AdamW epsilon.", gt=0)
+    max_bad_steps: int = setting(
+        3,
+        "Stop after this many steps in a row whose loss or gradient norm is not finite; none of them changes a weight.",
+        ge=1,
+    )
     seed: int = setting(42, "Seed of the order of the rows and the source of each sample.", ge=0, lt=2**32)
 
     def num_steps(self, num_rows: int) -> int:
@@ -325,6 +330,11 @@ class CheckpointConfig(Section):
         None,
         "Run directory (its newest undamaged checkpoint) or checkpoint to resume from; or a Hugging Face model "
         "directory with the weights to start from.",
+    )
+    auto_resume: bool = setting(
+        False,
+        "Go on from the newest checkpoint in --save where there is one; else begin, from --load if that is given, and "
+        "replace what a start without a checkpoint recorded. For runs that are restarted with the same command line.",
     )
     verify_checkpoint: Literal["full", "sizes"] = setting(
         "full",
@@ -350,6 +360,9 @@ class LoggingConfig(Section):
         None,
         "Evaluate on --eval_dataset every this many steps; null: before the first and after the last only.",
         ge=1,
+    )
+    loss_spike_factor: float | None = setting(
+        None, "Warn of a loss above this many times the median of the last 32 steps; null: never.", gt=1
     )
     report_to: list[Literal["tensorboard", "wandb", "none"]] = setting(
         ("tensorboard",), "Where metrics go beside metrics.jsonl in the run directory."

@@ -41,5 +41,13 @@ class RolloutError(GKDError, RuntimeError):
     should, or was asked out of turn."""
 
 
+class TrainingError(GKDError, RuntimeError):
+    """A run cannot go on: its numbers are not finite, a rank is lost, or its record cannot be written."""
+
+
+class RunStoppedError(GKDError):
+    """A run was asked to stop, and has saved a checkpoint: no fault; the command ends with exit code 75."""
+
+
 class CheckFailedError(GKDError):
     """`megatron-gkd check` found a difference past its tolerance; the command ends with exit code 1, not 2."""

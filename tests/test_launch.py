@@ -1,7 +1,8 @@
 """The shell scripts: syntax, lint, --help, --dry-run, and the rules that keep a run from being lost or repeated.
 
 A stand-in for the environment (a directory with a `python` that prints its arguments) plays the interpreter, so nothing
-is installed or trained here. Not covered: a real set-up and a real run; tests/test_quickstart.py and .ci/run do those.
+is installed or trained here. The scripts that start training: test_launch_train.py. Not covered: a real set-up and a
+real run; tests/test_quickstart.py and .ci/run do those.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 Result = subprocess.CompletedProcess[str]
 

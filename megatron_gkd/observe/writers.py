@@ -10,6 +10,7 @@ is new, and a record that is already there is an error rather than overwritten.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_gkd.errors import ConfigError
+from megatron_gkd.errors import ConfigError, TrainingError
 from megatron_gkd.observe.logging import get_logger
 
 logger = get_logger(__name__)
@@ -78,12 +79,15 @@ class JsonlWriter:
             _take_back(path, first_step)
         elif path.exists() and path.stat().st_size > 0:
             raise ConfigError(f"{path} holds an earlier run; give another --save, or --load it to resume")
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered: what a full disk did not take is not tried again when the file is closed.
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": step} | {name: _finite(value) for name, value in values.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        rest = (json.dumps(row, allow_nan=False) + "\n").encode()
+        with told_apart(self._path):
+            while rest:  # a nearly full disk takes a part, then nothing
+                rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         self._file.close()
@@ -95,15 +99,19 @@ class TensorBoardWriter:
     def __init__(self, directory: Path, *, first_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(directory), purge_step=first_step)
+        self._directory = directory
+        with told_apart(directory):
+            self._writer: Any = SummaryWriter(str(directory), purge_step=first_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, float(value), step)
-        self._writer.flush()
+        with told_apart(self._directory):
+            for name, value in values.items():
+                self._writer.add_scalar(name, float(value), step)
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with told_apart(self._directory):
+            self._writer.close()
 
 
 class WandbWriter:
@@ -129,6 +137,18 @@ class WandbWriter:
 
     def close(self) -> None:
         self._run.finish()
+
+
+@contextlib.contextmanager
+def told_apart(path: Path) -> Iterator[None]:
+    """A full disk, or a directory that is gone, as an error that names the file and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be written ({error.strerror or error}), so the record of the run would have a gap: make "
+            f"room, and go on from the last checkpoint, which is complete, with --load {path.parent}"
+        ) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -8,25 +8,30 @@ teacher_ranks.py beside this one: the same plans, evaluations and checkpoints in
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.errors import ConfigError
+from megatron_gkd.errors import ConfigError, RunStoppedError
 from megatron_gkd.flags import to_yaml
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
-from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers
+from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers, told_apart
+from megatron_gkd.train.auto_resume import choose_start, ended_before, first_step_to_write, resumes_itself
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
 from megatron_gkd.train.evaluate import evaluate
+from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
 from megatron_gkd.train.plans import evaluates_after, saves_after
 from megatron_gkd.train.resume import open_checkpoints, resume
 from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.setup import Run, TeacherRun, build
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
+from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
 from megatron_gkd.train.teacher_ranks import serve_training
 from megatron_gkd.weights.export import save_hf
 from megatron_gkd.weights.hf_writer import check_destination
@@ -35,21 +40,42 @@ logger = get_logger(__name__)
 
 
 def run_training(config: RunConfig) -> None:
-    """`megatron-gkd train`: distil, evaluate, save, export. Collective over all ranks of the world."""
+    """`megatron-gkd train`: distil, evaluate, save, export. Collective over all ranks of the world.
+
+    Raises RunStoppedError where a signal ended it early, TrainingError where it cannot go on.
+    """
     run_dir = Path(config.checkpoint.save)
+    asked, config = config, choose_start(config)
     _check_run_dir(config, run_dir)
-    run = build(config)
-    if isinstance(run, TeacherRun):
-        serve_training(run)
-        return
-    state = resume(run)
+    try:
+        run = build(config)
+        agreement = StopAgreement() if config.teacher.teacher_placement == "separate" else None
+        if isinstance(run, TeacherRun):
+            assert agreement is not None
+            serve_training(run, agreement)
+        else:
+            _run_student(run, run_dir, agreement, asked=asked)
+    except RuntimeError as error:
+        lost = lost_rank(error, config.checkpoint.save, config.parallel.distributed_timeout_minutes)
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, asked: RunConfig) -> None:
+    config, state = run.config, resume(run)
+    ended = ended_before(config, done_steps=state.step, train_iters=run.student.train_iters)
     set_aside_later(run_dir, state.step)
     if run.is_writer:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
-    writers = _Writers(run, run_dir, first_step=state.step + 1 if config.checkpoint.load else None)
+        with told_apart(run_dir / "config.yaml"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(to_yaml(asked))
+    writers = _Writers(run, run_dir, first_step=first_step_to_write(config, state.step))
     try:
-        _train(run, state, writers)
+        _train(run, state, writers, agreement)
+    except RunStoppedError:
+        writers.close()
+        raise
     finally:
         run.teacher.close()
         if run.rollouts is not None:
@@ -57,7 +83,7 @@ def run_training(config: RunConfig) -> None:
         if run.teacher_samples is not None:
             run.teacher_samples.close()
     writers.close()
-    if config.checkpoint.save_hf:
+    if config.checkpoint.save_hf and not ended:
         save_hf(
             run.student.chunks,
             run.architecture,
@@ -69,21 +95,38 @@ def run_training(config: RunConfig) -> None:
         logger.info("done: %d steps; run directory %s", run.student.train_iters, run_dir)
 
 
-def _train(run: Run, state: TrainerState, writers: _Writers) -> None:
+def _train(run: Run, state: TrainerState, writers: _Writers, agreement: StopAgreement | None) -> None:
     """All steps, with evaluations and checkpoints."""
     config, train_iters, checkpoints = run.config, run.student.train_iters, open_checkpoints(run)
+    watch = _Watch(run, agreement)
     if state.step == 0:
         _evaluate(run, writers, step=0)
-    with Progress(train_iters, done_steps=state.step, enabled=run.is_writer) as progress:
+    with watch.signals, Progress(train_iters, done_steps=state.step, enabled=run.is_writer) as progress:
         while state.step < train_iters:
-            state = _train_step(run, state, writers, progress)
+            state, stop = _train_step(run, state, writers, progress, watch)
             checkpoints.poll()
-            if evaluates_after(config, state.step, train_iters):
+            if not stop and evaluates_after(config, state.step, train_iters):
                 _evaluate(run, writers, step=state.step)
-            if saves_after(config, state.step, train_iters):
+            if stop or saves_after(config, state.step, train_iters):
                 rollouts = None if run.rollouts is None else run.rollouts.state()
                 checkpoints.save(run.student, state, rollouts=rollouts)
+            if stop:  # nobody knows how much time is left: the checkpoint comes first
+                checkpoints.finish()
+                if evaluates_after(config, state.step, train_iters):
+                    _evaluate(run, writers, step=state.step)
+                raise stopped(state.step, config.checkpoint.save, watch.signals.received)
     checkpoints.finish()
+    if agreement is not None:
+        agreement.close()
+
+
+class _Watch:
+    """What looks for faults and for requests to stop between two steps."""
+
+    def __init__(self, run: Run, agreement: StopAgreement | None) -> None:
+        self.signals, self.agreement = StopSignals(), agreement
+        self.bad_steps = BadSteps(run, Path(run.config.checkpoint.save))
+        self.spikes = LossSpikes(run.config.logging.loss_spike_factor)
 
 
 def _ask_ahead(run: Run, step: int) -> None:
@@ -96,12 +139,24 @@ def _ask_ahead(run: Run, step: int) -> None:
         run.teacher.prefetch(plan)
 
 
-def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Progress) -> TrainerState:
+def _train_step(
+    run: Run, state: TrainerState, writers: _Writers, progress: Progress, watch: _Watch
+) -> tuple[TrainerState, bool]:
+    """The state after the step, and whether the run is to stop with it; the same on every rank."""
     start_s = time.perf_counter()
     timers = Timers(synchronize=run.platform.synchronize)
     assert run.plans is not None
     plan = run.plans.plan(state.step)
-    result, signal_bytes = distill(
+    metrics = Metrics([*run.loss.report_names(), "signal_bytes", "stop_requests"])
+
+    def loss_is_finite(reports: list[Any], num_bytes: int) -> bool:
+        add_reports(metrics, reports, run.student)
+        metrics.add("signal_bytes", num_bytes, 1)
+        metrics.add("stop_requests", float(watch.signals.received is not None), 1)
+        reduce_reports(metrics, run.student, run.platform.device)
+        return math.isfinite(metrics.sums()["loss"])
+
+    result, _ = distill(
         run.student,
         run.teacher,
         run.loss,
@@ -110,18 +165,25 @@ def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Prog
         device=run.platform.device,
         timers=timers,
         meanwhile=lambda: _ask_ahead(run, state.step + 1),
+        loss_is_finite=loss_is_finite,
     )
-    metrics = Metrics([*run.loss.report_names(), "signal_bytes"])
-    add_reports(metrics, result.reports, run.student)
-    metrics.add("signal_bytes", signal_bytes, 1)
-    reduce_reports(metrics, run.student, run.platform.device)
     step_time_s = time.perf_counter() - start_s
     means, sums, num_tokens = metrics.means(), metrics.sums(), metrics.counts()["loss"]
-    step = state.step + 1
-    if result.skipped:
+    step, loss = state.step + 1, means.get("loss", 0.0)
+    is_bad = watch.bad_steps.after_step(step, plan, result, loss)
+    if result.skipped and not is_bad:
         logger.warning("step %d: gradient overflow, no update was made", step)
+    if (ratio := watch.spikes.ratio(loss)) is not None:
+        logger.warning("step %d: the loss, %.4g, is %.1f times the median of the last steps", step, loss, ratio)
+    state = replace(
+        state,
+        step=step,
+        consumed_samples=state.consumed_samples + len(plan.samples),
+        bad_steps=state.bad_steps + is_bad,
+    )
     if step % run.config.logging.logging_steps == 0 or step == run.student.train_iters:
-        values = {name: value for name, value in means.items() if not name.endswith(("num_samples", "signal_bytes"))}
+        left_out = ("num_samples", "signal_bytes", "stop_requests")
+        values = {name: value for name, value in means.items() if not name.endswith(left_out)}
         values |= {name: value for name, value in sums.items() if name.endswith("num_samples")}
         values |= {
             "grad_norm": result.grad_norm,
@@ -130,14 +192,18 @@ def _train_step(run: Run, state: TrainerState, writers: _Writers, progress: Prog
             "tokens_per_s": num_tokens / step_time_s,
             "step_time_s": step_time_s,
             "signal_bytes": sums["signal_bytes"],
-            "consumed_samples": state.consumed_samples + len(plan.samples),
+            "consumed_samples": state.consumed_samples,
+            "bad_steps": state.bad_steps,
             **timers.seconds(),
             **({} if run.rollouts is None else run.rollouts.metrics),
             **({} if run.teacher_samples is None else run.teacher_samples.metrics),
         }
         writers.metrics(step, values)
         progress.update(step, loss=means.get("loss"), tokens_per_s=num_tokens / step_time_s)
-    return replace(state, step=step, consumed_samples=state.consumed_samples + len(plan.samples))
+    stop = sums["stop_requests"] > 0
+    if watch.agreement is not None:
+        stop = watch.agreement.after_step(watch.signals.received is not None)
+    return state, stop and step < run.student.train_iters  # after the last step there is nothing to stop
 
 
 def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
@@ -152,10 +218,11 @@ def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
 def _check_run_dir(config: RunConfig, run_dir: Path) -> None:
     """Refuse, on every rank and before any work, to write over an earlier run or over its exported student."""
     record = run_dir / "metrics.jsonl"
-    load = config.checkpoint.load
-    if (load is None or is_hf_directory(load)) and record.exists() and record.stat().st_size > 0:
+    checkpoint = config.checkpoint
+    is_new = checkpoint.load is None or is_hf_directory(checkpoint.load)
+    if is_new and not checkpoint.auto_resume and record.exists() and record.stat().st_size > 0:
         raise ConfigError(f"{record} holds an earlier run; give another --save, or --load it to resume")
-    if config.checkpoint.save_hf:
+    if config.checkpoint.save_hf and not resumes_itself(config):
         check_destination(run_dir / "hf")
     check_writable(run_dir / "checkpoints")
 

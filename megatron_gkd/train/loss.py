@@ -19,7 +19,7 @@ states in the backward (under sequence parallelism the reduce-scatter of `head_i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -71,6 +71,13 @@ class DistillationLoss:
         """
         self.distillation, self.tp_group, self.vocab_size = distillation, tp_group, vocab_size
         self._teacher_head = teacher_head
+        self._sample_losses: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def sample_losses(self, positions: Iterable[int]) -> dict[int, float]:
+        """Sum of the loss of each of these samples, by position in the global batch, as this rank last computed it;
+        without those that it never did. Waits for the device."""
+        found = {position: self._sample_losses[position] for position in positions if position in self._sample_losses}
+        return {position: float(sums[index]) for position, (sums, index) in found.items()}
 
     @property
     def teacher_head(self) -> torch.Tensor | None:
@@ -106,11 +113,17 @@ class DistillationLoss:
         rows = select_loss_tokens(model.head_input(hidden), batch)
         of_sample = torch.tensor([SOURCES.index(sources[p]) for p in batch.positions], dtype=torch.int64)
         of_sample = of_sample.to(rows.device)
-        token_source = of_sample[batch.loss_sample.to(rows.device)]
+        loss_sample = batch.loss_sample.to(rows.device)
+        token_source = of_sample[loss_sample]
         supervised = (token_source != SOURCES.index("student")).float()
         compute = self._fused if self.distillation.fuse_loss else self._from_logits
         losses = compute(model, rows, batch.labels.to(rows.device), signal, supervised)
         num_tokens = torch.tensor(rows.shape[0], dtype=torch.int, device=rows.device)
+        per_token = losses.divergence
+        if losses.cross_entropy is not None:
+            per_token = per_token + self.distillation.sft_alpha * losses.cross_entropy * supervised
+        sums = per_token.new_zeros(len(batch.positions)).index_add_(0, loss_sample, per_token)
+        self._sample_losses.update((position, (sums, i)) for i, position in enumerate(batch.positions))
         return losses.loss_sum, num_tokens, self._report(losses, num_tokens, supervised, token_source, of_sample)
 
     def _fused(

@@ -64,11 +64,14 @@ def distill(
     device: torch.device,
     timers: Timers,
     meanwhile: Callable[[], None] = lambda: None,
+    loss_is_finite: Callable[[list[Any], int], bool] = lambda reports, num_bytes: True,
 ) -> tuple[StepResult, int]:
     """One update of the student on the plan; returns its result and the signal bytes that this rank sent.
 
     Args:
         meanwhile: called between the teacher's part and the student's, to start what can go on beside the latter.
+        loss_is_finite: decides, the same on every rank, from this rank's reports and signal bytes whether the update
+            is made.
     """
     with timers.phase("teacher"):
         signals, num_bytes = teacher_signals(teacher, plan, packing=packing)
@@ -80,7 +83,9 @@ def distill(
 
     with timers.phase("student"):
         batches = student_batches(plan, student, packing=packing)
-        result = student.train_step(forward_step_with(loss_of, signals, device), batches)
+        result = student.train_step(
+            forward_step_with(loss_of, signals, device), batches, lambda reports: loss_is_finite(reports, num_bytes)
+        )
     return result, num_bytes
 
 

@@ -6,13 +6,18 @@ pipeline for tied embeddings, and divides once by the global number of loss toke
 
 Loss contract (`calculate_per_token_loss`): the loss function returns (loss_sum, num_tokens, report); nothing is
 divided per micro-batch. So the gradient, and its norm, do not depend on TP, PP, VPP, DP or the micro-batch size.
+
+A step whose loss or gradient norm is not finite makes no update: weights, moments and the optimizer's step count stay
+as they are. megatron-core itself (0.16) vetoes an fp16 overflow alone, and would write NaN into everything. The
+learning rate is a function of the step's number, so the schedule advances in such a step as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +40,10 @@ class StepResult:
     """What one update did, the same on every rank but for `reports`."""
 
     reports: list[Any]  # of this rank's micro-batches; empty outside the last stage
-    grad_norm: float  # of the whole model's gradient, before clipping
+    grad_norm: float  # of the whole model's gradient, before clipping; NaN after an fp16 overflow
     learning_rate: float
-    skipped: bool  # an fp16 overflow: no update was made
+    skipped: bool  # no update was made
+    problem: str | None  # why, in words; None for an fp16 overflow, after which the loss scale is lowered
 
 
 class Student:
@@ -101,16 +107,52 @@ class Student:
         """The chunks without their DDP wrappers."""
         return [chunk.module for chunk in self.chunks]
 
-    def train_step(self, forward_step: ForwardStep, micro_batches: Sequence[MicroBatch]) -> StepResult:
-        """One update from this data-parallel rank's micro-batches. Collective over all ranks of the layout."""
+    def train_step(
+        self,
+        forward_step: ForwardStep,
+        micro_batches: Sequence[MicroBatch],
+        loss_is_finite: Callable[[list[Any]], bool] = lambda reports: True,
+    ) -> StepResult:
+        """One update from this data-parallel rank's micro-batches. Collective over all ranks of the layout.
+
+        Args:
+            loss_is_finite: given this rank's reports, between the backward pass and the update; the same answer on
+                every rank, so it may make collectives.
+        """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = run_schedule(self.chunks, self.layout, self.groups, forward_step, micro_batches, forward_only=False)
         self.scheduler.step(increment=1)
-        succeeded, grad_norm, _ = self.optimizer.step()
-        return StepResult(reports, float(grad_norm), float(self.optimizer.param_groups[0]["lr"]), not succeeded)
+        grad_norm, updated, problem = self._update(loss_is_finite(reports))
+        return StepResult(reports, grad_norm, float(self.optimizer.param_groups[0]["lr"]), not updated, problem)
+
+    def _update(self, loss_is_finite: bool) -> tuple[float, bool, str | None]:
+        """megatron-core's optimizer step, stopped between the gradient's norm and the update where one of the two is
+        not finite. Returns the norm, whether the update was made, and why not.
+        """
+        optimizer: Any = self.optimizer
+        get_norm, apply, norms = optimizer.get_grad_norm, optimizer.step_with_ready_grads, list[float]()
+
+        def noted_norm() -> float:
+            norms.append(float(get_norm()))
+            return norms[-1]
+
+        optimizer.get_grad_norm = noted_norm
+        optimizer.step_with_ready_grads = lambda: loss_is_finite and math.isfinite(norms[-1]) and apply()
+        try:
+            updated, _, _ = optimizer.step()
+        finally:
+            del optimizer.get_grad_norm, optimizer.step_with_ready_grads
+        if not norms:  # the loss scaler has found an overflow; its loss scale is lowered, as far as that goes
+            smallest = float(optimizer.get_loss_scale()) <= optimizer.config.min_loss_scale
+            overflow = "the gradient overflows at the smallest loss scale" if smallest else None
+            return math.nan, False, overflow if loss_is_finite else "the loss is not finite"
+        problem = None if loss_is_finite else "the loss is not finite"
+        if not math.isfinite(norms[-1]):
+            problem = problem or f"the gradient's norm is {norms[-1]}"
+        return norms[-1], bool(updated), problem
 
     @torch.no_grad()
     def forward_only(self, forward_step: ForwardStep, micro_batches: Sequence[MicroBatch]) -> list[Any]:

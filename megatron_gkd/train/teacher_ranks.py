@@ -1,8 +1,9 @@
 """The loop of a rank that the teacher has to itself (`--teacher_placement separate`).
 
 It makes the same plans as the student's ranks, evaluates and takes part in checkpoints after the same steps, and has
-no other contact with them than the signals that it sends. So it works ahead: while the student trains on a step, the
-teacher forwards the next one, unless that has to be sampled from the student first.
+no other contact with them than the signals that it sends, and requests to stop (train/stopping.py). So it works ahead:
+while the student trains on a step, the teacher forwards the next one, unless that has to be sampled from the student
+first.
 """
 
 from __future__ import annotations
@@ -15,26 +16,37 @@ from megatron_gkd.train.plans import evaluates_after, evaluation_plans, saves_af
 from megatron_gkd.train.resume import open_checkpoints, resume
 from megatron_gkd.train.setup import TeacherRun
 from megatron_gkd.train.step import teacher_signals
+from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
 
 
-def serve_training(run: TeacherRun) -> None:
-    """All steps of the run, from the one that `--load` resumes at. Collective over all ranks."""
+def serve_training(run: TeacherRun, agreement: StopAgreement) -> None:
+    """All steps of the run, from the one that `--load` resumes at. Collective over all ranks. Raises RunStoppedError
+    where a signal ended it early."""
     assert run.plans is not None
     config, state = run.config, resume(run)
     set_aside_later(Path(config.checkpoint.save), state.step)
     checkpoints = open_checkpoints(run)
     if state.step == 0:
         serve_evaluation(run)
-    while state.step < run.train_iters:
-        plan = run.plans.plan(state.step)
-        teacher_signals(run.teacher, plan, packing=config.data.packing)
-        state = replace(state, step=state.step + 1, consumed_samples=state.consumed_samples + len(plan.samples))
-        checkpoints.poll()
-        if evaluates_after(config, state.step, run.train_iters):
-            serve_evaluation(run)
-        if saves_after(config, state.step, run.train_iters):
-            checkpoints.save(None, state)
+    with StopSignals() as signals:
+        while state.step < run.train_iters:
+            plan = run.plans.plan(state.step)
+            teacher_signals(run.teacher, plan, packing=config.data.packing)
+            state = replace(state, step=state.step + 1, consumed_samples=state.consumed_samples + len(plan.samples))
+            stop = agreement.after_step(signals.received is not None) and state.step < run.train_iters
+            checkpoints.poll()
+            if not stop and evaluates_after(config, state.step, run.train_iters):
+                serve_evaluation(run)
+            if stop or saves_after(config, state.step, run.train_iters):
+                checkpoints.save(None, state)
+            if stop:  # in the order of the student's ranks
+                checkpoints.finish()
+                if evaluates_after(config, state.step, run.train_iters):
+                    serve_evaluation(run)
+                run.teacher.close()
+                raise stopped(state.step, config.checkpoint.save, signals.received)
     checkpoints.finish()
+    agreement.close()
     run.teacher.close()
 
 

@@ -37,7 +37,7 @@ _FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel")
 _FREE_FLAGS: Final = frozenset(
     {
         *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row"),
-        *("micro_batch_size", "loss_path", "use_liger_kernel"),
+        *("micro_batch_size", "loss_path", "use_liger_kernel", "max_bad_steps"),
         *("teacher_model_server", "teacher_micro_batch_size", "teacher_micro_batch_tokens", "teacher_timeout_s"),
         *("teacher_placement", "teacher_world_size", "teacher_nodes", "offload_teacher_model", "signal_memory_gb"),
         *("teacher_samples_cache", "teacher_sampling_steps"),
@@ -58,6 +58,7 @@ class TrainerState:
     data_fingerprint: str  # of the tokenised training rows
     architecture: str  # repr of the student's Architecture: a checkpoint of another model is refused
     use_distributed_optimizer: bool  # the two forms of optimizer state are not interchangeable
+    bad_steps: int = 0  # steps so far that made no update, because their loss or gradient was not finite
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""`--auto_resume`: where a start of a run begins, decided at the start itself, so that the same command line begins a
+run and, after a restart by torchrun or a scheduler, goes on with it.
+
+The first rank looks and tells the others: on a shared file system two nodes may see a new checkpoint at different
+times, and ranks that start from different steps would wait for each other for ever.
+
+Does not choose the checkpoint or judge it; that is loading's matter, as with `--load`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_gkd import platform
+from megatron_gkd.config import RunConfig
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.weights.hf_writer import check_destination
+
+logger = get_logger(__name__)
+
+
+def choose_start(config: RunConfig) -> RunConfig:
+    """The configuration with `--load` set to the run directory where `--auto_resume` finds a checkpoint there, and
+    away from it where there is none.
+
+    Communication: with --auto_resume, one broadcast of one integer from rank 0 over WORLD, which is made if need be.
+    """
+    if not config.checkpoint.auto_resume:
+        return config
+    where = platform.setup(config.parallel.device)
+    platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
+    # A directory of this name is complete: it was renamed when every rank had written its part.
+    found = dist.get_rank() == 0 and any((Path(config.checkpoint.save) / "checkpoints").glob("step_*"))
+    answer = torch.tensor([int(found)], device=where.device)
+    dist.broadcast(answer, src=0, group=dist.group.WORLD)
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if answer.item():
+        return replace(config, checkpoint=replace(config.checkpoint, load=save))
+    logger.info("--auto_resume: no checkpoint in %s yet, the run begins", save)
+    if load is not None and Path(load).resolve() == Path(save).resolve():
+        return replace(config, checkpoint=replace(config.checkpoint, load=None))
+    return config
+
+
+def resumes_itself(config: RunConfig) -> bool:
+    """Whether `choose_start` found a checkpoint of the run's own."""
+    return config.checkpoint.auto_resume and config.checkpoint.load == config.checkpoint.save
+
+
+def first_step_to_write(config: RunConfig, done_steps: int) -> int | None:
+    """The first step that the run will record; what an earlier start recorded from there on is taken back. None: there
+    was no earlier start, and a record that is there is another run's."""
+    if config.checkpoint.auto_resume and not resumes_itself(config):
+        return 0  # an earlier start was stopped before its first checkpoint
+    return done_steps + 1 if config.checkpoint.load else None
+
+
+def ended_before(config: RunConfig, *, done_steps: int, train_iters: int) -> bool:
+    """Whether a run that resumes itself has trained and exported everything already.
+
+    Raises CheckpointError where steps are left to do and a student is exported: it is not overwritten.
+    """
+    exported = Path(config.checkpoint.save) / "hf"
+    if not (resumes_itself(config) and config.checkpoint.save_hf and exported.exists()):
+        return False
+    if done_steps < train_iters:
+        check_destination(exported)
+    logger.info("nothing left to do: %d steps done, %s is written", done_steps, exported)
+    return True

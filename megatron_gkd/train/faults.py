@@ -1,0 +1,178 @@
+"""What a run does about numbers that are not finite, losses that jump and ranks that are lost (docs/faults.md).
+
+A bad step is one whose loss or gradient norm is not finite. It makes no update (train/student.py); here it is counted,
+its samples are written to SAVE/bad_steps/step_00000010.json, and after `--max_bad_steps` of them in a row the run ends.
+
+    {"step": 10, "problem": "the loss is not finite", "loss": "nan", "grad_norm": "nan", "num_samples": 64,
+     "left_out": 0,
+     "samples": [{"position": 3, "row": 1745, "source": "dataset", "policy_version": null, "loss_sum": "nan",
+                  "prompt_ids": [...], "completion_ids": [...], "prompt": "...", "completion": "..."}]}
+
+The samples are those whose own loss is not finite, or all where every loss is (the gradient overflowed): at most
+MOST_SAMPLES, largest loss per token first. Numbers that JSON has not are strings.
+
+The count of bad steps in a row begins anew with a resumed run, and so does the median of the losses; the count of all
+bad steps is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import torch.distributed as dist
+
+from megatron_gkd.data.chat import load_tokenizer
+from megatron_gkd.errors import GKDError, TrainingError
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.records import Sample, StepPlan
+from megatron_gkd.train.setup import Run
+from megatron_gkd.train.student import StepResult
+
+logger = get_logger(__name__)
+
+MOST_FILES: Final = 100
+MOST_SAMPLES: Final = 64
+_WINDOW, _FEWEST = 32, 8  # losses of the running median: at most, and before anything is compared
+
+
+class BadSteps:
+    """Those in a row, and their records."""
+
+    def __init__(self, run: Run, run_dir: Path) -> None:
+        self._run, self._directory, self._in_a_row = run, run_dir / "bad_steps", 0
+
+    def after_step(self, step: int, plan: StepPlan, result: StepResult, loss: float) -> bool:
+        """Whether the step was bad. Raises TrainingError on all of the student's ranks when there were too many.
+
+        Communication: none after a good step; after a bad one an all-gather of the samples' losses over the student.
+        """
+        if result.problem is None:
+            self._in_a_row = 0
+            return False
+        self._in_a_row += 1
+        most, problem = self._run.config.training.max_bad_steps, result.problem
+        sample_losses = self._sample_losses(plan)
+        if self._run.is_writer:
+            path = self._write(step, plan, result, loss, sample_losses)
+            where = f"its samples are in {path}" if path else "its samples were not written"
+            count = f"{self._in_a_row} in a row, --max_bad_steps {most}"
+            logger.warning("step %d: %s, no update was made (%s); %s", step, problem, count, where)
+        if self._in_a_row >= most:
+            raise TrainingError(
+                f"step {step}: {problem}, the {self._in_a_row}. such step in a row (--max_bad_steps {most}). None "
+                f"of them changed a weight. Look at the samples in {self._directory}; lower --lr or --clip_grad, or "
+                f"mend the data, and go on from the last checkpoint with --load {self._directory.parent}"
+            )
+        return True
+
+    def _sample_losses(self, plan: StepPlan) -> dict[int, float]:
+        """Loss of every sample of the step, on all of the student's ranks. Its last stage knows, one TP rank tells."""
+        groups, mine = self._run.student.groups, dict[int, float]()
+        if groups.tp.rank() == 0:
+            mine = self._run.loss.sample_losses(p for batch in plan.student[groups.dp.rank()] for p in batch)
+        everyone: list[Any] = [None] * groups.intra_dist_opt.size()
+        dist.all_gather_object(everyone, mine, group=groups.intra_dist_opt)
+        return {position: loss for part in everyone for position, loss in part.items()}
+
+    def _write(
+        self, step: int, plan: StepPlan, result: StepResult, loss: float, sample_losses: dict[int, float]
+    ) -> Path | None:
+        """The file, or None where there are enough, or it cannot be written: no reason to end a run that goes on."""
+        path = self._directory / f"step_{step:08d}.json"
+        try:
+            self._directory.mkdir(exist_ok=True)
+            if sum(1 for _ in self._directory.glob("step_*.json")) >= MOST_FILES and not path.exists():
+                return None
+            record = describe_bad_step(step, plan.samples, result, loss, sample_losses)
+            self._add_texts(record["samples"])
+            path.write_text(json.dumps(record, indent=1, allow_nan=False))
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", path, error)
+            return None
+        return path
+
+    def _add_texts(self, samples: list[dict[str, Any]]) -> None:
+        try:
+            tokenizer = load_tokenizer(self._run.config.model.model)
+        except GKDError as error:
+            logger.warning("no texts beside the token ids: %s", error)
+            return
+        for sample in samples:
+            for name in ("prompt", "completion"):
+                sample[name] = tokenizer.decode(sample[f"{name}_ids"])
+
+
+def describe_bad_step(
+    step: int, samples: tuple[Sample, ...], result: StepResult, loss: float, sample_losses: dict[int, float]
+) -> dict[str, Any]:
+    """The record of the module docstring, without texts."""
+    suspects = [s for s in samples if not math.isfinite(sample_losses.get(s.position, 0.0))] or list(samples)
+
+    def badness(sample: Sample) -> float:
+        per_token = sample_losses.get(sample.position, 0.0) / max(sample.num_loss_tokens, 1)
+        return math.inf if math.isnan(per_token) else per_token
+
+    suspects.sort(key=badness, reverse=True)
+    return {
+        "step": step,
+        "problem": result.problem,
+        "loss": _number(loss),
+        "grad_norm": _number(result.grad_norm),
+        "num_samples": len(samples),
+        "left_out": max(0, len(suspects) - MOST_SAMPLES),
+        "samples": [
+            {
+                "position": sample.position,
+                "row": sample.row,
+                "source": sample.source,
+                "policy_version": sample.policy_version,
+                "loss_sum": _number(sample_losses.get(sample.position)),
+                "prompt_ids": list(sample.prompt_ids),
+                "completion_ids": list(sample.completion_ids),
+            }
+            for sample in suspects[:MOST_SAMPLES]
+        ],
+    }
+
+
+def _number(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+class LossSpikes:
+    """Compares a loss with the median of the last ones, and says so; nothing else happens."""
+
+    def __init__(self, factor: float | None) -> None:
+        self._factor = factor
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+
+    def ratio(self, loss: float) -> float | None:
+        """Loss over median where that is above the factor, else None; keeps the loss for the next ones."""
+        if self._factor is None or not math.isfinite(loss):
+            return None
+        usual = median(self._losses) if len(self._losses) >= _FEWEST else math.inf
+        self._losses.append(loss)
+        return loss / usual if usual > 0 and loss > self._factor * usual else None
+
+
+_LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "socket")
+
+
+def lost_rank(error: Exception, run_dir: str, timeout_minutes: float) -> TrainingError | None:
+    """What to say of a collective that failed because another rank is gone or does not answer; None for others."""
+    if isinstance(error, GKDError):
+        return None
+    text = " ".join(str(error).split())
+    distributed = isinstance(error, dist.DistError) or "gloo" in text.lower() or "nccl" in text.lower()
+    if not (isinstance(error, RuntimeError) and distributed and any(word in text.lower() for word in _LOST)):
+        return None
+    return TrainingError(
+        f"another rank ended, or did not answer within --distributed_timeout_minutes {timeout_minutes} ({text[:200]}). "
+        f"The message of the rank that failed first says why; a rank without one was killed (out of memory?) or hangs. "
+        f"Checkpoints are complete: start all ranks again with the same command line and --load {run_dir}"
+    )

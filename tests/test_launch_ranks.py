@@ -1,0 +1,210 @@
+"""The launch scripts with real ranks: one node; two nodes, which are two agents on 127.0.0.1 with one rank each.
+
+Every run distils the same tiny models on two data parallel ranks, so every run has to leave the same record, bit for
+bit: that of `train_single_node.sh`, which is never stopped. In the run with restarts first a rank of one node is
+killed, later a whole node (agent and rank), which is then started again with the same command line.
+
+Not covered: several machines, NCCL, a network that fails.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.test_launch import ROOT
+from tests.train.runs import command_line, exported, metrics
+from tests.train.trainers import write_pair, write_rows
+
+pytestmark = pytest.mark.slow
+
+STEPS, SAVE_STEPS = 18, 3
+TIMEOUT_S = 240  # of one run; each takes seconds on an idle machine
+SINGLE, MULTI = "train_single_node.sh", "train_multi_node.sh"
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("launch")
+    student, teacher = write_pair(root, "qwen3")
+    return command_line(
+        model=student,
+        teacher_model=teacher,
+        dataset=write_rows(root / "rows.jsonl", 13),
+        eval_dataset=write_rows(root / "held_out.jsonl", 3, seed=9),
+        lmbda=0,
+        global_batch_size=2,
+        train_iters=STEPS,
+        save_steps=SAVE_STEPS,
+        save_total_limit=2,
+        eval_steps=6,
+        lr=3e-3,
+        report_to="none",
+        device="cpu",
+    )
+
+
+@dataclass
+class Nodes:
+    """Scripts started by a test, in sessions of their own; what is left of them is ended with the test."""
+
+    logs: Path
+    flags: list[str]
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, script: str, save: Path, **env: str) -> subprocess.Popen[bytes]:
+        job = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ENDPOINT", "NNODES", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        environment = {name: value for name, value in os.environ.items() if name not in job}
+        environment |= {"GKD_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"} | env
+        command = ["bash", str(ROOT / "launch" / script), *self.flags, "--save", str(save)]
+        with (self.logs / f"{len(self.started)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        self.started.append(process)
+        return process
+
+    def log(self, process: subprocess.Popen[bytes]) -> str:
+        return (self.logs / f"{self.started.index(process)}.log").read_text(errors="replace")
+
+    def tails(self) -> str:
+        return "\n".join(f"---- {n}\n{self.log(process)[-3000:]}" for n, process in enumerate(self.started))
+
+    def wait(self, *processes: subprocess.Popen[bytes]) -> None:
+        end = time.monotonic() + TIMEOUT_S
+        for process in processes:
+            try:
+                status = process.wait(timeout=max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                status = -1
+            assert status == 0, f"exit code {status} (-1: not ended in time)\n{self.tails()}"
+
+    def until(self, what: Callable[[], bool]) -> None:
+        end = time.monotonic() + TIMEOUT_S
+        while not what():
+            assert time.monotonic() < end, self.tails()
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                for pid in (process.pid, *workers(process)):
+                    os.kill(pid, signal.SIGKILL)
+                process.wait()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, flags: list[str]) -> Iterator[Nodes]:
+    nodes = Nodes(tmp_path, flags)
+    yield nodes
+    nodes.close()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, flags: list[str]) -> Path:
+    """The run directory of `train_single_node.sh` on two ranks."""
+    root = tmp_path_factory.mktemp("single")
+    nodes = Nodes(root, flags)
+    try:
+        nodes.wait(nodes.start(SINGLE, root / "run", NPROC_PER_NODE="2"))
+    finally:
+        nodes.close()
+    return root / "run"
+
+
+def workers(agent: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of an agent's ranks: its children that carry out the program."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"megatron_gkd" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def rows_written(run_dir: Path) -> int:
+    record = run_dir / "metrics.jsonl"
+    return record.read_bytes().count(b"\n") if record.exists() else 0
+
+
+def assert_same_run(run_dir: Path, whole: Path) -> None:
+    assert [row["step"] for row in metrics(run_dir)] == list(range(1, STEPS + 1))
+    assert metrics(run_dir) == metrics(whole)
+    evaluations = [metrics(run, first_step=0, file="evaluation.jsonl") for run in (run_dir, whole)]
+    assert evaluations[0] == evaluations[1]
+    assert [row["step"] for row in evaluations[0]] == [0, 6, 12, 18]
+    ours, theirs = exported(run_dir), exported(whole)
+    assert all(ours[name].equal(theirs[name]) for name in ours | theirs)
+
+
+def test_single_node(whole: Path):
+    assert [row["step"] for row in metrics(whole)] == list(range(1, STEPS + 1))
+    assert (whole / "hf" / "config.json").is_file()
+    assert len(list((whole / "checkpoints").glob("step_*"))) == 2
+
+
+def test_a_killed_rank_on_one_node(tmp_path: Path, nodes: Nodes, whole: Path):
+    agent = nodes.start(SINGLE, tmp_path / "run", NPROC_PER_NODE="2", MAX_RESTARTS="1")
+    nodes.until(lambda: rows_written(tmp_path / "run") > SAVE_STEPS + 1)
+    os.kill(workers(agent)[1], signal.SIGKILL)
+    nodes.wait(agent)
+    assert_same_run(tmp_path / "run", whole)
+    assert nodes.log(agent).count("resumed from") == 1, nodes.tails()
+
+
+def test_two_nodes_by_number(tmp_path: Path, nodes: Nodes, whole: Path):
+    env = dict(NNODES="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    nodes.wait(*[nodes.start(MULTI, tmp_path / "run", **env, NODE_RANK=str(rank)) for rank in (0, 1)])
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_killed_rank_and_a_killed_node(tmp_path: Path, nodes: Nodes, whole: Path):
+    run_dir, endpoint = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    env = dict(
+        NNODES="2",
+        RDZV_ENDPOINT=endpoint,
+        RDZV_CONF="keep_alive_interval=1",
+        LOCAL_ADDR="127.0.0.1",
+        MAX_RESTARTS="2",
+        NPROC_PER_NODE="1",
+    )
+    first = nodes.start(MULTI, run_dir, **env)
+    nodes.until(lambda: listening(endpoint))  # this node keeps the rendezvous, the other one may be lost
+    second = nodes.start(MULTI, run_dir, **env)
+
+    nodes.until(lambda: rows_written(run_dir) > SAVE_STEPS + 1)
+    (rank,) = workers(second)
+    os.kill(rank, signal.SIGKILL)
+    killed_at = rows_written(run_dir)
+    assert SAVE_STEPS < killed_at < STEPS / 2, "killed too late to see a restart"
+    nodes.until(lambda: "resumed from" in nodes.log(first) + nodes.log(second))
+
+    nodes.until(lambda: rows_written(run_dir) > STEPS / 2)
+    (rank,) = workers(second)
+    os.kill(second.pid, signal.SIGKILL)
+    os.kill(rank, signal.SIGKILL)
+    assert rows_written(run_dir) < STEPS
+    second.wait()
+    again = nodes.start(MULTI, run_dir, **env)
+
+    nodes.wait(first, again)
+    assert_same_run(run_dir, whole)
+    text = "".join(nodes.log(process) for process in nodes.started)
+    assert text.count("resumed from") == 2, nodes.tails()
+
+
+def listening(endpoint: str) -> bool:
+    host, port = endpoint.split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0

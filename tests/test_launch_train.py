@@ -1,0 +1,285 @@
+"""The scripts that start training: what they would run, what they refuse, and that their flags are the program's.
+
+Nothing is started here but the scripts themselves; test_launch_ranks.py starts real ranks. Not covered: Slurm itself
+(the batch script meets stand-ins for its commands), GPUs, the hardware of the recipes.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_gkd.config import RunConfig
+from megatron_gkd.flags import parse_run_config, parse_sample_config
+from tests.test_launch import ROOT, Result, bash
+
+SINGLE, MULTI, SLURM = "train_single_node.sh", "train_multi_node.sh", "slurm.sbatch"
+RECIPES = ("qwen2.5_72b_to_7b.sh", "on_policy_distillation.sh")
+LEFT_OVER = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ENDPOINT", "CUDA_VISIBLE_DEVICES")
+CLEAN = {"GKD_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
+C10D = {"NNODES": "2", "RDZV_ENDPOINT": "node0"}
+STATIC = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+
+
+@pytest.fixture(autouse=True)
+def _no_variables_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LEFT_OVER:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The models and data that the recipes look for: they need to exist, no more."""
+    root = tmp_path_factory.mktemp("given")
+    for name in ("TEACHER", "STUDENT"):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text("{}")
+    (root / "rows.jsonl").write_text("{}\n")
+    return {
+        "TEACHER": str(root / "TEACHER"),
+        "STUDENT": str(root / "STUDENT"),
+        "DATASET": str(root / "rows.jsonl"),
+        "RESULT": str(root / "teacher.jsonl"),
+    }
+
+
+def launch(script: str, *args: str, **env: str) -> Result:
+    return bash(ROOT / "launch" / script, *args, **CLEAN | env)
+
+
+def words(result: Result) -> list[str]:
+    """The command that a dry run prints, environment included."""
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("+ ")]
+    assert len(lines) == 1, result.stdout
+    return shlex.split(lines[0])[1:]
+
+
+def has(command: list[str], *part: str) -> bool:
+    return any(tuple(command[i : i + len(part)]) == part for i in range(len(command)))
+
+
+def config_of(command: list[str]) -> RunConfig:
+    """The flags behind `megatron_gkd train`, parsed and checked as the program does."""
+    config = parse_run_config(command[command.index("train") + 1 :])
+    config.validate("train")
+    return config
+
+
+# ---- one node and several --------------------------------------------------------------------------------------------
+
+
+def test_single_node_command():
+    command = words(launch(SINGLE, "--dry-run", "--model", "a b", "--lr", "1e-4"))
+    assert has(command, "--standalone", "--nproc-per-node", "1", "--max-restarts", "3", "-m", "megatron_gkd", "train")
+    assert command[-6:] == ["--auto_resume", "true", "--model", "a b", "--lr", "1e-4"]
+    assert {"OMP_NUM_THREADS=1", "CUDA_DEVICE_MAX_CONNECTIONS=1"} < set(command)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in command, "restarts need it"
+
+
+def test_single_node_environment():
+    env = dict(NPROC_PER_NODE="4", MAX_RESTARTS="0", AUTO_RESUME="0", OMP_NUM_THREADS="3")
+    command = words(launch(SINGLE, "--dry-run", "--model", "m", **env))
+    assert has(command, "--nproc-per-node", "4", "--max-restarts", "0")
+    assert "--auto_resume" not in command
+    assert "OMP_NUM_THREADS=3" in command
+
+
+@pytest.mark.parametrize(("visible", "ranks"), [("0,1,2", "3"), ("5", "1"), ("", "1")])
+@pytest.mark.parametrize(("script", "env"), [(SINGLE, {}), (MULTI, C10D)])
+def test_one_rank_for_each_visible_gpu(script: str, env: dict[str, str], visible: str, ranks: str):
+    command = words(launch(script, "--dry-run", "--model", "m", **env, CUDA_VISIBLE_DEVICES=visible))
+    assert has(command, "--nproc-per-node", ranks)
+
+
+def test_c10d_command():
+    env = C10D | dict(LOCAL_ADDR="10.0.0.7", RDZV_ID="job7", RDZV_TIMEOUT_S="60", RDZV_CONF="is_host=1")
+    command = words(launch(MULTI, "--dry-run", "--model", "m", **env))
+    assert has(command, "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3")
+    assert has(command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:29500", "--rdzv-id", "job7")
+    assert has(command, "--rdzv-conf", "join_timeout=60,is_host=1", "--local-addr", "10.0.0.7", "-m", "megatron_gkd")
+    assert has(command, "train", "--auto_resume", "true", "--model", "m")
+
+
+def test_static_command():
+    command = words(launch(MULTI, "--dry-run", "--model", "m", **STATIC, MASTER_PORT="1234"))
+    assert has(command, "--max-restarts", "0", "--node-rank", "1", "--master-addr", "node0", "--master-port", "1234")
+    assert "--rdzv-backend" not in command
+
+
+@pytest.mark.parametrize(
+    ("script", "env", "message"),
+    [
+        (SINGLE, dict(NPROC_PER_NODE="two"), "NPROC_PER_NODE=two: give a positive whole number"),
+        (SINGLE, dict(NPROC_PER_NODE="0"), "NPROC_PER_NODE=0"),
+        (SINGLE, dict(MAX_RESTARTS="-1"), "MAX_RESTARTS=-1: give 0 or a positive"),
+        (SINGLE, dict(AUTO_RESUME="maybe"), "AUTO_RESUME=maybe: give 0 or 1"),
+        (SINGLE, dict(GKD_VENV="/nowhere"), "there is no /nowhere/bin/python; bash launch/setup_env.sh"),
+        (MULTI, dict(RDZV_ENDPOINT="node0"), "NNODES is not set"),
+        (MULTI, dict(NNODES="2"), "neither RDZV_ENDPOINT nor MASTER_ADDR is set"),
+        (MULTI, C10D | dict(NNODES="1:4"), "NNODES=1:4: the number of nodes is fixed"),
+        (MULTI, C10D | dict(NNODES="x"), "NNODES=x"),
+        (MULTI, C10D | dict(RDZV_ENDPOINT="node0:99999"), "RDZV_ENDPOINT=node0:99999: give HOST or HOST:PORT"),
+        (MULTI, C10D | dict(RDZV_TIMEOUT_S="soon"), "RDZV_TIMEOUT_S=soon"),
+        (MULTI, C10D | dict(MAX_RESTARTS="x"), "MAX_RESTARTS=x"),
+        (MULTI, C10D | dict(AUTO_RESUME="2"), "AUTO_RESUME=2"),
+        (MULTI, C10D | STATIC, "unset one of them"),
+        (MULTI, STATIC | dict(NODE_RANK="2"), "give a number from 0 to 1"),
+        (MULTI, dict(NNODES="2", MASTER_ADDR="node0"), "NODE_RANK=: give the number of this node"),
+        (MULTI, STATIC | dict(MASTER_PORT="0"), "MASTER_PORT=0"),
+        (MULTI, STATIC | dict(MAX_RESTARTS="1"), "give RDZV_ENDPOINT instead"),
+    ],
+)
+def test_refused(script: str, env: dict[str, str], message: str):
+    result = launch(script, "--dry-run", "--model", "m", **env)
+    assert result.returncode == 2
+    assert f"{script.removesuffix('.sh')}: " in result.stderr
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(("script", "env"), [(SINGLE, {}), (MULTI, C10D)])
+def test_a_run_without_flags_is_refused(script: str, env: dict[str, str]):
+    result = launch(script, "--dry-run", **env)
+    assert result.returncode == 2
+    assert "no flags for `megatron-gkd train`" in result.stderr
+
+
+def test_no_script_ends_processes():
+    for script in (ROOT / "launch").iterdir():
+        text = script.read_text()
+        assert "pkill" not in text and "killall" not in text and "scancel" not in text, script  # noqa: PT018
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_72b_to_7b_on_nodes_of_its_own(given: dict[str, str]):
+    command = words(launch(RECIPES[0], "--dry-run", "--lr", "3e-6", "--train_iters", "5", **given | C10D))
+    assert has(command, "--nnodes", "2")
+    config = config_of(command)
+    assert (config.parallel.tensor_model_parallel_size, config.teacher.teacher_tensor_model_parallel_size) == (2, 8)
+    assert (config.teacher.teacher_placement, config.teacher.teacher_nodes) == ("separate", 1)
+    assert config.distillation.gkd_logits_topk is None, "hidden states, not a top K"
+    assert config.distillation.fuse_loss
+    assert (config.training.lr, config.training.train_iters) == (3e-6, 5), "the caller's flags win"
+    assert config.checkpoint.auto_resume
+
+
+def test_72b_to_7b_on_the_same_gpus(given: dict[str, str]):
+    command = words(launch(RECIPES[0], "--dry-run", **given, PLACEMENT="colocate", NPROC_PER_NODE="8"))
+    assert has(command, "--standalone", "--nproc-per-node", "8")
+    config = config_of(command)
+    assert config.teacher.teacher_placement == "colocate"
+    assert config.teacher.offload_teacher_model
+
+
+def test_on_policy(given: dict[str, str]):
+    pytest.importorskip("vllm")
+    config = config_of(words(launch(RECIPES[1], "--dry-run", **given, VLLM_MEMORY=".25", SAVE="runs/x")))
+    assert (config.distillation.lmbda, config.distillation.beta) == (1.0, 1.0)
+    assert config.sampling.vllm_gpu_memory_utilization == 0.25
+    assert config.checkpoint.save == "runs/x"
+    assert "--nnodes" in words(launch(RECIPES[1], "--dry-run", **given | C10D))
+
+
+def test_presampling_and_the_training_that_follows(given: dict[str, str]):
+    result = launch("presample_teacher.sh", "--dry-run", "--temperature", "0.7", **given, TP="4", DTYPE="fp32")
+    assert result.returncode == 0, result.stderr
+    sample, train = (shlex.split(line)[1:] for line in result.stdout.splitlines())
+    settings = parse_sample_config(sample[sample.index("sample") + 1 :])
+    settings.check()
+    assert (settings.temperature, settings.dtype, settings.vllm_tensor_parallel_size) == (0.7, "fp32", 4)
+    assert settings.result_path == given["RESULT"]
+    assert not Path(given["RESULT"]).exists()
+    config = config_of(words(bash(*train[1:], "--dry-run", **CLEAN)))
+    assert config.data.dataset == [given["RESULT"]]
+    assert (config.distillation.lmbda, config.distillation.seq_kd) == (0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("script", "env", "message"),
+    [
+        *((name, dict(TEACHER=""), "TEACHER is not set") for name in (*RECIPES, "presample_teacher.sh")),
+        *((name, dict(TEACHER="/no"), "TEACHER=/no: there is no config.json") for name in RECIPES),
+        *((name, dict(DATASET="/no.jsonl"), "DATASET=/no.jsonl: there is no such") for name in RECIPES),
+        (RECIPES[0], {}, "PLACEMENT=separate with NNODES=1 and TEACHER_NODES=1 leaves no node for the student"),
+        (RECIPES[0], dict(PLACEMENT="beside"), "PLACEMENT=beside: give separate or colocate"),
+        (RECIPES[0], dict(PLACEMENT="colocate", TEACHER_NODES="1"), "TEACHER_NODES=1 is for PLACEMENT=separate"),
+        (RECIPES[1], dict(VLLM_MEMORY="90"), "VLLM_MEMORY=90: give a share"),
+        (RECIPES[1], dict(NNODES="two"), "NNODES=two"),
+        ("presample_teacher.sh", dict(RESULT=""), "RESULT is not set"),
+        ("presample_teacher.sh", dict(TP="0"), "TP=0"),
+        ("presample_teacher.sh", dict(DTYPE="int8"), "DTYPE=int8: give fp32, bf16 or fp16"),
+    ],
+)
+def test_recipes_refuse(given: dict[str, str], script: str, env: dict[str, str], message: str):
+    result = launch(script, "--dry-run", **given | env)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+# ---- Slurm -----------------------------------------------------------------------------------------------------------
+
+
+def test_slurm_command():
+    job = dict(SLURM_JOB_ID="31234", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_NUM_NODES="2", MASTER_ADDR="left over")
+    command = words(launch(SLURM, "--dry-run", "--config", "run.yaml", **job))
+    assert command[:3] == ["NNODES=2", "RDZV_ENDPOINT=FIRST_NODE:21234", "RDZV_ID=31234-0"]
+    assert has(command, "--ntasks-per-node", "1")
+    assert command[-4:] == ["bash", str(ROOT / "launch" / MULTI), "--config", "run.yaml"]
+
+
+def test_slurm_refuses():
+    outside = launch(SLURM, "--config", "run.yaml")
+    assert outside.returncode == 2
+    assert "not in a Slurm job; start it with sbatch" in outside.stderr
+    missing = launch(SLURM, "--dry-run", SCRIPT="launch/none.sh")
+    assert missing.returncode == 2
+    assert "launch/none.sh; call sbatch in the root of the checkout" in missing.stderr
+
+
+def slurm_stand_ins(root: Path, srun: str) -> dict[str, str]:
+    """`scontrol` and `srun` that write what they were asked for; the environment of a job that finds them."""
+    commands = {"scontrol": 'echo "$@" >>"$LOG"; [[ $1 != show ]] || printf "n1\\nn2\\n"', "srun": srun}
+    for name, body in commands.items():
+        (root / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (root / name).chmod(0o755)
+    job = dict(SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_NUM_NODES="2", GKD_ROOT=str(ROOT))
+    return {**os.environ, **CLEAN, **job, "LOG": str(root / "log"), "PATH": f"{root}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_slurm_passes_the_exit_code_on_and_does_not_requeue_a_failure(tmp_path: Path, status: int):
+    env = slurm_stand_ins(tmp_path, f'echo "$RDZV_ENDPOINT $NNODES $*" >>"$LOG"; exit {status}')
+    result = subprocess.run(["bash", str(ROOT / "launch" / SLURM), "--lr", "1"], env=env, timeout=60, check=False)
+    assert result.returncode == status
+    log = (tmp_path / "log").read_text()
+    assert "n1:20007 2 --nodes 2" in log
+    assert log.rstrip().endswith("--lr 1")
+    assert "requeue" not in log
+
+
+def test_slurm_requeues_before_its_time_is_up_when_the_step_has_ended(tmp_path: Path):
+    srun = 'trap "echo stopped >>$LOG; exit 5" TERM; touch "$LOG.started"; while true; do sleep 0.05; done'
+    env = slurm_stand_ins(tmp_path, srun)
+    job = subprocess.Popen(["bash", str(ROOT / "launch" / SLURM), "--lr", "1"], env=env, stderr=subprocess.PIPE)
+    try:
+        wait_for(tmp_path / "log.started")
+    finally:
+        job.send_signal(signal.SIGUSR1)
+    _, errors = job.communicate(timeout=30)
+    assert job.returncode != 0
+    assert b"back into the queue" in errors
+    assert (tmp_path / "log").read_text().splitlines()[-2:] == ["stopped", "requeue 7"]
+
+
+def wait_for(path: Path, text: str = "") -> None:
+    end = time.monotonic() + 30
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < end, f"{path} never said {text!r}"
+        time.sleep(0.02)
