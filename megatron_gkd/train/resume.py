@@ -17,7 +17,6 @@ from megatron_gkd.train.checkpoint import (
     load_checkpoint,
     load_initial_weights,
     read_rollouts,
-    starts_over,
 )
 from megatron_gkd.train.setup import Run, TeacherRun
 
@@ -33,9 +32,6 @@ def resume(run: Run | TeacherRun) -> TrainerState:
         return beginning
     if is_hf_directory(load):
         load_initial_weights(load, run.student, run.architecture)
-        return beginning
-    if starts_over(load, config.checkpoint.save):
-        logger.warning("--load %s: no checkpoint there yet; STARTING FROM THE BEGINNING", load)
         return beginning
     checkpoint = choose_checkpoint(load, verify=config.checkpoint.verify_checkpoint)
     state = load_checkpoint(

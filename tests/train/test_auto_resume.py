@@ -101,8 +101,8 @@ def test_a_finished_run_is_left_alone_and_not_taken_further(tmp_path: Path, flag
     before = contents(run_dir)
     train(world=2, **flags, save=run_dir)
     assert contents(run_dir) == before
+    longer = dict(train_iters=STEPS + 2, lr_decay_style="constant", allow_changed_config=True)
     with pytest.raises(RankFailureError, match=r"CheckpointError: .*hf exists and is not overwritten"):
-        longer = dict(train_iters=STEPS + 2, lr_decay_style="constant", allow_changed_config=True)
         train(world=2, **flags | longer, save=run_dir)
 
 

@@ -169,13 +169,13 @@ def test_a_run_goes_on_from_the_older_one_and_ends_up_the_same(
 def test_a_run_stopped_before_its_first_checkpoint_starts_over(
     run_dir: Path, whole: Path, inputs: dict[str, Any]
 ) -> None:
-    """With --load naming --save itself, as a launcher that restarts the same command line does."""
+    """Where it was told so; what `--load` names has to be there."""
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints" / ".writing_step_00000001").mkdir(parents=True)
-    train(world=2, **inputs, **SHORT, save=run_dir, load=run_dir)
+    with pytest.raises(RankFailureError, match=r"no complete checkpoint there.*--auto_resume true"):
+        train(world=2, **inputs, **SHORT, save=run_dir, load=run_dir)
+    train(world=2, **inputs, **SHORT, save=run_dir, auto_resume=True)
     assert metrics(run_dir) == metrics(whole)
-    with pytest.raises(RankFailureError, match="no complete checkpoint there"):
-        train(world=2, **inputs, **SHORT, save=run_dir.with_name("other"), load=run_dir.with_name("nowhere"))
 
 
 # ---- saving in the background ---------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_killed_runs_end_up_as_the_uninterrupted_one(
         run_dir, done = tmp_path / f"run{runs}", False
         while not done:
             starts += 1
-            argv = command_line(**flags, save=run_dir, load=run_dir, async_save=starts % 2 == 0)
+            argv = command_line(**flags, save=run_dir, auto_resume=True, async_save=starts % 2 == 0)
             victim = generator.randrange(WORLD)
             point = (victim, generator.randint(1, answer["events"][victim])) if kills < KILLS else None
             codes = zygote.run(argv, point)["codes"]

@@ -26,7 +26,6 @@ from megatron_gkd.train.checkpoint.loading import (
     load_checkpoint,
     load_initial_weights,
     set_aside_later,
-    starts_over,
 )
 from megatron_gkd.train.checkpoint.saving import Checkpoints, save_checkpoint
 from megatron_gkd.train.checkpoint.state import RunDescription, TrainerState, describe_run, read_rollouts, read_state
@@ -47,5 +46,4 @@ __all__ = [
     "read_state",
     "save_checkpoint",
     "set_aside_later",
-    "starts_over",
 ]

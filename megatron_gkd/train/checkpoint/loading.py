@@ -58,14 +58,6 @@ def find_checkpoint(path: str | Path) -> Path:
     return _candidates(Path(path))[0]
 
 
-def starts_over(load: str | Path, run_dir: str | Path) -> bool:
-    """Whether `--load` names the run directory itself and nothing was saved there yet: a run that was stopped before
-    its first checkpoint, started again with the same command line.
-    """
-    same = Path(load).resolve() == Path(run_dir).resolve()
-    return on_first(lambda: same and not files.checkpoints(Path(run_dir) / "checkpoints"))
-
-
 def choose_checkpoint(path: str | Path, *, verify: Verify = "full") -> Path:
     """The checkpoint that `--load PATH` means, verified; collective.
 
@@ -200,7 +192,8 @@ def _candidates(path: Path) -> list[Path]:
     if not found:
         raise CheckpointError(
             f"--load {path}: no complete checkpoint there; give a run directory (with checkpoints/step_*), one "
-            f"checkpoint directory (with {files.MANIFEST}) or a Hugging Face model directory to start from"
+            f"checkpoint directory (with {files.MANIFEST}) or a Hugging Face model directory to start from. A run that "
+            "begins where it finds none of its own, and goes on where it does: --auto_resume true, without --load"
         )
     return found[::-1]
 
