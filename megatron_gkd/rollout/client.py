@@ -5,9 +5,11 @@ kept-alive connections, and so that a control call can run while the caller does
 ends within its time limit. A call that may be repeated without harm (`again=True`) is, after a connection error or an
 answer of 500 and above, with growing pauses, for at most `retry_s`; others never are.
 
-Answers may come compressed (gzip): the client says that it takes them so. The key of the API is sent as a header, and
-appears in no message. Proxies of the environment are not used: what passes here are weights, samples and a teacher's
-log-probabilities, between machines of one run.
+Answers may come compressed (gzip): the client says that it takes them so. What an answer has to hold is taken out of it
+by the caller's `read`; an answer of another form is an error like any other. The key of the API is sent as a header,
+and appears in no message, also where the server repeats it; an address that holds a password is refused. Proxies of the
+environment are not used: what passes here are weights, samples and a teacher's log-probabilities, between machines of
+one run.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -29,6 +32,22 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _CONNECT_S = 10.0
 _KEEP_ALIVE_S = 3.0  # shorter than the server's 5: a connection is not used in the moment in which the server closes it
 _SHOWN_CHARACTERS = 500
+_OTHER_FORM = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)  # what `read` raises
+
+
+def _whole(answer: Any) -> Any:
+    return answer
+
+
+def _each(index: int, answer: Any) -> Any:
+    return answer
 
 
 class ServerAnswerError(RolloutError):
@@ -59,11 +78,16 @@ class ServerClient:
         url = base_url.rstrip("/").removesuffix("/v1")
         if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
             raise RolloutError(f"{base_url!r} is not the URL of a server; give one such as http://127.0.0.1:8000")
+        if httpx.URL(url).userinfo:
+            raise RolloutError(
+                f"the address of the {role} at {httpx.URL(url).host} holds a user name or a password, which would be "
+                f"in logs and records; give the key in the environment variable {api_key_env}"
+            )
         self.url = url
         self.host = httpx.URL(url).host
         self.name = f"the {role} at {url}"
         self._script = script
-        self._api_key_env = api_key_env
+        self._api_key, self._api_key_env = api_key, api_key_env
         self._timeout_s, self._retry_s, self._max_concurrency = timeout_s, retry_s, max_concurrency
         self._http = httpx.AsyncClient(
             base_url=url,
@@ -76,21 +100,27 @@ class ServerClient:
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"http {url}", daemon=True)
         self._thread.start()
 
-    def get(self, path: str, what: str, *, timeout_s: float | None = None) -> Any:
-        """`what` completes "when asked to ...". The answer's JSON, or None for an empty one."""
-        return self._wait(self._send("GET", path, what, None, True, self._deadline(timeout_s)))
+    def get(self, path: str, what: str, *, timeout_s: float | None = None, read: Callable[[Any], Any] = _whole) -> Any:
+        """`what` completes "when asked to ...". What `read` takes out of the answer's JSON (None for an empty one)."""
+        return self._read(what, read, self._wait(self._send("GET", path, what, None, True, self._deadline(timeout_s))))
 
-    def post(self, path: str, what: str, body: Any = None, *, again: bool = False) -> Any:
+    def post(
+        self, path: str, what: str, body: Any = None, *, again: bool = False, read: Callable[[Any], Any] = _whole
+    ) -> Any:
         """One call; `again` where a repetition does no harm."""
-        return self._wait(self._send("POST", path, what, body, again, self._deadline(None)))
+        return self._read(what, read, self._wait(self._send("POST", path, what, body, again, self._deadline(None))))
 
     def start(self, path: str, what: str, body: Any = None) -> concurrent.futures.Future[Any]:
         """`post`, while the caller goes on."""
         return self._submit(self._send("POST", path, what, body, False, self._deadline(None)))
 
-    def post_all(self, path: str, what: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Many calls that may be repeated, at once; answers in order. The first failure ends all of them."""
-        return self._wait(self._send_all(path, what, bodies, None, self._deadline(None)))
+    def post_all(
+        self, path: str, what: str, bodies: Sequence[Mapping[str, Any]], read: Callable[[int, Any], Any] = _each
+    ) -> list[Any]:
+        """Many calls that may be repeated, at once: what `read(index, answer)` takes out of the answers, in order. The
+        first failure ends all of them.
+        """
+        return self._wait(self._send_all(path, what, bodies, read, self._deadline(None)))
 
     def start_all(
         self,
@@ -120,7 +150,7 @@ class ServerClient:
         path: str,
         what: str,
         bodies: Sequence[Mapping[str, Any]],
-        read: Callable[[int, Any], Any] | None,
+        read: Callable[[int, Any], Any],
         deadline: float,
     ) -> list[Any]:
         slots = asyncio.Semaphore(self._max_concurrency)
@@ -128,7 +158,7 @@ class ServerClient:
         async def one(index: int, body: Mapping[str, Any]) -> Any:
             async with slots:
                 answer = await self._send("POST", path, what, body, True, deadline)
-                return answer if read is None else read(index, answer)
+                return self._read(what, partial(read, index), answer)
 
         tasks = [asyncio.create_task(one(index, body)) for index, body in enumerate(bodies)]
         try:
@@ -179,12 +209,14 @@ class ServerClient:
                 f"{self.name} did not answer within {self._timeout_s:g} s, when asked to {what}; look at its log, or "
                 "allow it more time"
             )
+        except httpx.DecodingError as error:
+            return RolloutError(f"{self.name} gave an answer that cannot be unpacked ({error}), when asked to {what}")
         except httpx.TransportError as error:
             return RolloutError(
                 f"{self.name} broke the connection ({_text(error)}), when asked to {what}; it may have died: look at "
                 "its log and start it again"
             )
-        except ValueError as error:  # not JSON
+        except (ValueError, RecursionError) as error:  # not JSON, or too deep
             return RolloutError(f"{self.name} gave an answer that is not JSON ({error}), when asked to {what}")
         return self._refusal(response, what)
 
@@ -193,10 +225,21 @@ class ServerClient:
             401: f"; set the environment variable {self._api_key_env} to the server's key",
             404: f"; it lacks that endpoint: start it with {self._script}",
         }.get(response.status_code, "")
+        said = message_of(response)
+        if self._api_key:
+            said = said.replace(self._api_key, "(the key)")
         return ServerAnswerError(
-            f"{self.name} answered {response.status_code} ({message_of(response)}), when asked to {what}{advice}",
-            response.status_code,
+            f"{self.name} answered {response.status_code} ({said}), when asked to {what}{advice}", response.status_code
         )
+
+    def _read(self, what: str, read: Callable[[Any], Result], answer: Any) -> Result:
+        try:
+            return read(answer)
+        except _OTHER_FORM as error:
+            raise RolloutError(
+                f"{self.name} gave an answer of another form than vLLM 0.28 to 0.32 ({type(error).__name__}: "
+                f"{str(error)[:_SHOWN_CHARACTERS]}), when asked to {what}"
+            ) from error
 
     async def _shut(self) -> None:
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -231,7 +274,7 @@ def message_of(response: httpx.Response) -> str:
         answer = response.json()
         error = answer.get("error", answer.get("detail", answer))
         text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         text = response.text
     line = " ".join(text.split()) or response.reason_phrase
     if of_worker := re.search(r"Worker failed with error ['\"](.*)['\"], please check the stack trace", line):

@@ -24,10 +24,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import httpx
 import torch
@@ -48,6 +49,7 @@ from megatron_gkd.rollout.wire import (
     score_body,
 )
 
+Result = TypeVar("Result")
 WeightTransfer = Literal["auto", "shm", "group"]
 UNTOUCHED = "default"  # what vLLM says of weights that nobody updated
 _START = "start the server with launch/rollout_server.sh"
@@ -121,8 +123,8 @@ class ServerEngine:
             self._client.post("/pause?mode=wait", "finish its requests and pause")
             self._set_stamp(f"gkd-{self._token}-incomplete")
             if any(worker["updating"] for worker in self._workers_info(required=True)):  # its pusher is gone
-                self._call("gkd_abort", [], "leave an update that was never finished")
-            self._call("gkd_begin", [], "begin an update")
+                self._call("gkd_abort", [], "leave an update that was never finished", list)
+            self._call("gkd_begin", [], "begin an update", list)
             self._transfer = self._transfer or self._make_transfer()
             self._num_sent = 0
 
@@ -138,12 +140,12 @@ class ServerEngine:
         with self._state.end(version):
             assert self._transfer is not None
             self._transfer.finish()
-            loaded = self._call("gkd_end", [], f"end the update to version {version}")
+            loaded = self._call("gkd_end", [], f"end the update to version {version}", _read_texts)
             if set(loaded) != {str(self._num_sent)}:
                 raise RolloutError(
                     f"{self._client.name} took {loaded} tensors (by worker), and {self._num_sent} were sent"
                 )
-            if not self._client.post("/reset_prefix_cache", "drop its cached prefixes")["success"]:
+            if not self._client.post("/reset_prefix_cache", "drop its cached prefixes", read=itemgetter("success")):
                 raise RolloutError(f"{self._client.name} did not drop its cached prefixes: requests are still running")
             self._set_stamp(f"gkd-{self._token}-{version}")
             if self._state.memory == "awake":
@@ -151,8 +153,10 @@ class ServerEngine:
             self._check_stamp("after the update")
 
     def received(self) -> dict[str, tuple[tuple[int, int], float]]:
-        rows = self._call("gkd_received", [], "say which tensors it received")[0]
-        return {name: ((sums[0], sums[1]), norm) for name, (sums, norm) in rows.items()}
+        def read(results: list[Any]) -> dict[str, tuple[tuple[int, int], float]]:
+            return {name: ((sums[0], sums[1]), norm) for name, (sums, norm) in results[0].items()}
+
+        return self._call("gkd_received", [], "say which tensors it received", read)
 
     def abort(self) -> None:
         with self._state.abort() as unfinished:
@@ -160,7 +164,7 @@ class ServerEngine:
                 if self._transfer is not None:
                     self._transfer.cancel()
                 if any(worker["updating"] for worker in self._workers_info(required=True)):
-                    self._call("gkd_abort", [], "abort an update")
+                    self._call("gkd_abort", [], "abort an update", list)
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 
@@ -168,32 +172,46 @@ class ServerEngine:
         for request in requests:
             self._check_length(request.prompt_ids, f"the prompt of request {request.key}")
         bodies = [completion_body(request, settings, self.max_model_len) for request in requests]
-        answers, version = self._complete(f"sample {len(requests)} completions", bodies)
-        name = self._client.name
-        return [
-            read_completion(request, answer, version, name) for request, answer in zip(requests, answers, strict=True)
-        ]
+
+        def read(index: int, answer: Any, version: int) -> Completion:
+            return read_completion(requests[index], answer, version, self._client.name)
+
+        return self._complete(f"sample {len(requests)} completions", bodies, read)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         for index, ids in enumerate(sequences):
             self._check_length(ids, f"sequence {index}")
-        answers, _ = self._complete(f"score {len(sequences)} sequences", [score_body(ids) for ids in sequences])
-        return [read_scores(ids, answer, self._client.name) for ids, answer in zip(sequences, answers, strict=True)]
+
+        def read(index: int, answer: Any, _: int) -> list[float]:
+            return read_scores(sequences[index], answer, self._client.name)
+
+        return self._complete(f"score {len(sequences)} sequences", [score_body(ids) for ids in sequences], read)
 
     def cached_tokens(self, prompt: Sequence[int]) -> int:
         self._check_length(prompt, "the prompt")
-        (answer,), _ = self._complete("sample a token", [probe_body(prompt)])
-        return read_cached_tokens(answer, self._client.name)
 
-    def _complete(self, what: str, bodies: list[dict[str, Any]]) -> tuple[list[Any], int]:
-        """(the server's answers, the version of the weights they come from)."""
+        def read(_: int, answer: Any, __: int) -> int:
+            return read_cached_tokens(answer, self._client.name)
+
+        (cached,) = self._complete("sample a token", [probe_body(prompt)], read)
+        return cached
+
+    def _complete(
+        self, what: str, bodies: list[dict[str, Any]], read: Callable[[int, Any, int], Result]
+    ) -> list[Result]:
+        """What `read(index, answer, version of the weights)` takes out of the server's answers."""
         with self._state.sampling(what) as version:
             self._check_stamp("before it sampled")
-            if self._stamp is not None and self._client.get("/is_paused", "say whether it is paused")["is_paused"]:
+            paused = self._stamp is not None and self._client.get(
+                "/is_paused", "say whether it is paused", read=itemgetter("is_paused")
+            )
+            if paused:
                 raise RolloutError(f"{self._client.name} is paused, by another process, and would not {what}")
-            answers = self._client.post_all("/v1/completions", what, bodies)
+            results: list[Result] = self._client.post_all(
+                "/v1/completions", what, bodies, lambda index, answer: read(index, answer, version)
+            )
             self._check_stamp("while it sampled")
-        return answers, version
+        return results
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -233,8 +251,11 @@ class ServerEngine:
     def _connect(self) -> int:
         """The server's max_model_len."""
         self._client.get("/health", "say whether it is well")
-        models = self._client.get("/v1/models", "name its model")["data"]
-        lengths = [model["max_model_len"] for model in models if model.get("max_model_len")]
+
+        def read(answer: Any) -> list[int]:
+            return [int(model["max_model_len"]) for model in answer["data"] if model.get("max_model_len")]
+
+        lengths = self._client.get("/v1/models", "name its model", read=read)
         if not lengths:
             raise RolloutError(f"{self._client.name} does not name a model with a max_model_len; is it vLLM?")
         return int(lengths[0])
@@ -242,7 +263,7 @@ class ServerEngine:
     def _workers_info(self, *, required: bool) -> list[dict[str, Any]]:
         """What each worker says of itself; empty where the server has no worker extension and none is required."""
         try:
-            return self._call("gkd_info", [], "describe its workers")
+            return self._call("gkd_info", [], "describe its workers", _read_workers)
         except ServerAnswerError as error:
             if error.status not in (404, 405) and "gkd_info" not in str(error):
                 raise
@@ -288,11 +309,11 @@ class ServerEngine:
             timeout_s=self._timeout_s,
         )
 
-    def _call(self, method: str, arguments: list[Any], what: str) -> list[Any]:
-        """Every worker's answer to a method of worker.py."""
+    def _call(self, method: str, arguments: list[Any], what: str, read: Callable[[Any], Result]) -> Result:
+        """What `read` takes out of the workers' answers to a method of worker.py."""
         body = {"method": method, "args": arguments}
-        results: list[Any] = self._client.post("/collective_rpc", what, body)["results"]
-        return results
+        result: Result = self._client.post("/collective_rpc", what, body, read=lambda answer: read(answer["results"]))
+        return result
 
     def _start_call(self, method: str, arguments: list[Any], what: str) -> Any:
         return self._client.start("/collective_rpc", what, {"method": method, "args": arguments})
@@ -300,7 +321,8 @@ class ServerEngine:
     # ---- versions --------------------------------------------------------------------------------------------------
 
     def _stamp_now(self) -> str:
-        return str(self._client.get("/weight_info", "name the version of its weights")["weight_version"])
+        what = "name the version of its weights"
+        return str(self._client.get("/weight_info", what, read=itemgetter("weight_version")))
 
     def _set_stamp(self, stamp: str) -> None:
         self._client.post("/update_weight_version", f"take the version {stamp}", {"new_version": stamp})
@@ -365,6 +387,16 @@ class SubprocessEngine(ServerEngine):
         """End the server too."""
         super().close()
         self._server.close()
+
+
+def _read_workers(results: Any) -> list[dict[str, Any]]:
+    """Of each worker what `gkd_info` says (worker.py)."""
+    names = ("rank", "device", "dtype", "model", "updating")
+    return [{name: worker[name] for name in names} | {"config": dict(worker["config"])} for worker in results]
+
+
+def _read_texts(results: Any) -> list[str]:
+    return [str(result) for result in results]
 
 
 def _check_workers(name: str, workers: Sequence[dict[str, Any]], model_path: str, dtype: str) -> None:

@@ -15,7 +15,23 @@ from typing import Any
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 
-_MINUS_INFINITY = -9999.0  # as the server writes it
+MINUS_INFINITY = -9999.0  # as the server writes it
+SLACK = 1e-3  # of rounding: above a log-probability of 0, between ranks, above a total probability of 1
+OTHER_FORM = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what reading of other JSON raises
+
+
+def read_int(value: Any) -> int:
+    """A whole number of JSON; TypeError for anything that only looks like one."""
+    if type(value) is not int:
+        raise TypeError(f"{str(value)[:40]!r} is not a whole number")
+    return value
+
+
+def read_number(value: Any) -> float:
+    """A number of JSON, which may be NaN."""
+    if type(value) not in (int, float):
+        raise TypeError(f"{str(value)[:40]!r} is not a number")
+    return float(value)
 
 
 def completion_body(request: Request, settings: SamplingSettings, max_model_len: int) -> dict[str, Any]:
@@ -43,17 +59,22 @@ def read_completion(request: Request, answer: Any, version: int, server: str) ->
     """The completion in an answer to `completion_body`; `server` names the server in errors."""
     try:
         (choice,) = answer["choices"]
-        reason, tokens = choice["finish_reason"], [int(token) for token in choice["token_ids"]]
-        logprobs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
-    except (KeyError, TypeError, ValueError) as error:
+        reason, tokens = choice["finish_reason"], [read_int(token) for token in choice["token_ids"]]
+        logprobs = [read_number(value) for value in choice["logprobs"]["token_logprobs"]]
+    except OTHER_FORM as error:
         raise RolloutError(
             f"{server} answered request {request.key} without its token ids or their log-probabilities "
             f"({type(error).__name__}: {error}); vLLM 0.28 to 0.32 gives both"
         ) from error
-    if reason not in ("stop", "length") or not 1 <= len(tokens) == len(logprobs):
+    if reason not in ("stop", "length") or not 1 <= len(tokens) == len(logprobs) <= request.max_tokens:
         raise RolloutError(
             f"{server} ended request {request.key} with {reason!r}, {len(tokens)} tokens and {len(logprobs)} "
-            "log-probabilities; a stop or a length is needed, and as many of both"
+            f"log-probabilities; a stop or a length is needed, and as many of both, at most {request.max_tokens}"
+        )
+    if min(tokens) < 0 or not all(value <= SLACK for value in logprobs):
+        raise RolloutError(
+            f"{server} answered request {request.key} with numbers that are no token ids or no log-probabilities; look "
+            "at its log and its weights, and start it with --logprobs-mode raw_logprobs"
         )
     return Completion(request.key, tuple(tokens), tuple(logprobs), reason, version)
 
@@ -77,12 +98,14 @@ def read_scores(ids: Sequence[int], answer: Any, server: str) -> list[float]:
         scored, rows = choice["prompt_token_ids"], choice["prompt_logprobs"]
         if scored != list(ids) or len(rows) != len(ids):
             raise RolloutError(f"{server} scored {len(rows)} tokens, other than the {len(ids)} that it was sent")
-        values = [float(row[str(token)]["logprob"]) for row, token in zip(rows[1:], ids[1:], strict=True)]
-    except (KeyError, TypeError, ValueError) as error:
+        values = [read_number(row[str(token)]["logprob"]) for row, token in zip(rows[1:], ids[1:], strict=True)]
+    except OTHER_FORM as error:
         raise RolloutError(
             f"{server} answered without the log-probabilities of the prompt ({type(error).__name__}: {error})"
         ) from error
-    return [-math.inf if value <= _MINUS_INFINITY else value for value in values]
+    if not all(value <= SLACK for value in values):
+        raise RolloutError(f"{server} answered numbers that are no log-probabilities; look at its log and its weights")
+    return [-math.inf if value <= MINUS_INFINITY else value for value in values]
 
 
 def probe_body(ids: Sequence[int]) -> dict[str, Any]:
@@ -92,7 +115,7 @@ def probe_body(ids: Sequence[int]) -> dict[str, Any]:
 
 def read_cached_tokens(answer: Any, server: str) -> int:
     """The prompt's tokens that came from the prefix cache."""
-    details = answer["usage"].get("prompt_tokens_details")
+    details = answer["usage"].get("prompt_tokens_details")  # another form: the caller's client says so
     if details is None or details.get("cached_tokens") is None:
         raise RolloutError(
             f"{server} does not say how much of a prompt it took from its cache; start it with "

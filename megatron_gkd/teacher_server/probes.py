@@ -23,6 +23,7 @@ import numpy as np
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.rollout.client import ServerAnswerError, ServerClient
+from megatron_gkd.rollout.wire import read_int
 from megatron_gkd.teacher_server.wire import TopK, distance, next_token_body, read_next_token, read_topk, topk_body
 
 logger = get_logger(__name__)
@@ -67,30 +68,41 @@ def probe_server(client: ServerClient, needs: Needs) -> Probed:
 
 def ask_canary(client: ServerClient, model: str, needs: Needs) -> TopK:
     """The probe's top K at all positions but the first, [len(probe) - 1, K]."""
-    answer = client.post(COMPLETIONS, "score a probe", topk_body(model, needs.probe, needs.topk), again=True)
-    return read_topk(answer, needs.probe, 1, needs.topk, needs.vocab_size, client.name)
+
+    def read(answer: Any) -> TopK:
+        return read_topk(answer, needs.probe, 1, needs.topk, needs.vocab_size, client.name)
+
+    body = topk_body(model, needs.probe, needs.topk)
+    found: TopK = client.post(COMPLETIONS, "score a probe", body, again=True, read=read)
+    return found
 
 
 def _model(client: ServerClient, needs: Needs) -> str:
     """P1. The name that requests have to give."""
-    listed = client.get("/v1/models", "name its model")
-    models = listed.get("data") if isinstance(listed, dict) else None
-    models = [model for model in models or [] if model.get("id") and not model.get("parent")]  # adapters have a parent
+
+    def read(answer: Any) -> list[tuple[str, int | None]]:
+        models = [model for model in answer["data"] if not model.get("parent")]  # adapters have a parent
+        lengths = [model.get("max_model_len") for model in models]
+        return [
+            (str(model["id"]), None if length is None else read_int(length))
+            for model, length in zip(models, lengths, strict=True)
+        ]
+
+    models = client.get("/v1/models", "name its model", read=read)
     if not models:
         raise RolloutError(f"{client.name} names no model at /v1/models; {_START}")
-    model = models[0]
-    length = model.get("max_model_len")
+    model, length = models[0]
     if length is None:
         logger.warning("%s does not say its max_model_len: a sequence of %d tokens tells", client.name, needs.longest)
         ids = (needs.probe * (needs.longest // len(needs.probe) + 1))[: needs.longest]
-        _ask(client, f"score the longest sequence, {needs.longest} tokens", topk_body(model["id"], ids, 1), _too_long)
-    elif int(length) <= needs.longest:
+        _ask(client, f"score the longest sequence, {needs.longest} tokens", topk_body(model, ids, 1), _too_long)
+    elif length <= needs.longest:
         raise RolloutError(
             f"{client.name} takes {length} tokens (max_model_len), and {needs.longest + 1} are needed: the longest "
             f"sequence of this run and one token more; start it with MAX_MODEL_LEN={needs.longest + 1} or more, or "
             "lower --max_length"
         )
-    return str(model["id"])
+    return str(model)
 
 
 def _check_vocabulary(client: ServerClient, model: str, needs: Needs) -> None:
@@ -107,11 +119,13 @@ def _check_vocabulary(client: ServerClient, model: str, needs: Needs) -> None:
         return
     try:
         body = {"model": model, "prompt": _TEXT, "add_special_tokens": False}
-        tokens = client.post("/tokenize", "cut a text into tokens", body, again=True)["tokens"]
-    except (ServerAnswerError, KeyError, TypeError) as error:
+        tokens = client.post(
+            "/tokenize", "cut a text into tokens", body, again=True, read=lambda answer: list(answer["tokens"])
+        )
+    except ServerAnswerError as error:
         logger.warning("%s does not cut text into tokens, so its tokenizer was not compared (%s)", client.name, error)
         return
-    if list(tokens) != needs.encode(_TEXT):
+    if tokens != needs.encode(_TEXT):
         raise RolloutError(
             f"{client.name} has another tokenizer than the student: the same text becomes {len(tokens)} tokens there, "
             f"{len(needs.encode(_TEXT))} here, or others; distillation needs one tokenizer"
@@ -133,12 +147,15 @@ def _check_topk(client: ServerClient, model: str, needs: Needs) -> TopK:
 
 def _check_alignment(client: ServerClient, model: str, needs: Needs, canary: TopK) -> None:
     """P4."""
+
+    def read(answer: Any) -> TopK:
+        return read_next_token(answer, needs.topk, client.name)
+
     positions = np.unique(np.linspace(1, len(needs.probe) - 1, _NUM_POSITIONS).astype(int)).tolist()
     found = []
     for position in positions:
         body = next_token_body(model, needs.probe[:position], needs.topk)
-        answer = client.post(COMPLETIONS, "sample a token after a probe", body, again=True)
-        found.append(read_next_token(answer, needs.topk, client.name))
+        found.append(client.post(COMPLETIONS, "sample a token after a probe", body, again=True, read=read))
     sampled = TopK(np.concatenate([row.logprobs for row in found]), np.concatenate([row.ids for row in found]))
     rows = [position - 1 for position in positions]  # the canary begins with row 1
     apart = distance(sampled, TopK(canary.logprobs[rows], canary.ids[rows]))

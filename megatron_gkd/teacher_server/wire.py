@@ -23,9 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_gkd.errors import RolloutError
-
-_MINUS_INFINITY = -9999.0  # as the server writes it
-_SLACK = 1e-3  # of rounding: above a log-probability of 0, between ranks, above a total probability of 1
+from megatron_gkd.rollout.wire import MINUS_INFINITY, OTHER_FORM, SLACK, read_int, read_number
 
 
 class TopK(NamedTuple):
@@ -59,15 +57,16 @@ def read_topk(answer: Any, ids: Sequence[int], num_prompt: int, k: int, vocab_si
         (choice,) = answer["choices"]
         rows = choice["prompt_logprobs"]
         echoed = choice.get("prompt_token_ids")
-        num_rows = len(rows)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if not isinstance(rows, list) or not isinstance(echoed, list | None):
+            raise TypeError("not lists")
+    except OTHER_FORM as error:
         raise RolloutError(
             f"{server} answered without the log-probabilities of the sequence (prompt_logprobs; "
             f"{type(error).__name__}: {error}); a vLLM server of 0.28 to 0.32 gives them"
         ) from error
-    if num_rows != len(ids):
-        raise RolloutError(f"{server} answered {num_rows} rows of log-probabilities for {len(ids)} tokens")
-    if echoed is not None and list(echoed) != list(ids):
+    if len(rows) != len(ids):
+        raise RolloutError(f"{server} answered {len(rows)} rows of log-probabilities for {len(ids)} tokens")
+    if echoed is not None and echoed != list(ids):
         raise RolloutError(f"{server} scored {len(echoed)} tokens, other than the {len(ids)} that it was sent")
     if rows[0]:
         raise RolloutError(f"{server} gave the first token log-probabilities, which it cannot have: its rows are off")
@@ -75,17 +74,25 @@ def read_topk(answer: Any, ids: Sequence[int], num_prompt: int, k: int, vocab_si
     found = np.empty((len(ids) - num_prompt, k), np.int32)
     for index in range(num_prompt, len(ids)):
         where = f"{server}, row {index} of a sequence of {len(ids)} tokens"
-        _read_row(rows[index], ids[index], logprobs[index - num_prompt], found[index - num_prompt], where)
-    _check_values(logprobs, found, vocab_size, server)
+        at = index - num_prompt
+        _read_row(rows[index], ids[index], logprobs[at], found[at], vocab_size, where)
+    _check_values(logprobs, server)
     return TopK(logprobs, found)
 
 
-def _read_row(row: Any, token: int, logprobs: npt.NDArray[np.float32], ids: npt.NDArray[np.int32], where: str) -> None:
+def _read_row(
+    row: Any,
+    token: int,
+    logprobs: npt.NDArray[np.float32],
+    ids: npt.NDArray[np.int32],
+    vocab_size: int,
+    where: str,
+) -> None:
     """Fill [K] log-probabilities and ids by rank."""
     k = len(ids)
     try:
-        entries = [(int(key), float(entry["logprob"]), int(entry["rank"])) for key, entry in row.items()]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        entries = [(int(k), read_number(entry["logprob"]), read_int(entry["rank"])) for k, entry in row.items()]
+    except OTHER_FORM as error:
         raise RolloutError(f"{where}: not token ids with logprob and rank ({type(error).__name__}: {error})") from error
     if token not in (entry[0] for entry in entries):
         raise RolloutError(
@@ -95,30 +102,31 @@ def _read_row(row: Any, token: int, logprobs: npt.NDArray[np.float32], ids: npt.
     ranked = sorted((rank, key, value) for key, value, rank in entries if rank <= k)
     if [rank for rank, _, _ in ranked] != list(range(1, k + 1)):
         raise RolloutError(f"{where}: it has the ranks {[rank for rank, _, _ in ranked][:8]}, and 1 to {k} are needed")
+    if len({key for _, key, _ in ranked}) != k:
+        raise RolloutError(f"{where}: a token has several ranks")
     for rank, key, value in ranked:
+        if not 0 <= key < vocab_size:
+            raise RolloutError(
+                f"{where}: token {key} is among the most probable, and the student's vocabulary has {vocab_size}: it "
+                "serves a model with another vocabulary"
+            )
         ids[rank - 1] = key
-        logprobs[rank - 1] = -math.inf if value <= _MINUS_INFINITY else value
+        logprobs[rank - 1] = -math.inf if value <= MINUS_INFINITY else value
 
 
-def _check_values(logprobs: npt.NDArray[np.float32], ids: npt.NDArray[np.int32], vocab_size: int, server: str) -> None:
+def _check_values(logprobs: npt.NDArray[np.float32], server: str) -> None:
     if not logprobs.size:
         return
     if np.isnan(logprobs).any() or (logprobs == np.inf).any() or np.isneginf(logprobs[:, 0]).any():
         raise RolloutError(f"{server} answered log-probabilities that are not numbers; look at its log and its weights")
     if (
-        (logprobs[:, 1:] > logprobs[:, :-1] + _SLACK).any()
-        or (logprobs > _SLACK).any()
-        or (np.exp(logprobs.astype(np.float64)).sum(1) > 1 + _SLACK).any()
+        (logprobs[:, 1:] > logprobs[:, :-1] + SLACK).any()
+        or (logprobs > SLACK).any()
+        or (np.exp(logprobs.astype(np.float64)).sum(1) > 1 + SLACK).any()
     ):
         raise RolloutError(
             f"{server} answered numbers that are no log-probabilities (above 0, rising with the rank, or of a total "
             "probability above 1); start it with --logprobs-mode raw_logprobs"
-        )
-    largest = int(ids.max())
-    if largest >= vocab_size or int(ids.min()) < 0:
-        raise RolloutError(
-            f"{server} names token {largest if largest >= vocab_size else int(ids.min())} among its most probable, and "
-            f"the student's vocabulary has {vocab_size}: it serves a model with another vocabulary"
         )
 
 
@@ -139,16 +147,17 @@ def read_next_token(answer: Any, k: int, server: str) -> TopK:
     try:
         (choice,) = answer["choices"]
         (row,) = choice["logprobs"]["top_logprobs"]
-        found = sorted(((float(value), int(key.removeprefix("token_id:"))) for key, value in row.items()), reverse=True)
-        logprobs, ids = zip(*found[:k], strict=True)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        pairs = ((read_number(value), int(key.removeprefix("token_id:"))) for key, value in row.items())
+        logprobs, ids = zip(*sorted(pairs, reverse=True)[:k], strict=True)
+        topk = TopK(np.array([logprobs], np.float32), np.array([ids], np.int32))
+    except OTHER_FORM as error:
         raise RolloutError(
             f"{server} answered without the most probable next tokens as token ids ({type(error).__name__}: {error}); "
             "a vLLM server of 0.28 to 0.32 gives them"
         ) from error
     if len(ids) != k:
         raise RolloutError(f"{server} answered {len(ids)} next tokens, and {k} were asked for")
-    return TopK(np.array([logprobs], np.float32), np.array([ids], np.int32))
+    return topk
 
 
 def distance(a: TopK, b: TopK) -> float:

@@ -10,7 +10,6 @@ Flags and YAML files at the end: ConfigError or a configuration that validates i
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 from pathlib import Path
@@ -28,13 +27,13 @@ from megatron_gkd.flags import parse_run_config, to_yaml
 from megatron_gkd.records import Row
 from tests.data.saved import write_saved
 from tests.data.tiny_tokenizers import chat_tokenizer
+from tests.mutations import ASSISTANT, USER, damaged, odd_value, places
 
 pytestmark = pytest.mark.timeout(240)
 
 TOKENIZER = chat_tokenizer()
 MAX_LENGTH = 4000
 NUM_RECORDS, NUM_FILES, NUM_FLAGS = 500, 150, 200
-USER, ASSISTANT = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I am well."}
 VALID: list[dict[str, Any]] = [
     {"messages": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]},
     {"messages": [USER]},
@@ -48,37 +47,6 @@ GOOD = json.dumps(VALID[2]).encode()
 
 
 # --- mutations
-
-
-def odd_value(rng: random.Random) -> Any:
-    deep: Any = "x"
-    for _ in range(rng.randrange(1, 60)):
-        deep = [deep] if rng.random() < 0.5 else {"content": deep}
-    words = ["", " ", "\n", "\0", "\ud800", "a\udfffb", "x" * 900, "\u00e9\U0001f600", "<|im_end|>", "\x1b[2J"]
-    numbers = [None, True, 0, -1, 10**30, 1e308, float("nan"), float("inf")]
-    lists = [
-        [],
-        {},
-        [None],
-        [[]],
-        {"role": None},
-        [{"role": "user"}],
-        deep,
-        USER,
-        [USER],
-        [ASSISTANT],
-        [ASSISTANT, USER],
-    ]
-    values = [*words, *numbers, *lists, [{**USER, "name": None}], [{**USER, "content": None}]]
-    return copy.deepcopy(rng.choice(values))
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    found = [path] if path else []
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        found += places(item, (*path, key))
-    return found
 
 
 def mutate_record(rng: random.Random) -> bytes:
@@ -326,19 +294,6 @@ def test_damaged_binary_files(tmp_path: Path, kind: str, on_bad_row: Any) -> Non
     for read in (load_rows, StreamedRows):
         with pytest.raises(DataError, match=str(path)):
             read([path], TOKENIZER, max_length=MAX_LENGTH)
-
-
-def damaged(whole: bytes, rng: random.Random) -> bytes:
-    content, kind = bytearray(whole), rng.randrange(3)
-    if kind == 0:
-        for _ in range(rng.randrange(1, 6)):
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    elif kind == 1:
-        del content[rng.randrange(len(content)) :]
-    else:
-        at = rng.randrange(len(content))
-        content[at : at + rng.randrange(1, 40)] = rng.randbytes(rng.randrange(1, 40))
-    return bytes(content)
 
 
 def test_a_changed_letter_in_parquet_is_found_where_there_are_checksums(tmp_path: Path) -> None:

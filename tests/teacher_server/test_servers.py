@@ -291,7 +291,7 @@ def test_a_smaller_vocabulary(connect: Connect) -> None:
 
 
 def test_a_larger_vocabulary(connect: Connect) -> None:
-    with pytest.raises(RolloutError, match=r"names token .* vocabulary has 300: it serves a model with another"):
+    with pytest.raises(RolloutError, match=r"token .* is among .* vocabulary has 300: it serves a model with another"):
         connect(FakeServer(random_teacher(vocab_size=3000)))
 
 

@@ -105,8 +105,11 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no best token": (lambda c: entry_of(c["prompt_logprobs"], 1).update(logprob=-9999.0), "that are not numbers"),
     "logits": (lambda c: entry_of(c["prompt_logprobs"], 1).update(logprob=7.5), "no log-probabilities"),
     "not falling": (lambda c: entry_of(c["prompt_logprobs"], 4).update(logprob=-0.01), "no log-probabilities"),
-    "another vocabulary": (lambda c: rename(c["prompt_logprobs"], 2, "300"), "names token 300 .* vocabulary has 300"),
-    "a negative id": (lambda c: rename(c["prompt_logprobs"], 2, "-1"), "names token -1"),
+    "another vocabulary": (
+        lambda c: rename(c["prompt_logprobs"], 2, "300"),
+        "token 300 is among .* vocabulary has 300",
+    ),
+    "a negative id": (lambda c: rename(c["prompt_logprobs"], 2, "-1"), "token -1 is among"),
 }
 
 

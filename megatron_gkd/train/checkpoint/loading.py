@@ -127,9 +127,7 @@ def load_checkpoint(
     # A damaged directory raises many types, among them one that is no Exception.
     except (Exception, CheckpointException) as error:
         problem = f"{type(error).__name__}: {error}"
-    problem = first_problem(problem)
-    if problem is not None:
-        raise CheckpointError(f"{checkpoint} cannot be loaded ({problem}): take an older checkpoint with --load")
+    _stop_at(first_problem(problem), checkpoint)
     _restore_random_states(checkpoint, student, state, saved, description, seed)
     if dist.get_rank() == 0:
         _report(checkpoint, saved, description, describe_changes(changed))
@@ -144,9 +142,12 @@ def check_plain_data(checkpoint: Path) -> None:
         problem = None
     except Exception as error:  # a damaged pickle can raise anything
         problem = str(error)
-    problem = first_problem(problem)
+    _stop_at(first_problem(problem), checkpoint)
+
+
+def _stop_at(problem: str | None, path: Path) -> None:
     if problem is not None:
-        raise CheckpointError(f"{checkpoint} cannot be loaded ({problem}): take an older checkpoint with --load")
+        raise CheckpointError(f"{path} cannot be loaded ({problem}): take an older checkpoint with --load")
 
 
 def set_aside_later(run_dir: str | Path, step: int) -> None:
@@ -211,7 +212,12 @@ def _restore_random_states(
     seed: int,
 ) -> None:
     if saved.ranks == description.ranks:
-        restore_rng(read_rng(checkpoint / RNG_FILE, dist.get_rank()))
+        try:
+            restore_rng(read_rng(checkpoint / RNG_FILE, dist.get_rank()))
+            problem = None
+        except Exception as error:  # a damaged file raises what the generators raise
+            problem = f"{type(error).__name__}: {error}"
+        _stop_at(first_problem(problem), checkpoint / RNG_FILE)
         return
     reseed(seed + state.step, None if student is None else student.groups)
     if dist.get_rank() == 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -150,6 +150,9 @@ def refuse_another_run(checkpoint: Path, state: TrainerState, expected: TrainerS
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+_JSON_TYPES: Final = {"int": int, "str": str, "bool": bool, "Mapping": dict}  # of the fields of the two records
+
+
 def to_json(record: TrainerState | RunDescription) -> str:
     """As it stands in the file."""
     return json.dumps(asdict(record), indent=1)
@@ -173,8 +176,13 @@ def read_rollouts(checkpoint: Path) -> dict[str, Any]:
 
 def _read(path: Path, kind: Any) -> Any:
     try:
-        return kind(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        record = kind(**json.loads(path.read_text()))
+        for field in fields(kind) if is_dataclass(kind) else ():
+            value, wanted = getattr(record, field.name), _JSON_TYPES[str(field.type).partition("[")[0]]
+            if type(value) is not wanted:
+                raise TypeError(f"{field.name} is {str(value)[:40]!r}, which is no {wanted.__name__}")
+        return record
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): take an older checkpoint of the run with --load"
         ) from error
