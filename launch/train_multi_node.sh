@@ -28,7 +28,8 @@
 #   RDZV_TIMEOUT_S    seconds to wait for all nodes (default: 900)
 #   RDZV_CONF         more of torchrun's --rdzv-conf, as KEY=VALUE,... (keep_alive_interval=5: a node is lost after 3 of them)
 #   MASTER_ADDR, MASTER_PORT, NODE_RANK    instead: host and port (29500) of node 0; number of this node, from 0
-#   LOCAL_ADDR        address of this node for the others, where its host name does not resolve to it
+#   LOCAL_ADDR        address of this node for the others, where its host name does not resolve to it; the node whose
+#                     LOCAL_ADDR is the host of RDZV_ENDPOINT keeps the rendezvous
 #   NPROC_PER_NODE    ranks a node (default: one a GPU that is visible, else 1)
 #   MAX_RESTARTS      times that all ranks are started again (default: 3 with RDZV_ENDPOINT; 0 is the only choice without)
 #   AUTO_RESUME       0 leaves out --auto_resume true (default: 1)
@@ -101,9 +102,12 @@ if [[ -n ${RDZV_ENDPOINT:-} ]]; then
     timeout_s=${RDZV_TIMEOUT_S:-900}
     [[ $timeout_s =~ ^[1-9][0-9]*$ ]] || die "RDZV_TIMEOUT_S=$timeout_s: give a positive whole number of seconds"
     max_restarts=${MAX_RESTARTS:-3}
+    # torchrun knows the node of the endpoint by its host name, which may not lead to the address that is used
+    is_host=
+    [[ ${RDZV_CONF:-} == *is_host=* || ${LOCAL_ADDR:-} != "${endpoint%:*}" ]] || is_host=is_host=1
     rendezvous_flags=(
         --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-megatron-gkd}"
-        --rdzv-conf "join_timeout=$timeout_s${RDZV_CONF:+,$RDZV_CONF}"
+        --rdzv-conf "join_timeout=$timeout_s${is_host:+,$is_host}${RDZV_CONF:+,$RDZV_CONF}"
     )
 elif [[ -n ${MASTER_ADDR:-} ]]; then
     port=${MASTER_PORT:-29500}

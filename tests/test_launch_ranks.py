@@ -1,15 +1,17 @@
-"""The launch scripts with real ranks: one node; two nodes, which are two agents on 127.0.0.1 with one rank each.
+"""The launch scripts with real ranks: one node; two nodes with an agent and one rank each, which share 127.0.0.1 or,
+where this user may make network namespaces, have a network of their own each and a cable between them (veth).
 
 Every run distils the same tiny models on two data parallel ranks, so every run has to leave the same record, bit for
 bit: that of `train_single_node.sh`, which is never stopped. In the run with restarts first a rank of one node is
 killed, later a whole node (agent and rank), which is then started again with the same command line.
 
-Not covered: several machines, NCCL, a network that fails.
+Not covered: several machines, NCCL, a cable that is cut.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -53,6 +55,36 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     )
 
 
+@dataclass(frozen=True)
+class Host:
+    """What a node sees of the network."""
+
+    address: str
+    interface: str
+    inside: tuple[str, ...] = ()  # the command that carries out another one there
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    """Two of them: namespaces with a veth pair between them, else 127.0.0.1 for both."""
+    names = [f"gkd{os.getpid()}{letter}" for letter in "ab"]
+    both = tuple(Host(f"10.209.17.{i}", "gkd0", ("ip", "netns", "exec", name)) for i, name in enumerate(names, start=1))
+    commands = [
+        *(f"ip netns add {name}" for name in names),
+        f"ip -n {names[0]} link add gkd0 type veth peer name gkd0 netns {names[1]}",
+        *(f"ip -n {n} address add {host.address}/24 dev gkd0" for n, host in zip(names, both, strict=True)),
+        *(f"ip -n {name} link set {device} up" for name in names for device in ("lo", "gkd0")),
+    ]
+    made = shutil.which("ip") is not None and all(
+        subprocess.run(command.split(), capture_output=True).returncode == 0 for command in commands
+    )
+    print("two hosts:", "network namespaces" if made else "127.0.0.1 twice (namespaces cannot be made)")
+    yield both if made else (Host("127.0.0.1", "lo"), Host("127.0.0.1", "lo"))  # type: ignore[misc]
+    if shutil.which("ip") is not None:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
 @dataclass
 class Nodes:
     """Scripts started by a test, in sessions of their own; what is left of them is ended with the test."""
@@ -61,11 +93,14 @@ class Nodes:
     flags: list[str]
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, script: str, save: Path, **env: str) -> subprocess.Popen[bytes]:
+    def start(self, script: str, save: Path, *, host: Host | None = None, **env: str) -> subprocess.Popen[bytes]:
         job = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ENDPOINT", "NNODES", "RANK", "WORLD_SIZE", "LOCAL_RANK")
         environment = {name: value for name, value in os.environ.items() if name not in job}
         environment |= {"GKD_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"} | env
         command = ["bash", str(ROOT / "launch" / script), *self.flags, "--save", str(save)]
+        if host is not None:
+            environment |= {"GLOO_SOCKET_IFNAME": host.interface, "LOCAL_ADDR": host.address}
+            command = [*host.inside, *command]
         with (self.logs / f"{len(self.started)}.log").open("wb") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -169,19 +204,19 @@ def test_two_nodes_by_number(tmp_path: Path, nodes: Nodes, whole: Path):
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_killed_rank_and_a_killed_node(tmp_path: Path, nodes: Nodes, whole: Path):
-    run_dir, endpoint = tmp_path / "run", f"127.0.0.1:{free_port()}"
+def test_a_killed_rank_and_a_killed_node(tmp_path: Path, hosts: tuple[Host, Host], nodes: Nodes, whole: Path):
+    run_dir, port = tmp_path / "run", free_port()
     env = dict(
         NNODES="2",
-        RDZV_ENDPOINT=endpoint,
-        RDZV_CONF="keep_alive_interval=1",
-        LOCAL_ADDR="127.0.0.1",
+        RDZV_ENDPOINT=f"{hosts[0].address}:{port}",
         MAX_RESTARTS="2",
         NPROC_PER_NODE="1",
     )
-    first = nodes.start(MULTI, run_dir, **env)
-    nodes.until(lambda: listening(endpoint))  # this node keeps the rendezvous, the other one may be lost
-    second = nodes.start(MULTI, run_dir, **env)
+    own_networks = hosts[0] != hosts[1]  # else both have the endpoint's address, and are told who keeps it
+    configurations = ["keep_alive_interval=1" + ("" if own_networks else f",is_host={i}") for i in (1, 0)]
+    first = nodes.start(MULTI, run_dir, host=hosts[0], **env, RDZV_CONF=configurations[0])
+    nodes.until(lambda: listening(first, port))  # this node keeps the rendezvous, the other one may be lost
+    second = nodes.start(MULTI, run_dir, host=hosts[1], **env, RDZV_CONF=configurations[1])
 
     nodes.until(lambda: rows_written(run_dir) > SAVE_STEPS + 1)
     (rank,) = workers(second)
@@ -196,7 +231,7 @@ def test_a_killed_rank_and_a_killed_node(tmp_path: Path, nodes: Nodes, whole: Pa
     os.kill(rank, signal.SIGKILL)
     assert rows_written(run_dir) < STEPS
     second.wait()
-    again = nodes.start(MULTI, run_dir, **env)
+    again = nodes.start(MULTI, run_dir, host=hosts[1], **env, RDZV_CONF=configurations[1])
 
     nodes.wait(first, again)
     assert_same_run(run_dir, whole)
@@ -204,7 +239,9 @@ def test_a_killed_rank_and_a_killed_node(tmp_path: Path, nodes: Nodes, whole: Pa
     assert text.count("resumed from") == 2, nodes.tails()
 
 
-def listening(endpoint: str) -> bool:
-    host, port = endpoint.split(":")
-    with socket.socket() as probe:
-        return probe.connect_ex((host, int(port))) == 0
+def listening(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Whether anybody listens on the port in the network of the process (Linux: state 0A of /proc/net/tcp)."""
+    assert process.poll() is None, "it has ended"
+    network = Path(f"/proc/{process.pid}/net")
+    rows = [row.split() for name in ("tcp", "tcp6") for row in (network / name).read_text().splitlines()]
+    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)

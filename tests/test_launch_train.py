@@ -98,6 +98,9 @@ def test_one_rank_for_each_visible_gpu(script: str, env: dict[str, str], visible
 
 
 def test_c10d_command():
+    env = C10D | dict(RDZV_ENDPOINT="10.0.0.7:29500", LOCAL_ADDR="10.0.0.7")
+    command = words(launch(MULTI, "--dry-run", "--model", "m", **env))
+    assert has(command, "--rdzv-conf", "join_timeout=900,is_host=1")
     env = C10D | dict(LOCAL_ADDR="10.0.0.7", RDZV_ID="job7", RDZV_TIMEOUT_S="60", RDZV_CONF="is_host=1")
     command = words(launch(MULTI, "--dry-run", "--model", "m", **env))
     assert has(command, "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3")
