@@ -164,7 +164,6 @@ def check(argv: list[str]) -> tuple[int, str, str]:
     import contextlib
     import io
 
-    os.environ["TEACHER_API_KEY"] = KEY
     out, err = io.StringIO(), io.StringIO()
     with megatron(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main(argv)
@@ -188,16 +187,17 @@ def test_training_is_that_of_the_local_teacher(served: Served, tmp_path: Path) -
     common = dict(model=str(student), dataset=write_rows(tmp_path / "rows.jsonl", 8), lmbda=0, gkd_logits_topk=TOPK)
     common |= dict(device="cpu", report_to="none", lr=0.01, train_iters=2, global_batch_size=4, tensor=2, save_hf=False)
     local = train(world=2, **common, save=str(tmp_path / "local"), teacher_model=served.model)
-    os.environ["TEACHER_API_KEY"] = KEY
     remote = train(world=2, **common, save=str(tmp_path / "remote"), teacher_model_server=served.url)
     for here, there in zip(metrics(local), metrics(remote), strict=True):
         for name in ("loss", "grad_norm", "teacher_mass", "agreement", "num_tokens"):
             assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-5), name
+    written = [served.log, *(path for path in remote.rglob("*") if path.is_file())]
+    assert {"config.yaml", "run.json", "metrics.jsonl"} <= {path.name for path in written}
+    assert not [path for path in written if KEY.encode() in path.read_bytes()], "the key is on no disk"
 
 
 def train_recorded(argv: list[str]) -> list[dict[int, tuple[int, ...]]]:
     """On a rank: a run, and the completions that it trained on."""
-    os.environ["TEACHER_API_KEY"] = KEY
     with recorded_teacher_samples() as found:
         train_on_this_rank(argv)
     return found
