@@ -257,8 +257,8 @@ class ParallelConfig(Section):
     sequence_parallel: bool = setting(False, "Split the activations between layers over the tensor parallel ranks.")
     use_distributed_optimizer: bool = setting(True, "Split the optimizer's state over the data parallel ranks.")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is a GPU, else CPU with gloo.")
-    distributed_timeout_minutes: int = setting(
-        10, "Minutes after which a collective that does not finish is an error.", ge=1
+    distributed_timeout_minutes: float = setting(
+        10.0, "Minutes after which a collective that does not finish is an error.", gt=0
     )
 
 

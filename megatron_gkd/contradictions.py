@@ -90,8 +90,8 @@ def _of_teacher(cfg: RunConfig) -> Iterator[str]:
     if teacher.teacher_timeout_s is not None and teacher.teacher_timeout_s >= most_s:
         yield (
             f"--teacher_timeout_s {teacher.teacher_timeout_s:g} is not below --distributed_timeout_minutes "
-            f"{cfg.parallel.distributed_timeout_minutes} ({most_s} s), after which the ranks that wait for the answers "
-            "give up; change one of them"
+            f"{cfg.parallel.distributed_timeout_minutes:g} ({most_s:g} s), after which the ranks that wait for the "
+            "answers give up; change one of them"
         )
     other = "--teacher_model_server is given" if teacher.teacher_model_server is not None else None
     if teacher.is_student:

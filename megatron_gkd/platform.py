@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -105,6 +105,21 @@ def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> No
         from torch.distributed import HashStore  # type: ignore[attr-defined]  # exported, but not by name
 
         dist.init_process_group(platform.backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def world_timeout() -> timedelta:
+    """The time limit of WORLD's collectives."""
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    assert dist.group.WORLD is not None
+    limit: timedelta = dist.group.WORLD._get_backend(device).options._timeout
+    return limit
+
+
+def new_group(ranks: Sequence[int], *, backend: str | None = None) -> dist.ProcessGroup:
+    """torch's new_group with the time limit of WORLD. By itself it takes torch's default, 30 minutes for gloo and 10
+    for NCCL, and a rank that hangs is noticed then, whatever `--distributed_timeout_minutes` says.
+    """
+    return dist.new_group(list(ranks), backend=backend, timeout=world_timeout())
 
 
 class _NullStream:

@@ -30,6 +30,7 @@ from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.host_weights import HostWeights
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.platform import new_group
 from megatron_gkd.records import MicroBatch, StepPlan
 from megatron_gkd.signals import (
     Columns,
@@ -110,7 +111,7 @@ class TeacherPipeline:
             device=device,
         )
         self.separate, self.max_signal_bytes = placement == "separate", max_signal_bytes
-        self.signal_group = dist.new_group(range(dist.get_world_size()))
+        self.signal_group = new_group(range(dist.get_world_size()))
         self._outgoing: Outgoing | None = None
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)
@@ -240,7 +241,7 @@ class RemoteTeacher:
         """
         self.layout, self.student_layout, self.spec = layout, student_layout, spec
         self.max_signal_bytes = max_signal_bytes
-        self.signal_group = dist.new_group(range(dist.get_world_size()))
+        self.signal_group = new_group(range(dist.get_world_size()))
         self._incoming: Incoming | None = None
 
     def signals(self, plan: StepPlan, micro_batches: Collate) -> tuple[SignalStore, int]:

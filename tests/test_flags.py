@@ -82,7 +82,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("sequence_parallel", False, ("true", True), ("x",)),
     ("use_distributed_optimizer", True, ("false", False), ("x",)),
     ("device", "auto", ("cpu", "cpu"), ("tpu",)),
-    ("distributed_timeout_minutes", 10, ("30", 30), ("0",)),
+    ("distributed_timeout_minutes", 10.0, ("30", 30.0), ("0",)),
     ("dataset", [], ("d.jsonl", ["d.jsonl"]), ()),
     ("dataset_weights", [], ("0.7", [0.7]), ("0", "-1", "x", "nan")),
     ("eval_dataset", [], ("e.jsonl", ["e.jsonl"]), ()),

@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gkd.errors import LayoutError
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.platform import new_group, world_timeout
 
 
 def build_groups(layout: Layout) -> ProcessGroupCollection:
@@ -97,7 +98,7 @@ class _Partitions:
     def __call__(self, *dims: str) -> dist.ProcessGroup:
         partition = tuple(sorted(tuple(sorted(ranks)) for ranks in self._grid.get_rank_enum(list(dims))))
         if partition not in self._made:
-            self._made[partition] = self._grid.create_pg(list(dims))
+            self._made[partition] = self._grid.create_pg(list(dims), timeout=world_timeout())
         return self._made[partition]
 
 
@@ -108,7 +109,7 @@ def _embedding_group(layout: Layout, grid: HyperCommGrid, pp_group: dist.Process
     embedding = None
     for stages in grid.get_rank_enum("pp"):
         ends = [stages[0], stages[-1]]
-        group = dist.new_group(ends)
+        group = new_group(ends)
         if dist.get_rank() in ends:
             embedding = group
     return embedding

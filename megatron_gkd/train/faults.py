@@ -172,7 +172,8 @@ def lost_rank(error: Exception, run_dir: str, timeout_minutes: float) -> Trainin
     if not (isinstance(error, RuntimeError) and distributed and any(word in text.lower() for word in _LOST)):
         return None
     return TrainingError(
-        f"another rank ended, or did not answer within --distributed_timeout_minutes {timeout_minutes} ({text[:200]}). "
-        f"The message of the rank that failed first says why; a rank without one was killed (out of memory?) or hangs. "
+        f"another rank ended, or did not answer within --distributed_timeout_minutes {timeout_minutes:g} "
+        f"({text[:200]}). The message of the rank that failed first says why; a rank without one was killed (out of "
+        "memory?) or hangs. "
         f"Checkpoints are complete: start all ranks again with the same command line and --load {run_dir}"
     )

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.model.build import HiddenStateGPTModel
+from megatron_gkd.platform import new_group
 from megatron_gkd.records import MicroBatch, StepPlan
 from megatron_gkd.signals import Columns, SignalStore, exchange, plan_routes
 from megatron_gkd.teacher_pipeline import forward_signals, signal_spec, topk_signal
@@ -44,7 +45,7 @@ class SelfTeacher:
             dtype=config.params_dtype,
             device=device,
         )
-        self.signal_group = dist.new_group(range(dist.get_world_size()))
+        self.signal_group = new_group(range(dist.get_world_size()))
 
     @torch.no_grad()
     def signals(self, plan: StepPlan, micro_batches: Callable[[Sequence[int]], MicroBatch]) -> tuple[SignalStore, int]:

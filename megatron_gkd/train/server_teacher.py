@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.platform import new_group
 from megatron_gkd.records import MicroBatch, MicroBatchPlan, Sample, StepPlan
 from megatron_gkd.signals import Route, SignalSpec, SignalStore, exchange, replicas
 from megatron_gkd.teacher_server.probes import Needs
@@ -79,7 +80,7 @@ class ServerTeacher:
             )
         self.layout = student_layout
         self.spec = SignalSpec("topk", needs.topk, torch.float32, device)
-        self.signal_group = dist.new_group(range(dist.get_world_size()))
+        self.signal_group = new_group(range(dist.get_world_size()))
         drivers = [student_layout.last_stage_ranks(dp)[0] for dp in range(student_layout.data)]
         rank = dist.get_rank()
         self._replica = drivers.index(rank) if rank in drivers else None

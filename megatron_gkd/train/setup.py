@@ -121,7 +121,7 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
         teacher = _local_teacher(inputs, where, teacher_groups)
     # Ranks without a student have to be told what it samples.
     samples = inputs.rows is not None and config.distillation.lmbda > 0
-    everyone = dist.new_group(range(dist.get_world_size())) if inputs.separate and samples else None
+    everyone = platform.new_group(range(dist.get_world_size())) if inputs.separate and samples else None
     if student is None:
         assert isinstance(teacher, TeacherPipeline)
         plans = _plans(inputs, None, teacher_samples, everyone)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.errors import RunStoppedError
+from megatron_gkd.platform import new_group
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 LAG: Final = 2
@@ -59,7 +60,7 @@ class StopAgreement:
 
     def __init__(self) -> None:
         """Collective over all ranks of the world (a group is made)."""
-        self._group = dist.new_group(range(dist.get_world_size()), backend="gloo")
+        self._group = new_group(range(dist.get_world_size()), backend="gloo")
         self._under_way: deque[tuple[Any, torch.Tensor]] = deque()
 
     def after_step(self, requested: bool) -> bool:

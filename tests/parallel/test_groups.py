@@ -6,6 +6,8 @@ Not covered: NCCL; ranks outside a layout (a teacher on ranks of its own).
 
 from __future__ import annotations
 
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+import megatron_gkd
 from megatron_gkd.errors import LayoutError
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.platform import new_group
 from tests.ranks import run_ranks
 
 SHAPES = {
@@ -142,3 +146,31 @@ def num_communicators(layout: Layout) -> int:
 def test_groups_of_the_same_ranks_share_one_communicator():
     """At TP 1 x PP 4 x DP 1 the groups are: every rank alone, and all ranks (and the two ends, on the ends)."""
     assert run_ranks(num_communicators, Layout(pipeline=4), world=4) == [3, 2, 2, 3]
+
+
+def time_limits(layout: Layout) -> set[float]:
+    """Of all groups, in a world that waits for 7 minutes."""
+    world = dist.group.WORLD
+    assert world is not None
+    options = world._get_backend(torch.device("cpu")).options
+    kept, options._timeout = options._timeout, timedelta(minutes=7)
+    try:
+        groups = build_groups(layout)
+        found = [*vars(groups).values(), new_group(range(dist.get_world_size()))]
+    finally:
+        options._timeout = kept
+    limits = [g._get_backend(torch.device("cpu")).options._timeout for g in found if isinstance(g, dist.ProcessGroup)]
+    assert len(limits) > 15
+    return {limit.total_seconds() / 60 for limit in limits}
+
+
+@pytest.mark.parametrize("layout", [Layout(pipeline=4), Layout(tensor=2, data=2, expert=2)], ids=["PP4", "EP2"])
+def test_every_group_has_the_time_limit_of_the_world(layout: Layout):
+    assert run_ranks(time_limits, layout, world=4) == [{7.0}] * 4
+
+
+def test_groups_are_made_here_alone():
+    """torch's own new_group would wait for torch's own time."""
+    package = Path(megatron_gkd.__file__).parent
+    made = [path.name for path in package.rglob("*.py") if "dist.new_group" in path.read_text()]
+    assert made == ["platform.py"]

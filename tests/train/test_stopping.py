@@ -112,6 +112,19 @@ def test_a_killed_rank_ends_the_others_with_advice(
     assert 1 in saved_steps(tmp_path / "run")
 
 
+def test_a_hanging_rank_ends_the_others_when_the_time_is_up(inputs: dict[str, Any], tmp_path: Path) -> None:
+    flags = inputs | TP2 | dict(save=tmp_path / "run", save_steps=1, distributed_timeout_minutes=0.2)
+    started = time.monotonic()
+    command = stop_in_step_two(flags, tmp_path / "ranks", 2, rank=1, number=signal.SIGSTOP)
+    command.processes[0].join(60)
+    assert command.processes[0].exitcode == 2, command.output()
+    assert time.monotonic() - started > 12
+    command.send(1, signal.SIGKILL)
+    assert "did not answer within --distributed_timeout_minutes 0.2" in command.text(0)
+    assert "Traceback" not in command.text(0)
+    assert saved_steps(tmp_path / "run") == [1]
+
+
 @pytest.mark.slow
 def test_torchrun_hands_sigterm_on(inputs: dict[str, Any], tmp_path: Path) -> None:
     """SIGTERM to torchrun, as a scheduler sends it: the ranks save within the 30 seconds that it leaves them."""
