@@ -97,6 +97,7 @@ def resumed(inputs: Inputs, name: str, step: int, **flags: Any) -> Any:
     return inputs.config(f"{name}_resumed", load=str(inputs.root / name / f"checkpoints/step_{step:08d}"), **flags)
 
 
+DP2: dict[str, Any] = {"save_steps": 3, T["teacher_tensor"]: 2}
 WINDOW: dict[str, Any] = {"lmbda": 0.5, "steps_per_generation": 3, "save_steps": 4, T["pipeline"]: 2}
 LAG: dict[str, Any] = {
     "vllm_mode": "subprocess", "rollout_lag": 1, "train_iters": 4, "save_steps": 2, T["tensor"]: 2,
@@ -108,7 +109,8 @@ def runs(inputs: Inputs) -> dict[str, list[dict[int, tuple[int, ...]]]]:
     configs = {
         "tp2": inputs.config("tp2", **{T["tensor"]: 2}),
         "pp2": inputs.config("pp2", vllm_tensor_parallel_size=2, verify_sync_every=2, **{T["pipeline"]: 2}),
-        "dp2": inputs.config("dp2", **{T["teacher_tensor"]: 2}),
+        "dp2": inputs.config("dp2", **DP2),
+        "dp2_resumed": resumed(inputs, "dp2", 3, **DP2),
         "window": inputs.config("window", **WINDOW),
         "window_resumed": resumed(inputs, "window", 4, **WINDOW),
     }
@@ -146,6 +148,13 @@ def test_a_resumed_run_trains_on_what_was_sampled_before(inputs: Inputs, runs: d
     assert runs["window_resumed"] == runs["window"][4:]
     _same_steps(inputs, "window", first=5)
     assert {row["rollout/version_lag"] for row in records(inputs.root / "window/metrics.jsonl")} == {0, 1, 2}
+
+
+def test_a_resumed_run_samples_what_the_uninterrupted_one_did(inputs: Inputs, runs: dict[str, Any]) -> None:
+    assert runs["dp2_resumed"] == runs["dp2"][3:]
+    _same_steps(inputs, "dp2", first=4)
+    last, mine = (records(inputs.root / name / "evaluation.jsonl")[-1] for name in ("dp2", "dp2_resumed"))
+    assert mine == last, "the weights after the last update"
 
 
 def test_overlapped_sampling_resumes_bit_for_bit(inputs: Inputs) -> None:
