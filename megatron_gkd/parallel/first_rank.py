@@ -22,14 +22,20 @@ import torch.distributed as dist
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.parallel.collectives import require_group
+from megatron_gkd.platform import world_timeout
 
 Result = TypeVar("Result")
-EVERY_S = 10.0  # far below the shortest time limit of a collective, a minute
+EVERY_S = 10.0
 
 
 def on_first_rank(work: Callable[[], Result], group: dist.ProcessGroup, *, every_s: float = EVERY_S) -> Result:
-    """Collective over `group`; `work` makes no collectives itself and is not called on the other ranks."""
+    """Collective over `group`; `work` makes no collectives itself and is not called on the other ranks.
+
+    Args:
+        every_s: seconds between two signs of life, at most a quarter of a collective's time limit.
+    """
     first = dist.get_global_rank(require_group(group, "group"), 0)
+    every_s = min(every_s, world_timeout().total_seconds() / 4)
     at_work = InThread(work, "work of the first rank") if dist.get_rank() == first else None
     while True:
         news: list[Any] = [None]

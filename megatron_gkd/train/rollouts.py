@@ -16,13 +16,13 @@ sampled and not yet used are state: `pending` goes into checkpoints, so that a r
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_gkd.errors import CheckpointError, RolloutError
+from megatron_gkd.parallel.first_rank import InThread
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
 
@@ -62,7 +62,9 @@ class Rollouts:
         if self._lag and step + 1 < self._train_iters and step + 1 not in self._pending:
             if self._bridge.version != step:
                 self._push(step)
-            self._under_way = _UnderWay(self._bridge, self._settings, step + 1, requests_of(step + 1))
+            requests = requests_of(step + 1)
+            sampling = InThread(lambda: self._bridge.generate(requests, self._settings), f"rollout of step {step + 2}")
+            self._under_way = _UnderWay(step + 1, requests, sampling)
         completions = self._pending.pop(step)
         for completion in completions.values():
             if max(completion.token_ids) >= self._vocab_size:
@@ -160,25 +162,18 @@ class Rollouts:
         }
 
 
-class _UnderWay:
-    """Completions being sampled in a thread."""
+class _UnderWay(NamedTuple):
+    """Completions that are being sampled in a thread."""
 
-    def __init__(
-        self, bridge: RolloutBridge, settings: SamplingSettings, step: int, requests: Sequence[Request]
-    ) -> None:
-        self.step, self.requests = step, requests
-        self._result: list[Completion] | RolloutError | None = None
-
-        def work() -> None:
-            try:
-                self._result = bridge.generate(requests, settings)
-            except BaseException as error:  # the thread must not die in silence
-                self._result = RolloutError(f"sampling beside the training failed: {error!r}")
-
-        self._thread = threading.Thread(target=work, name=f"rollout of step {step + 1}", daemon=True)
-        self._thread.start()
+    step: int
+    requests: Sequence[Request]
+    sampling: InThread
 
     def result(self) -> list[Completion] | RolloutError:
-        self._thread.join()
-        assert self._result is not None
-        return self._result
+        """Wait. An error is returned, since all ranks have to hear of it."""
+        self.sampling.wait()
+        error = self.sampling.error
+        if error is not None:
+            return RolloutError(f"sampling beside the training failed: {error!r}")
+        completions: list[Completion] = self.sampling.value
+        return completions
