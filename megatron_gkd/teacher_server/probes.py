@@ -107,7 +107,7 @@ def _dialect(client: ServerClient) -> Dialect:
     try:
         answer = client.post(INFER, "say whether it is of ms-swift", {"infer_requests": []}, again=True)
     except ServerAnswerError as error:
-        if error.status in (404, 405):
+        if error.status in (403, 404, 405):
             return VLLM()
         raise
     if answer != []:

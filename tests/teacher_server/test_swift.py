@@ -30,6 +30,7 @@ from tests.teacher_server.real import (
     Served,
     assert_topk_is_that_of_transformers,
     assert_training_is_that_of_the_local_teacher,
+    assert_training_on_greedy_completions,
     needs,
 )
 
@@ -42,7 +43,7 @@ ENVIRONMENT |= dict(HF_HUB_OFFLINE=1, VLLM_NO_USAGE_STATS=1, DO_NOT_TRACK=1)
 
 
 class OfSwift(Served):
-    def __init__(self, root: Path, *template: str, key: str | None = KEY) -> None:
+    def __init__(self, root: Path, *template: str) -> None:
         super().__init__(root)
         engine = json.dumps({"kv_cache_memory_bytes": 64 * 2**20, "logprobs_mode": "raw_logprobs"})
         command = [str(Path(sys.executable).with_name("swift")), "deploy", "--model", str(self.model)]
@@ -50,7 +51,7 @@ class OfSwift(Served):
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--verbose", "false"]
         command += ["--max_logprobs", str(TOPK), "--vllm_max_model_len", str(MAX_MODEL_LEN)]
         command += ["--vllm_enforce_eager", "true", "--vllm_engine_kwargs", engine]
-        self.start(command + (["--api_key", key] if key else []), ENVIRONMENT)
+        self.start([*command, "--api_key", KEY], ENVIRONMENT)
 
 
 def require_swift() -> None:
@@ -144,6 +145,10 @@ def test_without_its_key(served: OfSwift, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_training_is_that_of_the_local_teacher(served: OfSwift, tmp_path: Path) -> None:
     assert_training_is_that_of_the_local_teacher(served, tmp_path)
+
+
+def test_training_on_what_the_server_samples(served: OfSwift, tmp_path: Path) -> None:
+    assert_training_on_greedy_completions(served, tmp_path)
 
 
 def test_a_server_that_puts_a_template_around(served_with_a_template: OfSwift) -> None:

@@ -6,10 +6,9 @@ of other kinds: test_servers.py and tests/train/test_server_teacher.py. ms-swift
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,8 @@ import numpy as np
 import pytest
 
 from megatron_gkd import cli
-from megatron_gkd.data.rows import load_rows
-from megatron_gkd.data.sampler import row_indices
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.teacher_server.servers import TeacherServers
-from tests.checkpoints import tiny_tokenizer, write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.rollout.serving import logprobs_of, write_model
 from tests.teacher_server.fake import FakeServer, random_teacher, serve
@@ -33,10 +29,12 @@ from tests.teacher_server.real import (
     Served,
     assert_topk_is_that_of_transformers,
     assert_training_is_that_of_the_local_teacher,
+    assert_training_on_greedy_completions,
     needs,
+    seq_kd_run,
 )
-from tests.train.runs import command_line, metrics, recorded_teacher_samples, train_on_this_rank
-from tests.train.trainers import WORDS, write_rows
+from tests.train.runs import command_line, metrics
+from tests.train.trainers import write_rows
 from tests.weights.ranks_at_work import megatron
 
 pytest.importorskip("vllm")
@@ -125,7 +123,6 @@ def check(argv: list[str]) -> tuple[int, str, str]:
     import contextlib
     import io
 
-    os.environ["TEACHER_API_KEY"] = KEY
     out, err = io.StringIO(), io.StringIO()
     with megatron(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main(argv)
@@ -148,39 +145,12 @@ def test_training_is_that_of_the_local_teacher(served: OfVLLM, tmp_path: Path) -
     assert_training_is_that_of_the_local_teacher(served, tmp_path)
 
 
-def train_recorded(argv: list[str]) -> list[dict[int, tuple[int, ...]]]:
-    """On a rank: a run, and the completions that it trained on."""
-    os.environ["TEACHER_API_KEY"] = KEY
-    with recorded_teacher_samples() as found:
-        train_on_this_rank(argv)
-    return found
-
-
 def test_training_on_what_the_server_samples(served: OfVLLM, tmp_path: Path) -> None:
     """`--seq_kd`: with --top_k 1 the teacher's most probable tokens. A resumed run takes them from the cache; another
     run, with an empty one, samples the same.
     """
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Say {word}!"}) + "\n" for word in WORDS[:8]))
-    student = write_tiny_checkpoint(tmp_path / "student", "qwen3", tied=True, layers=2, seed=1)
-    flags = dict(model=str(student), dataset=str(prompts), lmbda=0, seq_kd=True)
-    flags |= dict(gkd_logits_topk=TOPK, teacher_model_server=served.url, max_length=100, max_completion_length=9)
-    flags |= dict(device="cpu", report_to="none", train_iters=3, global_batch_size=4, tensor=2, save_hf=False)
-    flags |= dict(save_steps=1)
-
-    def run(name: str, **more: Any) -> Any:
-        argv = command_line(**flags | dict(save=str(tmp_path / name)) | more)
-        first, second = run_ranks(train_recorded, argv, world=2, timeout_s=240)
-        assert first == second
-        return first
-
-    rows = load_rows(str(prompts), tiny_tokenizer(), max_length=100)
-    for step, completions in enumerate(run("greedy", top_k=1)):
-        for position, index in enumerate(row_indices(42, step * 4, 4, len(rows))):
-            prompt, ids = rows[index].prompt_ids, completions[position]
-            best = logprobs_of(served.model, [*prompt, *ids])[len(prompt) - 1 :].argmax(-1)
-            assert tuple(best.tolist()) == ids
-
+    run = partial(seq_kd_run, served, tmp_path)
+    assert_training_on_greedy_completions(served, tmp_path)
     whole = run("run")
     again = run("again")
     checkpoint = str(tmp_path / "run/checkpoints/step_00000001")
