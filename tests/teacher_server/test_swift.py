@@ -114,6 +114,11 @@ def test_completions_are_of_the_weights_and_of_the_seed(served: OfSwift) -> None
         (stopped, *_) = servers.generate(requests, SamplingSettings(0.9, stop_token_ids=(258, stop)))
         assert stopped.token_ids == found[0].token_ids[: found[0].token_ids.index(stop) + 1]
         assert stopped.finish_reason == "stop"
+        many = [Request(i, (5, 6, 7 + i), max_tokens=40, seed=i) for i in range(60)]
+        found = servers.generate(many, SamplingSettings(2.0, stop_token_ids=(258,)))
+        assert "stop" in {completion.finish_reason for completion in found}
+        with pytest.raises(RolloutError, match=r"at token 258, and the run's stop tokens are \[257\]"):
+            servers.generate(many, SamplingSettings(2.0, stop_token_ids=(257,)))
 
 
 @pytest.mark.parametrize(

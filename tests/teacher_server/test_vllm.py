@@ -143,6 +143,7 @@ def test_check_teacher(served: OfVLLM, tmp_path: Path) -> None:
 
 def test_training_is_that_of_the_local_teacher(served: OfVLLM, tmp_path: Path) -> None:
     assert_training_is_that_of_the_local_teacher(served, tmp_path)
+    assert KEY.encode() not in served.log.read_bytes()
 
 
 def test_training_on_what_the_server_samples(served: OfVLLM, tmp_path: Path) -> None:
