@@ -51,7 +51,8 @@ class TeacherConfig(Section):
     )
     teacher_model_server: str | None = setting(
         None,
-        "URL of an external teacher (launch/teacher_server.sh, vllm serve); several with commas serve one teacher. "
+        "URL of an external teacher (launch/teacher_server.sh, vllm serve, swift deploy); several with commas serve "
+        "one teacher. "
         'Several teachers: a JSON list such as [{"url": "http://a:8000", "tags": ["math"]}, {"url": "http://b:8000"}]; '
         "one without tags takes the rest. Needs --gkd_logits_topk.",
     )

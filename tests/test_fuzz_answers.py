@@ -2,7 +2,7 @@
 what the reader promises. Never another exception, never a hang, never a number that is not one.
 
 The answers go the whole way: bytes of a response, the client, the reader, the caller. Those of a real vLLM server are
-tested in rollout/test_server.py and teacher_server/test_vllm.py.
+tested in rollout/test_server.py and teacher_server/test_vllm.py; of ms-swift, in teacher_server/test_swift.py.
 """
 
 from __future__ import annotations
@@ -24,16 +24,25 @@ from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.wire import read_cached_tokens, read_completion, read_scores
 from megatron_gkd.teacher_server.probes import Needs
 from megatron_gkd.teacher_server.servers import TeacherServers
+from megatron_gkd.teacher_server.swift import (
+    read_swift_completion,
+    read_swift_next_token,
+    read_swift_topk,
+    swift_completion_body,
+    swift_next_token_body,
+    swift_topk_body,
+)
 from megatron_gkd.teacher_server.wire import TopK, read_next_token, read_topk
 from tests.mutations import damaged, mutated
-from tests.teacher_server.fake import VOCAB, FakeServer
+from tests.teacher_server.fake import VOCAB, FakeServer, FakeSwift
 
 pytestmark = pytest.mark.timeout(240)
 
 NUM_ANSWERS, NUM_RUNS = 300, 150
 K, IDS, PROMPT = 5, [7, 1, 4, 9], 2
 REQUEST = Request(key=0, prompt_ids=(1, 2, 3), max_tokens=6, seed=11)
-FAKE = FakeServer()
+FAKE, SWIFT = FakeServer(), FakeSwift()
+SETTINGS = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, stop_token_ids=(0,))
 
 
 def responses(answer: Any, rng: random.Random) -> httpx.Response:
@@ -64,6 +73,10 @@ class Raw(httpx.AsyncByteStream):
 
 def completed(body: dict[str, Any]) -> Any:
     return FAKE.respond("/v1/completions", {"model": "teacher"} | body)[1]
+
+
+def by_swift(body: dict[str, Any]) -> Any:
+    return SWIFT.respond("/infer/", body)[1]
 
 
 def is_topk(topk: Any, rows: int, k: int = K) -> None:
@@ -97,6 +110,7 @@ def is_next(topk: Any) -> None:
 
 SCORED = {"prompt": IDS, "prompt_logprobs": K}
 SAMPLED = {"prompt": [1, 2, 3], "logprobs": 0, "max_tokens": 6, "seed": 3, "temperature": 1.0, "stop_token_ids": [0]}
+ROW = TopK(np.log(np.full((1, K), 0.1, np.float32)), np.arange(K, dtype=np.int32)[None])
 READERS: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], None]]] = {
     "top K": (
         completed(SCORED),
@@ -111,6 +125,21 @@ READERS: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], None]]] = {
     "completion": (
         completed(SAMPLED),
         lambda answer: read_completion(REQUEST, answer, 3, "the server"),
+        is_completion,
+    ),
+    "top K of ms-swift": (
+        by_swift(swift_topk_body(IDS, K)),
+        lambda answer: read_swift_topk(answer, IDS, PROMPT, K, VOCAB, "the server"),
+        lambda topk: is_topk(topk, len(IDS) - PROMPT),
+    ),
+    "next token of ms-swift": (
+        by_swift(swift_next_token_body(IDS, K)),
+        lambda answer: read_swift_next_token(answer, IDS, ROW, "the server"),
+        is_next,
+    ),
+    "completion of ms-swift": (
+        by_swift(swift_completion_body(REQUEST, SETTINGS, 64)),
+        lambda answer: read_swift_completion(REQUEST, SETTINGS, answer, "the server"),
         is_completion,
     ),
     "scores": (completed(SCORED), lambda answer: read_scores(IDS, answer, "the server"), is_scores),
@@ -150,12 +179,12 @@ def test_mutated_answers(reader: str) -> None:
     assert all("server" in text and len(text) < 1500 for text in errors)
 
 
-def test_a_server_whose_answers_are_mutated_now_and_then() -> None:
+@pytest.mark.parametrize("kind", [FakeServer, FakeSwift])
+def test_a_server_whose_answers_are_mutated_now_and_then(kind: type[FakeServer]) -> None:
     """Probes, scores, samples and canaries: each run ends with what the teacher says, or with an error."""
     needs = Needs(topk=K, vocab_size=VOCAB, largest_id=VOCAB - 1, longest=24, probe=tuple(range(3, 12)))
     sequences = [((1, 2), (3, 4, 5)), ((9, 8, 7), (1,))]
-    settings = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, stop_token_ids=(0,))
-    fake, ends = FakeServer(), {"whole": 0, "refused": 0}
+    fake, ends = kind(), {"whole": 0, "refused": 0}
     for seed in range(NUM_RUNS):
         rng = random.Random(seed)
 
@@ -169,7 +198,7 @@ def test_a_server_whose_answers_are_mutated_now_and_then() -> None:
             with TeacherServers(["http://server:1"], needs, **options) as servers:
                 for (_, completion), topk in zip(sequences, servers.topk(sequences), strict=True):
                     is_topk(topk, len(completion))
-                for completion in servers.generate([REQUEST], settings):
+                for completion in servers.generate([REQUEST], SETTINGS):
                     is_completion(completion)
         except RolloutError:
             ends["refused"] += 1

@@ -221,15 +221,16 @@ class ServerClient:
         return self._refusal(response, what)
 
     def _refusal(self, response: httpx.Response, what: str) -> ServerAnswerError:
+        said = message_of(response)
+        status = 401 if said == "API key error" else response.status_code  # ms-swift answers 400 with this
         advice = {
             401: f"; set the environment variable {self._api_key_env} to the server's key",
             404: f"; it lacks that endpoint: start it with {self._script}",
-        }.get(response.status_code, "")
-        said = message_of(response)
+        }.get(status, "")
         if self._api_key:
             said = said.replace(self._api_key, "(the key)")
         return ServerAnswerError(
-            f"{self.name} answered {response.status_code} ({said}), when asked to {what}{advice}", response.status_code
+            f"{self.name} answered {response.status_code} ({said}), when asked to {what}{advice}", status
         )
 
     def _read(self, what: str, read: Callable[[Any], Result], answer: Any) -> Result:

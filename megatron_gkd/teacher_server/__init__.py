@@ -1,6 +1,8 @@
-"""An external teacher: the client's side of vLLM servers that tell the K most probable tokens of given sequences.
+"""An external teacher: the client's side of servers (vLLM, ms-swift) that tell the K most probable tokens of sequences.
 
-wire.py     requests and answers of /v1/completions as records; every answer is checked completely. Pure.
+wire.py     requests and answers of vLLM's /v1/completions as records; every answer is checked completely. Pure.
+swift.py    the same for /infer/ of `swift deploy`. Pure.
+dialects.py the two as one interface.
 probes.py   what is found out about a server before any training.
 servers.py  one or several servers as one teacher: `TeacherServers.topk`.
 

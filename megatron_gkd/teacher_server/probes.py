@@ -1,5 +1,7 @@
 """What is found out about a teacher server before any training, each with a real request, and what it says otherwise.
 
+    P0  which of the two forms of requests it takes (dialects.py): one that does not say the length of its model, as
+        vLLM does, is asked for nothing by /infer/, and one of ms-swift gives nothing
     P1  it names one model, and takes sequences of the run's longest + 1 tokens (it samples one token after each)
     P2  its vocabulary holds the largest token id of the tokenizer; where it has /tokenize, it cuts a text into the
         same ids
@@ -15,7 +17,8 @@ The scored probe stays as the server's CANARY: asked again later, it tells wheth
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,11 +27,12 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.rollout.client import ServerAnswerError, ServerClient
 from megatron_gkd.rollout.wire import read_int
-from megatron_gkd.teacher_server.wire import TopK, distance, next_token_body, read_next_token, read_topk, topk_body
+from megatron_gkd.teacher_server.dialects import VLLM, Dialect, Swift
+from megatron_gkd.teacher_server.swift import INFER
+from megatron_gkd.teacher_server.wire import TopK, distance
 
 logger = get_logger(__name__)
 
-COMPLETIONS = "/v1/completions"
 PROBE_TOKENS = 48
 TOLERANCE = 0.05  # mean total variation, in [0, 1], that is rounding; another position or model is far above it
 _NUM_POSITIONS = 8
@@ -54,31 +58,34 @@ class Probed:
 
     model: str
     canary: TopK
+    dialect: Dialect = field(default_factory=VLLM)
 
 
 def probe_server(client: ServerClient, needs: Needs) -> Probed:
     """All checks of the module docstring. Raises RolloutError with the first that fails."""
-    model = _model(client, needs)
-    _check_vocabulary(client, model, needs)
-    canary = _check_topk(client, model, needs)
-    _check_alignment(client, model, needs, canary)
+    model, length = _model(client)
+    dialect = _dialect(client) if length is None else VLLM()
+    _check_length(client, dialect, model, length, needs)
+    _check_vocabulary(client, dialect, model, needs)
+    canary = _check_topk(client, dialect, model, needs)
+    _check_alignment(client, dialect, model, needs, canary)
     logger.info("%s: model %s, top %d, sequences up to %d", client.name, model, needs.topk, needs.longest)
-    return Probed(model, canary)
+    return Probed(model, canary, dialect)
 
 
-def ask_canary(client: ServerClient, model: str, needs: Needs) -> TopK:
+def ask_canary(client: ServerClient, dialect: Dialect, model: str, needs: Needs, *, again: bool = True) -> TopK:
     """The probe's top K at all positions but the first, [len(probe) - 1, K]."""
 
     def read(answer: Any) -> TopK:
-        return read_topk(answer, needs.probe, 1, needs.topk, needs.vocab_size, client.name)
+        return dialect.read_topk(answer, needs.probe, 1, needs.topk, needs.vocab_size, client.name)
 
-    body = topk_body(model, needs.probe, needs.topk)
-    found: TopK = client.post(COMPLETIONS, "score a probe", body, again=True, read=read)
+    body = dialect.topk_body(model, needs.probe, needs.topk)
+    found: TopK = client.post(dialect.path, "score a probe", body, again=again, read=read)
     return found
 
 
-def _model(client: ServerClient, needs: Needs) -> str:
-    """P1. The name that requests have to give."""
+def _model(client: ServerClient) -> tuple[str, int | None]:
+    """The name that requests have to give, and its max_model_len, where the server says it."""
 
     def read(answer: Any) -> list[tuple[str, int | None]]:
         models = [model for model in answer["data"] if not model.get("parent")]  # adapters have a parent
@@ -92,20 +99,44 @@ def _model(client: ServerClient, needs: Needs) -> str:
     if not models:
         raise RolloutError(f"{client.name} names no model at /v1/models; {_START}")
     model, length = models[0]
+    return model, length
+
+
+def _dialect(client: ServerClient) -> Dialect:
+    """P0."""
+    try:
+        answer = client.post(INFER, "say whether it is of ms-swift", {"infer_requests": []}, again=True)
+    except ServerAnswerError as error:
+        if error.status in (403, 404, 405):
+            return VLLM()
+        raise
+    if answer != []:
+        raise RolloutError(
+            f"{client.name} is no vLLM server, and does not answer {INFER} as ms-swift 4.6 does; {_START}"
+        )
+    return Swift()
+
+
+def _check_length(client: ServerClient, dialect: Dialect, model: str, length: int | None, needs: Needs) -> None:
+    """P1."""
+
+    def refuse(error: ServerAnswerError) -> NoReturn:
+        raise RolloutError(f"{error}; start it with {dialect.more_tokens}, or lower --max_length") from error
+
     if length is None:
         logger.warning("%s does not say its max_model_len: a sequence of %d tokens tells", client.name, needs.longest)
         ids = (needs.probe * (needs.longest // len(needs.probe) + 1))[: needs.longest]
-        _ask(client, f"score the longest sequence, {needs.longest} tokens", topk_body(model, ids, 1), _too_long)
+        _ask(client, dialect, model, "score the first two tokens of a probe", needs.probe[:2], needs, _raise)
+        _ask(client, dialect, model, f"score the longest sequence, {needs.longest} tokens", ids, needs, refuse)
     elif length <= needs.longest:
         raise RolloutError(
             f"{client.name} takes {length} tokens (max_model_len), and {needs.longest + 1} are needed: the longest "
             f"sequence of this run and one token more; start it with MAX_MODEL_LEN={needs.longest + 1} or more, or "
             "lower --max_length"
         )
-    return str(model)
 
 
-def _check_vocabulary(client: ServerClient, model: str, needs: Needs) -> None:
+def _check_vocabulary(client: ServerClient, dialect: Dialect, model: str, needs: Needs) -> None:
     """P2."""
 
     def refuse(error: ServerAnswerError) -> NoReturn:
@@ -114,7 +145,8 @@ def _check_vocabulary(client: ServerClient, model: str, needs: Needs) -> None:
             "serves a model with another vocabulary"
         ) from error
 
-    _ask(client, "score the largest token id", topk_body(model, [needs.probe[0], needs.largest_id], 1), refuse)
+    ids = (needs.probe[0], needs.largest_id)
+    _ask(client, dialect, model, "score the largest token id", ids, needs, refuse)
     if needs.encode is None:
         return
     try:
@@ -132,32 +164,31 @@ def _check_vocabulary(client: ServerClient, model: str, needs: Needs) -> None:
         )
 
 
-def _check_topk(client: ServerClient, model: str, needs: Needs) -> TopK:
+def _check_topk(client: ServerClient, dialect: Dialect, model: str, needs: Needs) -> TopK:
     """P3, and the canary."""
     try:
-        return ask_canary(client, model, needs)
+        return ask_canary(client, dialect, model, needs, again=dialect.refuses_with < 500)
     except ServerAnswerError as error:
-        if error.status != 400:
+        if error.status != dialect.refuses_with:
             raise
         raise RolloutError(
             f"{client.name} refuses to tell {needs.topk} tokens per position ({error}); start it with "
-            f"MAX_LOGPROBS={needs.topk} (--max-logprobs of vLLM), or lower --gkd_logits_topk"
+            f"{dialect.more_logprobs.format(needs.topk)}, or lower --gkd_logits_topk"
         ) from error
 
 
-def _check_alignment(client: ServerClient, model: str, needs: Needs, canary: TopK) -> None:
+def _check_alignment(client: ServerClient, dialect: Dialect, model: str, needs: Needs, canary: TopK) -> None:
     """P4."""
-
-    def read(answer: Any) -> TopK:
-        return read_next_token(answer, needs.topk, client.name)
-
     positions = np.unique(np.linspace(1, len(needs.probe) - 1, _NUM_POSITIONS).astype(int)).tolist()
     found = []
     for position in positions:
-        body = next_token_body(model, needs.probe[:position], needs.topk)
-        found.append(client.post(COMPLETIONS, "sample a token after a probe", body, again=True, read=read))
+        ids, row = needs.probe[:position], slice(position - 1, position)  # the canary begins with row 1
+        scored = TopK(canary.logprobs[row], canary.ids[row])
+        body = dialect.next_token_body(model, ids, needs.topk)
+        read = partial(dialect.read_next_token, ids=ids, row=scored, server=client.name)
+        found.append(client.post(dialect.path, "sample a token after a probe", body, again=True, read=read))
     sampled = TopK(np.concatenate([row.logprobs for row in found]), np.concatenate([row.ids for row in found]))
-    rows = [position - 1 for position in positions]  # the canary begins with row 1
+    rows = [position - 1 for position in positions]
     apart = distance(sampled, TopK(canary.logprobs[rows], canary.ids[rows]))
     if not apart <= TOLERANCE:
         raise RolloutError(
@@ -168,23 +199,34 @@ def _check_alignment(client: ServerClient, model: str, needs: Needs, canary: Top
 
 
 def _ask(
-    client: ServerClient, what: str, body: dict[str, Any], refuse: Callable[[ServerAnswerError], NoReturn]
+    client: ServerClient,
+    dialect: Dialect,
+    model: str,
+    what: str,
+    ids: Sequence[int],
+    needs: Needs,
+    refuse: Callable[[ServerAnswerError], NoReturn],
 ) -> None:
+    """Score a sequence; `refuse` words the refusal of it. A refusal that reads as a failure is not asked for again."""
+
+    def read(answer: Any) -> None:
+        dialect.read_topk(answer, ids, len(ids), 1, needs.vocab_size, client.name)
+
     try:
-        client.post(COMPLETIONS, what, body, again=True)
+        client.post(dialect.path, what, dialect.topk_body(model, ids, 1), again=dialect.refuses_with < 500, read=read)
     except ServerAnswerError as error:
-        if error.status == 422:  # `swift deploy`, whose `prompt` is a string
+        if error.status == 422:  # another server whose `prompt` is a string
             raise RolloutError(
                 f"{client.name} does not take token ids as the prompt ({error}), and text would be cut into tokens a "
                 "second time; serve the model with launch/teacher_server.sh or `vllm serve`"
             ) from error
-        if error.status != 400:
+        if error.status != dialect.refuses_with:
             raise
         refuse(error)
 
 
-def _too_long(error: ServerAnswerError) -> NoReturn:
-    raise RolloutError(f"{error}; start it with a larger --max-model-len, or lower --max_length") from error
+def _raise(error: ServerAnswerError) -> NoReturn:
+    raise error
 
 
 def probe_tokens(sequences: Sequence[Sequence[int]], largest_id: int) -> tuple[int, ...]:

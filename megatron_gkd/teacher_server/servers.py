@@ -34,9 +34,8 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.client import ServerClient
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.requests import assign
-from megatron_gkd.rollout.wire import completion_body, read_completion
-from megatron_gkd.teacher_server.probes import COMPLETIONS, TOLERANCE, Needs, Probed, ask_canary, probe_server
-from megatron_gkd.teacher_server.wire import TopK, distance, empty_topk, read_topk, topk_body
+from megatron_gkd.teacher_server.probes import TOLERANCE, Needs, Probed, ask_canary, probe_server
+from megatron_gkd.teacher_server.wire import TopK, distance, empty_topk
 
 API_KEY_ENV = "TEACHER_API_KEY"
 RETRY_S = 60.0
@@ -217,15 +216,15 @@ class TeacherServers:
     def _sample(
         self, server: _Server, requests: Sequence[Request], settings: SamplingSettings
     ) -> Future[list[Completion]]:
-        client, model = server.client, {"model": server.probed.model}
+        client, dialect, model = server.client, server.probed.dialect, server.probed.model
         for request in requests:
             self._check_length(client, len(request.prompt_ids) + 1)
-        bodies = [model | completion_body(request, settings, self.needs.longest) for request in requests]
+        bodies = [dialect.completion_body(model, request, settings, self.needs.longest) for request in requests]
 
         def read(index: int, answer: Any) -> Completion:
-            return read_completion(requests[index], answer, 0, client.name)
+            return dialect.read_completion(requests[index], settings, answer, client.name)
 
-        return client.start_all(COMPLETIONS, f"sample {len(bodies)} completions", bodies, read)
+        return client.start_all(dialect.path, f"sample {len(bodies)} completions", bodies, read)
 
     def _check_length(self, client: ServerClient, num_tokens: int) -> None:
         if num_tokens > self.needs.longest:
@@ -235,23 +234,26 @@ class TeacherServers:
             )
 
     def _start(self, server: _Server, sequences: Sequences) -> Future[list[TopK]]:
-        client = server.client
+        client, dialect = server.client, server.probed.dialect
         whole = [[*prompt, *completion] for prompt, completion in sequences]
         for ids in whole:
             self._check_length(client, len(ids))
-        bodies = [topk_body(server.probed.model, ids, self.needs.topk) for ids in whole]
-        read = partial(self._read, client.name, sequences, whole)
-        return client.start_all(COMPLETIONS, f"score {len(bodies)} sequences", bodies, read)
+        bodies = [dialect.topk_body(server.probed.model, ids, self.needs.topk) for ids in whole]
+        read = partial(self._read, server, sequences, whole)
+        return client.start_all(dialect.path, f"score {len(bodies)} sequences", bodies, read)
 
     def _read(
         self,
-        name: str,
+        server: _Server,
         sequences: Sequences,
         whole: Sequence[Sequence[int]],
         index: int,
         answer: Any,
     ) -> TopK:
-        return read_topk(answer, whole[index], len(sequences[index][0]), self.needs.topk, self.needs.vocab_size, name)
+        num_prompt, needs = len(sequences[index][0]), self.needs
+        return server.probed.dialect.read_topk(
+            answer, whole[index], num_prompt, needs.topk, needs.vocab_size, server.client.name
+        )
 
     def _check_one_teacher(self, servers: Sequence[_Server]) -> None:
         """Of servers that are dealt the same sequences."""
@@ -266,7 +268,7 @@ class TeacherServers:
 
     def _check_unchanged(self, server: _Server) -> None:
         client, probed = server.client, server.probed
-        apart = distance(probed.canary, ask_canary(client, probed.model, self.needs))
+        apart = distance(probed.canary, ask_canary(client, probed.dialect, probed.model, self.needs))
         if not apart <= TOLERANCE:
             raise RolloutError(
                 f"{client.name} is another teacher than at the start of the run: its distribution of a probe has moved "

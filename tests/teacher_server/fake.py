@@ -1,7 +1,8 @@
 """A teacher server without vLLM: its answers in vLLM's form, from any distribution, with faults to order.
 
 `FakeServer.respond` is the whole of it; `transport` puts it behind an httpx client, `serve` behind a real port of the
-loopback interface, for ranks in other processes. What vLLM itself answers is tested in test_vllm.py.
+loopback interface, for ranks in other processes. `FakeSwift` answers the same in the form of `swift deploy`. What the
+real ones answer is tested in test_vllm.py and test_swift.py.
 """
 
 from __future__ import annotations
@@ -111,6 +112,63 @@ class FakeServer:
             return httpx.Response(status, content=json.dumps(answer))
 
         return httpx.MockTransport(handler)
+
+
+class FakeSwift(FakeServer):
+    """`swift deploy` of ms-swift 4.6: faults are spoilt into vLLM's form before it is put into this one."""
+
+    def __init__(self, teacher: Distribution | None = None, *, api_key: str | None = None, **limits: Any) -> None:
+        super().__init__(teacher, **limits)
+        self.api_key = api_key
+        self.template: list[int] = []  # tokens that it puts in front
+        self.asked: list[str] = []
+
+    def respond(self, path: str, body: Any, key: str | None = None) -> tuple[int, Any]:
+        self.asked.append(path)
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "teacher", "object": "model", "owned_by": "swift"}], "object": "list"}
+        if self.api_key and key != f"Bearer {self.api_key}":
+            return 400, {"message": "API key error", "object": "error"}
+        if path == "/v1/completions":
+            return 422, {"detail": [{"loc": ["body", "prompt"], "msg": "Input should be a valid string"}]}
+        if path != "/infer/":
+            return 404, {"detail": "Not Found"}
+        found = []
+        for request in body["infer_requests"]:
+            asked = self._of_vllm(request, body["request_config"])
+            status, answer = super().respond("/v1/completions", asked, key)
+            if status != 200:
+                return 500, "Internal Server Error"
+            found.append(self._of_swift(asked["prompt"], answer["choices"][0]))
+        return 200, found
+
+    def _of_vllm(self, request: Any, config: Any) -> dict[str, Any]:
+        (message,) = request["messages"]
+        assert message["role"] == "assistant"
+        assert config["return_details"]
+        asked = {"model": "teacher", "prompt": self.template + message["content"]["token_ids"]}
+        if "seed" in config:
+            asked |= {name: config[name] for name in ("seed", "temperature", "max_tokens")}
+            return asked | {"logprobs": 0, "stop_token_ids": [token for (token,) in config["stop"]]}
+        if "prompt_logprobs" in config:
+            return asked | {"prompt_logprobs": config["prompt_logprobs"]}
+        assert config["logprobs"]
+        return asked | {"logprobs": config["top_logprobs"]}
+
+    def _of_swift(self, ids: list[int], choice: dict[str, Any]) -> dict[str, Any]:
+        tokens, content = choice.get("token_ids", [0]), None
+        if "top_logprobs" in choice.get("logprobs", {}):
+            (top,) = choice["logprobs"]["top_logprobs"]
+            tokens = [int(max(top, key=top.__getitem__).removeprefix("token_id:"))]
+            others = [{"token": "x", "logprob": value, "bytes": [120]} for value in top.values()]
+            content = [{"token": "x", "logprob": max(top.values()), "bytes": [120], "top_logprobs": others}]
+        elif "logprobs" in choice:
+            values = choice["logprobs"]["token_logprobs"]
+            content = [{"token": "x", "logprob": value, "bytes": [120]} for value in values]
+        one = {"index": 0, "message": {"role": "assistant", "content": "x"}, "token_ids": tokens}
+        one |= {"finish_reason": choice.get("finish_reason", "length"), "logprobs": content and {"content": content}}
+        rows = choice.get("prompt_logprobs")
+        return {"model": "teacher", "choices": [one], "prompt_token_ids": ids, "prompt_logprobs": rows}
 
 
 @contextlib.contextmanager

@@ -1,88 +1,62 @@
 """A real vLLM server as the teacher: parity with transformers and with the local teacher, the check command, faults.
 
 One server, started by launch/teacher_server.sh on the loopback interface, for all tests; the last one kills it. Faults
-of other kinds: test_servers.py and tests/train/test_server_teacher.py. Not covered: GPUs, `swift deploy`.
+of other kinds: test_servers.py and tests/train/test_server_teacher.py. ms-swift: test_swift.py. Not covered: GPUs.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
 from megatron_gkd import cli
-from megatron_gkd.data.rows import load_rows
-from megatron_gkd.data.sampler import row_indices
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.rollout.local_server import free_port
-from megatron_gkd.teacher_server.probes import Needs
 from megatron_gkd.teacher_server.servers import TeacherServers
-from tests.checkpoints import tiny_tokenizer, write_tiny_checkpoint
 from tests.ranks import run_ranks
-from tests.rollout.serving import logprobs_of, members, write_model
+from tests.rollout.serving import logprobs_of, write_model
 from tests.teacher_server.fake import FakeServer, random_teacher, serve
-from tests.train.runs import command_line, metrics, recorded_teacher_samples, train, train_on_this_rank
-from tests.train.trainers import WORDS, write_rows
+from tests.teacher_server.real import (
+    KEY,
+    MAX_MODEL_LEN,
+    SEQUENCES,
+    TOPK,
+    Served,
+    assert_topk_is_that_of_transformers,
+    assert_training_is_that_of_the_local_teacher,
+    assert_training_on_greedy_completions,
+    needs,
+    seq_kd_run,
+)
+from tests.train.runs import command_line, metrics
+from tests.train.trainers import write_rows
 from tests.weights.ranks_at_work import megatron
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TOPK, MAX_MODEL_LEN, KEY = 8, 128, "a-key-of-the-tests"
-SEQUENCES = [((5, 6, 7), tuple(range(20, 60))), ((1,), (2, 3, 299)), (tuple(range(90)), (258,)), ((4, 4), ())]
 
 
-class Served:
-    """A server, its process group, its model."""
+class OfVLLM(Served):
+    """What launch/teacher_server.sh serves."""
 
     def __init__(self, root: Path) -> None:
-        self.model, self.other = write_model(root / "teacher", 3), write_model(root / "other", 4)
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = root / "log"
+        super().__init__(root)
+        self.other = write_model(root / "other", 4)
         values = dict(MODEL=self.model, PORT=self.port, DTYPE="fp32", MAX_LOGPROBS=TOPK, MAX_MODEL_LEN=MAX_MODEL_LEN)
         values |= dict(KV_CACHE_BYTES=64 * 2**20, TEACHER_API_KEY=KEY)
-        environment = os.environ | {name: str(value) for name, value in values.items()}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                ["bash", str(ROOT / "launch/teacher_server.sh")],
-                env=environment,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/health", trust_env=False).status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.5)
-        raise AssertionError(self.log.read_text(errors="replace")[-3000:])
-
-    def kill(self) -> None:
-        if self.process.poll() is None or members(self.process.pid):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.start(["bash", str(ROOT / "launch/teacher_server.sh")], values)
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("vllm"))
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OfVLLM]:
+    served = OfVLLM(tmp_path_factory.mktemp("vllm"))
     try:
         served.wait()
         yield served
@@ -95,26 +69,11 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_API_KEY", KEY)
 
 
-def needs(**changes: Any) -> Needs:
-    tokenizer = tiny_tokenizer()
-    values: dict[str, Any] = dict(topk=TOPK, vocab_size=300, largest_id=299, longest=100, probe=tuple(range(40, 80)))
-    values["encode"] = lambda text: tokenizer.encode(text, add_special_tokens=False)
-    return Needs(**(values | changes))
+def test_topk_is_that_of_transformers(served: OfVLLM) -> None:
+    assert_topk_is_that_of_transformers(served)
 
 
-def test_topk_is_that_of_transformers(served: Served) -> None:
-    with TeacherServers([served.url], needs(), timeout_s=60) as servers:
-        found = servers.topk(SEQUENCES)
-    for (prompt, completion), topk in zip(SEQUENCES, found, strict=True):
-        assert topk.ids.shape == (len(completion), TOPK)
-        if completion:
-            rows = logprobs_of(served.model, [*prompt, *completion])[len(prompt) - 1 :]
-            best = rows.topk(TOPK)
-            assert topk.ids.tolist() == best.indices.tolist()
-            np.testing.assert_allclose(topk.logprobs, best.values.numpy(), atol=1e-4)
-
-
-def test_beside_another_teacher_by_tags(served: Served) -> None:
+def test_beside_another_teacher_by_tags(served: OfVLLM) -> None:
     """Of two teachers, one on vLLM."""
     fake = FakeServer(max_model_len=MAX_MODEL_LEN)
     with serve(fake) as url:
@@ -141,18 +100,18 @@ def test_beside_another_teacher_by_tags(served: Served) -> None:
         ({"encode": lambda text: [1, 2]}, r"has another tokenizer than the student"),
     ],
 )
-def test_a_server_that_does_not_fit(served: Served, changes: dict[str, Any], message: str) -> None:
+def test_a_server_that_does_not_fit(served: OfVLLM, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RolloutError, match=message):
         TeacherServers([served.url], needs(**changes), timeout_s=60)
 
 
-def test_the_longest_sequence_fits(served: Served) -> None:
+def test_the_longest_sequence_fits(served: OfVLLM) -> None:
     with TeacherServers([served.url], needs(longest=MAX_MODEL_LEN - 1), timeout_s=60) as servers:
         (topk,) = servers.topk([((1,), (2,) * (MAX_MODEL_LEN - 2))])
     assert topk.ids.shape == (MAX_MODEL_LEN - 2, TOPK)
 
 
-def test_without_its_key(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_key(served: OfVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TEACHER_API_KEY")
     with pytest.raises(RolloutError, match=r"answered 401 .*TEACHER_API_KEY") as error:
         TeacherServers([served.url], needs(), timeout_s=60)
@@ -170,7 +129,7 @@ def check(argv: list[str]) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def test_check_teacher(served: Served, tmp_path: Path) -> None:
+def test_check_teacher(served: OfVLLM, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 6)
     flags = dict(teacher_model_server=served.url, gkd_logits_topk=TOPK, dataset=rows, dtype="fp32", device="cpu")
     for model, expected in ((served.model, 0), (served.other, 1)):
@@ -182,52 +141,17 @@ def test_check_teacher(served: Served, tmp_path: Path) -> None:
         assert ("is not the teacher of" in err) == bool(expected)
 
 
-def test_training_is_that_of_the_local_teacher(served: Served, tmp_path: Path) -> None:
-    student = write_tiny_checkpoint(tmp_path / "student", "qwen3", tied=True, layers=2, seed=1)
-    common = dict(model=str(student), dataset=write_rows(tmp_path / "rows.jsonl", 8), lmbda=0, gkd_logits_topk=TOPK)
-    common |= dict(device="cpu", report_to="none", lr=0.01, train_iters=2, global_batch_size=4, tensor=2, save_hf=False)
-    local = train(world=2, **common, save=str(tmp_path / "local"), teacher_model=served.model)
-    remote = train(world=2, **common, save=str(tmp_path / "remote"), teacher_model_server=served.url)
-    for here, there in zip(metrics(local), metrics(remote), strict=True):
-        for name in ("loss", "grad_norm", "teacher_mass", "agreement", "num_tokens"):
-            assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-5), name
-    written = [served.log, *(path for path in remote.rglob("*") if path.is_file())]
-    assert {"config.yaml", "run.json", "metrics.jsonl"} <= {path.name for path in written}
-    assert not [path for path in written if KEY.encode() in path.read_bytes()], "the key is on no disk"
+def test_training_is_that_of_the_local_teacher(served: OfVLLM, tmp_path: Path) -> None:
+    assert_training_is_that_of_the_local_teacher(served, tmp_path)
+    assert KEY.encode() not in served.log.read_bytes()
 
 
-def train_recorded(argv: list[str]) -> list[dict[int, tuple[int, ...]]]:
-    """On a rank: a run, and the completions that it trained on."""
-    with recorded_teacher_samples() as found:
-        train_on_this_rank(argv)
-    return found
-
-
-def test_training_on_what_the_server_samples(served: Served, tmp_path: Path) -> None:
+def test_training_on_what_the_server_samples(served: OfVLLM, tmp_path: Path) -> None:
     """`--seq_kd`: with --top_k 1 the teacher's most probable tokens. A resumed run takes them from the cache; another
     run, with an empty one, samples the same.
     """
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Say {word}!"}) + "\n" for word in WORDS[:8]))
-    student = write_tiny_checkpoint(tmp_path / "student", "qwen3", tied=True, layers=2, seed=1)
-    flags = dict(model=str(student), dataset=str(prompts), lmbda=0, seq_kd=True)
-    flags |= dict(gkd_logits_topk=TOPK, teacher_model_server=served.url, max_length=100, max_completion_length=9)
-    flags |= dict(device="cpu", report_to="none", train_iters=3, global_batch_size=4, tensor=2, save_hf=False)
-    flags |= dict(save_steps=1)
-
-    def run(name: str, **more: Any) -> Any:
-        argv = command_line(**flags | dict(save=str(tmp_path / name)) | more)
-        first, second = run_ranks(train_recorded, argv, world=2, timeout_s=240)
-        assert first == second
-        return first
-
-    rows = load_rows(str(prompts), tiny_tokenizer(), max_length=100)
-    for step, completions in enumerate(run("greedy", top_k=1)):
-        for position, index in enumerate(row_indices(42, step * 4, 4, len(rows))):
-            prompt, ids = rows[index].prompt_ids, completions[position]
-            best = logprobs_of(served.model, [*prompt, *ids])[len(prompt) - 1 :].argmax(-1)
-            assert tuple(best.tolist()) == ids
-
+    run = partial(seq_kd_run, served, tmp_path)
+    assert_training_on_greedy_completions(served, tmp_path)
     whole = run("run")
     again = run("again")
     checkpoint = str(tmp_path / "run/checkpoints/step_00000001")
@@ -243,7 +167,7 @@ def test_training_on_what_the_server_samples(served: Served, tmp_path: Path) -> 
         assert {name: row[name] for name in row.keys() - counted} == {n: expected[n] for n in expected.keys() - counted}
 
 
-def test_killed_in_the_middle(served: Served) -> None:
+def test_killed_in_the_middle(served: OfVLLM) -> None:
     """The last test: the server is gone afterwards."""
     with TeacherServers([served.url], needs(), timeout_s=60, retry_s=1.0) as servers:
         timer = threading.Timer(0.3, served.kill)

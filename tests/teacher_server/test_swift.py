@@ -1,0 +1,161 @@
+"""A real `swift deploy` (ms-swift, vLLM backend) as the teacher: parity with transformers and with the local teacher,
+completions, refusals.
+
+One server on the loopback interface for all tests, and one with a chat template that is refused. They need ms-swift,
+which is no requirement of the project: without it they are skipped, and fail where GKD_REQUIRE_SWIFT=1 says that it
+should be there. Faults of other kinds: test_servers.py. Not covered: GPUs, other backends of ms-swift, adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_gkd.errors import RolloutError
+from megatron_gkd.rollout.protocol import Request, SamplingSettings
+from megatron_gkd.teacher_server.dialects import Swift
+from megatron_gkd.teacher_server.servers import TeacherServers
+from tests.rollout.serving import logprobs_of
+from tests.teacher_server.real import (
+    KEY,
+    MAX_MODEL_LEN,
+    TOPK,
+    Served,
+    assert_topk_is_that_of_transformers,
+    assert_training_is_that_of_the_local_teacher,
+    assert_training_on_greedy_completions,
+    needs,
+)
+
+pytestmark = pytest.mark.slow
+
+TOKENS_ALONE = ["--template", "dummy", "--use_chat_template", "false"]
+# vLLM's plugins of ms-swift import torchvision, which is not there beside vLLM's build for CPUs
+ENVIRONMENT = dict(VLLM_PLUGINS="", OMP_NUM_THREADS=1, VLLM_CPU_OMP_THREADS_BIND="nobind", TORCHDYNAMO_DISABLE=1)
+ENVIRONMENT |= dict(HF_HUB_OFFLINE=1, VLLM_NO_USAGE_STATS=1, DO_NOT_TRACK=1)
+
+
+class OfSwift(Served):
+    def __init__(self, root: Path, *template: str) -> None:
+        super().__init__(root)
+        engine = json.dumps({"kv_cache_memory_bytes": 64 * 2**20, "logprobs_mode": "raw_logprobs"})
+        command = [str(Path(sys.executable).with_name("swift")), "deploy", "--model", str(self.model)]
+        command += ["--model_type", "qwen3", *template, "--infer_backend", "vllm", "--torch_dtype", "float32"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--verbose", "false"]
+        command += ["--max_logprobs", str(TOPK), "--vllm_max_model_len", str(MAX_MODEL_LEN)]
+        command += ["--vllm_enforce_eager", "true", "--vllm_engine_kwargs", engine]
+        self.start([*command, "--api_key", KEY], ENVIRONMENT)
+
+
+def require_swift() -> None:
+    try:
+        metadata.version("ms_swift")
+    except metadata.PackageNotFoundError:
+        if os.environ.get("GKD_REQUIRE_SWIFT") == "1":
+            pytest.fail("ms-swift is not installed, and GKD_REQUIRE_SWIFT=1 says that it should be")
+        pytest.skip("ms-swift is not installed (GKD_REQUIRE_SWIFT=1 makes this a failure)")
+    pytest.importorskip("vllm")
+
+
+def serve(root: Path, *template: str) -> Iterator[OfSwift]:
+    require_swift()
+    served = OfSwift(root, *template)
+    try:
+        served.wait()
+        yield served
+    finally:
+        served.kill()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OfSwift]:
+    yield from serve(tmp_path_factory.mktemp("swift"), *TOKENS_ALONE)
+
+
+@pytest.fixture
+def served_with_a_template(tmp_path: Path) -> Iterator[OfSwift]:
+    yield from serve(tmp_path, "--template", "qwen3")
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_API_KEY", KEY)
+
+
+def test_topk_is_that_of_transformers(served: OfSwift) -> None:
+    assert_topk_is_that_of_transformers(served)
+    with TeacherServers([served.url], needs(), timeout_s=60) as servers:
+        assert isinstance(servers.probed.dialect, Swift)
+
+
+def test_completions_are_of_the_weights_and_of_the_seed(served: OfSwift) -> None:
+    """Greedy ones are the most probable tokens; sampled ones come again, with their log-probabilities; they end at the
+    run's stop tokens, and one that ends at the model's own end of sequence is refused.
+    """
+    requests = [Request(i, tuple(range(1, 3 + 3 * i)), max_tokens=12, seed=i) for i in range(5)]
+    with TeacherServers([served.url], needs(), timeout_s=60) as servers:
+        for settings in (SamplingSettings(0.0, stop_token_ids=(258,)), SamplingSettings(0.9, stop_token_ids=(258,))):
+            found = servers.generate(requests, settings)
+            assert found == servers.generate(requests, settings)
+            for request, completion in zip(requests, found, strict=True):
+                ids = list(completion.token_ids)
+                rows = logprobs_of(served.model, [*request.prompt_ids, *ids])[len(request.prompt_ids) - 1 :]
+                assert completion.logprobs == pytest.approx(rows[range(len(ids)), ids].tolist(), abs=1e-4)
+                assert settings.temperature > 0 or rows[: len(ids)].argmax(-1).tolist() == ids
+        assert len({completion.token_ids[0] for completion in found}) > 1
+        stop = found[0].token_ids[4]
+        (stopped, *_) = servers.generate(requests, SamplingSettings(0.9, stop_token_ids=(258, stop)))
+        assert stopped.token_ids == found[0].token_ids[: found[0].token_ids.index(stop) + 1]
+        assert stopped.finish_reason == "stop"
+        many = [Request(i, (5, 6, 7 + i), max_tokens=40, seed=i) for i in range(60)]
+        found = servers.generate(many, SamplingSettings(2.0, stop_token_ids=(258,)))
+        assert "stop" in {completion.finish_reason for completion in found}
+        with pytest.raises(RolloutError, match=r"at token 258, and the run's stop tokens are \[257\]"):
+            servers.generate(many, SamplingSettings(2.0, stop_token_ids=(257,)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topk": TOPK + 1}, r"refuses to tell 9 tokens per position .*500.*--max_logprobs 9"),
+        ({"longest": MAX_MODEL_LEN}, r"500 .*the longest sequence, 128 tokens; .*--vllm_max_model_len"),
+        ({"largest_id": 5000}, r"refuses token id 5000, the largest of .* another vocabulary"),
+        ({"vocab_size": 100}, r"vocabulary has 100: it serves a model with another vocabulary"),
+    ],
+)
+def test_a_server_that_does_not_fit(served: OfSwift, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RolloutError, match=message):
+        TeacherServers([served.url], needs(**changes), timeout_s=60)
+
+
+def test_the_longest_sequence_fits(served: OfSwift) -> None:
+    with TeacherServers([served.url], needs(longest=MAX_MODEL_LEN - 1), timeout_s=60) as servers:
+        (topk,) = servers.topk([((1,), (2,) * (MAX_MODEL_LEN - 2))])
+    assert topk.ids.shape == (MAX_MODEL_LEN - 2, TOPK)
+
+
+def test_without_its_key(served: OfSwift, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TEACHER_API_KEY")
+    with pytest.raises(RolloutError, match=r"answered 400 \(API key error\).*TEACHER_API_KEY") as error:
+        TeacherServers([served.url], needs(), timeout_s=60)
+    assert KEY not in str(error.value)
+
+
+def test_training_is_that_of_the_local_teacher(served: OfSwift, tmp_path: Path) -> None:
+    assert_training_is_that_of_the_local_teacher(served, tmp_path)
+
+
+def test_training_on_what_the_server_samples(served: OfSwift, tmp_path: Path) -> None:
+    assert_training_on_greedy_completions(served, tmp_path)
+
+
+def test_a_server_that_puts_a_template_around(served_with_a_template: OfSwift) -> None:
+    with pytest.raises(RolloutError, match=r"other than the 2 that it was sent.*--template dummy --use_chat_template"):
+        TeacherServers([served_with_a_template.url], needs(), timeout_s=60)
