@@ -248,7 +248,7 @@ def test_slurm_refuses():
 
 def slurm_stand_ins(root: Path, srun: str) -> dict[str, str]:
     """`scontrol` and `srun` that write what they were asked for; the environment of a job that finds them."""
-    commands = {"scontrol": 'echo "$@" >>"$LOG"; [[ $1 != show ]] || printf "n1\\nn2\\n"', "srun": srun}
+    commands = {"scontrol": 'echo "$@" >>"$LOG"; [[ $1 != show ]] || { echo n1; sleep 0.3; echo n2; }', "srun": srun}
     for name, body in commands.items():
         (root / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (root / name).chmod(0o755)
