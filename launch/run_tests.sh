@@ -22,7 +22,9 @@ case ${1:-} in
 esac
 
 bash "$root/launch/setup_env.sh"
+bash "$root/tests/setup_swift.sh"
 cd "$root"
 # one thread per process: tests start several ranks, and threads that wait for each other cost more than they bring
 export OMP_NUM_THREADS=1
+export GKD_REQUIRE_SWIFT=1 # its tests fail, and do not skip themselves, where it is missing
 exec "$venv/bin/python" -m pytest "$@"

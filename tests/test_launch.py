@@ -15,7 +15,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted((ROOT / "launch").glob("*.sh")),
+    ROOT / "launch/slurm.sbatch",
+    ROOT / "tests/setup_swift.sh",
+    ROOT / ".ci/run",
+]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 Result = subprocess.CompletedProcess[str]
 
@@ -212,12 +217,12 @@ def _path_without_python(tmp_path: Path) -> str:
     return str(tools)
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "swift"])
 def test_requirement_files_pin_everything(name: str):
     lines = (ROOT / f"requirements/{name}.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all("==" in pin and "+" not in pin for pin in pins), [pin for pin in pins if "==" not in pin or "+" in pin]
-    assert pins[0].startswith("torch==")
+    assert pins[0].startswith("ms_swift==" if name == "swift" else "torch==")
     names = [pin.split("==")[0].lower().replace("_", "-") for pin in pins]
     assert len(set(names)) == len(names)
     if name == "cpu":

@@ -1,9 +1,10 @@
 """A real `swift deploy` (ms-swift, vLLM backend) as the teacher: parity with transformers and with the local teacher,
 completions, refusals.
 
-One server on the loopback interface for all tests, and one with a chat template that is refused. They need ms-swift,
-which is no requirement of the project: without it they are skipped, and fail where GKD_REQUIRE_SWIFT=1 says that it
-should be there. Faults of other kinds: test_servers.py. Not covered: GPUs, other backends of ms-swift, adapters.
+One server on the loopback interface for all tests, and one with a chat template that is refused. ms-swift is no
+requirement of the project: tests/setup_swift.sh installs it into an environment of its own, as launch/run_tests.sh does
+before all tests; without it they are skipped. Faults of other kinds: test_servers.py. Not covered: GPUs, other backends
+of ms-swift, adapters.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from tests.teacher_server.real import (
 
 pytestmark = pytest.mark.slow
 
+SWIFT = Path(sys.prefix) / "swift" / "bin" / "swift"
 TOKENS_ALONE = ["--template", "dummy", "--use_chat_template", "false"]
 # vLLM's plugins of ms-swift import torchvision, which is not there beside vLLM's build for CPUs
 ENVIRONMENT = dict(VLLM_PLUGINS="", OMP_NUM_THREADS=1, VLLM_CPU_OMP_THREADS_BIND="nobind", TORCHDYNAMO_DISABLE=1)
@@ -46,7 +47,7 @@ class OfSwift(Served):
     def __init__(self, root: Path, *template: str) -> None:
         super().__init__(root)
         engine = json.dumps({"kv_cache_memory_bytes": 64 * 2**20, "logprobs_mode": "raw_logprobs"})
-        command = [str(Path(sys.executable).with_name("swift")), "deploy", "--model", str(self.model)]
+        command = [str(SWIFT), "deploy", "--model", str(self.model)]
         command += ["--model_type", "qwen3", *template, "--infer_backend", "vllm", "--torch_dtype", "float32"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--verbose", "false"]
         command += ["--max_logprobs", str(TOPK), "--vllm_max_model_len", str(MAX_MODEL_LEN)]
@@ -54,18 +55,11 @@ class OfSwift(Served):
         self.start([*command, "--api_key", KEY], ENVIRONMENT)
 
 
-def require_swift() -> None:
-    try:
-        metadata.version("ms_swift")
-    except metadata.PackageNotFoundError:
-        if os.environ.get("GKD_REQUIRE_SWIFT") == "1":
-            pytest.fail("ms-swift is not installed, and GKD_REQUIRE_SWIFT=1 says that it should be")
-        pytest.skip("ms-swift is not installed (GKD_REQUIRE_SWIFT=1 makes this a failure)")
-    pytest.importorskip("vllm")
-
-
 def serve(root: Path, *template: str) -> Iterator[OfSwift]:
-    require_swift()
+    if not SWIFT.exists():
+        if os.environ.get("GKD_REQUIRE_SWIFT") == "1":
+            pytest.fail(f"there is no {SWIFT}, and GKD_REQUIRE_SWIFT=1 says that it should be there")
+        pytest.skip(f"there is no {SWIFT}; bash tests/setup_swift.sh installs it")
     served = OfSwift(root, *template)
     try:
         served.wait()
