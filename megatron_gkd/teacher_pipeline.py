@@ -167,20 +167,17 @@ class TeacherPipeline:
         """One pass over this replica's micro-batches; `deliver` is called on the last stage, as each one ends."""
         batches = [micro_batches(positions) for positions in plan.teacher[self.groups.dp.rank()]]
         with self._weights:
-            forward_signals(self.chunks, self.layout, self.groups, batches, self.device, self._columns, deliver)
-
-    def _columns(self, model: HiddenStateGPTModel, hidden: torch.Tensor) -> Columns:
-        """[T, H] -> the signal's columns."""
-        if self.topk is None:
-            return (hidden,)
-        return topk_signal(
-            hidden,
-            model.head_weight(),
-            self.topk,
-            tp_group=self.groups.tp,
-            vocab_size=self.vocab_size,
-            chunk_tokens=self.chunk_tokens,
-        )
+            forward_signals(
+                self.chunks,
+                self.layout,
+                self.groups,
+                batches,
+                deliver,
+                device=self.device,
+                topk=self.topk,
+                vocab_size=self.vocab_size,
+                chunk_tokens=self.chunk_tokens,
+            )
 
 
 def topk_signal(
@@ -190,7 +187,7 @@ def topk_signal(
     *,
     tp_group: dist.ProcessGroup,
     vocab_size: int,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int,
 ) -> Columns:
     """The top-K signal of T hidden states [T, H] under a head's shard [V/tp, H], `chunk_tokens` at a time."""
     values, ids = [], []
@@ -208,18 +205,25 @@ def forward_signals(
     layout: Layout,
     groups: ProcessGroupCollection,
     batches: Sequence[MicroBatch],
-    device: torch.device,
-    columns_of: Callable[[HiddenStateGPTModel, torch.Tensor], Columns],
     deliver: Callable[[int, Columns], None],
+    *,
+    device: torch.device,
+    topk: int | None,
+    vocab_size: int,
+    chunk_tokens: int = 1024,
 ) -> None:
-    """Forward the micro-batches; on the last stage `columns_of(model, hidden states [T, H])` makes each one's signal,
-    and `deliver(position, columns)` is called for its samples, in order, as it ends."""
+    """Forward the micro-batches; on the last stage, as each one ends, `deliver(position, columns)` is called for its
+    samples, in order. The columns are the hidden states [T, H], or with `topk` the top-K signal of them."""
 
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
 
         def collect(hidden: torch.Tensor, non_loss_data: bool) -> None:
-            columns = columns_of(model, select_loss_tokens(model.head_input(hidden), batch))
+            rows = select_loss_tokens(model.head_input(hidden), batch)
+            columns: Columns = (rows,)
+            if topk is not None:
+                head, tp = model.head_weight(), groups.tp
+                columns = topk_signal(rows, head, topk, tp_group=tp, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
             parts = zip(*(column.split(batch.lengths) for column in columns), strict=True)
             for position, part in zip(batch.positions, parts, strict=True):
                 deliver(position, part)

@@ -40,27 +40,34 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+def pick(value: Any, rng: random.Random) -> tuple[Any, Any] | None:
+    """A list or object inside JSON data, and an index or name in it; None where there is none."""
+    where = rng.choice(places(value) or [()])
+    if not where:
+        return None
+    for key in where[:-1]:
+        value = value[key]
+    return value, where[-1]
+
+
 def mutated(value: Any, rng: random.Random) -> Any:
     """A copy of JSON data in which one to three values are other ones, lacking, or there twice."""
     value = copy.deepcopy(value)
     for _ in range(rng.randrange(1, 4)):
-        where = rng.choice(places(value) or [()])
-        if not where:
+        picked = pick(value, rng)
+        if picked is None:
             return odd_value(rng)
-        parent = value
-        for key in where[:-1]:
-            parent = parent[key]
-        kind = rng.randrange(6)
+        (parent, key), kind = picked, rng.randrange(6)
         if kind == 0:
-            del parent[where[-1]]
+            del parent[key]
         elif kind == 1 and isinstance(parent, list):
-            parent.insert(where[-1], copy.deepcopy(parent[where[-1]]))
+            parent.insert(key, copy.deepcopy(parent[key]))
         elif kind == 2 and isinstance(parent, dict):
-            parent[str(rng.choice([*parent, "", "-1", "007", "9" * 30, "x"]))] = parent.pop(where[-1])
-        elif kind == 3 and isinstance(parent[where[-1]], int | float):
-            parent[where[-1]] *= rng.choice([-1, 2, 10**12, 0.5])
+            parent[str(rng.choice([*parent, "", "-1", "007", "9" * 30, "x"]))] = parent.pop(key)
+        elif kind == 3 and isinstance(parent[key], int | float):
+            parent[key] *= rng.choice([-1, 2, 10**12, 0.5])
         else:
-            parent[where[-1]] = odd_value(rng)
+            parent[key] = odd_value(rng)
     return value
 
 

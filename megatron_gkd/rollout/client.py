@@ -26,20 +26,13 @@ from typing import Any, TypeVar
 import httpx
 
 from megatron_gkd.errors import RolloutError
+from megatron_gkd.rollout.wire import OTHER_FORM
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _CONNECT_S = 10.0
 _KEEP_ALIVE_S = 3.0  # shorter than the server's 5: a connection is not used in the moment in which the server closes it
 _SHOWN_CHARACTERS = 500
-_OTHER_FORM = (
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)  # what `read` raises
 
 
 def _whole(answer: Any) -> Any:
@@ -236,7 +229,7 @@ class ServerClient:
     def _read(self, what: str, read: Callable[[Any], Result], answer: Any) -> Result:
         try:
             return read(answer)
-        except _OTHER_FORM as error:
+        except OTHER_FORM as error:
             raise RolloutError(
                 f"{self.name} gave an answer of another form than vLLM 0.28 to 0.32 ({type(error).__name__}: "
                 f"{str(error)[:_SHOWN_CHARACTERS]}), when asked to {what}"

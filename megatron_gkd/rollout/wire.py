@@ -17,7 +17,8 @@ from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 
 MINUS_INFINITY = -9999.0  # as the server writes it
 SLACK = 1e-3  # of rounding: above a log-probability of 0, between ranks, above a total probability of 1
-OTHER_FORM = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what reading of other JSON raises
+# What taking JSON apart raises where it has another form than the one expected.
+OTHER_FORM = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def read_int(value: Any) -> int:

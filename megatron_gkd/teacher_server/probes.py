@@ -180,22 +180,24 @@ def _check_topk(client: ServerClient, dialect: Dialect, model: str, needs: Needs
 def _check_alignment(client: ServerClient, dialect: Dialect, model: str, needs: Needs, canary: TopK) -> None:
     """P4."""
     positions = np.unique(np.linspace(1, len(needs.probe) - 1, _NUM_POSITIONS).astype(int)).tolist()
-    found = []
+    scored, sampled = list[TopK](), list[TopK]()
     for position in positions:
-        ids, row = needs.probe[:position], slice(position - 1, position)  # the canary begins with row 1
-        scored = TopK(canary.logprobs[row], canary.ids[row])
+        ids, at = needs.probe[:position], slice(position - 1, position)  # the canary begins with row 1
+        scored.append(TopK(canary.logprobs[at], canary.ids[at]))
         body = dialect.next_token_body(model, ids, needs.topk)
-        read = partial(dialect.read_next_token, ids=ids, row=scored, server=client.name)
-        found.append(client.post(dialect.path, "sample a token after a probe", body, again=True, read=read))
-    sampled = TopK(np.concatenate([row.logprobs for row in found]), np.concatenate([row.ids for row in found]))
-    rows = [position - 1 for position in positions]
-    apart = distance(sampled, TopK(canary.logprobs[rows], canary.ids[rows]))
+        read = partial(dialect.read_next_token, ids=ids, row=scored[-1], server=client.name)
+        sampled.append(client.post(dialect.path, "sample a token after a probe", body, again=True, read=read))
+    apart = distance(_joined(sampled), _joined(scored))
     if not apart <= TOLERANCE:
         raise RolloutError(
             f"{client.name} gives log-probabilities of a sequence that are not those of its positions: they differ by "
             f"{apart:.2g} (mean total variation over {len(positions)} positions, at most {TOLERANCE} is rounding) from "
             f"what it samples from there. Its rows are off, or it changes its logits; {_START}"
         )
+
+
+def _joined(parts: Sequence[TopK]) -> TopK:
+    return TopK(np.concatenate([part.logprobs for part in parts]), np.concatenate([part.ids for part in parts]))
 
 
 def _ask(

@@ -24,7 +24,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -239,21 +238,12 @@ class TeacherServers:
         for ids in whole:
             self._check_length(client, len(ids))
         bodies = [dialect.topk_body(server.probed.model, ids, self.needs.topk) for ids in whole]
-        read = partial(self._read, server, sequences, whole)
-        return client.start_all(dialect.path, f"score {len(bodies)} sequences", bodies, read)
 
-    def _read(
-        self,
-        server: _Server,
-        sequences: Sequences,
-        whole: Sequence[Sequence[int]],
-        index: int,
-        answer: Any,
-    ) -> TopK:
-        num_prompt, needs = len(sequences[index][0]), self.needs
-        return server.probed.dialect.read_topk(
-            answer, whole[index], num_prompt, needs.topk, needs.vocab_size, server.client.name
-        )
+        def read(index: int, answer: Any) -> TopK:
+            num_prompt, needs = len(sequences[index][0]), self.needs
+            return dialect.read_topk(answer, whole[index], num_prompt, needs.topk, needs.vocab_size, client.name)
+
+        return client.start_all(dialect.path, f"score {len(bodies)} sequences", bodies, read)
 
     def _check_one_teacher(self, servers: Sequence[_Server]) -> None:
         """Of servers that are dealt the same sequences."""

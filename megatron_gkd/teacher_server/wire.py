@@ -91,7 +91,7 @@ def _read_row(
     """Fill [K] log-probabilities and ids by rank."""
     k = len(ids)
     try:
-        entries = [(int(k), read_number(entry["logprob"]), read_int(entry["rank"])) for k, entry in row.items()]
+        entries = [(int(key), read_number(entry["logprob"]), read_int(entry["rank"])) for key, entry in row.items()]
     except OTHER_FORM as error:
         raise RolloutError(f"{where}: not token ids with logprob and rank ({type(error).__name__}: {error})") from error
     if token not in (entry[0] for entry in entries):

@@ -22,11 +22,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.platform import new_group
 from megatron_gkd.records import MicroBatch, StepPlan
 from megatron_gkd.signals import Columns, SignalStore, exchange, plan_routes
-from megatron_gkd.teacher_pipeline import forward_signals, signal_spec, topk_signal
+from megatron_gkd.teacher_pipeline import forward_signals, signal_spec
 from megatron_gkd.train.student import Student
 
 
@@ -63,9 +62,10 @@ class SelfTeacher:
                 self.layout,
                 student.groups,
                 batches,
-                self._device,
-                self._columns,
                 local.__setitem__,
+                device=self._device,
+                topk=self._topk,
+                vocab_size=self._vocab_size,
             )
         finally:
             for model, training in zip(student.models, was_training, strict=True):
@@ -79,9 +79,3 @@ class SelfTeacher:
 
     def close(self) -> None:
         """Nothing: it lives and ends with its process."""
-
-    def _columns(self, model: HiddenStateGPTModel, hidden: torch.Tensor) -> Columns:
-        if self._topk is None:
-            return (hidden,)
-        group = self._student.groups.tp
-        return topk_signal(hidden, model.head_weight(), self._topk, tp_group=group, vocab_size=self._vocab_size)

@@ -27,7 +27,7 @@ from megatron_gkd.flags import parse_run_config, to_yaml
 from megatron_gkd.records import Row
 from tests.data.saved import write_saved
 from tests.data.tiny_tokenizers import chat_tokenizer
-from tests.mutations import ASSISTANT, USER, damaged, odd_value, places
+from tests.mutations import ASSISTANT, USER, damaged, odd_value, pick
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -52,21 +52,18 @@ GOOD = json.dumps(VALID[2]).encode()
 def mutate_record(rng: random.Random) -> bytes:
     record = json.loads(json.dumps(rng.choice(VALID)))
     for _ in range(rng.randrange(1, 4)):
-        where = rng.choice(places(record) or [()])
-        if not where:
+        picked = pick(record, rng)
+        if picked is None:
             break
-        parent = record
-        for key in where[:-1]:
-            parent = parent[key]
-        kind = rng.randrange(5)
+        (parent, key), kind = picked, rng.randrange(5)
         if kind == 0:
-            del parent[where[-1]]
+            del parent[key]
         elif kind == 1 and isinstance(parent, dict):
             parent[rng.choice([*map(str, VALID[5]), "messages", "prompt", "response", "from", "id"])] = odd_value(rng)
         elif kind == 2 and isinstance(parent, list):
-            parent.insert(where[-1], odd_value(rng))
+            parent.insert(key, odd_value(rng))
         else:
-            parent[where[-1]] = odd_value(rng)
+            parent[key] = odd_value(rng)
     return json.dumps(record, ensure_ascii=rng.random() < 0.7).encode("utf-8", "surrogatepass")
 
 

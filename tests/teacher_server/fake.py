@@ -114,6 +114,17 @@ class FakeServer:
         return httpx.MockTransport(handler)
 
 
+def behind_urls(*fakes: FakeServer) -> tuple[list[str], httpx.AsyncBaseTransport]:
+    """An address for each of them, and the transport that leads there."""
+    hosts = {f"h{i}": fake.transport for i, fake in enumerate(fakes)}
+
+    class ByHost(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            return await hosts[request.url.host].handle_async_request(request)
+
+    return [f"http://{host}:1" for host in hosts], ByHost()
+
+
 class FakeSwift(FakeServer):
     """`swift deploy` of ms-swift 4.6: faults are spoilt into vLLM's form before it is put into this one."""
 

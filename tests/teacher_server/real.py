@@ -20,6 +20,7 @@ import pytest
 
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.data.sampler import row_indices
+from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.local_server import free_port
 from megatron_gkd.teacher_server.probes import Needs
 from megatron_gkd.teacher_server.servers import TeacherServers
@@ -86,6 +87,24 @@ def assert_topk_is_that_of_transformers(served: Served) -> None:
             best = rows.topk(TOPK)
             assert topk.ids.tolist() == best.indices.tolist()
             np.testing.assert_allclose(topk.logprobs, best.values.numpy(), atol=1e-4)
+
+
+def assert_does_not_fit(served: Served, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RolloutError, match=message):
+        TeacherServers([served.url], needs(**changes), timeout_s=60)
+
+
+def assert_the_longest_sequence_fits(served: Served) -> None:
+    with TeacherServers([served.url], needs(longest=MAX_MODEL_LEN - 1), timeout_s=60) as servers:
+        (topk,) = servers.topk([((1,), (2,) * (MAX_MODEL_LEN - 2))])
+    assert topk.ids.shape == (MAX_MODEL_LEN - 2, TOPK)
+
+
+def assert_refused_without_its_key(served: Served, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    monkeypatch.delenv("TEACHER_API_KEY")
+    with pytest.raises(RolloutError, match=message) as error:
+        TeacherServers([served.url], needs(), timeout_s=60)
+    assert KEY not in str(error.value)
 
 
 def assert_training_is_that_of_the_local_teacher(served: Served, root: Path) -> None:

@@ -20,7 +20,7 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.teacher_server.probes import PROBE_TOKENS, Needs, probe_tokens
 from megatron_gkd.teacher_server.servers import API_KEY_ENV, TeacherServers
-from tests.teacher_server.fake import VOCAB, FakeServer, random_teacher, serve
+from tests.teacher_server.fake import VOCAB, FakeServer, behind_urls, random_teacher, serve
 
 NEEDS = Needs(topk=8, vocab_size=VOCAB, largest_id=VOCAB - 1, longest=40, probe=tuple(range(3, 35)))
 SEQUENCES = [((1, 2), (3, 4, 5)), ((9,), ()), ((8, 8, 8), (1,)), ((4,), (5,) * 30), ((VOCAB - 1,), (0, 1))]
@@ -32,14 +32,9 @@ def connect() -> Iterator[Connect]:
     opened = []
 
     def make(*fakes: FakeServer, needs: Needs = NEEDS, **options: Any) -> TeacherServers:
-        hosts = {f"h{i}": fake.transport for i, fake in enumerate(fakes)}
-
-        class ByHost(httpx.AsyncBaseTransport):
-            async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-                return await hosts[request.url.host].handle_async_request(request)
-
-        settings = {"timeout_s": 20.0, "retry_s": 1.0, "transport": ByHost()} | options
-        servers = TeacherServers([f"http://{host}:1" for host in hosts], needs, **settings)
+        urls, transport = behind_urls(*fakes)
+        settings = {"timeout_s": 20.0, "retry_s": 1.0, "transport": transport} | options
+        servers = TeacherServers(urls, needs, **settings)
         opened.append(servers)
         return servers
 

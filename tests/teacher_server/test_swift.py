@@ -28,6 +28,9 @@ from tests.teacher_server.real import (
     MAX_MODEL_LEN,
     TOPK,
     Served,
+    assert_does_not_fit,
+    assert_refused_without_its_key,
+    assert_the_longest_sequence_fits,
     assert_topk_is_that_of_transformers,
     assert_training_is_that_of_the_local_teacher,
     assert_training_on_greedy_completions,
@@ -125,21 +128,15 @@ def test_completions_are_of_the_weights_and_of_the_seed(served: OfSwift) -> None
     ],
 )
 def test_a_server_that_does_not_fit(served: OfSwift, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(RolloutError, match=message):
-        TeacherServers([served.url], needs(**changes), timeout_s=60)
+    assert_does_not_fit(served, changes, message)
 
 
 def test_the_longest_sequence_fits(served: OfSwift) -> None:
-    with TeacherServers([served.url], needs(longest=MAX_MODEL_LEN - 1), timeout_s=60) as servers:
-        (topk,) = servers.topk([((1,), (2,) * (MAX_MODEL_LEN - 2))])
-    assert topk.ids.shape == (MAX_MODEL_LEN - 2, TOPK)
+    assert_the_longest_sequence_fits(served)
 
 
 def test_without_its_key(served: OfSwift, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TEACHER_API_KEY")
-    with pytest.raises(RolloutError, match=r"answered 400 \(API key error\).*TEACHER_API_KEY") as error:
-        TeacherServers([served.url], needs(), timeout_s=60)
-    assert KEY not in str(error.value)
+    assert_refused_without_its_key(served, monkeypatch, r"answered 400 \(API key error\).*TEACHER_API_KEY")
 
 
 def test_training_is_that_of_the_local_teacher(served: OfSwift, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -16,7 +15,7 @@ from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.teacher_server.servers import API_KEY_ENV, TeacherServers
 from megatron_gkd.teacher_server.swift import read_swift_completion, read_swift_next_token, read_swift_topk
 from megatron_gkd.teacher_server.wire import TopK
-from tests.teacher_server.fake import FakeServer, FakeSwift, random_teacher
+from tests.teacher_server.fake import FakeServer, FakeSwift, behind_urls, random_teacher
 from tests.teacher_server.test_servers import NEEDS, REQUESTS, SEQUENCES, SETTINGS, assert_right, shifted
 
 # ms-swift 4.6.0 with vLLM 0.32, a tiny Qwen3 of 300 tokens; cut to K 2, to the first three tokens, and to what is read
@@ -63,14 +62,8 @@ ROW = TopK(np.array([[-2.1, -3.7]], np.float32), np.array([[87, 3]], np.int32))
 
 
 def connect(*fakes: FakeServer, **options: Any) -> TeacherServers:
-    hosts = {f"h{i}": fake.transport for i, fake in enumerate(fakes)}
-
-    class ByHost(httpx.AsyncBaseTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            return await hosts[request.url.host].handle_async_request(request)
-
-    options = {"needs": NEEDS, "timeout_s": 20.0, "retry_s": 1.0, "transport": ByHost()} | options
-    return TeacherServers([f"http://{host}:1" for host in hosts], **options)
+    urls, transport = behind_urls(*fakes)
+    return TeacherServers(urls, **{"needs": NEEDS, "timeout_s": 20.0, "retry_s": 1.0, "transport": transport} | options)
 
 
 def test_a_recorded_answer_to_a_sequence() -> None:

@@ -27,6 +27,9 @@ from tests.teacher_server.real import (
     SEQUENCES,
     TOPK,
     Served,
+    assert_does_not_fit,
+    assert_refused_without_its_key,
+    assert_the_longest_sequence_fits,
     assert_topk_is_that_of_transformers,
     assert_training_is_that_of_the_local_teacher,
     assert_training_on_greedy_completions,
@@ -101,21 +104,15 @@ def test_beside_another_teacher_by_tags(served: OfVLLM) -> None:
     ],
 )
 def test_a_server_that_does_not_fit(served: OfVLLM, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(RolloutError, match=message):
-        TeacherServers([served.url], needs(**changes), timeout_s=60)
+    assert_does_not_fit(served, changes, message)
 
 
 def test_the_longest_sequence_fits(served: OfVLLM) -> None:
-    with TeacherServers([served.url], needs(longest=MAX_MODEL_LEN - 1), timeout_s=60) as servers:
-        (topk,) = servers.topk([((1,), (2,) * (MAX_MODEL_LEN - 2))])
-    assert topk.ids.shape == (MAX_MODEL_LEN - 2, TOPK)
+    assert_the_longest_sequence_fits(served)
 
 
 def test_without_its_key(served: OfVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TEACHER_API_KEY")
-    with pytest.raises(RolloutError, match=r"answered 401 .*TEACHER_API_KEY") as error:
-        TeacherServers([served.url], needs(), timeout_s=60)
-    assert KEY not in str(error.value)
+    assert_refused_without_its_key(served, monkeypatch, r"answered 401 .*TEACHER_API_KEY")
 
 
 def check(argv: list[str]) -> tuple[int, str, str]:

@@ -9,7 +9,7 @@ Communication: collective over WORLD, but for `find_checkpoint` and `is_hf_direc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -121,13 +121,7 @@ def load_checkpoint(
     if not allow_changed_config:
         refuse_changed_flags(checkpoint, changed)
     check_plain_data(checkpoint)
-    try:
-        restore(checkpoint, student)
-        problem = None
-    # A damaged directory raises many types, among them one that is no Exception.
-    except (Exception, CheckpointException) as error:
-        problem = f"{type(error).__name__}: {error}"
-    _stop_at(first_problem(problem), checkpoint)
+    _read_everywhere(lambda: restore(checkpoint, student), checkpoint)
     _restore_random_states(checkpoint, student, state, saved, description, seed)
     if dist.get_rank() == 0:
         _report(checkpoint, saved, description, describe_changes(changed))
@@ -136,16 +130,28 @@ def load_checkpoint(
 
 def check_plain_data(checkpoint: Path) -> None:
     """Refuse, on all ranks, a checkpoint whose pickled files hold more than plain data; collective."""
-    try:
+
+    def read() -> None:
         read_metadata(checkpoint / ".metadata")
         load_plain(checkpoint / COMMON_FILE)
-        problem = None
-    except Exception as error:  # a damaged pickle can raise anything
-        problem = str(error)
-    _stop_at(first_problem(problem), checkpoint)
+
+    _read_everywhere(read, checkpoint, describe=str)
 
 
-def _stop_at(problem: str | None, path: Path) -> None:
+def _with_type(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _read_everywhere(
+    read: Callable[[], None], path: Path, *, describe: Callable[[BaseException], str] = _with_type
+) -> None:
+    """Call `read`, of what is under `path`; raise CheckpointError on every rank if it failed on one. Collective."""
+    problem = None
+    try:
+        read()
+    except (Exception, CheckpointException) as error:  # damage raises many types, among them one that is no Exception
+        problem = describe(error)
+    problem = first_problem(problem)
     if problem is not None:
         raise CheckpointError(f"{path} cannot be loaded ({problem}): take an older checkpoint with --load")
 
@@ -212,12 +218,8 @@ def _restore_random_states(
     seed: int,
 ) -> None:
     if saved.ranks == description.ranks:
-        try:
-            restore_rng(read_rng(checkpoint / RNG_FILE, dist.get_rank()))
-            problem = None
-        except Exception as error:  # a damaged file raises what the generators raise
-            problem = f"{type(error).__name__}: {error}"
-        _stop_at(first_problem(problem), checkpoint / RNG_FILE)
+        path = checkpoint / RNG_FILE
+        _read_everywhere(lambda: restore_rng(read_rng(path, dist.get_rank())), path)
         return
     reseed(seed + state.step, None if student is None else student.groups)
     if dist.get_rank() == 0:
