@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: help env check format test bench docs
+.PHONY: help env check format test test-fast test-nightly bench docs
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -24,8 +24,14 @@ format: env  ## rewrite the code in the project's format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-test: env  ## the whole CPU test suite (PYTEST_ARGS="-m 'not slow'" for the quick part)
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+test:  ## the whole CPU test suite, as continuous integration runs it
+	bash launch/run_tests.sh $(PYTEST_ARGS)
+
+test-fast:  ## the inner loop: all that takes seconds
+	bash launch/run_tests.sh -m "not slow" $(PYTEST_ARGS)
+
+test-nightly:  ## with every kill, fuzzed input and grid in full (hours)
+	GKD_TEST_FULL=1 bash launch/run_tests.sh $(PYTEST_ARGS)
 
 docs: env  ## links, file map, command lines and configuration page of the documentation
 	$(PYTHON) -m pytest -q tests/test_docs.py

@@ -13,10 +13,11 @@ gloo with `world` ranks, one thread for torch; and `random`, `numpy` and `torch`
 EVERY RANK (so that every rank can draw the whole tensor and keep its shard). `tp_group(n)` and `one_rank_group()` give
 process groups that are made once per pool.
 
-How it works: one pool of processes per world size, forked from a server that has imported torch, megatron.core and
-pytest before any torch operation ran (forking a process that has run a backward hangs; spawning costs 15 s). Work
-and results travel through pipes as plain pickles (no shared memory), so results must be picklable; tensors are
-copied.
+How it works: one pool of processes per world size, forked from a server that has imported torch, megatron.core and the
+package (support/preload.py) before any torch operation ran (forking a process that has run a backward hangs; spawning
+costs 15 s). What the server imported is frozen for the garbage collector: a collection after each call would otherwise
+walk its half million objects, 0.3 s a rank. Work and results travel through pipes as plain pickles (no shared memory),
+so results must be picklable; tensors are copied.
 
 Failure: the rank that failed FIRST is reported with its traceback (its peers usually fail later, with "connection
 closed by peer"); the pool is thrown away and the next call starts a new one. After `timeout_s` the report holds the
@@ -34,7 +35,6 @@ import atexit
 import contextlib
 import faulthandler
 import gc
-import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -54,12 +54,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_PRELOAD = ("torch", "torch.distributed", "pytest", "megatron.core", "megatron.core.tensor_parallel")
+from tests.support.effort import LIMIT_S
+
+_PRELOAD = ["tests.support.preload"]
 # Groups that something still refers to keep their threads, and gloo's wake up a hundred times a second: with hundreds
 # of them the machine does nothing else. A pool above this is ended, and the next call starts a new one.
 _MOST_THREADS = 100
 _GRACE_S = 1.0  # after the first failure, how long to wait for a peer that failed before it
-_START_TIMEOUT_S = 120.0  # first start: the server imports torch and megatron.core
 _GLOO_TIMEOUT = timedelta(minutes=30)  # the caller's timeout_s governs; gloo's own must not be shorter
 
 
@@ -68,7 +69,7 @@ class RankFailureError(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], *args: Any, world: int, timeout_s: float = 60, fresh: bool = False, seed: int = 1234
+    fn: Callable[..., Any], *args: Any, world: int, timeout_s: float = LIMIT_S, fresh: bool = False, seed: int = 1234
 ) -> list[Any]:
     """Call `fn(*args)` on every one of `world` gloo ranks; return each rank's result, in rank order."""
     if fresh:
@@ -126,7 +127,7 @@ class _Pool:
     """`world` living rank processes; one call at a time."""
 
     def __init__(self, world: int) -> None:
-        _configure_forkserver()
+        configure_forkserver()
         self.world = world
         self.tmp = tempfile.mkdtemp(prefix="ranks-")
         self.connections: list[Connection] = []
@@ -140,7 +141,7 @@ class _Pool:
             self.connections.append(here)
             self.processes.append(process)
         try:
-            self._collect("start of the ranks", _START_TIMEOUT_S)
+            self._collect("start of the ranks", LIMIT_S)
         except BaseException:
             self.kill()
             raise
@@ -165,7 +166,7 @@ class _Pool:
                     ok, when, payload = pickle.loads(ready.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, ConnectionResetError):
                     self.processes[rank].join(1)
-                    ok, when = False, time.monotonic()
+                    ok, when = False, 0.0  # before its peers, which fail because it is gone
                     payload = f"the process ended with exit code {self.processes[rank].exitcode}"
                 if ok:
                     results[rank] = payload
@@ -230,19 +231,19 @@ def close_pools() -> None:
 atexit.register(close_pools)  # before multiprocessing's own exit hook, which would wait for the ranks
 
 
-def _configure_forkserver() -> None:
+def configure_forkserver() -> None:
     """Name what the server imports before it forks; no effect once it runs."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the server inherits the environment of its start
         os.environ.setdefault(name, "1")
-    names = [name for name in _PRELOAD if importlib.util.find_spec(name.split(".")[0]) is not None]
-    multiprocessing.set_forkserver_preload(names)
+    multiprocessing.set_forkserver_preload(_PRELOAD)
 
 
 # ---- the rank process -----------------------------------------------------------------------------------------------
 
 
 def _rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    gc.freeze()
     with open(f"{tmp}/stack{rank}", "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
         torch.set_num_threads(1)
@@ -297,7 +298,7 @@ def _attempt(action: Callable[[], Any]) -> bytes:
         return pickle.dumps((False, time.monotonic(), traceback.format_exc()))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A rank that waits in a collective must not outlive a killed test process."""
     parent = multiprocessing.parent_process()
     if parent is not None:

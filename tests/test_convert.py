@@ -29,6 +29,7 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
+from tests.support.effort import LIMIT_S
 from tests.weights.ranks_at_work import groups_of, load_model, megatron
 
 ROOT = Path(__file__).parents[1]
@@ -269,7 +270,9 @@ def tool(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ranks}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tools/convert_hf.py"), *argv]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
 
 
 def test_the_tool_checks_what_it_made(tmp_path: Path) -> None:
@@ -290,7 +293,7 @@ def test_check_on_several_ranks(tmp_path: Path, family: str, layout: tuple[int, 
         options["expert_tensor_parallel_size"] = 1
     there = config("megatron", source, tmp_path / "m", *layout, **options)
     back = config("hf", tmp_path / "m", tmp_path / "back", *layout, **options)
-    assert run_ranks(convert, [there, back], world=world, timeout_s=120) == [[]] * world
+    assert run_ranks(convert, [there, back], world=world) == [[]] * world
 
 
 def run_check_of_another_model(source: str, made: str) -> list[str]:
@@ -353,7 +356,7 @@ def peak_bytes(to: str, small: Path, large: Path, out: Path, check: bool = False
     """Most memory that a conversion in one plain process adds, without the kernel's cache of mapped files."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEASURED, to, str(small), str(large), str(out), "check" if check else ""]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split("peak")[1])
 

@@ -34,11 +34,12 @@ from megatron_gkd.teacher_server.swift import (
 )
 from megatron_gkd.teacher_server.wire import TopK, read_next_token, read_topk
 from tests.mutations import damaged, mutated
+from tests.support.effort import count
 from tests.teacher_server.fake import VOCAB, FakeServer, FakeSwift
 
 pytestmark = pytest.mark.timeout(240)
 
-NUM_ANSWERS, NUM_RUNS = 300, 150
+NUM_ANSWERS, NUM_RUNS = count(300, 3000), count(150, 600)
 K, IDS, PROMPT = 5, [7, 1, 4, 9], 2
 REQUEST = Request(key=0, prompt_ids=(1, 2, 3), max_tokens=6, seed=11)
 FAKE, SWIFT = FakeServer(), FakeSwift()

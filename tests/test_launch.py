@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.effort import LIMIT_S
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [
     *sorted((ROOT / "launch").glob("*.sh")),
@@ -38,7 +40,7 @@ def bash(*args: str | Path, cwd: Path = ROOT, **env: str) -> Result:
         cwd=cwd,
         env=environment,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=LIMIT_S,
     )
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from megatron_gkd.config import RunConfig
 from megatron_gkd.flags import parse_run_config, parse_sample_config
+from tests.support.effort import LIMIT_S
 from tests.test_launch import ROOT, Result, bash
 
 SINGLE, MULTI, SLURM = "train_single_node.sh", "train_multi_node.sh", "slurm.sbatch"
@@ -259,7 +260,7 @@ def slurm_stand_ins(root: Path, srun: str) -> dict[str, str]:
 @pytest.mark.parametrize("status", [0, 1])
 def test_slurm_passes_the_exit_code_on_and_does_not_requeue_a_failure(tmp_path: Path, status: int):
     env = slurm_stand_ins(tmp_path, f'echo "$RDZV_ENDPOINT $NNODES $*" >>"$LOG"; exit {status}')
-    result = subprocess.run(["bash", str(ROOT / "launch" / SLURM), "--lr", "1"], env=env, timeout=60, check=False)
+    result = subprocess.run(["bash", str(ROOT / "launch" / SLURM), "--lr", "1"], env=env, timeout=LIMIT_S, check=False)
     assert result.returncode == status
     log = (tmp_path / "log").read_text()
     assert "n1:20007 2 --nodes 2" in log
@@ -275,7 +276,7 @@ def test_slurm_requeues_before_its_time_is_up_when_the_step_has_ended(tmp_path: 
         wait_for(tmp_path / "log.started")
     finally:
         job.send_signal(signal.SIGUSR1)
-    _, errors = job.communicate(timeout=30)
+    _, errors = job.communicate(timeout=LIMIT_S)
     assert job.returncode != 0
     assert b"back into the queue" in errors
     assert (tmp_path / "log").read_text().splitlines()[-2:] == ["stopped", "requeue 7"]

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.effort import LIMIT_S
+
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_gkd"
 
 LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
@@ -136,5 +138,7 @@ def test_importing_pure_modules_does_nothing_else():
         assert not torch.cuda.is_initialized()
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code, *pure], capture_output=True, text=True, env=env, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code, *pure], capture_output=True, text=True, env=env, timeout=LIMIT_S
+    )
     assert result.returncode == 0, result.stderr

@@ -25,6 +25,7 @@ from megatron_gkd.train.student import Student
 from tests.checkpoints import write_tiny_checkpoint
 from tests.model.steps import Cell, Step, train, transformers_step
 from tests.ranks import run_ranks
+from tests.support.effort import LIMIT_S
 from tests.weights.ranks_at_work import megatron
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +103,7 @@ import megatron.core.tensor_parallel.random as megatron_random
 owners = (torch.cuda, torch.cuda.random, megatron_random)
 before = [dict(vars(owner)) for owner in owners]
 import megatron_gkd
+from tests.support.effort import LIMIT_S
 for module in pkgutil.walk_packages(megatron_gkd.__path__, "megatron_gkd."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
@@ -113,7 +115,7 @@ assert torch._C._len_torch_function_stack() == 0
 assert not torch.distributed.is_initialized()
 """
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
     )
     assert result.returncode == 0, result.stderr[-2000:]
 
@@ -295,7 +297,7 @@ def run_cells(cells: list[Cell]) -> list[list[Step]]:
 
 def first_rank(cells: list[Cell], world: int) -> list[list[Step]]:
     """The steps of every cell; all ranks must report the same."""
-    ranks = run_ranks(run_cells, cells, world=world, timeout_s=300)
+    ranks = run_ranks(run_cells, cells, world=world)
     assert all(rank == ranks[0] for rank in ranks)
     return ranks[0]
 
@@ -380,7 +382,7 @@ def test_batched_p2p_swaps_activations_and_gradients_at_pp2_vpp2(
     overlap_p2p_comm with a virtual pipeline; should this test fail after an update, that choice is free again.
     """
     cell = Cell(paths["qwen3-tied"], LAYOUTS["PP2-VPP2"])
-    ((found,), _) = run_ranks(run_with_batched_p2p, cell, world=2, fresh=True, timeout_s=90)
+    ((found,), _) = run_ranks(run_with_batched_p2p, cell, world=2, fresh=True)
     expected = one_process["qwen3-tied"][0]
     assert abs(found.loss / expected.loss - 1) > 1e-3
     assert found.grad_norm > 3 * expected.grad_norm

@@ -100,7 +100,7 @@ def configs(inputs: dict[str, Any], layout: dict[str, Any]) -> list[RunConfig]:
 def test_the_numbers_are_the_dense_ones(inputs: dict[str, dict[str, Any]], family: str, layout: str) -> None:
     world, flags = LAYOUTS[layout]
     cells = configs(inputs[family], flags)
-    for result in run_ranks(run_evaluations, cells, world=world, timeout_s=120):
+    for result in run_ranks(run_evaluations, cells, world=world):
         for config, (values, rows) in zip(cells, result, strict=True):
             assert len(rows) == (config.data.eval_samples or NUM_ROWS)
             expected = dense(

@@ -132,7 +132,7 @@ def initial(path: str) -> dict[str, torch.Tensor]:
 def check(models: tuple[str, str, str], student: str, world: int, teachers: list[str], **flags: Any) -> None:
     cells = [(teacher, signal) for teacher in teachers for signal in SIGNALS]
     configs = [config_of(models, student, teacher, SIGNALS[signal], **flags) for teacher, signal in cells]
-    results = run_ranks(one_step_each, configs, world=world, timeout_s=240)
+    results = run_ranks(one_step_each, configs, world=world)
     faults = {}
     for index, (teacher, signal) in enumerate(cells):
         outcomes = [result[index] for result in results if result[index] is not None]

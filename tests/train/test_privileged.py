@@ -150,7 +150,7 @@ def test_a_step_equals_the_dense_step(root: Path, tmp_path: Path, family: str, l
     world, own, flags = LAYOUTS[layout]
     config = config_of(root, family, own=own, **flags)
     cells = CELLS + ([] if "virtual" in flags else PACKED)
-    results = run_ranks(run_cells, config, cells, world=world, timeout_s=240)
+    results = run_ranks(run_cells, config, cells, world=world)
     student, other = write_pair(root, family)
     teacher = student if own else other
     faults = {}

@@ -105,7 +105,7 @@ def train_and_wait_for_the_teacher(argv: list[str], marks: Path) -> None:
 def test_the_teacher_works_ahead(flags: dict[str, Any], tmp_path: Path) -> None:
     own = dict(teacher_placement="separate", teacher_world_size=1, save=tmp_path / "run", save_hf=False)
     quiet = {name: value for name, value in flags.items() if name not in ("eval_dataset", "eval_steps")}
-    run_ranks(train_and_wait_for_the_teacher, command_line(**quiet, **own), tmp_path, world=2, timeout_s=200)
+    run_ranks(train_and_wait_for_the_teacher, command_line(**quiet, **own), tmp_path, world=2)
 
 
 @pytest.mark.slow

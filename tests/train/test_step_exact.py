@@ -161,7 +161,7 @@ def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> N
     config = config_of(root, family, options)
     # The interleaved pipeline needs a multiple of PP micro-batches, which packing does not promise.
     grid = cells(list(LAYOUTS).index(layout)) + ([] if "virtual" in options else PACKED)
-    results = run_ranks(run_cells, config, grid, world=world, timeout_s=240)
+    results = run_ranks(run_cells, config, grid, world=world)
     student, teacher = config.model.model, config.teacher.teacher_model
     faults = {}
     for index, cell in enumerate(grid):

@@ -73,7 +73,7 @@ def results(models: Any) -> dict[tuple[Any, str], tuple[float, list[str]]]:
         names = [name for name, layout in LAYOUTS.items() if layout.world_size == world]
         keys = [(model, name) for name in names for model in MODELS if model[2] in ropes_of(model[0], world)]
         cells = [(paths[model], LAYOUTS[name]) for model, name in keys]
-        per_rank = run_ranks(load_run_and_export, cells, expected, world=world, timeout_s=300)
+        per_rank = run_ranks(load_run_and_export, cells, expected, world=world)
         for key, outcomes in zip(keys, zip(*per_rank, strict=True), strict=True):
             differences = [difference for difference, _ in outcomes if difference is not None]
             assert len(differences) == world // LAYOUTS[key[1]].pipeline
@@ -119,7 +119,7 @@ def expert_results(models: Any, tmp_path_factory: pytest.TempPathFactory) -> dic
     found = {}
     for layout_name, layout in EXPERT_LAYOUTS.items():
         work = [(path, layout) for path in cells.values()]
-        per_rank = run_ranks(load_run_and_export, work, expected, world=layout.world_size, timeout_s=200)
+        per_rank = run_ranks(load_run_and_export, work, expected, world=layout.world_size)
         for name, outcomes in zip(cells, zip(*per_rank, strict=True), strict=True):
             differences = [difference for difference, _ in outcomes if difference is not None]
             assert len(differences) == layout.world_size // layout.pipeline
