@@ -27,4 +27,4 @@ cd "$root"
 # one thread per process: tests start several ranks, and threads that wait for each other cost more than they bring
 export OMP_NUM_THREADS=1
 export GKD_REQUIRE_SWIFT=1 # its tests fail, and do not skip themselves, where it is missing
-exec "$venv/bin/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 30 "$@"
+exec "$venv/bin/python" -m pytest -n 2 --durations 30 "$@"

@@ -1,38 +1,47 @@
-"""What every test shares: one thread per process, rank pools that end with the session (ranks.py), and how the tests are
-divided between the workers of pytest-xdist (`-n 2 --dist loadgroup`).
+"""What every test shares: one thread per process, rank pools that end with the session (ranks.py), and how tests are
+divided between the workers of pytest-xdist (`-n 2`).
 
-A file is one group, since its tests share fixtures; a file of slow tests without shared fixtures is divided (DIVIDED),
-and a mark `xdist_group` in a file holds several files together. Groups start in the order of HEAVY, longest first, so
-that no worker is left alone with a long one at the end.
+A file is carried out by one worker, since its tests share fixtures and rank pools. Files that may not run side by side,
+or that share something for the session, are one unit of work (TOGETHER). Units begin in the order of FIRST, longest
+first, so that no worker is left alone with a long one at the end.
 """
 
 import gc
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from tests.ranks import close_pools
 
-# Measured; what is not named takes seconds.
-HEAVY = ("tests/rollout", "tests/teacher_server", "tests/train", "tests/test_", "tests/weights", "tests/kernels")
-DIVIDED = ()
+# A unit by name: the files or folders that it holds.
+TOGETHER: dict[str, tuple[str, ...]] = {}
+# What takes minutes, measured; everything else follows.
+FIRST = ("tests/rollout", "tests/teacher_server", "tests/train", "tests/test_", "tests/weights", "tests/kernels")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the names
+def unit_of(nodeid: str) -> str:
+    file = nodeid.split("::")[0]
+    return next((name for name, starts in TOGETHER.items() if file.startswith(starts)), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByUnit(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(nodeid)
+
+    config.option.loadscopereorder = False  # it would put the unit with most tests first
+    return ByUnit(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        file = item.nodeid.split("::")[0]
-        if item.get_closest_marker("xdist_group") is None and file not in DIVIDED:
-            item.add_marker(pytest.mark.xdist_group(file))
-    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
-        items.sort(key=_turn)
-
-
-def _turn(item: pytest.Item) -> int:
-    file = item.nodeid.split("::")[0]
-    return next((turn for turn, start in enumerate(HEAVY) if file.startswith(start)), len(HEAVY))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: next((i for i, start in enumerate(FIRST) if item.nodeid.startswith(start)), 99))
 
 
 def pytest_collection_finish() -> None:
