@@ -20,8 +20,8 @@ import pytest
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
-from megatron_gkd.teacher_server.dialects import Swift
 from megatron_gkd.teacher_server.servers import TeacherServers
+from megatron_gkd.teacher_server.swift import Swift
 from tests.rollout.serving import logprobs_of
 from tests.teacher_server.real import (
     KEY,
