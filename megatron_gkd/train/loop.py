@@ -21,7 +21,7 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
-from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers, told_apart
+from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, open_trackers, told_apart
 from megatron_gkd.train.auto_resume import choose_start, ended_before, first_step_to_write, resumes_itself
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
 from megatron_gkd.train.evaluate import evaluate
@@ -232,24 +232,27 @@ class _Writers:
     rank only."""
 
     def __init__(self, run: Run, run_dir: Path, *, first_step: int | None) -> None:
-        self._metrics = self._evaluation = self._trackers = Writers([])
+        self._metrics: list[MetricsWriter] = []
+        self._evaluation: list[MetricsWriter] = []
+        self._trackers: list[MetricsWriter] = []
         if run.is_writer:
             # An evaluation belongs to the state after its step, so a resume keeps the one of the last saved step.
-            self._metrics = Writers([JsonlWriter(run_dir / "metrics.jsonl", first_step=first_step)])
-            self._evaluation = Writers([JsonlWriter(run_dir / "evaluation.jsonl", first_step=first_step)])
-            trackers = open_trackers(
+            self._metrics = [JsonlWriter(run_dir / "metrics.jsonl", first_step=first_step)]
+            self._evaluation = [JsonlWriter(run_dir / "evaluation.jsonl", first_step=first_step)]
+            self._trackers = open_trackers(
                 run.config.logging.report_to, run_dir, first_step=first_step, config=run.config.to_flat()
             )
-            self._trackers = Writers(trackers)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        self._metrics.write(step, values)
-        self._trackers.write(step, values)
+        for writer in (*self._metrics, *self._trackers):
+            writer.write(step, values)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        self._evaluation.write(step, values)
-        self._trackers.write(step, {f"eval/{name}": value for name, value in values.items()})
+        for writer in self._evaluation:
+            writer.write(step, values)
+        for writer in self._trackers:
+            writer.write(step, {f"eval/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
-        for writers in (self._metrics, self._evaluation, self._trackers):
-            writers.close()
+        for writer in (*self._metrics, *self._evaluation, *self._trackers):
+            writer.close()
