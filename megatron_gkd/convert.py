@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_gkd.config import Flag, flags_of
+from megatron_gkd.config import flags_of
 from megatron_gkd.errors import CheckpointError, ConfigError
-from megatron_gkd.flags import parse
+from megatron_gkd.flags import parse_section
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.settings import Section, default_of, setting
 
@@ -70,19 +70,9 @@ class ConvertConfig(Section):
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages shown.")
 
 
-def convert_flags() -> dict[str, Flag]:
-    """The table of flags."""
-    return flags_of(ConvertConfig, "convert")
-
-
 def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
     """What a command line asks for."""
-    table = convert_flags()
-    values = parse(argv, table, prog="megatron-gkd convert", headings={"convert": str(ConvertConfig.__doc__)})
-    for name in ("to", "model", "save"):
-        if not values.get(name):
-            raise ConfigError(f"--{name} is missing; {table[name].item.metadata['help']}")
-    cfg = ConvertConfig(**values)
+    cfg = parse_section(argv, ConvertConfig, command="convert")
     if cfg.hf_config is not None and cfg.to != "hf":
         raise ConfigError("--hf_config goes with --to hf; with --to megatron the files come from --model")
     if cfg.bridge != "own":
@@ -93,7 +83,7 @@ def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
 def _refuse_with_bridge(cfg: ConvertConfig) -> None:
     """What another library's conversion does not take."""
     taken = ("to", "model", "save", "hf_config", "bridge", "log_level")
-    for name, flag in convert_flags().items():
+    for name, flag in flags_of(ConvertConfig, "convert").items():
         if name not in taken and getattr(cfg, name) != default_of(flag.item):
             raise ConfigError(f"--bridge {cfg.bridge} takes no --{name}: it converts in one process, unchecked")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

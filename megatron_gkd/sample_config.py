@@ -19,7 +19,7 @@ class SampleConfig(Section):
     model: str = setting(help="Model to sample from: a Hugging Face model directory.")
     result_path: str = setting(help="JSONL file that is written: the prompts with the sampled completions.")
     dataset: list[str] = setting(
-        (), "Prompts: JSONL or Parquet files, or data sets saved on disk; completions in them are not used."
+        help="Prompts: JSONL or Parquet files, or data sets saved on disk; completions in them are not used."
     )
     max_new_tokens: int = setting(512, "Most tokens sampled per completion.", gt=0)
     num_return_sequences: int = setting(1, "Completions per prompt.", ge=1)

@@ -13,12 +13,13 @@ import pytest
 from megatron_gkd.check_config import CheckConfig, CheckDataConfig
 from megatron_gkd.cli import COMMANDS
 from megatron_gkd.config import flags, flags_of
-from megatron_gkd.convert import convert_flags
+from megatron_gkd.convert import ConvertConfig
 from megatron_gkd.sample_config import SampleConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+CONVERT_FLAGS = flags_of(ConvertConfig, "convert")
 SAMPLE_FLAGS = flags_of(SampleConfig, "sample")
 CHECK_FLAGS = flags_of(CheckConfig, "check") | flags_of(CheckDataConfig, "check_data")
 SCRIPT_OPTIONS = {"--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers"}
@@ -127,7 +128,7 @@ def test_command_lines_name_what_exists(page: Path, line: str):
     if "megatron-gkd" in words or "megatron_gkd" in words or "launch/quickstart.sh" in words:
         used = {word.split("=")[0] for word in words if word.startswith("--")} - {"--nproc-per-node", "--nnodes"}
         report = {"--num_answers", "--max_new_tokens"} if "report" in words else set()
-        of_command = {"convert": convert_flags(), "sample": SAMPLE_FLAGS, "check": CHECK_FLAGS}
+        of_command = {"convert": CONVERT_FLAGS, "sample": SAMPLE_FLAGS, "check": CHECK_FLAGS}
         known = of_command.get(command_of(words), flags())
         unknown = {flag for flag in used - SCRIPT_OPTIONS - report if flag.removeprefix("--") not in known}
         assert not unknown - {"--markdown"}, f"{page.name}: {sorted(unknown)} in {line}"
@@ -138,7 +139,7 @@ def test_flags_in_the_text_exist(page: Path):
     """`--name` and `--name value` in code spans: a flag of the program or an option of a script."""
     spans = re.findall(r"`(--[a-zA-Z_-]+)(?:[= ][^`]*)?`", page.read_text(encoding="utf-8"))
     known = (
-        {f"--{name}" for name in flags() | convert_flags() | SAMPLE_FLAGS | CHECK_FLAGS}
+        {f"--{name}" for name in flags() | CONVERT_FLAGS | SAMPLE_FLAGS | CHECK_FLAGS}
         | SCRIPT_OPTIONS
         | {"--config", "--rlhf_type", "--num_answers"}
     )

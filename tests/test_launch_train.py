@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.flags import parse_run_config, parse_sample_config
+from megatron_gkd.flags import parse_run_config, parse_section
+from megatron_gkd.sample_config import SampleConfig
 from tests.support.effort import LIMIT_S
 from tests.test_launch import ROOT, Result, bash
 
@@ -195,7 +196,7 @@ def test_presampling_and_the_training_that_follows(given: dict[str, str]):
     result = launch("presample_teacher.sh", "--dry-run", "--temperature", "0.7", **given, TP="4", DTYPE="fp32")
     assert result.returncode == 0, result.stderr
     sample, train = (shlex.split(line)[1:] for line in result.stdout.splitlines())
-    settings = parse_sample_config(sample[sample.index("sample") + 1 :])
+    settings = parse_section(sample[sample.index("sample") + 1 :], SampleConfig, command="sample")
     settings.check()
     assert (settings.temperature, settings.dtype, settings.vllm_tensor_parallel_size) == (0.7, "fp32", 4)
     assert settings.result_path == given["RESULT"]

@@ -103,8 +103,8 @@ class VLLM:
         k = row.ids.shape[1]
         try:
             (choice,) = answer["choices"]
-            (row,) = choice["logprobs"]["top_logprobs"]
-            pairs = ((read_number(value), int(key.removeprefix("token_id:"))) for key, value in row.items())
+            (tokens,) = choice["logprobs"]["top_logprobs"]
+            pairs = ((read_number(value), int(key.removeprefix("token_id:"))) for key, value in tokens.items())
             logprobs, found = zip(*sorted(pairs, reverse=True)[:k], strict=True)
             topk = TopK(np.array([logprobs], np.float32), np.array([found], np.int32))
         except OTHER_FORM as error:
