@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -26,7 +25,6 @@ import torch
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.group import (
     Backend,
-    Tensors,
     as_bytes,
     flatten,
     make_group,
@@ -34,23 +32,15 @@ from megatron_gkd.rollout.group import (
     serve_store,
     start_broadcast,
 )
+from megatron_gkd.weights.checksum import Sums, Tensors
+from megatron_gkd.weights.safetensors_format import TensorSpec, write_header
 
-Sums = Mapping[str, tuple[int, int]]  # tensor name -> its checksum where it came from
 Answer = concurrent.futures.Future[Any]
 Call = Callable[
     [str, list[Any], str], Answer
 ]  # worker method, its arguments, what is asked: starts a call of all workers
 
 SHM_ROOT = "/dev/shm"
-_DTYPE_NAMES: Final = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
 _ALIGNMENT: Final = 64
 _POLL_S: Final = 0.0005
 
@@ -193,27 +183,18 @@ def write_safetensors(path: str, tensors: Tensors) -> None:
     """A safetensors file, readable by its owner alone, that the tensors are copied into directly (one copy, from any
     device).
     """
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in sorted(tensors, key=lambda item: -item[1].element_size()):  # so that all are aligned
-        assert name not in header, f"{name} is in the bucket twice"
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    in_order = sorted(tensors, key=lambda item: -item[1].element_size())  # so that all are aligned
+    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in in_order]
+    header = write_header(specs, alignment=_ALIGNMENT)
+    num_bytes = len(header) + sum(spec.num_bytes for spec in specs)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        os.posix_fallocate(handle, 0, 8 + len(text) + end)  # a full /dev/shm is an error here, not a SIGBUS below
-    whole = torch.from_file(path, shared=True, size=8 + len(text) + end, dtype=torch.uint8)
-    data = whole[8 + len(text) :]
-    for name, tensor in tensors:
-        start, end = header[name]["data_offsets"]
-        data[start:end].copy_(as_bytes(tensor))
+        file.write(header)
+        os.posix_fallocate(handle, 0, num_bytes)  # a full /dev/shm is an error here, not a SIGBUS below
+    rest = torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)[len(header) :]
+    for spec, (_, tensor) in zip(specs, in_order, strict=True):
+        rest[: spec.num_bytes].copy_(as_bytes(tensor))
+        rest = rest[spec.num_bytes :]
 
 
 def can_be_read_by(call: Call, *, root: str = SHM_ROOT) -> bool:

@@ -24,15 +24,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_gkd.rollout.checksum import checksum
 from megatron_gkd.rollout.group import Backend, join_store, make_group, own_address, start_broadcast, unflatten
+from megatron_gkd.weights.checksum import Sums, checksum
 
-Sums = Mapping[str, Sequence[int]]  # tensor name -> checksum
 MODEL_FIELDS = (  # of config.json: two models that differ in none of these have the same tensors, nearly always
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),

@@ -17,11 +17,12 @@ import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.weights.hf_files import DTYPES, HFCheckpoint
+from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.plan import hf_tensor_shapes
+from megatron_gkd.weights.safetensors_format import FLOATS
 
 RECORD_FILE: Final = "hf_dtypes.json"
-_NAMES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_NAMES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 
 
 def stored_dtypes(checkpoint: HFCheckpoint, arch: Architecture) -> dict[str, torch.dtype]:

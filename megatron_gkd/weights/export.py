@@ -41,9 +41,10 @@ from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
 from megatron_gkd.weights.dtypes import read_dtypes, stored_dtypes
 from megatron_gkd.weights.hf_files import HFCheckpoint, copy_checked, has_safetensors
-from megatron_gkd.weights.hf_writer import DEFAULT_SHARD_BYTES, HFWriter, TensorSpec, check_destination
+from megatron_gkd.weights.hf_writer import DEFAULT_SHARD_BYTES, HFWriter, check_destination
 from megatron_gkd.weights.naming import ROLES, Unit, hf_names
 from megatron_gkd.weights.plan import plan, unit_shapes, units
+from megatron_gkd.weights.safetensors_format import TensorSpec
 
 log = logging.getLogger(__name__)
 

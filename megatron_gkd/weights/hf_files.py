@@ -1,12 +1,10 @@
 """Hugging Face model directories, read lazily: safetensors headers at once, tensor data on demand. The writer is in
-hf_writer.py.
+hf_writer.py, the format of a file in safetensors_format.py.
 
 `HFCheckpoint(path)` reads the headers of all files and checks them: sizes, the index, links that leave the directory.
 `read` then takes a rectangle of a tensor from a memory map; `read_into` copies one into memory that exists, without a
 map (twice as fast where the dtype changes, and a file that shrinks meanwhile is an error instead of a crash). Pickled
 weights (`pytorch_model.bin`) are never opened: unpickling runs code.
-
-File format (safetensors): 8 bytes little-endian N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
 """
 
 from __future__ import annotations
@@ -16,18 +14,17 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 import torch
 
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.weights.plan import Span
+from megatron_gkd.weights.safetensors_format import FLOATS, Entry, read_header
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
-DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE_BYTES: Final = 2**20  # what read_into holds besides the target: it stays in the processor's cache
-_MAX_HEADER_BYTES: Final = 100 * 10**6  # the limit of the safetensors library
 
 # An export carries them over byte for byte: what transformers and vLLM read besides the weights, and the licence.
 SIDE_FILES: Final = (
@@ -42,13 +39,6 @@ SIDE_FILES: Final = (
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
 )
-
-
-class _Entry(NamedTuple):
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int  # of the data, in bytes from the beginning of the file
 
 
 class HFCheckpoint:
@@ -68,7 +58,7 @@ class HFCheckpoint:
             raise CheckpointError(f"{self.path} holds an adapter (adapter_config.json); merge it into the model first")
         check_side_files(self.path)
         files, weight_map = _weight_files(self.path)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         for file in files:
             for name, entry in _read_header(self.path, file).items():
                 if name in self._entries:
@@ -87,11 +77,11 @@ class HFCheckpoint:
     def dtype(self, name: str) -> torch.dtype:
         """The tensor's dtype; CheckpointError unless it is a floating-point type that is not quantised."""
         entry = self._entry(name)
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in FLOATS:
             raise CheckpointError(
-                f"{self.path}: {name} has dtype {entry.dtype}; supported are {', '.join(DTYPES)}, not quantised weights"
+                f"{self.path}: {name} has dtype {entry.dtype}; supported are {', '.join(FLOATS)}, not quantised weights"
             )
-        return DTYPES[entry.dtype]
+        return FLOATS[entry.dtype]
 
     def read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> torch.Tensor:
         """A rectangle of a tensor on the CPU, in the file's dtype.
@@ -154,7 +144,7 @@ class HFCheckpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         return self._entries[name]
@@ -237,7 +227,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
-def _check_index(path: Path, weight_map: dict[str, str], entries: dict[str, _Entry]) -> None:
+def _check_index(path: Path, weight_map: dict[str, str], entries: dict[str, Entry]) -> None:
     for name, file in weight_map.items():
         if name not in entries or entries[name].file != file:
             raise CheckpointError(f"{path}: the index says that {name} is in {file}, but it is not")
@@ -262,38 +252,11 @@ def _inside(path: Path, file: str) -> Path:
     return target
 
 
-def _read_header(path: Path, file: str) -> dict[str, _Entry]:
-    """Names, dtypes and shapes of one file, checked against its size: a half-copied file is found before training."""
+def _read_header(path: Path, file: str) -> dict[str, Entry]:
     target = _inside(path, file)
     if not target.is_file():
         raise CheckpointError(f"{path / file} is no file")
-    size = target.stat().st_size
-    with open(target, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path / file} is damaged or truncated: no safetensors header ({size} bytes)")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            spans = [(n, int(e["data_offsets"][0]), int(e["data_offsets"][1])) for n, e in header.items()]
-            entries = {
-                name: _Entry(file, header[name]["dtype"], tuple(map(int, header[name]["shape"])), 8 + length + start)
-                for name, start, _ in spans
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{path / file} has a damaged header: {error!r}") from error
-    position = 0
-    for name, start, stop in sorted(spans, key=lambda span: span[1:]):
-        if start != position or stop < start:
-            raise CheckpointError(f"{path / file} has a damaged header: {name} is at {start} to {stop}, not {position}")
-        position = stop
-        item = DTYPES[entries[name].dtype].itemsize if entries[name].dtype in DTYPES else None
-        if item is not None and stop - start != math.prod(entries[name].shape) * item:
-            raise CheckpointError(f"{path / file}: {name} has {stop - start} bytes, its shape needs another number")
-    needed = 8 + length + position
-    if size != needed:
-        raise CheckpointError(f"{path / file} is damaged or truncated: {size} bytes, its header says {needed}")
-    return entries
+    return read_header(target, path / file)
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

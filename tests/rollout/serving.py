@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from megatron_gkd.rollout.checksum import checksum
 from megatron_gkd.rollout.local_server import LocalServer
 from megatron_gkd.rollout.protocol import Completion, Engine, Request, SamplingSettings
 from megatron_gkd.rollout.server import ServerEngine
+from megatron_gkd.weights.checksum import checksum
 from tests.checkpoints import tiny_tokenizer, write_tiny_checkpoint
 
 MAX_MODEL_LEN = 128

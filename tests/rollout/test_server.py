@@ -19,10 +19,10 @@ import torch
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout import transfer
-from megatron_gkd.rollout.checksum import checksum
 from megatron_gkd.rollout.local_server import LocalServer
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.rollout.server import ServerEngine
+from megatron_gkd.weights.checksum import checksum
 from tests.rollout.serving import (
     BLOCK,
     GREEDY,

@@ -22,9 +22,9 @@ from megatron_gkd.errors import CheckpointError
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.export import Owner, hf_tensor_stream, make_buckets, save_hf
 from megatron_gkd.weights.hf_files import HFCheckpoint
-from megatron_gkd.weights.hf_writer import TensorSpec
 from megatron_gkd.weights.naming import Unit
 from megatron_gkd.weights.plan import hf_tensor_shapes, unit_shapes, units
+from megatron_gkd.weights.safetensors_format import TensorSpec
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.weights.models import REAL_MODELS, fake_chunk, small
