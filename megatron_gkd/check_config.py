@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_gkd.config import TeacherConfig
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
 
@@ -24,7 +25,7 @@ class CheckConfig(Section):
     num_rows: int = setting(16, "Rows that are compared, from the first on.", ge=1)
     max_length: int = setting(1024, "Longest row in tokens; longer ones are left out.", ge=2)
     beta: float = setting(0.5, "Divergence of the loss that is compared.", ge=0, le=1)
-    dtype: Literal["fp32", "bf16", "fp16"] = setting("bf16", "Precision of the local teacher; give the server's.")
+    dtype: Dtype = setting("bf16", "Precision of the local teacher; give the server's.")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is a GPU, else CPU.")
     logprob_tolerance: float | None = setting(
         None, "Largest difference of a log-probability; null: 0.001 in fp32, 1 in bf16 and fp16.", gt=0

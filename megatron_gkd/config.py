@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any, Literal
 
 from megatron_gkd.contradictions import refuse_contradictions
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT, Command, refuse_not_built
 from megatron_gkd.server_list import ServerEntry, parse_servers
@@ -32,7 +33,7 @@ class ModelConfig(Section):
     """Student model."""
 
     model: str = setting(help="Student: a Hugging Face model directory.")
-    dtype: Literal["fp32", "bf16", "fp16"] = setting(
+    dtype: Dtype = setting(
         "fp32", "Type of the weights and activations of both models; losses and reductions are fp32 in any case."
     )
     freeze_embeddings: bool = setting(

@@ -18,6 +18,8 @@ Conversion runs on the CPU with gloo, also on machines with GPUs: it computes no
 the above is then that library's, but that OUT is not overwritten and appears complete.
 """
 
+# ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
+
 from __future__ import annotations
 
 import os
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_gkd.config import flags_of
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import CheckpointError, ConfigError
 from megatron_gkd.flags import parse_section
 from megatron_gkd.observe.logging import get_logger
@@ -56,7 +59,7 @@ class ConvertConfig(Section):
     expert_tensor_parallel_size: int | None = setting(
         None, "Ranks that share one expert; null: --tensor_model_parallel_size.", ge=1
     )
-    dtype: Literal["fp32", "bf16", "fp16"] | None = setting(None, "Type of the weights written; null: as they are.")
+    dtype: Dtype | None = setting(None, "Type of the weights written; null: as they are.")
     hf_config: str | None = setting(
         None,
         "With --to hf: Hugging Face directory to take config and tokenizer from, where the checkpoint has none "

@@ -32,11 +32,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.rollout.engines import LocalEngines
@@ -86,7 +87,7 @@ class RolloutBridge:
         buckets: Iterable[tuple[Tensors, Sums]],
         manifest: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         group: dist.ProcessGroup,
-        dtype: Literal["fp32", "bf16", "fp16"],
+        dtype: Dtype,
         probes: Sequence[Sequence[int]],
         score: Callable[[Sequence[Sequence[int]]], LogProbs],
         verify_every: int = 0,

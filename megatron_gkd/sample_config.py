@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
 
@@ -29,7 +30,7 @@ class SampleConfig(Section):
     )
     top_k: int = setting(0, "Sample from this many most probable tokens; 0: from all.", ge=0)
     seed: int = setting(42, "Seed; a completion depends on it, its row and its number alone.", ge=0)
-    dtype: Literal["fp32", "bf16", "fp16"] = setting("bf16", "Precision of the engine.")
+    dtype: Dtype = setting("bf16", "Precision of the engine.")
     write_batch_size: int = setting(1000, "Write the result every this many prompts.", ge=1)
     truncated: Literal["drop", "keep"] = setting(
         "drop", "Completions cut at --max_new_tokens: drop and count them, or keep them, marked by their finish_reason."

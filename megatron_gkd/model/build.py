@@ -11,7 +11,7 @@ stayed unfilled.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -29,11 +29,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_gkd.architecture import Architecture
+from megatron_gkd.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.model.layers import local_block_spec, use_own_self_attention
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.plan import check_layout
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, long) for name, long in LONG_NAMES.items()}
 
 
 class HiddenStateGPTModel(GPTModel):
@@ -170,7 +171,7 @@ def build_model(
     layout: Layout,
     groups: ProcessGroupCollection,
     *,
-    dtype: Literal["fp32", "bf16", "fp16"],
+    dtype: Dtype,
     use_cpu: bool,
     max_sequence_length: int = 0,
 ) -> list[HiddenStateGPTModel]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
 from megatron_gkd.config import SamplingConfig
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError, GKDError, RolloutError
 from megatron_gkd.rollout.protocol import Engine
 
@@ -31,7 +31,7 @@ def open_engines(
     sampling: SamplingConfig,
     *,
     model_path: str,
-    dtype: Literal["fp32", "bf16", "fp16"],
+    dtype: Dtype,
     max_model_len: int,
     group: dist.ProcessGroup,
 ) -> LocalEngines:
@@ -75,7 +75,7 @@ def _servers_on_rank_0(
     sampling: SamplingConfig,
     *,
     model_path: str,
-    dtype: Literal["fp32", "bf16", "fp16"],
+    dtype: Dtype,
     max_model_len: int,
     group: dist.ProcessGroup,
 ) -> LocalEngines:

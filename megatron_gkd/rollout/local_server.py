@@ -30,14 +30,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import httpx
 
+from megatron_gkd.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.supervisor import GRACE_S
 
-VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WORKER_EXTENSION = "megatron_gkd.rollout.worker.RolloutWorker"
 LOOPBACK = "127.0.0.1"
 _POLL_S = 0.25
@@ -49,7 +49,7 @@ def server_command(
     *,
     host: str,
     port: int,
-    dtype: Literal["fp32", "bf16", "fp16"],
+    dtype: Dtype,
     tensor_parallel_size: int = 1,
     max_model_len: int | None = None,
     gpu_memory_utilization: float = 0.9,
@@ -62,7 +62,7 @@ def server_command(
     """The command line of a rollout server."""
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path]
     command += ["--host", host, "--port", str(port)]
-    command += ["--dtype", VLLM_DTYPES[dtype], "--tensor-parallel-size", str(tensor_parallel_size)]
+    command += ["--dtype", LONG_NAMES[dtype], "--tensor-parallel-size", str(tensor_parallel_size)]
     command += ["--worker-extension-cls", WORKER_EXTENSION, "--load-format", "auto" if read_weights else "dummy"]
     command += ["--generation-config", "vllm", "--logprobs-mode", "raw_logprobs"]
     command += ["--enable-prompt-tokens-details"]
@@ -102,7 +102,7 @@ class LocalServer:
         self,
         model_path: str,
         *,
-        dtype: Literal["fp32", "bf16", "fp16"],
+        dtype: Dtype,
         port: int | None = None,
         tensor_parallel_size: int = 1,
         max_model_len: int | None = None,

@@ -34,9 +34,10 @@ import httpx
 import torch
 
 from megatron_gkd.architecture import read_architecture
+from megatron_gkd.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.client import ServerAnswerError, ServerClient
-from megatron_gkd.rollout.local_server import VLLM_DTYPES, LocalServer
+from megatron_gkd.rollout.local_server import LocalServer
 from megatron_gkd.rollout.protocol import DEFAULT_TIMEOUT_S, Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 from megatron_gkd.rollout.transfer import GroupTransfer, ShmTransfer, Transfer, can_be_read_by
@@ -63,7 +64,7 @@ class ServerEngine:
         base_url: str,
         *,
         model_path: str,
-        dtype: Literal["fp32", "bf16", "fp16"],
+        dtype: Dtype,
         read_weights: bool = False,
         sleep_level: int = 0,
         weight_transfer: WeightTransfer = "auto",
@@ -352,7 +353,7 @@ class SubprocessEngine(ServerEngine):
         self,
         model_path: str,
         *,
-        dtype: Literal["fp32", "bf16", "fp16"],
+        dtype: Dtype,
         max_model_len: int | None = None,
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.9,
@@ -406,10 +407,10 @@ def _check_workers(name: str, workers: Sequence[dict[str, Any]], model_path: str
         raise RolloutError(f"{name} has workers of ranks {ranks}: it is data parallel; start several servers instead")
     config = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8")) if workers else {}
     for worker in workers[:1]:
-        if worker["dtype"] != VLLM_DTYPES[dtype]:
+        if worker["dtype"] != LONG_NAMES[dtype]:
             raise RolloutError(
-                f"{name} computes in {worker['dtype']}, and {VLLM_DTYPES[dtype]} is needed; start it with --dtype "
-                f"{VLLM_DTYPES[dtype]}"
+                f"{name} computes in {worker['dtype']}, and {LONG_NAMES[dtype]} is needed; start it with --dtype "
+                f"{LONG_NAMES[dtype]}"
             )
         for field, value in worker["config"].items():
             if None not in (value, config.get(field)) and config[field] != value:

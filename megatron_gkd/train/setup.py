@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.model.build import DTYPES, HiddenStateGPTModel, build_model
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
@@ -285,7 +285,7 @@ def load_model(
     layout: Layout,
     groups: ProcessGroupCollection,
     *,
-    dtype: Literal["fp32", "bf16", "fp16"],
+    dtype: Dtype,
     where: platform.Platform,
 ) -> list[HiddenStateGPTModel]:
     """A model with its weights, this rank's chunks."""

@@ -20,7 +20,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -29,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import CheckpointError, RolloutError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.rollout.completion_cache import CompletionCache, prompt_seed
@@ -141,7 +141,7 @@ class EngineSampler:
             longest: most tokens of prompt and completion together.
         """
         self._path, self._longest = path, longest
-        self._dtype: Literal["fp32", "bf16", "fp16"] = config.model.dtype
+        self._dtype: Dtype = config.model.dtype
         teacher_sampling = config.teacher_sampling
         self._tensor_parallel_size = teacher_sampling.teacher_vllm_tensor_parallel_size
         self._gpu_memory_utilization = teacher_sampling.teacher_vllm_gpu_memory_utilization

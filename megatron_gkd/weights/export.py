@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture, read_architecture, read_config_json
+from megatron_gkd.dtypes import LONG_NAMES
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
@@ -49,7 +50,6 @@ from megatron_gkd.weights.safetensors_format import TensorSpec
 log = logging.getLogger(__name__)
 
 DEFAULT_BUCKET_BYTES: Final = 512 * 2**20
-_CONFIG_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ALIGNMENT: Final = 16  # bytes; a bucket holds tensors of several dtypes
 
 
@@ -399,11 +399,12 @@ def _source_dtypes(source_dir: Path, arch: Architecture) -> dict[str, torch.dtyp
     named = raw.get("dtype") or raw.get("torch_dtype")
     if named is None:
         return None
-    if named not in _CONFIG_DTYPES:
+    if named not in LONG_NAMES.values():
         raise CheckpointError(
-            f"{source_dir}/config.json has dtype {named!r}; supported are {', '.join(_CONFIG_DTYPES)}"
+            f"{source_dir}/config.json has dtype {named!r}; supported are {', '.join(LONG_NAMES.values())}"
         )
-    return _CONFIG_DTYPES[named]
+    dtype: torch.dtype = getattr(torch, named)
+    return dtype
 
 
 def _dtype_changes(source_dir: Path, dtype: torch.dtype) -> dict[str, str]:
