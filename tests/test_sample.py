@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from megatron_gkd import cli, sample
-from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
+from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.local_server import LOOPBACK, free_port, server_command, server_environment
@@ -288,12 +288,3 @@ def test_several_processes_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "sample is one process, and torchrun started several" in refused(command("out.jsonl"))
-
-
-def test_stop_tokens_are_the_templates_and_the_models(model: Path, tmp_path: Path) -> None:
-    encoder = ChatEncoder(load_tokenizer(model))
-    assert sample.stop_tokens(str(model), encoder) == (258,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 258]}')
-    assert sample.stop_tokens(str(tmp_path), encoder) == (7, 258)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
-    assert sample.stop_tokens(str(tmp_path), encoder) == (3, 258)

@@ -4,6 +4,7 @@ files          JSONL, Parquet and saved data sets: records in order, with the pl
 random_access  the same records by number, over an index
 forms          a record's columns -> (prompt, completion)
 chat           tokenizers, chat templates -> (prompt ids, completion ids)
+stop_tokens    where a completion ends
 dataset        what a run asks of its rows
 rows           records -> tokenised rows in memory, policies for bad and overlong ones, a summary
 streaming      the same rows, read and tokenised on access

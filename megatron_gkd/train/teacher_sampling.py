@@ -27,7 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config import RunConfig
+from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import CheckpointError, RolloutError
 from megatron_gkd.observe.logging import get_logger
@@ -39,7 +41,7 @@ from megatron_gkd.teacher_server.servers import TeacherServers
 from megatron_gkd.teacher_server.wire import TopK, distance
 from megatron_gkd.train.checkpoint import find_checkpoint, is_hf_directory, read_state
 from megatron_gkd.train.draws import draw_step
-from megatron_gkd.train.sampling import check_prompts, engine_length, stop_tokens
+from megatron_gkd.train.sampling import check_prompts, engine_length
 from megatron_gkd.train.teacher_samples import Sampler, Store, TeacherSamples
 from megatron_gkd.weights.fingerprint import fingerprint
 
@@ -71,7 +73,8 @@ def build_teacher_samples(
     directory = config.teacher.teacher_model or config.model.model
     length = min(engine_length(config, read_architecture(path)) for path in (config.model.model, directory))
     check_prompts(rows, length, of_teacher=True)
-    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, stop_tokens(directory, tokenizer))
+    stop_ids = stop_tokens(directory, ChatEncoder(tokenizer))
+    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, stop_ids)
     own = config.teacher_sampling.teacher_samples_cache
     place = Path(own) if own is not None else Path(config.checkpoint.save) / "teacher_samples"
 
