@@ -87,13 +87,6 @@ class TeacherRun:
     student: None = None
 
 
-def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
-    """`build`, where every rank holds a part of the student."""
-    run = build(config, with_training_data=with_training_data)
-    assert isinstance(run, Run), "this rank is the teacher's alone"
-    return run
-
-
 def build(config: RunConfig, *, with_training_data: bool = True) -> Run | TeacherRun:
     """Check, then build. Collective over all ranks."""
     where = platform.setup(config.parallel.device)

@@ -24,9 +24,9 @@ from megatron_gkd.train.checkpoint import (
     choose_checkpoint,
     describe_run,
     load_checkpoint,
-    save_checkpoint,
 )
 from megatron_gkd.train.checkpoint.files import MANIFEST, hash_file, write_manifest
+from megatron_gkd.train.checkpoint.saving import Save
 from megatron_gkd.train.checkpoint.state import read_rollouts
 from megatron_gkd.train.student import Student
 from tests.checkpoints import write_tiny_checkpoint
@@ -67,7 +67,7 @@ def load_damaged(model: str, root: str) -> list[tuple[int, str, str, str]]:
         student = Student(chunks, layout, groups_of(layout), TrainingConfig(), train_iters=4)
         description = describe_run(config, student, "cpu")
         state, expected = (TrainerState(*numbers, "rows", "student", False) for numbers in ((2, 16), (0, 0)))
-        saved = save_checkpoint(whole, student, state, description=description)
+        saved = Save(whole, student, state, description=description).finish()
         parameters = [p for chunk in student.models for p in chunk.parameters()]
         before = [p.detach().clone() for p in parameters]
         for seed in range(NUM_CHECKPOINTS):

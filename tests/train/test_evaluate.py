@@ -19,11 +19,10 @@ import torch
 from megatron_gkd.config import RunConfig
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.train.evaluate import evaluate, run_evaluation
-from megatron_gkd.train.setup import build_run
 from tests.ranks import run_ranks
 from tests.train.dense_step import all_logits, divergence
 from tests.train.runs import command_line, metrics, train
-from tests.train.trainers import PAIRS, write_pair, write_rows
+from tests.train.trainers import PAIRS, build_run, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
 NUM_ROWS, TOPK = 7, 9

@@ -22,15 +22,16 @@ from megatron_gkd.data.collate import collate
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
 from megatron_gkd.records import MicroBatch, Sample
-from megatron_gkd.train.checkpoint import TrainerState, describe_run, load_checkpoint, save_checkpoint
+from megatron_gkd.train.checkpoint import TrainerState, describe_run, load_checkpoint
+from megatron_gkd.train.checkpoint.saving import Save
 from megatron_gkd.train.loop import run_training
-from megatron_gkd.train.setup import Run, build_run
+from megatron_gkd.train.setup import Run
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.train.dense_step import completion_logits, load
 from tests.train.runs import command_line, exported, train
-from tests.train.trainers import PAIRS, make_samples, write_pair, write_rows
+from tests.train.trainers import PAIRS, build_run, make_samples, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
 SAMPLES = make_samples([(4, 9), (2, 5), (7, 3)], vocab_size=300)
@@ -97,7 +98,7 @@ def run_untrained(argv: list[str], run_dir: str) -> None:
     with megatron():
         run = build_run(config)
         state = state_of(run, config, step=config.training.train_iters)
-        save_checkpoint(run_dir, run.student, state, description=describe_run(config, run.student, "cpu"))
+        Save(run_dir, run.student, state, description=describe_run(config, run.student, "cpu")).finish()
         run_training(config)
 
 

@@ -23,12 +23,11 @@ from megatron_gkd.config import TrainingConfig
 from megatron_gkd.records import Sample
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.train.evaluate import evaluate
-from megatron_gkd.train.setup import build_run
 from megatron_gkd.train.step import teacher_signals
 from tests.ranks import RankFailureError, run_ranks
 from tests.train.dense_step import DenseStep, Fault, Objective, all_logits, dense_step, differences, divergence, load
 from tests.train.test_step_exact import OPTIMIZER, TOPK, Cell
-from tests.train.trainers import StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
+from tests.train.trainers import StepOutcome, T, Trainer, build_run, make_samples, run_config, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
 LENGTHS = [(5, 7), (3, 1), (9, 12), (2, 0), (1, 4), (6, 9), (4, 3), (7, 5)]

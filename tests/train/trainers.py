@@ -22,7 +22,7 @@ from megatron_gkd.schedule import plan_step
 from megatron_gkd.teacher_pipeline import Teacher
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.self_teacher import SelfTeacher
-from megatron_gkd.train.setup import Run, build_run
+from megatron_gkd.train.setup import Run, build
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.weights.export import hf_tensor_stream
 from tests.checkpoints import write_tiny_checkpoint
@@ -119,6 +119,13 @@ class StepOutcome:
     metrics: dict[str, float]
     counts: dict[str, float]  # loss tokens, and samples by source
     weights: dict[str, torch.Tensor] | None
+
+
+def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
+    """The program's `build`, where every rank holds a part of the student."""
+    run = build(config, with_training_data=with_training_data)
+    assert isinstance(run, Run), "this rank is the teacher's alone"
+    return run
 
 
 class Trainer:

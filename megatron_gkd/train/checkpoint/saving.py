@@ -42,26 +42,6 @@ from megatron_gkd.train.student import Student
 logger = get_logger(__name__)
 
 
-def save_checkpoint(
-    run_dir: str | Path,
-    student: Student | None,
-    state: TrainerState,
-    *,
-    description: RunDescription,
-    keep: int | None = None,
-    rollouts: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write a checkpoint of `state.step`, move the pointer, delete all but the `keep` newest. Returns its directory.
-
-    Collective over WORLD. Raises CheckpointError on all ranks.
-
-    Args:
-        student: None on a rank that has none.
-        rollouts: completions that are sampled and not yet trained on (train/rollouts.py).
-    """
-    return Save(run_dir, student, state, description=description, keep=keep, rollouts=rollouts).finish()
-
-
 @dataclass
 class _Outcome:
     """What a rank wrote."""
@@ -72,7 +52,12 @@ class _Outcome:
 
 
 class Save:
-    """One save under way. Made and finished by all ranks of WORLD together."""
+    """One save under way: a checkpoint of `state.step`, then the pointer, and all but the `keep` newest go. Made and
+    finished by all ranks of WORLD together. Raises CheckpointError on all ranks.
+
+    `student` is None on a rank that has none; `rollouts` are completions that are sampled and not yet trained on
+    (train/rollouts.py).
+    """
 
     def __init__(
         self,
@@ -109,7 +94,7 @@ class Save:
         return all_true(self._thread is None or not self._thread.is_alive())
 
     def finish(self) -> Path:
-        """Wait for all ranks and publish. Collective."""
+        """Wait for all ranks and publish; returns the checkpoint's directory. Collective."""
         if self._thread is not None:
             self._thread.join()
         self._check(first_problem(self._outcome.problem))
