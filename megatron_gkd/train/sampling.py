@@ -23,7 +23,7 @@ from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.score import student_logprobs
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.delivery import Delivery
-from megatron_gkd.weights.export import hf_tensor_stream
+from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.plan import hf_tensor_shapes
 
 logger = get_logger(__name__)
@@ -56,7 +56,7 @@ def build_rollouts(
     group = student.groups.intra_dist_opt  # all ranks of the student's layout
     dtype = config.model.dtype
     local = open_engines(sampling, model_path=config.model.model, dtype=dtype, max_model_len=length, group=group)
-    stream = hf_tensor_stream(
+    stream = HFTensorStream(
         student.chunks,
         arch,
         student.groups,

@@ -1,7 +1,7 @@
 """Megatron-core model chunks back into Hugging Face tensors: a stream of bounded buckets, and a directory writer on
 top of it.
 
-    stream = hf_tensor_stream(chunks, arch, pg_collection, bucket_bytes=...)    # once; collective
+    stream = HFTensorStream(chunks, arch, pg_collection, bucket_bytes=...)    # once; collective
     for name, tensor in stream:                                                 # as often as wanted; collective
         ...                                                                     # the writing rank alone gets tensors
 
@@ -70,31 +70,6 @@ class Bucket(NamedTuple):
     num_bytes: int
 
 
-def hf_tensor_stream(
-    chunks: Sequence[torch.nn.Module],
-    arch: Architecture,
-    pg_collection: Any,
-    *,
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-    dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
-    read: Callable[[Parameter], torch.Tensor] | None = None,
-    in_place: bool = False,
-) -> HFTensorStream:
-    """Make the static schedule. See HFTensorStream.
-
-    Args:
-        pg_collection: the model's groups; `tp`, `pp`, `dp`, `cp`, `ep`, `expt_tp`, `expt_dp` and `tp_ep_pp` are used,
-            never the world.
-        dtypes: of the exported tensors: one for all, one per HF name, or None for the parameters' own.
-        read: the value of a parameter, on the CPU, where the chunks hold none (conversion); None: the parameter.
-        in_place: hand out views of the model's own memory where an HF tensor lies in it as it is. For a reader that
-            is done with each tensor before it asks for the next one, and does not write to it.
-
-    Communication: one all_gather_object over pg_collection.tp_ep_pp (unit keys and dtypes).
-    """
-    return HFTensorStream(chunks, arch, pg_collection, bucket_bytes, dtypes, read, in_place)
-
-
 class HFTensorStream:
     """Iterate on every rank of the model; only the writer (`is_writer`) receives (name, tensor). May be iterated
     again and again.
@@ -114,11 +89,24 @@ class HFTensorStream:
         chunks: Sequence[torch.nn.Module],
         arch: Architecture,
         pg_collection: Any,
-        bucket_bytes: int,
-        dtypes: Mapping[str, torch.dtype] | torch.dtype | None,
+        *,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
         read: Callable[[Parameter], torch.Tensor] | None = None,
         in_place: bool = False,
     ) -> None:
+        """Make the static schedule.
+
+        Args:
+            pg_collection: the model's groups; `tp`, `pp`, `dp`, `cp`, `ep`, `expt_tp`, `expt_dp` and `tp_ep_pp` are
+                used, never the world.
+            dtypes: of the exported tensors: one for all, one per HF name, or None for the parameters' own.
+            read: the value of a parameter, on the CPU, where the chunks hold none (conversion); None: the parameter.
+            in_place: hand out views of the model's own memory where an HF tensor lies in it as it is. For a reader that
+                is done with each tensor before it asks for the next one, and does not write to it.
+
+        Communication: one all_gather_object over pg_collection.tp_ep_pp (unit keys and dtypes).
+        """
         assert bucket_bytes > 0, bucket_bytes
         self._in_place = in_place
         self._arch = arch
@@ -354,9 +342,9 @@ def save_hf(
             from it byte for byte, and each tensor keeps the dtype that it has there.
         out_dir: must not exist. It appears complete or not at all; only the writing rank touches it.
         dtype: one dtype for all tensors instead; config.json's `dtype` is then set to it.
-        read: as in hf_tensor_stream.
+        read: as in HFTensorStream.
 
-    Communication: hf_tensor_stream's. It returns on a rank when that rank's part is done: no barrier. If the writer
+    Communication: HFTensorStream's. It returns on a rank when that rank's part is done: no barrier. If the writer
     fails, it raises and the other ranks wait for it: let the launcher end them.
     """
     source_dir, out_dir = Path(source_dir), Path(out_dir)
@@ -367,7 +355,7 @@ def save_hf(
     if any(_takes_part(pg_collection)):  # other replicas may arrive when the directory is there already
         check_destination(out_dir)
     dtypes = dtype or _source_dtypes(source_dir, arch)
-    stream = hf_tensor_stream(
+    stream = HFTensorStream(
         chunks, arch, pg_collection, bucket_bytes=bucket_bytes, dtypes=dtypes, read=read, in_place=True
     )
     if not stream.is_writer:

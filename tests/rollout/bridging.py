@@ -24,7 +24,7 @@ from megatron_gkd.rollout_bridge import RolloutBridge
 from megatron_gkd.train.score import student_logprobs
 from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.delivery import Delivery
-from megatron_gkd.weights.export import hf_tensor_stream
+from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights
 from megatron_gkd.weights.plan import hf_tensor_shapes
@@ -99,7 +99,7 @@ def local(engine: Any, tensor_parallel_size: int = 1) -> LocalEngines:
 
 
 def buckets_of(student: Loaded, bucket_bytes: int = BUCKET_BYTES, *, to: Any = "everyone") -> Delivery:
-    stream = hf_tensor_stream(
+    stream = HFTensorStream(
         student.chunks, student.arch, student.groups, bucket_bytes=bucket_bytes, dtypes=torch.float32
     )
     return Delivery(stream, world(), to=to)

@@ -24,7 +24,7 @@ from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.self_teacher import SelfTeacher
 from megatron_gkd.train.setup import Run, build
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
-from megatron_gkd.weights.export import hf_tensor_stream
+from megatron_gkd.weights.export import HFTensorStream
 from tests.checkpoints import write_tiny_checkpoint
 
 WORDS = ("water", "stone", "river", "cloud", "bread", "light", "green", "seven", "north", "sound")
@@ -221,6 +221,6 @@ class Trainer:
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The student's tensors by HF name, on the writing rank; None elsewhere."""
         student = self.run.student
-        stream = hf_tensor_stream(student.chunks, self.run.architecture, student.groups)
+        stream = HFTensorStream(student.chunks, self.run.architecture, student.groups)
         tensors = {name: tensor.clone() for name, tensor in stream}
         return tensors if stream.is_writer else None

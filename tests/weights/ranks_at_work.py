@@ -20,7 +20,7 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import cpu_adaptation
 from megatron_gkd.records import MicroBatch
 from megatron_gkd.weights.chunks import ExpertRank
-from megatron_gkd.weights.export import hf_tensor_stream
+from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights
 
@@ -123,7 +123,7 @@ def largest_difference(model: Loaded, expected: torch.Tensor) -> float | None:
 
 def export_fault(model: Loaded, path: Path) -> str | None:
     """Stream the model out and compare with its source, bit for bit."""
-    stream = hf_tensor_stream(model.chunks, model.arch, model.groups, bucket_bytes=BUCKET_BYTES)
+    stream = HFTensorStream(model.chunks, model.arch, model.groups, bucket_bytes=BUCKET_BYTES)
     if any(b.num_bytes > BUCKET_BYTES and len(b.units) > 1 for b in stream.buckets):
         return "a bucket is too large"
     seen = []
