@@ -1,11 +1,13 @@
 """How a bucket of weights reaches the workers of a server; the server's `/collective_rpc` tells them to fetch it.
 
     shm     same machine: a safetensors file per bucket in /dev/shm, readable by this user alone, in a private directory
+            (owned.py); the worker is told DIRECTORY/FILE, never a path
     group   another machine: a broadcast in a process group between this rank and the workers (group.py)
 
 In both, a bucket is under way while the caller prepares the next: at most two exist at a time, and a failure shows
 in the next call at the latest (`send` or `finish`). The checksums of the tensors go with the request, and the worker
-verifies them. Whatever happens, files are removed: after each bucket, in `cancel` and in `close`.
+verifies them. Whatever happens, files are removed: after each bucket, in `cancel`, in `close`, and by the next run
+where this process was killed.
 """
 
 from __future__ import annotations
@@ -14,10 +16,8 @@ import concurrent.futures
 import contextlib
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
@@ -32,6 +32,7 @@ from megatron_gkd.rollout.group import (
     serve_store,
     start_broadcast,
 )
+from megatron_gkd.rollout.owned import SHM_ROOT, private_directory
 from megatron_gkd.weights.checksum import Sums, Tensors
 from megatron_gkd.weights.safetensors_format import TensorSpec, write_header
 
@@ -40,7 +41,7 @@ Call = Callable[
     [str, list[Any], str], Answer
 ]  # worker method, its arguments, what is asked: starts a call of all workers
 
-SHM_ROOT = "/dev/shm"
+SHM_PREFIX: Final = "gkd-weights"
 _ALIGNMENT: Final = 64
 _POLL_S: Final = 0.0005
 
@@ -66,7 +67,7 @@ class ShmTransfer:
 
     def __init__(self, call: Call, *, root: str = SHM_ROOT) -> None:
         self._call = call
-        self.directory = tempfile.mkdtemp(prefix="gkd-weights-", dir=root)  # mode 0700
+        self.directory = private_directory(SHM_PREFIX, root)
         self._under_way: tuple[Answer, str] | None = None
         self._num_buckets = 0
 
@@ -76,7 +77,7 @@ class ShmTransfer:
         try:
             write_safetensors(path, tensors)
             self.finish()  # the bucket before this one
-            self._under_way = (self._call("gkd_bucket_file", [path, dict(sums)], _what(tensors)), path)
+            self._under_way = (self._call("gkd_bucket_file", [_name(path), dict(sums)], _what(tensors)), path)
         except BaseException:
             _remove(path)
             raise
@@ -201,15 +202,20 @@ def can_be_read_by(call: Call, *, root: str = SHM_ROOT) -> bool:
     """Whether every worker sees the files that this process writes to shared memory: the same machine, and the same
     container of it.
     """
-    directory = Path(tempfile.mkdtemp(prefix="gkd-weights-", dir=root))
+    directory = private_directory(SHM_PREFIX, root)
     try:
-        token = os.urandom(16).hex()
-        (directory / "token").write_text(token, encoding="ascii")
-        (directory / "token").chmod(0o600)
-        answers = call("gkd_read_token", [str(directory / "token")], "look for a file in shared memory").result()
+        token, path = os.urandom(16).hex(), os.path.join(directory, "token")
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.write(token)
+        answers = call("gkd_read_token", [_name(path)], "look for a file in shared memory").result()
         return all(answer == token for answer in answers["results"])
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _name(path: str) -> str:
+    """What a worker is told of a file: the names of its directory and of itself."""
+    return os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path))
 
 
 def _what(tensors: Tensors) -> str:

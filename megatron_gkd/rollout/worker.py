@@ -1,7 +1,7 @@
 """Runs inside vLLM's worker processes, mixed into its Worker class (`worker_extension_cls`): a complete update of the
 weights from Hugging Face named tensors, in buckets.
 
-    gkd_begin() ; gkd_bucket(items)* or gkd_bucket_file(path, ...)* or gkd_bucket_group(...)* ; gkd_end() | gkd_abort()
+    gkd_begin() ; gkd_bucket(items)* or gkd_bucket_file(name, ...)* or gkd_bucket_group(...)* ; gkd_end() | gkd_abort()
 
 `gkd_info` says what this worker holds; `gkd_read_token` and `gkd_group_join` find and make a way for the weights.
 
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_gkd.rollout.group import Backend, join_store, make_group, own_address, start_broadcast, unflatten
+from megatron_gkd.rollout.owned import open_private
 from megatron_gkd.weights.checksum import Sums, checksum
 
 MODEL_FIELDS = (  # of config.json: two models that differ in none of these have the same tensors, nearly always
@@ -77,15 +78,21 @@ class RolloutWorker:
             model.load_weights(iter(items))
         return len(self._gkd_received)
 
-    def gkd_bucket_file(self, path: str, sums: Sums) -> int:
-        """The same from a safetensors file on this host (shared memory); the caller removes it afterwards."""
+    def gkd_bucket_file(self, name: str, sums: Sums) -> int:
+        """The same from a safetensors file of the pusher's in shared memory (owned.py); the caller removes it
+        afterwards.
+        """
         from safetensors import safe_open
 
-        with safe_open(path, "pt", device=str(self.device)) as file:
-            # Copies: the file's memory goes away before the reload may be done with the tensors.
-            items = [(name, file.get_tensor(name).clone()) for name in file.keys()]  # noqa: SIM118 - not a dict
-        if missing := set(sums) - {name for name, _ in items}:
-            raise DamagedTransferError(f"{min(missing)} was sent and is not in {os.path.basename(path)}")
+        descriptor = open_private(name)
+        try:
+            with safe_open(f"/proc/self/fd/{descriptor}", "pt", device=str(self.device)) as file:
+                # Copies: the file's memory goes away before the reload may be done with the tensors.
+                items = [(key, file.get_tensor(key).clone()) for key in file.keys()]  # noqa: SIM118 - not a dict
+        finally:
+            os.close(descriptor)
+        if missing := set(sums) - {key for key, _ in items}:
+            raise DamagedTransferError(f"{min(missing)} was sent and is not in {os.path.basename(name)}")
         return self.gkd_bucket(items, sums)
 
     @torch.no_grad()
@@ -136,12 +143,10 @@ class RolloutWorker:
             "updating": getattr(self, "_gkd_updating", False),
         }
 
-    def gkd_read_token(self, path: str) -> str:
+    def gkd_read_token(self, name: str) -> str:
         """The text of a pusher's small file, where this worker sees it: is shared memory shared? Reads nothing else."""
-        if not os.path.basename(os.path.dirname(os.path.realpath(path))).startswith("gkd-weights-"):
-            return ""
         try:
-            with open(path, encoding="ascii") as file:
+            with os.fdopen(open_private(name), encoding="ascii") as file:
                 return file.read(64)
         except (OSError, UnicodeDecodeError):
             return ""

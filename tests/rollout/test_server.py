@@ -161,7 +161,7 @@ def damage_file(engine: ServerEngine, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def call(method: str, arguments: list[Any], what: str) -> Any:
         if arguments[0].endswith("bucket1.safetensors"):
-            with open(arguments[0], "r+b") as file:
+            with open(Path("/dev/shm") / arguments[0], "r+b") as file:
                 file.seek(-5, os.SEEK_END)
                 byte = file.read(1)[0]
                 file.seek(-5, os.SEEK_END)
