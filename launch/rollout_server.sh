@@ -79,6 +79,9 @@ case $host in
             "WARNING: whoever reaches port $port can replace the model and run code of its workers. Trusted networks only."
         ;;
 esac
+if [[ -n ${VLLM_API_KEY:-} && $(LC_ALL=C tr -d '!-~' <<<"$VLLM_API_KEY" | wc -c) -ne 1 ]]; then
+    die "VLLM_API_KEY holds a blank, a line end or another character that cannot be sent; it is not shown here"
+fi
 [[ -x $venv/bin/python ]] || die "there is no $venv/bin/python; bash launch/setup_env.sh makes the environment"
 
 # ---- what the server is -----------------------------------------------------------------------------------------------

@@ -157,7 +157,8 @@ class ServerEngine:
         def read(results: list[Any]) -> dict[str, tuple[tuple[int, int], float]]:
             return {name: ((sums[0], sums[1]), norm) for name, (sums, norm) in results[0].items()}
 
-        return self._call("gkd_received", [], "say which tensors it received", read)
+        most = 2**20 + len(self._workers) * self._num_sent * 1024
+        return self._call("gkd_received", [], "say which tensors it received", read, most)
 
     def abort(self) -> None:
         with self._state.abort() as unfinished:
@@ -310,10 +311,14 @@ class ServerEngine:
             timeout_s=self._timeout_s,
         )
 
-    def _call(self, method: str, arguments: list[Any], what: str, read: Callable[[Any], Result]) -> Result:
-        """What `read` takes out of the workers' answers to a method of worker.py."""
+    def _call(
+        self, method: str, arguments: list[Any], what: str, read: Callable[[Any], Result], most: int | None = None
+    ) -> Result:
+        """What `read` takes out of the workers' answers, of `most` bytes, to a method of worker.py."""
         body = {"method": method, "args": arguments}
-        result: Result = self._client.post("/collective_rpc", what, body, read=lambda answer: read(answer["results"]))
+        result: Result = self._client.post(
+            "/collective_rpc", what, body, read=lambda answer: read(answer["results"]), most=most
+        )
         return result
 
     def _start_call(self, method: str, arguments: list[Any], what: str) -> Any:
