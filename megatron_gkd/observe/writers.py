@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_gkd.errors import ConfigError, DataError, TrainingError
+from megatron_gkd.observe.advice import go_on
 from megatron_gkd.observe.logging import get_logger
 
 logger = get_logger(__name__)
@@ -124,7 +125,7 @@ def told_apart(path: Path) -> Iterator[None]:
     except OSError as error:
         raise TrainingError(
             f"{path} cannot be written ({error.strerror or error}), so the record of the run would have a gap: make "
-            f"room, and go on from the last checkpoint, which is complete, with --load {path.parent}"
+            f"room, and {go_on(path.parent)}"
         ) from error
 
 

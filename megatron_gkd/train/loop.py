@@ -25,7 +25,7 @@ from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, open_tracke
 from megatron_gkd.train.auto_resume import choose_start, ended_before, first_step_to_write, resumes_itself
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
 from megatron_gkd.train.evaluate import evaluate
-from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
+from megatron_gkd.train.faults import BadSteps, LossSpikes, check_finite_weights, lost_rank
 from megatron_gkd.train.plans import evaluates_after, saves_after
 from megatron_gkd.train.resume import open_checkpoints, resume
 from megatron_gkd.train.server_teacher import ServerTeacher
@@ -84,6 +84,7 @@ def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, as
             run.teacher_samples.close()
     writers.close()
     if config.checkpoint.save_hf and not ended:
+        check_finite_weights(run, run_dir)
         save_hf(
             run.student.chunks,
             run.architecture,
@@ -98,7 +99,7 @@ def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, as
 def _train(run: Run, state: TrainerState, writers: _Writers, agreement: StopAgreement | None) -> None:
     """All steps, with evaluations and checkpoints."""
     config, train_iters, checkpoints = run.config, run.student.train_iters, open_checkpoints(run)
-    watch = _Watch(run, agreement)
+    watch = _Watch(run, agreement, state)
     if state.step == 0:
         _evaluate(run, writers, step=0)
     with watch.signals, Progress(train_iters, done_steps=state.step, enabled=run.is_writer) as progress:
@@ -123,9 +124,9 @@ def _train(run: Run, state: TrainerState, writers: _Writers, agreement: StopAgre
 class _Watch:
     """What looks for faults and for requests to stop between two steps."""
 
-    def __init__(self, run: Run, agreement: StopAgreement | None) -> None:
+    def __init__(self, run: Run, agreement: StopAgreement | None, state: TrainerState) -> None:
         self.signals, self.agreement = StopSignals(), agreement
-        self.bad_steps = BadSteps(run, Path(run.config.checkpoint.save))
+        self.bad_steps = BadSteps(run, Path(run.config.checkpoint.save), state)
         self.spikes = LossSpikes(run.config.logging.loss_spike_factor)
 
 
@@ -180,6 +181,7 @@ def _train_step(
         step=step,
         consumed_samples=state.consumed_samples + len(plan.samples),
         bad_steps=state.bad_steps + is_bad,
+        bad_steps_in_a_row=watch.bad_steps.in_a_row,
     )
     if step % run.config.logging.logging_steps == 0 or step == run.student.train_iters:
         left_out = ("num_samples", "signal_bytes", "stop_requests")

@@ -59,6 +59,7 @@ class TrainerState:
     architecture: str  # repr of the student's Architecture: a checkpoint of another model is refused
     use_distributed_optimizer: bool  # the two forms of optimizer state are not interchangeable
     bad_steps: int = 0  # steps so far that made no update, because their loss or gradient was not finite
+    bad_steps_in_a_row: int = 0  # the last of them, with no good step after them
 
 
 @dataclass(frozen=True)
