@@ -63,6 +63,7 @@ def run_sample(config: SampleConfig) -> None:
             f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in sequences of {longest} tokens "
             "(the model's length, or --vllm_max_model_len); give a smaller one"
         )
+    stop_ids = stop_tokens(config.model, encoder)
     survey = _Survey(config, encoder, longest)
     result = ResultFile(config.result_path, _asked(config, survey))
     if result.complete:
@@ -70,7 +71,6 @@ def run_sample(config: SampleConfig) -> None:
         return
     if result.resumed:
         logger.info("%s: going on after %d of %d records", config.result_path, result.records_done, survey.num_records)
-    stop_ids = stop_tokens(config.model, encoder)
     engine = open_engine(config, longest if config.vllm_max_model_len else survey.longest_needed)
     try:
         counts = _sample_all(config, encoder, survey, result, engine, stop_ids)

@@ -387,7 +387,7 @@ def _source_dtypes(source_dir: Path, arch: Architecture) -> dict[str, torch.dtyp
     named = raw.get("dtype") or raw.get("torch_dtype")
     if named is None:
         return None
-    if named not in LONG_NAMES.values():
+    if not isinstance(named, str) or named not in LONG_NAMES.values():
         raise CheckpointError(
             f"{source_dir}/config.json has dtype {named!r}; supported are {', '.join(LONG_NAMES.values())}"
         )

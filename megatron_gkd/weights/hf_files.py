@@ -9,9 +9,9 @@ weights (`pytorch_model.bin`) are never opened: unpickling runs code.
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, Self
@@ -19,12 +19,15 @@ from typing import Any, Final, Self
 import torch
 
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.json_file import read_json, shown
 from megatron_gkd.weights.plan import Span
-from megatron_gkd.weights.safetensors_format import FLOATS, Entry, read_header
+from megatron_gkd.weights.safetensors_format import FLOATS, MOST_TENSORS, Entry, read_header
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
 PIECE_BYTES: Final = 2**20  # what read_into holds besides the target: it stays in the processor's cache
+_REPOSITORIES: Final = ("models--", "datasets--")  # directories of the hub's cache
+_HASH: Final = re.compile("[0-9a-f]{4,64}")
 
 # An export carries them over byte for byte: what transformers and vLLM read besides the weights, and the licence.
 SIDE_FILES: Final = (
@@ -216,14 +219,18 @@ def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(_inside(path, INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(text, str) for item in weight_map.items() for text in item):
+        weight_map = read_json(_inside(path, INDEX_FILE))["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise TypeError("weight_map must map names to file names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not weight_map:
+            raise ValueError("it lists no tensors")
+        if len(weight_map) > MOST_TENSORS:
+            raise ValueError(f"it lists {len(weight_map)} tensors, and no model has more than {MOST_TENSORS}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / INDEX_FILE} is damaged: {error!r}") from error
     for file in set(weight_map.values()):
-        if Path(file).name != file:
-            raise CheckpointError(f"{path / INDEX_FILE} names {file!r}, which is not a file of this directory")
+        if Path(file).name != file or file in ("", ".", "..") or not file.isprintable() or len(file) > 255:
+            raise CheckpointError(f"{path / INDEX_FILE} names {shown(file)}, which is not a file of this directory")
     return dict(weight_map)
 
 
@@ -236,20 +243,33 @@ def _check_index(path: Path, weight_map: dict[str, str], entries: dict[str, Entr
 
 
 def _inside(path: Path, file: str) -> Path:
-    """The file's real path; a link may stay in the directory or in the cache repository that holds it, not leave it."""
-    target = (path / file).resolve()
-    root = path.resolve()
-    if (
-        root.parent.name == "snapshots"
-    ):  # the hub's cache: models--org--name/snapshots/<revision>/file -> ../../blobs/<hash>
-        root = root.parent.parent
-    if not target.is_relative_to(root):
-        raise CheckpointError(
-            f"{path / file} is a link to {target}, outside the model directory: copy the file instead"
-        )
-    if not target.exists():
+    """The file's real path; a link may stay in the directory, or lead to a blob of the hub's cache that holds it."""
+    try:
+        target, root = (path / file).resolve(), path.resolve()
+        if not target.is_relative_to(root) and not _is_blob(target, root):
+            raise CheckpointError(
+                f"{path / file} is a link to {target}, outside the model directory: copy the file instead"
+            )
+        exists = target.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # loops of links, names that are too long
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path / file} cannot be found: {error}") from error
+    if not exists:
         raise CheckpointError(f"{path / file} is missing")
     return target
+
+
+def _is_blob(target: Path, root: Path) -> bool:
+    """models--org--name/snapshots/<revision>[/sub]/file -> models--org--name/blobs/<hash>, which may be elsewhere. An
+    archive that looks like it leads nowhere else: to nothing but such hashes in its own `blobs`.
+    """
+    for revision in (root, *root.parents):
+        snapshots = revision.parent
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith(_REPOSITORIES):
+            blobs = (snapshots.parent / "blobs").resolve()
+            return target.parent == blobs and _HASH.fullmatch(target.name) is not None
+    return False
 
 
 def _read_header(path: Path, file: str) -> dict[str, Entry]:

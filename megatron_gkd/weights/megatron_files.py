@@ -17,7 +17,6 @@ MegatronCheckpoint makes one all_gather_object over the model's ranks; reading i
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -46,6 +45,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.json_file import read_json
 from megatron_gkd.model.build import HiddenStateGPTModel, build_model
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.parallel.layout import Layout
@@ -64,8 +64,8 @@ _MODEL_PREFIXES: Final = ("embedding.", "decoder.", "output_layer.")  # of the m
 def is_megatron_checkpoint(path: str | Path) -> bool:
     """Whether the directory is a distributed checkpoint that megatron-core wrote, or this module."""
     try:
-        return "sharded_backend" in json.loads((Path(path) / _MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "sharded_backend" in read_json(Path(path) / _MARKER)
+    except (OSError, ValueError, TypeError):  # not JSON, or a number
         return False
 
 

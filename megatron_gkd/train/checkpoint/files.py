@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.json_file import read_json, shown, whole_number
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest"
@@ -151,13 +152,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Entry]:
     """Raises CheckpointError for a missing or damaged one."""
     path = checkpoint / MANIFEST
     try:
-        content: Any = json.loads(path.read_text())
+        content: Any = read_json(path)
         if content["version"] != 1:
-            raise ValueError(f"version {content['version']}, this program reads version 1")
-        entries = {str(n): Entry(int(e["bytes"]), str(e["sha256"])) for n, e in content["files"].items()}
+            raise ValueError(f"version {shown(content['version'])}, this program reads version 1")
+        entries = {
+            str(n): Entry(whole_number(e["bytes"], 2**62), str(e["sha256"])) for n, e in content["files"].items()
+        }
         for name in entries:
-            if name in ("", ".", "..") or "/" in name:
-                raise ValueError(f"it names {name!r}, which is no file of the directory")
+            if name in ("", ".", "..") or "/" in name or not name.isprintable():
+                raise ValueError(f"it names {shown(name)}, which is no file of the directory")
         return entries
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({type(error).__name__}: {error})") from error

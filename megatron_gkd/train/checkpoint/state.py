@@ -21,6 +21,7 @@ import torch.distributed as dist
 import megatron_gkd
 from megatron_gkd.config import RunConfig, flags
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.json_file import read_json
 from megatron_gkd.settings import show
 from megatron_gkd.train.student import Student
 
@@ -151,6 +152,7 @@ def refuse_another_run(checkpoint: Path, state: TrainerState, expected: TrainerS
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+_MOST_BYTES: Final = 2**36  # completions that wait, of several steps
 _JSON_TYPES: Final = {"int": int, "str": str, "bool": bool, "Mapping": dict}  # of the fields of the two records
 
 
@@ -177,7 +179,7 @@ def read_rollouts(checkpoint: Path) -> dict[str, Any]:
 
 def _read(path: Path, kind: Any) -> Any:
     try:
-        record = kind(**json.loads(path.read_text()))
+        record = kind(**read_json(path, most_bytes=_MOST_BYTES))
         for field in fields(kind) if is_dataclass(kind) else ():
             value, wanted = getattr(record, field.name), _JSON_TYPES[str(field.type).partition("[")[0]]
             if type(value) is not wanted:
