@@ -16,6 +16,8 @@ import html
 import json
 import os
 import re
+import stat
+from pathlib import Path
 from typing import Self
 from urllib.parse import quote, quote_plus
 
@@ -55,6 +57,22 @@ class Secret:
         """The key in a variable; None where that is not set or empty."""
         text = os.environ.get(name)
         return cls(text, f"the environment variable {name}") if text else None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """The key in a file that belongs to this user and is closed to all others. Raises ConfigError."""
+        try:
+            with open(
+                path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+            ) as file:
+                found = os.fstat(file.fileno())
+                own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+                if not own or stat.S_IMODE(found.st_mode) & 0o077:
+                    raise ConfigError(f"{path} is to be a file of this user's that nobody else can read: chmod 600 it")
+                text = file.read(4096).decode("ascii", errors="replace")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}); it is to hold a secret") from None
+        return cls(text, str(path))
 
     def redact(self, text: str) -> str:
         """The text without the key."""

@@ -200,7 +200,7 @@ def test_a_plain_server_of_somebody_else(command: Command, model: Path, tmp_path
     environment = server_environment(os.environ, on_cpu=True) | {"VLLM_SERVER_DEV_MODE": "0"}
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "megatron_gkd.rollout.supervisor", *words[:at], *words[at + 2 :]],
+            [sys.executable, "-m", "megatron_gkd.rollout.supervisor", *words[:at], *words[at + 4 :]],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=log,

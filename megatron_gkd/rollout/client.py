@@ -34,12 +34,14 @@ from megatron_gkd.rollout.answers import (
     parse,
     read_bounded,
 )
+from megatron_gkd.rollout.gate import HEADER
 from megatron_gkd.rollout.wire import OTHER_FORM
 from megatron_gkd.secret import Secret
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _CONNECT_S = 10.0
+UNIX = "unix:"
 _KEEP_ALIVE_S = 3.0  # shorter than the server's 5: a connection is not used in the moment in which the server closes it
 
 
@@ -72,10 +74,17 @@ class ServerClient:
         retry_s: float = 20.0,
         max_concurrency: int = 256,
         transport: httpx.AsyncBaseTransport | None = None,
+        secret: Secret | None = None,
         role: str = "vLLM server",
         script: str = "launch/rollout_server.sh",
     ) -> None:
-        """`role` and `script`, for messages: what the server is to the run, and what starts one."""
+        """`base_url` may be `unix:PATH` of a socket. `secret` goes with each request (gate.py).
+        `role` and `script`, for messages: what the server is to the run, and what starts one.
+        """
+        shown = base_url
+        if base_url.startswith(UNIX):
+            transport = transport or httpx.AsyncHTTPTransport(uds=base_url.removeprefix(UNIX))
+            base_url = "http://127.0.0.1"
         url = base_url.rstrip("/").removesuffix("/v1")
         if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
             raise RolloutError(f"{base_url!r} is not the URL of a server; give one such as http://127.0.0.1:8000")
@@ -86,14 +95,16 @@ class ServerClient:
             )
         self.url = url
         self.host = httpx.URL(url).host
-        self.name = f"the {role} at {url}"
+        self.name = f"the {role} at {shown if shown.startswith(UNIX) else url}"
         self._script = script
         key = Secret(api_key, f"the environment variable {api_key_env}") if api_key else None
-        self._secrets, self._api_key_env = ([key] if key else []), api_key_env
+        self._secrets, self._api_key_env = [known for known in (key, secret) if known], api_key_env
         self._timeout_s, self._retry_s, self._max_concurrency = timeout_s, retry_s, max_concurrency
         self._http = httpx.AsyncClient(
             base_url=url,
-            headers={"Accept-Encoding": "gzip"} | ({"Authorization": f"Bearer {key.value}"} if key else {}),
+            headers={"Accept-Encoding": "gzip"}
+            | ({"Authorization": f"Bearer {key.value}"} if key else {})
+            | ({HEADER: secret.value} if secret else {}),
             limits=httpx.Limits(max_connections=max_concurrency + 8, keepalive_expiry=_KEEP_ALIVE_S),
             transport=transport,
             trust_env=False,

@@ -61,6 +61,7 @@ class RolloutWorker:
             if self.device.type == "cpu":
                 _drop_expert_kernels(model)
             self._gkd_updating = True
+            self._gkd_num_updates = getattr(self, "_gkd_num_updates", 0) + 1
             initialize_layerwise_reload(model)
         self._gkd_received: dict[str, tuple[tuple[int, int], float]] = {}
 
@@ -69,6 +70,7 @@ class RolloutWorker:
         """Load full tensors by their Hugging Face names; `sums`, where given, are checked first. Returns the number
         loaded so far.
         """
+        self._check_updating()
         for name, tensor in items:
             found = checksum(tensor)
             if sums is not None and found != tuple(sums[name]):
@@ -100,6 +102,7 @@ class RolloutWorker:
         """Finish layers that are incomplete and make the model runnable; returns the number of tensors loaded."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        self._check_updating()
         with self._in_vllm() as model:
             finalize_layerwise_reload(model, self.model_config)
             if self.device.type == "cpu":
@@ -131,6 +134,11 @@ class RolloutWorker:
                 method.moe_kernel = method._gkd_kernel  # type: ignore[union-attr]
         self._gkd_updating = False
 
+    def _check_updating(self) -> None:
+        """So that no weight changes without a new number of updates."""
+        if not getattr(self, "_gkd_updating", False):
+            raise RuntimeError("no update has begun")
+
     def gkd_info(self) -> dict[str, Any]:
         """What a pusher on the other side of a connection cannot see: the model, and an update that was left open."""
         config = self.model_config.hf_text_config
@@ -141,6 +149,7 @@ class RolloutWorker:
             "model": str(self.model_config.model),
             "config": {name: getattr(config, name, None) for name in MODEL_FIELDS},
             "updating": getattr(self, "_gkd_updating", False),
+            "updates": getattr(self, "_gkd_num_updates", 0),  # begun since the server was started, by whomever
         }
 
     def gkd_read_token(self, name: str) -> str:

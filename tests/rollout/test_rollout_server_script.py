@@ -95,7 +95,7 @@ def test_another_interface_is_warned_of(model: Path, host: str) -> None:
     result = script("--dry-run", MODEL=model, HOST=host)
     assert result.returncode == 0
     assert f"WARNING: listening on {host}, not on the loopback interface" in result.stderr
-    assert "ask for no key" in result.stderr
+    assert "learns the secret" in result.stderr
     assert script("--dry-run", MODEL=model, HOST="localhost").stderr == ""
 
 

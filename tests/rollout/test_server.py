@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -299,15 +298,14 @@ def test_weights_that_change_while_sampling_are_found(
         ours.generate(requests(), GREEDY)
 
 
-def test_a_server_paused_by_somebody_else_is_an_error_and_no_hang(
-    new_engine: Connect, models: list[Path], server: LocalServer
-) -> None:
+def test_a_server_paused_by_somebody_else_is_an_error_and_no_hang(new_engine: Connect, models: list[Path]) -> None:
     engine = new_engine()
     push(engine, weights(models[1]), 1)
-    httpx.post(f"{server.url}/pause?mode=wait", timeout=30)
+    somebody = new_engine()
+    somebody._client.post("/pause?mode=wait", "pause")
     with pytest.raises(RolloutError, match="is paused, by another process, and would not sample 6 completions"):
         engine.generate(requests(), GREEDY)
-    httpx.post(f"{server.url}/resume", timeout=30)
+    somebody._client.post("/resume", "resume")
     assert_greedy(models[1], requests(), engine.generate(requests(), GREEDY))
 
 

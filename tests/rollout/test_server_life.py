@@ -90,18 +90,19 @@ def test_weights_of_the_directory_and_the_end_of_the_starter(tmp_path: Path) -> 
     code = (
         "import sys, time; from megatron_gkd.rollout.local_server import LocalServer\n"
         "server = LocalServer(sys.argv[1], dtype='fp32', max_model_len=128, kv_cache_bytes=64 * 2**20)\n"
-        "print(server.port, server.process_group, flush=True); time.sleep(600)"
+        "print(server.url, server.process_group, flush=True); time.sleep(600)"
     )
     starter = subprocess.Popen([sys.executable, "-c", code, str(model)], stdout=subprocess.PIPE, text=True)
     try:
         assert starter.stdout is not None
-        port, group = map(int, starter.stdout.readline().split())
-        with connect(f"http://127.0.0.1:{port}", model, read_weights=True) as engine:
+        url, text = starter.stdout.readline().split()
+        group = int(text)
+        with connect(url, model, read_weights=True) as engine:
             assert engine.version == 0
             assert_greedy(model, requests(), engine.generate(requests(), GREEDY))
             push(engine, weights(write_model(tmp_path / "other", 6)), 1)
         with pytest.raises(RolloutError, match="holds weights that were pushed to it"):
-            connect(f"http://127.0.0.1:{port}", model, read_weights=True)
+            connect(url, model, read_weights=True)
         assert len(members(group)) >= 3
     finally:
         starter.kill()
