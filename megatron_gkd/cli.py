@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import megatron_gkd
 from megatron_gkd.errors import CheckFailedError, ConfigError, GKDError, NotBuiltError, RunStoppedError
+from megatron_gkd.observe.text import visible
 
 PROG = "megatron-gkd"
 EXIT_CHECK_FAILED = 1
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         action()
     except RunStoppedError as stop:
-        sys.stderr.write(f"{PROG}: rank {os.environ.get('RANK', '0')}: {stop}\n")
+        sys.stderr.write(visible(f"{PROG}: rank {os.environ.get('RANK', '0')}: {stop}\n"))
         return EXIT_STOPPED
     except CheckFailedError as error:
         _fail(error, argv, every_rank=True)
@@ -198,9 +199,9 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if every_rank or int(os.environ.get("LOCAL_RANK", rank)) == 0:
         if _wants_traceback(argv):
-            traceback.print_exception(error)
+            sys.stderr.write(visible("".join(traceback.format_exception(error))))
         several = every_rank and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        text = " ".join(str(error).split())
+        text = visible(" ".join(str(error).split()))
         sys.stderr.write(f"{PROG}: {f'rank {rank}: ' if several else ''}error: {text}\n")
     else:
         time.sleep(SILENT_RANK_WAITS_S)
