@@ -1,4 +1,4 @@
-"""Text from outside reaches the terminal and the log as text: what acts on a terminal, or turns its order, is escaped."""
+"""Text from outside reaches the terminal and the log as text: what acts on a terminal, or turns it, is an escape."""
 
 from __future__ import annotations
 
