@@ -25,12 +25,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_gkd.data.time_limit import TimeLimitError, time_limit
 from megatron_gkd.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+MOST_SECONDS = 60.0  # of one rendering, which takes a millisecond
 _PROBE = "gkd7probe"  # a text that no template writes by itself
 
 
@@ -218,9 +220,12 @@ class ChatEncoder:
     def _template_text(self, turns: Sequence[Message], *, add_generation_prompt: bool) -> str:
         messages: Any = [dict(turn) for turn in turns]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            with time_limit(MOST_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+        except TimeLimitError as error:
+            raise DataError(f"the chat template did not end within {MOST_SECONDS:g} s") from error
         except (
             Exception
         ) as error:  # templates are programs: besides jinja's own errors they raise TypeError, ValueError, KeyError ...
