@@ -209,6 +209,8 @@ def test_an_error_of_another_kind_is_not_a_lost_rank() -> None:
 
 def test_a_full_disk_is_an_error_that_names_the_record(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
+    (tmp_path / "checkpoints/step_00000001/manifest.json").touch()
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     with pytest.raises(TrainingError, match=r"metrics.jsonl cannot be written \(No space left on device\).*--load"):
         writer.write(1, {"loss": 1.0})

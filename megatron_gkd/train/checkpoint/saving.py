@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.observe.advice import go_on
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.train.checkpoint import files
 from megatron_gkd.train.checkpoint.agreement import all_true, first_problem, gathered_first, on_first
@@ -118,7 +119,7 @@ class Save:
             entries = {name: files.hash_file(self._directory / name) for name in names}
             self._outcome = _Outcome(results, entries)
         except Exception as error:  # in a thread there is nobody to raise to
-            self._outcome = _Outcome(problem=files.describe_failure(error, self._root))
+            self._outcome = _Outcome(problem=files.describe_failure(error, self._root, self._shards.num_bytes))
 
     def _publish(self, outcomes: list[_Outcome]) -> str | None:
         """On the first rank."""
@@ -151,8 +152,7 @@ class Save:
         if dist.get_rank() == 0:
             shutil.rmtree(self._directory, ignore_errors=True)
         raise CheckpointError(
-            f"{self._final} could not be saved: {problem}. The checkpoints before it are complete; go on from the "
-            f"newest with --load {self._root.parent}"
+            f"{self._final} could not be saved: {problem}. It was removed; {go_on(self._root.parent)}"
         )
 
 

@@ -56,6 +56,7 @@ class ShardWriter:
         # Without a copy, shards on a GPU are fetched one after the other while the file is written.
         self._writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0 if copy else 10_000_000)
         self._directory = directory
+        self.num_bytes = sum(_num_bytes(item) for item in plan.items)  # that this rank writes, about
         if copy:
             self._planner.copy(plan.items)
 
@@ -85,6 +86,11 @@ class ShardWriter:
         torch.save(self._common, self._directory / COMMON_FILE)
         self._writer.finish(self._metadata, results)
         save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
+
+
+def _num_bytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 class _Planner(MCoreSavePlanner):
