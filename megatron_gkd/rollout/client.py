@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 
-from megatron_gkd.errors import RolloutError
+from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.rollout.answers import (
     MOST_REFUSAL_BYTES,
     SHOWN_CHARACTERS,
@@ -86,15 +89,14 @@ class ServerClient:
             transport = transport or httpx.AsyncHTTPTransport(uds=base_url.removeprefix(UNIX))
             base_url = "http://127.0.0.1"
         url = base_url.rstrip("/").removesuffix("/v1")
-        if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
-            raise RolloutError(f"{base_url!r} is not the URL of a server; give one such as http://127.0.0.1:8000")
-        if httpx.URL(url).userinfo:
+        host, has_secret = _host_of(url)
+        if has_secret:
             raise RolloutError(
-                f"the address of the {role} at {httpx.URL(url).host} holds a user name or a password, which would be "
+                f"the address of the {role} at {host} holds a user name or a password, which would be "
                 f"in logs and records; give the key in the environment variable {api_key_env}"
             )
         self.url = url
-        self.host = httpx.URL(url).host
+        self.host = host
         self.name = f"the {role} at {shown if shown.startswith(UNIX) else url}"
         self._script = script
         key = Secret(api_key, f"the environment variable {api_key_env}") if api_key else None
@@ -108,6 +110,7 @@ class ServerClient:
             limits=httpx.Limits(max_connections=max_concurrency + 8, keepalive_expiry=_KEEP_ALIVE_S),
             transport=transport,
             trust_env=False,
+            verify=_tls(url),
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"http {url}", daemon=True)
@@ -235,11 +238,10 @@ class ServerClient:
                 raise UnboundedAnswerError(f"more than {most} bytes")
             return parse(content, self._secrets)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            return self._error(
-                f"cannot be reached ({_text(error)})",
-                what,
-                f"; start one with {self._script}, or correct the host and the port",
-            )
+            advice = f"; start one with {self._script}, or correct the host and the port"
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                advice = "; name the file of its private authority in SSL_CERT_FILE, or correct the host"
+            return self._error(f"cannot be reached ({_text(error)})", what, advice)
         except (TimeoutError, httpx.TimeoutException):
             return self._error(
                 f"did not answer within {self._timeout_s:g} s", what, "; look at its log, or allow it more time"
@@ -311,6 +313,38 @@ class ServerClient:
         except BaseException:  # an interrupt of this thread as well
             future.cancel()
             raise
+
+
+def _host_of(url: str) -> tuple[str, bool]:
+    """The host of a URL, and whether it holds a user name or a password. Raises RolloutError."""
+    try:
+        parts, found = urlsplit(url), httpx.URL(url)
+        if parts.scheme in ("http", "https") and found.host and parts.port != 0:  # a port beyond 65535 raises
+            return found.host, bool(found.userinfo)
+        problem = "it has no scheme or no host, or port 0"
+    except (ValueError, httpx.InvalidURL) as error:
+        problem = str(error)
+    shown = "the address" if "@" in url else repr(url)  # what stands before an @ is a secret
+    raise RolloutError(f"{shown} is not the URL of a server ({problem}); give one such as http://127.0.0.1:8000")
+
+
+def _tls(url: str) -> ssl.SSLContext:
+    """The authorities that are known: those of certifi and, for private ones, those in SSL_CERT_FILE or SSL_CERT_DIR.
+    Other variables of the environment (proxies, netrc) change nothing.
+    """
+    if not url.startswith("https://"):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # knows nobody and is not used; the other takes 30 ms
+    file, directory = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    context = httpx.create_ssl_context(trust_env=False)
+    if not (file or directory):
+        return context
+    try:
+        context.load_verify_locations(cafile=file or None, capath=directory or None)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"the certificates in SSL_CERT_FILE or SSL_CERT_DIR ({file or directory}) cannot be read: {error}"
+        ) from error
+    return context
 
 
 def _text(error: Exception) -> str:

@@ -57,11 +57,13 @@ def server_urls(host: str, port: int) -> list[str]:
     """URLs of `--vllm_server_host`: names with commas between, each HOST, HOST:PORT or a URL. Raises ConfigError."""
     urls = []
     for name in host.split(","):
-        parts = urlsplit(name.strip() if "//" in name else f"http://{name.strip()}")
+        if "@" in name:  # not shown: what stands before it is a secret
+            raise ConfigError("--vllm_server_host holds a name or a password; set VLLM_API_KEY instead")
         try:
+            parts = urlsplit(name.strip() if "//" in name else f"http://{name.strip()}")
             where, own_port = parts.hostname, parts.port
         except ValueError as error:
-            raise ConfigError(f"--vllm_server_host {host}: {name!r} has a bad port ({error})") from error
+            raise ConfigError(f"--vllm_server_host {host}: {name!r} has a bad port or host ({error})") from error
         if parts.scheme not in ("http", "https") or not where or parts.path.strip("/"):
             raise ConfigError(f"--vllm_server_host {host}: {name!r} is not HOST, HOST:PORT or http(s)://HOST:PORT")
         where = f"[{where}]" if ":" in where else where

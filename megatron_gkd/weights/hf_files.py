@@ -185,7 +185,7 @@ class HFCheckpoint:
 def check_side_files(path: Path) -> None:
     """An export copies what they lead to, so a link may not lead out of the directory."""
     for name in SIDE_FILES:
-        for file in (name, *(f"{name}/{entry.name}" for entry in (path / name).glob("*"))):
+        for file in (name, *(str(entry.relative_to(path)) for entry in (path / name).rglob("*"))):
             if (path / file).is_symlink():
                 _inside(path, file)
 
