@@ -19,7 +19,8 @@ round, so that a change of the machine's load meets all of them:
 
 `of_one` is the median time of `one` over that of the method: how many times faster it is. Wall clock and CPU seconds;
 on a machine that does other work too, `of_one_cpu` is the steadier number (`batch_all` says something on an idle
-machine alone). Peak memory is anonymous memory, of a call of its own; the mapped file is not in it, since ranks share it.
+machine alone). Peak memory is anonymous memory, of a call of its own; the mapped file is not in it, since ranks share
+it.
 """
 
 from __future__ import annotations
