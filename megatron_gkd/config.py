@@ -288,6 +288,11 @@ class DataConfig(Section):
     streaming: bool = setting(
         False, "Read and tokenise training rows when they are used, instead of all before the first step."
     )
+    data_cache_dir: str | None = setting(
+        None,
+        "Directory in which tokenised data sets are kept, for the other ranks of a node and for later starts; null: "
+        "$GKD_DATA_CACHE_DIR, or megatron_gkd in $HF_HOME (~/.cache/huggingface); none: every rank tokenises.",
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ first, so that no worker is left alone with a long one at the end.
 
 import gc
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,14 @@ def _one_thread_and_no_ranks_left() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     close_pools()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokenised_rows_in_a_directory_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs keep them; here not in the home of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "GKD_DATA_CACHE_DIR", str(tmp_path_factory.mktemp("tokenised_rows")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -98,6 +98,19 @@ def test_bench_teacher(tmp_path):
     assert all(f"| {name} |" in result.stdout for name in rows)
 
 
+def test_bench_data(tmp_path):
+    out = tmp_path / "data.json"
+    result = _run("benchmarks.bench_data", "--quick", "--dir", str(tmp_path), "--json", str(out))
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = {row["method"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert list(rows) == ["render", "library", "one", "batch", "batch_all", "hash", "first", "later", "map"]
+    for row in rows.values():
+        assert 0 < row["wall_s"]["p20"] <= row["wall_s"]["median"] <= row["wall_s"]["p80"]
+        assert row["of_one"] > 0
+    assert all(f"| {name} |" in result.stdout for name in rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"], "what was written is gone"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)
 def test_recorded_results_can_be_read(path):
     report = json.loads(path.read_text(encoding="utf-8"))

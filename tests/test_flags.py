@@ -97,6 +97,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("overlong", "drop", ("truncate_left", "truncate_left"), ("cut",)),
     ("shuffle", True, ("false", False), ("x",)),
     ("streaming", False, ("true", True), ("x",)),
+    ("data_cache_dir", None, ("/big/rows", "/big/rows"), ()),
     ("micro_batch_size", 1, ("4", 4), ("0",)),
     ("global_batch_size", 16, ("32", 32), ("0",)),
     ("train_iters", None, ("100", 100), ("0",)),

@@ -143,6 +143,7 @@ def _plans(
     return StepPlans(
         inputs.config,
         inputs.rows,
+        inputs.draws,
         inputs.student_layout,
         inputs.teacher_layout,
         max_model_len=engine_length(inputs.config, inputs.student_arch),
@@ -172,7 +173,13 @@ def _teacher_samples(inputs: Inputs, needs: Needs | None) -> TeacherSamples | No
         return None
     assert dist.group.WORLD is not None
     return build_teacher_samples(
-        inputs.config, inputs.rows, inputs.tokenizer, inputs.vocab_size, needs, group=dist.group.WORLD
+        inputs.config,
+        inputs.rows,
+        inputs.draws,
+        inputs.tokenizer,
+        inputs.vocab_size,
+        needs,
+        group=dist.group.WORLD,
     )
 
 

@@ -40,7 +40,7 @@ from megatron_gkd.teacher_server.probes import Needs, Probed
 from megatron_gkd.teacher_server.servers import TeacherServers
 from megatron_gkd.teacher_server.wire import TopK, distance
 from megatron_gkd.train.checkpoint import find_checkpoint, is_hf_directory, read_state
-from megatron_gkd.train.draws import draw_step
+from megatron_gkd.train.draws import Draw, Draws
 from megatron_gkd.train.sampling import check_prompts, engine_length
 from megatron_gkd.train.teacher_samples import Sampler, Store, TeacherSamples
 from megatron_gkd.weights.fingerprint import fingerprint
@@ -56,6 +56,7 @@ _SAME = 0.01  # mean total variation between canaries; what another rounding put
 def build_teacher_samples(
     config: RunConfig,
     rows: Rows,
+    draws: Draws,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     needs: Needs | None,
@@ -65,6 +66,7 @@ def build_teacher_samples(
     """Check the prompts, and sample for the first window of steps. Collective over `group`.
 
     Args:
+        draws: of the steps of the run, from `rows`.
         vocab_size: token ids that student and teacher both have.
         needs: what the run asks of its teacher servers; None for a local teacher.
         group: all ranks of the run.
@@ -86,7 +88,9 @@ def build_teacher_samples(
             sampler = EngineSampler(config, directory, length)
         else:
             sampler = ServerSampler(config.teacher.servers, needs, place)
-        return Store(sampler, cache, settings, lambda step: teacher_requests(config, rows, step, length), vocab_size)
+        return Store(
+            sampler, cache, settings, lambda step: teacher_requests(config, draws[step], step, length), vocab_size
+        )
 
     samples = TeacherSamples(
         open_store,
@@ -109,13 +113,14 @@ def _first_step(load: str | None) -> int:
         return 0
 
 
-def teacher_requests(config: RunConfig, rows: Rows, step: int, longest: int) -> list[Request]:
+def teacher_requests(config: RunConfig, draw: Draw, step: int, longest: int) -> list[Request]:
     """What is asked of the teacher for a step, keyed by position in the global batch.
 
     Args:
+        draw: of the step.
         longest: most tokens of prompt and completion together, of the models and the engine.
     """
-    _, drawn, sources = draw_step(config, rows, step)
+    _, drawn, sources = draw
     requests = make_requests(
         {
             position: drawn[position].prompt_ids_for_teacher

@@ -37,7 +37,7 @@ _PACKAGES: Final = ("torch", "megatron-core", "transformers", "vllm")
 _FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel")
 _FREE_FLAGS: Final = frozenset(
     {
-        *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row"),
+        *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row", "data_cache_dir"),
         *("micro_batch_size", "loss_path", "use_liger_kernel", "max_bad_steps"),
         *("teacher_model_server", "teacher_micro_batch_size", "teacher_micro_batch_tokens", "teacher_timeout_s"),
         *("teacher_placement", "teacher_world_size", "teacher_nodes", "offload_teacher_model", "signal_memory_gb"),
