@@ -119,19 +119,12 @@ def truth(student: str, teacher: str, objective: Objective, fault: Fault | None 
     return dense_step(student, teacher, SAMPLES, objective, TrainingConfig(**OPTIMIZER), topk=TOPK, fault=fault)
 
 
-@cache
-def initial(path: str) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in load(path).named_parameters()}
-
-
-def wrong_in(outcomes: list[StepOutcome], expected: DenseStep, student: str) -> dict[str, float]:
+def wrong_in(outcomes: list[StepOutcome], expected: DenseStep) -> dict[str, float]:
     """Differences of one step, of all ranks' outcomes."""
     assert len({(outcome.loss, outcome.grad_norm) for outcome in outcomes}) == 1, "ranks report different numbers"
     (written,) = [outcome for outcome in outcomes if outcome.weights is not None]
     assert written.weights is not None
-    return differences(
-        written.loss, written.grad_norm, written.metrics, written.weights, expected, initial=initial(student)
-    )
+    return differences(written.loss, written.grad_norm, written.metrics, written.weights, expected)
 
 
 def save_with(path: Path, source: str, weights: dict[str, torch.Tensor]) -> str:
@@ -156,7 +149,7 @@ def test_a_step_equals_the_dense_step(root: Path, tmp_path: Path, family: str, l
     faults = {}
     for index, cell in enumerate(cells):
         expected = truth(student, teacher, cell.objective)
-        if wrong := wrong_in([outcome[index][0] for outcome in results], expected, student):
+        if wrong := wrong_in([outcome[index][0] for outcome in results], expected):
             faults[cell] = wrong
     assert not faults, "\n".join(f"{cell}\n    {wrong}" for cell, wrong in faults.items())
     # The second step, against a dense one from the weights after the first: a teacher that stayed behind is found.
@@ -164,8 +157,7 @@ def test_a_step_equals_the_dense_step(root: Path, tmp_path: Path, family: str, l
     (weights,) = [outcome.weights for outcome in firsts if outcome.weights is not None]
     moved = save_with(tmp_path / "moved", student, weights)
     second = truth(moved, moved if own else other, cells[0].objective)
-    assert seconds[0].loss == pytest.approx(second.loss, rel=1e-5)
-    assert seconds[0].grad_norm == pytest.approx(second.grad_norm, rel=1e-5)
+    assert not wrong_in(seconds, second)
     if own:
         stale = truth(moved, student, cells[0].objective)
         assert abs(stale.loss - second.loss) > 1e-3 * second.loss
@@ -177,10 +169,10 @@ def test_faults_are_told_apart(root: Path) -> None:
     for teacher, fault, telling in (
         (other, "students_prompt", {"loss", "grad_norm"}),
         (student, "students_prompt", {"loss", "grad_norm"}),
-        (student, "attached_teacher", {"grad_norm", "update of lm_head.weight"}),
+        (student, "attached_teacher", {"grad_norm", "lm_head.weight"}),
     ):
         right, wrong = truth(student, teacher, objective), truth(student, teacher, objective, fault)  # type: ignore[arg-type]
-        found = differences(right.loss, right.grad_norm, right.metrics, right.weights, wrong, initial=initial(student))
+        found = differences(right.loss, right.grad_norm, right.metrics, right.weights, wrong)
         assert telling <= found.keys(), fault
 
 
