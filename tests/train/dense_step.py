@@ -184,16 +184,21 @@ def with_tail(log_prob_CV: torch.Tensor, support_CK: torch.Tensor) -> torch.Tens
 
 def update(model: torch.nn.Module, training: TrainingConfig, fault: Fault | None = None) -> float:
     """Clip and step; returns the gradient norm before clipping."""
-    parameters = list(model.parameters())
     max_norm = float("inf") if fault == "no_clipping" or not training.clip_grad else training.clip_grad
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(list(model.parameters()), max_norm)
+    adam(model, training, fault).step()
+    return float(grad_norm)
+
+
+def adam(model: torch.nn.Module, training: TrainingConfig, fault: Fault | None = None) -> torch.optim.AdamW:
+    """With no weight decay on 1-D parameters."""
+    parameters = list(model.parameters())
     decayed = [p for p in parameters if p.ndim > 1 or fault == "decay_on_norms"]
     others = [p for p in parameters if p.ndim == 1 and fault != "decay_on_norms"]
     groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    torch.optim.AdamW(
+    return torch.optim.AdamW(
         groups, lr=training.lr, betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_eps
-    ).step()
-    return float(grad_norm)
+    )
 
 
 def load(path: str, dtype: torch.dtype = torch.float32) -> Any:
