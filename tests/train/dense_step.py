@@ -74,17 +74,32 @@ def dense_step(
     fault: Fault | None = None,
 ) -> DenseStep:
     """One update from `samples` at learning rate `training.lr`, in float64; `reference` has it in float32."""
+    return dense_steps(student_path, teacher_path, samples, objective, training, topk=topk, fault=fault)[0]
 
-    def step(dtype: torch.dtype) -> DenseStep:
-        return _dense_step(student_path, teacher_path, samples, objective, training, topk, fault, dtype)
+
+def dense_steps(
+    student_path: str,
+    teacher_path: str,
+    samples: Sequence[Sample],
+    objective: Objective,
+    training: TrainingConfig,
+    *,
+    topk: int,
+    fault: Fault | None = None,
+    num_steps: int = 1,
+) -> list[DenseStep]:
+    """As many updates, each from the same samples."""
+
+    def steps(dtype: torch.dtype) -> list[DenseStep]:
+        return _dense_steps(student_path, teacher_path, samples, objective, training, topk, fault, dtype, num_steps)
 
     with Float64():
-        truth = step(torch.float64)
-    assert all(weight.dtype == torch.float64 for weight in truth.weights.values())
-    return replace(truth, reference=step(torch.float32))
+        truth = steps(torch.float64)
+    assert all(weight.dtype == torch.float64 for step in truth for weight in step.weights.values())
+    return [replace(step, reference=other) for step, other in zip(truth, steps(torch.float32), strict=True)]
 
 
-def _dense_step(
+def _dense_steps(
     student_path: str,
     teacher_path: str,
     samples: Sequence[Sample],
@@ -93,8 +108,11 @@ def _dense_step(
     topk: int,
     fault: Fault | None,
     dtype: torch.dtype,
-) -> DenseStep:
+    num_steps: int,
+) -> list[DenseStep]:
     student = load(student_path, dtype)
+    optimizer = adam(student, training, fault)
+    max_norm = float("inf") if fault == "no_clipping" or not training.clip_grad else training.clip_grad
     teacher_samples = tuple(
         sample
         if sample.teacher_prompt_ids is None or fault == "students_prompt"
@@ -102,9 +120,29 @@ def _dense_step(
         for sample in samples
     )
     teacher_logits = all_logits(teacher_path, teacher_samples, dtype)
-    if fault == "attached_teacher":  # of a student that is its own teacher
-        assert teacher_path == student_path
-        teacher_logits = tuple(completion_logits(student, sample) for sample in teacher_samples)
+    assert fault != "attached_teacher" or teacher_path == student_path
+    steps = []
+    for _ in range(num_steps):
+        if fault == "attached_teacher":  # of a student that is its own teacher
+            teacher_logits = tuple(completion_logits(student, sample) for sample in teacher_samples)
+        optimizer.zero_grad()
+        loss, metrics = loss_and_metrics(student, teacher_logits, samples, objective, topk, fault)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(list(student.parameters()), max_norm)
+        optimizer.step()
+        weights = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+        steps.append(DenseStep(float(loss.detach()), float(grad_norm), metrics, weights))
+    return steps
+
+
+def loss_and_metrics(
+    student: Any,
+    teacher_logits: Sequence[torch.Tensor],
+    samples: Sequence[Sample],
+    objective: Objective,
+    topk: int,
+    fault: Fault | None,
+) -> tuple[torch.Tensor, dict[str, float]]:
     num_tokens = sum(len(sample.completion_ids) for sample in samples)
     names = ("divergence", "agreement", "cross_entropy", "teacher_mass", "student_mass")
     losses, values, counts = [], dict.fromkeys(names, 0.0), {"cross_entropy": 0}
@@ -125,15 +163,8 @@ def _dense_step(
             values[part] = values.get(part, 0.0) + float(terms[kind].detach().sum())
             counts[part] = counts.get(part, 0) + len(sample.completion_ids)
         counts["cross_entropy"] += supervised * len(sample.completion_ids)
-    loss = torch.stack(losses).sum() / (1 if fault == "no_division" else num_tokens)
-    loss.backward()
-    grad_norm = update(student, training, fault)
-    return DenseStep(
-        float(loss.detach()),
-        grad_norm,
-        {name: total / counts.get(name, num_tokens) for name, total in values.items()},
-        {name: parameter.detach().clone() for name, parameter in student.named_parameters()},
-    )
+    metrics = {name: total / counts.get(name, num_tokens) for name, total in values.items()}
+    return torch.stack(losses).sum() / (1 if fault == "no_division" else num_tokens), metrics
 
 
 def token_terms(
@@ -182,14 +213,6 @@ def with_tail(log_prob_CV: torch.Tensor, support_CK: torch.Tensor) -> torch.Tens
     return torch.cat([log_prob_CV.gather(1, support_CK), tail], dim=1)
 
 
-def update(model: torch.nn.Module, training: TrainingConfig, fault: Fault | None = None) -> float:
-    """Clip and step; returns the gradient norm before clipping."""
-    max_norm = float("inf") if fault == "no_clipping" or not training.clip_grad else training.clip_grad
-    grad_norm = torch.nn.utils.clip_grad_norm_(list(model.parameters()), max_norm)
-    adam(model, training, fault).step()
-    return float(grad_norm)
-
-
 def adam(model: torch.nn.Module, training: TrainingConfig, fault: Fault | None = None) -> torch.optim.AdamW:
     """With no weight decay on 1-D parameters."""
     parameters = list(model.parameters())
@@ -228,12 +251,19 @@ def differences(
     assert reference is not None
     if weights.keys() != truth.weights.keys():
         return {f"names {sorted(weights.keys() ^ truth.weights.keys())}": float("inf")}
-    ratios = {
-        "loss": error_ratio(loss, reference.loss, truth.loss),
-        "grad_norm": error_ratio(grad_norm, reference.grad_norm, truth.grad_norm),
-    }
+    ratios = {}
     for name in metrics.keys() & truth.metrics.keys():
         ratios[f"metric {name}"] = error_ratio(metrics[name], reference.metrics[name], truth.metrics[name])
     for name, expected in truth.weights.items():
         ratios[name] = error_ratio(weights[name], reference.weights[name], expected)
+    return wrong_numbers(loss, grad_norm, truth) | {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
+
+
+def wrong_numbers(loss: float, grad_norm: float, truth: DenseStep) -> dict[str, float]:
+    """The part of `differences` about two numbers."""
+    assert truth.reference is not None
+    ratios = {
+        "loss": error_ratio(loss, truth.reference.loss, truth.loss),
+        "grad_norm": error_ratio(grad_norm, truth.reference.grad_norm, truth.grad_norm),
+    }
     return {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
