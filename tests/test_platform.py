@@ -367,6 +367,27 @@ def test_pitfall_8_the_micro_batch_size_does_not_matter(
         assert worst(steps, by_transformers["qwen3-tied"]) <= 1, size
 
 
+def drop_the_reduction(student: Student) -> None:
+    for chunk in student.chunks:
+        chunk.finish_grad_sync = lambda *args, **kwargs: None
+
+
+def run_without_reduction(cell: Cell) -> list[Step]:
+    with megatron():
+        return train(cell, num_steps=1, change=drop_the_reduction)
+
+
+def test_a_dropped_reduction_of_the_gradients_shows(
+    paths: dict[str, str], by_transformers: dict[str, list[Expected]]
+) -> None:
+    """The loss alone would not tell: it is that of the weights before the update."""
+    cell = Cell(paths["llama-untied"], LAYOUTS["DP2"])
+    for (found,) in run_ranks(run_without_reduction, cell, world=2):
+        expected = by_transformers["llama-untied"][:1]
+        assert worst([found], expected) > 1000
+        assert worst([found._replace(grad_norm=expected[0].truth.grad_norm)], expected) <= 1
+
+
 # ---- why the interleaved pipeline overlaps its communication ---------------------------------------------------------
 
 
