@@ -31,10 +31,10 @@ FLOOR: Final = 8.0
 
 
 def largest_error(found: torch.Tensor | float, truth: torch.Tensor | float) -> float:
-    """The largest element of |found - truth|; infinite where one is not finite. Shapes must be the same."""
+    """The largest element of |found - truth|, 0 of none; infinite where one is not finite. Shapes must be the same."""
     one, other = (torch.as_tensor(x, dtype=torch.float64) for x in (found, truth))
     assert one.shape == other.shape, f"{tuple(one.shape)} against {tuple(other.shape)}"
-    return float((one - other).abs().nan_to_num(nan=torch.inf).max())
+    return float((one - other).abs().nan_to_num(nan=torch.inf).max()) if one.numel() else 0.0
 
 
 def allowed_error(
