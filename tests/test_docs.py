@@ -80,6 +80,18 @@ def test_every_page_is_reached_from_the_index():
     assert not missing, f"docs/index.md does not link to {missing}"
 
 
+def test_the_tests_that_the_page_about_tests_names_exist():
+    text = (ROOT / "docs/testing.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"\btests/[\w/]+(?:\.py)?", text))
+    assert {name for name in files if not (ROOT / name).exists()} == set()
+    defined = {
+        name
+        for file in (ROOT / "tests").rglob("*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), flags=re.M)
+    }
+    assert set(re.findall(r"`(test_\w+)`", text)) <= defined
+
+
 def file_map() -> list[str]:
     """Paths of the README's file map, by its indentation."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -119,7 +131,7 @@ def test_command_lines_name_what_exists(page: Path, line: str):
     if words[0] in ("bash", "python") and not words[1].startswith("-"):
         assert (ROOT / words[1]).is_file(), f"{page.name}: {line}"
     if words[0] == "make":
-        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
         assert set(words[1:]) <= targets, f"{page.name}: {line}"
     for program in ("megatron-gkd", "megatron_gkd"):
         if program in words and words.index(program) + 1 < len(words):

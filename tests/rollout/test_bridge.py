@@ -51,15 +51,15 @@ def transformers_model(path: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def check(pushed: Pushed) -> None:
-    """Greedy tokens are transformers' most probable ones; engine, trainer and transformers agree on their values."""
+    """Greedy tokens are transformers' most probable ones, or as probable; the three agree on their values."""
     model = transformers_model(pushed.path)
     assert pushed.greedy.keys() == PROMPTS.keys()
     for position, completion in pushed.greedy.items():
         prompt, tokens = PROMPTS[position], completion.token_ids
         assert completion.version == pushed.version
         rows = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        assert rows.argmax(-1).tolist() == list(tokens), (pushed.where, position)
         truth = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (rows.max(-1).values - truth).max() <= TOLERANCE, (pushed.where, position)
         engine, trainer = torch.tensor(completion.logprobs), torch.tensor(pushed.trainer[position])
         assert (engine - truth).abs().max() <= TOLERANCE, (pushed.where, position)
         assert (trainer - truth).abs().max() <= TOLERANCE, (pushed.where, position)

@@ -23,6 +23,7 @@ from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights
+from tests.support.numerics import largest_error
 
 SEQUENCE = 96  # positions that reach every branch of the RoPE kinds in tests/checkpoints.py
 BUCKET_BYTES = 60_000  # several buckets per model; the embedding alone is larger
@@ -113,12 +114,12 @@ def micro_batch(tokens: torch.Tensor) -> MicroBatch:
 
 
 def largest_difference(model: Loaded, expected: torch.Tensor) -> float | None:
-    """Of the logits from transformers'; None but on the last stage. Logits of padding must be zero."""
+    """Of the logits from the expected ones; None but on the last stage. Logits of padding must be zero."""
     out = logits(model)
     if out is None:
         return None
     assert not out[..., model.arch.vocab_size :].any(), "padding rows of the head are not zero"
-    return (out[..., : model.arch.vocab_size] - expected).abs().max().item()
+    return largest_error(out[..., : model.arch.vocab_size], expected)
 
 
 def export_fault(model: Loaded, path: Path) -> str | None:
