@@ -17,6 +17,7 @@ from megatron_gkd.rollout.protocol import Completion, Engine, Request, SamplingS
 from megatron_gkd.rollout.server import ServerEngine
 from megatron_gkd.weights.checksum import checksum
 from tests.checkpoints import tiny_tokenizer, write_tiny_checkpoint
+from tests.support.vllm_zygote import forked_programs
 
 MAX_MODEL_LEN = 128
 BLOCK = 32  # tokens of a block of the prefix cache; vLLM's default on a CPU, 128, would leave short prompts uncached
@@ -68,7 +69,8 @@ def write_moe_model(path: Path, seed: int) -> Path:
 def start_server(model: Path, **options: Any) -> LocalServer:
     """A server whose weights are undefined until the first update."""
     settings = {"dtype": "fp32", "max_model_len": MAX_MODEL_LEN, "kv_cache_bytes": 64 * 2**20, "read_weights": False}
-    return LocalServer(str(model), **(settings | options), extra=["--block-size", str(BLOCK)])
+    with forked_programs():
+        return LocalServer(str(model), **(settings | options), extra=["--block-size", str(BLOCK)])
 
 
 def connect(server: LocalServer | str, model: Path, **options: Any) -> ServerEngine:

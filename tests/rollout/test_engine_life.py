@@ -34,7 +34,7 @@ from tests.rollout.bridging import (
     requests,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
 
 def _state() -> dict[str, Any]:
@@ -143,7 +143,7 @@ def test_the_trainer_is_unchanged_by_an_engine(path: Path) -> None:
 
 
 def test_a_push_holds_two_buckets_at_most(path: Path) -> None:
-    for most, largest, count in run_ranks(count_buckets, path, world=2, timeout_s=240, fresh=True):
+    for most, largest, count in run_ranks(count_buckets, path, world=2, timeout_s=600, with_vllm=True):
         assert count > 6
         assert most <= 2
         assert largest <= 2 * BUCKET_BYTES  # a single unit may be larger than the bound: the embedding is

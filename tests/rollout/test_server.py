@@ -39,7 +39,7 @@ from tests.rollout.serving import (
     write_model,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
 Connect = Callable[..., ServerEngine]
 
@@ -121,15 +121,15 @@ def test_a_completion_ends_at_the_stop_tokens_and_at_nothing_else(new_engine: Co
     engine = new_engine()
     push(engine, weights(models[1]), 1)
     flat = SamplingSettings(temperature=2.0)  # every token comes, the model's end token (258) among them
-    many = [Request(key=i, prompt_ids=(1, 2, 3), max_tokens=90, seed=i) for i in range(40)]
+    many = [Request(key=i, prompt_ids=(1, 2, 3), max_tokens=60, seed=i) for i in range(20)]
     got = engine.generate(many, flat)
     assert {completion.finish_reason for completion in got} == {"length"}
-    assert {len(completion.token_ids) for completion in got} == {90}
+    assert {len(completion.token_ids) for completion in got} == {60}
     assert any(258 in completion.token_ids for completion in got)
     stopped = engine.generate(many, SamplingSettings(temperature=2.0, stop_token_ids=(258, 7)))
     for whole, cut in zip(got, stopped, strict=True):
         ends = [i for i, token in enumerate(whole.token_ids) if token in (258, 7)]
-        length = ends[0] + 1 if ends else 90
+        length = ends[0] + 1 if ends else 60
         assert cut.token_ids == whole.token_ids[:length]
         assert cut.finish_reason == ("stop" if ends else "length")
     assert {completion.finish_reason for completion in stopped} == {"stop", "length"}

@@ -34,7 +34,7 @@ from tests.rollout.serving import (
     write_moe_model,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
 
 def test_tied_heads_and_a_death_in_mid_generation(tmp_path: Path) -> None:
