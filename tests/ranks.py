@@ -26,8 +26,8 @@ Python stack of every rank that was still at work, and the pool is killed.
 Groups that a call makes are destroyed after it. All else that it leaves stays, since ranks are shared: megatron's
 parallel_state, torch default dtype, monkeypatches, cached modules. Undo what you set
 (try/finally), or pass `fresh=True` to run in new processes that end with the call (about 0.3 s for two ranks). With
-`with_vllm=True` they are new processes that have imported vLLM, forked from tests/support/vllm_zygote.py: importing it there
-costs 12 seconds of a core a rank.
+`with_vllm=True` they are new processes that have imported vLLM (tests/support/vllm_zygote.py); importing it themselves
+costs each rank 12 seconds of a core.
 
 Not covered: NCCL, several machines, functions defined in a test or lambda, output capture (a rank's prints bypass
 pytest).

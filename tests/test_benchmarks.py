@@ -2,25 +2,27 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.effort import LIMIT_S
+from tests.support.vllm_zygote import forked_programs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+pytestmark = pytest.mark.xdist_group("vllm")
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A benchmark and all that it starts, forked from a process that has imported vLLM."""
+    with forked_programs():
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
+        )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")

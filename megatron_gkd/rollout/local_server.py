@@ -126,7 +126,8 @@ class LocalServer:
         import torch
 
         on_cpu = not torch.cuda.is_available()
-        self.port = free_port() if port is None else port
+        reserved = reserve_port() if port is None else None
+        self.port = reserved.getsockname()[1] if reserved is not None else port
         if not port_is_free(self.port):
             raise RolloutError(
                 f"port {self.port} of {LOOPBACK} is in use, so no vLLM server can be started there; give another "
@@ -168,6 +169,9 @@ class LocalServer:
         except BaseException:
             self.close()
             raise
+        finally:
+            if reserved is not None:
+                reserved.close()
 
     def close(self) -> None:
         """End it and everything it started. Idempotent."""
@@ -224,11 +228,14 @@ class LocalServer:
                 time.sleep(_POLL_S)
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+def reserve_port() -> socket.socket:
+    """A socket at a free port of the loopback interface. While it is open nobody else is given that port, and a server
+    can listen there all the same, if it sets SO_REUSEADDR as servers do: this one is bound and does not listen.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind((LOOPBACK, 0))
+    return reserved
 
 
 def port_is_free(port: int) -> bool:

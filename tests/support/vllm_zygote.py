@@ -50,6 +50,7 @@ PRELOAD: Final = (
     *("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen3"),
     "megatron_gkd.rollout.worker",
 )
+_PREPARED_FOR_FORKS: Final = {"jemalloc_bg_thd"}  # of pyarrow's allocator
 _ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
@@ -76,13 +77,13 @@ class ForkedProgram(subprocess.Popen[Any]):
             return
         pipes, new_session = rest[:6], rest[11]  # the ends: -1 where there is none
         child_ends = (pipes[0], pipes[3], pipes[5])
+        self._zygote = _connect()
         request = {
             "argv": module,
-            "environment": dict(os.environ if environment is None else environment),
+            "environment": dict(environment or os.environ) | {ADDRESS: os.environ[ADDRESS]},
             "cwd": str(cwd or os.getcwd()),
             "new_session": bool(new_session),
         }
-        self._zygote = _connect()
         fds = [own if end == -1 else end for own, end in enumerate(child_ends)]
         data = json.dumps(request).encode() + b"\n"
         self._zygote.sendall(data[socket.send_fds(self._zygote, [data], fds) :])
@@ -229,8 +230,8 @@ def _serve(connection: socket.socket, selector: selectors.BaseSelector) -> None:
     while not data.endswith(b"\n"):
         data += connection.recv(1 << 20)
     request = json.loads(data)
-    threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, f"{len(threads)} threads: forking is not safe"
+    threads = {Path(f"/proc/self/task/{number}/comm").read_text().strip() for number in os.listdir("/proc/self/task")}
+    assert len(threads - _PREPARED_FOR_FORKS) == 1, f"threads {threads}: forking is not safe"
     child = os.fork()
     if not child:
         for key in list(selector.get_map().values()):

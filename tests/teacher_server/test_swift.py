@@ -23,6 +23,7 @@ from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.teacher_server.servers import TeacherServers
 from megatron_gkd.teacher_server.swift import Swift
 from tests.rollout.serving import logprobs_of
+from tests.support.effort import LIMIT_S
 from tests.teacher_server.real import (
     KEY,
     MAX_MODEL_LEN,
@@ -88,7 +89,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_topk_is_that_of_transformers(served: OfSwift) -> None:
     assert_topk_is_that_of_transformers(served)
-    with TeacherServers([served.url], needs(), timeout_s=60) as servers:
+    with TeacherServers([served.url], needs(), timeout_s=LIMIT_S) as servers:
         assert isinstance(servers.probed.dialect, Swift)
 
 
@@ -97,7 +98,7 @@ def test_completions_are_of_the_weights_and_of_the_seed(served: OfSwift) -> None
     run's stop tokens, and one that ends at the model's own end of sequence is refused.
     """
     requests = [Request(i, tuple(range(1, 3 + 3 * i)), max_tokens=12, seed=i) for i in range(5)]
-    with TeacherServers([served.url], needs(), timeout_s=60) as servers:
+    with TeacherServers([served.url], needs(), timeout_s=LIMIT_S) as servers:
         for settings in (SamplingSettings(0.0, stop_token_ids=(258,)), SamplingSettings(0.9, stop_token_ids=(258,))):
             found = servers.generate(requests, settings)
             assert found == servers.generate(requests, settings)
@@ -149,4 +150,4 @@ def test_training_on_what_the_server_samples(served: OfSwift, tmp_path: Path) ->
 
 def test_a_server_that_puts_a_template_around(served_with_a_template: OfSwift) -> None:
     with pytest.raises(RolloutError, match=r"other than the 2 that it was sent.*--template dummy --use_chat_template"):
-        TeacherServers([served_with_a_template.url], needs(), timeout_s=60)
+        TeacherServers([served_with_a_template.url], needs(), timeout_s=LIMIT_S)

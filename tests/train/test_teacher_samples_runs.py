@@ -111,7 +111,7 @@ def runs(inputs: Inputs) -> dict[str, Any]:
         "separate": (inputs.config("separate", lmbda=0.0, top_k=1, train_iters=2, **OWN_RANK, **greedy), False),
         "no engine": (inputs.config("no_engine"), False),
     }
-    found = run_ranks(train_all, list(planned.values()), world=2, timeout_s=500, with_vllm=True)
+    found = run_ranks(train_all, list(planned.values()), world=2, with_vllm=True)
     assert found[0] == found[1], "every rank has the same completions, or the same error"
     return dict(zip(planned, found[0], strict=True))
 
