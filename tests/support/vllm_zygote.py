@@ -50,6 +50,7 @@ PRELOAD: Final = (
     *("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen3"),
     "megatron_gkd.rollout.worker",
 )
+_TORCHRUN: Final = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
 _PREPARED_FOR_FORKS: Final = {"jemalloc_bg_thd"}  # of pyarrow's allocator
 _ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
@@ -147,12 +148,15 @@ class ForkedRank:
 @contextlib.contextmanager
 def forked_programs() -> Iterator[None]:
     """What this process starts is forked by the zygote, where it can be."""
-    original = subprocess.Popen
-    subprocess.Popen = ForkedProgram  # type: ignore[misc]
+    holders: list[Any] = [subprocess, *filter(None, [sys.modules.get(_TORCHRUN)])]
+    originals = [holder.Popen for holder in holders]
+    for holder in holders:
+        holder.Popen = ForkedProgram
     try:
         yield
     finally:
-        subprocess.Popen = original  # type: ignore[misc]
+        for holder, original in zip(holders, originals, strict=True):
+            holder.Popen = original
 
 
 def _module_of(args: Any) -> list[str] | None:
