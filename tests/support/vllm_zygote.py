@@ -208,7 +208,8 @@ def main(path: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     gc.collect()
-    gc.freeze()  # else every program walks, and so copies, all that was imported
+    gc.freeze()  # else every program walks, and so copies, all that was imported; vLLM would undo it with each engine
+    gc.freeze = gc.unfreeze = lambda: None
     with selectors.DefaultSelector() as selector, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)

@@ -1,11 +1,10 @@
 """A real `swift deploy` (ms-swift, vLLM backend) as the teacher: parity with transformers and with the local teacher,
 completions, refusals.
 
-One server on the loopback interface for all tests; and one with a chat template, forked from a process that has imported
-vLLM, that is refused. ms-swift is no
-requirement of the project: tests/setup_swift.sh installs it into an environment of its own, as launch/run_tests.sh does
-before all tests; without it they are skipped. Faults of other kinds: test_servers.py. Not covered: GPUs, other backends
-of ms-swift, adapters.
+One server on the loopback interface for all tests, and one with a chat template that is refused, forked from a process
+that has imported vLLM. ms-swift is no requirement of the project: tests/setup_swift.sh installs it into an environment
+of its own, as launch/run_tests.sh does before all tests; without it they are skipped. Faults of other kinds:
+test_servers.py. Not covered: GPUs, other backends of ms-swift, adapters.
 """
 
 from __future__ import annotations
