@@ -89,8 +89,9 @@ class ForkedProgram(subprocess.Popen[Any]):
         data = json.dumps(request).encode() + b"\n"
         self._zygote.sendall(data[socket.send_fds(self._zygote, [data], fds) :])
         self._close_pipe_fds(*pipes)
-        self._answers = self._zygote.makefile("r")
-        self.pid = int(self._answers.readline())
+        answer = self._line()
+        assert answer, f"the zygote has ended:\n{Path(os.environ[ADDRESS]).with_name('log').read_text()[-3000:]}"
+        self.pid = int(answer)
         self._child_created = True
 
     def _internal_poll(self, *args: Any, **options: Any) -> int | None:
@@ -115,10 +116,17 @@ class ForkedProgram(subprocess.Popen[Any]):
             with selectors.DefaultSelector() as selector:
                 selector.register(self._zygote, selectors.EVENT_READ)
                 if selector.select(timeout_s):
-                    self.returncode = int(self._answers.readline() or -9)  # no answer: the zygote is gone
-                    self._answers.close()
+                    self.returncode = int(self._line() or -9)  # no answer: the zygote is gone
                     self._zygote.close()
         return self.returncode
+
+    def _line(self) -> str:
+        """The zygote's next answer, and no byte of the one after it: `select` has to see that."""
+        assert self._zygote is not None
+        line = b""
+        while not line.endswith(b"\n") and (byte := self._zygote.recv(1)):
+            line += byte
+        return line.decode()
 
 
 class ForkedRank:
