@@ -348,15 +348,16 @@ def _exit_with(program: Callable[[], object]) -> NoReturn:
         code = exit_.code
     except BaseException:
         traceback.print_exc()
-    if isinstance(code, str):
+    if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
+        code = 1
     with contextlib.suppress(BaseException):
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":
