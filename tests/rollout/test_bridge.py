@@ -11,7 +11,6 @@ every combination. Does not cover: GPUs, sleep, several machines.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from megatron_gkd.parallel.layout import Layout
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.rollout.bridging import PROMPTS, Cell, Pushed, push_everywhere
+from tests.support.effort import FULL
 
 TIMEOUT_S = 1500
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT_S), pytest.mark.xdist_group("vllm")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
 MODELS = {
     "qwen3": {"family": "qwen3", "tied": True},
@@ -33,7 +33,6 @@ MODELS = {
     "qwen3_moe": {"family": "qwen3_moe", "tied": False},
 }
 TOLERANCE = 1e-4  # nats
-FULL = os.environ.get("GKD_TEST_FULL") == "1"
 
 TP2, PP2, EP2 = Layout(tensor=2), Layout(pipeline=2), Layout(data=2, expert=2)
 VPP2 = Layout(pipeline=2, virtual_pipeline=2)
