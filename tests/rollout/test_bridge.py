@@ -5,8 +5,8 @@ The truth is transformers on the same checkpoint. Different sets of weights are 
 behind shows: three on one rank, two on several.
 
 By default every model, every layout and both engine sizes occur, each with several of the others, and what is special
-in a pair: experts with and without expert parallelism, a tied head in each stage. GKD_TEST_FULL=1 pushes three times in
-every combination. Does not cover: GPUs, sleep, several machines.
+in a pair: experts with and without expert parallelism, a tied head on another stage. GKD_TEST_FULL=1 pushes three times
+in every combination. Does not cover: GPUs, sleep, several machines.
 """
 
 from __future__ import annotations
