@@ -15,9 +15,6 @@ from tests.support.vllm_zygote import forked_programs
 ROOT = Path(__file__).resolve().parent.parent
 
 
-pytestmark = pytest.mark.xdist_group("vllm")
-
-
 def _run(*arguments: str, forked: bool = False) -> subprocess.CompletedProcess[str]:
     """A benchmark, by a new interpreter or, with all that it starts, forked from a process that has imported vLLM. (Not
     one that starts ranks after a backward pass: such a process cannot be forked.)

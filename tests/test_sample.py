@@ -119,7 +119,6 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("vllm")
 def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_does(
     command: Command, model: Path, tmp_path: Path
 ) -> None:
@@ -187,7 +186,6 @@ def check_read_back(path: Path, rows: list[dict[str, Any]], model: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("vllm")
 def test_the_most_probable_tokens_and_the_documented_command_line(
     model: Path, dataset: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -210,7 +208,6 @@ def test_the_most_probable_tokens_and_the_documented_command_line(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("vllm")
 def test_a_plain_server_of_somebody_else(command: Command, model: Path, tmp_path: Path) -> None:
     """Without the worker extension and the development endpoints: enough to sample from, and not to push weights to."""
     reserved = reserve_port()

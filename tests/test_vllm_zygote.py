@@ -19,7 +19,6 @@ from tests.ranks import run_ranks
 from tests.support.vllm_zygote import ForkedProgram, forked_programs
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.xdist_group("vllm")
 
 
 def say_where_it_is(code: str) -> int:

@@ -24,7 +24,7 @@ from tests.rollout.bridging import PROMPTS, Cell, Pushed, push_everywhere
 from tests.support.effort import FULL
 
 TIMEOUT_S = 1500
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 MODELS = {
     "qwen3": {"family": "qwen3", "tied": True},

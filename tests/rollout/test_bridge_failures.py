@@ -33,7 +33,7 @@ from tests.rollout.bridging import (
     set_weights,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 VICTIM = "model.layers.1.mlp.up_proj.weight"
 

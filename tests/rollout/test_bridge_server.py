@@ -22,7 +22,7 @@ from tests.rollout.bridging import MAX_MODEL_LEN, Pushed, megatron, push_all
 from tests.rollout.test_bridge import check_all
 from tests.support.vllm_zygote import forked_programs
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from tests.rollout.bridging import (
     requests,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 
 def _state() -> dict[str, Any]:

@@ -127,7 +127,6 @@ def test_a_port_in_use(model: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("vllm")
 def test_weights_are_pushed_to_it_and_an_interrupt_ends_it(tmp_path: Path) -> None:
     models = [write_model(tmp_path / f"m{seed}", seed) for seed in range(2)]
     reserved = reserve_port()

@@ -40,7 +40,7 @@ from tests.rollout.serving import (
     write_model,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 Connect = Callable[..., ServerEngine]
 

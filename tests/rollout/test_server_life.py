@@ -37,7 +37,7 @@ from tests.rollout.serving import (
 from tests.support.effort import LIMIT_S
 from tests.support.vllm_zygote import ForkedProgram, forked_programs
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 
 def test_tied_heads_and_a_death_in_mid_generation(tmp_path: Path) -> None:

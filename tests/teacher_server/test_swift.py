@@ -40,7 +40,7 @@ from tests.teacher_server.real import (
     needs,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 SWIFT = Path(sys.prefix) / "swift" / "bin" / "swift"
 TOKENS_ALONE = ["--template", "dummy", "--use_chat_template", "false"]

@@ -42,7 +42,7 @@ from tests.train.trainers import write_rows
 from tests.weights.ranks_at_work import megatron
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -32,7 +32,7 @@ from tests.teacher_server.fake import FakeServer, serve
 from tests.test_end_to_end import records
 from tests.train.trainers import T, run_config, write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 BATCH, STEPS = 8, 6
 

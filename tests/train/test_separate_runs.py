@@ -115,7 +115,6 @@ def train_with_a_forked_server(argv: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("vllm")
 def test_sampled_completions_reach_the_teachers_ranks(flags: dict[str, Any], tmp_path: Path) -> None:
     """On-policy, with vLLM in a process of its own: it gets better, and the teacher saw what was sampled."""
     on_policy = dict(lmbda=1, beta=1, vllm_mode="subprocess", max_completion_length=8, max_length=64, save_hf=False)

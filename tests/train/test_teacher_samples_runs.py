@@ -28,7 +28,7 @@ from tests.train.runs import metrics, recorded_teacher_samples
 from tests.train.trainers import WORDS, T, run_config
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 BATCH, STEPS, LONGEST = 8, 4, 10
 OWN_RANK: dict[str, Any] = {T["tensor"]: 1, "teacher_placement": "separate", "teacher_world_size": 1}
