@@ -126,8 +126,10 @@ class LocalServer:
         import torch
 
         on_cpu = not torch.cuda.is_available()
-        reserved = reserve_port() if port is None else None
-        self.port = reserved.getsockname()[1] if reserved is not None else port
+        reserved = contextlib.ExitStack()
+        if port is None:
+            port = int(reserved.enter_context(reserve_port()).getsockname()[1])
+        self.port = port
         if not port_is_free(self.port):
             raise RolloutError(
                 f"port {self.port} of {LOOPBACK} is in use, so no vLLM server can be started there; give another "
@@ -170,8 +172,7 @@ class LocalServer:
             self.close()
             raise
         finally:
-            if reserved is not None:
-                reserved.close()
+            reserved.close()
 
     def close(self) -> None:
         """End it and everything it started. Idempotent."""
