@@ -18,7 +18,19 @@ import torch
 from tests.ranks import close_pools
 
 # A unit by name: the files or folders that it holds.
-TOGETHER: dict[str, tuple[str, ...]] = {}
+TOGETHER: dict[str, tuple[str, ...]] = {
+    # What imports vLLM, from one process that has (support/vllm_zygote.py): it takes 17 CPU-seconds and 600 MB.
+    "vllm": (
+        *("tests/rollout/test_bridge", "tests/rollout/test_engine_life", "tests/rollout/test_server"),
+        *(
+            "tests/rollout/test_rollout_server_script",
+            "tests/teacher_server/test_vllm",
+            "tests/teacher_server/test_swift.",
+        ),
+        *("tests/train/test_on_policy", "tests/train/test_teacher_samples_runs", "tests/train/test_separate_runs"),
+        *("tests/test_sample", "tests/test_benchmarks", "tests/test_vllm_zygote"),
+    ),
+}
 # What takes minutes, measured; everything else follows.
 FIRST = ("tests/rollout", "tests/teacher_server", "tests/train", "tests/test_", "tests/weights", "tests/kernels")
 

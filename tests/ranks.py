@@ -25,7 +25,9 @@ Python stack of every rank that was still at work, and the pool is killed.
 
 Groups that a call makes are destroyed after it. All else that it leaves stays, since ranks are shared: megatron's
 parallel_state, torch default dtype, monkeypatches, cached modules. Undo what you set
-(try/finally), or pass `fresh=True` to run in new processes that end with the call (about 0.3 s for two ranks).
+(try/finally), or pass `fresh=True` to run in new processes that end with the call (about 0.3 s for two ranks). With
+`with_vllm=True` they are new processes that have imported vLLM (tests/support/vllm_zygote.py); importing it themselves
+costs each rank 12 seconds of a core.
 
 Not covered: NCCL, several machines, functions defined in a test or lambda, output capture (a rank's prints bypass
 pytest).
@@ -69,11 +71,17 @@ class RankFailureError(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], *args: Any, world: int, timeout_s: float = LIMIT_S, fresh: bool = False, seed: int = 1234
+    fn: Callable[..., Any],
+    *args: Any,
+    world: int,
+    timeout_s: float = LIMIT_S,
+    fresh: bool = False,
+    with_vllm: bool = False,
+    seed: int = 1234,
 ) -> list[Any]:
     """Call `fn(*args)` on every one of `world` gloo ranks; return each rank's result, in rank order."""
-    if fresh:
-        pool = _Pool(world)
+    if fresh or with_vllm:
+        pool = _Pool(world, with_vllm=with_vllm)
         try:
             results = pool.run(fn, args, seed, timeout_s)
         except BaseException:
@@ -126,17 +134,23 @@ def one_rank_group() -> dist.ProcessGroup:
 class _Pool:
     """`world` living rank processes; one call at a time."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, *, with_vllm: bool = False) -> None:
         configure_forkserver()
         self.world = world
         self.tmp = tempfile.mkdtemp(prefix="ranks-")
         self.connections: list[Connection] = []
-        self.processes = []
+        self.processes: list[Any] = []
         context = multiprocessing.get_context("forkserver")
         for rank in range(world):
             here, there = context.Pipe()
-            process = context.Process(target=_rank_main, args=(rank, world, self.tmp, there), name=f"rank{rank}")
-            process.start()
+            process: Any
+            if with_vllm:
+                from tests.support.vllm_zygote import ForkedRank
+
+                process = ForkedRank(rank, world, self.tmp, there)
+            else:
+                process = context.Process(target=rank_main, args=(rank, world, self.tmp, there), name=f"rank{rank}")
+                process.start()
             there.close()
             self.connections.append(here)
             self.processes.append(process)
@@ -241,7 +255,7 @@ def configure_forkserver() -> None:
 # ---- the rank process -----------------------------------------------------------------------------------------------
 
 
-def _rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
+def rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     gc.freeze()
     with open(f"{tmp}/stack{rank}", "w") as stack_file:

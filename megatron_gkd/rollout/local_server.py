@@ -254,13 +254,6 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
-
-
 def port_is_free(port: int) -> bool:
     """Whether a server could listen on it, on the loopback interface."""
     with socket.socket() as probe:
