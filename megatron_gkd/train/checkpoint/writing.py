@@ -5,7 +5,7 @@ can run beside training:
     write     this rank's shards into its file; no communication (any thread)
     finish    `.metadata`, `common.pt`, `metadata.json` on the first rank
 
-megatron-core's own writer (0.16) does the middle part in processes that it forks from the rank, and hands their results
+megatron-core's own writer (0.16 to 0.19) does the middle part in processes that it forks from the rank, and hands their results
 over through a manager process that it starts on each rank and never ends: 270 MB a rank, seconds to start, and when a
 rank is killed, orphans that go on writing into a directory that the restarted run has begun anew. A thread dies with
 its rank; torch's writer, which is used here, lets go of Python's lock while it writes.
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -34,7 +33,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_gkd.train.checkpoint.agreement import gathered_first, on_first
-from megatron_gkd.weights.safe_files import COMMON_FILE
+from megatron_gkd.weights.safe_files import write_unsharded
 
 
 class ShardWriter:
@@ -82,9 +81,8 @@ class ShardWriter:
     def finish(self, results: list[list[WriteResult]]) -> None:
         """On the first rank: what makes the shards a checkpoint."""
         assert self._metadata is not None
-        torch.save(self._common, self._directory / COMMON_FILE)
         self._writer.finish(self._metadata, results)
-        save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
+        write_unsharded(self._common, self._directory)
 
 
 class _Planner(MCoreSavePlanner):
