@@ -5,10 +5,11 @@ can run beside training:
     write     this rank's shards into its file; no communication (any thread)
     finish    `.metadata`, `common.pt`, `metadata.json` on the first rank
 
-megatron-core's own writer (0.16 to 0.19) does the middle part in processes that it forks from the rank, and hands their results
+megatron-core's own writer (0.16) does the middle part in processes that it forks from the rank, and hands their results
 over through a manager process that it starts on each rank and never ends: 270 MB a rank, seconds to start, and when a
-rank is killed, orphans that go on writing into a directory that the restarted run has begun anew. A thread dies with
-its rank; torch's writer, which is used here, lets go of Python's lock while it writes.
+rank is killed, orphans that go on writing into a directory that the restarted run has begun anew (0.19 wants
+nvidia-resiliency-ext for it by default). A thread dies with its rank; torch's writer, which is used here, lets go of
+Python's lock while it writes.
 
 The files are the same: `__RANK_0.distcp`, read by megatron-core, Megatron-LM and `megatron-gkd convert`.
 """
