@@ -1,8 +1,8 @@
 """docs/upstream.md, the table of what is private upstream, against the package and against what is installed.
 
-Every private name and every patch of the package is in the table with its file; every file, test and upstream name of the
-table exists; the originals of copied code are ones that ours have been compared with. vLLM is read, not imported, which
-takes half a minute. Not covered: behaviour behind a name that stays (the tests in the table's last column).
+Every private name and every patch of the package is in the table with its file; every file, test and upstream name of
+the table exists; the originals of copied code are ones that ours have been compared with. vLLM is read, not imported,
+which would take half a minute. Not covered: behaviour behind a name that stays (the tests in the table's last column).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def own_names(all_trees: dict[str, ast.Module]) -> set[str]:
             names.add(node.id)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
             names.add(node.attr)
-    return names | {name for name in names_of_setattr(all_trees)}
+    return names | set(names_of_setattr(all_trees))
 
 
 def names_of_setattr(all_trees: dict[str, ast.Module]) -> Iterator[str]:
@@ -163,7 +163,7 @@ def resolve(dotted: str) -> Any:
 
 
 def source(dotted: str) -> str:
-    """The text of a definition in the installed source, without importing it. Raises LookupError where there is none."""
+    """The text of a definition in the installed source, which is not imported. Raises LookupError without one."""
     parts = dotted.split(".")
     spec = importlib.util.find_spec(parts[0])
     if spec is None or not spec.submodule_search_locations:
@@ -202,7 +202,7 @@ def test_upstream_names_exist(name: str) -> None:
     source(name)
 
 
-# Copied code: ours follows each of these texts. A new one means: compare it with ours, see docs/upstream.md, add it here.
+# Copied code: ours follows each of these texts. A new one means: compare it with ours (docs/upstream.md), add it here.
 COPIED = {
     "megatron.core.dist_checkpointing.serialization.load": {
         "36b3d259f88b": "0.16.1",
