@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the part of the suite that touches megatron-core, on Python 3.12 with the newest megatron-core that is supported.
 #
-#   bash tests/compat.sh        # launch/run_tests.sh calls it before the whole suite; arguments go to pytest
+#   bash tests/compat.sh        # .ci/run calls it before the whole suite; arguments go to pytest
 #
 # The suite itself runs on .venv: Python 3.11, whose newest megatron-core is 0.16.1. Here a few of the same tests run in an
 # environment of their own, .venv/compat (requirements/cpu-py312.txt): weights, model, exact step, checkpoint and resume,
