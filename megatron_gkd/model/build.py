@@ -11,6 +11,7 @@ stayed unfilled.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -188,6 +189,7 @@ def build_model(
         etp=layout.expert_tensor_size,
     )
     config = transformer_config(arch, layout, dtype=dtype, use_cpu=use_cpu)
+    _set_attention_factor(config, arch)
     pp_rank = groups.pp.rank()
     chunks = []
     for stage in range(layout.num_chunks):
@@ -205,7 +207,7 @@ def build_model(
             pg_collection=groups,
             vp_stage=vp_stage,
         )
-        _set_rope(model, arch)
+        _set_frequencies(model, arch)
         _mark_tensor_parallel(model)
         if not use_cpu:
             model.cuda(torch.cuda.current_device())
@@ -247,21 +249,24 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
-def _set_rope(model: GPTModel, arch: Architecture) -> None:
-    """Rotary frequencies and attention factor as transformers computes them.
-
-    megatron-core hard-codes llama3's low/high/original factors, so its frequencies are replaced by the
-    architecture's. The attention factor (YaRN) goes through the config field that attention.py reads:
-    `_yarn_get_concentration_factor(scale, mscale, mscale_all_dim)` = (0.1 * mscale * ln(scale) + 1) / (0.1 *
-    mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and mscale = 10 * (factor - 1) it is exactly
-    `factor`.
+def _set_frequencies(model: GPTModel, arch: Architecture) -> None:
+    """Rotary frequencies as transformers computes them: megatron-core hard-codes llama3's low, high and original
+    factors.
     """
     model.rotary_pos_emb.inv_freq = torch.tensor(
         arch.rope.inv_freq, dtype=torch.float32, device=model.rotary_pos_emb.inv_freq.device
     )
-    if arch.rope.attention_factor != 1.0:
-        from math import e
 
-        model.config.yarn_rotary_scaling_factor = e
-        model.config.yarn_mscale = 10.0 * (arch.rope.attention_factor - 1.0)
-        model.config.yarn_mscale_all_dim = 0.0
+
+def _set_attention_factor(config: Any, arch: Architecture) -> None:
+    """The attention factor (YaRN), through the config fields that attention.py reads: in each pass in 0.16 to 0.18,
+    once, when the layer is made, in 0.19; so before the model.
+
+    `_yarn_get_concentration_factor(scale, mscale, mscale_all_dim)` = (0.1 * mscale * ln(scale) + 1) / (0.1 *
+    mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and mscale = 10 * (factor - 1) it is exactly
+    `factor`.
+    """
+    if arch.rope.attention_factor != 1.0:
+        config.yarn_rotary_scaling_factor = math.e
+        config.yarn_mscale = 10.0 * (arch.rope.attention_factor - 1.0)
+        config.yarn_mscale_all_dim = 0.0
