@@ -71,3 +71,11 @@ def test_other_ranks_say_nothing() -> None:
     with Progress(10, enabled=False, stream=stream) as progress:
         progress.update(1, loss=1.0)
     assert stream.getvalue() == ""
+
+
+def test_what_is_fast_is_counted_by_the_second() -> None:
+    clock = Clock()
+    progress = Progress(1_000_000, unit="row", stream=io.StringIO(), clock=clock)
+    clock.now_s = 30.0
+    progress.update(60_000)
+    assert progress.line(60_000) == "row 60000/1000000 | 2,000 rows/s | ETA 0:07:50"
