@@ -20,8 +20,8 @@ from megatron_gkd.rollout.client import ServerClient
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.rollout.wire import completion_body, read_completion, read_scores, score_body
 from megatron_gkd.secret import Secret
-from megatron_gkd.teacher_server.swift import swift_topk_body
-from megatron_gkd.teacher_server.wire import read_topk, topk_body
+from megatron_gkd.teacher_server.swift import Swift
+from megatron_gkd.teacher_server.wire import VLLM
 
 KEY = 'sk-4f"9\\a/2<c&5d%77'  # with all that the forms of text escape
 REQUEST = Request(key=1, prompt_ids=(1, 2, 3), max_tokens=4, seed=0)
@@ -131,7 +131,7 @@ SCORES = {"choices": [{"prompt_token_ids": [1, 2, 3], "prompt_logprobs": [None, 
     [
         (COMPLETION, lambda answer: read_completion(REQUEST, answer, 1, "the server")),
         (SCORES, lambda answer: read_scores(IDS, answer, "the server")),
-        (SCORES, lambda answer: read_topk(answer, IDS, 1, 2, 10, "the server")),
+        (SCORES, lambda answer: VLLM().read_topk(answer, IDS, 1, 2, 10, "the server")),
         ({"results": [{"rank": 1}]}, lambda answer: int(answer["results"][0]["rank"])),
     ],
     ids=["completion", "scores", "top K", "a number"],
@@ -219,7 +219,7 @@ def test_what_a_request_implies_holds_what_vllm_answers() -> None:
     entry = {"logprob": -12.345678901234567, "rank": 123456, "decoded_token": "\\n\\t" * 20}
     ids = list(range(100_000, 100_000 + 300))
     rows = [{str(120_000 + i): entry for i in range(65)} for _ in ids]
-    for body in (topk_body("m", ids, 64), swift_topk_body(ids, 64)):
+    for body in (VLLM().topk_body("m", ids, 64), Swift().topk_body("m", ids, 64)):
         assert len(json.dumps({"choices": [{"prompt_logprobs": rows, "prompt_token_ids": ids}]})) < most_bytes(body)
     assert most_bytes(score_body(ids)) > 300 * 4 * 256
     settings = SamplingSettings(temperature=1.0)

@@ -128,7 +128,11 @@ def test_a_port_in_use(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_weights_are_pushed_to_it_and_an_interrupt_ends_it(tmp_path: Path) -> None:
+def test_weights_are_pushed_to_it_and_an_interrupt_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "secret"  # of both sides, and not in the user's home
+    secret.touch(mode=0o600)
+    secret.write_text("5ec4e7" * 8)
+    monkeypatch.setenv("GKD_ROLLOUT_SECRET_FILE", str(secret))
     models = [write_model(tmp_path / f"m{seed}", seed) for seed in range(2)]
     reserved = reserve_port()
     port = reserved.getsockname()[1]
