@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_gkd import environment
 from megatron_gkd.config import TeacherConfig
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
@@ -83,5 +84,5 @@ class CheckDataConfig(Section):
 
 
 def _check_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (environment.number("WORLD_SIZE") or 1) > 1:
         raise ConfigError("check is one process, and torchrun started several; start it without")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import megatron_gkd
+from megatron_gkd import environment
 from megatron_gkd.errors import CheckFailedError, ConfigError, GKDError, NotBuiltError, RunStoppedError
 
 PROG = "megatron-gkd"
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         action()
     except RunStoppedError as stop:
-        sys.stderr.write(f"{PROG}: rank {os.environ.get('RANK', '0')}: {stop}\n")
+        sys.stderr.write(f"{PROG}: rank {environment.rank_told()}: {stop}\n")
         return EXIT_STOPPED
     except CheckFailedError as error:
         _fail(error, argv, every_rank=True)
@@ -235,11 +236,11 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
     A rank that is not to speak waits for the one that is: a launcher ends every rank when the first has ended, and it
     must not be the only one with the message.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    if every_rank or int(os.environ.get("LOCAL_RANK", rank)) == 0:
+    rank = environment.rank_told()
+    if every_rank or os.environ.get("LOCAL_RANK", str(rank)).strip() in ("", "0"):
         if _wants_traceback(argv):
             traceback.print_exception(error)
-        several = every_rank and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        several = every_rank and os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1")
         text = " ".join(str(error).split())
         sys.stderr.write(f"{PROG}: {f'rank {rank}: ' if several else ''}error: {text}\n")
     else:

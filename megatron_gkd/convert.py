@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_gkd import environment
 from megatron_gkd.config import Flag, flags_of
 from megatron_gkd.errors import CheckpointError, ConfigError
 from megatron_gkd.flags import parse
@@ -96,7 +97,7 @@ def _refuse_with_bridge(cfg: ConvertConfig) -> None:
     for name, flag in convert_flags().items():
         if name not in taken and getattr(cfg, name) != default_of(flag.item):
             raise ConfigError(f"--bridge {cfg.bridge} takes no --{name}: it converts in one process, unchecked")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (environment.number("WORLD_SIZE") or 1) > 1:
         raise ConfigError(f"--bridge {cfg.bridge} converts in one process: start it without torchrun")
 
 

@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_gkd import environment
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
 
@@ -61,7 +61,7 @@ class SampleConfig(Section):
 
     def check(self) -> None:
         """Combinations that cannot work. Raises ConfigError."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if (environment.number("WORLD_SIZE") or 1) > 1:
             raise ConfigError(
                 "sample is one process, and torchrun started several; start it without, and give --vllm_mode "
                 "subprocess with --vllm_tensor_parallel_size for a model that needs several GPUs"

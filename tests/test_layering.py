@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_gkd"
 LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
     0: {
         *("__init__", "errors", "records", "settings", "config", "contradictions", "not_built", "flags"),
-        "server_list",
+        *("server_list", "environment"),
         *("sample_config", "check_config", "observe"),
     },
     1: {"platform", "parallel"},

@@ -7,12 +7,12 @@ message on every rank.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_gkd import environment
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
@@ -113,13 +113,13 @@ def _teacher_ranks(config: RunConfig, world_size: int) -> int:
     count, asked = teacher.teacher_world_size, f"--teacher_world_size {teacher.teacher_world_size}"
     if count is None:
         assert teacher.teacher_nodes is not None, "RunConfig.validate refuses separate ranks without their number"
-        local = os.environ.get("LOCAL_WORLD_SIZE")
+        local = environment.number("LOCAL_WORLD_SIZE", least=1)
         if local is None:
             raise ConfigError(
                 f"--teacher_nodes {teacher.teacher_nodes} counts nodes, and nothing says how many ranks a node has: "
                 "start under torchrun, or give --teacher_world_size"
             )
-        count, asked = teacher.teacher_nodes * int(local), f"--teacher_nodes {teacher.teacher_nodes} of {local} ranks"
+        count, asked = teacher.teacher_nodes * local, f"--teacher_nodes {teacher.teacher_nodes} of {local} ranks"
     if count >= world_size:
         least = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
         raise LayoutError(
