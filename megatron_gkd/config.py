@@ -261,6 +261,11 @@ class ParallelConfig(Section):
     distributed_timeout_minutes: float = setting(
         10.0, "Minutes after which a collective that does not finish is an error.", gt=0
     )
+    check_replicas_steps: int = setting(
+        100,
+        "Compare the weights of the data parallel replicas before the first step and every this many steps; 0: never.",
+        ge=0,
+    )
 
 
 @dataclass(frozen=True)
