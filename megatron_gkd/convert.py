@@ -49,8 +49,8 @@ class ConvertConfig(Section):
     """Conversion of a checkpoint between Hugging Face and Megatron."""
 
     to: Literal["megatron", "hf"] = setting(help="Format that is written.")
-    model: str = setting(help="Directory that is read: the other format.")
-    save: str = setting(help="Directory that is written; it must not exist.")
+    model: str = setting(help="Directory that is read: the other format.", path=True)
+    save: str = setting(help="Directory that is written; it must not exist.", path=True)
     tensor_model_parallel_size: int = setting(1, "Tensor parallel size of the ranks that convert.", ge=1)
     pipeline_model_parallel_size: int = setting(1, "Pipeline stages of the ranks that convert.", ge=1)
     expert_model_parallel_size: int = setting(1, "Expert parallel size of the ranks that convert.", ge=1)
@@ -62,6 +62,7 @@ class ConvertConfig(Section):
         None,
         "With --to hf: Hugging Face directory to take config and tokenizer from, where the checkpoint has none "
         "(one of a training run).",
+        path=True,
     )
     check: bool = setting(False, "Afterwards, compare logits on a sample text with transformers'; loads the model.")
     check_tolerance: float = setting(1e-3, "Largest difference of a logit, in fp32, that --check accepts.", gt=0)

@@ -16,10 +16,12 @@ from megatron_gkd.settings import Section, setting
 class SampleConfig(Section):
     """Sampling of a data set's prompts from a model, to a file."""
 
-    model: str = setting(help="Model to sample from: a Hugging Face model directory.")
-    result_path: str = setting(help="JSONL file that is written: the prompts with the sampled completions.")
+    model: str = setting(help="Model to sample from: a Hugging Face model directory.", path=True)
+    result_path: str = setting(help="JSONL file that is written: the prompts with the sampled completions.", path=True)
     dataset: list[str] = setting(
-        (), "Prompts: JSONL or Parquet files, or data sets saved on disk; completions in them are not used."
+        (),
+        "Prompts: JSONL or Parquet files, or data sets saved on disk; completions in them are not used.",
+        path=True,
     )
     max_new_tokens: int = setting(512, "Most tokens sampled per completion.", gt=0)
     num_return_sequences: int = setting(1, "Completions per prompt.", ge=1)

@@ -243,6 +243,7 @@ def _configure_forkserver() -> None:
 
 def _rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.freeze()
     with open(f"{tmp}/stack{rank}", "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
         torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """All ranks go on, or all raise: for whatever one rank alone may find wrong, while the others would wait for it.
 
     inputs = all_or_none(lambda: read(path))            done by every rank; an error on one is an error on all
-    require_same({"--beta": "0.5", ...}, "started")     what differs between ranks is named, with ranks, hosts and values
+    require_same({"--beta": "0.5"}, "started alike")    what differs is named, with ranks, hosts and values
     path = on_first(lambda: choose())                   done by the first rank, told to the others
 
 Work that takes longer than a collective may last is first_rank.py's.

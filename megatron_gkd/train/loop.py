@@ -30,6 +30,7 @@ from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
 from megatron_gkd.train.plans import evaluates_after, saves_after
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import open_checkpoints, resume
+from megatron_gkd.train.run_lock import locked
 from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.setup import Run, TeacherRun, build, join
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
@@ -49,15 +50,16 @@ def run_training(config: RunConfig) -> None:
     run_dir, asked = Path(config.checkpoint.save), config
     try:
         join(config)
-        config = choose_start(config)
-        all_or_none(lambda: _check_run_dir(config, run_dir))
-        run = build(config)
-        agreement = StopAgreement() if config.teacher.teacher_placement == "separate" else None
-        if isinstance(run, TeacherRun):
-            assert agreement is not None
-            serve_training(run, agreement)
-        else:
-            _run_student(run, run_dir, agreement, asked=asked)
+        with locked(run_dir):
+            config = choose_start(config)
+            all_or_none(lambda: _check_run_dir(config, run_dir))
+            run = build(config)
+            agreement = StopAgreement() if config.teacher.teacher_placement == "separate" else None
+            if isinstance(run, TeacherRun):
+                assert agreement is not None
+                serve_training(run, agreement)
+            else:
+                _run_student(run, run_dir, agreement, asked=asked)
     except RuntimeError as error:
         lost = lost_rank(error, config.checkpoint.save, config.parallel.distributed_timeout_minutes)
         if lost is None:
