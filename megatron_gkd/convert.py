@@ -115,12 +115,12 @@ def run_convert(cfg: ConvertConfig) -> None:
     from megatron_gkd.architecture import read_architecture
     from megatron_gkd.parallel.layout import Layout
     from megatron_gkd.weights.hf_writer import check_destination
-    from megatron_gkd.weights.megatron_files import is_megatron_checkpoint
+    from megatron_gkd.weights.megatron_files import is_megatron_checkpoint, what_it_is
     from megatron_gkd.weights.plan import check_layout
 
     platform.init_distributed(platform.setup("cpu"))
     if is_megatron_checkpoint(cfg.model) != (cfg.to == "hf"):
-        found = "is already a Megatron checkpoint" if cfg.to == "megatron" else "is no Megatron distributed checkpoint"
+        found = "is already a Megatron checkpoint" if cfg.to == "megatron" else what_it_is(cfg.model)
         raise CheckpointError(f"{cfg.model} {found}; --to {cfg.to} needs a directory of the other format")
     check_destination(Path(cfg.save))
     arch = read_architecture(cfg.hf_config or cfg.model)
@@ -211,6 +211,7 @@ def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
 
     from megatron_gkd.model.build import build_model
     from megatron_gkd.parallel.groups import build_groups
+    from megatron_gkd.parallel.together import gathered, on_first
     from megatron_gkd.weights.chunks import ExpertRank, check_chunks
     from megatron_gkd.weights.compare import model_logits, reference_logits, sample_tokens
     from megatron_gkd.weights.megatron_files import MegatronCheckpoint
@@ -221,14 +222,28 @@ def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
     MegatronCheckpoint(megatron_dir, chunks, arch, groups).fill(check_chunks(chunks, arch, ExpertRank.of(groups)))
     tokens = sample_tokens(hf_dir, arch)
     logits = model_logits(chunks, layout, groups, arch, tokens)
-    if logits is None or groups.tp.rank() != 0 or groups.dp.rank() != 0:
-        return
-    difference = float((logits - reference_logits(hf_dir, tokens)).abs().max())
-    print(f"largest difference of {logits.numel()} logits from transformers': {difference:.3g}", flush=True)
-    if not difference <= cfg.check_tolerance:
+    difference = 0.0
+    if logits is not None and groups.tp.rank() == 0 and groups.dp.rank() == 0:
+        difference = float((logits - reference_logits(hf_dir, tokens)).abs().max())
+        print(f"largest difference of {logits.numel()} logits from transformers': {difference:.3g}", flush=True)
+    worst = [value for value in gathered(difference) if not value <= cfg.check_tolerance]
+    if worst:  # NaN is worse than any number
+        aside = on_first(lambda: _set_aside(Path(cfg.save)))
         raise CheckpointError(
-            f"--check: logits differ by {difference:.3g}, accepted is {cfg.check_tolerance:.3g}; do not use {cfg.save}"
+            f"--check: logits differ by {worst[0]:.3g}, accepted is {cfg.check_tolerance:.3g}: what was written is "
+            f"wrong, and is now {aside}; do not use it"
         )
+
+
+def _set_aside(written: Path) -> str:
+    """Under another name nobody takes it for a model that was checked."""
+    aside = written.with_name(f"{written.name}.wrong")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = written.with_name(f"{written.name}.wrong{number}")
+    written.rename(aside)
+    return str(aside)
 
 
 def _name(dtype: torch.dtype) -> Any:

@@ -83,6 +83,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("use_distributed_optimizer", True, ("false", False), ("x",)),
     ("device", "auto", ("cpu", "cpu"), ("tpu",)),
     ("distributed_timeout_minutes", 10.0, ("30", 30.0), ("0",)),
+    ("check_replicas_steps", 100, ("0", 0), ("-1", "1.5")),
     ("dataset", [], ("d.jsonl", ["d.jsonl"]), ()),
     ("dataset_weights", [], ("0.7", [0.7]), ("0", "-1", "x", "nan")),
     ("eval_dataset", [], ("e.jsonl", ["e.jsonl"]), ()),

@@ -28,7 +28,7 @@ from megatron_gkd.data.dataset import Rows
 from megatron_gkd.errors import GKDError
 from megatron_gkd.settings import show
 from megatron_gkd.weights.fingerprint import fingerprint
-from megatron_gkd.weights.hf_files import INDEX_FILE, SIDE_FILES, has_safetensors
+from megatron_gkd.weights.hf_files import INDEX_FILE, has_safetensors, side_files
 
 # Flags that may differ: what a rank prints.
 FREE: Final = frozenset({"log_level"})
@@ -97,7 +97,8 @@ def model_facts(flag: str, path: str, *, weights: bool = True) -> dict[str, str]
             facts[f"{flag}, its weights,"] = fingerprint(path, ends_only=True)[:_SHOWN_DIGITS]
         except (GKDError, OSError) as error:
             facts[f"{flag}, its weights,"] = f"unreadable ({' '.join(str(error).split())[:200]})"
-    names = [name for name in (*SIDE_FILES, INDEX_FILE) if not name.startswith(("LICENSE", "NOTICE"))]
+    found = side_files(Path(path)) if Path(path).is_dir() else []
+    names = [name for name in (*found, INDEX_FILE) if not name.startswith(("LICENSE", "NOTICE"))]
     return facts | {f"{flag}/{name}": _content(Path(path) / name) for name in names if (Path(path) / name).is_file()}
 
 

@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple, Self
 import torch
 
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.git_lfs import refuse_lfs_pointer
 from megatron_gkd.weights.plan import Span
 
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -39,9 +40,11 @@ SIDE_FILES: Final = (
         "additional_chat_templates",
     ),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
 )
+# Tokenizers of mistral-common by their version, and of tiktoken by the model's name.
+_SIDE_PATTERNS: Final = ("tokenizer.model.v*", "*.tiktoken")
 
 
 class _Entry(NamedTuple):
@@ -189,12 +192,19 @@ class HFCheckpoint:
             done += count
 
 
+def side_files(path: Path) -> list[str]:
+    """Names of the files and directories beside the weights that an export carries over."""
+    matching = {found.name for pattern in _SIDE_PATTERNS for found in path.glob(pattern)}
+    return [name for name in SIDE_FILES if (path / name).exists() or (path / name).is_symlink()] + sorted(matching)
+
+
 def check_side_files(path: Path) -> None:
-    """An export copies what they lead to, so a link may not lead out of the directory."""
-    for name in SIDE_FILES:
+    """An export copies what they lead to, so a link may not lead out of the directory. Nor may one be a pointer."""
+    for name in side_files(path):
         for file in (name, *(f"{name}/{entry.name}" for entry in (path / name).glob("*"))):
             if (path / file).is_symlink():
                 _inside(path, file)
+            refuse_lfs_pointer(path / file)
 
 
 def has_safetensors(path: Path) -> bool:
@@ -225,6 +235,7 @@ def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    refuse_lfs_pointer(path / INDEX_FILE)
     try:
         weight_map = json.loads(_inside(path, INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(text, str) for item in weight_map.items() for text in item):
@@ -248,12 +259,7 @@ def _check_index(path: Path, weight_map: dict[str, str], entries: dict[str, _Ent
 def _inside(path: Path, file: str) -> Path:
     """The file's real path; a link may stay in the directory or in the cache repository that holds it, not leave it."""
     target = (path / file).resolve()
-    root = path.resolve()
-    if (
-        root.parent.name == "snapshots"
-    ):  # the hub's cache: models--org--name/snapshots/<revision>/file -> ../../blobs/<hash>
-        root = root.parent.parent
-    if not target.is_relative_to(root):
+    if not any(target.is_relative_to(root) for root in _roots(path.resolve())):
         raise CheckpointError(
             f"{path / file} is a link to {target}, outside the model directory: copy the file instead"
         )
@@ -262,11 +268,21 @@ def _inside(path: Path, file: str) -> Path:
     return target
 
 
+def _roots(path: Path) -> list[Path]:
+    """The directory itself; in the hub's cache (models--org--name/snapshots/<revision>[/...]/file -> blobs/<hash>) also
+    the repository, and the place that its `blobs` is a link to."""
+    for ancestor in path.parents:
+        if ancestor.name == "snapshots" and (ancestor.parent / "blobs").is_dir():
+            return [path, ancestor.parent, (ancestor.parent / "blobs").resolve()]
+    return [path, path.parent.parent] if path.parent.name == "snapshots" else [path]
+
+
 def _read_header(path: Path, file: str) -> dict[str, _Entry]:
     """Names, dtypes and shapes of one file, checked against its size: a half-copied file is found before training."""
     target = _inside(path, file)
     if not target.is_file():
         raise CheckpointError(f"{path / file} is no file")
+    refuse_lfs_pointer(target)
     size = target.stat().st_size
     with open(target, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

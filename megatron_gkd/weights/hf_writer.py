@@ -23,10 +23,10 @@ from megatron_gkd.errors import CheckpointError
 from megatron_gkd.weights.hf_files import (
     DTYPES,
     INDEX_FILE,
-    SIDE_FILES,
     SINGLE_FILE,
     cast_checked,
     check_side_files,
+    side_files,
 )
 
 DEFAULT_SHARD_BYTES: Final = 5 * 10**9
@@ -153,7 +153,7 @@ def check_destination(out_dir: Path) -> None:
 
 def copy_side_files(source_dir: Path, out_dir: Path) -> None:
     """Copy config, generation config, tokenizer, chat templates and licence, byte for byte."""
-    for name in SIDE_FILES:
+    for name in side_files(source_dir):
         source = source_dir / name
         if source.is_dir():
             shutil.copytree(source, out_dir / name)
