@@ -25,7 +25,7 @@ from megatron_gkd.model.build import DTYPES, HiddenStateGPTModel, build_model
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.parallel.together import all_or_none, require_same
+from megatron_gkd.parallel.together import require_same
 from megatron_gkd.teacher_pipeline import RemoteTeacher, Teacher, TeacherPipeline, signal_spec
 from megatron_gkd.teacher_server.probes import PROBE_TOKENS, Needs, probe_tokens
 from megatron_gkd.train.alike import row_facts, start_facts
@@ -111,8 +111,7 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     """Check, then build. Collective over all ranks, which have met (`join`)."""
     where = platform.setup(config.parallel.device)
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
-    world_size = dist.get_world_size()
-    inputs = all_or_none(lambda: read_inputs(config, world_size, with_training_data=with_training_data))
+    inputs = read_inputs(config, dist.get_world_size(), with_training_data=with_training_data)
     require_same(row_facts(inputs.rows, inputs.eval_rows), "given the same rows")
     groups = build_groups(inputs.student_layout)
     here = inputs.student_layout.holds(dist.get_rank())
