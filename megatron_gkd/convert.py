@@ -33,7 +33,7 @@ from megatron_gkd.config import Flag, flags_of
 from megatron_gkd.errors import CheckpointError, ConfigError
 from megatron_gkd.flags import parse
 from megatron_gkd.observe.logging import get_logger
-from megatron_gkd.settings import Section, default_of, setting
+from megatron_gkd.settings import Section, default_of, setting, show
 
 if TYPE_CHECKING:
     import torch
@@ -114,11 +114,15 @@ def run_convert(cfg: ConvertConfig) -> None:
     from megatron_gkd import platform
     from megatron_gkd.architecture import read_architecture
     from megatron_gkd.parallel.layout import Layout
+    from megatron_gkd.parallel.together import require_same
+    from megatron_gkd.train.alike import program_facts
     from megatron_gkd.weights.hf_writer import check_destination
     from megatron_gkd.weights.megatron_files import is_megatron_checkpoint, what_it_is
     from megatron_gkd.weights.plan import check_layout
 
     platform.init_distributed(platform.setup("cpu"))
+    flags = {f"--{name}": show(getattr(cfg, name)) for name in convert_flags() if name != "log_level"}
+    require_same({**flags, **program_facts()}, "started alike")
     if is_megatron_checkpoint(cfg.model) != (cfg.to == "hf"):
         found = "is already a Megatron checkpoint" if cfg.to == "megatron" else what_it_is(cfg.model)
         raise CheckpointError(f"{cfg.model} {found}; --to {cfg.to} needs a directory of the other format")
