@@ -104,7 +104,7 @@ def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> No
 
         dist.init_process_group(platform.backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    store = dist.PrefixStore("default_pg", meet(start, about=platform.backend, timeout=timeout))
+    store = meet(start, about=platform.backend, timeout=timeout)
     try:
         dist.init_process_group(
             platform.backend, store=store, rank=start.rank, world_size=start.world_size, timeout=timeout

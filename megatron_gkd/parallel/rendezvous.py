@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported, not by name
 
 from megatron_gkd import environment
 from megatron_gkd.errors import ConfigError
@@ -69,8 +70,8 @@ def read_start() -> Start | None:
     return Start(rank, world_size, os.environ["MASTER_ADDR"].strip(), port)
 
 
-def meet(start: Start, *, about: str, timeout: timedelta) -> dist.Store:
-    """The store of all ranks, when all have come. Collective over the world that `start` describes.
+def meet(start: Start, *, about: str, timeout: timedelta) -> Store:
+    """A store for the process group of all ranks, when all have come. Collective over the world that `start` describes.
 
     Args:
         about: what has to be the same on every rank for a process group to be made: the backend.
@@ -82,7 +83,7 @@ def meet(start: Start, *, about: str, timeout: timedelta) -> dist.Store:
     store = _open_store(start, timeout)
     # An agent that keeps one store for all attempts must not show this one the records of the last.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    records = dist.PrefixStore(f"megatron_gkd/start_{attempt}", store)
+    records = PrefixStore(f"megatron_gkd/start_{attempt}", store)
     try:
         if records.add(f"count_{start.rank}", 1) > 1:
             raise ConfigError(
@@ -100,15 +101,15 @@ def meet(start: Start, *, about: str, timeout: timedelta) -> dist.Store:
         ) from error
     if verdict:
         raise ConfigError(verdict)
-    return store
+    return PrefixStore("default_pg", store)  # as torch does: the store may serve others too
 
 
-def _open_store(start: Start, timeout: timedelta) -> dist.Store:
+def _open_store(start: Start, timeout: timedelta) -> Store:
     minutes = f"{timeout.total_seconds() / 60:g} minutes"
     try:
         # As torch's env:// makes it, but that it does not wait for the others: it cannot say which are missing.
         of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(
+        store = TCPStore(
             start.address,
             start.port,
             start.world_size,
@@ -133,7 +134,7 @@ def _open_store(start: Start, timeout: timedelta) -> dist.Store:
     return store
 
 
-def _verdict(records: dist.Store, start: Start, left: timedelta, timeout: timedelta) -> str:
+def _verdict(records: Store, start: Start, left: timedelta, timeout: timedelta) -> str:
     """On the first rank: what is wrong with those that came, or "" when all is well; written down for the others."""
     keys = [f"rank_{rank}" for rank in range(start.world_size)]
     with contextlib.suppress(dist.DistError, RuntimeError):  # said below, by number
@@ -146,7 +147,7 @@ def _verdict(records: dist.Store, start: Start, left: timedelta, timeout: timede
     return verdict
 
 
-def _wait_for_verdict(records: dist.Store, timeout: timedelta) -> str:
+def _wait_for_verdict(records: Store, timeout: timedelta) -> str:
     # The first rank waits as long for the last one; it may have come later than this one.
     records.wait(["verdict"], 2 * timeout + timedelta(seconds=_LINGER_S))
     verdict = records.get("verdict").decode()
