@@ -1,15 +1,23 @@
 # make help: what there is. The environment is made by launch/setup_env.sh on first use.
 VENV ?= $(if $(GKD_VENV),$(GKD_VENV),.venv)
 PYTHON := $(VENV)/bin/python
-SHELL_SCRIPTS := $(wildcard launch/*.sh) launch/slurm.sbatch tests/setup_swift.sh .ci/run
+SHELL_SCRIPTS := $(wildcard launch/*.sh) launch/slurm.sbatch tests/setup_swift.sh tests/compat.sh .ci/run
 PYTEST_ARGS ?=
 
 export OMP_NUM_THREADS := 1
 
-.PHONY: help env check format test bench docs
+.PHONY: help env check format test test-fast test-nightly test-kernels bench docs
+
+# Tests whose numbers come from float32 arithmetic, and settings under which the CPU's libraries take other kernels.
+KERNEL_TESTS := tests/model tests/weights/test_logits.py tests/test_platform.py tests/test_teacher_pipeline.py \
+	tests/test_vocab_parallel_jsd.py tests/test_vocab_parallel_ce.py tests/test_topk_jsd.py tests/test_fused_linear_jsd.py \
+	tests/test_convert.py tests/examples/test_gguf_to_hf.py $(addprefix tests/train/test_,$(addsuffix .py,step_exact \
+	privileged layout_pairs pitfalls evaluate export golden checkpoint separate_runs server_teacher))
+KERNELS := ATEN_CPU_CAPABILITY=default,MKL_CBWR=COMPATIBLE,ONEDNN_MAX_CPU_ISA=SSE41 \
+	ATEN_CPU_CAPABILITY=avx2,MKL_CBWR=AVX2,ONEDNN_MAX_CPU_ISA=AVX2
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 env:  ## make or update the environment
 	@bash launch/setup_env.sh
@@ -24,8 +32,18 @@ format: env  ## rewrite the code in the project's format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-test: env  ## the whole CPU test suite (PYTEST_ARGS="-m 'not slow'" for the quick part)
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+test:  ## the whole CPU test suite, as continuous integration runs it
+	bash launch/run_tests.sh $(PYTEST_ARGS)
+
+test-fast:  ## the inner loop: all that takes seconds
+	bash launch/run_tests.sh -m "not slow" $(PYTEST_ARGS)
+
+test-nightly:  ## with every kill, fuzzed input and grid in full (hours)
+	GKD_TEST_FULL=1 bash launch/run_tests.sh $(PYTEST_ARGS)
+
+test-kernels: env  ## the numeric tests again, with the kernels of other CPUs
+	@for kernels in $(KERNELS); do echo "== $$kernels"; \
+	env $$(echo $$kernels | tr , ' ') $(PYTHON) -m pytest -q $(KERNEL_TESTS) $(PYTEST_ARGS) || exit 1; done
 
 docs: env  ## links, file map, command lines and configuration page of the documentation
 	$(PYTHON) -m pytest -q tests/test_docs.py

@@ -121,7 +121,8 @@ class Bench:
         from megatron_gkd.model.build import build_model
         from megatron_gkd.parallel.groups import build_groups
         from megatron_gkd.parallel.layout import Layout
-        from megatron_gkd.train.checkpoint import TrainerState, describe_run, save_checkpoint
+        from megatron_gkd.train.checkpoint import TrainerState, describe_run
+        from megatron_gkd.train.checkpoint.saving import Save
         from megatron_gkd.train.student import Student
 
         self.root = root
@@ -132,7 +133,7 @@ class Bench:
         description = describe_run(RunConfig.from_flat({"model": str(root / "source")}), self.student, "cpu")
         self.state = TrainerState(1, 8, "rows", "student", True)
         self.options: dict[str, Any] = {"description": description}
-        self.checkpoint = save_checkpoint(root / "kept", self.student, self.state, **self.options)
+        self.checkpoint = Save(root / "kept", self.student, self.state, **self.options).finish()
         self.files = sorted(path for path in self.checkpoint.iterdir() if path.is_file())
         self.memory = [torch.zeros(path.stat().st_size, dtype=torch.uint8).numpy().data for path in self.files]
         self.num_bytes = sum(len(part) for part in self.memory)
@@ -143,10 +144,10 @@ class Bench:
         return taken
 
     def save(self) -> Seconds:
-        from megatron_gkd.train.checkpoint import save_checkpoint
+        from megatron_gkd.train.checkpoint.saving import Save
 
         run_dir = self.root / "saved"
-        taken = timed(lambda: save_checkpoint(run_dir, self.student, self.state, **self.options), CPU)
+        taken = timed(lambda: Save(run_dir, self.student, self.state, **self.options).finish(), CPU)
         shutil.rmtree(run_dir)
         return taken
 

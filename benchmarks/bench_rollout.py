@@ -44,7 +44,7 @@ from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
 from megatron_gkd.train.score import student_logprobs
 from megatron_gkd.weights.delivery import Delivery
-from megatron_gkd.weights.export import hf_tensor_stream
+from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights
 from megatron_gkd.weights.plan import hf_tensor_shapes
@@ -63,9 +63,7 @@ class Bench:
         with HFCheckpoint(options.model) as checkpoint:
             load_hf_weights(self.chunks, checkpoint, self.arch, tp_rank=0, tp_size=1)
         dtype = DTYPES[options.dtype]
-        stream = hf_tensor_stream(
-            self.chunks, self.arch, self.groups, bucket_bytes=options.bucket_mb * MiB, dtypes=dtype
-        )
+        stream = HFTensorStream(self.chunks, self.arch, self.groups, bucket_bytes=options.bucket_mb * MiB, dtypes=dtype)
         group = dist.group.WORLD
         assert group is not None
         self.buckets = Delivery(stream, group, to="everyone")

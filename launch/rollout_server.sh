@@ -15,8 +15,8 @@
 #
 # Environment:
 #   MODEL      Hugging Face directory of the student (required); its config decides the shapes
-#   HOST       interface to listen on (default: 127.0.0.1). THE ENDPOINTS THAT LOAD WEIGHTS ASK FOR NO KEY, even with --api-key:
-#              whoever reaches the port can replace the model and run the worker's methods. Another interface only inside a
+#   HOST       interface to listen on (default: 127.0.0.1). Whoever reaches the port can sample (VLLM_API_KEY asks for a key); the
+#              endpoints that load weights ask for a secret, which http carries in plain text. Another interface only inside a
 #              network that you trust.
 #   PORT       (default: 8000)
 #   DTYPE      fp32, bf16 or fp16, as --dtype of the run (default: bf16)
@@ -26,6 +26,9 @@
 #   KV_CACHE_BYTES    size of the KV cache (default: on a CPU 1 GiB, on a GPU what GPU_MEMORY leaves)
 #   READ_WEIGHTS      1 loads the weights of MODEL, for sampling without a push (default: 0, they come with the first push)
 #   GKD_VENV          environment to run in (default: .venv in the repository)
+#   GKD_ROLLOUT_SECRET_FILE   file with that secret, which is made if it is not there (default: ~/.megatron_gkd/rollout_secret).
+#                     The run reads the same file: on another machine without your home directory, copy it there (mode 0600)
+#                     and set the variable for the run.
 #   VLLM_API_KEY      key for completions, if there is to be one; the run reads the same variable
 set -euo pipefail
 
@@ -75,10 +78,13 @@ esac
 case $host in
     127.* | localhost | ::1) ;;
     *)
-        warn "WARNING: listening on $host, not on the loopback interface. The endpoints that load weights ask for no key:" \
-            "WARNING: whoever reaches port $port can replace the model and run code of its workers. Trusted networks only."
+        warn "WARNING: listening on $host, not on the loopback interface: whoever reaches port $port can sample, and whoever reads" \
+            "WARNING: the network learns the secret that loads weights. Trusted networks only."
         ;;
 esac
+if [[ -n ${VLLM_API_KEY:-} && $(LC_ALL=C tr -d '!-~' <<<"$VLLM_API_KEY" | wc -c) -ne 1 ]]; then
+    die "VLLM_API_KEY holds a blank, a line end or another character that cannot be sent; it is not shown here"
+fi
 [[ -x $venv/bin/python ]] || die "there is no $venv/bin/python; bash launch/setup_env.sh makes the environment"
 
 # ---- what the server is -----------------------------------------------------------------------------------------------
@@ -87,7 +93,7 @@ model_flags=(--dtype "$dtype" --tensor-parallel-size "$tp" --load-format "$load_
 [[ -z ${MAX_MODEL_LEN:-} ]] || model_flags+=(--max-model-len "$MAX_MODEL_LEN")
 # the worker extension takes the weights; sampling defaults of a generation_config.json must not change a run
 rollout_flags=(
-    --worker-extension-cls megatron_gkd.rollout.worker.RolloutWorker
+    --worker-extension-cls megatron_gkd.rollout.worker.RolloutWorker --middleware megatron_gkd.rollout.gate.Gate
     --generation-config vllm --logprobs-mode raw_logprobs --enable-prompt-tokens-details
 )
 on_cpu=true
@@ -102,6 +108,18 @@ else
     memory_flags=(--gpu-memory-utilization "${GPU_MEMORY:-0.9}")
     [[ -z $kv_cache_bytes ]] || memory_flags+=(--kv-cache-memory-bytes "$kv_cache_bytes")
 fi
+
+# ---- secret -----------------------------------------------------------------------------------------------------------
+# made once, by whichever server comes first: written beside, then linked into place, which fails where there is one
+make_secret() {
+    local file=$1 new
+    mkdir -p "$(dirname "$file")"
+    new=$(mktemp "$file.XXXXXX") # mode 0600
+    od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n' >"$new"
+    ln "$new" "$file" 2>/dev/null || true
+    rm -f "$new"
+}
+export GKD_ROLLOUT_SECRET_FILE=${GKD_ROLLOUT_SECRET_FILE:-${HOME:?}/.megatron_gkd/rollout_secret}
 
 # ---- environment ------------------------------------------------------------------------------------------------------
 export VLLM_SERVER_DEV_MODE=1 # pause, weights, versions
@@ -120,4 +138,8 @@ if $dry_run; then
     exit 0
 fi
 if (exec 3<>"/dev/tcp/$host/$port") 2>/dev/null; then die "port $port of $host is in use; give another PORT"; fi
+[[ -e $GKD_ROLLOUT_SECRET_FILE ]] || (umask 077 && make_secret "$GKD_ROLLOUT_SECRET_FILE")
+if [[ ! -O $GKD_ROLLOUT_SECRET_FILE || -n $(find "$GKD_ROLLOUT_SECRET_FILE" -perm /077) ]]; then
+    die "GKD_ROLLOUT_SECRET_FILE=$GKD_ROLLOUT_SECRET_FILE is to be a file of yours that nobody else can read: chmod 600 it"
+fi
 exec "${command[@]}"

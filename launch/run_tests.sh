@@ -3,10 +3,10 @@
 #
 #   bash launch/run_tests.sh                       # everything; arguments go to pytest:
 #   bash launch/run_tests.sh -m "not slow" -x      # the quick part, stop at the first failure
-#   bash launch/run_tests.sh tests/test_report.py
+#   bash launch/run_tests.sh -n 0 tests/test_flags.py   # in one process
 #
-# Hardware: 2 CPU cores and 8 GB of memory; no GPU, no account. Tests that need a GPU skip themselves.
-# Time:     see docs/index.md; the set-up takes minutes the first time and nothing after that.
+# Hardware: 2 CPU cores and 16 GB of memory; no GPU, no account. Tests that need a GPU skip themselves.
+# Time:     see docs/testing.md; the set-up takes minutes the first time and nothing after that.
 # Expect:   pytest's closing line, "<n> passed", as the last line.
 set -euo pipefail
 
@@ -27,4 +27,4 @@ cd "$root"
 # one thread per process: tests start several ranks, and threads that wait for each other cost more than they bring
 export OMP_NUM_THREADS=1
 export GKD_REQUIRE_SWIFT=1 # its tests fail, and do not skip themselves, where it is missing
-exec "$venv/bin/python" -m pytest "$@"
+exec "$venv/bin/python" -m pytest -n 2 --durations 30 "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the Python environment of megatron-gkd: .venv in the repository, pinned packages, the package itself (editable).
 #
-#   bash launch/setup_env.sh           # CPU set: requirements/cpu.txt
+#   bash launch/setup_env.sh           # CPU set: requirements/cpu.txt; on Python 3.12 what cpu-py312.txt says instead
 #   bash launch/setup_env.sh --gpu     # CUDA set: requirements/gpu.txt (compiles transformer-engine's torch extension)
 #
 # Hardware: any x86-64 Linux; about 2 GB of disk for the CPU set. Needs Python 3.11 or 3.12 with the venv module.
@@ -53,7 +53,7 @@ done
 requirements=$root/requirements/$set_name.txt
 
 # ---- is there anything to do? ---------------------------------------------------------------------------------------
-wanted=$(cat "$requirements" "$root/pyproject.toml" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
+wanted=$(cat "$root/requirements/$set_name"*.txt "$root/pyproject.toml" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
 wanted="$set_name $wanted $root"
 stamp=$venv/.megatron-gkd-stamp
 if [[ -x $venv/bin/megatron-gkd && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
@@ -94,12 +94,26 @@ mapfile -t compiled < <(grep -E '^transformer_engine_torch==' "$requirements" ||
 
 install() { run "${pip[@]}" "$@" || die "the installer failed (see above); GKD_PIP_ARGS passes it extra arguments, see --help"; }
 
-rest=$(mktemp)
-trap 'rm -f "$rest"' EXIT
-grep -vE '^transformer_engine_torch==' "$requirements" >"$rest"
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+grep -E '^[A-Za-z]' "$requirements" | grep -vE '^transformer_engine_torch==' >"$temporary/pins"
+other=$root/requirements/$set_name-py$("$python" -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
+if [[ -f $other ]]; then
+    say "with the other versions of requirements/${other##*/}"
+    grep -E '^[A-Za-z]' "$other" >"$temporary/other"
+    # no package twice: where both files name one, the second's version
+    cat "$temporary/other" "$temporary/pins" | awk -F== '!seen[$1]++' >"$temporary/both"
+    mv "$temporary/both" "$temporary/pins"
+fi
+rest=$temporary/pins
+if [[ $set_name == cpu ]]; then # what CUDA builds bring comes with torch, or not at all
+    rest=$temporary/rest
+    grep -vE '^(nvidia|cuda)-' "$temporary/pins" >"$rest"
+fi
+if $dry_run; then sed 's/^/pin: /' "$rest"; fi
 say "installing ${first[*]} (the largest download)"
-install --constraint "$rest" "${first[@]}"
-say "installing $(grep -cE '^[A-Za-z]' "$requirements") pinned packages from requirements/$set_name.txt"
+install --constraint "$temporary/pins" "${first[@]}"
+say "installing $(wc -l <"$rest") pinned packages from requirements/$set_name.txt"
 install --no-deps --no-build-isolation --requirement "$rest"
 if ((${#compiled[@]})); then
     say "compiling ${compiled[*]} against the installed torch (minutes)"

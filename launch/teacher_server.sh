@@ -74,6 +74,9 @@ case $host in
             "WARNING: TEACHER_API_KEY is set. Trusted networks only."
         ;;
 esac
+if [[ -n ${TEACHER_API_KEY:-} && $(LC_ALL=C tr -d '!-~' <<<"$TEACHER_API_KEY" | wc -c) -ne 1 ]]; then
+    die "TEACHER_API_KEY holds a blank, a line end or another character that cannot be sent; it is not shown here"
+fi
 [[ -x $venv/bin/python ]] || die "there is no $venv/bin/python; bash launch/setup_env.sh makes the environment"
 
 # ---- what the server is -----------------------------------------------------------------------------------------------

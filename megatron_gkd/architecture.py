@@ -15,7 +15,7 @@ llama3's parameters.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from megatron_gkd.errors import CheckpointError, NotBuiltError
 from megatron_gkd.git_lfs import refuse_lfs_pointer
+from megatron_gkd.json_file import read_json, shown, whole_number
 from megatron_gkd.known_options import refuse_unknown_options
 
 
@@ -122,6 +123,32 @@ _OTHER_MOE_MODEL_TYPES: Final = (
     "deepseek_v3",
     "glm4_moe",
 )
+# What the numbers of a config.json may be, checked before transformers sees them: it makes lists of as many layers as
+# it is told. Whole numbers are at least 1 and at most this; none is near what a model has.
+_WHOLE: Final = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "vocab_size": 2**24,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "num_experts": 2**14,
+    "num_local_experts": 2**14,
+    "num_experts_per_tok": 2**14,
+    "moe_intermediate_size": 2**22,
+    "decoder_sparse_step": 10_000,
+    "max_position_embeddings": 2**31,
+}
+_REAL: Final = {  # finite, above the first number and up to the second
+    "rms_norm_eps": (0.0, 1.0),
+    "rope_theta": (0.0, 1e12),
+    "attention_dropout": (-1e-9, 1.0),
+    "router_jitter_noise": (-1e-9, 1.0),
+}
+_TRUTH: Final = ("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob", "use_sliding_window")
+_MOST_CONFIG_BYTES: Final = 10**7
+_MOST_EXPERTS: Final = 2**20  # of all layers
 SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 
 
@@ -133,6 +160,8 @@ def read_architecture(path: str | Path) -> Architecture:
     path = Path(path)
     raw = read_config_json(path)
     model_type = raw.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise CheckpointError(f"{path}: model_type is {shown(model_type)}; {_supported()}")
     if model_type in _OTHER_MOE_MODEL_TYPES:
         raise NotBuiltError(
             f"{path}: model_type {model_type!r} is a mixture of experts of a kind that is not built yet; {_supported()}"
@@ -141,6 +170,7 @@ def read_architecture(path: str | Path) -> Architecture:
         raise CheckpointError(f"{path}: model_type {model_type!r} is not supported; {_supported()}")
     family = _FAMILIES[model_type]
     _check_raw(path, raw, family)
+    _check_numbers(path, raw)
     refuse_unknown_options(path, raw, str(model_type))
     config = _load_config(path)
     _check_options(path, config)
@@ -153,13 +183,16 @@ def read_architecture(path: str | Path) -> Architecture:
         "num_key_value_heads",
         "intermediate_size",
         "vocab_size",
+        "max_position_embeddings",
     ):
-        if not isinstance(value := getattr(config, name), int) or value < 1:
-            raise CheckpointError(f"{path}: {name} is {value!r}; it must be a positive integer")
+        _check_whole(path, name, getattr(config, name))
     if heads % kv_heads != 0:
         raise CheckpointError(f"{path}: {heads} attention heads are not a multiple of {kv_heads} key/value heads")
-    if head_dim % 2 != 0:
-        raise CheckpointError(f"{path}: head_dim {head_dim} is odd; rotary embeddings need an even one")
+    if head_dim % 2 != 0 or head_dim < 2:
+        raise CheckpointError(f"{path}: head_dim {head_dim} is odd or 0; rotary embeddings need an even one")
+    _check_real(path, "rms_norm_eps", config.rms_norm_eps)
+    if type(config.tie_word_embeddings) is not bool:
+        raise CheckpointError(f"{path}: tie_word_embeddings is {shown(config.tie_word_embeddings)}; give true or false")
     return Architecture(
         model_type=model_type,
         num_layers=config.num_hidden_layers,
@@ -191,8 +224,8 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has no config.json; it is not a Hugging Face model directory")
     refuse_lfs_pointer(file)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = read_json(file, most_bytes=_MOST_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} is damaged: it holds {type(raw).__name__}, not an object")
@@ -231,6 +264,60 @@ def _check_raw(path: Path, raw: dict[str, Any], family: _Family) -> None:
         )
 
 
+def _check_numbers(path: Path, raw: dict[str, Any]) -> None:
+    """Types and ranges of what is given; null is a default of transformers'."""
+    for name, value in raw.items():
+        if value is None:
+            continue
+        if name in _WHOLE:
+            _check_whole(path, name, value)
+        elif name in _REAL:
+            _check_real(path, name, value)
+        elif name in _TRUTH and type(value) is not bool:
+            raise CheckpointError(f"{path}: {name} is {shown(value)}; give true or false")
+        elif name in ("layer_types", "mlp_only_layers"):
+            kind = str if name == "layer_types" else int
+            if not isinstance(value, list) or not all(type(item) is kind for item in value):
+                raise CheckpointError(f"{path}: {name} is {shown(value)}; it must be a list of {kind.__name__}")
+        elif name in ("rope_scaling", "rope_parameters"):
+            _check_rope_numbers(path, name, value)
+    experts = raw.get("num_experts") or raw.get("num_local_experts") or 1
+    if (raw.get("num_hidden_layers") or 1) * experts > _MOST_EXPERTS:
+        raise CheckpointError(f"{path}: {raw['num_hidden_layers']} layers of {experts} experts; no model has so many")
+
+
+def _check_rope_numbers(path: Path, name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {name} is {shown(value)}; it must be an object")
+    for key, item in value.items():
+        if key in ("rope_type", "type"):
+            if not isinstance(item, str):
+                raise CheckpointError(f"{path}: {name}.{key} is {shown(item)}; it must be a word")
+        elif item is not None and type(item) not in (bool, list):
+            _check_real(path, f"{name}.{key}", item, _REAL.get(key, (-1e-9, 1e12)))
+
+
+def _check_whole(path: Path, name: str, value: Any) -> None:
+    try:
+        whole_number(value, _WHOLE[name], 1)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name} must be a positive integer: {error}") from None
+
+
+def _check_real(path: Path, name: str, value: Any, limits: tuple[float, float] | None = None) -> None:
+    above, most = limits or _REAL[name]
+    if type(value) not in (int, float) or not math.isfinite(_as_float(value)) or not above < value <= most:
+        least = "0 or more" if above < 0 else f"above {above:g}"
+        raise CheckpointError(f"{path}: {name} is {shown(value)}; it must be a number {least}, at most {most:g}")
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
+
+
 def _check_options(path: Path, config: Any) -> None:
     """Refuse every option that changes what the model computes and is not built here."""
     refusals: list[tuple[bool, str]] = [
@@ -265,8 +352,7 @@ def _read_experts(path: Path, config: Any) -> MixtureOfExperts:
     qwen3 = config.model_type == "qwen3_moe"
     names = ("num_experts" if qwen3 else "num_local_experts", "num_experts_per_tok")
     for name in (*names, "moe_intermediate_size") if qwen3 else names:
-        if not isinstance(value := getattr(config, name), int) or value < 1:
-            raise CheckpointError(f"{path}: {name} is {value!r}; it must be a positive integer")
+        _check_whole(path, name, getattr(config, name))
     num_experts, top_k = (getattr(config, name) for name in names)
     if not 1 <= top_k <= num_experts:
         raise CheckpointError(f"{path}: {top_k} experts per token of {num_experts}")
@@ -304,16 +390,24 @@ def _read_rope(path: Path, config: Any, head_dim: int) -> Rope:
         raise CheckpointError(
             f"{path}: partial_rotary_factor {parameters['partial_rotary_factor']} is not supported (only 1)"
         )
+    _check_real(path, "rope_theta", parameters["rope_theta"])
     if kind == "default":
         inv_freq = 1.0 / parameters["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        _check_frequencies(path, kind, inv_freq, 1.0, head_dim)
         return Rope(tuple(inv_freq.tolist()), 1.0)
     compute: Callable[[Any], tuple[torch.Tensor, float]] = ROPE_INIT_FUNCTIONS[kind]
     try:
         inv_freq, attention_factor = compute(config)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
             f"{path}: the parameters of rope_type {kind!r} are incomplete or wrong: {error!r}"
         ) from error
-    if not bool(torch.isfinite(inv_freq).all()) or len(inv_freq) != head_dim // 2:
-        raise CheckpointError(f"{path}: the parameters of rope_type {kind!r} give no usable frequencies")
+    _check_frequencies(path, kind, inv_freq, attention_factor, head_dim)
     return Rope(tuple(inv_freq.float().tolist()), float(attention_factor))
+
+
+def _check_frequencies(path: Path, kind: str, inv_freq: Any, attention_factor: float, head_dim: int) -> None:
+    """Raise CheckpointError unless they turn something."""
+    usable = len(inv_freq) == head_dim // 2 and bool((inv_freq.isfinite() & (inv_freq >= 0)).all())
+    if not usable or not math.isfinite(attention_factor) or attention_factor <= 0:
+        raise CheckpointError(f"{path}: the parameters of rope_type {kind!r} give no usable frequencies")

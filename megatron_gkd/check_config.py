@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_gkd import environment
 from megatron_gkd.config import TeacherConfig
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
 
@@ -22,12 +23,12 @@ class CheckConfig(Section):
     teacher_model_server: str = setting(help="URL of the teacher server; several with commas.")
     gkd_logits_topk: int = setting(help="K, as in training: the most probable tokens that are compared.", gt=0)
     dataset: list[str] = setting(
-        (), "Rows with completions: JSONL or Parquet files, or data sets saved on disk.", path=True
+        help="Rows with completions: JSONL or Parquet files, or data sets saved on disk.", path=True
     )
     num_rows: int = setting(16, "Rows that are compared, from the first on.", ge=1)
     max_length: int = setting(1024, "Longest row in tokens; longer ones are left out.", ge=2)
     beta: float = setting(0.5, "Divergence of the loss that is compared.", ge=0, le=1)
-    dtype: Literal["fp32", "bf16", "fp16"] = setting("bf16", "Precision of the local teacher; give the server's.")
+    dtype: Dtype = setting("bf16", "Precision of the local teacher; give the server's.")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is a GPU, else CPU.")
     logprob_tolerance: float | None = setting(
         None, "Largest difference of a log-probability; null: 0.001 in fp32, 1 in bf16 and fp16.", gt=0
@@ -68,7 +69,7 @@ class CheckDataConfig(Section):
         help="The student: a Hugging Face model directory, for its tokenizer and chat template.", path=True
     )
     dataset: list[str] = setting(
-        (), "Data to be checked: JSONL or Parquet files, or data sets saved on disk.", path=True
+        help="Data to be checked: JSONL or Parquet files, or data sets saved on disk.", path=True
     )
     num_rows: int = setting(3, "Rows that are shown, from the first on; all are checked and counted.", ge=0)
     max_rows: int | None = setting(None, "Rows that are read; null: all.", ge=1)

@@ -17,10 +17,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pkgutil import resolve_name
+from typing import Any, Literal
 
 import megatron_gkd
 from megatron_gkd import environment
 from megatron_gkd.errors import CheckFailedError, ConfigError, GKDError, NotBuiltError, RunStoppedError
+from megatron_gkd.observe.text import visible
 
 PROG = "megatron-gkd"
 EXIT_CHECK_FAILED = 1
@@ -30,6 +33,7 @@ EXIT_INTERRUPTED = 130
 SILENT_RANK_WAITS_S = 20.0
 
 Action = Callable[[], None]
+Command = Callable[[list[str]], Action]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         action()
     except RunStoppedError as stop:
-        sys.stderr.write(f"{PROG}: rank {environment.rank_told()}: {stop}\n")
+        sys.stderr.write(visible(f"{PROG}: rank {environment.rank_told()}: {stop}\n"))
         return EXIT_STOPPED
     except CheckFailedError as error:
         _fail(error, argv, every_rank=True)
@@ -80,38 +84,50 @@ def _silence_megatron_fallbacks() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
-def _train(argv: list[str]) -> Action:
-    from megatron_gkd.flags import parse_run_config
-    from megatron_gkd.observe.logging import setup_logging
-
-    cfg = parse_run_config(argv, command="train")
-    cfg.validate("train")
+def _later(work: str, cfg: Any, log_level: str) -> Action:
+    """Do `work`, named "module:function", with the configuration; the module is imported then."""
 
     def action() -> None:
-        setup_logging(cfg.logging.log_level)
-        _silence_megatron_fallbacks()
-        from megatron_gkd.train.loop import run_training
+        from megatron_gkd.observe.logging import setup_logging
 
-        run_training(cfg)
+        setup_logging(log_level)
+        _silence_megatron_fallbacks()
+        resolve_name(f"megatron_gkd.{work}")(cfg)
 
     return action
 
 
-def _eval(argv: list[str]) -> Action:
-    from megatron_gkd.flags import parse_run_config
-    from megatron_gkd.observe.logging import setup_logging
+def _run_command(name: Literal["train", "eval"], work: str) -> Command:
+    """A command with the flags of a run."""
 
-    cfg = parse_run_config(argv, command="eval")
-    cfg.validate("eval")
+    def command(argv: list[str]) -> Action:
+        from megatron_gkd.flags import parse_run_config
 
-    def action() -> None:
-        setup_logging(cfg.logging.log_level)
-        _silence_megatron_fallbacks()
-        from megatron_gkd.train.evaluate import run_evaluation
+        cfg = parse_run_config(argv, command=name)
+        cfg.validate(name)
+        return _later(work, cfg, cfg.logging.log_level)
 
-        run_evaluation(cfg)
+    return command
 
-    return action
+
+def _own_command(name: str, section: str, work: str) -> Command:
+    """A command with flags of its own: those of `section`, named "module:class"."""
+
+    def command(argv: list[str]) -> Action:
+        from megatron_gkd.flags import parse_section
+
+        cfg = parse_section(argv, resolve_name(f"megatron_gkd.{section}"), command=name)
+        cfg.check()
+        return _later(work, cfg, cfg.log_level)
+
+    return command
+
+
+def _convert(argv: list[str]) -> Action:
+    from megatron_gkd.convert import parse_convert_config
+
+    cfg = parse_convert_config(argv)
+    return _later("convert:run_convert", cfg, cfg.log_level)
 
 
 def _report(argv: list[str]) -> Action:
@@ -119,37 +135,6 @@ def _report(argv: list[str]) -> Action:
         from megatron_gkd.report import main as report
 
         report(argv)
-
-    return action
-
-
-def _sample(argv: list[str]) -> Action:
-    from megatron_gkd.flags import parse_sample_config
-    from megatron_gkd.observe.logging import setup_logging
-
-    cfg = parse_sample_config(argv)
-    cfg.check()
-
-    def action() -> None:
-        setup_logging(cfg.log_level)
-        _silence_megatron_fallbacks()
-        from megatron_gkd.sample import run_sample
-
-        run_sample(cfg)
-
-    return action
-
-
-def _convert(argv: list[str]) -> Action:
-    from megatron_gkd.convert import parse_convert_config, run_convert
-    from megatron_gkd.observe.logging import setup_logging
-
-    cfg = parse_convert_config(argv)
-
-    def action() -> None:
-        setup_logging(cfg.log_level)
-        _silence_megatron_fallbacks()
-        run_convert(cfg)
 
     return action
 
@@ -165,54 +150,30 @@ def _check(argv: list[str]) -> Action:
     return CHECKS[name](rest)
 
 
-def _check_teacher(argv: list[str]) -> Action:
-    from megatron_gkd.flags import parse_check_config
-    from megatron_gkd.observe.logging import setup_logging
-
-    cfg = parse_check_config(argv)
-    cfg.check()
-
-    def action() -> None:
-        setup_logging(cfg.log_level)
-        _silence_megatron_fallbacks()
-        from megatron_gkd.train.check_teacher import run_check_teacher
-
-        run_check_teacher(cfg)
-
-    return action
+CHECKS: dict[str, Command] = {
+    "teacher": _own_command("check teacher", "check_config:CheckConfig", "train.check_teacher:run_check_teacher"),
+    "data": _own_command("check data", "check_config:CheckDataConfig", "data.check:run_check_data"),
+}
 
 
-def _check_data(argv: list[str]) -> Action:
-    from megatron_gkd.flags import parse_check_data_config
-    from megatron_gkd.observe.logging import setup_logging
-
-    cfg = parse_check_data_config(argv)
-    cfg.check()
-
-    def action() -> None:
-        setup_logging(cfg.log_level)
-        from megatron_gkd.data.check import run_check_data
-
-        run_check_data(cfg)
-
-    return action
-
-
-CHECKS: dict[str, Callable[[list[str]], Action]] = {"teacher": _check_teacher, "data": _check_data}
-
-
-def _not_built(name: str, advice: str) -> Callable[[list[str]], Action]:
+def _not_built(name: str, advice: str) -> Command:
     def command(argv: list[str]) -> Action:
         raise NotBuiltError(f"not built yet: {name} ({advice})")
 
     return command
 
 
-COMMANDS: dict[str, tuple[str, Callable[[list[str]], Action]]] = {
-    "train": ("distil a teacher into a student", _train),
-    "sample": ("sample completions of a data set's prompts to a file", _sample),
+COMMANDS: dict[str, tuple[str, Command]] = {
+    "train": ("distil a teacher into a student", _run_command("train", "train.loop:run_training")),
+    "sample": (
+        "sample completions of a data set's prompts to a file",
+        _own_command("sample", "sample_config:SampleConfig", "sample:run_sample"),
+    ),
     "convert": ("convert checkpoints between Hugging Face and Megatron", _convert),
-    "eval": ("compare a student with its teacher on held-out data", _eval),
+    "eval": (
+        "compare a student with its teacher on held-out data",
+        _run_command("eval", "train.evaluate:run_evaluation"),
+    ),
     "plan": (
         "estimate memory and time of a layout (not built yet)",
         _not_built("plan", "try the layout on a few steps"),
@@ -239,9 +200,9 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
     rank = environment.rank_told()
     if every_rank or os.environ.get("LOCAL_RANK", str(rank)).strip() in ("", "0"):
         if _wants_traceback(argv):
-            traceback.print_exception(error)
+            sys.stderr.write(visible("".join(traceback.format_exception(error))))
         several = every_rank and os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1")
-        text = " ".join(str(error).split())
+        text = visible(" ".join(str(error).split()))
         sys.stderr.write(f"{PROG}: {f'rank {rank}: ' if several else ''}error: {text}\n")
     else:
         time.sleep(SILENT_RANK_WAITS_S)

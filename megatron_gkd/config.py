@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any, Literal
 
 from megatron_gkd.contradictions import refuse_contradictions
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT, Command, refuse_not_built
 from megatron_gkd.server_list import ServerEntry, parse_servers
@@ -32,7 +33,7 @@ class ModelConfig(Section):
     """Student model."""
 
     model: str = setting(help="Student: a Hugging Face model directory.", path=True)
-    dtype: Literal["fp32", "bf16", "fp16"] = setting(
+    dtype: Dtype = setting(
         "fp32", "Type of the weights and activations of both models; losses and reductions are fp32 in any case."
     )
     freeze_embeddings: bool = setting(
@@ -293,6 +294,11 @@ class DataConfig(Section):
     )
     streaming: bool = setting(
         False, "Read and tokenise training rows when they are used, instead of all before the first step."
+    )
+    data_cache_dir: str | None = setting(
+        None,
+        "Directory in which tokenised data sets are kept, for the other ranks of a node and for later starts; null: "
+        "$GKD_DATA_CACHE_DIR, or megatron_gkd in $HF_HOME (~/.cache/huggingface); none: every rank tokenises.",
     )
 
 

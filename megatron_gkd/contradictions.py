@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import Command
+from megatron_gkd.secret import Secret
 
 if TYPE_CHECKING:
     from megatron_gkd.config import RunConfig
@@ -40,6 +41,10 @@ def refuse_contradictions(cfg: RunConfig, command: Command) -> None:
     """Raise a ConfigError with the first contradiction."""
     for problem in _problems(cfg, command):
         raise ConfigError(problem)
+    if cfg.teacher.teacher_model_server is not None:  # a key that cannot be sent is found now
+        Secret.from_environment("TEACHER_API_KEY")
+    if command == "train" and cfg.sampling.vllm_server_host is not None:
+        Secret.from_environment("VLLM_API_KEY")
 
 
 def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:

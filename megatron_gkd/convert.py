@@ -18,6 +18,8 @@ Conversion runs on the CPU with gloo, also on machines with GPUs: it computes no
 the above is then that library's, but that OUT is not overwritten and appears complete.
 """
 
+# ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
+
 from __future__ import annotations
 
 import os
@@ -29,9 +31,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_gkd import environment
-from megatron_gkd.config import Flag, flags_of
+from megatron_gkd.config import flags_of
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import CheckpointError, ConfigError
-from megatron_gkd.flags import parse
+from megatron_gkd.flags import parse_section
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.settings import Section, default_of, setting, show
 
@@ -57,7 +60,7 @@ class ConvertConfig(Section):
     expert_tensor_parallel_size: int | None = setting(
         None, "Ranks that share one expert; null: --tensor_model_parallel_size.", ge=1
     )
-    dtype: Literal["fp32", "bf16", "fp16"] | None = setting(None, "Type of the weights written; null: as they are.")
+    dtype: Dtype | None = setting(None, "Type of the weights written; null: as they are.")
     hf_config: str | None = setting(
         None,
         "With --to hf: Hugging Face directory to take config and tokenizer from, where the checkpoint has none "
@@ -72,19 +75,9 @@ class ConvertConfig(Section):
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages shown.")
 
 
-def convert_flags() -> dict[str, Flag]:
-    """The table of flags."""
-    return flags_of(ConvertConfig, "convert")
-
-
 def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
     """What a command line asks for."""
-    table = convert_flags()
-    values = parse(argv, table, prog="megatron-gkd convert", headings={"convert": str(ConvertConfig.__doc__)})
-    for name in ("to", "model", "save"):
-        if not values.get(name):
-            raise ConfigError(f"--{name} is missing; {table[name].item.metadata['help']}")
-    cfg = ConvertConfig(**values)
+    cfg = parse_section(argv, ConvertConfig, command="convert")
     if cfg.hf_config is not None and cfg.to != "hf":
         raise ConfigError("--hf_config goes with --to hf; with --to megatron the files come from --model")
     if cfg.bridge != "own":
@@ -95,7 +88,7 @@ def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
 def _refuse_with_bridge(cfg: ConvertConfig) -> None:
     """What another library's conversion does not take."""
     taken = ("to", "model", "save", "hf_config", "bridge", "log_level")
-    for name, flag in convert_flags().items():
+    for name, flag in flags_of(ConvertConfig, "convert").items():
         if name not in taken and getattr(cfg, name) != default_of(flag.item):
             raise ConfigError(f"--bridge {cfg.bridge} takes no --{name}: it converts in one process, unchecked")
     if (environment.number("WORLD_SIZE") or 1) > 1:
@@ -121,7 +114,9 @@ def run_convert(cfg: ConvertConfig) -> None:
     from megatron_gkd.weights.plan import check_layout
 
     platform.init_distributed(platform.setup("cpu"))
-    flags = {f"--{name}": show(getattr(cfg, name)) for name in convert_flags() if name != "log_level"}
+    flags = {
+        f"--{name}": show(getattr(cfg, name)) for name in flags_of(ConvertConfig, "convert") if name != "log_level"
+    }
     require_same({**flags, **program_facts()}, "started alike")
     if is_megatron_checkpoint(cfg.model) != (cfg.to == "hf"):
         found = "is already a Megatron checkpoint" if cfg.to == "megatron" else what_it_is(cfg.model)

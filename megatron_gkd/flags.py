@@ -24,7 +24,7 @@ from argparse import ArgumentError, HelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from megatron_gkd.check_config import CheckConfig, CheckDataConfig
 from megatron_gkd.config import Flag, RunConfig, flags, flags_of
@@ -44,7 +44,8 @@ class CompatibilityConfig(Section):
     rlhf_type: Literal["gkd"] = setting("gkd", "The method; there is one.")
 
 
-SAMPLE_ALIASES = {"val_dataset": "dataset"}
+S = TypeVar("S", bound=Section)
+_ALIASES = {"sample": {"val_dataset": "dataset"}}  # command -> other names of its flags
 
 
 def parse_run_config(argv: Sequence[str], *, command: str = "train") -> RunConfig:
@@ -54,35 +55,15 @@ def parse_run_config(argv: Sequence[str], *, command: str = "train") -> RunConfi
     return RunConfig.from_flat({name: value for name, value in values.items() if name in flags()})
 
 
-def parse_sample_config(argv: Sequence[str]) -> SampleConfig:
-    """The same for `sample`."""
-    table = flags_of(SampleConfig, "sample")
-    headings = {"sample": str(SampleConfig.__doc__)}
-    values = parse(argv, table, prog="megatron-gkd sample", headings=headings, aliases=SAMPLE_ALIASES)
-    for name in ("model", "dataset", "result_path"):
-        if not values.get(name):
-            raise ConfigError(f"--{name} is missing; {table[name].item.metadata['help']}")
-    return SampleConfig(**values)
-
-
-def parse_check_config(argv: Sequence[str]) -> CheckConfig:
-    """The same for `check teacher`."""
-    table = flags_of(CheckConfig, "check")
-    values = parse(argv, table, prog="megatron-gkd check teacher", headings={"check": str(CheckConfig.__doc__)})
-    for name in ("teacher_model", "teacher_model_server", "gkd_logits_topk", "dataset"):
-        if not values.get(name):
-            raise ConfigError(f"--{name} is missing; {table[name].item.metadata['help']}")
-    return CheckConfig(**values)
-
-
-def parse_check_data_config(argv: Sequence[str]) -> CheckDataConfig:
-    """The same for `check data`."""
-    table = flags_of(CheckDataConfig, "check_data")
-    values = parse(argv, table, prog="megatron-gkd check data", headings={"check_data": str(CheckDataConfig.__doc__)})
-    for name in ("model", "dataset"):
-        if not values.get(name):
-            raise ConfigError(f"--{name} is missing; {table[name].item.metadata['help']}")
-    return CheckDataConfig(**values)
+def parse_section(argv: Sequence[str], cls: type[S], *, command: str) -> S:
+    """The same for a command that has flags of its own, those of a section."""
+    table = flags_of(cls, command)
+    headings, aliases = {command: str(cls.__doc__)}, _ALIASES.get(command)
+    values = parse(argv, table, prog=f"megatron-gkd {command}", headings=headings, aliases=aliases)
+    for name, flag in table.items():
+        if flag.required and not values.get(name):
+            raise ConfigError(f"--{name} is missing; {flag.item.metadata['help']}")
+    return cls(**values)
 
 
 def parse(
@@ -226,24 +207,19 @@ def to_yaml(cfg: RunConfig) -> str:
 def to_markdown() -> str:
     """docs/configuration.md: a table of all flags, from the dataclasses."""
     lines = [_MARKDOWN_HEAD]
-    missing = {entry.flag for entry in NOT_BUILT}
+    missing, headings = {entry.flag for entry in NOT_BUILT}, _headings()
     tables = [
         (heading, [flag for flag in flags().values() if flag.section == section])
-        for section, heading in _headings().items()
+        for section, heading in headings.items()
     ]
-    sample, check_flags = flags_of(SampleConfig, "sample"), flags_of(CheckConfig, "check")
-    check_data = flags_of(CheckDataConfig, "check_data")
-    others = [
-        ("`megatron-gkd sample`: flags of its own", list(sample.values())),
-        ("`megatron-gkd check teacher`: flags of its own", list(check_flags.values())),
-        ("`megatron-gkd check data`: flags of its own", list(check_data.values())),
-    ]
-    for heading, table in [*tables, *others]:
+    for command, cls in (("sample", SampleConfig), ("check teacher", CheckConfig), ("check data", CheckDataConfig)):
+        tables.append((f"`megatron-gkd {command}`: flags of its own", list(flags_of(cls, command).values())))
+    for heading, table in tables:
         if not table:
             continue
         lines += [f"## {heading}", "", "| flag | type | default | range | meaning |", "|---|---|---|---|---|"]
         for flag in table:
-            mark = " [1]" if flag.name in missing and flag.section not in ("sample", "check", "check_data") else ""
+            mark = " [1]" if flag.name in missing and flag.section in headings else ""
             kind, default = (
                 type_text(flag.hint).replace("|", " \\| "),
                 "required" if flag.required else show(flag.default),

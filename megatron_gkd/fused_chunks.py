@@ -23,7 +23,7 @@ import torch
 from megatron_gkd import divergence as dv
 from megatron_gkd import support as sp
 from megatron_gkd.fused_dense import KernelDense, LabelPart, TorchDense
-from megatron_gkd.fused_task import FusedResults, FusedTask, HiddenTeacher, TopKTeacher, dense_setting, uses_kernels
+from megatron_gkd.fused_task import FusedTask, HiddenTeacher, TokenLosses, TopKTeacher, dense_setting, uses_kernels
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_
 from megatron_gkd.topk_jsd import support_masses
 from megatron_gkd.vocab_parallel_topk import merge_argmax, shard_argmax
@@ -99,7 +99,7 @@ def add_product_(
         head_grad_vH.addmm_(grad_Cv.t().to(dtype), hidden_CH.to(dtype))
 
 
-def run_chunks(task: FusedTask, results: FusedResults, products: Products, chunk_tokens: int, want_grad: bool) -> None:
+def run_chunks(task: FusedTask, results: TokenLosses, products: Products, chunk_tokens: int, want_grad: bool) -> None:
     """All chunks, in token order."""
     for rows in dv.token_chunks(task.student_hidden.shape[0], chunk_tokens):
         student_Cv, teacher_Cv = products.logits_(rows)
@@ -113,7 +113,7 @@ def run_chunks(task: FusedTask, results: FusedResults, products: Products, chunk
 
 def _dense_chunk(
     task: FusedTask,
-    results: FusedResults,
+    results: TokenLosses,
     products: Products,
     rows: slice,
     student_Cv: torch.Tensor,
@@ -151,7 +151,7 @@ def _dense_chunk(
 
 
 def _topk_chunk(
-    task: FusedTask, results: FusedResults, products: Products, rows: slice, student_Cv: torch.Tensor, want_grad: bool
+    task: FusedTask, results: TokenLosses, products: Products, rows: slice, student_Cv: torch.Tensor, want_grad: bool
 ) -> torch.Tensor:
     """Loss of a chunk with a sparse teacher; returns the weighted gradient of the student's logits, [C, v]."""
     shard, group, dtype, teacher = task.shard, task.group, task.dtype, task.teacher
@@ -202,7 +202,7 @@ def _topk_chunk(
 
 
 def _set_cross_entropy(
-    task: FusedTask, results: FusedResults, rows: slice, lse_C: torch.Tensor, label_logit_C: torch.Tensor
+    task: FusedTask, results: TokenLosses, rows: slice, lse_C: torch.Tensor, label_logit_C: torch.Tensor
 ) -> None:
     assert task.labels is not None
     assert results.cross_entropy is not None

@@ -34,36 +34,31 @@ Does not: average, differentiate the teacher, add a bias, or run under torch.aut
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.fused_chunks import Products, run_chunks
-from megatron_gkd.fused_task import HiddenTeacher, TopKTeacher, default_chunk_tokens, empty_results, make_task
+from megatron_gkd.fused_task import (
+    HiddenTeacher,
+    TokenLosses,
+    TopKTeacher,
+    default_chunk_tokens,
+    empty_results,
+    make_task,
+)
 from megatron_gkd.parallel.collectives import all_reduce_sum_
 from megatron_gkd.support import Tail
 
 __all__ = [
-    "FusedLoss",
     "HiddenTeacher",
+    "TokenLosses",
     "TopKTeacher",
     "fused_linear_distill",
     "fused_linear_jsd",
     "fused_linear_topk_jsd",
 ]
-
-
-class FusedLoss(NamedTuple):
-    """`loss_sum` carries the graph; everything else is [T] and detached, None where it was not asked for."""
-
-    loss_sum: torch.Tensor
-    per_token: torch.Tensor  # D_t, unweighted
-    cross_entropy: torch.Tensor | None  # CE_t, unweighted; 0 where the label is negative; with labels only
-    agreement: torch.Tensor | None  # 1.0 where student and teacher have the same most probable token; on request
-    teacher_mass: torch.Tensor | None  # probability inside the support at temperature 1; with a top-K teacher only
-    student_mass: torch.Tensor | None
 
 
 def fused_linear_jsd(
@@ -130,7 +125,7 @@ def fused_linear_distill(
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
     report_agreement: bool = False,
-) -> FusedLoss:
+) -> TokenLosses:
     """Divergence and, with `labels`, cross entropy in one pass over the student's logits.
 
     Args:
@@ -160,19 +155,12 @@ def fused_linear_distill(
         total = (results.per_token.double() * task.token_weights.double()).sum()
         if results.cross_entropy is not None and task.label_weights is not None:
             total = total + (results.cross_entropy.double() * task.label_weights.double()).sum()
-        loss_sum = total.to(task.dtype)
+        results.loss_sum = total.to(task.dtype)
     if want_hidden or want_head:
         group = task.group if reduce_hidden_grad else None
         gradients = _Gradients(products.hidden_grad, products.head_grad, student_head, group)
-        loss_sum = _AttachGradients.apply(student_hidden, student_head, loss_sum, gradients)
-    return FusedLoss(
-        loss_sum,
-        results.per_token,
-        results.cross_entropy,
-        results.agreement,
-        results.teacher_mass,
-        results.student_mass,
-    )
+        results.loss_sum = _AttachGradients.apply(student_hidden, student_head, results.loss_sum, gradients)
+    return results
 
 
 @dataclass

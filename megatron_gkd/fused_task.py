@@ -65,27 +65,34 @@ class FusedTask:
 
 
 @dataclass
-class FusedResults:
-    """Per-token results, [T] each, filled chunk by chunk."""
+class TokenLosses:
+    """What a loss gives for T tokens: `loss_sum` carries the graph; the rest is [T] and detached, None where it was not
+    asked for.
+    """
 
-    per_token: torch.Tensor
-    cross_entropy: torch.Tensor | None
-    agreement: torch.Tensor | None
-    teacher_mass: torch.Tensor | None
-    student_mass: torch.Tensor | None
+    loss_sum: torch.Tensor
+    per_token: torch.Tensor  # D_t, unweighted
+    cross_entropy: torch.Tensor | None = None  # CE_t, unweighted; 0 where the label is negative; with labels only
+    agreement: torch.Tensor | None = None  # 1.0 where student and teacher have the same most probable token; on request
+    teacher_mass: torch.Tensor | None = None  # probability inside the support at temperature 1; with a top-K teacher
+    student_mass: torch.Tensor | None = None
 
 
-def empty_results(task: FusedTask) -> FusedResults:
+def empty_results(task: FusedTask) -> TokenLosses:
+    """To be filled chunk by chunk."""
     num_tokens, device = task.student_hidden.shape[0], task.student_hidden.device
 
-    def per_token(wanted: bool) -> torch.Tensor | None:
-        return torch.empty(num_tokens, dtype=task.dtype, device=device) if wanted else None
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=task.dtype, device=device)
 
-    sparse = isinstance(task.teacher, TopKTeacher)
-    values = torch.empty(num_tokens, dtype=task.dtype, device=device)
-    return FusedResults(
-        values, per_token(task.labels is not None), per_token(task.want_agreement), per_token(sparse), per_token(sparse)
-    )
+    results = TokenLosses(empty(), empty(num_tokens))
+    if task.labels is not None:
+        results.cross_entropy = empty(num_tokens)
+    if task.want_agreement:
+        results.agreement = empty(num_tokens)
+    if isinstance(task.teacher, TopKTeacher):
+        results.teacher_mass, results.student_mass = empty(num_tokens), empty(num_tokens)
+    return results
 
 
 def make_task(

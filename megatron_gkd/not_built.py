@@ -42,11 +42,6 @@ def refuse_not_built(cfg: RunConfig, command: Command = "train") -> None:
         )
 
 
-def _changed(flag: str) -> Callable[[RunConfig], bool]:
-    """Applies when the flag is away from its default."""
-    return lambda cfg: not cfg.is_default(flag)
-
-
 def _above_one(flag: str) -> Callable[[RunConfig], bool]:
     """Applies when a size is set above 1."""
     return lambda cfg: (cfg.get(flag) or 1) > 1

@@ -32,21 +32,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.rollout.engines import LocalEngines
 from megatron_gkd.rollout.protocol import Completion, Engine, Request, SamplingSettings
 from megatron_gkd.rollout.requests import assign
+from megatron_gkd.weights.checksum import Sums, Tensors
 
 logger = get_logger(__name__)
 
-Tensors = Sequence[tuple[str, torch.Tensor]]
-Sums = Mapping[str, tuple[int, int]]  # name -> checksum at the owner
 LogProbs = list[list[float]]
 
 # (mean, largest) |log-probability difference| of probe tokens that is still agreement. fp32: ten times what was seen
@@ -87,7 +87,7 @@ class RolloutBridge:
         buckets: Iterable[tuple[Tensors, Sums]],
         manifest: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         group: dist.ProcessGroup,
-        dtype: Literal["fp32", "bf16", "fp16"],
+        dtype: Dtype,
         probes: Sequence[Sequence[int]],
         score: Callable[[Sequence[Sequence[int]]], LogProbs],
         verify_every: int = 0,
@@ -198,8 +198,8 @@ class RolloutBridge:
             except RolloutError as error:
                 failure = str(error)
         gathered: list[Any] = [None] * dist.get_world_size(self._group)
-        mine = [(failure, sum(d for d, _, _ in differences), max(differences, default=None), len(differences))]
-        dist.all_gather_object(gathered, mine[0], group=self._group)
+        mine = (failure, sum(d for d, _, _ in differences), max(differences, default=None), len(differences))
+        dist.all_gather_object(gathered, mine, group=self._group)
         if failures := [item[0] for item in gathered if item[0]]:
             raise RolloutError(f"the engines' weights could not be verified: {failures[0]}")
         num_tokens = sum(item[3] for item in gathered)

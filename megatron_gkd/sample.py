@@ -34,6 +34,7 @@ from megatron_gkd.architecture import read_architecture
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
 from megatron_gkd.data.prompts import Prompt, completion_text, make_row, read_back, read_prompts
 from megatron_gkd.data.result_file import ResultFile
+from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.progress import Progress
@@ -62,6 +63,7 @@ def run_sample(config: SampleConfig) -> None:
             f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in sequences of {longest} tokens "
             "(the model's length, or --vllm_max_model_len); give a smaller one"
         )
+    stop_ids = stop_tokens(config.model, encoder)
     survey = _Survey(config, encoder, longest)
     result = ResultFile(config.result_path, _asked(config, survey))
     if result.complete:
@@ -69,7 +71,6 @@ def run_sample(config: SampleConfig) -> None:
         return
     if result.resumed:
         logger.info("%s: going on after %d of %d records", config.result_path, result.records_done, survey.num_records)
-    stop_ids = stop_tokens(config.model, encoder)
     engine = open_engine(config, longest if config.vllm_max_model_len else survey.longest_needed)
     try:
         counts = _sample_all(config, encoder, survey, result, engine, stop_ids)
@@ -236,16 +237,6 @@ def open_engine(config: SampleConfig, max_model_len: int) -> Engine:
             "start it with a larger --max-model-len, or give --vllm_max_model_len or a smaller --max_new_tokens"
         )
     return engine
-
-
-def stop_tokens(model: str, encoder: ChatEncoder) -> tuple[int, ...]:
-    """Where a completion ends: at the token that ends a turn, and at those that the model's generation config names."""
-    found = {encoder.end_of_turn_id}
-    path = Path(model) / "generation_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    if named is not None:
-        found.update([named] if isinstance(named, int) else named)
-    return tuple(sorted(found))
 
 
 def _asked(config: SampleConfig, survey: _Survey) -> dict[str, Any]:

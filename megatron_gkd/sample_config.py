@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_gkd import environment
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
 
@@ -19,8 +20,7 @@ class SampleConfig(Section):
     model: str = setting(help="Model to sample from: a Hugging Face model directory.", path=True)
     result_path: str = setting(help="JSONL file that is written: the prompts with the sampled completions.", path=True)
     dataset: list[str] = setting(
-        (),
-        "Prompts: JSONL or Parquet files, or data sets saved on disk; completions in them are not used.",
+        help="Prompts: JSONL or Parquet files, or data sets saved on disk; completions in them are not used.",
         path=True,
     )
     max_new_tokens: int = setting(512, "Most tokens sampled per completion.", gt=0)
@@ -31,7 +31,7 @@ class SampleConfig(Section):
     )
     top_k: int = setting(0, "Sample from this many most probable tokens; 0: from all.", ge=0)
     seed: int = setting(42, "Seed; a completion depends on it, its row and its number alone.", ge=0)
-    dtype: Literal["fp32", "bf16", "fp16"] = setting("bf16", "Precision of the engine.")
+    dtype: Dtype = setting("bf16", "Precision of the engine.")
     write_batch_size: int = setting(1000, "Write the result every this many prompts.", ge=1)
     truncated: Literal["drop", "keep"] = setting(
         "drop", "Completions cut at --max_new_tokens: drop and count them, or keep them, marked by their finish_reason."

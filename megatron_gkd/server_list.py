@@ -94,9 +94,14 @@ def _check_no_secret(name: str) -> None:
 
 
 def _check_url(name: str) -> None:
-    url = urlsplit(name)
-    if url.scheme not in ("http", "https") or not url.netloc:
+    try:
+        url = urlsplit(name)
+        is_right = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0  # above 65535: ValueError
+        what = name or "empty"
+    except ValueError as error:
+        is_right, what = False, f"{name} ({error})"
+    if not is_right:
         raise ConfigError(
-            f"--teacher_model_server is {name or 'empty'}; it must be a URL such as http://localhost:8000, several "
+            f"--teacher_model_server is {what}; it must be a URL such as http://localhost:8000, several "
             f"with commas, or a list such as {EXAMPLE}"
         )

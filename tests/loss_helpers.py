@@ -14,8 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.support.numerics import EPS, FLOOR
+
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 TEMPERATURES = (0.5, 1.0, 2.0)
+# Relative errors of whole vectors (below), whose elements' roundings do not add up: a few eps in float32, on any CPU.
+FLOAT32_LIMIT = FLOOR * EPS
+LIMIT = {torch.float64: 1e-10, torch.float32: FLOAT32_LIMIT}
 COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_single", "all_gather_into_tensor", "all_gather_object", "all_to_all",
     "all_to_all_single", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "gather",

@@ -13,10 +13,11 @@ gloo with `world` ranks, one thread for torch; and `random`, `numpy` and `torch`
 EVERY RANK (so that every rank can draw the whole tensor and keep its shard). `tp_group(n)` and `one_rank_group()` give
 process groups that are made once per pool.
 
-How it works: one pool of processes per world size, forked from a server that has imported torch, megatron.core and
-pytest before any torch operation ran (forking a process that has run a backward hangs; spawning costs 15 s). Work
-and results travel through pipes as plain pickles (no shared memory), so results must be picklable; tensors are
-copied.
+How it works: one pool of processes per world size, forked from a server that has imported torch, megatron.core and the
+package (support/preload.py) before any torch operation ran (forking a process that has run a backward hangs; spawning
+costs 15 s). What the server imported is frozen for the garbage collector: a collection after each call would otherwise
+walk its half million objects, 0.3 s a rank. Work and results travel through pipes as plain pickles (no shared memory),
+so results must be picklable; tensors are copied.
 
 Failure: the rank that failed FIRST is reported with its traceback (its peers usually fail later, with "connection
 closed by peer"); the pool is thrown away and the next call starts a new one. After `timeout_s` the report holds the
@@ -24,7 +25,9 @@ Python stack of every rank that was still at work, and the pool is killed.
 
 Groups that a call makes are destroyed after it. All else that it leaves stays, since ranks are shared: megatron's
 parallel_state, torch default dtype, monkeypatches, cached modules. Undo what you set
-(try/finally), or pass `fresh=True` to run in new processes that end with the call (about 0.3 s for two ranks).
+(try/finally), or pass `fresh=True` to run in new processes that end with the call (about 0.3 s for two ranks). With
+`with_vllm=True` they are new processes that have imported vLLM (tests/support/vllm_zygote.py); importing it themselves
+costs each rank 12 seconds of a core.
 
 Not covered: NCCL, several machines, functions defined in a test or lambda, output capture (a rank's prints bypass
 pytest).
@@ -34,7 +37,6 @@ import atexit
 import contextlib
 import faulthandler
 import gc
-import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -54,12 +56,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_PRELOAD = ("torch", "torch.distributed", "pytest", "megatron.core", "megatron.core.tensor_parallel")
+from tests.support.effort import LIMIT_S
+
+_PRELOAD = ["tests.support.preload"]
 # Groups that something still refers to keep their threads, and gloo's wake up a hundred times a second: with hundreds
 # of them the machine does nothing else. A pool above this is ended, and the next call starts a new one.
 _MOST_THREADS = 100
 _GRACE_S = 1.0  # after the first failure, how long to wait for a peer that failed before it
-_START_TIMEOUT_S = 120.0  # first start: the server imports torch and megatron.core
 _GLOO_TIMEOUT = timedelta(minutes=30)  # the caller's timeout_s governs; gloo's own must not be shorter
 
 
@@ -68,11 +71,17 @@ class RankFailureError(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], *args: Any, world: int, timeout_s: float = 60, fresh: bool = False, seed: int = 1234
+    fn: Callable[..., Any],
+    *args: Any,
+    world: int,
+    timeout_s: float = LIMIT_S,
+    fresh: bool = False,
+    with_vllm: bool = False,
+    seed: int = 1234,
 ) -> list[Any]:
     """Call `fn(*args)` on every one of `world` gloo ranks; return each rank's result, in rank order."""
-    if fresh:
-        pool = _Pool(world)
+    if fresh or with_vllm:
+        pool = _Pool(world, with_vllm=with_vllm)
         try:
             results = pool.run(fn, args, seed, timeout_s)
         except BaseException:
@@ -125,22 +134,28 @@ def one_rank_group() -> dist.ProcessGroup:
 class _Pool:
     """`world` living rank processes; one call at a time."""
 
-    def __init__(self, world: int) -> None:
-        _configure_forkserver()
+    def __init__(self, world: int, *, with_vllm: bool = False) -> None:
+        configure_forkserver()
         self.world = world
         self.tmp = tempfile.mkdtemp(prefix="ranks-")
         self.connections: list[Connection] = []
-        self.processes = []
+        self.processes: list[Any] = []
         context = multiprocessing.get_context("forkserver")
         for rank in range(world):
             here, there = context.Pipe()
-            process = context.Process(target=_rank_main, args=(rank, world, self.tmp, there), name=f"rank{rank}")
-            process.start()
+            process: Any
+            if with_vllm:
+                from tests.support.vllm_zygote import ForkedRank
+
+                process = ForkedRank(rank, world, self.tmp, there)
+            else:
+                process = context.Process(target=rank_main, args=(rank, world, self.tmp, there), name=f"rank{rank}")
+                process.start()
             there.close()
             self.connections.append(here)
             self.processes.append(process)
         try:
-            self._collect("start of the ranks", _START_TIMEOUT_S)
+            self._collect("start of the ranks", LIMIT_S)
         except BaseException:
             self.kill()
             raise
@@ -165,7 +180,7 @@ class _Pool:
                     ok, when, payload = pickle.loads(ready.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, ConnectionResetError):
                     self.processes[rank].join(1)
-                    ok, when = False, time.monotonic()
+                    ok, when = False, 0.0  # before its peers, which fail because it is gone
                     payload = f"the process ended with exit code {self.processes[rank].exitcode}"
                 if ok:
                     results[rank] = payload
@@ -230,19 +245,18 @@ def close_pools() -> None:
 atexit.register(close_pools)  # before multiprocessing's own exit hook, which would wait for the ranks
 
 
-def _configure_forkserver() -> None:
+def configure_forkserver() -> None:
     """Name what the server imports before it forks; no effect once it runs."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the server inherits the environment of its start
         os.environ.setdefault(name, "1")
-    names = [name for name in _PRELOAD if importlib.util.find_spec(name.split(".")[0]) is not None]
-    multiprocessing.set_forkserver_preload(names)
+    multiprocessing.set_forkserver_preload(_PRELOAD)
 
 
 # ---- the rank process -----------------------------------------------------------------------------------------------
 
 
-def _rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     gc.freeze()
     with open(f"{tmp}/stack{rank}", "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
@@ -298,7 +312,7 @@ def _attempt(action: Callable[[], Any]) -> bytes:
         return pickle.dumps((False, time.monotonic(), traceback.format_exc()))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A rank that waits in a collective must not outlive a killed test process."""
     parent = multiprocessing.parent_process()
     if parent is not None:

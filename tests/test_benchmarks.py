@@ -1,26 +1,28 @@
 """The benchmarks run and write what they promise. Says nothing about the numbers."""
 
+import contextlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.effort import LIMIT_S
+from tests.support.vllm_zygote import forked_programs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def _run(*arguments: str, forked: bool = False) -> subprocess.CompletedProcess[str]:
+    """A benchmark, by a new interpreter or, with all that it starts, forked from a process that has imported vLLM. (Not
+    one that starts ranks after a backward pass: such a process cannot be forked.)
+    """
+    with forked_programs() if forked else contextlib.nullcontext():
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
+        )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
@@ -43,7 +45,7 @@ def test_bench_loss(tmp_path):
 
 def test_bench_convert(tmp_path):
     out = tmp_path / "convert.json"
-    result = _run("benchmarks.bench_convert", "--quick", "--dir", str(tmp_path), "--json", str(out))
+    result = _run("benchmarks.bench_convert", "--quick", "--dir", str(tmp_path), "--json", str(out), forked=True)
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(out.read_text(encoding="utf-8"))
     assert {"device", "threads", "commit", "versions"} <= set(report["environment"])
@@ -59,7 +61,7 @@ def test_bench_convert(tmp_path):
 
 def test_bench_rollout(tmp_path):
     out = tmp_path / "rollout.json"
-    result = _run("benchmarks.bench_rollout", "--quick", "--json", str(out))
+    result = _run("benchmarks.bench_rollout", "--quick", "--json", str(out), forked=True)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = {row["method"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
     assert list(rows) == ["copy", "load", "push", "gather", "push_load", "verify", "vllm", "generate"]
@@ -73,7 +75,7 @@ def test_bench_rollout(tmp_path):
 
 def test_bench_checkpoint(tmp_path):
     out = tmp_path / "checkpoint.json"
-    result = _run("benchmarks.bench_checkpoint", "--quick", "--dir", str(tmp_path), "--json", str(out))
+    result = _run("benchmarks.bench_checkpoint", "--quick", "--dir", str(tmp_path), "--json", str(out), forked=True)
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(out.read_text(encoding="utf-8"))
     assert [row["method"] for row in report["rows"]] == ["write", "save", "stop", "read", "hash", "verify", "load"]
@@ -87,7 +89,7 @@ def test_bench_checkpoint(tmp_path):
 
 def test_bench_teacher(tmp_path):
     out = tmp_path / "teacher.json"
-    result = _run("benchmarks.bench_teacher", "--quick", "--json", str(out))
+    result = _run("benchmarks.bench_teacher", "--quick", "--json", str(out), forked=True)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = {row["method"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
     assert list(rows) == ["forward", "hidden", "top64", "logits", "colocate", "separate", "local", "server"]
@@ -96,6 +98,19 @@ def test_bench_teacher(tmp_path):
     assert rows["separate"]["of_colocate"] > 0
     assert rows["server"]["of_local"] > 0
     assert all(f"| {name} |" in result.stdout for name in rows)
+
+
+def test_bench_data(tmp_path):
+    out = tmp_path / "data.json"
+    result = _run("benchmarks.bench_data", "--quick", "--dir", str(tmp_path), "--json", str(out))
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = {row["method"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert list(rows) == ["render", "library", "one", "batch", "batch_all", "hash", "first", "later", "map"]
+    for row in rows.values():
+        assert 0 < row["wall_s"]["p20"] <= row["wall_s"]["median"] <= row["wall_s"]["p80"]
+        assert row["of_one"] > 0
+    assert all(f"| {name} |" in result.stdout for name in rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"], "what was written is gone"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)

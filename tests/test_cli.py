@@ -18,6 +18,7 @@ import megatron_gkd
 from megatron_gkd import cli
 from megatron_gkd.config import RunConfig, flags
 from megatron_gkd.errors import DataError
+from tests.support.effort import LIMIT_S
 
 ROOT = Path(megatron_gkd.__file__).parent.parent
 TRAIN = ["train", "--model", "S", "--teacher_model", "T", "--dataset", "d.jsonl"]
@@ -42,7 +43,9 @@ def run(*argv: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     }
     environment |= {"PYTHONPATH": str(ROOT), **env}
     command = [sys.executable, "-m", "megatron_gkd", *argv]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
 
 
 def test_an_error_is_one_line_and_exit_code_2(run_dir: Path) -> None:
@@ -80,7 +83,7 @@ def test_help_is_complete_and_imports_nothing_heavy(run_dir: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -13,12 +13,13 @@ import pytest
 from megatron_gkd.check_config import CheckConfig, CheckDataConfig
 from megatron_gkd.cli import COMMANDS
 from megatron_gkd.config import flags, flags_of
-from megatron_gkd.convert import convert_flags
+from megatron_gkd.convert import ConvertConfig
 from megatron_gkd.sample_config import SampleConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+CONVERT_FLAGS = flags_of(ConvertConfig, "convert")
 SAMPLE_FLAGS = flags_of(SampleConfig, "sample")
 CHECK_FLAGS = flags_of(CheckConfig, "check") | flags_of(CheckDataConfig, "check_data")
 SCRIPT_OPTIONS = {"--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers"}
@@ -79,6 +80,18 @@ def test_every_page_is_reached_from_the_index():
     assert not missing, f"docs/index.md does not link to {missing}"
 
 
+def test_the_tests_that_the_page_about_tests_names_exist():
+    text = (ROOT / "docs/testing.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"\btests/[\w/]+(?:\.py)?", text))
+    assert {name for name in files if not (ROOT / name).exists()} == set()
+    defined = {
+        name
+        for file in (ROOT / "tests").rglob("*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), flags=re.M)
+    }
+    assert set(re.findall(r"`(test_\w+)`", text)) <= defined
+
+
 def file_map() -> list[str]:
     """Paths of the README's file map, by its indentation."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -118,7 +131,7 @@ def test_command_lines_name_what_exists(page: Path, line: str):
     if words[0] in ("bash", "python") and not words[1].startswith("-"):
         assert (ROOT / words[1]).is_file(), f"{page.name}: {line}"
     if words[0] == "make":
-        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
         assert set(words[1:]) <= targets, f"{page.name}: {line}"
     for program in ("megatron-gkd", "megatron_gkd"):
         if program in words and words.index(program) + 1 < len(words):
@@ -127,7 +140,7 @@ def test_command_lines_name_what_exists(page: Path, line: str):
     if "megatron-gkd" in words or "megatron_gkd" in words or "launch/quickstart.sh" in words:
         used = {word.split("=")[0] for word in words if word.startswith("--")} - {"--nproc-per-node", "--nnodes"}
         report = {"--num_answers", "--max_new_tokens"} if "report" in words else set()
-        of_command = {"convert": convert_flags(), "sample": SAMPLE_FLAGS, "check": CHECK_FLAGS}
+        of_command = {"convert": CONVERT_FLAGS, "sample": SAMPLE_FLAGS, "check": CHECK_FLAGS}
         known = of_command.get(command_of(words), flags())
         unknown = {flag for flag in used - SCRIPT_OPTIONS - report if flag.removeprefix("--") not in known}
         assert not unknown - {"--markdown"}, f"{page.name}: {sorted(unknown)} in {line}"
@@ -138,7 +151,7 @@ def test_flags_in_the_text_exist(page: Path):
     """`--name` and `--name value` in code spans: a flag of the program or an option of a script."""
     spans = re.findall(r"`(--[a-zA-Z_-]+)(?:[= ][^`]*)?`", page.read_text(encoding="utf-8"))
     known = (
-        {f"--{name}" for name in flags() | convert_flags() | SAMPLE_FLAGS | CHECK_FLAGS}
+        {f"--{name}" for name in flags() | CONVERT_FLAGS | SAMPLE_FLAGS | CHECK_FLAGS}
         | SCRIPT_OPTIONS
         | {"--config", "--rlhf_type", "--num_answers"}
     )

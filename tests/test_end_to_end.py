@@ -27,9 +27,10 @@ import torch
 
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
+from tests.support.effort import LIMIT_S
+from tests.support.program import TORCHRUN, run
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 240  # of one command; it takes seconds on an idle machine
 NUM_TRAIN, NUM_HELD_OUT = 24, 7
 STEPS, BATCH = 8, 8
 
@@ -86,23 +87,27 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, str]:
-    torchrun = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
-    kept = {name: value for name, value in os.environ.items() if name not in torchrun}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def command(args: list[str], *, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
-    """`megatron-gkd ARGS` in one plain process, or under torchrun. A hang is a TimeoutExpired."""
-    start = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def torchrun(args: list[str]) -> subprocess.CompletedProcess[str]:
+    """`megatron-gkd ARGS` on two ranks, as a user starts it. A hang is a TimeoutExpired."""
+    environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     return subprocess.run(
-        [sys.executable, *start, "-m", "megatron_gkd", *args],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "megatron_gkd",
+            *args,
+        ],
         cwd=ROOT,
-        env=environment(),
+        env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=TIMEOUT_S,
+        timeout=LIMIT_S,
         check=False,
     )
 
@@ -134,18 +139,19 @@ SAVED = {"PP2": [4, 8], "TP2-SP-topk": [8], "DP2-packing": [8]}
 
 @pytest.fixture(scope="module")
 def runs(inputs: Inputs) -> dict[str, Path]:
-    """Run directories by name."""
+    """Run directories by name; one of them by torchrun."""
     found = {}
     for name, flags in RUNS.items():
         found[name] = inputs.root / "runs" / name
-        succeeded(command(["train", *inputs.flags(found[name], flags)], ranks=2))
+        argv = ["train", *inputs.flags(found[name], flags)]
+        succeeded(torchrun(argv) if name == "PP2" else run(argv, world=2))
     return found
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_leaves_its_record(runs: dict[str, Path], name: str):
-    run = runs[name]
-    metrics = records(run / "metrics.jsonl")
+    run_dir = runs[name]
+    metrics = records(run_dir / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     for row in metrics:
         assert all(isinstance(value, int | float) and value == value for value in row.values())
@@ -153,15 +159,15 @@ def test_a_run_leaves_its_record(runs: dict[str, Path], name: str):
         assert row["grad_norm"] > 0
         assert row["lr"] > 0
     assert [row["consumed_samples"] for row in metrics] == [BATCH * step for step in range(1, STEPS + 1)]
-    evaluations = records(run / "evaluation.jsonl")
+    evaluations = records(run_dir / "evaluation.jsonl")
     assert [row["step"] for row in evaluations] == ([0, 3, 6, 8] if "topk" in name else [0, 8])
     assert evaluations[-1]["forward_kl"] < evaluations[0]["forward_kl"]
     assert metrics[-1]["loss"] < 0.7 * metrics[0]["loss"]
-    saved = sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+    saved = sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
     assert saved == SAVED[name]
-    assert (run / "checkpoints/latest").read_text().strip() == f"step_{STEPS:08d}"
-    assert (run / "config.yaml").is_file()
-    assert list((run / "tensorboard").glob("events.*"))
+    assert (run_dir / "checkpoints/latest").read_text().strip() == f"step_{STEPS:08d}"
+    assert (run_dir / "config.yaml").is_file()
+    assert list((run_dir / "tensorboard").glob("events.*"))
     assert ("teacher_mass" in metrics[0]) == ("topk" in name)
     assert ("cross_entropy" in metrics[0]) == (name == "PP2")
     # Top-K signals go from the teacher's last stage to both tensor ranks, so half of them travel: K * 8 bytes a token.
@@ -180,7 +186,7 @@ def test_eval_of_the_exported_student_repeats_the_last_evaluation(inputs: Inputs
     flags = ["--model", str(runs[name] / "hf"), "--teacher_model", str(inputs.teacher)]
     flags += ["--eval_dataset", str(inputs.held_out), "--max_length", "64", "--device", "cpu"]
     flags += ["--lmbda", "0", *(["--gkd_logits_topk", "16"] if "topk" in name else [])]
-    found = evaluated(succeeded(command(["eval", *flags])))
+    found = evaluated(succeeded(run(["eval", *flags])))
     expected = records(runs[name] / "evaluation.jsonl")[-1]
     assert found.keys() == expected.keys() - {"step"}
     assert found == pytest.approx({key: expected[key] for key in found}, rel=2e-5)
@@ -211,7 +217,7 @@ def test_transformers_finds_the_same_likelihood_in_the_exported_student(
 
 
 def test_report_writes_its_files(runs: dict[str, Path]):
-    text = succeeded(command(["report", str(runs["PP2"]), "--max_new_tokens", "4"]))
+    text = succeeded(run(["report", str(runs["PP2"]), "--max_new_tokens", "4"]))
     assert "forward KL" in text
     report = runs["PP2"] / "report"
     assert "forward KL" in (report / "summary.txt").read_text()
@@ -234,16 +240,16 @@ def test_pitfall_17_load_goes_on_where_the_run_stopped(inputs: Inputs, runs: dic
     shutil.rmtree(stopped / "hf")
     shutil.rmtree(stopped / "checkpoints/step_00000008")
     (stopped / "checkpoints/latest").write_text("step_00000004")
-    result = command(["train", *inputs.flags(stopped, f"{RUNS['PP2']} --load {stopped}")], ranks=2)
+    result = run(["train", *inputs.flags(stopped, f"{RUNS['PP2']} --load {stopped}")], world=2)
     succeeded(result)
     assert "resumed" in result.stderr
     for file in ("metrics.jsonl", "evaluation.jsonl"):
         found, expected = (
-            [{k: v for k, v in row.items() if k not in TIMES} for row in records(run / file)]
-            for run in (stopped, runs["PP2"])
+            [{k: v for k, v in row.items() if k not in TIMES} for row in records(run_dir / file)]
+            for run_dir in (stopped, runs["PP2"])
         )
         assert found == expected
-    whole, resumed = ((run / "hf/model.safetensors").read_bytes() for run in (runs["PP2"], stopped))
+    whole, resumed = ((run_dir / "hf/model.safetensors").read_bytes() for run_dir in (runs["PP2"], stopped))
     assert whole == resumed
 
 
@@ -279,10 +285,11 @@ def as_torchrun_starts_it() -> Iterator[tuple[io.StringIO, io.StringIO]]:
 
 def main_on_a_rank(argv: list[str]) -> tuple[int, list[str]]:
     """Exit code, and the lines on stderr that are neither progress nor log messages."""
-    from megatron_gkd.cli import main
+    from megatron_gkd import cli
 
+    cli.SILENT_RANK_WAITS_S = 0.0  # there is no launcher that would end it
     with as_torchrun_starts_it() as (_, err):
-        code = main([*argv, "--log_level", "error"])
+        code = cli.main([*argv, "--log_level", "error"])
     return code, err.getvalue().splitlines()
 
 
@@ -385,7 +392,7 @@ def test_bad_input_is_exit_code_2_and_one_clear_line(
 ):
     """On every rank, so that none waits for another; and before anything is written."""
     bad, save = BAD[name], tmp_path / "run"
-    ranks = run_ranks(main_on_a_rank, bad_arguments(inputs, bad_paths, bad, save), world=bad.ranks, timeout_s=120)
+    ranks = run_ranks(main_on_a_rank, bad_arguments(inputs, bad_paths, bad, save), world=bad.ranks)
     spoken = [lines for _, lines in ranks if lines]
     assert spoken
     for code, lines in ranks:
@@ -405,7 +412,7 @@ def test_bad_input_is_exit_code_2_and_one_clear_line(
 @pytest.mark.parametrize("name", ["batch", "unknown flag"])
 def test_bad_input_under_torchrun(inputs: Inputs, bad_paths: dict[str, Path], tmp_path: Path, name: str):
     """Found after the ranks have met, and before: torchrun ends and reports exit code 2 of a rank."""
-    result = command(bad_arguments(inputs, bad_paths, BAD[name], tmp_path), ranks=2)
+    result = torchrun(bad_arguments(inputs, bad_paths, BAD[name], tmp_path))
     assert result.returncode != 0
     assert "exitcode  : 2" in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("megatron-gkd: ")]
@@ -414,7 +421,7 @@ def test_bad_input_under_torchrun(inputs: Inputs, bad_paths: dict[str, Path], tm
 
 
 def test_bad_input_in_one_plain_process(inputs: Inputs, tmp_path: Path):
-    result = command(["train", *inputs.flags(tmp_path, "--global_batch_size 7")])
+    result = run(["train", *inputs.flags(tmp_path, "--global_batch_size 7")])
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if "error" in line]
     assert line.startswith("megatron-gkd: error: global_batch_size 7 is not a multiple of data parallel size 1 x")

@@ -5,6 +5,7 @@ Does not cover: what a flag does; the texts of contradictions (test_config.py).
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_gkd.check_config import CheckConfig, CheckDataConfig
 from megatron_gkd.config import RunConfig, flags
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.flags import (
-    parse_check_config,
-    parse_check_data_config,
     parse_run_config,
-    parse_sample_config,
+    parse_section,
     to_markdown,
     to_yaml,
 )
+from megatron_gkd.sample_config import SampleConfig
 
 REQUIRED = object()
+parse_sample = partial(parse_section, cls=SampleConfig, command="sample")
+parse_check = partial(parse_section, cls=CheckConfig, command="check teacher")
+parse_check_data = partial(parse_section, cls=CheckDataConfig, command="check data")
 
 # flag, default, (text, value) that must parse, texts that must not
 SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
@@ -94,6 +98,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("overlong", "drop", ("truncate_left", "truncate_left"), ("cut",)),
     ("shuffle", True, ("false", False), ("x",)),
     ("streaming", False, ("true", True), ("x",)),
+    ("data_cache_dir", None, ("/big/rows", "/big/rows"), ()),
     ("micro_batch_size", 1, ("4", 4), ("0",)),
     ("global_batch_size", 16, ("32", 32), ("0",)),
     ("train_iters", None, ("100", 100), ("0",)),
@@ -231,7 +236,7 @@ def test_documented_command_lines(line: str, values: dict[str, Any]) -> None:
 
 def test_documented_sample_command_lines() -> None:
     line = "--model T --dataset d.jsonl --max_new_tokens 2048 --write_batch_size 1000 --result_path teacher.jsonl"
-    cfg = parse_sample_config(line.split())
+    cfg = parse_sample(line.split())
     assert (cfg.model, cfg.dataset, cfg.max_new_tokens, cfg.write_batch_size) == ("T", ["d.jsonl"], 2048, 1000)
     line = (
         "--model OpenGVLab/InternVL3-8B --infer_backend vllm "
@@ -239,7 +244,7 @@ def test_documented_sample_command_lines() -> None:
         "--vllm_gpu_memory_utilization 0.9 --vllm_max_model_len 8192 --max_new_tokens 2048 --write_batch_size 1000 "
         "--result_path teacher_generated_data.jsonl"
     )
-    cfg = parse_sample_config(line.split())
+    cfg = parse_sample(line.split())
     assert cfg.dataset == ["modelscope/coco_2014_caption:validation#5000"]
     assert (cfg.vllm_max_model_len, cfg.result_path) == (8192, "teacher_generated_data.jsonl")
 
@@ -248,7 +253,7 @@ def test_documented_sample_command_lines() -> None:
 def test_sample_names_what_is_missing(missing: str) -> None:
     argv = [word for name in ("model", "dataset", "result_path") if name != missing for word in (f"--{name}", "x")]
     with pytest.raises(ConfigError, match=f"--{missing} is missing"):
-        parse_sample_config(argv)
+        parse_sample(argv)
 
 
 @pytest.mark.parametrize(
@@ -371,44 +376,44 @@ def test_the_documentation_says_that_the_ends_of_beta_are_definitions() -> None:
 
 def test_check_teacher_flags() -> None:
     line = "--teacher_model T --teacher_model_server http://a:1,http://b:2 --gkd_logits_topk 8 --dataset d.jsonl"
-    cfg = parse_check_config(line.split())
+    cfg = parse_check(line.split())
     assert cfg.servers == ("http://a:1", "http://b:2")
     assert cfg.tolerances == (1.0, 0.1)
-    assert parse_check_config([*line.split(), "--dtype", "fp32"]).tolerances == (1e-3, 1e-4)
+    assert parse_check([*line.split(), "--dtype", "fp32"]).tolerances == (1e-3, 1e-4)
     given = [*line.split(), "--logprob_tolerance", "0.5", "--loss_tolerance", "0.2"]
-    assert parse_check_config(given).tolerances == (0.5, 0.2)
+    assert parse_check(given).tolerances == (0.5, 0.2)
     with pytest.raises(ConfigError, match="--teacher_model T: there is no such directory"):
         cfg.check()
     for name in ("teacher_model", "teacher_model_server", "gkd_logits_topk", "dataset"):
         words = line.split()
         at = words.index(f"--{name}")
         with pytest.raises(ConfigError, match=f"--{name} is missing"):
-            parse_check_config(words[:at] + words[at + 2 :])
+            parse_check(words[:at] + words[at + 2 :])
 
 
 def test_check_teacher_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = f"--teacher_model {tmp_path} --gkd_logits_topk 8 --dataset d.jsonl --teacher_model_server"
-    parse_check_config([*line.split(), "http://a:1"]).check()
+    parse_check([*line.split(), "http://a:1"]).check()
     with pytest.raises(ConfigError, match="must be a URL such as"):
-        parse_check_config([*line.split(), "a:1"]).check()
+        parse_check([*line.split(), "a:1"]).check()
     with pytest.raises(ConfigError, match="check compares one teacher"):
-        parse_check_config([*line.split(), '[{"url": "http://a:1", "tags": ["x"]}]']).check()
-    parse_check_config([*line.split(), '[{"url": "http://a:1"}]']).check()
+        parse_check([*line.split(), '[{"url": "http://a:1", "tags": ["x"]}]']).check()
+    parse_check([*line.split(), '[{"url": "http://a:1"}]']).check()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="check is one process"):
-        parse_check_config([*line.split(), "http://a:1"]).check()
+        parse_check([*line.split(), "http://a:1"]).check()
 
 
 def test_check_data_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = f"--model {tmp_path} --dataset a.jsonl b.parquet --num_rows 0 --max_completion_length 8"
-    cfg = parse_check_data_config(line.split())
+    cfg = parse_check_data(line.split())
     cfg.check()
     assert (cfg.dataset, cfg.num_rows, cfg.max_completion_length) == (["a.jsonl", "b.parquet"], 0, 8)
     assert (cfg.on_bad_row, cfg.overlong, cfg.max_rows) == ("skip", "drop", None)
     for name in ("model", "dataset"):
         other = [word for n in ("model", "dataset") if n != name for word in (f"--{n}", "x")]
         with pytest.raises(ConfigError, match=f"--{name} is missing"):
-            parse_check_data_config(other)
+            parse_check_data(other)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="check is one process"):
         cfg.check()
@@ -425,7 +430,7 @@ def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch: pytest.MonkeyP
     assert (config.data.dataset, config.data.eval_dataset) == (["/home/me/a.jsonl", "b~.jsonl"], ["/home/me/e.jsonl"])
     assert (config.checkpoint.save, config.checkpoint.load) == ("/home/me/run", "/home/me")
     assert config.teacher_sampling.teacher_samples_cache == "/home/me/c"
-    sample = parse_sample_config(["--model", "~/s", "--dataset", "~/p.jsonl", "--result_path=~/r.jsonl"])
+    sample = parse_sample(["--model", "~/s", "--dataset", "~/p.jsonl", "--result_path=~/r.jsonl"])
     assert (sample.model, sample.dataset, sample.result_path) == (
         "/home/me/s",
         ["/home/me/p.jsonl"],

@@ -24,21 +24,15 @@ from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.wire import read_cached_tokens, read_completion, read_scores
 from megatron_gkd.teacher_server.probes import Needs
 from megatron_gkd.teacher_server.servers import TeacherServers
-from megatron_gkd.teacher_server.swift import (
-    read_swift_completion,
-    read_swift_next_token,
-    read_swift_topk,
-    swift_completion_body,
-    swift_next_token_body,
-    swift_topk_body,
-)
-from megatron_gkd.teacher_server.wire import TopK, read_next_token, read_topk
+from megatron_gkd.teacher_server.swift import Swift
+from megatron_gkd.teacher_server.wire import VLLM, TopK
 from tests.mutations import damaged, mutated
+from tests.support.effort import count
 from tests.teacher_server.fake import VOCAB, FakeServer, FakeSwift
 
 pytestmark = pytest.mark.timeout(240)
 
-NUM_ANSWERS, NUM_RUNS = 300, 150
+NUM_ANSWERS, NUM_RUNS = count(300, 3000), count(150, 600)
 K, IDS, PROMPT = 5, [7, 1, 4, 9], 2
 REQUEST = Request(key=0, prompt_ids=(1, 2, 3), max_tokens=6, seed=11)
 FAKE, SWIFT = FakeServer(), FakeSwift()
@@ -114,12 +108,12 @@ ROW = TopK(np.log(np.full((1, K), 0.1, np.float32)), np.arange(K, dtype=np.int32
 READERS: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], None]]] = {
     "top K": (
         completed(SCORED),
-        lambda answer: read_topk(answer, IDS, PROMPT, K, VOCAB, "the server"),
+        lambda answer: VLLM().read_topk(answer, IDS, PROMPT, K, VOCAB, "the server"),
         lambda topk: is_topk(topk, len(IDS) - PROMPT),
     ),
     "next token": (
         completed({"prompt": IDS, "logprobs": K}),
-        lambda answer: read_next_token(answer, K, "the server"),
+        lambda answer: VLLM().read_next_token(answer, IDS, ROW, "the server"),
         is_next,
     ),
     "completion": (
@@ -128,18 +122,18 @@ READERS: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], None]]] = {
         is_completion,
     ),
     "top K of ms-swift": (
-        by_swift(swift_topk_body(IDS, K)),
-        lambda answer: read_swift_topk(answer, IDS, PROMPT, K, VOCAB, "the server"),
+        by_swift(Swift().topk_body("teacher", IDS, K)),
+        lambda answer: Swift().read_topk(answer, IDS, PROMPT, K, VOCAB, "the server"),
         lambda topk: is_topk(topk, len(IDS) - PROMPT),
     ),
     "next token of ms-swift": (
-        by_swift(swift_next_token_body(IDS, K)),
-        lambda answer: read_swift_next_token(answer, IDS, ROW, "the server"),
+        by_swift(Swift().next_token_body("teacher", IDS, K)),
+        lambda answer: Swift().read_next_token(answer, IDS, ROW, "the server"),
         is_next,
     ),
     "completion of ms-swift": (
-        by_swift(swift_completion_body(REQUEST, SETTINGS, 64)),
-        lambda answer: read_swift_completion(REQUEST, SETTINGS, answer, "the server"),
+        by_swift(Swift().completion_body("teacher", REQUEST, SETTINGS, 64)),
+        lambda answer: Swift().read_completion(REQUEST, SETTINGS, answer, "the server"),
         is_completion,
     ),
     "scores": (completed(SCORED), lambda answer: read_scores(IDS, answer, "the server"), is_scores),

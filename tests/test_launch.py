@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.effort import LIMIT_S
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [
     *sorted((ROOT / "launch").glob("*.sh")),
@@ -38,7 +40,7 @@ def bash(*args: str | Path, cwd: Path = ROOT, **env: str) -> Result:
         cwd=cwd,
         env=environment,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=LIMIT_S,
     )
 
 
@@ -196,6 +198,26 @@ def test_setup_env_is_instant_when_the_stamp_fits_and_works_otherwise(tmp_path: 
     assert not (tmp_path / "venv").exists()
 
 
+def test_setup_env_takes_other_versions_on_another_python(tmp_path: Path):
+    python = tmp_path / "python3.12"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} -c "import sys; sys.version_info = (3, 12, 1); $2"\n'
+    )
+    python.chmod(0o755)
+    pins = {}
+    for name, interpreter in (("3.11", sys.executable), ("3.12", str(python))):
+        result = bash(
+            ROOT / "launch/setup_env.sh", "--dry-run", GKD_VENV=str(tmp_path / "venv"), GKD_PYTHON=interpreter
+        )
+        assert result.returncode == 0, result.stderr
+        lines = [line.removeprefix("pin: ") for line in result.stdout.splitlines() if line.startswith("pin: ")]
+        pins[name] = dict(line.split("==") for line in lines)
+        assert len(lines) == len(pins[name])
+    assert pins["3.11"].keys() == pins["3.12"].keys()
+    changed = {name: (old, pins["3.12"][name]) for name, old in pins["3.11"].items() if pins["3.12"][name] != old}
+    assert changed == {"megatron-core": ("0.16.1", "0.19.2")}
+
+
 def test_setup_env_says_what_to_install(tmp_path: Path):
     result = bash(
         ROOT / "launch/setup_env.sh",
@@ -217,12 +239,12 @@ def _path_without_python(tmp_path: Path) -> str:
     return str(tools)
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "swift"])
+@pytest.mark.parametrize("name", ["cpu", "cpu-py312", "gpu", "swift"])
 def test_requirement_files_pin_everything(name: str):
     lines = (ROOT / f"requirements/{name}.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all("==" in pin and "+" not in pin for pin in pins), [pin for pin in pins if "==" not in pin or "+" in pin]
-    assert pins[0].startswith("ms_swift==" if name == "swift" else "torch==")
+    assert pins[0].startswith({"swift": "ms_swift==", "cpu-py312": "megatron-core=="}.get(name, "torch=="))
     names = [pin.split("==")[0].lower().replace("_", "-") for pin in pins]
     assert len(set(names)) == len(names)
     if name == "cpu":

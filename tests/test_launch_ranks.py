@@ -23,14 +23,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.effort import LIMIT_S
 from tests.test_launch import ROOT
 from tests.train.runs import command_line, exported, metrics
 from tests.train.trainers import write_pair, write_rows
 
 pytestmark = pytest.mark.slow
 
-STEPS, SAVE_STEPS = 18, 3
-TIMEOUT_S = 240  # of one run; each takes seconds on an idle machine
+STEPS, SAVE_STEPS = 36, 3
 SINGLE, MULTI = "train_single_node.sh", "train_multi_node.sh"
 
 
@@ -48,7 +48,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         train_iters=STEPS,
         save_steps=SAVE_STEPS,
         save_total_limit=2,
-        eval_steps=6,
+        eval_steps=12,
         lr=3e-3,
         report_to="none",
         device="cpu",
@@ -115,7 +115,7 @@ class Nodes:
         return "\n".join(f"---- {n}\n{self.log(process)[-3000:]}" for n, process in enumerate(self.started))
 
     def wait(self, *processes: subprocess.Popen[bytes]) -> None:
-        end = time.monotonic() + TIMEOUT_S
+        end = time.monotonic() + LIMIT_S
         for process in processes:
             try:
                 status = process.wait(timeout=max(0.1, end - time.monotonic()))
@@ -124,7 +124,7 @@ class Nodes:
             assert status == 0, f"exit code {status} (-1: not ended in time)\n{self.tails()}"
 
     def until(self, what: Callable[[], bool]) -> None:
-        end = time.monotonic() + TIMEOUT_S
+        end = time.monotonic() + LIMIT_S
         while not what():
             assert time.monotonic() < end, self.tails()
             time.sleep(0.01)
@@ -178,7 +178,7 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert metrics(run_dir) == metrics(whole)
     evaluations = [metrics(run, first_step=0, file="evaluation.jsonl") for run in (run_dir, whole)]
     assert evaluations[0] == evaluations[1]
-    assert [row["step"] for row in evaluations[0]] == [0, 6, 12, 18]
+    assert [row["step"] for row in evaluations[0]] == [0, 12, 24, 36]
     ours, theirs = exported(run_dir), exported(whole)
     assert all(ours[name].equal(theirs[name]) for name in ours | theirs)
 

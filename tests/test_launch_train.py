@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.flags import parse_run_config, parse_sample_config
+from megatron_gkd.flags import parse_run_config, parse_section
+from megatron_gkd.sample_config import SampleConfig
+from tests.support.effort import LIMIT_S
 from tests.test_launch import ROOT, Result, bash
 
 SINGLE, MULTI, SLURM = "train_single_node.sh", "train_multi_node.sh", "slurm.sbatch"
@@ -199,7 +201,7 @@ def test_presampling_and_the_training_that_follows(given: dict[str, str]):
     result = launch("presample_teacher.sh", "--dry-run", "--temperature", "0.7", **given, TP="4", DTYPE="fp32")
     assert result.returncode == 0, result.stderr
     sample, train = (shlex.split(line)[1:] for line in result.stdout.splitlines())
-    settings = parse_sample_config(sample[sample.index("sample") + 1 :])
+    settings = parse_section(sample[sample.index("sample") + 1 :], SampleConfig, command="sample")
     settings.check()
     assert (settings.temperature, settings.dtype, settings.vllm_tensor_parallel_size) == (0.7, "fp32", 4)
     assert settings.result_path == given["RESULT"]
@@ -264,7 +266,7 @@ def slurm_stand_ins(root: Path, srun: str) -> dict[str, str]:
 @pytest.mark.parametrize("status", [0, 1])
 def test_slurm_passes_the_exit_code_on_and_does_not_requeue_a_failure(tmp_path: Path, status: int):
     env = slurm_stand_ins(tmp_path, f'echo "$RDZV_ENDPOINT $NNODES $*" >>"$LOG"; exit {status}')
-    result = subprocess.run(["bash", str(ROOT / "launch" / SLURM), "--lr", "1"], env=env, timeout=60, check=False)
+    result = subprocess.run(["bash", str(ROOT / "launch" / SLURM), "--lr", "1"], env=env, timeout=LIMIT_S, check=False)
     assert result.returncode == status
     log = (tmp_path / "log").read_text()
     assert "n1:20007 2 --nodes 2" in log
@@ -280,7 +282,7 @@ def test_slurm_requeues_before_its_time_is_up_when_the_step_has_ended(tmp_path: 
         wait_for(tmp_path / "log.started")
     finally:
         job.send_signal(signal.SIGUSR1)
-    _, errors = job.communicate(timeout=30)
+    _, errors = job.communicate(timeout=LIMIT_S)
     assert job.returncode != 0
     assert b"back into the queue" in errors
     assert (tmp_path / "log").read_text().splitlines()[-2:] == ["stopped", "requeue 7"]

@@ -23,8 +23,9 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import adapt_megatron_to_cpu, cpu_adaptation, init_distributed, setup
 from megatron_gkd.train.student import Student
 from tests.checkpoints import write_tiny_checkpoint
-from tests.model.steps import Cell, Step, train, transformers_step
+from tests.model.steps import Cell, Expected, Step, train, transformers_steps, worst
 from tests.ranks import run_ranks
+from tests.support.effort import LIMIT_S
 from tests.weights.ranks_at_work import megatron
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +103,7 @@ import megatron.core.tensor_parallel.random as megatron_random
 owners = (torch.cuda, torch.cuda.random, megatron_random)
 before = [dict(vars(owner)) for owner in owners]
 import megatron_gkd
+from tests.support.effort import LIMIT_S
 for module in pkgutil.walk_packages(megatron_gkd.__path__, "megatron_gkd."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
@@ -113,7 +115,7 @@ assert torch._C._len_torch_function_stack() == 0
 assert not torch.distributed.is_initialized()
 """
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
     )
     assert result.returncode == 0, result.stderr[-2000:]
 
@@ -293,7 +295,6 @@ LAYOUTS = {
     "TP2-PP2-VPP2-SP": Layout(tensor=2, pipeline=2, virtual_pipeline=2, sequence_parallel=True),
 }
 MODELS = {"qwen3-tied": ("qwen3", True), "llama-untied": ("llama", False)}
-TOLERANCE = 1e-6  # relative, fp32
 Result = tuple[str, str, bool]  # model, layout, distributed optimizer
 
 
@@ -304,7 +305,7 @@ def run_cells(cells: list[Cell]) -> list[list[Step]]:
 
 def first_rank(cells: list[Cell], world: int) -> list[list[Step]]:
     """The steps of every cell; all ranks must report the same."""
-    ranks = run_ranks(run_cells, cells, world=world, timeout_s=300)
+    ranks = run_ranks(run_cells, cells, world=world)
     assert all(rank == ranks[0] for rank in ranks)
     return ranks[0]
 
@@ -313,6 +314,11 @@ def first_rank(cells: list[Cell], world: int) -> list[list[Step]]:
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
     return {name: str(write_tiny_checkpoint(root / name, family, tied=tied)) for name, (family, tied) in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def by_transformers(paths: dict[str, str]) -> dict[str, list[Expected]]:
+    return {name: transformers_steps(path) for name, path in paths.items()}
 
 
 @pytest.fixture(scope="module")
@@ -338,9 +344,11 @@ def results(paths: dict[str, str]) -> dict[Result, list[Step]]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_one_process_equals_transformers(paths: dict[str, str], one_process: dict[str, list[Step]], model: str):
-    first, steps = transformers_step(paths[model]), one_process[model]
-    assert steps[0] == pytest.approx(first, rel=TOLERANCE)
+def test_one_process_equals_transformers(
+    by_transformers: dict[str, list[Expected]], one_process: dict[str, list[Step]], model: str
+):
+    steps = one_process[model]
+    assert worst(steps, by_transformers[model]) <= 1
     assert steps[2].loss < steps[1].loss < steps[0].loss, "the updates must show in the numbers"
     assert abs(steps[1].grad_norm / steps[0].grad_norm - 1) > 0.1
 
@@ -349,22 +357,44 @@ def test_one_process_equals_transformers(paths: dict[str, str], one_process: dic
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_pitfall_8_loss_and_gradient_norm_are_those_of_one_process(
-    one_process: dict[str, list[Step]],
+    by_transformers: dict[str, list[Expected]],
     results: dict[Result, list[Step]],
     model: str,
     layout: str,
     distributed: bool,
 ):
-    for found, expected in zip(results[model, layout, distributed], one_process[model], strict=True):
-        assert found == pytest.approx(expected, rel=TOLERANCE)
+    """Both are transformers' numbers, as far as float32 can tell."""
+    assert worst(results[model, layout, distributed], by_transformers[model]) <= 1
 
 
-def test_pitfall_8_the_micro_batch_size_does_not_matter(paths: dict[str, str], one_process: dict[str, list[Step]]):
+def test_pitfall_8_the_micro_batch_size_does_not_matter(
+    paths: dict[str, str], by_transformers: dict[str, list[Expected]]
+):
     """Sizes 1, 2 and 8: mixed lengths, one division by the tokens of the global batch."""
     for size in (1, 2, 8):
         (steps,) = first_rank([Cell(paths["qwen3-tied"], micro_batch_size=size)], 1)
-        for found, expected in zip(steps, one_process["qwen3-tied"], strict=True):
-            assert found == pytest.approx(expected, rel=TOLERANCE)
+        assert worst(steps, by_transformers["qwen3-tied"]) <= 1, size
+
+
+def drop_the_reduction(student: Student) -> None:
+    for chunk in student.chunks:
+        chunk.finish_grad_sync = lambda *args, **kwargs: None
+
+
+def run_without_reduction(cell: Cell) -> list[Step]:
+    with megatron():
+        return train(cell, num_steps=1, change=drop_the_reduction)
+
+
+def test_a_dropped_reduction_of_the_gradients_shows(
+    paths: dict[str, str], by_transformers: dict[str, list[Expected]]
+) -> None:
+    """The loss alone would not tell: it is that of the weights before the update."""
+    cell = Cell(paths["llama-untied"], LAYOUTS["DP2"])
+    for (found,) in run_ranks(run_without_reduction, cell, world=2):
+        expected = by_transformers["llama-untied"][:1]
+        assert worst([found], expected) > 1000
+        assert worst([found._replace(grad_norm=expected[0].truth.grad_norm)], expected) <= 1
 
 
 # ---- why the interleaved pipeline overlaps its communication ---------------------------------------------------------
@@ -389,7 +419,7 @@ def test_batched_p2p_swaps_activations_and_gradients_at_pp2_vpp2(
     overlap_p2p_comm with a virtual pipeline; should this test fail after an update, that choice is free again.
     """
     cell = Cell(paths["qwen3-tied"], LAYOUTS["PP2-VPP2"])
-    ((found,), _) = run_ranks(run_with_batched_p2p, cell, world=2, fresh=True, timeout_s=90)
+    ((found,), _) = run_ranks(run_with_batched_p2p, cell, world=2, fresh=True)
     expected = one_process["qwen3-tied"][0]
     assert abs(found.loss / expected.loss - 1) > 1e-3
     assert found.grad_norm > 3 * expected.grad_norm
@@ -434,5 +464,5 @@ def test_every_sharded_weight_is_marked_else_the_norm_leaves_shards_out(tmp_path
         assert len(marked) == 4 * (5 if family == "qwen2" else 4) + 2  # layers, embedding, head
         assert marked == sharded
     without = ranks[0][0]
-    assert without.loss == pytest.approx(complete.loss, rel=TOLERANCE)
+    assert without.loss == complete.loss, "the forward pass does not look at the marks"
     assert without.grad_norm < 0.95 * complete.grad_norm

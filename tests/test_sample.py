@@ -1,7 +1,8 @@
 """`megatron-gkd sample`, end to end with real vLLM on a CPU, and everything that it refuses before a model is loaded.
 
 The model is a tiny Qwen3 made to write plain ASCII, so that completions are text; its numbers are fp32, so that results
-do not depend on batches. Not covered: a GPU, tensor parallel servers.
+do not depend on batches. One run, with a server of its own, is a real interpreter's; the others are forked from a
+process that has imported vLLM. Not covered: a GPU, tensor parallel servers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ import pytest
 import torch
 
 from megatron_gkd import cli, sample
-from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
+from megatron_gkd.data.chat import load_tokenizer
+from megatron_gkd.data.result_file import ResultFile
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.rollout.local_server import LOOPBACK, free_port, server_command, server_environment
+from megatron_gkd.rollout.local_server import LOOPBACK, server_command, server_environment
 from tests.checkpoints import tiny_tokenizer, write_tiny_checkpoint
 from tests.rollout.serving import connect
+from tests.support.effort import LIMIT_S
+from tests.support.ports import reserve_port
+from tests.support.vllm_zygote import ForkedProgram
 
 NUM_PROMPTS = 30
 Command = Callable[..., list[str]]
@@ -73,10 +78,11 @@ def command(model: Path, dataset: Path, tmp_path: Path) -> Command:
     return words
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
+def start(words: list[str], program: Sequence[str] = ("megatron_gkd",), *, real: bool = False) -> Any:
+    """`python -m megatron_gkd WORDS`, by a new interpreter if it is to be a real one."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_gkd", *words],
+    return (subprocess.Popen if real else ForkedProgram)(
+        [sys.executable, "-m", *program, *words],
         env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -84,12 +90,25 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def finished(words: list[str]) -> str:
+def finished(words: list[str], *, real: bool = False) -> str:
     """Its messages."""
-    process = start(words)
-    _, messages = process.communicate(timeout=300)
+    process = start(words, real=real)
+    _, messages = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, messages
-    return messages
+    return str(messages)
+
+
+def sample_and_stall(num_records: str, *words: str) -> int:
+    """The command, which stands still when so many records are in the result."""
+    append = ResultFile.append
+
+    def stalling(self: ResultFile, *rows: Any, records_done: int, **more: Any) -> None:
+        append(self, *rows, records_done=records_done, **more)
+        if records_done >= int(num_records):
+            time.sleep(LIMIT_S)
+
+    ResultFile.append = stalling  # type: ignore[method-assign]
+    return cli.main(list(words))
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -106,7 +125,7 @@ def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_does(
 ) -> None:
     common = ("--num_return_sequences", "2", "--truncated", "keep")
     whole = tmp_path / "whole.jsonl"
-    messages = finished(command("whole.jsonl", *common, "--vllm_mode", "subprocess"))
+    messages = finished(command("whole.jsonl", *common, "--vllm_mode", "subprocess"), real=True)
     account = re.search(
         r"whole\.jsonl: (\d+) of 56 completions written \(([\d,]+) tokens sampled\); (.*), in", messages
     )
@@ -121,7 +140,7 @@ def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_does(
 
     words = command("cut.jsonl", *common, "--write_batch_size", "2")
     progress = tmp_path / "cut.jsonl.progress.json"
-    process = start(words)
+    process = start(words, ["tests.test_sample:sample_and_stall", "6"])
     while not (progress.exists() and json.loads(progress.read_text())["records_done"] >= 6):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -129,7 +148,7 @@ def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_does(
     process.communicate()
     done = json.loads(progress.read_text())
     assert not done["complete"]
-    assert 6 <= done["records_done"] < NUM_PROMPTS
+    assert done["records_done"] == 6
     with (tmp_path / "cut.jsonl").open("ab") as file:
         file.write(b'{"prompt": "torn')
     messages = finished(words)
@@ -140,7 +159,7 @@ def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_does(
     assert (tmp_path / "cut.jsonl").stat() == before
 
     other = start(command("cut.jsonl", *common, "--seed", "12"))
-    assert "was begun with another seed (11, now 12)" in other.communicate(timeout=100)[1]
+    assert "was begun with another seed (11, now 12)" in other.communicate(timeout=LIMIT_S)[1]
     assert other.returncode == 2
     check_read_back(whole, rows, model)
 
@@ -192,15 +211,16 @@ def test_the_most_probable_tokens_and_the_documented_command_line(
 @pytest.mark.slow
 def test_a_plain_server_of_somebody_else(command: Command, model: Path, tmp_path: Path) -> None:
     """Without the worker extension and the development endpoints: enough to sample from, and not to push weights to."""
-    port = free_port()
+    reserved = reserve_port()
+    port = reserved.getsockname()[1]
     words = server_command(
         str(model), host=LOOPBACK, port=port, dtype="fp32", max_model_len=256, kv_cache_bytes=64 * 2**20, on_cpu=True
     )
     at = words.index("--worker-extension-cls")
     environment = server_environment(os.environ, on_cpu=True) | {"VLLM_SERVER_DEV_MODE": "0"}
     with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "megatron_gkd.rollout.supervisor", *words[:at], *words[at + 2 :]],
+        server = ForkedProgram(
+            [sys.executable, "-m", "megatron_gkd.rollout.supervisor", *words[:at], *words[at + 4 :]],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=log,
@@ -210,7 +230,7 @@ def test_a_plain_server_of_somebody_else(command: Command, model: Path, tmp_path
     try:
         options = ("--truncated", "keep", "--vllm_mode", "server", "--vllm_server_host", f"{LOOPBACK}:{port}")
         url = f"http://{LOOPBACK}:{port}"
-        with connect(url, model, read_weights=True, retry_s=240.0, timeout_s=300.0) as engine:
+        with connect(url, model, read_weights=True, retry_s=LIMIT_S) as engine:
             assert engine.version == 0
             with pytest.raises(RolloutError, match="cannot be updated: it lacks the worker extension"):
                 engine.begin()
@@ -221,9 +241,10 @@ def test_a_plain_server_of_somebody_else(command: Command, model: Path, tmp_path
         finished(command("own.jsonl", "--truncated", "keep"))
         assert rows_of(tmp_path / "served.jsonl") == rows_of(tmp_path / "own.jsonl")
     finally:
+        reserved.close()
         assert server.stdin is not None
         server.stdin.close()
-        server.wait(timeout=60)
+        server.wait(timeout=LIMIT_S)
 
 
 # ---- refused before a model is loaded ------------------------------------------------------------------------------
@@ -288,12 +309,3 @@ def test_several_processes_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "sample is one process, and torchrun started several" in refused(command("out.jsonl"))
-
-
-def test_stop_tokens_are_the_templates_and_the_models(model: Path, tmp_path: Path) -> None:
-    encoder = ChatEncoder(load_tokenizer(model))
-    assert sample.stop_tokens(str(model), encoder) == (258,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 258]}')
-    assert sample.stop_tokens(str(tmp_path), encoder) == (7, 258)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
-    assert sample.stop_tokens(str(tmp_path), encoder) == (3, 258)

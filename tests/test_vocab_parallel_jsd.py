@@ -6,6 +6,8 @@ comparison finds them.
 Does not cover: CUDA, NCCL, the Triton kernels.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from megatron_gkd.errors import ConfigError, ShapeError
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
 from tests.loss_helpers import (
     BETAS,
+    FLOAT32_LIMIT,
+    LIMIT,
     TEMPERATURES,
     columns,
     count_collectives,
@@ -29,7 +33,6 @@ from tests.loss_helpers import (
 from tests.ranks import one_rank_group, run_ranks, tp_group
 
 WORLDS = (1, 2, 4)
-LIMIT = {torch.float64: 1e-10, torch.float32: 1e-6}
 
 
 def _draw(num_tokens: int, vocab: int, dtype: torch.dtype, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,6 +101,51 @@ def _faulty() -> float:
 def test_pitfall_1_the_comparison_finds_the_fault():
     assert min(run_ranks(_faulty, world=2)) > 0.1
     assert max(run_ranks(_faulty, world=1)) < 1e-10  # without tensor parallelism the same code is right
+
+
+def _without_one_collective(beta: float) -> list[float]:
+    """Error of value or gradient (the larger): of the loss as it is, then with each collective left out in turn, on all
+    ranks, which keep what they have themselves."""
+    group = tp_group(2)
+    student, teacher = _draw(17, 64, torch.float64)
+    truth = ref.generalized_jsd(student, teacher, beta=beta)
+    truth_grad = ref.generalized_jsd_grad(student, teacher, beta=beta)
+
+    def error() -> float:
+        value, grad = _value_and_grad(
+            columns(student, group), columns(teacher, group), torch.ones(17), beta=beta, tp_group=group
+        )
+        return max(relative_error(value, truth), gradient_error(grad, truth_grad, group))
+
+    with count_collectives() as counter:
+        errors = [error()]
+    originals = {name: getattr(dist, name) for name, _ in counter.calls}
+    for left_out in range(len(counter)):
+        numbers = iter(range(len(counter)))
+
+        def call(*args, original, left_out=left_out, numbers=numbers, **kwargs):
+            if next(numbers) != left_out:
+                return original(*args, **kwargs)
+            if args[0].numel() > (own := args[1] if len(args) > 1 else args[0]).numel():  # a gather
+                args[0].copy_(torch.cat([own] * group.size()))
+            return None
+
+        try:
+            for name, original in originals.items():
+                setattr(dist, name, partial(call, original=original))
+            errors.append(error())
+        finally:
+            for name, original in originals.items():
+                setattr(dist, name, original)
+    return errors
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_dropped_collective_shows(beta):
+    for whole, *dropped in run_ranks(_without_one_collective, beta, world=2):
+        assert whole <= 1e-10
+        assert dropped
+        assert min(dropped) > 1e-3
 
 
 def _uneven(dtype):
@@ -302,7 +350,7 @@ def _padding_contents(dtype):
 @pytest.mark.parametrize("world", WORLDS)
 def test_pitfall_4_padding_has_no_probability_whatever_it_holds(world):
     error, name = worst(run_ranks(_padding_contents, torch.float32, world=world))
-    assert error <= 1e-6, name
+    assert error <= FLOAT32_LIMIT, name
 
 
 # ---- extreme input --------------------------------------------------------------------------------------------------
@@ -485,7 +533,7 @@ def test_strided_logits_and_two_dtypes():
         assert same_value
         assert same_grad
         assert dtype == torch.float32
-        assert error < 1e-6
+        assert error < FLOAT32_LIMIT
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

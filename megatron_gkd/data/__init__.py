@@ -4,8 +4,12 @@ files          JSONL, Parquet and saved data sets: records in order, with the pl
 random_access  the same records by number, over an index
 forms          a record's columns -> (prompt, completion)
 chat           tokenizers, chat templates -> (prompt ids, completion ids)
+stop_tokens    where a completion ends
 dataset        what a run asks of its rows
-rows           records -> tokenised rows in memory, policies for bad and overlong ones, a summary
+policy         what becomes of a bad or an overlong record, and the account of it
+rows           records -> tokenised rows as flat arrays
+row_file       the same arrays in a file that the ranks of a machine map
+row_key        its name: a hash of all that decides the rows
 streaming      the same rows, read and tokenised on access
 sampler        which rows a step sees, also from several sets with weights: stateless and resumable
 collate        samples -> one micro-batch of tensors

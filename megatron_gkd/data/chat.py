@@ -14,24 +14,33 @@ Without a chat template (a base model's tokenizer), prompt and completion are st
 any template: the prompt with the tokenizer's own beginning-of-text token, if it has one, the completion with the
 end-of-text token appended.
 
+How a row is encoded is written once, as a generator that asks for the ids of a text and is sent them: `encode` answers
+one row at a time, `encode_all` many rows with one call of the tokenizer for each question, which is faster.
+
 Nothing is fetched and no code from a model's directory is run. Nothing is decoded again after this: from here on there
 are only ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from megatron_gkd.data.time_limit import TimeLimitError, time_limit
 from megatron_gkd.errors import CheckpointError, DataError
 from megatron_gkd.git_lfs import refuse_lfs_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+MOST_SECONDS = 60.0  # of one rendering, which takes a millisecond
+Ids = tuple[int, ...]
+Question = tuple[str, bool]  # a text, and whether the tokenizer adds its own special tokens to it
+Encoding = Generator[Question, Ids, T]  # asks for the ids of texts; what it returns is made of them
 _PROBE = "gkd7probe"  # a text that no template writes by itself
 
 
@@ -95,24 +104,47 @@ class ChatEncoder:
         self.has_template = bool(tokenizer.chat_template)
         self.end_of_turn_id = self._end_of_turn_id() if self.has_template else self._end_of_text_id()
 
-    def encode(
-        self, prompt: str | Sequence[Message], completion: str | Message | None
-    ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    def encode(self, prompt: str | Sequence[Message], completion: str | Message | None) -> tuple[Ids, Ids | None]:
         """(prompt ids, completion ids); no completion gives (prompt ids, None).
 
         With a template, a prompt that is a string is the user's only turn, and a completion that is a string is the
         assistant's content.
         """
+        (result,) = self.encode_all([self.encoding(prompt, completion)])
+        if isinstance(result, DataError):
+            raise result
+        return result
+
+    def encode_all(self, encodings: Sequence[Encoding[T]]) -> list[T | DataError]:
+        """What each encoding returns or raises, in order; their questions are answered together."""
+        results: dict[int, T | DataError] = {}
+        answers: dict[int, Ids | None] = dict.fromkeys(range(len(encodings)))
+        while answers:
+            questions: dict[int, Question] = {}
+            for index, ids in answers.items():
+                try:
+                    questions[index] = encodings[index].send(ids)  # type: ignore[arg-type]  # None starts a generator
+                except StopIteration as end:
+                    results[index] = end.value
+                except DataError as error:
+                    results[index] = error
+            answers = dict(zip(questions, self._answer(list(questions.values())), strict=True))
+        return [results[index] for index in range(len(encodings))]
+
+    def encoding(
+        self, prompt: str | Sequence[Message], completion: str | Message | None
+    ) -> Encoding[tuple[Ids, Ids | None]]:
+        """What `encode` does, for `encode_all`."""
         if self.has_template:
-            return self._encode_turns(*as_turns(prompt, completion))
+            return (yield from self._encode_turns(*as_turns(prompt, completion)))
         if not isinstance(prompt, str) or not (completion is None or isinstance(completion, str)):
             raise DataError(
                 "chat messages, but the tokenizer has no chat template; give prompt and completion as strings, "
                 "or add a chat template to the model's directory"
             )
-        return self._encode_strings(prompt, completion)
+        return (yield from self._encode_strings(prompt, completion))
 
-    def tokenize(self, text: str) -> tuple[int, ...]:
+    def tokenize(self, text: str) -> Ids:
         """The ids of a text by itself; the names of special tokens in it are those tokens."""
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -128,34 +160,42 @@ class ChatEncoder:
         added = (token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special)
         return frozenset((*self.tokenizer.all_special_ids, *added))
 
-    def _encode_strings(self, prompt: str, completion: str | None) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-        bare = self.tokenize(prompt)
-        prompt_ids = tuple(self.tokenizer(prompt, verbose=False)["input_ids"])
+    def _answer(self, questions: Sequence[Question]) -> list[Ids]:
+        answers: list[Ids] = [()] * len(questions)
+        for special in (False, True):
+            asked = [index for index, question in enumerate(questions) if question[1] is special]
+            texts = [questions[index][0] for index in asked]
+            found = self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+            for index, ids in zip(asked, found, strict=True):
+                answers[index] = tuple(ids)
+        return answers
+
+    def _encode_strings(self, prompt: str, completion: str | None) -> Encoding[tuple[Ids, Ids | None]]:
+        bare = yield prompt, False
+        prompt_ids = yield prompt, True
         if len(prompt_ids) > len(bare) and prompt_ids[-1] == self.end_of_turn_id:  # a tokenizer that closes every text
             prompt_ids = prompt_ids[:-1]
         if not prompt_ids:
             raise DataError("the prompt is empty, and the tokenizer has no beginning-of-text token to put in its place")
         if completion is None:
             return prompt_ids, None
-        completion_ids = self.tokenize(completion)
+        completion_ids = yield completion, False
         if completion_ids[-1:] != (self.end_of_turn_id,):
             completion_ids = (*completion_ids, self.end_of_turn_id)
         return prompt_ids, completion_ids
 
-    def _encode_turns(
-        self, turns: Sequence[Message], completion: Message | None
-    ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-        prompt_ids = self._template_ids(turns, add_generation_prompt=True)
+    def _encode_turns(self, turns: Sequence[Message], completion: Message | None) -> Encoding[tuple[Ids, Ids | None]]:
+        prompt_ids = yield self._template_text(turns, add_generation_prompt=True), False
         if not prompt_ids:
             raise DataError("the chat template renders the prompt to nothing")
         if completion is None:
             return prompt_ids, None
         whole = [*turns, completion]
-        whole_ids = self._template_ids(whole, add_generation_prompt=False)
+        whole_ids = yield self._template_text(whole, add_generation_prompt=False), False
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             completion_ids = whole_ids[len(prompt_ids) :]
         else:
-            completion_ids = self._split_text(turns, whole, prompt_ids, whole_ids)
+            completion_ids = yield from self._split_text(turns, whole, prompt_ids, whole_ids)
         if self.end_of_turn_id not in completion_ids:
             raise DataError(f"the chat template did not end the assistant's turn with {self._end_of_turn()}")
         return prompt_ids, completion_ids[: len(completion_ids) - completion_ids[::-1].index(self.end_of_turn_id)]
@@ -164,9 +204,9 @@ class ChatEncoder:
         self,
         turns: Sequence[Message],
         whole: Sequence[Message],
-        prompt_ids: tuple[int, ...],
-        whole_ids: tuple[int, ...],
-    ) -> tuple[int, ...]:
+        prompt_ids: Ids,
+        whole_ids: Ids,
+    ) -> Encoding[Ids]:
         """Completion ids of a row whose texts do split but whose tokens do not, because a token would span the border.
 
         A sampler cannot produce such a token: it continues the prompt's ids. So the completion's text is tokenised by
@@ -175,7 +215,7 @@ class ChatEncoder:
         prompt_text = self._template_text(turns, add_generation_prompt=True)
         whole_text = self._template_text(whole, add_generation_prompt=False)
         if whole_text.startswith(prompt_text):
-            completion_ids = self.tokenize(whole_text[len(prompt_text) :])
+            completion_ids = yield whole_text[len(prompt_text) :], False
             if self.tokenizer.decode([*prompt_ids, *completion_ids]) == self.tokenizer.decode(list(whole_ids)):
                 return completion_ids
         common = next(
@@ -215,15 +255,15 @@ class ChatEncoder:
             )
         return token_id
 
-    def _template_ids(self, turns: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
-        return self.tokenize(self._template_text(turns, add_generation_prompt=add_generation_prompt))
-
     def _template_text(self, turns: Sequence[Message], *, add_generation_prompt: bool) -> str:
         messages: Any = [dict(turn) for turn in turns]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            with time_limit(MOST_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+        except TimeLimitError as error:
+            raise DataError(f"the chat template did not end within {MOST_SECONDS:g} s") from error
         except (
             Exception
         ) as error:  # templates are programs: besides jinja's own errors they raise TypeError, ValueError, KeyError ...

@@ -33,6 +33,7 @@ from megatron_gkd.data.forms import Pair, prompt_and_completion
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.data.show import show_row
 from megatron_gkd.errors import CheckFailedError
+from megatron_gkd.observe.text import visible
 from megatron_gkd.records import Row, Sample
 
 _SHOWN_PROBLEMS = 10
@@ -87,9 +88,9 @@ def run_check_data(config: CheckDataConfig) -> None:
     for index in range(min(config.num_rows, len(rows))):
         print(show_row(encoder, rows[index], rows.place(index), colours=colours), end="\n\n")
     found = check_rows(encoder, rows, config.dataset)
-    print("\n".join(found.lines(rows)), flush=True)
+    print(visible("\n".join(found.lines(rows))), flush=True)
     if found.problems:
-        print("\n".join(f"WRONG {problem}" for problem in found.problems[:_SHOWN_PROBLEMS]), flush=True)
+        print(visible("\n".join(f"WRONG {text}" for text in found.problems[:_SHOWN_PROBLEMS])), flush=True)
         raise CheckFailedError(
             f"{len(found.problems)} of {len(rows)} rows would not train on what the data set says (first: "
             f"{found.problems[0]}); look at the tokenizer and the chat template of {config.model}"

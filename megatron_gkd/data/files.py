@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_gkd.errors import DataError, NotBuiltError
 
@@ -28,6 +28,9 @@ SUPPORTED = (
 STATE_FILE, DICT_FILE = "state.json", "dataset_dict.json"  # of `datasets`: a data set, and several of them
 
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+MOST_LINE_BYTES = 32 * 10**6  # of a JSONL file: made into tokens, a line takes twenty times its length
+_PIECE_BYTES = 2**20
 
 Columns = dict[str, Any]  # without the columns that are null
 
@@ -64,8 +67,20 @@ def check_supported(path: str | Path) -> Path:
     return path
 
 
+def read_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """The lines of a file, each with its length; of one that is too long its beginning."""
+    while line := file.readline(MOST_LINE_BYTES + 1):
+        num_bytes, piece = len(line), line
+        while len(piece) > 0 and not piece.endswith(b"\n") and num_bytes > MOST_LINE_BYTES:
+            piece = file.readline(_PIECE_BYTES)
+            num_bytes += len(piece)
+        yield line, num_bytes
+
+
 def parse_line(line: bytes, *, first: bool) -> Columns | str:
     """A line of a JSONL file: its columns, or what is wrong with it."""
+    if len(line) > MOST_LINE_BYTES:
+        return f"the line has more than {MOST_LINE_BYTES / 1e6:.0f} MB, which no text that is trained on has"
     try:
         record = json.loads(line.decode("utf-8-sig" if first else "utf-8"), object_pairs_hook=_object)
     except RecursionError:
@@ -140,10 +155,23 @@ def saved_batches(path: Path, file: Path) -> Iterator[Any]:
         raise DataError(f"data set {path}: {file.name} is not a readable Arrow file: {error}") from error
 
 
+def count_rows(path: Path) -> int:
+    """Rows of a Parquet file or a data set on disk, as its headers say; 0 where they cannot be read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if path.is_dir():
+            return sum(batch.num_rows for file in saved_files(path) for batch in saved_batches(path, file))
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    except (DataError, pyarrow.ArrowException, OSError, ValueError):
+        return 0  # whoever reads the rows says what is wrong
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Columns | str]]:
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, (line, _) in enumerate(read_lines(file), start=1):
                 if not line.isspace():
                     yield number, parse_line(line, first=number == 1)
     except OSError as error:

@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gkd.data.files import (
+    MOST_LINE_BYTES,
     Columns,
     check_schema,
     check_supported,
     parse_batch,
     parse_line,
+    read_lines,
     saved_batches,
     saved_files,
 )
@@ -90,13 +92,13 @@ class _JsonLines(IndexedRecords):
         digest, offset = hashlib.blake2b(digest_size=16), 0
         try:
             with path.open("rb") as file:
-                for line in file:
+                for line, num_bytes in read_lines(file):
                     digest.update(line)
                     if line.isspace():
                         self._blanks_before.append(len(self._starts))
                     else:
                         self._starts.append(offset)
-                    offset += len(line)
+                    offset += num_bytes
             self._file = path.open("rb")
         except OSError as error:
             raise DataError(f"data set {path}: cannot be read: {error.strerror}") from error
@@ -108,7 +110,7 @@ class _JsonLines(IndexedRecords):
     def _read(self, index: int) -> Record:
         number = index + 1 + bisect_right(self._blanks_before, index)
         self._file.seek(self._starts[index])
-        return number, parse_line(self._file.readline(), first=number == 1)
+        return number, parse_line(self._file.readline(MOST_LINE_BYTES + 1), first=number == 1)
 
 
 class _Parquet(IndexedRecords):

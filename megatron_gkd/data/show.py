@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.observe.text import visible
 from megatron_gkd.records import Row
 
 _DIM, _TRAINED, _SPECIAL, _OFF = "\x1b[2m", "\x1b[1;32m", "\x1b[7m", "\x1b[0m"
@@ -19,7 +20,7 @@ def show_row(encoder: ChatEncoder, row: Row, place: str, *, colours: bool) -> st
     """Several lines: those of the prompt begin with `|`, those that are trained on with `>`."""
     completion = row.completion_ids
     trained = "no completion: it has to be sampled" if completion is None else f"{len(completion)} trained on"
-    lines = [f"{place}: {len(row.prompt_ids)} prompt tokens, {trained}"]
+    lines = [f"{visible(place)}: {len(row.prompt_ids)} prompt tokens, {trained}"]
     lines += _marked(encoder, row.prompt_ids, "prompt  |", _DIM if colours else "")
     if completion:
         lines += _marked(encoder, completion, "trained >", _TRAINED if colours else "")
@@ -36,8 +37,3 @@ def _marked(encoder: ChatEncoder, ids: Sequence[int], mark: str, style: str) -> 
                 lines.append("")
             lines[-1] += f"{begin}{text}{_OFF}" if style and text else text
     return [f"  {mark} {line}".rstrip() for line in lines]
-
-
-def visible(text: str) -> str:
-    """Without characters that act on a terminal; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -22,6 +22,7 @@ the ids of the checked rows, hence the tokenizer.
 from __future__ import annotations
 
 import hashlib
+import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -30,9 +31,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
+from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary
 from megatron_gkd.data.random_access import open_records
-from megatron_gkd.data.rows import OnBadRow, Overlong, RowSummary, _check, _encode, _fit
-from megatron_gkd.data.sampler import check_weights
+from megatron_gkd.data.rows import check_sets
 from megatron_gkd.errors import DataError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.records import Row
@@ -68,19 +69,14 @@ class StreamedRows(Rows):
         tag_key: str | None = None,
     ) -> None:
         """The arguments are those of `load_rows`. Raises DataError if a checked record says so, or none is usable."""
-        _check(max_length, max_completion_length, on_bad_row, overlong, None)
-        if not paths:
-            raise DataError("no data set is given; give --dataset at least one file")
-        if weights:
-            check_weights(weights, len(paths))
+        self._policy = RowPolicy(max_length, max_completion_length, on_bad_row, overlong, tag_key=tag_key)
+        self._paths = check_sets(paths, weights)
         self.weights, self.summary = tuple(weights), RowSummary()
         self._encoder = ChatEncoder(tokenizer)
-        self._max_length, self._reserve = max_length, max_completion_length or 0
-        self._on_bad_row, self._overlong, self._tag_key = on_bad_row, overlong, tag_key
         self._checks: list[Check] = []
         self._dropped: set[int] = set()
-        self._paths = [str(path) for path in paths]
-        self._sets = [open_records(path) for path in paths]
+        self._reading = threading.Lock()  # a JSONL file has one position, and a tokenizer is not for several threads
+        self._sets = [open_records(path) for path in self._paths]
         self._borders = list(accumulate(self.sizes, initial=0))
         for path, size in zip(self._paths, self.sizes, strict=True):
             if not size:
@@ -108,14 +104,16 @@ class StreamedRows(Rows):
 
     @property
     def longest(self) -> int:
-        return self._max_length
+        return self._policy.max_length
 
     def place(self, index: int) -> str:
         return self._used(index).place
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        asked = (self._max_length, self._reserve, self._on_bad_row, self._overlong, self.weights, self._tag_key)
+        policy = self._policy
+        reserve = policy.max_completion_length or 0
+        asked = (policy.max_length, reserve, policy.on_bad_row, policy.overlong, self.weights, policy.tag_key)
         digest.update(repr((asked, [(len(records), records.digest) for records in self._sets])).encode())
         digest.update(repr([placed.row for placed in self._checked]).encode())
         return digest.hexdigest()[:16]
@@ -155,10 +153,11 @@ class StreamedRows(Rows):
         """The row at an index, or the one in its place."""
         number = bisect_right(self._borders, index) - 1
         first, size = self._borders[number], len(self._sets[number])
-        for attempt in range(_ATTEMPTS):
-            placed = self._read(first + _draw(index - first, attempt) % size)
-            if placed is not None:
-                return placed
+        with self._reading:
+            for attempt in range(_ATTEMPTS):
+                placed = self._read(first + _draw(index - first, attempt) % size)
+                if placed is not None:
+                    return placed
         raise DataError(
             f"{self._paths[number]}: {_ATTEMPTS} records drawn in a row cannot be used{self._why()}; clean the data "
             "set, or raise --max_length"
@@ -171,15 +170,8 @@ class StreamedRows(Rows):
         number = bisect_right(self._borders, index) - 1
         line, record = self._sets[number][index - self._borders[number]]
         place, found = f"{self._paths[number]}:{line}", RowSummary()
-        row: Row | None = None
-        try:
-            encoded = _encode(record, self._encoder, self._tag_key)
-        except DataError as error:
-            if self._on_bad_row == "stop":
-                raise DataError(f"{place}: {error}; correct the row, or pass --on_bad_row skip") from error
-            found.drop("malformed", f"{place}: {error}")
-        else:
-            row = _fit(encoded, place, self._max_length, self._reserve, self._overlong, found)
+        (encoded,) = self._encoder.encode_all([self._policy.encoding(record, self._encoder)])
+        row = self._policy.take(encoded, place, found)
         if row is not None:
             return _Placed(row, place)
         self._dropped.add(index)

@@ -11,7 +11,8 @@ stayed unfilled.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -29,11 +30,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_gkd.architecture import Architecture
+from megatron_gkd.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.model.layers import local_block_spec, use_own_self_attention
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.plan import check_layout
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, long) for name, long in LONG_NAMES.items()}
 
 
 class HiddenStateGPTModel(GPTModel):
@@ -170,7 +172,7 @@ def build_model(
     layout: Layout,
     groups: ProcessGroupCollection,
     *,
-    dtype: Literal["fp32", "bf16", "fp16"],
+    dtype: Dtype,
     use_cpu: bool,
     max_sequence_length: int = 0,
 ) -> list[HiddenStateGPTModel]:
@@ -187,6 +189,7 @@ def build_model(
         etp=layout.expert_tensor_size,
     )
     config = transformer_config(arch, layout, dtype=dtype, use_cpu=use_cpu)
+    _set_attention_factor(config, arch)
     pp_rank = groups.pp.rank()
     chunks = []
     for stage in range(layout.num_chunks):
@@ -204,7 +207,7 @@ def build_model(
             pg_collection=groups,
             vp_stage=vp_stage,
         )
-        _set_rope(model, arch)
+        _set_frequencies(model, arch)
         _mark_tensor_parallel(model)
         if not use_cpu:
             model.cuda(torch.cuda.current_device())
@@ -246,21 +249,24 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
-def _set_rope(model: GPTModel, arch: Architecture) -> None:
-    """Rotary frequencies and attention factor as transformers computes them.
-
-    megatron-core hard-codes llama3's low/high/original factors, so its frequencies are replaced by the
-    architecture's. The attention factor (YaRN) goes through the config field that attention.py reads:
-    `_yarn_get_concentration_factor(scale, mscale, mscale_all_dim)` = (0.1 * mscale * ln(scale) + 1) / (0.1 *
-    mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and mscale = 10 * (factor - 1) it is exactly
-    `factor`.
+def _set_frequencies(model: GPTModel, arch: Architecture) -> None:
+    """Rotary frequencies as transformers computes them: megatron-core hard-codes llama3's low, high and original
+    factors.
     """
     model.rotary_pos_emb.inv_freq = torch.tensor(
         arch.rope.inv_freq, dtype=torch.float32, device=model.rotary_pos_emb.inv_freq.device
     )
-    if arch.rope.attention_factor != 1.0:
-        from math import e
 
-        model.config.yarn_rotary_scaling_factor = e
-        model.config.yarn_mscale = 10.0 * (arch.rope.attention_factor - 1.0)
-        model.config.yarn_mscale_all_dim = 0.0
+
+def _set_attention_factor(config: Any, arch: Architecture) -> None:
+    """The attention factor (YaRN), through the config fields that attention.py reads: in each pass in 0.16 to 0.18,
+    once, when the layer is made, in 0.19; so before the model.
+
+    `_yarn_get_concentration_factor(scale, mscale, mscale_all_dim)` = (0.1 * mscale * ln(scale) + 1) / (0.1 *
+    mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and mscale = 10 * (factor - 1) it is exactly
+    `factor`.
+    """
+    if arch.rope.attention_factor != 1.0:
+        config.yarn_rotary_scaling_factor = math.e
+        config.yarn_mscale = 10.0 * (arch.rope.attention_factor - 1.0)
+        config.yarn_mscale_all_dim = 0.0

@@ -12,6 +12,7 @@ import sys
 from typing import TextIO
 
 from megatron_gkd.environment import rank_told
+from megatron_gkd.observe.text import visible
 
 PACKAGE = "megatron_gkd"
 CLEAR_LINE = "\r\x1b[K"
@@ -61,11 +62,11 @@ class _LineHandler(logging.StreamHandler[TextIO]):
 
 
 class _PackageFormatter(logging.Formatter):
-    """The one format; logger names are shown without the package's."""
+    """The one format; logger names are shown without the package's, and nothing in it acts on a terminal."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(f"%(asctime)s [rank {rank}] %(levelname)s %(short_name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         record.short_name = record.name.removeprefix(f"{PACKAGE}.")
-        return super().format(record)
+        return visible(super().format(record))

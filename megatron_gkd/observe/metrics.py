@@ -20,7 +20,7 @@ Number = float | torch.Tensor
 
 
 class Metrics:
-    """Accumulates between two resets."""
+    """Accumulates until it is reduced."""
 
     def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
         assert len(set(names)) == len(names), f"a metric is named twice: {list(names)}"
@@ -32,7 +32,7 @@ class Metrics:
 
     def add(self, name: str, value_sum: Number, count: Number) -> None:
         """Add a sum over `count` items. Tensors are scalars and may be on the device: they are added there."""
-        assert not self._reduced, "reset() before adding to reduced metrics: they would be summed over the ranks again"
+        assert not self._reduced, "these metrics are reduced: what is added now would be one rank's"
         i = self._index[name]
         for row, value in ((0, value_sum), (1, count)):
             self._totals[row, i] += value.detach().to(self._totals) if isinstance(value, torch.Tensor) else value
@@ -45,7 +45,7 @@ class Metrics:
         Communication: `all_reduce` is called once with a contiguous float64 tensor [2 N] on `device` (None: where the
         sums are), which it must overwrite with the sum over the ranks that hold different data.
         """
-        assert not self._reduced, "metrics are already reduced; reset() starts the next ones"
+        assert not self._reduced, "metrics are already reduced"
         flat = self._totals.view(-1).to(device)
         all_reduce(flat)
         self._totals.copy_(flat.view_as(self._totals))
@@ -63,11 +63,6 @@ class Metrics:
     def counts(self) -> dict[str, float]:
         """Waits for the device."""
         return {name: count for name, (_, count) in self._pairs().items()}
-
-    def reset(self) -> None:
-        """Start again from zero."""
-        self._totals.zero_()
-        self._reduced = False
 
     def _pairs(self) -> dict[str, tuple[float, float]]:
         sums, counts = self._totals.tolist()

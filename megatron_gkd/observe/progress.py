@@ -17,6 +17,7 @@ from typing import TextIO
 from megatron_gkd.observe.logging import CLEAR_LINE
 
 WINDOW = 20  # updates that the speed, and with it the ETA, is taken from
+_FAST_S = 0.01  # below it the line says steps a second
 
 
 class Progress:
@@ -65,7 +66,9 @@ class Progress:
         step_time_s = self._step_time_s()
         if step_time_s is not None:
             remaining_s = timedelta(seconds=round(step_time_s * max(self._total_steps - step, 0)))
-            parts += [f"{step_time_s:.2f} s/{self._unit}", f"ETA {remaining_s}"]
+            fast = step_time_s < _FAST_S
+            speed = f"{1 / step_time_s:,.0f} {self._unit}s/s" if fast else f"{step_time_s:.2f} s/{self._unit}"
+            parts += [speed, f"ETA {remaining_s}"]
         return " | ".join(parts)
 
     def close(self) -> None:
@@ -84,4 +87,4 @@ class Progress:
     def _step_time_s(self) -> float | None:
         """Seconds per step over the window."""
         (first, start_s), (last, end_s) = self._marks[0], self._marks[-1]
-        return (end_s - start_s) / (last - first) if last > first else None
+        return (end_s - start_s) / (last - first) if last > first and end_s > start_s else None

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 
 class Timers:
-    """Sums of seconds and numbers of uses per phase, since the last reset."""
+    """Sums of seconds per phase."""
 
     def __init__(
         self, *, synchronize: Callable[[], object] | None = None, clock: Callable[[], float] = time.perf_counter
@@ -26,7 +26,6 @@ class Timers:
         self._synchronize = synchronize or (lambda: None)
         self._clock = clock
         self._seconds: dict[str, float] = {}
-        self._uses: dict[str, int] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -38,17 +37,7 @@ class Timers:
         finally:
             self._synchronize()
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start_s
-            self._uses[name] = self._uses.get(name, 0) + 1
 
     def seconds(self) -> dict[str, float]:
         """`<phase>_s` -> total seconds, in the order of first use."""
         return {f"{name}_s": value for name, value in self._seconds.items()}
-
-    def uses(self) -> dict[str, int]:
-        """Phase -> how often it was timed."""
-        return dict(self._uses)
-
-    def reset(self) -> None:
-        """Start again from zero."""
-        self._seconds.clear()
-        self._uses.clear()

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_gkd.errors import ConfigError, TrainingError
+from megatron_gkd.errors import ConfigError, DataError, TrainingError
+from megatron_gkd.observe.advice import go_on
 from megatron_gkd.observe.logging import get_logger
 
 logger = get_logger(__name__)
@@ -35,39 +36,16 @@ class MetricsWriter(Protocol):
         """Flush and release."""
 
 
-def open_writers(
-    report_to: Sequence[str], run_dir: Path, *, first_step: int | None = None, config: Mapping[str, Any] | None = None
-) -> MetricsWriter:
-    """metrics.jsonl in the run directory, and what --report_to names beside it."""
-    records = JsonlWriter(run_dir / "metrics.jsonl", first_step=first_step)
-    return Writers([records, *open_trackers(report_to, run_dir, first_step=first_step, config=config)])
-
-
 def open_trackers(
     report_to: Sequence[str], run_dir: Path, *, first_step: int | None = None, config: Mapping[str, Any] | None = None
 ) -> list[MetricsWriter]:
-    """What --report_to names, without the run's own record."""
+    """What --report_to names."""
     writers: list[MetricsWriter] = []
     if "tensorboard" in report_to:
         writers.append(TensorBoardWriter(run_dir / "tensorboard", first_step=first_step))
     if "wandb" in report_to:
         writers.append(WandbWriter(run_dir, first_step=first_step, config=config))
     return writers
-
-
-class Writers:
-    """Several writers as one."""
-
-    def __init__(self, writers: Sequence[MetricsWriter]) -> None:
-        self._writers = tuple(writers)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for writer in self._writers:
-            writer.write(step, values)
-
-    def close(self) -> None:
-        for writer in self._writers:
-            writer.close()
 
 
 class JsonlWriter:
@@ -147,25 +125,31 @@ def told_apart(path: Path) -> Iterator[None]:
     except OSError as error:
         raise TrainingError(
             f"{path} cannot be written ({error.strerror or error}), so the record of the run would have a gap: make "
-            f"room, and go on from the last checkpoint, which is complete, with --load {path.parent}"
+            f"room, and {go_on(path.parent)}"
         ) from error
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL record; lines that a crash left unfinished are skipped with a warning."""
-    return list(_rows(path)) if path.exists() else []
+def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:
+    """The rows of a JSONL record; [] where there is no file. Other lines are left out, with a warning.
 
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    Args:
+        strict: DataError for another line, unless it is the last one without its line break: the run is writing it, or
+            was killed while it did.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line.decode(errors="strict" if strict else "replace"))
+        except ValueError:
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield row
-        else:
+            rows.append(row)
+        elif strict and line.strip() and number < len(lines):
+            raise DataError(f"{path}:{number} is not a row of metrics: the file is damaged, or of another program")
+        elif line.strip() and not strict:
             logger.warning("%s:%d is not a row of metrics and is left out", path, number)
+    return rows
 
 
 def _take_back(path: Path, first_step: int) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_gkd.errors import ConfigError, ShapeError
+from megatron_gkd.errors import ShapeError
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,6 @@ class VocabShard:
     num_valid: int
     vocab_size: int  # real tokens over all ranks
     max_columns: int  # the widest shard of the group: alike on every rank, so chunk sizes may depend on it
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int, *, multiple: int = 1) -> int:
-    """The smallest size >= vocab_size that `tp_size` shards, each a multiple of `multiple` columns, fill exactly."""
-    _require_positive(vocab_size=vocab_size, tp_size=tp_size, multiple=multiple)
-    unit = multiple * tp_size
-    return (vocab_size + unit - 1) // unit * unit
-
-
-def shard_range(padded_size: int, tp_size: int, rank: int) -> tuple[int, int]:
-    """[start, end) of `rank` where a padded vocabulary is cut into equal shards."""
-    _require_positive(padded_size=padded_size, tp_size=tp_size)
-    if padded_size % tp_size != 0:
-        raise ShapeError(
-            f"a vocabulary of {padded_size} columns was given for {tp_size} shards, a multiple of {tp_size} is needed; "
-            f"pad it to {padded_vocab_size(padded_size, tp_size)}"
-        )
-    width = padded_size // tp_size
-    return rank * width, (rank + 1) * width
 
 
 def vocab_shard(num_columns: int, *, rank: int, tp_size: int, vocab_size: int | None = None) -> VocabShard:
@@ -69,24 +50,6 @@ def vocab_shard(num_columns: int, *, rank: int, tp_size: int, vocab_size: int | 
     num_valid = min(max(vocab_size - start, 0), num_columns)
     max_columns = max(num_columns, -(-vocab_size // tp_size))
     return VocabShard(start, num_columns, num_valid, vocab_size, max_columns)
-
-
-def shared_vocab_size(*, student_tokens: int, teacher_tokens: int, student_rows: int, teacher_rows: int) -> int:
-    """The true vocabulary of a student and a teacher whose heads have `*_rows` rows, padding included.
-
-    Heads of one family may be padded differently (151936 and 152064 rows); the tokens must be the same.
-    """
-    if student_tokens != teacher_tokens:
-        raise ConfigError(
-            f"the student's tokenizer has {student_tokens} tokens and the teacher's {teacher_tokens}: a divergence "
-            f"needs one vocabulary; choose a teacher of the student's family"
-        )
-    if student_tokens > min(student_rows, teacher_rows):
-        raise ConfigError(
-            f"the tokenizer has {student_tokens} tokens, but the student's head has {student_rows} rows and the "
-            f"teacher's {teacher_rows}; both need at least {student_tokens}"
-        )
-    return student_tokens
 
 
 def _require_positive(**sizes: int) -> None:

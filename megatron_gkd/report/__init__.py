@@ -18,6 +18,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_gkd.observe.text import visible
 from megatron_gkd.report.run_record import read_run
 from megatron_gkd.report.summary import summarise, to_text
 
@@ -43,7 +44,7 @@ def write_report(run_dir: Path, *, num_answers: int = 2, max_new_tokens: int = 6
         from megatron_gkd.report.answers import sample_answers
 
         summary = summary | sample_answers(run, num_answers=num_answers, max_new_tokens=max_new_tokens)
-    text = to_text(summary)
+    text = visible(to_text(summary))
     print(text, flush=True)
     out = run.directory / "report"
     out.mkdir(exist_ok=True)

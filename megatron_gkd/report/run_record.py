@@ -13,14 +13,14 @@ A last line that is cut off (the run is writing it, or was killed while it did) 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.errors import ConfigError, DataError
+from megatron_gkd.errors import ConfigError
 from megatron_gkd.flags import parse_run_config
+from megatron_gkd.observe.writers import read_rows
 
 Record = dict[str, Any]
 
@@ -61,28 +61,7 @@ def read_run(directory: Path) -> RunRecord:
     return RunRecord(
         directory=directory,
         config=config,
-        metrics=read_jsonl(directory / "metrics.jsonl"),
-        evaluations=read_jsonl(directory / "evaluation.jsonl"),
+        metrics=tuple(read_rows(directory / "metrics.jsonl", strict=True)),
+        evaluations=tuple(read_rows(directory / "evaluation.jsonl", strict=True)),
         exported=exported if (exported / "config.json").is_file() else None,
     )
-
-
-def read_jsonl(path: Path) -> tuple[Record, ...]:
-    """The objects of a JSONL file, each with a `step`; () where there is no file."""
-    if not path.is_file():
-        return ()
-    lines = path.read_text(encoding="utf-8").split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # without its line break: not written to the end
-                break
-            raise DataError(f"{path}:{number} is not valid JSON: {error}; the file is damaged") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise DataError(f"{path}:{number} is not an object with a step; was it written by megatron-gkd?")
-        records.append(record)
-    return tuple(records)

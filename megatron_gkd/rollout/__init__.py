@@ -2,7 +2,6 @@
 
 requests.py       what is asked of an engine in a step: seeds, lengths, balance over engines          (pure)
 state.py          what an engine may be asked in which state                                         (pure)
-checksum.py       of a tensor's bytes, alike on CPUs and GPUs
 worker.py         runs inside vLLM's worker: takes buckets of weights, checks them, loads them
 engines.py        which engines a configuration asks for, and which rank drives them
 guard.py          what an engine in the trainer's process changes globally, and its restoration

@@ -5,34 +5,47 @@ kept-alive connections, and so that a control call can run while the caller does
 ends within its time limit. A call that may be repeated without harm (`again=True`) is, after a connection error or an
 answer of 500 and above, with growing pauses, for at most `retry_s`; others never are.
 
-Answers may come compressed (gzip): the client says that it takes them so. What an answer has to hold is taken out of it
-by the caller's `read`; an answer of another form is an error like any other. The key of the API is sent as a header,
-and appears in no message, also where the server repeats it; an address that holds a password is refused. Proxies of the
-environment are not used: what passes here are weights, samples and a teacher's log-probabilities, between machines of
-one run.
+Answers may come compressed (gzip): the client says that it takes them so. They are read up to a length that follows
+from the request (answers.py). What an answer has to hold is taken out of it by the caller's `read`; an answer of
+another form is an error like any other. The key of the API (secret.py) is sent as a header, and appears in no message,
+also where the server repeats it; an address that holds a password is refused. Proxies of the environment are not used:
+what passes here are weights, samples and a teacher's log-probabilities, between machines of one run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import re
+import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 
-from megatron_gkd.errors import RolloutError
+from megatron_gkd.errors import ConfigError, RolloutError
+from megatron_gkd.rollout.answers import (
+    MOST_REFUSAL_BYTES,
+    SHOWN_CHARACTERS,
+    UnboundedAnswerError,
+    message_of,
+    most_bytes,
+    parse,
+    read_bounded,
+)
+from megatron_gkd.rollout.gate import HEADER
 from megatron_gkd.rollout.wire import OTHER_FORM
+from megatron_gkd.secret import Secret
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _CONNECT_S = 10.0
+UNIX = "unix:"
 _KEEP_ALIVE_S = 3.0  # shorter than the server's 5: a connection is not used in the moment in which the server closes it
-_SHOWN_CHARACTERS = 500
 
 
 def _whole(answer: Any) -> Any:
@@ -64,30 +77,40 @@ class ServerClient:
         retry_s: float = 20.0,
         max_concurrency: int = 256,
         transport: httpx.AsyncBaseTransport | None = None,
+        secret: Secret | None = None,
         role: str = "vLLM server",
         script: str = "launch/rollout_server.sh",
     ) -> None:
-        """`role` and `script`, for messages: what the server is to the run, and what starts one."""
+        """`base_url` may be `unix:PATH` of a socket. `secret` goes with each request (gate.py).
+        `role` and `script`, for messages: what the server is to the run, and what starts one.
+        """
+        shown = base_url
+        if base_url.startswith(UNIX):
+            transport = transport or httpx.AsyncHTTPTransport(uds=base_url.removeprefix(UNIX))
+            base_url = "http://127.0.0.1"
         url = base_url.rstrip("/").removesuffix("/v1")
-        if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
-            raise RolloutError(f"{base_url!r} is not the URL of a server; give one such as http://127.0.0.1:8000")
-        if httpx.URL(url).userinfo:
+        host, has_secret = _host_of(url)
+        if has_secret:
             raise RolloutError(
-                f"the address of the {role} at {httpx.URL(url).host} holds a user name or a password, which would be "
+                f"the address of the {role} at {host} holds a user name or a password, which would be "
                 f"in logs and records; give the key in the environment variable {api_key_env}"
             )
         self.url = url
-        self.host = httpx.URL(url).host
-        self.name = f"the {role} at {url}"
+        self.host = host
+        self.name = f"the {role} at {shown if shown.startswith(UNIX) else url}"
         self._script = script
-        self._api_key, self._api_key_env = api_key, api_key_env
+        key = Secret(api_key, f"the environment variable {api_key_env}") if api_key else None
+        self._secrets, self._api_key_env = [known for known in (key, secret) if known], api_key_env
         self._timeout_s, self._retry_s, self._max_concurrency = timeout_s, retry_s, max_concurrency
         self._http = httpx.AsyncClient(
             base_url=url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers={"Accept-Encoding": "gzip"}
+            | ({"Authorization": f"Bearer {key.value}"} if key else {})
+            | ({HEADER: secret.value} if secret else {}),
             limits=httpx.Limits(max_connections=max_concurrency + 8, keepalive_expiry=_KEEP_ALIVE_S),
             transport=transport,
             trust_env=False,
+            verify=_tls(url),
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"http {url}", daemon=True)
@@ -98,10 +121,21 @@ class ServerClient:
         return self._read(what, read, self._wait(self._send("GET", path, what, None, True, self._deadline(timeout_s))))
 
     def post(
-        self, path: str, what: str, body: Any = None, *, again: bool = False, read: Callable[[Any], Any] = _whole
+        self,
+        path: str,
+        what: str,
+        body: Any = None,
+        *,
+        again: bool = False,
+        read: Callable[[Any], Any] = _whole,
+        most: int | None = None,
     ) -> Any:
-        """One call; `again` where a repetition does no harm."""
-        return self._read(what, read, self._wait(self._send("POST", path, what, body, again, self._deadline(None))))
+        """One call; `again` where a repetition does no harm. `most` bytes of an answer whose length does not follow
+        from the body.
+        """
+        return self._read(
+            what, read, self._wait(self._send("POST", path, what, body, again, self._deadline(None), most))
+        )
 
     def start(self, path: str, what: str, body: Any = None) -> concurrent.futures.Future[Any]:
         """`post`, while the caller goes on."""
@@ -161,11 +195,13 @@ class ServerClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _send(self, method: str, path: str, what: str, body: Any, again: bool, deadline: float) -> Any:
+    async def _send(
+        self, method: str, path: str, what: str, body: Any, again: bool, deadline: float, most: int | None = None
+    ) -> Any:
         pause_s = _FIRST_PAUSE_S
         give_up: float | None = None  # set by the first failure
         while True:
-            error = await self._try(method, path, what, body, again, deadline)
+            error = await self._try(method, path, what, body, again, deadline, most)
             if not isinstance(error, RolloutError):
                 return error
             now = time.monotonic()
@@ -176,64 +212,81 @@ class ServerClient:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    async def _try(self, method: str, path: str, what: str, body: Any, again: bool, deadline: float) -> Any:
+    async def _try(
+        self, method: str, path: str, what: str, body: Any, again: bool, deadline: float, most: int | None
+    ) -> Any:
         """The answer, or the error, not raised. A call that cannot be repeated has a connection of its own: the server
         drops a kept one after it has answered 500.
         """
         left_s = max(deadline - time.monotonic(), 0.01)
         try:
-            async with asyncio.timeout(left_s):
-                response = await self._http.request(
+            async with (
+                asyncio.timeout(left_s),
+                self._http.stream(
                     method,
                     path,
                     json=body,
                     headers={} if again else {"Connection": "close"},
                     timeout=httpx.Timeout(left_s, connect=min(_CONNECT_S, left_s)),
-                )
-                if response.is_success:
-                    return response.json() if response.content else None
+                ) as response,
+            ):
+                most = (most or most_bytes(body)) if response.is_success else MOST_REFUSAL_BYTES
+                content, whole = await read_bounded(response, most)
+            if not response.is_success:
+                return self._refusal(response, content, whole, what)
+            if not whole:
+                raise UnboundedAnswerError(f"more than {most} bytes")
+            return parse(content, self._secrets)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            return RolloutError(
-                f"{self.name} cannot be reached ({_text(error)}), when asked to {what}; start one with "
-                f"{self._script}, or correct the host and the port"
-            )
+            advice = f"; start one with {self._script}, or correct the host and the port"
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                advice = "; name the file of its private authority in SSL_CERT_FILE, or correct the host"
+            return self._error(f"cannot be reached ({_text(error)})", what, advice)
         except (TimeoutError, httpx.TimeoutException):
-            return RolloutError(
-                f"{self.name} did not answer within {self._timeout_s:g} s, when asked to {what}; look at its log, or "
-                "allow it more time"
+            return self._error(
+                f"did not answer within {self._timeout_s:g} s", what, "; look at its log, or allow it more time"
             )
         except httpx.DecodingError as error:
-            return RolloutError(f"{self.name} gave an answer that cannot be unpacked ({error}), when asked to {what}")
+            return self._error(f"gave an answer that cannot be unpacked ({error})", what)
         except httpx.TransportError as error:
-            return RolloutError(
-                f"{self.name} broke the connection ({_text(error)}), when asked to {what}; it may have died: look at "
-                "its log and start it again"
+            return self._error(
+                f"broke the connection ({_text(error)})", what, "; it may have died: look at its log and start it again"
             )
+        except UnboundedAnswerError as error:
+            return self._error(f"gave an answer of {error}, which is more than the request implies", what)
         except (ValueError, RecursionError) as error:  # not JSON, or too deep
-            return RolloutError(f"{self.name} gave an answer that is not JSON ({error}), when asked to {what}")
-        return self._refusal(response, what)
+            return self._error(f"gave an answer that is not JSON ({error})", what)
 
-    def _refusal(self, response: httpx.Response, what: str) -> ServerAnswerError:
-        said = message_of(response)
+    def _error(self, problem: str, what: str, advice: str = "") -> RolloutError:
+        return RolloutError(self._without_keys(f"{self.name} {problem}, when asked to {what}{advice}"))
+
+    def _without_keys(self, text: str) -> str:
+        for secret in self._secrets:
+            text = secret.redact(text)
+        return text
+
+    def _refusal(self, response: httpx.Response, content: bytes, whole: bool, what: str) -> ServerAnswerError:
+        said = message_of(content, whole, response.reason_phrase, self._secrets)
         status = 401 if said == "API key error" else response.status_code  # ms-swift answers 400 with this
         advice = {
             401: f"; set the environment variable {self._api_key_env} to the server's key",
             404: f"; it lacks that endpoint: start it with {self._script}",
         }.get(status, "")
-        if self._api_key:
-            said = said.replace(self._api_key, "(the key)")
-        return ServerAnswerError(
-            f"{self.name} answered {response.status_code} ({said}), when asked to {what}{advice}", status
-        )
+        text = f"{self.name} answered {response.status_code} ({said}), when asked to {what}{advice}"
+        return ServerAnswerError(self._without_keys(text), status)
 
     def _read(self, what: str, read: Callable[[Any], Result], answer: Any) -> Result:
         try:
             return read(answer)
+        except RolloutError as error:
+            if (text := self._without_keys(str(error))) == str(error):
+                raise
+            raise RolloutError(text) from None
         except OTHER_FORM as error:
-            raise RolloutError(
-                f"{self.name} gave an answer of another form than vLLM 0.28 to 0.32 ({type(error).__name__}: "
-                f"{str(error)[:_SHOWN_CHARACTERS]}), when asked to {what}"
-            ) from error
+            said = f"{type(error).__name__}: {self._without_keys(str(error))[:SHOWN_CHARACTERS]}"
+            raise self._error(f"gave an answer of another form than vLLM 0.28 to 0.32 ({said})", what) from (
+                None if self._secrets else error
+            )
 
     async def _shut(self) -> None:
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -262,18 +315,36 @@ class ServerClient:
             raise
 
 
-def message_of(response: httpx.Response) -> str:
-    """What the server says is wrong, in one line of bounded length."""
+def _host_of(url: str) -> tuple[str, bool]:
+    """The host of a URL, and whether it holds a user name or a password. Raises RolloutError."""
     try:
-        answer = response.json()
-        error = answer.get("error", answer.get("detail", answer))
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError, RecursionError):
-        text = response.text
-    line = " ".join(text.split()) or response.reason_phrase
-    if of_worker := re.search(r"Worker failed with error ['\"](.*)['\"], please check the stack trace", line):
-        line = of_worker[1]
-    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} ..."
+        parts, found = urlsplit(url), httpx.URL(url)
+        if parts.scheme in ("http", "https") and found.host and parts.port != 0:  # a port beyond 65535 raises
+            return found.host, bool(found.userinfo)
+        problem = "it has no scheme or no host, or port 0"
+    except (ValueError, httpx.InvalidURL) as error:
+        problem = str(error)
+    shown = "the address" if "@" in url else repr(url)  # what stands before an @ is a secret
+    raise RolloutError(f"{shown} is not the URL of a server ({problem}); give one such as http://127.0.0.1:8000")
+
+
+def _tls(url: str) -> ssl.SSLContext:
+    """The authorities that are known: those of certifi and, for private ones, those in SSL_CERT_FILE or SSL_CERT_DIR.
+    Other variables of the environment (proxies, netrc) change nothing.
+    """
+    if not url.startswith("https://"):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # knows nobody and is not used; the other takes 30 ms
+    file, directory = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    context = httpx.create_ssl_context(trust_env=False)
+    if not (file or directory):
+        return context
+    try:
+        context.load_verify_locations(cafile=file or None, capath=directory or None)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"the certificates in SSL_CERT_FILE or SSL_CERT_DIR ({file or directory}) cannot be read: {error}"
+        ) from error
+    return context
 
 
 def _text(error: Exception) -> str:

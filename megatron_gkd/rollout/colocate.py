@@ -22,15 +22,16 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture, read_architecture
+from megatron_gkd.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.rollout.guard import EngineGuard, keep_process_groups, own_shared_memory
-from megatron_gkd.rollout.local_server import VLLM_DTYPES, WORKER_EXTENSION
+from megatron_gkd.rollout.local_server import WORKER_EXTENSION
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 
@@ -51,7 +52,7 @@ class ColocatedEngine:
         self,
         model_path: str,
         *,
-        dtype: Literal["fp32", "bf16", "fp16"],
+        dtype: Dtype,
         tensor_parallel_size: int = 1,
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -77,7 +78,7 @@ class ColocatedEngine:
         length = min(max_model_len or arch.max_position_embeddings, arch.max_position_embeddings)
         options: dict[str, Any] = {
             "model": model_path,
-            "dtype": VLLM_DTYPES[dtype],
+            "dtype": LONG_NAMES[dtype],
             "tensor_parallel_size": tensor_parallel_size,
             "max_model_len": length,
             "seed": seed,
@@ -109,7 +110,7 @@ class ColocatedEngine:
                     dist.barrier()  # all ranks have opened what is about to lose its name
             except Exception as error:
                 raise RolloutError(
-                    f"vLLM could not be built for {model_path} ({VLLM_DTYPES[dtype]}, tensor parallel "
+                    f"vLLM could not be built for {model_path} ({LONG_NAMES[dtype]}, tensor parallel "
                     f"{tensor_parallel_size}, {length} tokens): {_first_line(error)}"
                 ) from error
             self.max_model_len = int(self._llm.model_config.max_model_len)

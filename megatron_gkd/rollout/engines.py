@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
 from megatron_gkd.config import SamplingConfig
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError, GKDError, RolloutError
 from megatron_gkd.rollout.protocol import Engine
 
@@ -31,7 +31,7 @@ def open_engines(
     sampling: SamplingConfig,
     *,
     model_path: str,
-    dtype: Literal["fp32", "bf16", "fp16"],
+    dtype: Dtype,
     max_model_len: int,
     group: dist.ProcessGroup,
 ) -> LocalEngines:
@@ -57,11 +57,13 @@ def server_urls(host: str, port: int) -> list[str]:
     """URLs of `--vllm_server_host`: names with commas between, each HOST, HOST:PORT or a URL. Raises ConfigError."""
     urls = []
     for name in host.split(","):
-        parts = urlsplit(name.strip() if "//" in name else f"http://{name.strip()}")
+        if "@" in name:  # not shown: what stands before it is a secret
+            raise ConfigError("--vllm_server_host holds a name or a password; set VLLM_API_KEY instead")
         try:
+            parts = urlsplit(name.strip() if "//" in name else f"http://{name.strip()}")
             where, own_port = parts.hostname, parts.port
         except ValueError as error:
-            raise ConfigError(f"--vllm_server_host {host}: {name!r} has a bad port ({error})") from error
+            raise ConfigError(f"--vllm_server_host {host}: {name!r} has a bad port or host ({error})") from error
         if parts.scheme not in ("http", "https") or not where or parts.path.strip("/"):
             raise ConfigError(f"--vllm_server_host {host}: {name!r} is not HOST, HOST:PORT or http(s)://HOST:PORT")
         where = f"[{where}]" if ":" in where else where
@@ -75,7 +77,7 @@ def _servers_on_rank_0(
     sampling: SamplingConfig,
     *,
     model_path: str,
-    dtype: Literal["fp32", "bf16", "fp16"],
+    dtype: Dtype,
     max_model_len: int,
     group: dist.ProcessGroup,
 ) -> LocalEngines:

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # exported, but not by name
 
+from megatron_gkd.weights.checksum import Tensors
+
 Backend = Literal["gloo", "nccl"]
-Tensors = Sequence[tuple[str, torch.Tensor]]
 _ALIGNMENT = 64  # bytes
 
 

@@ -72,7 +72,7 @@ class Engine(Protocol):
         """Start an update: a complete one, every tensor of the model."""
 
     def bucket(self, tensors: Sequence[tuple[str, torch.Tensor]], sums: Mapping[str, tuple[int, int]]) -> None:
-        """Hand over some of the tensors, with the checksum that each had on the rank that owns it (checksum.py).
+        """Hand over some of the tensors, with the checksum that each had on its owner (weights/checksum.py).
 
         The engine's worker verifies them and the call raises, naming the tensor. The engine may refer to the tensors
         until `end`: the caller must not write to them.

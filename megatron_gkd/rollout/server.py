@@ -9,7 +9,8 @@ An update of the weights, in calls of the server (worker methods are those of wo
 
 Who has which weights: every engine object stamps its updates with a name of its own and the policy version. Before and
 after each `generate` and `score` the server's stamp is compared with what this object left there. A server that was
-restarted, or that another trainer pushed to, or whose update was left open, is thus found before a sample is used.
+restarted, or that another trainer pushed to, or whose update was left open, is thus found before a sample is used;
+so is, by the number of updates that its workers have begun, one whose weights were changed under the same stamp.
 
 Sampling is one request per completion (wire.py), all at once. A completion is a function of weights, settings and
 request, so a request that failed with the connection is repeated; calls that change the server are not.
@@ -34,9 +35,11 @@ import httpx
 import torch
 
 from megatron_gkd.architecture import read_architecture
+from megatron_gkd.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.rollout.client import ServerAnswerError, ServerClient
-from megatron_gkd.rollout.local_server import VLLM_DTYPES, LocalServer
+from megatron_gkd.rollout.client import UNIX, ServerAnswerError, ServerClient
+from megatron_gkd.rollout.gate import read_secret, rollout_secret
+from megatron_gkd.rollout.local_server import SECRET_NAME, LocalServer
 from megatron_gkd.rollout.protocol import DEFAULT_TIMEOUT_S, Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 from megatron_gkd.rollout.transfer import GroupTransfer, ShmTransfer, Transfer, can_be_read_by
@@ -48,6 +51,7 @@ from megatron_gkd.rollout.wire import (
     read_scores,
     score_body,
 )
+from megatron_gkd.secret import Secret
 
 Result = TypeVar("Result")
 WeightTransfer = Literal["auto", "shm", "group"]
@@ -63,7 +67,7 @@ class ServerEngine:
         base_url: str,
         *,
         model_path: str,
-        dtype: Literal["fp32", "bf16", "fp16"],
+        dtype: Dtype,
         read_weights: bool = False,
         sleep_level: int = 0,
         weight_transfer: WeightTransfer = "auto",
@@ -72,6 +76,7 @@ class ServerEngine:
         retry_s: float = 20.0,
         max_concurrency: int = 256,
         transport: httpx.AsyncBaseTransport | None = None,
+        secret: Secret | None = None,
     ) -> None:
         """Connect, and check that it is a server that this engine can drive, of the right model.
 
@@ -80,6 +85,7 @@ class ServerEngine:
             read_weights: sample from the weights that the server was started with (version 0).
             weight_transfer: "auto" is "shm" if the server's workers see this machine's shared memory, else "group".
             api_key_env: environment variable that holds the server's API key, if it has one.
+            secret: that of the server (gate.py); None: the one beside its socket, or that of this user.
             timeout_s: of each call; retry_s: how long a server that cannot be reached is tried again.
         """
         self._client = ServerClient(
@@ -90,6 +96,7 @@ class ServerEngine:
             retry_s=retry_s,
             max_concurrency=max_concurrency,
             transport=transport,
+            secret=secret or _secret_of(base_url),
         )
         self._timeout_s = timeout_s
         self._sleep_level = sleep_level
@@ -98,6 +105,7 @@ class ServerEngine:
         self._num_sent = 0
         self._token = secrets.token_hex(6)
         self._stamp: str | None = UNTOUCHED  # what the server has to say of its weights; None: it says nothing
+        self._updates: list[int] | None = None  # begun since the server was started, by worker, as this object left it
         self._state = EngineState(self._client.name, version=0 if read_weights else None, sleep_level=sleep_level)
         try:
             self.max_model_len = self._connect()
@@ -105,6 +113,7 @@ class ServerEngine:
             _check_workers(self._client.name, self._workers, model_path, dtype)
             if read_weights:
                 self._expect_untouched()
+                self._updates = [worker["updates"] for worker in self._workers] or None
         except BaseException:
             self._client.close()
             raise
@@ -121,6 +130,7 @@ class ServerEngine:
             raise RolloutError(f"{self._client.name} cannot be updated: it lacks the worker extension; {_START}")
         with self._state.begin():
             self._client.post("/pause?mode=wait", "finish its requests and pause")
+            self._updates = None
             self._set_stamp(f"gkd-{self._token}-incomplete")
             if any(worker["updating"] for worker in self._workers_info(required=True)):  # its pusher is gone
                 self._call("gkd_abort", [], "leave an update that was never finished", list)
@@ -148,6 +158,7 @@ class ServerEngine:
             if not self._client.post("/reset_prefix_cache", "drop its cached prefixes", read=itemgetter("success")):
                 raise RolloutError(f"{self._client.name} did not drop its cached prefixes: requests are still running")
             self._set_stamp(f"gkd-{self._token}-{version}")
+            self._updates = [worker["updates"] for worker in self._workers_info(required=True)]
             if self._state.memory == "awake":
                 self._client.post("/resume", "resume")
             self._check_stamp("after the update")
@@ -156,7 +167,8 @@ class ServerEngine:
         def read(results: list[Any]) -> dict[str, tuple[tuple[int, int], float]]:
             return {name: ((sums[0], sums[1]), norm) for name, (sums, norm) in results[0].items()}
 
-        return self._call("gkd_received", [], "say which tensors it received", read)
+        most = 2**20 + len(self._workers) * self._num_sent * 1024
+        return self._call("gkd_received", [], "say which tensors it received", read, most)
 
     def abort(self) -> None:
         with self._state.abort() as unfinished:
@@ -309,10 +321,14 @@ class ServerEngine:
             timeout_s=self._timeout_s,
         )
 
-    def _call(self, method: str, arguments: list[Any], what: str, read: Callable[[Any], Result]) -> Result:
-        """What `read` takes out of the workers' answers to a method of worker.py."""
+    def _call(
+        self, method: str, arguments: list[Any], what: str, read: Callable[[Any], Result], most: int | None = None
+    ) -> Result:
+        """What `read` takes out of the workers' answers, of `most` bytes, to a method of worker.py."""
         body = {"method": method, "args": arguments}
-        result: Result = self._client.post("/collective_rpc", what, body, read=lambda answer: read(answer["results"]))
+        result: Result = self._client.post(
+            "/collective_rpc", what, body, read=lambda answer: read(answer["results"]), most=most
+        )
         return result
 
     def _start_call(self, method: str, arguments: list[Any], what: str) -> Any:
@@ -336,6 +352,15 @@ class ServerEngine:
                 "restarted, or another process pushes to it. Give every run a server of its own; a complete update "
                 "sets it right"
             )
+        if self._updates is None:
+            return
+        workers = self._workers_info(required=True)
+        if [w["updates"] for w in workers] != self._updates or any(w["updating"] for w in workers):
+            self._state.lose_weights()
+            raise RolloutError(
+                f"{self._client.name} has begun an update {when} that this run has not asked for, under the version "
+                f"{self._stamp}: another process pushes to it. Give every run a server of its own"
+            )
 
     def _check_length(self, ids: Sequence[int], which: str) -> None:
         if not 1 <= len(ids) < self.max_model_len:
@@ -352,7 +377,7 @@ class SubprocessEngine(ServerEngine):
         self,
         model_path: str,
         *,
-        dtype: Literal["fp32", "bf16", "fp16"],
+        dtype: Dtype,
         max_model_len: int | None = None,
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.9,
@@ -377,7 +402,12 @@ class SubprocessEngine(ServerEngine):
         )
         try:
             super().__init__(
-                self._server.url, model_path=model_path, dtype=dtype, read_weights=read_weights, timeout_s=timeout_s
+                self._server.url,
+                model_path=model_path,
+                dtype=dtype,
+                read_weights=read_weights,
+                timeout_s=timeout_s,
+                secret=read_secret(self._server.secret_file),
             )
         except BaseException:
             self._server.close()
@@ -391,8 +421,15 @@ class SubprocessEngine(ServerEngine):
 
 def _read_workers(results: Any) -> list[dict[str, Any]]:
     """Of each worker what `gkd_info` says (worker.py)."""
-    names = ("rank", "device", "dtype", "model", "updating")
+    names = ("rank", "device", "dtype", "model", "updating", "updates")
     return [{name: worker[name] for name in names} | {"config": dict(worker["config"])} for worker in results]
+
+
+def _secret_of(base_url: str) -> Secret | None:
+    if not base_url.startswith(UNIX):
+        return rollout_secret()
+    beside = Path(base_url.removeprefix(UNIX)).with_name(SECRET_NAME)
+    return read_secret(beside) if beside.exists() else None
 
 
 def _read_texts(results: Any) -> list[str]:
@@ -406,10 +443,10 @@ def _check_workers(name: str, workers: Sequence[dict[str, Any]], model_path: str
         raise RolloutError(f"{name} has workers of ranks {ranks}: it is data parallel; start several servers instead")
     config = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8")) if workers else {}
     for worker in workers[:1]:
-        if worker["dtype"] != VLLM_DTYPES[dtype]:
+        if worker["dtype"] != LONG_NAMES[dtype]:
             raise RolloutError(
-                f"{name} computes in {worker['dtype']}, and {VLLM_DTYPES[dtype]} is needed; start it with --dtype "
-                f"{VLLM_DTYPES[dtype]}"
+                f"{name} computes in {worker['dtype']}, and {LONG_NAMES[dtype]} is needed; start it with --dtype "
+                f"{LONG_NAMES[dtype]}"
             )
         for field, value in worker["config"].items():
             if None not in (value, config.get(field)) and config[field] != value:

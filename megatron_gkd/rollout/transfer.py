@@ -1,24 +1,23 @@
 """How a bucket of weights reaches the workers of a server; the server's `/collective_rpc` tells them to fetch it.
 
     shm     same machine: a safetensors file per bucket in /dev/shm, readable by this user alone, in a private directory
+            (owned.py); the worker is told DIRECTORY/FILE, never a path
     group   another machine: a broadcast in a process group between this rank and the workers (group.py)
 
 In both, a bucket is under way while the caller prepares the next: at most two exist at a time, and a failure shows
 in the next call at the latest (`send` or `finish`). The checksums of the tensors go with the request, and the worker
-verifies them. Whatever happens, files are removed: after each bucket, in `cancel` and in `close`.
+verifies them. Whatever happens, files are removed: after each bucket, in `cancel`, in `close`, and by the next run
+where this process was killed.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import torch
@@ -26,7 +25,6 @@ import torch
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.group import (
     Backend,
-    Tensors,
     as_bytes,
     flatten,
     make_group,
@@ -34,23 +32,16 @@ from megatron_gkd.rollout.group import (
     serve_store,
     start_broadcast,
 )
+from megatron_gkd.rollout.owned import SHM_ROOT, private_directory
+from megatron_gkd.weights.checksum import Sums, Tensors
+from megatron_gkd.weights.safetensors_format import TensorSpec, write_header
 
-Sums = Mapping[str, tuple[int, int]]  # tensor name -> its checksum where it came from
 Answer = concurrent.futures.Future[Any]
 Call = Callable[
     [str, list[Any], str], Answer
 ]  # worker method, its arguments, what is asked: starts a call of all workers
 
-SHM_ROOT = "/dev/shm"
-_DTYPE_NAMES: Final = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
+SHM_PREFIX: Final = "gkd-weights"
 _ALIGNMENT: Final = 64
 _POLL_S: Final = 0.0005
 
@@ -76,7 +67,7 @@ class ShmTransfer:
 
     def __init__(self, call: Call, *, root: str = SHM_ROOT) -> None:
         self._call = call
-        self.directory = tempfile.mkdtemp(prefix="gkd-weights-", dir=root)  # mode 0700
+        self.directory = private_directory(SHM_PREFIX, root)
         self._under_way: tuple[Answer, str] | None = None
         self._num_buckets = 0
 
@@ -86,7 +77,7 @@ class ShmTransfer:
         try:
             write_safetensors(path, tensors)
             self.finish()  # the bucket before this one
-            self._under_way = (self._call("gkd_bucket_file", [path, dict(sums)], _what(tensors)), path)
+            self._under_way = (self._call("gkd_bucket_file", [_name(path), dict(sums)], _what(tensors)), path)
         except BaseException:
             _remove(path)
             raise
@@ -193,42 +184,38 @@ def write_safetensors(path: str, tensors: Tensors) -> None:
     """A safetensors file, readable by its owner alone, that the tensors are copied into directly (one copy, from any
     device).
     """
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in sorted(tensors, key=lambda item: -item[1].element_size()):  # so that all are aligned
-        assert name not in header, f"{name} is in the bucket twice"
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    in_order = sorted(tensors, key=lambda item: -item[1].element_size())  # so that all are aligned
+    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in in_order]
+    header = write_header(specs, alignment=_ALIGNMENT)
+    num_bytes = len(header) + sum(spec.num_bytes for spec in specs)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        os.posix_fallocate(handle, 0, 8 + len(text) + end)  # a full /dev/shm is an error here, not a SIGBUS below
-    whole = torch.from_file(path, shared=True, size=8 + len(text) + end, dtype=torch.uint8)
-    data = whole[8 + len(text) :]
-    for name, tensor in tensors:
-        start, end = header[name]["data_offsets"]
-        data[start:end].copy_(as_bytes(tensor))
+        file.write(header)
+        os.posix_fallocate(handle, 0, num_bytes)  # a full /dev/shm is an error here, not a SIGBUS below
+    rest = torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)[len(header) :]
+    for spec, (_, tensor) in zip(specs, in_order, strict=True):
+        rest[: spec.num_bytes].copy_(as_bytes(tensor))
+        rest = rest[spec.num_bytes :]
 
 
 def can_be_read_by(call: Call, *, root: str = SHM_ROOT) -> bool:
     """Whether every worker sees the files that this process writes to shared memory: the same machine, and the same
     container of it.
     """
-    directory = Path(tempfile.mkdtemp(prefix="gkd-weights-", dir=root))
+    directory = private_directory(SHM_PREFIX, root)
     try:
-        token = os.urandom(16).hex()
-        (directory / "token").write_text(token, encoding="ascii")
-        (directory / "token").chmod(0o600)
-        answers = call("gkd_read_token", [str(directory / "token")], "look for a file in shared memory").result()
+        token, path = os.urandom(16).hex(), os.path.join(directory, "token")
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.write(token)
+        answers = call("gkd_read_token", [_name(path)], "look for a file in shared memory").result()
         return all(answer == token for answer in answers["results"])
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _name(path: str) -> str:
+    """What a worker is told of a file: the names of its directory and of itself."""
+    return os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path))
 
 
 def _what(tensors: Tensors) -> str:

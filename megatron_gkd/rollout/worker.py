@@ -1,7 +1,7 @@
 """Runs inside vLLM's worker processes, mixed into its Worker class (`worker_extension_cls`): a complete update of the
 weights from Hugging Face named tensors, in buckets.
 
-    gkd_begin() ; gkd_bucket(items)* or gkd_bucket_file(path, ...)* or gkd_bucket_group(...)* ; gkd_end() | gkd_abort()
+    gkd_begin() ; gkd_bucket(items)* or gkd_bucket_file(name, ...)* or gkd_bucket_group(...)* ; gkd_end() | gkd_abort()
 
 `gkd_info` says what this worker holds; `gkd_read_token` and `gkd_group_join` find and make a way for the weights.
 
@@ -24,15 +24,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_gkd.rollout.checksum import checksum
 from megatron_gkd.rollout.group import Backend, join_store, make_group, own_address, start_broadcast, unflatten
+from megatron_gkd.rollout.owned import open_private
+from megatron_gkd.weights.checksum import Sums, checksum
 
-Sums = Mapping[str, Sequence[int]]  # tensor name -> checksum
 MODEL_FIELDS = (  # of config.json: two models that differ in none of these have the same tensors, nearly always
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
@@ -61,6 +61,7 @@ class RolloutWorker:
             if self.device.type == "cpu":
                 _drop_expert_kernels(model)
             self._gkd_updating = True
+            self._gkd_num_updates = getattr(self, "_gkd_num_updates", 0) + 1
             initialize_layerwise_reload(model)
         self._gkd_received: dict[str, tuple[tuple[int, int], float]] = {}
 
@@ -69,6 +70,7 @@ class RolloutWorker:
         """Load full tensors by their Hugging Face names; `sums`, where given, are checked first. Returns the number
         loaded so far.
         """
+        self._check_updating()
         for name, tensor in items:
             found = checksum(tensor)
             if sums is not None and found != tuple(sums[name]):
@@ -78,15 +80,21 @@ class RolloutWorker:
             model.load_weights(iter(items))
         return len(self._gkd_received)
 
-    def gkd_bucket_file(self, path: str, sums: Sums) -> int:
-        """The same from a safetensors file on this host (shared memory); the caller removes it afterwards."""
+    def gkd_bucket_file(self, name: str, sums: Sums) -> int:
+        """The same from a safetensors file of the pusher's in shared memory (owned.py); the caller removes it
+        afterwards.
+        """
         from safetensors import safe_open
 
-        with safe_open(path, "pt", device=str(self.device)) as file:
-            # Copies: the file's memory goes away before the reload may be done with the tensors.
-            items = [(name, file.get_tensor(name).clone()) for name in file.keys()]  # noqa: SIM118 - not a dict
-        if missing := set(sums) - {name for name, _ in items}:
-            raise DamagedTransferError(f"{min(missing)} was sent and is not in {os.path.basename(path)}")
+        descriptor = open_private(name)
+        try:
+            with safe_open(f"/proc/self/fd/{descriptor}", "pt", device=str(self.device)) as file:
+                # Copies: the file's memory goes away before the reload may be done with the tensors.
+                items = [(key, file.get_tensor(key).clone()) for key in file.keys()]  # noqa: SIM118 - not a dict
+        finally:
+            os.close(descriptor)
+        if missing := set(sums) - {key for key, _ in items}:
+            raise DamagedTransferError(f"{min(missing)} was sent and is not in {os.path.basename(name)}")
         return self.gkd_bucket(items, sums)
 
     @torch.no_grad()
@@ -94,6 +102,7 @@ class RolloutWorker:
         """Finish layers that are incomplete and make the model runnable; returns the number of tensors loaded."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        self._check_updating()
         with self._in_vllm() as model:
             finalize_layerwise_reload(model, self.model_config)
             if self.device.type == "cpu":
@@ -125,6 +134,11 @@ class RolloutWorker:
                 method.moe_kernel = method._gkd_kernel  # type: ignore[union-attr]
         self._gkd_updating = False
 
+    def _check_updating(self) -> None:
+        """So that no weight changes without a new number of updates."""
+        if not getattr(self, "_gkd_updating", False):
+            raise RuntimeError("no update has begun")
+
     def gkd_info(self) -> dict[str, Any]:
         """What a pusher on the other side of a connection cannot see: the model, and an update that was left open."""
         config = self.model_config.hf_text_config
@@ -135,14 +149,13 @@ class RolloutWorker:
             "model": str(self.model_config.model),
             "config": {name: getattr(config, name, None) for name in MODEL_FIELDS},
             "updating": getattr(self, "_gkd_updating", False),
+            "updates": getattr(self, "_gkd_num_updates", 0),  # begun since the server was started, by whomever
         }
 
-    def gkd_read_token(self, path: str) -> str:
+    def gkd_read_token(self, name: str) -> str:
         """The text of a pusher's small file, where this worker sees it: is shared memory shared? Reads nothing else."""
-        if not os.path.basename(os.path.dirname(os.path.realpath(path))).startswith("gkd-weights-"):
-            return ""
         try:
-            with open(path, encoding="ascii") as file:
+            with os.fdopen(open_private(name), encoding="ascii") as file:
                 return file.read(64)
         except (OSError, UnicodeDecodeError):
             return ""

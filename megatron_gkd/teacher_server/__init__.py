@@ -2,7 +2,6 @@
 
 wire.py     requests and answers of vLLM's /v1/completions as records; every answer is checked completely. Pure.
 swift.py    the same for /infer/ of `swift deploy`. Pure.
-dialects.py the two as one interface.
 probes.py   what is found out about a server before any training.
 servers.py  one or several servers as one teacher: `TeacherServers.topk`.
 

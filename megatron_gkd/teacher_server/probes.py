@@ -1,7 +1,7 @@
 """What is found out about a teacher server before any training, each with a real request, and what it says otherwise.
 
-    P0  which of the two forms of requests it takes (dialects.py): one that does not say the length of its model, as
-        vLLM does, is asked for nothing by /infer/, and one of ms-swift gives nothing
+    P0  which of the two forms of requests it takes (wire.py, swift.py): one that does not say the length of its
+        model, as vLLM does, is asked for nothing by /infer/, and one of ms-swift gives nothing
     P1  it names one model, and takes sequences of the run's longest + 1 tokens (it samples one token after each)
     P2  its vocabulary holds the largest token id of the tokenizer; where it has /tokenize, it cuts a text into the
         same ids
@@ -27,11 +27,12 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.rollout.client import ServerAnswerError, ServerClient
 from megatron_gkd.rollout.wire import read_int
-from megatron_gkd.teacher_server.dialects import VLLM, Dialect, Swift
-from megatron_gkd.teacher_server.swift import INFER
-from megatron_gkd.teacher_server.wire import TopK, distance
+from megatron_gkd.teacher_server.swift import INFER, Swift
+from megatron_gkd.teacher_server.wire import VLLM, TopK, distance
 
 logger = get_logger(__name__)
+
+Dialect = VLLM | Swift
 
 PROBE_TOKENS = 48
 TOLERANCE = 0.05  # mean total variation, in [0, 1], that is rounding; another position or model is far above it

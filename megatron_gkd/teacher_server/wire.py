@@ -9,7 +9,7 @@ A row maps token ids to their log-probabilities at temperature 1 and their ranks
 sequence's own token i whatever its rank: K or K+1 entries. So a row that lacks token i belongs to another position,
 or to another sequence, and is refused. -inf is written as -9999.
 
-Shapes: `TopK` is [C, K], by rank. What `read_topk` returns is always complete, finite (or -inf), falling with the
+Shapes: `TopK` is [C, K], by rank. What `topk_of_rows` returns is always complete, finite (or -inf), falling with the
 rank, of distinct tokens within the vocabulary, and of a probability of at most 1; everything else is a RolloutError.
 """
 
@@ -23,7 +23,16 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.rollout.wire import MINUS_INFINITY, OTHER_FORM, SLACK, read_int, read_number
+from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
+from megatron_gkd.rollout.wire import (
+    MINUS_INFINITY,
+    OTHER_FORM,
+    SLACK,
+    completion_body,
+    read_completion,
+    read_int,
+    read_number,
+)
 
 
 class TopK(NamedTuple):
@@ -38,36 +47,91 @@ def empty_topk(k: int) -> TopK:
     return TopK(np.empty((0, k), np.float32), np.empty((0, k), np.int32))
 
 
-def topk_body(model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
-    """Score a sequence; the server samples one more token, which is not looked at (it refuses to sample none)."""
-    return {
-        "model": model,
-        "prompt": list(ids),
-        "max_tokens": 1,
-        "temperature": 0.0,
-        "prompt_logprobs": k,
-        "return_token_ids": True,
-    }
+class VLLM:
+    """/v1/completions with token ids: how to ask for the three things, and how to read the answers.
+
+    `model` is the name that the server gives, `server` names it in errors. The readers raise RolloutError for any other
+    form. `Swift` of swift.py is the same for `swift deploy`.
+    """
+
+    path = "/v1/completions"
+    refuses_with = 400  # status of a request that can never be answered
+    more_logprobs = "MAX_LOGPROBS={0} (--max-logprobs of vLLM)"  # what lets it tell {0} tokens
+    more_tokens = "a larger --max-model-len"  # what lets it take longer sequences
+
+    def topk_body(self, model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
+        """Score a sequence; the server samples one more token, which is not looked at (it refuses to sample none)."""
+        return {
+            "model": model,
+            "prompt": list(ids),
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": k,
+            "return_token_ids": True,
+        }
+
+    def read_topk(self, answer: Any, ids: Sequence[int], num_prompt: int, k: int, vocab_size: int, server: str) -> TopK:
+        """Its top K after the prompt, [C, K]: rows P .. P+C-1, where P is `num_prompt`."""
+        try:
+            (choice,) = answer["choices"]
+            rows = choice["prompt_logprobs"]
+            echoed = choice.get("prompt_token_ids")
+            if not isinstance(rows, list) or not isinstance(echoed, list | None):
+                raise TypeError("not lists")
+        except OTHER_FORM as error:
+            raise RolloutError(
+                f"{server} answered without the log-probabilities of the sequence (prompt_logprobs; "
+                f"{type(error).__name__}: {error}); a vLLM server of 0.28 to 0.32 gives them"
+            ) from error
+        if echoed is not None and echoed != list(ids):
+            raise RolloutError(f"{server} scored {len(echoed)} tokens, other than the {len(ids)} that it was sent")
+        return topk_of_rows(rows, ids, num_prompt, k, vocab_size, server)
+
+    def next_token_body(self, model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
+        """The distribution after a sequence, by the other way: sampling."""
+        return {
+            "model": model,
+            "prompt": list(ids),
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": k,
+            "return_tokens_as_token_ids": True,
+        }
+
+    def read_next_token(self, answer: Any, ids: Sequence[int], row: TopK, server: str) -> TopK:
+        """The top K there, [1, K], to compare with the scored `row`, [1, K]."""
+        k = row.ids.shape[1]
+        try:
+            (choice,) = answer["choices"]
+            (tokens,) = choice["logprobs"]["top_logprobs"]
+            pairs = ((read_number(value), int(key.removeprefix("token_id:"))) for key, value in tokens.items())
+            logprobs, found = zip(*sorted(pairs, reverse=True)[:k], strict=True)
+            topk = TopK(np.array([logprobs], np.float32), np.array([found], np.int32))
+        except OTHER_FORM as error:
+            raise RolloutError(
+                f"{server} answered without the most probable next tokens as token ids ({type(error).__name__}: "
+                f"{error}); a vLLM server of 0.28 to 0.32 gives them"
+            ) from error
+        if len(found) != k:
+            raise RolloutError(f"{server} answered {len(found)} next tokens, and {k} were asked for")
+        return topk
+
+    def completion_body(self, model: str, request: Request, settings: SamplingSettings, longest: int) -> dict[str, Any]:
+        """Sample a completion; a sequence has at most `longest` tokens."""
+        return {"model": model} | completion_body(request, settings, longest)
+
+    def read_completion(self, request: Request, settings: SamplingSettings, answer: Any, server: str) -> Completion:
+        """The completion in an answer to `completion_body`."""
+        return read_completion(request, answer, 0, server)
 
 
-def read_topk(answer: Any, ids: Sequence[int], num_prompt: int, k: int, vocab_size: int, server: str) -> TopK:
-    """Rows P .. P+C-1 of an answer to `topk_body`, where P is `num_prompt`; `server` names the server in errors."""
+def topk_of_rows(
+    rows: Sequence[Any], ids: Sequence[int], num_prompt: int, k: int, vocab_size: int, server: str
+) -> TopK:
+    """Rows P .. P+C-1 of the `rows` that score `ids`, where P is `num_prompt`; `server` names the server in errors."""
     assert 1 <= num_prompt <= len(ids), (num_prompt, len(ids))
-    try:
-        (choice,) = answer["choices"]
-        rows = choice["prompt_logprobs"]
-        echoed = choice.get("prompt_token_ids")
-        if not isinstance(rows, list) or not isinstance(echoed, list | None):
-            raise TypeError("not lists")
-    except OTHER_FORM as error:
-        raise RolloutError(
-            f"{server} answered without the log-probabilities of the sequence (prompt_logprobs; "
-            f"{type(error).__name__}: {error}); a vLLM server of 0.28 to 0.32 gives them"
-        ) from error
     if len(rows) != len(ids):
         raise RolloutError(f"{server} answered {len(rows)} rows of log-probabilities for {len(ids)} tokens")
-    if echoed is not None and echoed != list(ids):
-        raise RolloutError(f"{server} scored {len(echoed)} tokens, other than the {len(ids)} that it was sent")
     if rows[0]:
         raise RolloutError(f"{server} gave the first token log-probabilities, which it cannot have: its rows are off")
     logprobs = np.empty((len(ids) - num_prompt, k), np.float32)
@@ -128,36 +192,6 @@ def _check_values(logprobs: npt.NDArray[np.float32], server: str) -> None:
             f"{server} answered numbers that are no log-probabilities (above 0, rising with the rank, or of a total "
             "probability above 1); start it with --logprobs-mode raw_logprobs"
         )
-
-
-def next_token_body(model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
-    """The distribution after a sequence, by the other way: sampling."""
-    return {
-        "model": model,
-        "prompt": list(ids),
-        "max_tokens": 1,
-        "temperature": 0.0,
-        "logprobs": k,
-        "return_tokens_as_token_ids": True,
-    }
-
-
-def read_next_token(answer: Any, k: int, server: str) -> TopK:
-    """[1, K] of an answer to `next_token_body`."""
-    try:
-        (choice,) = answer["choices"]
-        (row,) = choice["logprobs"]["top_logprobs"]
-        pairs = ((read_number(value), int(key.removeprefix("token_id:"))) for key, value in row.items())
-        logprobs, ids = zip(*sorted(pairs, reverse=True)[:k], strict=True)
-        topk = TopK(np.array([logprobs], np.float32), np.array([ids], np.int32))
-    except OTHER_FORM as error:
-        raise RolloutError(
-            f"{server} answered without the most probable next tokens as token ids ({type(error).__name__}: {error}); "
-            "a vLLM server of 0.28 to 0.32 gives them"
-        ) from error
-    if len(ids) != k:
-        raise RolloutError(f"{server} answered {len(ids)} next tokens, and {k} were asked for")
-    return topk
 
 
 def distance(a: TopK, b: TopK) -> float:

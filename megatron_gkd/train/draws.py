@@ -1,13 +1,21 @@
-"""Which rows a step trains on, and where the completion of each comes from: known for every step in advance."""
+"""Which rows a step trains on, and where the completion of each comes from: known for every step in advance.
+
+A step's draw is asked for several times (by the plan, by what is sampled for it, and one step ahead by whatever works
+beside the training), and streamed rows are read and tokenised for it. So `Draws` keeps the last two.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from typing import NamedTuple
 
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.records import Row, Source
 from megatron_gkd.schedule import sample_sources
+
+_KEPT = 2  # the step that trains, and the next
 
 
 class Draw(NamedTuple):
@@ -16,6 +24,24 @@ class Draw(NamedTuple):
     indices: list[int]
     rows: list[Row]
     sources: list[Source]
+
+
+class Draws:
+    """The draws of a run's steps, counted from 0. For several threads at once."""
+
+    def __init__(self, config: RunConfig, rows: Rows) -> None:
+        self._config, self._rows = config, rows
+        self._kept: OrderedDict[int, Draw] = OrderedDict()  # the latest asked for last
+        self._lock = threading.Lock()
+
+    def __getitem__(self, step: int) -> Draw:
+        with self._lock:
+            if step not in self._kept:
+                self._kept[step] = draw_step(self._config, self._rows, step)
+            self._kept.move_to_end(step)
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+            return self._kept[step]
 
 
 def draw_step(config: RunConfig, rows: Rows, step: int) -> Draw:

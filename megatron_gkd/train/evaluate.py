@@ -22,14 +22,11 @@ from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.records import MicroBatch
 from megatron_gkd.signals import Signal
-from megatron_gkd.topk_jsd import topk_jsd
 from megatron_gkd.train.plans import evaluation_plans
 from megatron_gkd.train.setup import Run, TeacherRun, build, join
 from megatron_gkd.train.step import add_reports, forward_step_with, reduce_reports, student_batches, teacher_signals
 from megatron_gkd.train.teacher_ranks import serve_evaluation
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
-from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
-from megatron_gkd.vocab_parallel_topk import vocab_parallel_argmax
 
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # name -> beta
 NAMES = [*DIVERGENCES, "nll", "agreement"]
@@ -94,23 +91,8 @@ def _measure_chunk(
     run: Run, model: HiddenStateGPTModel, rows: torch.Tensor, labels: torch.Tensor, signal: Signal
 ) -> dict[str, torch.Tensor]:
     """Per-token values [C]."""
-    group, vocab_size = run.student.groups.tp, run.loss.vocab_size
     logits = torch.nn.functional.linear(rows, model.head_weight())
-    best = vocab_parallel_argmax(logits, tp_group=group, vocab_size=vocab_size)
-    values = {"nll": vocab_parallel_cross_entropy(logits, labels, tp_group=group, vocab_size=vocab_size)}
-    if signal.hidden is not None:
-        assert run.loss.teacher_head is not None
-        teacher_logits = torch.nn.functional.linear(signal.hidden, run.loss.teacher_head)
-        teacher_best = vocab_parallel_argmax(teacher_logits, tp_group=group, vocab_size=vocab_size)
-        for name, beta in DIVERGENCES.items():
-            values[name] = vocab_parallel_jsd(logits, teacher_logits, beta=beta, tp_group=group, vocab_size=vocab_size)
-    else:
-        assert signal.topk_logprobs is not None
-        assert signal.topk_indices is not None
-        teacher_best = signal.topk_indices[:, 0]
-        for name, beta in DIVERGENCES.items():
-            values[name] = topk_jsd(
-                logits, signal.topk_logprobs, signal.topk_indices, beta=beta, tp_group=group, vocab_size=vocab_size
-            )
-    values["agreement"] = (best == teacher_best).double()
-    return values
+    divergences, agreement = run.loss.compare(logits, signal, DIVERGENCES.values())
+    values = dict(zip(DIVERGENCES, divergences, strict=True))
+    nll = vocab_parallel_cross_entropy(logits, labels, tp_group=run.loss.tp_group, vocab_size=run.loss.vocab_size)
+    return values | {"nll": nll, "agreement": agreement}

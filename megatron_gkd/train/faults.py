@@ -2,6 +2,8 @@
 
 A bad step is one whose loss or gradient norm is not finite. It makes no update (train/student.py); here it is counted,
 its samples are written to SAVE/bad_steps/step_00000010.json, and after `--max_bad_steps` of them in a row the run ends.
+So it does when its last step is bad, when no step of it made an update, and when a weight is not finite at its end:
+a run that has trained nothing, or NaN, is none that has ended well, and its student is not exported.
 
     {"step": 10, "problem": "the loss is not finite", "loss": "nan", "grad_norm": "nan", "num_samples": 64,
      "left_out": 0,
@@ -11,8 +13,8 @@ its samples are written to SAVE/bad_steps/step_00000010.json, and after `--max_b
 The samples are those whose own loss is not finite, or all where every loss is (the gradient overflowed): at most
 MOST_SAMPLES, largest loss per token first. Numbers that JSON has not are strings.
 
-The count of bad steps in a row begins anew with a resumed run, and so does the median of the losses; the count of all
-bad steps is in the checkpoint.
+Both counts of bad steps, of all and of those in a row, are in the checkpoint; the median of the losses begins anew with
+a resumed run.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+import torch
 import torch.distributed as dist
 
 from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.errors import GKDError, TrainingError
+from megatron_gkd.observe.advice import go_on
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.records import Sample, StepPlan
+from megatron_gkd.train.checkpoint import TrainerState
 from megatron_gkd.train.setup import Run
 from megatron_gkd.train.student import StepResult
 
@@ -43,30 +48,42 @@ _WINDOW, _FEWEST = 32, 8  # losses of the running median: at most, and before an
 class BadSteps:
     """Those in a row, and their records."""
 
-    def __init__(self, run: Run, run_dir: Path) -> None:
-        self._run, self._directory, self._in_a_row = run, run_dir / "bad_steps", 0
+    def __init__(self, run: Run, run_dir: Path, state: TrainerState) -> None:
+        """`state`: where the run begins, or goes on."""
+        self._run, self._directory = run, run_dir / "bad_steps"
+        self.in_a_row = state.bad_steps_in_a_row
+        self._has_updated = state.step > 0
 
     def after_step(self, step: int, plan: StepPlan, result: StepResult, loss: float) -> bool:
-        """Whether the step was bad. Raises TrainingError on all of the student's ranks when there were too many.
+        """Whether the step was bad. Raises TrainingError on all of the student's ranks when there were too many, and
+        where a run would end without an update, or with a bad step.
 
         Communication: none after a good step; after a bad one an all-gather of the samples' losses over the student.
         """
+        is_last = step >= self._run.student.train_iters
+        self._has_updated |= not result.skipped
         if result.problem is None:
-            self._in_a_row = 0
+            self.in_a_row = 0
+            if is_last and not self._has_updated:
+                raise TrainingError(
+                    f"none of the {step} steps made an update: every gradient overflowed in fp16, and nothing was "
+                    "learnt; train in bf16 (--dtype bf16), or give more steps"
+                )
             return False
-        self._in_a_row += 1
+        self.in_a_row += 1
         most, problem = self._run.config.training.max_bad_steps, result.problem
         sample_losses = self._sample_losses(plan)
         if self._run.is_writer:
             path = self._write(step, plan, result, loss, sample_losses)
             where = f"its samples are in {path}" if path else "its samples were not written"
-            count = f"{self._in_a_row} in a row, --max_bad_steps {most}"
+            count = f"{self.in_a_row} in a row, --max_bad_steps {most}"
             logger.warning("step %d: %s, no update was made (%s); %s", step, problem, count, where)
-        if self._in_a_row >= most:
+        if self.in_a_row >= most or is_last:
+            last = ", and the last of the run, which cannot end with it" if is_last else ""
             raise TrainingError(
-                f"step {step}: {problem}, the {self._in_a_row}. such step in a row (--max_bad_steps {most}). None "
+                f"step {step}: {problem}, the {self.in_a_row}. such step in a row (--max_bad_steps {most}){last}. None "
                 f"of them changed a weight. Look at the samples in {self._directory}; lower --lr or --clip_grad, or "
-                f"mend the data, and go on from the last checkpoint with --load {self._directory.parent}"
+                f"mend the data, and {go_on(self._directory.parent)}"
             )
         return True
 
@@ -160,6 +177,30 @@ class LossSpikes:
         return loss / usual if usual > 0 and loss > self._factor * usual else None
 
 
+def check_finite_weights(run: Run, run_dir: Path) -> None:
+    """Before an export. Raises TrainingError on all of the student's ranks, which names the first weight.
+
+    Communication: an all-gather of one name over the student.
+    """
+    mine = next(
+        (
+            name
+            for chunk in run.student.models
+            for name, weight in chunk.named_parameters()
+            if not bool(torch.isfinite(weight.detach()).all())
+        ),
+        None,
+    )
+    group = run.student.groups.intra_dist_opt
+    names: list[Any] = [None] * group.size()
+    dist.all_gather_object(names, mine, group=group)
+    if found := next((f"{name} (rank {rank})" for rank, name in enumerate(names) if name is not None), None):
+        raise TrainingError(
+            f"the student has weights that are not finite, the first is {found}: it is not exported. Train again with "
+            f"a lower --lr or --clip_grad, from a checkpoint before it went wrong (look at {run_dir / 'metrics.jsonl'})"
+        )
+
+
 _LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "socket")
 
 
@@ -175,5 +216,11 @@ def lost_rank(error: Exception, run_dir: str, timeout_minutes: float) -> Trainin
         f"another rank ended, or did not answer within --distributed_timeout_minutes {timeout_minutes:g} "
         f"({text[:200]}). The message of the rank that failed first says why; a rank without one was killed (out of "
         "memory?) or hangs. "
-        f"Checkpoints are complete: start all ranks again with the same command line and --load {run_dir}"
+        f"{_start_again(run_dir)}"
     )
+
+
+def _start_again(run_dir: str) -> str:
+    if "--load" in (advice := go_on(run_dir)):
+        return f"Checkpoints are complete: start all ranks again with the same command line and --load {run_dir}"
+    return f"Mend that, then start all ranks again: {advice}"

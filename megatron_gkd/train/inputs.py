@@ -3,13 +3,18 @@
 Order: flags against the world (layouts), config.json of both models against the layouts, tokenizers against each
 other, data against the models, batch against the layout. So bad input is an error before work is lost, with the same
 message on every rank; what one rank alone finds wrong is an error on all.
+
+Communication: reading the data is collective over the world (shared_rows.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd import environment
@@ -17,13 +22,15 @@ from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.data.rows import load_rows
+from megatron_gkd.data.policy import RowPolicy
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.pipeline import check_num_micro_batches
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none
+from megatron_gkd.train.draws import Draws
+from megatron_gkd.train.shared_rows import on_every_rank, shared_rows
 from megatron_gkd.weights.plan import check_layout
 
 logger = get_logger(__name__)
@@ -53,14 +60,20 @@ class Inputs:
         """Steps of the run; 1 for an evaluation alone."""
         return 1 if self.rows is None else self.config.training.num_steps(len(self.rows))
 
+    @cached_property
+    def draws(self) -> Draws:
+        """The rows of the steps."""
+        assert self.rows is not None, "there are training rows"
+        return Draws(self.config, self.rows)
+
 
 def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool = True) -> Inputs:
-    """Read and check (see the module docstring): on all ranks, or an error on all. Collective over WORLD."""
+    """Read and check (see the module docstring): on all ranks, or an error on all. Collective over the world."""
     student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size = all_or_none(
         lambda: _models(config, world_size)
     )
-    rows = all_or_none(lambda: _training_rows(config, tokenizer, vocab_size)) if with_training_data else None
-    eval_rows = all_or_none(lambda: _eval_rows(config, tokenizer, vocab_size))
+    rows = _training_rows(config, tokenizer, vocab_size) if with_training_data else None
+    eval_rows = _eval_rows(config, tokenizer, vocab_size)
     all_or_none(lambda: _check_rows(config, student_layout, rows, eval_rows))
     return Inputs(
         config, student_arch, teacher_arch, student_layout, teacher_layout, tokenizer, vocab_size, rows, eval_rows
@@ -180,35 +193,35 @@ def _vocabulary(
 
 
 def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows:
-    data = config.data
+    data, world = config.data, dist.group.WORLD
+    assert world is not None
     samples = config.distillation.lmbda > 0 or config.distillation.samples_teacher
-    rows = (StreamedRows if data.streaming else load_rows)(
-        data.dataset,
-        tokenizer,
+    options: dict[str, Any] = dict(
         max_length=data.max_length,
         max_completion_length=config.sampling.max_completion_length if samples else None,
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
-        weights=data.dataset_weights,
         tag_key=config.teacher.teacher_tag_key,
     )
+    weights = data.dataset_weights
+    rows: Rows
+    if data.streaming:
+        rows = on_every_rank(lambda: StreamedRows(data.dataset, tokenizer, weights=weights, **options), world)
+    else:
+        policy, cache_dir = RowPolicy(**options), data.data_cache_dir
+        rows = shared_rows(data.dataset, tokenizer, policy, cache_dir=cache_dir, group=world, weights=weights)
     return _within(rows, data.dataset, vocab_size)
 
 
 def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows | None:
     """Read whole, and in their own proportions, however the training rows are."""
-    data = config.data
+    data, world = config.data, dist.group.WORLD
     if not data.eval_dataset:
         return None
-    rows = load_rows(
-        data.eval_dataset,
-        tokenizer,
-        max_length=data.max_length,
-        on_bad_row=data.on_bad_row,
-        overlong=data.overlong,
-        max_rows=data.eval_samples,
-        tag_key=config.teacher.teacher_tag_key,
-    )
+    assert world is not None
+    tag_key = config.teacher.teacher_tag_key
+    policy = RowPolicy(data.max_length, None, data.on_bad_row, data.overlong, data.eval_samples, tag_key)
+    rows = shared_rows(data.eval_dataset, tokenizer, policy, cache_dir=data.data_cache_dir, group=world)
     return _within(rows, data.eval_dataset, vocab_size)
 
 

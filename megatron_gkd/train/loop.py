@@ -21,12 +21,12 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
-from megatron_gkd.observe.writers import JsonlWriter, Writers, open_trackers, told_apart
+from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, open_trackers, told_apart
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.train.auto_resume import choose_start, ended_before, first_step_to_write, resumes_itself
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
 from megatron_gkd.train.evaluate import evaluate
-from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
+from megatron_gkd.train.faults import BadSteps, LossSpikes, check_finite_weights, lost_rank
 from megatron_gkd.train.plans import evaluates_after, saves_after
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import open_checkpoints, resume
@@ -89,6 +89,7 @@ def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, as
             run.teacher_samples.close()
     writers.close()
     if config.checkpoint.save_hf and not ended:
+        check_finite_weights(run, run_dir)
         save_hf(
             run.student.chunks,
             run.architecture,
@@ -103,7 +104,7 @@ def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, as
 def _train(run: Run, state: TrainerState, writers: _Writers, agreement: StopAgreement | None) -> None:
     """All steps, with evaluations and checkpoints."""
     config, train_iters, checkpoints = run.config, run.student.train_iters, open_checkpoints(run)
-    watch = _Watch(run, agreement)
+    watch = _Watch(run, agreement, state)
     watch.replicas.check(state.step, now=True)
     if state.step == 0:
         _evaluate(run, writers, step=0)
@@ -130,9 +131,9 @@ def _train(run: Run, state: TrainerState, writers: _Writers, agreement: StopAgre
 class _Watch:
     """What looks for faults and for requests to stop between two steps."""
 
-    def __init__(self, run: Run, agreement: StopAgreement | None) -> None:
+    def __init__(self, run: Run, agreement: StopAgreement | None, state: TrainerState) -> None:
         self.signals, self.agreement = StopSignals(), agreement
-        self.bad_steps = BadSteps(run, Path(run.config.checkpoint.save))
+        self.bad_steps = BadSteps(run, Path(run.config.checkpoint.save), state)
         self.spikes = LossSpikes(run.config.logging.loss_spike_factor)
         self.replicas = Replicas(run.student, run.config.parallel.check_replicas_steps)
 
@@ -188,6 +189,7 @@ def _train_step(
         step=step,
         consumed_samples=state.consumed_samples + len(plan.samples),
         bad_steps=state.bad_steps + is_bad,
+        bad_steps_in_a_row=watch.bad_steps.in_a_row,
     )
     if step % run.config.logging.logging_steps == 0 or step == run.student.train_iters:
         left_out = ("num_samples", "signal_bytes", "stop_requests")
@@ -240,24 +242,27 @@ class _Writers:
     rank only."""
 
     def __init__(self, run: Run, run_dir: Path, *, first_step: int | None) -> None:
-        self._metrics = self._evaluation = self._trackers = Writers([])
+        self._metrics: list[MetricsWriter] = []
+        self._evaluation: list[MetricsWriter] = []
+        self._trackers: list[MetricsWriter] = []
         if run.is_writer:
             # An evaluation belongs to the state after its step, so a resume keeps the one of the last saved step.
-            self._metrics = Writers([JsonlWriter(run_dir / "metrics.jsonl", first_step=first_step)])
-            self._evaluation = Writers([JsonlWriter(run_dir / "evaluation.jsonl", first_step=first_step)])
-            trackers = open_trackers(
+            self._metrics = [JsonlWriter(run_dir / "metrics.jsonl", first_step=first_step)]
+            self._evaluation = [JsonlWriter(run_dir / "evaluation.jsonl", first_step=first_step)]
+            self._trackers = open_trackers(
                 run.config.logging.report_to, run_dir, first_step=first_step, config=run.config.to_flat()
             )
-            self._trackers = Writers(trackers)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        self._metrics.write(step, values)
-        self._trackers.write(step, values)
+        for writer in (*self._metrics, *self._trackers):
+            writer.write(step, values)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        self._evaluation.write(step, values)
-        self._trackers.write(step, {f"eval/{name}": value for name, value in values.items()})
+        for writer in self._evaluation:
+            writer.write(step, values)
+        for writer in self._trackers:
+            writer.write(step, {f"eval/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
-        for writers in (self._metrics, self._evaluation, self._trackers):
-            writers.close()
+        for writer in (*self._metrics, *self._evaluation, *self._trackers):
+            writer.close()

@@ -20,35 +20,24 @@ states in the backward (under sequence parallelism the reduce-scatter of `head_i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch.nn.functional import linear
 
 from megatron_gkd.config import DistillationConfig
-from megatron_gkd.fused_linear_jsd import HiddenTeacher, TopKTeacher, fused_linear_distill
+from megatron_gkd.fused_linear_jsd import HiddenTeacher, TokenLosses, TopKTeacher, fused_linear_distill
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.records import SOURCES, MicroBatch, Source
 from megatron_gkd.signals import Signal
+from megatron_gkd.support import Tail
 from megatron_gkd.topk_jsd import topk_jsd, topk_masses
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
 from megatron_gkd.vocab_parallel_topk import vocab_parallel_argmax
 
 Report = dict[str, torch.Tensor]
-
-
-class TokenLosses(NamedTuple):
-    """`loss_sum` carries the graph; the rest is [T], detached, None where it does not apply."""
-
-    loss_sum: torch.Tensor
-    divergence: torch.Tensor
-    agreement: torch.Tensor  # 1.0 where both models prefer the same token
-    cross_entropy: torch.Tensor | None
-    teacher_mass: torch.Tensor | None
-    student_mass: torch.Tensor | None
 
 
 class DistillationLoss:
@@ -119,7 +108,7 @@ class DistillationLoss:
         compute = self._fused if self.distillation.fuse_loss else self._from_logits
         losses = compute(model, rows, batch.labels.to(rows.device), signal, supervised)
         num_tokens = torch.tensor(rows.shape[0], dtype=torch.int, device=rows.device)
-        per_token = losses.divergence
+        per_token = losses.per_token
         if losses.cross_entropy is not None:
             per_token = per_token + self.distillation.sft_alpha * losses.cross_entropy * supervised
         sums = per_token.new_zeros(len(batch.positions)).index_add_(0, loss_sample, per_token)
@@ -142,7 +131,7 @@ class DistillationLoss:
             assert signal.topk_logprobs is not None
             assert signal.topk_indices is not None
             teacher = TopKTeacher(signal.topk_logprobs, signal.topk_indices, distillation.topk_tail)
-        fused = fused_linear_distill(
+        return fused_linear_distill(
             rows,
             model.head_weight(),
             teacher,
@@ -154,15 +143,6 @@ class DistillationLoss:
             label_weights=distillation.sft_alpha * supervised if distillation.sft_alpha else None,
             reduce_hidden_grad=not model.head_grad_is_reduced,
             report_agreement=True,
-        )
-        assert fused.agreement is not None
-        return TokenLosses(
-            fused.loss_sum,
-            fused.per_token,
-            fused.agreement,
-            fused.cross_entropy,
-            fused.teacher_mass,
-            fused.student_mass,
         )
 
     def _from_logits(
@@ -177,43 +157,69 @@ class DistillationLoss:
         if not model.head_grad_is_reduced:
             rows = copy_to_tensor_model_parallel_region(rows, group=group)
         logits = linear(rows, model.head_weight())
+        (divergence,), agreement = self.compare(
+            logits,
+            signal,
+            [distillation.beta],
+            temperature=distillation.loss_temperature,
+            tail=distillation.topk_tail,
+        )
+        losses = TokenLosses(divergence.sum(), divergence.detach(), agreement=agreement.float())
+        if signal.topk_logprobs is not None and signal.topk_indices is not None:
+            masses = topk_masses(
+                logits, signal.topk_logprobs, signal.topk_indices, tp_group=group, vocab_size=vocab_size
+            )
+            losses.teacher_mass, losses.student_mass = masses
+        if distillation.sft_alpha:
+            cross_entropy = vocab_parallel_cross_entropy(logits, labels, tp_group=group, vocab_size=vocab_size)
+            losses.loss_sum = losses.loss_sum + distillation.sft_alpha * (cross_entropy * supervised).sum()
+            losses.cross_entropy = cross_entropy.detach()
+        return losses
+
+    def compare(
+        self,
+        logits: torch.Tensor,
+        signal: Signal,
+        betas: Iterable[float],
+        *,
+        temperature: float = 1.0,
+        tail: Tail = "renormalize",
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """(divergence [T] for each beta, whether both models prefer the same token [T]) of student logits [T, V/tp].
+
+        Communication: that of the most probable tokens and of each divergence, over the TP group.
+        """
+        group, vocab_size = self.tp_group, self.vocab_size
         best = vocab_parallel_argmax(logits.detach(), tp_group=group, vocab_size=vocab_size)
-        teacher_mass = student_mass = cross_entropy = None
         if signal.hidden is not None:
             assert self.teacher_head is not None, "hidden signals need the teacher's head on the student's last stage"
             teacher_logits = linear(signal.hidden, self.teacher_head)
             teacher_best = vocab_parallel_argmax(teacher_logits, tp_group=group, vocab_size=vocab_size)
-            divergence = vocab_parallel_jsd(
-                logits,
-                teacher_logits,
-                beta=distillation.beta,
-                tp_group=group,
-                temperature=distillation.loss_temperature,
-                vocab_size=vocab_size,
-            )
+            divergences = [
+                vocab_parallel_jsd(
+                    logits, teacher_logits, beta=beta, tp_group=group, temperature=temperature, vocab_size=vocab_size
+                )
+                for beta in betas
+            ]
         else:
             logprobs, indices = signal.topk_logprobs, signal.topk_indices
             assert logprobs is not None
             assert indices is not None
             teacher_best = indices[:, 0]
-            teacher_mass, student_mass = topk_masses(logits, logprobs, indices, tp_group=group, vocab_size=vocab_size)
-            divergence = topk_jsd(
-                logits,
-                logprobs,
-                indices,
-                beta=distillation.beta,
-                tp_group=group,
-                temperature=distillation.loss_temperature,
-                vocab_size=vocab_size,
-                tail=distillation.topk_tail,
-            )
-        loss_sum = divergence.sum()
-        if distillation.sft_alpha:
-            cross_entropy = vocab_parallel_cross_entropy(logits, labels, tp_group=group, vocab_size=vocab_size)
-            loss_sum = loss_sum + distillation.sft_alpha * (cross_entropy * supervised).sum()
-            cross_entropy = cross_entropy.detach()
-        agreement = (best == teacher_best).float()
-        return TokenLosses(loss_sum, divergence.detach(), agreement, cross_entropy, teacher_mass, student_mass)
+            divergences = [
+                topk_jsd(
+                    logits,
+                    logprobs,
+                    indices,
+                    beta=beta,
+                    tp_group=group,
+                    temperature=temperature,
+                    vocab_size=vocab_size,
+                    tail=tail,
+                )
+                for beta in betas
+            ]
+        return divergences, best == teacher_best
 
     def _report(
         self,
@@ -223,9 +229,10 @@ class DistillationLoss:
         token_source: torch.Tensor,
         of_sample: torch.Tensor,
     ) -> Report:
+        assert losses.agreement is not None
         report = {
             "loss": _pair(losses.loss_sum, num_tokens),
-            "divergence": _pair(losses.divergence.sum(), num_tokens),
+            "divergence": _pair(losses.per_token.sum(), num_tokens),
             "agreement": _pair(losses.agreement.sum(), num_tokens),
         }
         if losses.cross_entropy is not None:
@@ -235,7 +242,7 @@ class DistillationLoss:
             report["student_mass"] = _pair(losses.student_mass.sum(), num_tokens)
         for index, source in enumerate(SOURCES):
             mine = (token_source == index).float()
-            report[f"source/{source}/loss"] = _pair((losses.divergence * mine).sum(), mine.sum())
+            report[f"source/{source}/loss"] = _pair((losses.per_token * mine).sum(), mine.sum())
             report[f"source/{source}/agreement"] = _pair((losses.agreement * mine).sum(), mine.sum())
             num_samples = (of_sample == index).sum()
             report[f"source/{source}/num_samples"] = _pair(num_samples, num_samples)

@@ -24,7 +24,7 @@ from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.schedule import Sampled, make_samples, plan_step
 from megatron_gkd.train.batches import plan_forward
 from megatron_gkd.train.checkpoint import TrainerState
-from megatron_gkd.train.draws import draw_step
+from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.teacher_samples import TeacherSamples
 
@@ -37,6 +37,7 @@ class StepPlans:
         self,
         config: RunConfig,
         rows: Rows,
+        draws: Draws,
         student: Layout,
         teacher: Layout,
         *,
@@ -48,12 +49,14 @@ class StepPlans:
         """Keep what all steps share.
 
         Args:
+            draws: of the steps of the run, from `rows`.
             max_model_len: most tokens that the sampling engines take.
             rollouts: on the student's ranks, where it samples.
             teacher_samples: on all ranks, where the teacher samples.
             everyone: all ranks, where some have no student and it samples: they are told the completions.
         """
         self.config, self.rows, self.student, self.teacher = config, rows, student, teacher
+        self._draws = draws
         self.rollouts, self.teacher_samples = rollouts, teacher_samples
         self._max_model_len, self._everyone = max_model_len, everyone
 
@@ -64,7 +67,7 @@ class StepPlans:
 
     def requests(self, step: int) -> list[Request]:
         """What is asked of the sampling engines for a step."""
-        _, rows, sources = draw_step(self.config, self.rows, step)
+        _, rows, sources = self._draws[step]
         return make_requests(
             {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
             run_seed=self.config.training.seed,
@@ -89,7 +92,7 @@ class StepPlans:
 
     def _with(self, step: int, sampled: Mapping[int, Sampled]) -> StepPlan:
         config, training = self.config, self.config.training
-        indices, rows, sources = draw_step(config, self.rows, step)
+        indices, rows, sources = self._draws[step]
         samples = make_samples(indices, rows, sources, sampled=sampled)
         return plan_step(
             step,

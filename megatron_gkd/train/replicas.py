@@ -2,7 +2,7 @@
 
 Every replica makes the same update from the same sum of gradients, so a difference is a fault: of a device, of a
 collective, or of weights that were not the same to begin with. Compared before the first step and every
-`--check_replicas_steps`: a checksum of every parameter (rollout/checksum.py), hashed to 16 bytes a rank. Reads the
+`--check_replicas_steps`: a checksum of every parameter (weights/checksum.py), hashed to 16 bytes a rank. Reads the
 weights once, changes nothing, draws no random number.
 
 Communication: one all_gather_object of 16 bytes over the student's ranks; where they differ one more of the checksums.
@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from megatron_gkd.errors import TrainingError
 from megatron_gkd.parallel.together import name_ranks
-from megatron_gkd.rollout.checksum import checksum
 from megatron_gkd.train.student import Student
+from megatron_gkd.weights.checksum import checksum
 
 Sums = Mapping[str, tuple[int, int]]  # parameter -> its checksum
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.build import DTYPES
 from megatron_gkd.observe.logging import get_logger
@@ -22,7 +23,7 @@ from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.score import student_logprobs
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.delivery import Delivery
-from megatron_gkd.weights.export import hf_tensor_stream
+from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.plan import hf_tensor_shapes
 
 logger = get_logger(__name__)
@@ -55,7 +56,7 @@ def build_rollouts(
     group = student.groups.intra_dist_opt  # all ranks of the student's layout
     dtype = config.model.dtype
     local = open_engines(sampling, model_path=config.model.model, dtype=dtype, max_model_len=length, group=group)
-    stream = hf_tensor_stream(
+    stream = HFTensorStream(
         student.chunks,
         arch,
         student.groups,
@@ -75,7 +76,7 @@ def build_rollouts(
         verify_every=sampling.verify_sync_every,
     )
     settings = SamplingSettings(
-        sampling.temperature, sampling.top_p, sampling.top_k, stop_tokens(config.model.model, tokenizer)
+        sampling.temperature, sampling.top_p, sampling.top_k, stop_tokens(config.model.model, ChatEncoder(tokenizer))
     )
     logger.info(
         "sampling: %d engine(s), %s; stop tokens %s", local.num_engines, sampling.vllm_mode, settings.stop_token_ids
@@ -88,20 +89,6 @@ def build_rollouts(
         steps_per_generation=sampling.steps_per_generation,
         lag=sampling.rollout_lag,
     )
-
-
-def stop_tokens(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Where a completion ends: the token that ends every completion of the training data, and those that the model's
-    generation config names.
-    """
-    found = {ChatEncoder(tokenizer).end_of_turn_id}
-    try:
-        named = GenerationConfig.from_pretrained(model_path, local_files_only=True).eos_token_id
-    except OSError:  # no generation_config.json
-        named = None
-    if named is not None:
-        found.update([named] if isinstance(named, int) else named)
-    return tuple(sorted(found))
 
 
 def probes(rows: Rows, max_model_len: int) -> list[Sequence[int]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.model.build import DTYPES, HiddenStateGPTModel, build_model
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
@@ -100,13 +100,6 @@ def join(config: RunConfig) -> platform.Platform:
     return where
 
 
-def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
-    """`build`, where every rank holds a part of the student."""
-    run = build(config, with_training_data=with_training_data)
-    assert isinstance(run, Run), "this rank is the teacher's alone"
-    return run
-
-
 def build(config: RunConfig, *, with_training_data: bool = True) -> Run | TeacherRun:
     """Check, then build. Collective over all ranks, which have met (`join`)."""
     where = platform.setup(config.parallel.device)
@@ -164,6 +157,7 @@ def _plans(
     return StepPlans(
         inputs.config,
         inputs.rows,
+        inputs.draws,
         inputs.student_layout,
         inputs.teacher_layout,
         max_model_len=engine_length(inputs.config, inputs.student_arch),
@@ -193,7 +187,13 @@ def _teacher_samples(inputs: Inputs, needs: Needs | None) -> TeacherSamples | No
         return None
     assert dist.group.WORLD is not None
     return build_teacher_samples(
-        inputs.config, inputs.rows, inputs.tokenizer, inputs.vocab_size, needs, group=dist.group.WORLD
+        inputs.config,
+        inputs.rows,
+        inputs.draws,
+        inputs.tokenizer,
+        inputs.vocab_size,
+        needs,
+        group=dist.group.WORLD,
     )
 
 
@@ -299,7 +299,7 @@ def load_model(
     layout: Layout,
     groups: ProcessGroupCollection,
     *,
-    dtype: Literal["fp32", "bf16", "fp16"],
+    dtype: Dtype,
     where: platform.Platform,
 ) -> list[HiddenStateGPTModel]:
     """A model with its weights, this rank's chunks."""

@@ -20,7 +20,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -28,7 +27,10 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config import RunConfig
+from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.data.stop_tokens import stop_tokens
+from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import CheckpointError, RolloutError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.rollout.completion_cache import CompletionCache, prompt_seed
@@ -38,8 +40,8 @@ from megatron_gkd.teacher_server.probes import Needs, Probed
 from megatron_gkd.teacher_server.servers import TeacherServers
 from megatron_gkd.teacher_server.wire import TopK, distance
 from megatron_gkd.train.checkpoint import find_checkpoint, is_hf_directory, read_state
-from megatron_gkd.train.draws import draw_step
-from megatron_gkd.train.sampling import check_prompts, engine_length, stop_tokens
+from megatron_gkd.train.draws import Draw, Draws
+from megatron_gkd.train.sampling import check_prompts, engine_length
 from megatron_gkd.train.teacher_samples import Sampler, Store, TeacherSamples
 from megatron_gkd.weights.fingerprint import fingerprint
 
@@ -54,6 +56,7 @@ _SAME = 0.01  # mean total variation between canaries; what another rounding put
 def build_teacher_samples(
     config: RunConfig,
     rows: Rows,
+    draws: Draws,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     needs: Needs | None,
@@ -63,6 +66,7 @@ def build_teacher_samples(
     """Check the prompts, and sample for the first window of steps. Collective over `group`.
 
     Args:
+        draws: of the steps of the run, from `rows`.
         vocab_size: token ids that student and teacher both have.
         needs: what the run asks of its teacher servers; None for a local teacher.
         group: all ranks of the run.
@@ -71,7 +75,8 @@ def build_teacher_samples(
     directory = config.teacher.teacher_model or config.model.model
     length = min(engine_length(config, read_architecture(path)) for path in (config.model.model, directory))
     check_prompts(rows, length, of_teacher=True)
-    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, stop_tokens(directory, tokenizer))
+    stop_ids = stop_tokens(directory, ChatEncoder(tokenizer))
+    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, stop_ids)
     own = config.teacher_sampling.teacher_samples_cache
     place = Path(own) if own is not None else Path(config.checkpoint.save) / "teacher_samples"
 
@@ -83,7 +88,9 @@ def build_teacher_samples(
             sampler = EngineSampler(config, directory, length)
         else:
             sampler = ServerSampler(config.teacher.servers, needs, place)
-        return Store(sampler, cache, settings, lambda step: teacher_requests(config, rows, step, length), vocab_size)
+        return Store(
+            sampler, cache, settings, lambda step: teacher_requests(config, draws[step], step, length), vocab_size
+        )
 
     samples = TeacherSamples(
         open_store,
@@ -106,13 +113,14 @@ def _first_step(load: str | None) -> int:
         return 0
 
 
-def teacher_requests(config: RunConfig, rows: Rows, step: int, longest: int) -> list[Request]:
+def teacher_requests(config: RunConfig, draw: Draw, step: int, longest: int) -> list[Request]:
     """What is asked of the teacher for a step, keyed by position in the global batch.
 
     Args:
+        draw: of the step.
         longest: most tokens of prompt and completion together, of the models and the engine.
     """
-    _, drawn, sources = draw_step(config, rows, step)
+    _, drawn, sources = draw
     requests = make_requests(
         {
             position: drawn[position].prompt_ids_for_teacher
@@ -141,7 +149,7 @@ class EngineSampler:
             longest: most tokens of prompt and completion together.
         """
         self._path, self._longest = path, longest
-        self._dtype: Literal["fp32", "bf16", "fp16"] = config.model.dtype
+        self._dtype: Dtype = config.model.dtype
         teacher_sampling = config.teacher_sampling
         self._tensor_parallel_size = teacher_sampling.teacher_vllm_tensor_parallel_size
         self._gpu_memory_utilization = teacher_sampling.teacher_vllm_gpu_memory_utilization

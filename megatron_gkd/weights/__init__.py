@@ -1,6 +1,7 @@
 """Hugging Face <-> megatron-core weights: a closed map as data, planned loading, streaming export. See docs/weights.md.
 
 naming.py    roles: their HF names and megatron-core names       plan.py       shard -> rectangles of HF tensors
+safetensors_format.py  headers of files                checksum.py   of a tensor's bytes, on CPUs and GPUs
 hf_files.py  safetensors directories, read lazily                hf_writer.py  the same, written in a stream
 chunks.py    a model's parameters by role and global layer
 megatron_files.py   Megatron distributed checkpoints, a parameter at a time

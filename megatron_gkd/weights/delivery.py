@@ -25,11 +25,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.rollout.checksum import checksum
+from megatron_gkd.weights.checksum import Sums, Tensors, checksum
 from megatron_gkd.weights.export import Bucket, HFTensorStream, Owner, views
-
-Sums = dict[str, tuple[int, int]]
-Tensors = list[tuple[str, torch.Tensor]]
 
 
 class Delivery:

@@ -17,11 +17,13 @@ import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.weights.hf_files import DTYPES, HFCheckpoint
+from megatron_gkd.json_file import read_json
+from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.plan import hf_tensor_shapes
+from megatron_gkd.weights.safetensors_format import FLOATS
 
 RECORD_FILE: Final = "hf_dtypes.json"
-_NAMES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_NAMES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 
 
 def stored_dtypes(checkpoint: HFCheckpoint, arch: Architecture) -> dict[str, torch.dtype]:
@@ -53,8 +55,8 @@ def read_dtypes(directory: Path, arch: Architecture) -> dict[str, torch.dtype] |
     if not file.exists():
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         names = {name: record["others"].get(name, record["dtype"]) for name in hf_tensor_shapes(arch)}
         return {name: _NAMES[dtype] for name, dtype in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from error

@@ -1,7 +1,7 @@
 """Megatron-core model chunks back into Hugging Face tensors: a stream of bounded buckets, and a directory writer on
 top of it.
 
-    stream = hf_tensor_stream(chunks, arch, pg_collection, bucket_bytes=...)    # once; collective
+    stream = HFTensorStream(chunks, arch, pg_collection, bucket_bytes=...)    # once; collective
     for name, tensor in stream:                                                 # as often as wanted; collective
         ...                                                                     # the writing rank alone gets tensors
 
@@ -36,19 +36,20 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture, read_architecture, read_config_json
+from megatron_gkd.dtypes import LONG_NAMES
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
 from megatron_gkd.weights.dtypes import read_dtypes, stored_dtypes
 from megatron_gkd.weights.hf_files import HFCheckpoint, copy_checked, has_safetensors
-from megatron_gkd.weights.hf_writer import DEFAULT_SHARD_BYTES, HFWriter, TensorSpec, check_destination
+from megatron_gkd.weights.hf_writer import DEFAULT_SHARD_BYTES, HFWriter, check_destination
 from megatron_gkd.weights.naming import ROLES, Unit, hf_names
 from megatron_gkd.weights.plan import plan, unit_shapes, units
+from megatron_gkd.weights.safetensors_format import TensorSpec
 
 log = logging.getLogger(__name__)
 
 DEFAULT_BUCKET_BYTES: Final = 512 * 2**20
-_CONFIG_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ALIGNMENT: Final = 16  # bytes; a bucket holds tensors of several dtypes
 
 
@@ -67,31 +68,6 @@ class Bucket(NamedTuple):
     specs: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]  # of each spec, in bytes
     num_bytes: int
-
-
-def hf_tensor_stream(
-    chunks: Sequence[torch.nn.Module],
-    arch: Architecture,
-    pg_collection: Any,
-    *,
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-    dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
-    read: Callable[[Parameter], torch.Tensor] | None = None,
-    in_place: bool = False,
-) -> HFTensorStream:
-    """Make the static schedule. See HFTensorStream.
-
-    Args:
-        pg_collection: the model's groups; `tp`, `pp`, `dp`, `cp`, `ep`, `expt_tp`, `expt_dp` and `tp_ep_pp` are used,
-            never the world.
-        dtypes: of the exported tensors: one for all, one per HF name, or None for the parameters' own.
-        read: the value of a parameter, on the CPU, where the chunks hold none (conversion); None: the parameter.
-        in_place: hand out views of the model's own memory where an HF tensor lies in it as it is. For a reader that
-            is done with each tensor before it asks for the next one, and does not write to it.
-
-    Communication: one all_gather_object over pg_collection.tp_ep_pp (unit keys and dtypes).
-    """
-    return HFTensorStream(chunks, arch, pg_collection, bucket_bytes, dtypes, read, in_place)
 
 
 class HFTensorStream:
@@ -113,11 +89,24 @@ class HFTensorStream:
         chunks: Sequence[torch.nn.Module],
         arch: Architecture,
         pg_collection: Any,
-        bucket_bytes: int,
-        dtypes: Mapping[str, torch.dtype] | torch.dtype | None,
+        *,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
         read: Callable[[Parameter], torch.Tensor] | None = None,
         in_place: bool = False,
     ) -> None:
+        """Make the static schedule.
+
+        Args:
+            pg_collection: the model's groups; `tp`, `pp`, `dp`, `cp`, `ep`, `expt_tp`, `expt_dp` and `tp_ep_pp` are
+                used, never the world.
+            dtypes: of the exported tensors: one for all, one per HF name, or None for the parameters' own.
+            read: the value of a parameter, on the CPU, where the chunks hold none (conversion); None: the parameter.
+            in_place: hand out views of the model's own memory where an HF tensor lies in it as it is. For a reader that
+                is done with each tensor before it asks for the next one, and does not write to it.
+
+        Communication: one all_gather_object over pg_collection.tp_ep_pp (unit keys and dtypes).
+        """
         assert bucket_bytes > 0, bucket_bytes
         self._in_place = in_place
         self._arch = arch
@@ -353,9 +342,9 @@ def save_hf(
             from it byte for byte, and each tensor keeps the dtype that it has there.
         out_dir: must not exist. It appears complete or not at all; only the writing rank touches it.
         dtype: one dtype for all tensors instead; config.json's `dtype` is then set to it.
-        read: as in hf_tensor_stream.
+        read: as in HFTensorStream.
 
-    Communication: hf_tensor_stream's. It returns on a rank when that rank's part is done: no barrier. If the writer
+    Communication: HFTensorStream's. It returns on a rank when that rank's part is done: no barrier. If the writer
     fails, it raises and the other ranks wait for it: let the launcher end them.
     """
     source_dir, out_dir = Path(source_dir), Path(out_dir)
@@ -366,7 +355,7 @@ def save_hf(
     if any(_takes_part(pg_collection)):  # other replicas may arrive when the directory is there already
         check_destination(out_dir)
     dtypes = dtype or _source_dtypes(source_dir, arch)
-    stream = hf_tensor_stream(
+    stream = HFTensorStream(
         chunks, arch, pg_collection, bucket_bytes=bucket_bytes, dtypes=dtypes, read=read, in_place=True
     )
     if not stream.is_writer:
@@ -398,11 +387,12 @@ def _source_dtypes(source_dir: Path, arch: Architecture) -> dict[str, torch.dtyp
     named = raw.get("dtype") or raw.get("torch_dtype")
     if named is None:
         return None
-    if named not in _CONFIG_DTYPES:
+    if not isinstance(named, str) or named not in LONG_NAMES.values():
         raise CheckpointError(
-            f"{source_dir}/config.json has dtype {named!r}; supported are {', '.join(_CONFIG_DTYPES)}"
+            f"{source_dir}/config.json has dtype {named!r}; supported are {', '.join(LONG_NAMES.values())}"
         )
-    return _CONFIG_DTYPES[named]
+    dtype: torch.dtype = getattr(torch, named)
+    return dtype
 
 
 def _dtype_changes(source_dir: Path, dtype: torch.dtype) -> dict[str, str]:

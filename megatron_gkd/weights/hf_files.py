@@ -1,34 +1,34 @@
 """Hugging Face model directories, read lazily: safetensors headers at once, tensor data on demand. The writer is in
-hf_writer.py.
+hf_writer.py, the format of a file in safetensors_format.py.
 
 `HFCheckpoint(path)` reads the headers of all files and checks them: sizes, the index, links that leave the directory.
 `read` then takes a rectangle of a tensor from a memory map; `read_into` copies one into memory that exists, without a
 map (twice as fast where the dtype changes, and a file that shrinks meanwhile is an error instead of a crash). Pickled
 weights (`pytorch_model.bin`) are never opened: unpickling runs code.
-
-File format (safetensors): 8 bytes little-endian N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 import torch
 
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.git_lfs import refuse_lfs_pointer
+from megatron_gkd.json_file import read_json, shown
 from megatron_gkd.weights.plan import Span
+from megatron_gkd.weights.safetensors_format import FLOATS, MOST_TENSORS, Entry, read_header
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
-DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE_BYTES: Final = 2**20  # what read_into holds besides the target: it stays in the processor's cache
-_MAX_HEADER_BYTES: Final = 100 * 10**6  # the limit of the safetensors library
+_REPOSITORIES: Final = ("models--", "datasets--")  # directories of the hub's cache
+_HASH: Final = re.compile("[0-9a-f]{4,64}")
 
 # An export carries them over byte for byte: what transformers and vLLM read besides the weights, and the licence.
 SIDE_FILES: Final = (
@@ -45,13 +45,6 @@ SIDE_FILES: Final = (
 )
 # Tokenizers of mistral-common by their version, and of tiktoken by the model's name.
 _SIDE_PATTERNS: Final = ("tokenizer.model.v*", "*.tiktoken")
-
-
-class _Entry(NamedTuple):
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int  # of the data, in bytes from the beginning of the file
 
 
 class HFCheckpoint:
@@ -71,7 +64,7 @@ class HFCheckpoint:
             raise CheckpointError(f"{self.path} holds an adapter (adapter_config.json); merge it into the model first")
         check_side_files(self.path)
         files, weight_map = _weight_files(self.path)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         for file in files:
             for name, entry in _read_header(self.path, file).items():
                 if name in self._entries:
@@ -90,11 +83,11 @@ class HFCheckpoint:
     def dtype(self, name: str) -> torch.dtype:
         """The tensor's dtype; CheckpointError unless it is a floating-point type that is not quantised."""
         entry = self._entry(name)
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in FLOATS:
             raise CheckpointError(
-                f"{self.path}: {name} has dtype {entry.dtype}; supported are {', '.join(DTYPES)}, not quantised weights"
+                f"{self.path}: {name} has dtype {entry.dtype}; supported are {', '.join(FLOATS)}, not quantised weights"
             )
-        return DTYPES[entry.dtype]
+        return FLOATS[entry.dtype]
 
     def read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> torch.Tensor:
         """A rectangle of a tensor on the CPU, in the file's dtype.
@@ -157,7 +150,7 @@ class HFCheckpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         return self._entries[name]
@@ -201,7 +194,7 @@ def side_files(path: Path) -> list[str]:
 def check_side_files(path: Path) -> None:
     """An export copies what they lead to, so a link may not lead out of the directory. Nor may one be a pointer."""
     for name in side_files(path):
-        for file in (name, *(f"{name}/{entry.name}" for entry in (path / name).glob("*"))):
+        for file in (name, *(str(entry.relative_to(path)) for entry in (path / name).rglob("*"))):
             if (path / file).is_symlink():
                 _inside(path, file)
             refuse_lfs_pointer(path / file)
@@ -237,18 +230,22 @@ def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
 def _read_index(path: Path) -> dict[str, str]:
     refuse_lfs_pointer(path / INDEX_FILE)
     try:
-        weight_map = json.loads(_inside(path, INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(text, str) for item in weight_map.items() for text in item):
+        weight_map = read_json(_inside(path, INDEX_FILE))["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise TypeError("weight_map must map names to file names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not weight_map:
+            raise ValueError("it lists no tensors")
+        if len(weight_map) > MOST_TENSORS:
+            raise ValueError(f"it lists {len(weight_map)} tensors, and no model has more than {MOST_TENSORS}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / INDEX_FILE} is damaged: {error!r}") from error
     for file in set(weight_map.values()):
-        if Path(file).name != file:
-            raise CheckpointError(f"{path / INDEX_FILE} names {file!r}, which is not a file of this directory")
+        if Path(file).name != file or file in ("", ".", "..") or not file.isprintable() or len(file) > 255:
+            raise CheckpointError(f"{path / INDEX_FILE} names {shown(file)}, which is not a file of this directory")
     return dict(weight_map)
 
 
-def _check_index(path: Path, weight_map: dict[str, str], entries: dict[str, _Entry]) -> None:
+def _check_index(path: Path, weight_map: dict[str, str], entries: dict[str, Entry]) -> None:
     for name, file in weight_map.items():
         if name not in entries or entries[name].file != file:
             raise CheckpointError(f"{path}: the index says that {name} is in {file}, but it is not")
@@ -257,59 +254,41 @@ def _check_index(path: Path, weight_map: dict[str, str], entries: dict[str, _Ent
 
 
 def _inside(path: Path, file: str) -> Path:
-    """The file's real path; a link may stay in the directory or in the cache repository that holds it, not leave it."""
-    target = (path / file).resolve()
-    if not any(target.is_relative_to(root) for root in _roots(path.resolve())):
-        raise CheckpointError(
-            f"{path / file} is a link to {target}, outside the model directory: copy the file instead"
-        )
-    if not target.exists():
+    """The file's real path; a link may stay in the directory, or lead to a blob of the hub's cache that holds it."""
+    try:
+        target, root = (path / file).resolve(), path.resolve()
+        if not target.is_relative_to(root) and not _is_blob(target, root):
+            raise CheckpointError(
+                f"{path / file} is a link to {target}, outside the model directory: copy the file instead"
+            )
+        exists = target.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # loops of links, names that are too long
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path / file} cannot be found: {error}") from error
+    if not exists:
         raise CheckpointError(f"{path / file} is missing")
     return target
 
 
-def _roots(path: Path) -> list[Path]:
-    """The directory itself; in the hub's cache (models--org--name/snapshots/<revision>[/...]/file -> blobs/<hash>) also
-    the repository, and the place that its `blobs` is a link to."""
-    for ancestor in path.parents:
-        if ancestor.name == "snapshots" and (ancestor.parent / "blobs").is_dir():
-            return [path, ancestor.parent, (ancestor.parent / "blobs").resolve()]
-    return [path, path.parent.parent] if path.parent.name == "snapshots" else [path]
+def _is_blob(target: Path, root: Path) -> bool:
+    """models--org--name/snapshots/<revision>[/sub]/file -> models--org--name/blobs/<hash>, which may be elsewhere. An
+    archive that looks like it leads nowhere else: to nothing but such hashes in its own `blobs`.
+    """
+    for revision in (root, *root.parents):
+        snapshots = revision.parent
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith(_REPOSITORIES):
+            blobs = (snapshots.parent / "blobs").resolve()
+            return target.parent == blobs and _HASH.fullmatch(target.name) is not None
+    return False
 
 
-def _read_header(path: Path, file: str) -> dict[str, _Entry]:
-    """Names, dtypes and shapes of one file, checked against its size: a half-copied file is found before training."""
+def _read_header(path: Path, file: str) -> dict[str, Entry]:
     target = _inside(path, file)
     if not target.is_file():
         raise CheckpointError(f"{path / file} is no file")
     refuse_lfs_pointer(target)
-    size = target.stat().st_size
-    with open(target, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path / file} is damaged or truncated: no safetensors header ({size} bytes)")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            spans = [(n, int(e["data_offsets"][0]), int(e["data_offsets"][1])) for n, e in header.items()]
-            entries = {
-                name: _Entry(file, header[name]["dtype"], tuple(map(int, header[name]["shape"])), 8 + length + start)
-                for name, start, _ in spans
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{path / file} has a damaged header: {error!r}") from error
-    position = 0
-    for name, start, stop in sorted(spans, key=lambda span: span[1:]):
-        if start != position or stop < start:
-            raise CheckpointError(f"{path / file} has a damaged header: {name} is at {start} to {stop}, not {position}")
-        position = stop
-        item = DTYPES[entries[name].dtype].itemsize if entries[name].dtype in DTYPES else None
-        if item is not None and stop - start != math.prod(entries[name].shape) * item:
-            raise CheckpointError(f"{path / file}: {name} has {stop - start} bytes, its shape needs another number")
-    needed = 8 + length + position
-    if size != needed:
-        raise CheckpointError(f"{path / file} is damaged or truncated: {size} bytes, its header says {needed}")
-    return entries
+    return read_header(target, path / file)
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

@@ -2,47 +2,33 @@
 
 `HFWriter` knows all names, shapes and dtypes beforehand (the manifest), so it can write each file's header first and
 append tensors as they arrive. Files go to a hidden directory beside the destination, which is renamed when everything
-is complete; a destination that exists is refused. The format is in hf_files.py, which reads it.
+is complete; a destination that exists is refused. The format is in safetensors_format.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final, NamedTuple, Self
+from typing import IO, Any, Final, Self
 
 import torch
 
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.weights.hf_files import (
-    DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
     cast_checked,
     check_side_files,
     side_files,
 )
+from megatron_gkd.weights.safetensors_format import TensorSpec, write_header
 
 DEFAULT_SHARD_BYTES: Final = 5 * 10**9
-_DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class TensorSpec(NamedTuple):
-    """A tensor that will be written or sent: known on every rank before any data moves."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class HFWriter:
@@ -114,8 +100,7 @@ class HFWriter:
     def _begin_shard(self, shard: int) -> None:
         self._end_shard()
         self._stream = open(self._temporary / self._files[shard], "wb")  # noqa: SIM115 - closed by _end_shard
-        header = safetensors_header(self._shards[shard])
-        self._stream.write(len(header).to_bytes(8, "little") + header)
+        self._stream.write(write_header(self._shards[shard]))
 
     def _end_shard(self) -> None:
         if self._stream is not None:
@@ -183,15 +168,3 @@ def shard_file_names(num_shards: int) -> list[str]:
     if num_shards == 1:
         return [SINGLE_FILE]
     return [f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors" for shard in range(num_shards)]
-
-
-def safetensors_header(specs: Sequence[TensorSpec]) -> bytes:
-    """The JSON header, padded with blanks so that the data begins at a multiple of 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for spec in specs:
-        offsets = [position, position + spec.num_bytes]
-        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-        position += spec.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)

@@ -17,7 +17,6 @@ MegatronCheckpoint makes one all_gather_object over the model's ranks; reading i
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -26,10 +25,9 @@ from typing import Any, Final, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -46,6 +44,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.json_file import read_json
 from megatron_gkd.model.build import HiddenStateGPTModel, build_model
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.parallel.layout import Layout
@@ -53,7 +52,7 @@ from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, unw
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import check_manifest, fill, parameter_plan, stored_bytes
 from megatron_gkd.weights.plan import cut
-from megatron_gkd.weights.safe_files import SafeReader
+from megatron_gkd.weights.safe_files import SafeReader, write_unsharded
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +64,8 @@ _MODEL_PREFIXES: Final = ("embedding.", "decoder.", "output_layer.")  # of the m
 def is_megatron_checkpoint(path: str | Path) -> bool:
     """Whether the directory is a distributed checkpoint that megatron-core wrote, or this module."""
     try:
-        return "sharded_backend" in json.loads((Path(path) / _MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "sharded_backend" in read_json(Path(path) / _MARKER)
+    except (OSError, ValueError, TypeError):  # not JSON, or a number
         return False
 
 
@@ -125,10 +124,16 @@ def write_shards(
         transfer.add(fill(values, tuple(cut(rectangles, (first, first + rows))), checkpoint))
         return values.view(shard.shape)
 
+    shards, common = save_preprocess(_sharded_state(chunks, groups))
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
+    # torch's writer asks for one shard after another; megatron-core's copies all of a rank's first.
+    writer = FileSystemWriter(out_dir, single_file_per_rank=True, thread_count=1)
     try:
-        dist_checkpointing.save(_sharded_state(chunks, groups), str(out_dir), sharded_strategy=_SaveWhenRead(read))
+        save_state_dict(mcore_to_pyt_state_dict(by_key), storage_writer=writer, planner=_ReadOnLookup(read))
     except CheckpointException as error:
         raise CheckpointError(f"{out_dir} cannot be written: {_first_failure(error)}") from error
+    if dist.get_rank() == 0:
+        write_unsharded(common, out_dir)
     transfer.finish()
 
 
@@ -265,25 +270,6 @@ def _storage(tensor: torch.Tensor) -> int:
 def _first_failure(error: CheckpointException) -> str:
     rank, (failure, _) = min(error.failures.items())
     return f"rank {rank}: {failure}"
-
-
-class _SaveWhenRead(SaveShardedStrategy):
-    """megatron-core's `torch_dist` format through torch's own writer, which asks for one shard after another.
-
-    megatron-core's writer copies all of a rank's shards first, to write them in the background.
-    """
-
-    def __init__(self, read: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__("torch_dist", 1)
-        self._read = read
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        writer = FileSystemWriter(Path(checkpoint_dir), single_file_per_rank=True, thread_count=1)
-        save_state_dict(mcore_to_pyt_state_dict(by_key), storage_writer=writer, planner=_ReadOnLookup(self._read))
-
-    def can_handle_sharded_objects(self) -> bool:
-        return True
 
 
 class _ReadOnLookup(MCoreSavePlanner):

@@ -1,6 +1,6 @@
 """Reading `torch_dist` checkpoints without running what is in them.
 
-The format has pickles in three places. torch (2.13) and megatron-core (0.16) open them so:
+The format has pickles in three places. torch (2.13) and megatron-core (0.16 to 0.19) open them so:
 
     .metadata       pickle.load: which tensor lies where         here: an unpickler that knows CLASSES, and nothing else
     byte entries    torch.load(weights_only=False)               here: weights_only=True
@@ -10,10 +10,14 @@ The format has pickles in three places. torch (2.13) and megatron-core (0.16) op
 CLASSES are plain data, whose constructors do nothing but keep their arguments. A checkpoint that names anything else is
 refused, and the name is told. Paths in the metadata that leave the directory are refused too.
 
-    reader = SafeReader(path)                    in place of torch's FileSystemReader
-    dist_checkpointing.load(state, path, sharded_strategy=SafeTorchDist(), common_strategy=SafeCommon())
+    reader = SafeReader(path)            in place of torch's FileSystemReader
+    loaded = load_sharded(state, path)   in place of megatron-core's dist_checkpointing.load
 
-Communication: none here; `SafeTorchDist.load` is as collective as megatron-core's (WORLD).
+megatron-core's own entry points, `dist_checkpointing.load` and `save`, and the strategies that they take change from
+release to release (0.17 drops the strategies of the common part, 0.19 the base classes). The functions that they are
+made of do not, so those are called here and in the two writers.
+
+Communication: `load_sharded` is collective over WORLD; nothing else communicates.
 """
 
 from __future__ import annotations
@@ -24,18 +28,21 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
-    TorchDistLoadShardedStrategy,
     _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
     _restore_dict_types,
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -130,29 +137,39 @@ class _SafePlanner(MCoreLoadPlanner):
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], load_plain(value))
 
 
-class SafeTorchDist(TorchDistLoadShardedStrategy):
-    """megatron-core's loading of `torch_dist` (0.16.1, strategies/torch.py) on the safe reader and planner."""
+def load_sharded(state: dict[str, Any], checkpoint: str | Path) -> dict[str, Any]:
+    """The values of a sharded state dict, each in place of its shard, and what is not sharded from the first rank's
+    file. Collective over WORLD.
 
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
-        shards = [leaf for leaf in nested_values(sharded_state_dict) if isinstance(leaf, ShardedTensor)]
-        by_key, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
-        target = mcore_to_pyt_state_dict(by_key, True)
-        planner = _SafePlanner(
-            shapes_validation_sharded_tensors=[s for s in shards if not s.allow_shape_mismatch],
-            allow_shape_mismatch_sharded_tensors={s.key: s for s in shards if s.allow_shape_mismatch},
-        )
-        load(target, storage_reader=SafeReader(checkpoint_dir), planner=planner)
-        values = {key: _unwrap_pyt_sharded_tensor(cast(Any, value)) for key, value in target.items()}
-        loaded = _replace_sharded_keys_with_state_dict_keys(values, flat_mapping, rename_mapping)
-        _restore_dict_types(loaded, sharded_state_dict)
-        return cast(dict[str, Any], loaded)
+    Raises CheckpointError for what is not plain data, and what torch raises (CheckpointException) for shards that are
+    missing or damaged.
+    """
+    shards, local, factories = load_preprocess(state)
+    shards, _ = extract_sharded_base(shards)
+    validate_sharding_integrity(determine_global_metadata(shards)[1])
+    loaded: dict[str, Any] = load_plain(Path(checkpoint) / COMMON_FILE)
+    merge(loaded, local)
+    merge(loaded, _read_shards(shards, checkpoint))
+    return cast(dict[str, Any], apply_factory_merges(loaded, factories))
 
 
-class SafeCommon(TorchCommonLoadStrategy):
-    """megatron-core's loading of what is not sharded, as plain data."""
+def _read_shards(state: dict[str, Any], checkpoint: str | Path) -> dict[str, Any]:
+    """As TorchDistLoadShardedStrategy.load (megatron-core, strategies/torch.py), on the safe reader and planner."""
+    shards = [leaf for leaf in nested_values(state) if isinstance(leaf, ShardedTensor)]
+    by_key, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(state)
+    target = mcore_to_pyt_state_dict(by_key, True)
+    planner = _SafePlanner(
+        shapes_validation_sharded_tensors=[s for s in shards if not s.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={s.key: s for s in shards if s.allow_shape_mismatch},
+    )
+    load(target, storage_reader=SafeReader(checkpoint), planner=planner)
+    values = {key: _unwrap_pyt_sharded_tensor(cast(Any, value)) for key, value in target.items()}
+    loaded = _replace_sharded_keys_with_state_dict_keys(values, flat_mapping, rename_mapping)
+    _restore_dict_types(loaded, state)
+    return cast(dict[str, Any], loaded)
 
-    def load_common(self, checkpoint_dir: str | Path) -> Any:
-        return load_plain(Path(checkpoint_dir) / COMMON_FILE)
 
-    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: str | Path) -> Any:
-        raise CheckpointError(f"{checkpoint_dir}: objects in files of their own are not read; torch_dist has none")
+def write_unsharded(common: dict[str, Any], directory: Path) -> None:
+    """What makes a directory of shards a checkpoint: what is not sharded, and the name of the format. First rank."""
+    torch.save(common, directory / COMMON_FILE)
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))

@@ -6,6 +6,7 @@ is tests/test_cli.py's, but for the exit codes here.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -130,16 +131,20 @@ def test_a_tokenizer_that_loses_letters_fails(tmp_path: Path) -> None:
 
 def test_wrong_tokens_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a fault in the encoder would make them."""
-    encode = ChatEncoder.encode
+    encoding = ChatEncoder.encoding
     changes = {
         "the prompt's tokens": lambda p, c: (p[1:], c),
         "the completion's tokens": lambda p, c: (p, (*c[:-2], c[-1])),
     }
+
+    def changed(self: ChatEncoder, *pair: Any, change: Any) -> Any:
+        return change(*(yield from encoding(self, *pair)))
+
     for text, change in changes.items():
-        monkeypatch.setattr(ChatEncoder, "encode", lambda self, *a, change=change: change(*encode(self, *a)))
+        monkeypatch.setattr(ChatEncoder, "encoding", functools.partialmethod(changed, change=change))
         path = write(tmp_path / "d.jsonl", ROWS[0])
         rows = load_rows([path], chat_tokenizer(), max_length=99)
-        monkeypatch.setattr(ChatEncoder, "encode", encode)
+        monkeypatch.setattr(ChatEncoder, "encoding", encoding)
         found = check_rows(ChatEncoder(chat_tokenizer()), rows, [path])
         assert found.problems == [f"{path}:1: {text} are not the tokenizer's own"]
 

@@ -28,12 +28,13 @@ from megatron_gkd.records import Row
 from tests.data.saved import write_saved
 from tests.data.tiny_tokenizers import chat_tokenizer
 from tests.mutations import ASSISTANT, USER, damaged, odd_value, pick
+from tests.support.effort import count
 
 pytestmark = pytest.mark.timeout(240)
 
 TOKENIZER = chat_tokenizer()
 MAX_LENGTH = 4000
-NUM_RECORDS, NUM_FILES, NUM_FLAGS = 500, 150, 200
+NUM_RECORDS, NUM_FILES, NUM_FLAGS = count(500, 5000), count(150, 1500), count(200, 2000)
 VALID: list[dict[str, Any]] = [
     {"messages": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]},
     {"messages": [USER]},

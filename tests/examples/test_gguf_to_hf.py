@@ -17,6 +17,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
 
 from megatron_gkd.errors import CheckpointError
+from tests.support.numerics import Float64, transformers_model
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 2, 64, 96, 4, 2, 16
 EPS, THETA = 1e-5, 100000.0
@@ -143,20 +144,19 @@ def forward_of_gguf(tensors: Tensors, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("quantised", [False, True], ids=["fp32", "q4_1"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_logits_equal_those_of_the_gguf_tensors(tmp_path: Path, tied: bool, quantised: bool):
-    from transformers import AutoModelForCausalLM
-
     from gguf_to_hf import convert
 
     write_gguf(tmp_path / "m.gguf", random_tensors(np.random.default_rng(3), tied=tied), quantised=quantised)
     stored = {t.name: dequantize(t.data, t.tensor_type).copy() for t in GGUFReader(tmp_path / "m.gguf").tensors}
     num_parameters = convert(tmp_path / "m.gguf", tmp_path / "hf", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64)
+    model = transformers_model(tmp_path / "hf", torch.float64)
     assert num_parameters == sum(p.numel() for p in model.parameters()) == sum(a.size for a in stored.values())
     ids = [5, 17, 80, 200, 9, 33, 4]
     expected = forward_of_gguf(stored, ids)
     assert expected.std() > 1
-    # transformers computes norms and rotary angles in float32 whatever the model's type; a wrong row order is off by 1
-    torch.testing.assert_close(model(torch.tensor([ids])).logits[0], expected, rtol=0, atol=1e-5)
+    with Float64():
+        found = model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)  # a wrong row order is off by 1
 
 
 def test_tokenizer_and_configuration(tmp_path: Path):

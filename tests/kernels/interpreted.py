@@ -194,7 +194,7 @@ def _fused_against_torch(dtype):
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 def test_fused_against_the_torch_path(dtype, limit, world):
-    error, name = worst(run_ranks(_fused_against_torch, dtype, world=world, timeout_s=240))
+    error, name = worst(run_ranks(_fused_against_torch, dtype, world=world))
     assert error <= limit, name
 
 

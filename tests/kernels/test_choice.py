@@ -8,6 +8,7 @@ import torch
 
 from megatron_gkd import kernels
 from megatron_gkd.errors import ConfigError
+from tests.support.effort import LIMIT_S
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)  # a name only: no device is needed
 
@@ -53,5 +54,5 @@ def test_forced():
 
 def test_the_choice_does_not_import_triton():
     code = "import sys, megatron_gkd.fused_linear_jsd, megatron_gkd.kernels; assert 'triton' not in sys.modules"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
     assert result.returncode == 0, result.stderr

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.effort import LIMIT_S
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -16,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def test_kernels_under_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/kernels/interpreted.py"]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580)
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT_S)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed, result.stdout[-2000:]

@@ -40,7 +40,7 @@ def _logits_case(dtype):
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
 def test_against_truth(dtype, limit):
-    error, name = worst(run_ranks(_logits_case, dtype, world=1, timeout_s=300))
+    error, name = worst(run_ranks(_logits_case, dtype, world=1))
     assert error <= limit, name
 
 
@@ -68,7 +68,7 @@ def _fused_case(dtype):
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_fused_against_the_torch_path(dtype, limit):
-    error, name = worst(run_ranks(_fused_case, dtype, world=1, timeout_s=300))
+    error, name = worst(run_ranks(_fused_case, dtype, world=1))
     assert error <= limit, name
 
 
@@ -98,6 +98,6 @@ def _peak():
 
 
 def test_memory_is_two_chunks_of_logits_and_the_gradients():
-    ((peak, expected, one_logits),) = run_ranks(_peak, world=1, timeout_s=300)
+    ((peak, expected, one_logits),) = run_ranks(_peak, world=1)
     assert peak <= 1.1 * expected
     assert peak - expected < one_logits

@@ -1,12 +1,13 @@
 """A few training steps of a tiny model in any layout, on cross entropy: what the tests of layouts compare. No tests.
 
 The same samples, prompts and completions of mixed lengths, whatever the layout is; so loss and gradient norm of every
-step must be those of one process. `transformers_step` is the first step by transformers and torch's autograd alone.
+step must be the same. `transformers_steps` are those steps by transformers and torch alone, in float64 and in float32:
+`worst` holds a run against them (tests/support/numerics.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,13 @@ from megatron_gkd.schedule import plan_step
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.student import Student
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
+from tests.support.numerics import Float64, error_ratio, transformers_model
+from tests.train.dense_step import adam
 from tests.weights.ranks_at_work import Loaded, load_model
 
 CPU = torch.device("cpu")
 NUM_SAMPLES = 8
+TRAINING = TrainingConfig(lr=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,22 @@ class Step(NamedTuple):
     grad_norm: float
 
 
+class Expected(NamedTuple):
+    """One update in float64, and what float32 makes of it."""
+
+    truth: Step
+    reference: Step
+
+
+def worst(found: Sequence[Step], expected: Sequence[Expected]) -> float:
+    """The largest error of a number over the allowed one: at most 1 for the right steps."""
+    return max(
+        error_ratio(number, reference, truth)
+        for step, wanted in zip(found, expected, strict=True)
+        for number, truth, reference in zip(step, *wanted, strict=True)
+    )
+
+
 def samples(vocab_size: int, seed: int = 0) -> list[Sample]:
     """Mixed lengths; the last token of the vocabulary is among the prompts and the completions."""
     generator = torch.Generator().manual_seed(seed)
@@ -59,12 +79,11 @@ def samples(vocab_size: int, seed: int = 0) -> list[Sample]:
 
 
 def student_of(model: Loaded, *, distributed_optimizer: bool = False) -> Student:
-    training = TrainingConfig(lr=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0)
     return Student(
         model.chunks,
         model.layout,
         model.groups,
-        training,
+        TRAINING,
         train_iters=100,
         use_distributed_optimizer=distributed_optimizer,
     )
@@ -106,20 +125,29 @@ def step(model: Loaded, student: Student, micro_batch_size: int) -> Step:
     return Step(loss_sum.item() / sum(sample.num_loss_tokens for sample in batch), result.grad_norm)
 
 
-def transformers_step(path: str | Path) -> Step:
-    """The first step's numbers by transformers, sample by sample, in float64."""
-    from transformers import AutoModelForCausalLM
+def transformers_steps(path: str | Path, num_steps: int = 3) -> list[Expected]:
+    """The numbers of the same updates by transformers, sample by sample, and torch's AdamW."""
+    with Float64():
+        truth = _transformers_steps(path, num_steps, torch.float64)
+    return [Expected(*pair) for pair in zip(truth, _transformers_steps(path, num_steps, torch.float32), strict=True)]
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
+
+def _transformers_steps(path: str | Path, num_steps: int, dtype: torch.dtype) -> list[Step]:
+    model = transformers_model(path, dtype)
+    optimizer, steps = adam(model, TRAINING), []
     batch = samples(model.config.vocab_size)
-    loss_sum = torch.zeros((), dtype=torch.float64)
-    for sample in batch:
-        ids = torch.tensor([[*sample.prompt_ids, *sample.completion_ids]])
-        logits = model(ids[:, :-1]).logits[0, -sample.num_loss_tokens :]
-        loss_sum = loss_sum + torch.nn.functional.cross_entropy(
-            logits, torch.tensor(sample.completion_ids), reduction="sum"
-        )
-    loss = loss_sum / sum(sample.num_loss_tokens for sample in batch)
-    loss.backward()
-    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-    return Step(loss.item(), torch.stack(norms).norm().item())
+    for _ in range(num_steps):
+        loss_sum = torch.zeros((), dtype=dtype)
+        for sample in batch:
+            ids = torch.tensor([[*sample.prompt_ids, *sample.completion_ids]])
+            logits = model(ids[:, :-1]).logits[0, -sample.num_loss_tokens :]
+            loss_sum = loss_sum + torch.nn.functional.cross_entropy(
+                logits, torch.tensor(sample.completion_ids), reduction="sum"
+            )
+        loss = loss_sum / sum(sample.num_loss_tokens for sample in batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(model.parameters()), TRAINING.clip_grad)
+        optimizer.step()
+        steps.append(Step(float(loss.detach()), float(norm)))
+    return steps

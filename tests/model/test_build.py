@@ -7,6 +7,7 @@ against one process is in tests/test_platform.py. Not covered: Transformer Engin
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,21 @@ from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_los
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatch, Sample
 from tests.checkpoints import write_tiny_checkpoint
-from tests.model.steps import CPU, Cell, Step, samples, train, transformers_step
+from tests.model.steps import CPU, Cell, Step, samples, train, transformers_steps, worst
 from tests.ranks import run_ranks
+from tests.support.numerics import (
+    EPS,
+    FACTOR,
+    FLOOR,
+    Float64,
+    allowed_error,
+    error_ratio,
+    largest_error,
+    reference_and_truth,
+    transformers_model,
+    within_reference_error,
+)
+from tests.train.dense_step import completion_logits
 from tests.weights.models import small
 from tests.weights.ranks_at_work import Loaded, load_model, logits, megatron, token_ids
 
@@ -48,23 +62,19 @@ def train_and_infer(cell: Cell) -> tuple[list[Step], torch.Tensor | None]:
 
 @pytest.mark.parametrize("name", ABOVE)
 def test_tensor_parallel_ranks_may_share_a_kv_head(tmp_path: Path, name: str):
-    """Logits are transformers'; loss and gradient norm, over three updates, those of one process."""
-    from transformers import AutoModelForCausalLM
-
+    """Logits are transformers'; so are loss and gradient norm, over three updates, here and in one process."""
     family, heads, kv_heads, layout = ABOVE[name]
     path = write_tiny_checkpoint(tmp_path / name, family, heads=heads, kv_heads=kv_heads, head_dim=12, layers=2)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    with torch.no_grad():
-        expected_logits = model(token_ids(300)).logits
-    ((expected, _),) = run_ranks(train_and_infer, Cell(str(path)), world=1)
-    assert expected[0] == pytest.approx(transformers_step(path), rel=1e-6)
+    reference, truth = reference_and_truth(path, token_ids(300))
+    expected = transformers_steps(path)
+    ((steps, _),) = run_ranks(train_and_infer, Cell(str(path)), world=1)
+    assert worst(steps, expected) <= 1
     ranks = run_ranks(train_and_infer, Cell(str(path), layout), world=layout.world_size)
     assert sum(found is not None for _, found in ranks) == layout.tensor
     for steps, found in ranks:
-        for one, other in zip(steps, expected, strict=True):
-            assert one == pytest.approx(other, rel=1e-6)
+        assert worst(steps, expected) <= 1
         if found is not None:
-            torch.testing.assert_close(found[..., :300], expected_logits, rtol=0, atol=1e-5)
+            within_reference_error(found[..., :300], reference, truth, name)
 
 
 def gated_attention(path: str) -> str:
@@ -86,17 +96,34 @@ def test_what_sharing_a_kv_head_does_not_do_is_refused(tmp_path: Path):
 # ---- packed against padded -------------------------------------------------------------------------------------------
 
 
+PACKED = [*samples(300), Sample(8, 8, (7,), (9,), "dataset")]  # the last: a segment of length 1
+
+
+def rounding_of_transformers(path: Path) -> tuple[float, float]:
+    """How far two float32 passes over PACKED may be apart: largest logit, and norm of a parameter's gradient relative
+    to itself. The gradient is that of the logits times random weights, as below."""
+    found = {}
+    for dtype, mode in ((torch.float64, Float64()), (torch.float32, nullcontext())):
+        with mode:
+            model = transformers_model(path, dtype)
+            out = torch.cat([completion_logits(model, sample) for sample in PACKED])
+            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+            (out * weights).sum().backward()
+            found[dtype] = out.detach(), [parameter.grad for parameter in model.parameters()]
+    (truth, gradients), (reference, rounded) = found[torch.float64], found[torch.float32]
+    relative = max(
+        float((one.double() - other).norm() / other.norm()) for one, other in zip(rounded, gradients, strict=True)
+    )
+    return 2 * allowed_error(reference, truth), 2 * (FACTOR * relative + FLOOR * EPS)  # both are off the truth
+
+
 def packed_and_padded(path: str, layout: Layout) -> list[tuple[torch.Tensor | None, dict[str, torch.Tensor]]]:
     """(logits of the loss tokens [T, V/tp], gradients) of the same samples, padded, then packed."""
     with megatron():
         model = load_model(Path(path), layout)
         multiple = layout.tensor if layout.sequence_parallel else 1
-        batch = [
-            *samples(model.arch.vocab_size),
-            Sample(8, 8, (7,), (9,), "dataset"),
-        ]  # the last: a segment of length 1
         return [
-            logits_and_gradients(model, collate(batch, packing=packing, pad_to_multiple_of=multiple))
+            logits_and_gradients(model, collate(PACKED, packing=packing, pad_to_multiple_of=multiple))
             for packing in (False, True)
         ]
 
@@ -139,24 +166,26 @@ def logits_and_gradients(model: Loaded, batch: MicroBatch) -> tuple[torch.Tensor
 def test_packed_equals_padded_through_a_whole_model(tmp_path: Path, family: str, layout: Layout):
     """Positions restart in each segment, and no segment sees another; else logits and gradients would differ."""
     path = write_tiny_checkpoint(tmp_path / "model", family, layers=2)  # type: ignore[arg-type]
+    of_logits, of_gradients = rounding_of_transformers(path)
     ranks = run_ranks(packed_and_padded, str(path), layout, world=layout.world_size)
     assert any(out is not None for (out, _), _ in ranks)
     for (padded, padded_gradients), (packed, packed_gradients) in ranks:
         assert (padded is None) == (packed is None)
         if padded is not None and packed is not None:
-            torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
+            assert largest_error(packed, padded) <= of_logits
         assert padded_gradients.keys() == packed_gradients.keys()
         assert len(padded_gradients) >= 7
         for name, gradient in padded_gradients.items():
             error = (packed_gradients[name] - gradient).norm() / gradient.norm()
-            assert error < 1e-5, name
+            assert error <= of_gradients, name
 
 
 # ---- the head's input ------------------------------------------------------------------------------------------------
 
 
 def hidden_gradient(path: str, sequence_parallel: bool, caller_reduces: bool) -> tuple[float, bool]:
-    """Error of the gradient of this rank's hidden states, against head weights and upstream gradients put together."""
+    """Error of the gradient of this rank's hidden states, against head weights and upstream gradients put together,
+    over the allowed one."""
     with megatron():
         model = load_model(Path(path), Layout(tensor=2, sequence_parallel=sequence_parallel))
         (chunk,), tp = model.chunks, model.groups.tp
@@ -172,10 +201,11 @@ def hidden_gradient(path: str, sequence_parallel: bool, caller_reduces: bool) ->
         (out * upstream_SBV.chunk(2, dim=-1)[tp.rank()]).sum().backward()
         shards = [torch.empty_like(chunk.head_weight().data) for _ in range(2)]
         dist.all_gather(shards, chunk.head_weight().data, group=tp)
-        expected = upstream_SBV @ torch.cat(shards)
-        expected = expected.chunk(2)[tp.rank()] if sequence_parallel else expected
+        reference, truth = upstream_SBV @ torch.cat(shards), upstream_SBV.double() @ torch.cat(shards).double()
+        if sequence_parallel:
+            reference, truth = reference.chunk(2)[tp.rank()], truth.chunk(2)[tp.rank()]
         assert mine.grad is not None
-        return ((mine.grad - expected).norm() / expected.norm()).item(), chunk.head_grad_is_reduced
+        return error_ratio(mine.grad, reference, truth), chunk.head_grad_is_reduced
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -186,9 +216,9 @@ def test_gradient_of_the_head_input(tmp_path: Path, tied: bool):
     for parallel in (False, True):
         for error, reduced in run_ranks(hidden_gradient, path, parallel, not parallel, world=2):
             assert reduced is parallel
-            assert error < 1e-6
+            assert error <= 1
         for error, _ in run_ranks(hidden_gradient, path, parallel, parallel, world=2):
-            assert error > 0.1
+            assert error > 1000
 
 
 # ---- what is built ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.model.layers import RMSNorm, SDPAttention, SelfAttention, use_own_self_attention
+from tests.support.numerics import error_ratio, within_reference_error
 
 
 def config(**options: Any) -> TransformerConfig:
@@ -133,17 +134,23 @@ def test_rms_norm_equals_transformers(size: int):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     ours, theirs = RMSNorm(config(), size, eps=3e-6), LlamaRMSNorm(size, eps=3e-6)
-    weight = torch.randn(size)
-    x = (torch.randn(5, 3, size) * 3).requires_grad_()
-    upstream = torch.randn(5, 3, size)
-    outs, gradients = [], []
+    weight, x, upstream = torch.randn(size), torch.randn(5, 3, size) * 0.03, torch.randn(5, 3, size)
+
+    def numbers(norm: Any, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        """Output, and gradients of the input and the weight."""
+        x.requires_grad_()
+        out = norm(x)
+        return [out.detach(), *torch.autograd.grad((out * upstream).sum(), [x, weight])]
+
     for norm in (ours, theirs):
         norm.weight.data.copy_(weight)
-        outs.append(norm(x))
-        gradients.append(torch.autograd.grad((outs[-1] * upstream).sum(), [x, norm.weight]))
-    torch.testing.assert_close(*outs, rtol=1e-6, atol=1e-6)
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    exact = weight.double().requires_grad_()
+    truth = numbers(lambda x: torch.nn.functional.rms_norm(x, (size,), exact, 3e-6), x.double(), exact)
+    found, reference = (numbers(norm, x.clone(), norm.weight) for norm in (ours, theirs))
+    for what, *three in zip(("output", "input's gradient", "weight's gradient"), found, reference, truth, strict=True):
+        within_reference_error(*three, what)
+    other = numbers(lambda x: torch.nn.functional.rms_norm(x, (size,), exact, 4e-6), x.double(), exact)
+    assert max(map(error_ratio, other, reference, truth)) > 1, "so small an input shows another epsilon"
 
 
 def test_rms_norm_in_bf16_is_at_least_as_exact_as_transformers():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.observe.writers import JsonlWriter, TensorBoardWriter, WandbWriter, open_writers, read_rows
+from megatron_gkd.observe.writers import JsonlWriter, TensorBoardWriter, WandbWriter, open_trackers, read_rows
 
 
 def write(path: Path, steps: range, *, first_step: int | None = None) -> None:
@@ -130,17 +130,17 @@ def test_without_wandb_the_error_says_what_to_do(tmp_path: Path, monkeypatch: py
         WandbWriter(tmp_path)
 
 
-def test_open_writers_makes_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_trackers_makes_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
     for name, report_to, files in (
-        ("none", ["none"], {"metrics.jsonl"}),
-        ("tensorboard", ["tensorboard"], {"metrics.jsonl", "tensorboard"}),
-        ("both", ["tensorboard", "wandb"], {"metrics.jsonl", "tensorboard", "wandb_id.txt"}),
+        ("none", ["none"], set()),
+        ("tensorboard", ["tensorboard"], {"tensorboard"}),
+        ("both", ["tensorboard", "wandb"], {"tensorboard", "wandb_id.txt"}),
     ):
-        writer = open_writers(report_to, tmp_path / name, config={})
-        writer.write(1, {"loss": 1.0})
-        writer.close()
+        (tmp_path / name).mkdir()
+        for writer in open_trackers(report_to, tmp_path / name, config={}):
+            writer.write(1, {"loss": 1.0})
+            writer.close()
         assert {path.name for path in (tmp_path / name).iterdir()} == files
-        assert read_rows(tmp_path / name / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
     assert fake.logged == [(1, {"loss": 1.0})]

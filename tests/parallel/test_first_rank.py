@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_gkd.errors import ConfigError, DataError, RolloutError
-from megatron_gkd.parallel.first_rank import InThread, on_first_rank
+from megatron_gkd.parallel.first_rank import InThread, on_first_rank, on_some_ranks
 from tests.ranks import run_ranks
 
 
@@ -81,3 +81,32 @@ def test_a_call_in_a_thread() -> None:
     failing = InThread(lambda: [][1], "test")
     with pytest.raises(IndexError):
         failing.result()
+
+
+def some() -> tuple[Any, Any, Any]:
+    """Ranks 0 and 2 of three at work: all at once, with an error of the package, and with another one."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    assert group is not None
+
+    def fail(error: Exception) -> Any:
+        raise error
+
+    results = on_some_ranks(None if rank == 1 else lambda: rank * 10, group)
+    errors = []
+    for raised in (DataError("bad row 7"), OSError(28, "disk full")):
+        try:
+            on_some_ranks(None if rank != 2 else lambda raised=raised: fail(raised), group)  # type: ignore[misc]
+        except Exception as error:
+            errors.append((type(error).__name__, str(error)))
+    long = on_some_ranks(None if rank == 0 else lambda: time.sleep(1.5 * rank) or rank, group, every_s=0.2)
+    return results, errors, long
+
+
+def test_some_ranks_work_and_all_have_the_results_or_the_error() -> None:
+    for rank, (results, errors, long) in enumerate(run_ranks(some, world=3)):
+        assert results == [0, None, 20]
+        assert errors == [
+            ("DataError", "bad row 7"),
+            ("OSError" if rank == 2 else "RuntimeError", "[Errno 28] disk full"),
+        ]
+        assert long == [None, 1, 2]

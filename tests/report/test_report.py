@@ -15,9 +15,10 @@ import torch
 from megatron_gkd.cli import main as cli
 from megatron_gkd.errors import ConfigError, DataError, GKDError
 from megatron_gkd.flags import parse_run_config, to_yaml
+from megatron_gkd.observe.writers import read_rows
 from megatron_gkd.report import main, write_report
 from megatron_gkd.report.curve import smooth
-from megatron_gkd.report.run_record import read_jsonl, read_run
+from megatron_gkd.report.run_record import read_run
 from megatron_gkd.report.summary import describe_loss, summarise
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -173,13 +174,13 @@ def test_a_directory_that_is_no_run(tmp_path: Path, name: str, capsys: pytest.Ca
 
 def test_a_cut_off_last_line_is_left_out_and_damage_is_named(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    assert read_jsonl(path) == ()
+    assert read_rows(path, strict=True) == []
     path.write_text('{"step": 1}\n{"step": 2, "lo')
-    assert read_jsonl(path) == ({"step": 1},)
-    for damage in ('{"step": 1}\n{"ste\n{"step": 3}\n', '{"step": 1}\n[]\n', '{"step": 1}\n{"loss": 1}\n'):
-        path.write_text(damage)
+    assert read_rows(path, strict=True) == [{"step": 1}]
+    for damage in (b'{"ste\n{"step": 3}', b"[]", b'{"loss": 1}', b'{"step": 1, "\xff": 2}'):
+        path.write_bytes(b'{"step": 1}\n' + damage + b"\n")
         with pytest.raises(DataError, match=r"metrics\.jsonl:2 is not"):
-            read_jsonl(path)
+            read_rows(path, strict=True)
     assert issubclass(DataError, GKDError)
 
 

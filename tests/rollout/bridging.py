@@ -1,6 +1,6 @@
 """What a rank does in the tests of the rollout bridge: a student in some layout, real vLLM engines, pushes, samples.
 
-Called through run_ranks(..., fresh=True): importing vLLM changes a process, and its engines are large.
+Called through run_ranks(..., with_vllm=True): importing vLLM changes a process, and its engines are large.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_gkd.rollout_bridge import RolloutBridge
 from megatron_gkd.train.score import student_logprobs
 from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.delivery import Delivery
-from megatron_gkd.weights.export import hf_tensor_stream
+from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights
 from megatron_gkd.weights.plan import hf_tensor_shapes
@@ -99,7 +99,7 @@ def local(engine: Any, tensor_parallel_size: int = 1) -> LocalEngines:
 
 
 def buckets_of(student: Loaded, bucket_bytes: int = BUCKET_BYTES, *, to: Any = "everyone") -> Delivery:
-    stream = hf_tensor_stream(
+    stream = HFTensorStream(
         student.chunks, student.arch, student.groups, bucket_bytes=bucket_bytes, dtypes=torch.float32
     )
     return Delivery(stream, world(), to=to)
@@ -134,21 +134,27 @@ class Pushed:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def push_everywhere(models: list[list[Path]], cells: list[tuple[Layout, int]]) -> list[Pushed]:
-    """For every model (weights a, b, c, ...), engine size and layout: push b, c, ... in turn and sample after each."""
+@dataclass(frozen=True)
+class Cell:
+    """What is pushed: of a model by name, from a student in a layout, into engines of `engine_size` ranks."""
+
+    model: str
+    layout: Layout
+    engine_size: int
+
+
+def push_everywhere(models: dict[str, list[Path]], cells: list[Cell]) -> list[Pushed]:
+    """In every cell push the model's weights b, c, ... (of a, b, c, ...) in turn and sample after each. Cells of one
+    model and size share engines.
+    """
     found = []
     with megatron():
-        for paths in models:
-            for size in sorted({size for _, size in cells}):
-                with engine_for(paths[0], size) as engines:
-                    for layout in [layout for layout, s in cells if s == size and _fits(layout, paths[0])]:
-                        found += push_all(paths, layout, engines, size)
+        for model, size in dict.fromkeys((cell.model, cell.engine_size) for cell in cells):
+            with engine_for(models[model][0], size) as engines:
+                for cell in [cell for cell in cells if (cell.model, cell.engine_size) == (model, size)]:
+                    found += push_all(models[model], cell.layout, engines, size)
     assert "LOCAL_WORLD_SIZE" not in os.environ, "vLLM's variable stayed"
     return found
-
-
-def _fits(layout: Layout, path: Path) -> bool:
-    return layout.expert == 1 or "moe" in path.parent.name
 
 
 def push_all(

@@ -172,7 +172,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     config = paths[0] / "generation_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": list(range(300))}))
-    found: dict[str, Any] = run_ranks(inject, paths, world=1, timeout_s=300, fresh=True)[0]
+    found: dict[str, Any] = run_ranks(inject, paths, world=1, timeout_s=600, with_vllm=True)[0]
     return found
 
 

@@ -10,6 +10,7 @@ import os
 import random
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.rollout import guard
+from megatron_gkd.rollout import colocate, guard
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.rollout.bridging import (
@@ -72,6 +73,14 @@ def live(path: Path) -> tuple[list[str], bool, bool, int]:
                 changed = {k for k in value if value[k] != now[key].get(k)} if isinstance(value, dict) else ""
                 differences.append(f"{when}: {key} {changed}")
 
+    tokens: list[str] = []
+    own_shared_memory = colocate.own_shared_memory
+
+    def recording(token: str) -> AbstractContextManager[None]:
+        tokens.append(token)
+        return own_shared_memory(token)
+
+    colocate.own_shared_memory = recording
     with megatron():
         student = load_model(path, Layout(tensor=2))
         import vllm  # noqa: F401 - what importing does (it adds names to torch's modules) is not the engine's doing
@@ -94,14 +103,16 @@ def live(path: Path) -> tuple[list[str], bool, bool, int]:
         x = torch.ones(3)
         dist.all_reduce(x)
         dist.all_reduce(x, group=student.groups.tp)
-        segments = len(list(Path("/dev/shm").glob("gkd-*")))
+        segments = [found for token in tokens for found in Path("/dev/shm").glob(f"*{token}*")]
+        assert tokens
+        assert tokens[0].startswith("gkd-")
         # And a second engine can follow the first.
         with engine_for(path, 1) as engines:
             bridge = bridge_for(student, engines)
             bridge.push(2)
             again = bridge.sample(requests(), SAMPLED)
         assert {p: c.token_ids for p, c in again.items()} == {p: c.token_ids for p, c in first.items()}
-    return differences, same, x.tolist() == [4.0] * 3, segments
+    return differences, same, x.tolist() == [4.0] * 3, len(segments)
 
 
 def count_buckets(path: Path) -> tuple[int, int, int]:
@@ -135,7 +146,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_trainer_is_unchanged_by_an_engine(path: Path) -> None:
-    for differences, same_groups, groups_work, segments in run_ranks(live, path, world=2, timeout_s=240, fresh=True):
+    for differences, same_groups, groups_work, segments in run_ranks(live, path, world=2, fresh=True):
         assert differences == []
         assert same_groups
         assert groups_work
@@ -143,7 +154,7 @@ def test_the_trainer_is_unchanged_by_an_engine(path: Path) -> None:
 
 
 def test_a_push_holds_two_buckets_at_most(path: Path) -> None:
-    for most, largest, count in run_ranks(count_buckets, path, world=2, timeout_s=240, fresh=True):
+    for most, largest, count in run_ranks(count_buckets, path, world=2, with_vllm=True):
         assert count > 6
         assert most <= 2
         assert largest <= 2 * BUCKET_BYTES  # a single unit may be larger than the bound: the embedding is

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.rollout.local_server import free_port, port_is_free, server_command, server_environment
+from megatron_gkd.rollout.local_server import port_is_free, server_command, server_environment
 from tests.rollout.serving import members
+from tests.support.effort import LIMIT_S
+from tests.support.ports import reserve_port
 
 SUPERVISED = [sys.executable, "-m", "megatron_gkd.rollout.supervisor"]
 STUBBORN = (
@@ -53,7 +56,7 @@ def test_everything_ends_when_the_pipe_closes() -> None:
     assert len(members(process.pid)) == 4
     assert process.stdin is not None
     process.stdin.close()
-    process.wait(timeout=20)
+    process.wait(timeout=LIMIT_S)
     assert gone(process.pid, 1)
 
 
@@ -70,12 +73,12 @@ def test_everything_ends_when_the_starter_is_killed() -> None:
     assert len(members(group)) == 4
     starter.send_signal(signal.SIGKILL)
     starter.wait()
-    assert gone(group, 20)
+    assert gone(group, LIMIT_S)
 
 
 def test_what_a_dead_server_leaves_is_ended_too() -> None:
     process = supervise(PARENT + "sys.exit(7)")
-    assert process.wait(timeout=20) == 7
+    assert process.wait(timeout=LIMIT_S) == 7
     assert gone(process.pid, 1)
 
 
@@ -84,7 +87,7 @@ def test_what_ignores_the_request_to_end_is_killed() -> None:
     process = supervise(STUBBORN)
     assert process.stdin is not None
     process.stdin.close()
-    process.wait(timeout=20)
+    process.wait(timeout=LIMIT_S)
     assert gone(process.pid, 1)
 
 
@@ -133,9 +136,12 @@ def test_the_environment_is_the_servers_own() -> None:
 
 
 def test_ports() -> None:
-    import socket
-
-    port = free_port()
-    assert port_is_free(port)
-    with socket.create_server(("127.0.0.1", port)):
-        assert not port_is_free(port)
+    """A reserved port is given to nobody, and taken by the server that it is meant for."""
+    with reserve_port() as reserved:
+        port = reserved.getsockname()[1]
+        assert port_is_free(port)
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)):
+            server.accept()[0].close()
+            assert not port_is_free(port)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.rollout.checksum import checksum
 from megatron_gkd.rollout.engines import server_urls
 from megatron_gkd.rollout.requests import assign, make_requests, seed_of
+from megatron_gkd.weights.checksum import checksum
 
 
 @given(st.lists(st.integers(1, 5000), max_size=40), st.integers(1, 7))

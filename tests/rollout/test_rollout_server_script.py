@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.rollout.local_server import WORKER_EXTENSION, free_port, server_command, server_environment
+from megatron_gkd.rollout.local_server import WORKER_EXTENSION, server_command, server_environment
 from tests.rollout.serving import GREEDY, assert_greedy, connect, members, push, requests, weights, write_model
+from tests.support.effort import LIMIT_S
+from tests.support.ports import reserve_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "launch/rollout_server.sh"
@@ -42,7 +44,7 @@ def script(*words: str, **values: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=60,
+        timeout=LIMIT_S,
     )
 
 
@@ -95,7 +97,7 @@ def test_another_interface_is_warned_of(model: Path, host: str) -> None:
     result = script("--dry-run", MODEL=model, HOST=host)
     assert result.returncode == 0
     assert f"WARNING: listening on {host}, not on the loopback interface" in result.stderr
-    assert "ask for no key" in result.stderr
+    assert "learns the secret" in result.stderr
     assert script("--dry-run", MODEL=model, HOST="localhost").stderr == ""
 
 
@@ -128,23 +130,25 @@ def test_a_port_in_use(model: Path) -> None:
 @pytest.mark.slow
 def test_weights_are_pushed_to_it_and_an_interrupt_ends_it(tmp_path: Path) -> None:
     models = [write_model(tmp_path / f"m{seed}", seed) for seed in range(2)]
-    port = free_port()
+    reserved = reserve_port()
+    port = reserved.getsockname()[1]
     values = environment(MODEL=models[0], PORT=port, DTYPE="fp32", MAX_MODEL_LEN=128, KV_CACHE_BYTES=64 * 2**20)
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
             ["bash", str(SCRIPT)], env=values, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
     try:
-        with connect(f"http://127.0.0.1:{port}", models[0], retry_s=240.0, timeout_s=300.0) as engine:
+        with connect(f"http://127.0.0.1:{port}", models[0], retry_s=LIMIT_S) as engine:
             push(engine, weights(models[1]), 1)
             assert_greedy(models[1], requests(), engine.generate(requests(), GREEDY))
         os.killpg(server.pid, signal.SIGINT)
-        server.wait(timeout=60)
+        server.wait(timeout=LIMIT_S)
     finally:
+        reserved.close()
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + LIMIT_S
     while members(server.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert members(server.pid) == []

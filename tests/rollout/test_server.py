@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout import transfer
-from megatron_gkd.rollout.checksum import checksum
 from megatron_gkd.rollout.local_server import LocalServer
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.rollout.server import ServerEngine
+from megatron_gkd.weights.checksum import checksum
 from tests.rollout.serving import (
     BLOCK,
     GREEDY,
@@ -58,8 +58,16 @@ def server(models: list[Path]) -> Iterator[LocalServer]:
 
 
 @pytest.fixture
-def new_engine(server: LocalServer, models: list[Path]) -> Iterator[Connect]:
+def new_engine(server: LocalServer, models: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
     engines: list[ServerEngine] = []
+    made: list[str] = []
+    mkdtemp = tempfile.mkdtemp
+
+    def recording(*args: Any, **options: Any) -> str:
+        made.append(mkdtemp(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(transfer.tempfile, "mkdtemp", recording)
 
     def make(**options: Any) -> ServerEngine:
         engines.append(connect(server, options.pop("model", models[0]), **options))
@@ -68,7 +76,7 @@ def new_engine(server: LocalServer, models: list[Path]) -> Iterator[Connect]:
     yield make
     for engine in engines:
         engine.close()
-    assert not list(Path("/dev/shm").glob("gkd-weights-*")), "files stay in shared memory"
+    assert not [path for path in made if "gkd-weights-" in path and os.path.exists(path)], "files stay in shared memory"
 
 
 @pytest.mark.parametrize("way", ["shm", "group"])
@@ -121,15 +129,15 @@ def test_a_completion_ends_at_the_stop_tokens_and_at_nothing_else(new_engine: Co
     engine = new_engine()
     push(engine, weights(models[1]), 1)
     flat = SamplingSettings(temperature=2.0)  # every token comes, the model's end token (258) among them
-    many = [Request(key=i, prompt_ids=(1, 2, 3), max_tokens=90, seed=i) for i in range(40)]
+    many = [Request(key=i, prompt_ids=(1, 2, 3), max_tokens=60, seed=i) for i in range(20)]
     got = engine.generate(many, flat)
     assert {completion.finish_reason for completion in got} == {"length"}
-    assert {len(completion.token_ids) for completion in got} == {90}
+    assert {len(completion.token_ids) for completion in got} == {60}
     assert any(258 in completion.token_ids for completion in got)
     stopped = engine.generate(many, SamplingSettings(temperature=2.0, stop_token_ids=(258, 7)))
     for whole, cut in zip(got, stopped, strict=True):
         ends = [i for i, token in enumerate(whole.token_ids) if token in (258, 7)]
-        length = ends[0] + 1 if ends else 90
+        length = ends[0] + 1 if ends else 60
         assert cut.token_ids == whole.token_ids[:length]
         assert cut.finish_reason == ("stop" if ends else "length")
     assert {completion.finish_reason for completion in stopped} == {"stop", "length"}
@@ -161,7 +169,7 @@ def damage_file(engine: ServerEngine, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def call(method: str, arguments: list[Any], what: str) -> Any:
         if arguments[0].endswith("bucket1.safetensors"):
-            with open(arguments[0], "r+b") as file:
+            with open(Path("/dev/shm") / arguments[0], "r+b") as file:
                 file.seek(-5, os.SEEK_END)
                 byte = file.read(1)[0]
                 file.seek(-5, os.SEEK_END)
@@ -195,10 +203,12 @@ def test_what_arrived_and_what_is_cached(new_engine: Connect, models: list[Path]
     assert engine.received()["lm_head.weight"][0] == checksum(dict(weights(models[2]))["lm_head.weight"])
 
 
-def send_until_it_fails(engine: ServerEngine, tensors: Named) -> None:
-    """The failure of a bucket shows with the next one, or at the end."""
-    send(engine, tensors[:5])
-    send(engine, tensors[5:10])
+def send_until_it_fails(engine: ServerEngine, *buckets: Named) -> None:
+    """The failure of a bucket shows with the next one or at the end; of a broadcast, also at once, where the worker's
+    answer is here before the broadcast is known to be done.
+    """
+    for bucket in buckets:
+        send(engine, bucket)
     engine.end(1)
 
 
@@ -215,9 +225,8 @@ def test_a_damaged_bucket_is_found_and_a_complete_update_follows(
     engine.begin()
     with monkeypatch.context() as patch:
         damage(engine, patch)
-        send(engine, tensors[:5])
         with pytest.raises(RolloutError, match=r"was damaged on the way: checksum .* when asked to take 5 ") as error:
-            send_until_it_fails(engine, tensors[5:])
+            send_until_it_fails(engine, tensors[:5], tensors[5:10], tensors[10:15])
     assert any(name in str(error.value) for name, _ in tensors)
     with pytest.raises(RolloutError, match="in a failed update, no complete weights; abort it"):
         engine.end(1)
@@ -249,9 +258,8 @@ def test_a_tensor_that_does_not_belong(
     push(engine, weights(models[1]), 1)
     engine.begin()
     send(engine, weights(models[2])[:7])
-    send(engine, [weights(models[2])[7], bad])
     with pytest.raises(RolloutError, match=message):
-        engine.end(2)
+        send_until_it_fails(engine, [weights(models[2])[7], bad])
     engine.abort()
     push(engine, weights(models[3]), 3)
     assert_greedy(models[3], requests(), engine.generate(requests(), GREEDY))
@@ -299,15 +307,14 @@ def test_weights_that_change_while_sampling_are_found(
         ours.generate(requests(), GREEDY)
 
 
-def test_a_server_paused_by_somebody_else_is_an_error_and_no_hang(
-    new_engine: Connect, models: list[Path], server: LocalServer
-) -> None:
+def test_a_server_paused_by_somebody_else_is_an_error_and_no_hang(new_engine: Connect, models: list[Path]) -> None:
     engine = new_engine()
     push(engine, weights(models[1]), 1)
-    httpx.post(f"{server.url}/pause?mode=wait", timeout=30)
+    somebody = new_engine()
+    somebody._client.post("/pause?mode=wait", "pause")
     with pytest.raises(RolloutError, match="is paused, by another process, and would not sample 6 completions"):
         engine.generate(requests(), GREEDY)
-    httpx.post(f"{server.url}/resume", timeout=30)
+    somebody._client.post("/resume", "resume")
     assert_greedy(models[1], requests(), engine.generate(requests(), GREEDY))
 
 

@@ -1,14 +1,15 @@
 """A real `swift deploy` (ms-swift, vLLM backend) as the teacher: parity with transformers and with the local teacher,
 completions, refusals.
 
-One server on the loopback interface for all tests, and one with a chat template that is refused. ms-swift is no
-requirement of the project: tests/setup_swift.sh installs it into an environment of its own, as launch/run_tests.sh does
-before all tests; without it they are skipped. Faults of other kinds: test_servers.py. Not covered: GPUs, other backends
-of ms-swift, adapters.
+One server on the loopback interface for all tests, and one with a chat template that is refused, forked from a process
+that has imported vLLM. ms-swift is no requirement of the project: tests/setup_swift.sh installs it into an environment
+of its own, as launch/run_tests.sh does before all tests; without it they are skipped. Faults of other kinds:
+test_servers.py. Not covered: GPUs, other backends of ms-swift, adapters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -20,9 +21,11 @@ import pytest
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
-from megatron_gkd.teacher_server.dialects import Swift
 from megatron_gkd.teacher_server.servers import TeacherServers
+from megatron_gkd.teacher_server.swift import Swift
 from tests.rollout.serving import logprobs_of
+from tests.support.effort import LIMIT_S
+from tests.support.vllm_zygote import forked_programs
 from tests.teacher_server.real import (
     KEY,
     MAX_MODEL_LEN,
@@ -46,24 +49,47 @@ ENVIRONMENT = dict(VLLM_PLUGINS="", OMP_NUM_THREADS=1, VLLM_CPU_OMP_THREADS_BIND
 ENVIRONMENT |= dict(HF_HUB_OFFLINE=1, VLLM_NO_USAGE_STATS=1, DO_NOT_TRACK=1)
 
 
+def deploy(packages: str, *words: str) -> None:
+    """`swift deploy WORDS` in a process that has imported vLLM."""
+    sys.path.insert(0, packages)
+    from swift.pipelines import deploy_main
+
+    sys.argv = ["deploy", *words]
+    deploy_main()
+
+
 class OfSwift(Served):
-    def __init__(self, root: Path, *template: str) -> None:
+    def __init__(self, root: Path, *template: str, real: bool) -> None:
         super().__init__(root)
         engine = json.dumps({"kv_cache_memory_bytes": 64 * 2**20, "logprobs_mode": "raw_logprobs"})
-        command = [str(SWIFT), "deploy", "--model", str(self.model)]
-        command += ["--model_type", "qwen3", *template, "--infer_backend", "vllm", "--torch_dtype", "float32"]
+        command = [str(SWIFT), "deploy"]
+        if not real:
+            (packages,) = SWIFT.parents[1].glob("lib/python*/site-packages")
+            command = [sys.executable, "-m", f"{__name__}:deploy", str(packages)]
+        command += [
+            "--model",
+            str(self.model),
+            "--model_type",
+            "qwen3",
+            *template,
+            "--infer_backend",
+            "vllm",
+            "--torch_dtype",
+            "float32",
+        ]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--verbose", "false"]
         command += ["--max_logprobs", str(TOPK), "--vllm_max_model_len", str(MAX_MODEL_LEN)]
         command += ["--vllm_enforce_eager", "true", "--vllm_engine_kwargs", engine]
-        self.start([*command, "--api_key", KEY], ENVIRONMENT)
+        with contextlib.nullcontext() if real else forked_programs():
+            self.start([*command, "--api_key", KEY], ENVIRONMENT)
 
 
-def serve(root: Path, *template: str) -> Iterator[OfSwift]:
+def serve(root: Path, *template: str, real: bool) -> Iterator[OfSwift]:
     if not SWIFT.exists():
         if os.environ.get("GKD_REQUIRE_SWIFT") == "1":
             pytest.fail(f"there is no {SWIFT}, and GKD_REQUIRE_SWIFT=1 says that it should be there")
         pytest.skip(f"there is no {SWIFT}; bash tests/setup_swift.sh installs it")
-    served = OfSwift(root, *template)
+    served = OfSwift(root, *template, real=real)
     try:
         served.wait()
         yield served
@@ -73,12 +99,12 @@ def serve(root: Path, *template: str) -> Iterator[OfSwift]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OfSwift]:
-    yield from serve(tmp_path_factory.mktemp("swift"), *TOKENS_ALONE)
+    yield from serve(tmp_path_factory.mktemp("swift"), *TOKENS_ALONE, real=True)
 
 
 @pytest.fixture
 def served_with_a_template(tmp_path: Path) -> Iterator[OfSwift]:
-    yield from serve(tmp_path, "--template", "qwen3")
+    yield from serve(tmp_path, "--template", "qwen3", real=False)
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +114,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_topk_is_that_of_transformers(served: OfSwift) -> None:
     assert_topk_is_that_of_transformers(served)
-    with TeacherServers([served.url], needs(), timeout_s=60) as servers:
+    with TeacherServers([served.url], needs(), timeout_s=LIMIT_S) as servers:
         assert isinstance(servers.probed.dialect, Swift)
 
 
@@ -97,15 +123,16 @@ def test_completions_are_of_the_weights_and_of_the_seed(served: OfSwift) -> None
     run's stop tokens, and one that ends at the model's own end of sequence is refused.
     """
     requests = [Request(i, tuple(range(1, 3 + 3 * i)), max_tokens=12, seed=i) for i in range(5)]
-    with TeacherServers([served.url], needs(), timeout_s=60) as servers:
+    with TeacherServers([served.url], needs(), timeout_s=LIMIT_S) as servers:
         for settings in (SamplingSettings(0.0, stop_token_ids=(258,)), SamplingSettings(0.9, stop_token_ids=(258,))):
             found = servers.generate(requests, settings)
             assert found == servers.generate(requests, settings)
             for request, completion in zip(requests, found, strict=True):
                 ids = list(completion.token_ids)
                 rows = logprobs_of(served.model, [*request.prompt_ids, *ids])[len(request.prompt_ids) - 1 :]
-                assert completion.logprobs == pytest.approx(rows[range(len(ids)), ids].tolist(), abs=1e-4)
-                assert settings.temperature > 0 or rows[: len(ids)].argmax(-1).tolist() == ids
+                chosen = rows[range(len(ids)), ids].tolist()
+                assert completion.logprobs == pytest.approx(chosen, abs=1e-4)
+                assert settings.temperature > 0 or chosen == pytest.approx(rows.max(-1).values.tolist(), abs=1e-4)
         assert len({completion.token_ids[0] for completion in found}) > 1
         stop = found[0].token_ids[4]
         (stopped, *_) = servers.generate(requests, SamplingSettings(0.9, stop_token_ids=(258, stop)))
@@ -149,4 +176,4 @@ def test_training_on_what_the_server_samples(served: OfSwift, tmp_path: Path) ->
 
 def test_a_server_that_puts_a_template_around(served_with_a_template: OfSwift) -> None:
     with pytest.raises(RolloutError, match=r"other than the 2 that it was sent.*--template dummy --use_chat_template"):
-        TeacherServers([served_with_a_template.url], needs(), timeout_s=60)
+        TeacherServers([served_with_a_template.url], needs(), timeout_s=LIMIT_S)

@@ -13,7 +13,7 @@ import pytest
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.teacher_server.servers import API_KEY_ENV, TeacherServers
-from megatron_gkd.teacher_server.swift import read_swift_completion, read_swift_next_token, read_swift_topk
+from megatron_gkd.teacher_server.swift import Swift
 from megatron_gkd.teacher_server.wire import TopK
 from tests.teacher_server.fake import FakeServer, FakeSwift, behind_urls, random_teacher
 from tests.teacher_server.test_servers import NEEDS, REQUESTS, SEQUENCES, SETTINGS, assert_right, shifted
@@ -67,22 +67,22 @@ def connect(*fakes: FakeServer, **options: Any) -> TeacherServers:
 
 
 def test_a_recorded_answer_to_a_sequence() -> None:
-    found = read_swift_topk(SCORED, [5, 6, 7], 1, 2, 300, "the server")
+    found = Swift().read_topk(SCORED, [5, 6, 7], 1, 2, 300, "the server")
     assert found.ids.tolist() == [[193, 236], [240, 180]]
     np.testing.assert_allclose(found.logprobs[1], [-3.0122106, -3.4871154], atol=1e-6)
 
 
 def test_a_recorded_answer_to_a_probe() -> None:
     """The sampled token has its id; the others take those of the scored row, by rank."""
-    found = read_swift_next_token(NEXT, [5, 6, 7], ROW, "the server")
+    found = Swift().read_next_token(NEXT, [5, 6, 7], ROW, "the server")
     assert found.ids.tolist() == [[87, 3]]
     np.testing.assert_allclose(found.logprobs, [[-2.1222715, -3.7199581]], atol=1e-6)
-    other = read_swift_next_token(NEXT, [5, 6, 7], TopK(ROW.logprobs, np.array([[3, 4]], np.int32)), "the server")
+    other = Swift().read_next_token(NEXT, [5, 6, 7], TopK(ROW.logprobs, np.array([[3, 4]], np.int32)), "the server")
     assert other.ids.tolist() == [[87, 3]], "the sampled token is first, whatever the row says"
     long = TopK(np.full((1, 3), -2.0, np.float32), np.array([[87, 3, 9]], np.int32))
-    assert read_swift_next_token(NEXT, [5, 6, 7], long, "the server").logprobs[0, 2] == -np.inf, "left out by it"
+    assert Swift().read_next_token(NEXT, [5, 6, 7], long, "the server").logprobs[0, 2] == -np.inf, "left out by it"
     with pytest.raises(RolloutError, match="answered 2 next tokens, 87 the first; 1 were asked for"):
-        read_swift_next_token(NEXT, [5, 6, 7], TopK(ROW.logprobs[:, :1], ROW.ids[:, :1]), "the server")
+        Swift().read_next_token(NEXT, [5, 6, 7], TopK(ROW.logprobs[:, :1], ROW.ids[:, :1]), "the server")
 
 
 def test_a_completion_ends_where_the_run_ends_it() -> None:
@@ -91,11 +91,11 @@ def test_a_completion_ends_where_the_run_ends_it() -> None:
     answer[0]["choices"][0] |= {"finish_reason": "stop"}
     request = Request(0, (5, 6, 7), max_tokens=4, seed=1)
     settings = SamplingSettings(1.0, stop_token_ids=(87,))
-    completion = read_swift_completion(request, settings, answer, "the server")
+    completion = Swift().read_completion(request, settings, answer, "the server")
     assert (completion.token_ids, completion.finish_reason) == ((87,), "stop")
     assert completion.logprobs == pytest.approx((-2.1222715,))
     with pytest.raises(RolloutError, match=r"ended request 0 at token 87, and the run's stop tokens are \[9\].*vllm"):
-        read_swift_completion(request, SamplingSettings(1.0, stop_token_ids=(9,)), answer, "the server")
+        Swift().read_completion(request, SamplingSettings(1.0, stop_token_ids=(9,)), answer, "the server")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_answers_of_another_form(spoil: Callable[[Any], Any], message: str) -> N
     answer: Any = copy.deepcopy(SCORED)
     spoil(answer)
     with pytest.raises(RolloutError, match=message):
-        read_swift_topk(answer, [5, 6, 7], 1, 2, 300, "the server")
+        Swift().read_topk(answer, [5, 6, 7], 1, 2, 300, "the server")
 
 
 def test_one_teacher_behind_both_kinds_of_servers() -> None:

@@ -20,6 +20,7 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.teacher_server.servers import TeacherServers
 from tests.ranks import run_ranks
 from tests.rollout.serving import logprobs_of, write_model
+from tests.support.effort import LIMIT_S
 from tests.teacher_server.fake import FakeServer, random_teacher, serve
 from tests.teacher_server.real import (
     KEY,
@@ -81,7 +82,7 @@ def test_beside_another_teacher_by_tags(served: OfVLLM) -> None:
     fake = FakeServer(max_model_len=MAX_MODEL_LEN)
     with serve(fake) as url:
         tags = {served.url: ("math",), url: ("code",)}
-        with TeacherServers([served.url, url], needs(), timeout_s=60, tags=tags) as servers:
+        with TeacherServers([served.url, url], needs(), timeout_s=LIMIT_S, tags=tags) as servers:
             fake.scored.clear()
             mine, other = servers.topk([SEQUENCES[1], SEQUENCES[1]], ["math", "code"])
     prompt, completion = SEQUENCES[1]
@@ -166,7 +167,7 @@ def test_training_on_what_the_server_samples(served: OfVLLM, tmp_path: Path) -> 
 
 def test_killed_in_the_middle(served: OfVLLM) -> None:
     """The last test: the server is gone afterwards."""
-    with TeacherServers([served.url], needs(), timeout_s=60, retry_s=1.0) as servers:
+    with TeacherServers([served.url], needs(), timeout_s=LIMIT_S, retry_s=1.0) as servers:
         timer = threading.Timer(0.3, served.kill)
         timer.start()
         with pytest.raises(RolloutError, match=r"cannot be reached|broke the connection|answered 500"):

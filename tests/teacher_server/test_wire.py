@@ -11,19 +11,13 @@ import numpy as np
 import pytest
 
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.teacher_server.wire import (
-    TopK,
-    distance,
-    next_token_body,
-    read_next_token,
-    read_topk,
-    topk_body,
-)
+from megatron_gkd.teacher_server.wire import VLLM, TopK, distance
 from tests.teacher_server.fake import VOCAB, FakeServer, random_teacher
 
 IDS = [5, 299, 7, 7, 120, 3]
 K = 4
 TEACHER = random_teacher()
+ROW = TopK(np.zeros((1, K), np.float32), np.zeros((1, K), np.int32))
 
 
 def answer_to(body: dict[str, Any]) -> Any:
@@ -34,11 +28,11 @@ def answer_to(body: dict[str, Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def answer() -> Any:
-    return answer_to(topk_body("teacher", IDS, K))
+    return answer_to(VLLM().topk_body("teacher", IDS, K))
 
 
 def read(answer: Any, *, num_prompt: int = 2, k: int = K, vocab_size: int = VOCAB) -> TopK:
-    return read_topk(answer, IDS, num_prompt, k, vocab_size, "the server")
+    return VLLM().read_topk(answer, IDS, num_prompt, k, vocab_size, "the server")
 
 
 @pytest.mark.parametrize("num_prompt", range(1, len(IDS) + 1))
@@ -57,9 +51,9 @@ def test_rows_are_those_of_the_completion_tokens(answer: Any, num_prompt: int) -
 def test_an_own_token_inside_and_outside_the_top_k_gives_k_and_k_plus_1_entries() -> None:
     best = int(np.argmax(TEACHER((5,))))
     for token, entries in ((best, K), (int(np.argmin(TEACHER((5,)))), K + 1)):
-        found = answer_to(topk_body("teacher", [5, token], K))
+        found = answer_to(VLLM().topk_body("teacher", [5, token], K))
         assert len(found["choices"][0]["prompt_logprobs"][1]) == entries
-        assert read_topk(found, [5, token], 1, K, VOCAB, "the server").ids[0, 0] == best
+        assert VLLM().read_topk(found, [5, token], 1, K, VOCAB, "the server").ids[0, 0] == best
 
 
 def test_minus_infinity(answer: Any) -> None:
@@ -127,16 +121,16 @@ def test_an_answer_of_another_form(answer: Any) -> None:
     with pytest.raises(RolloutError, match=r"^the server answered without the log-probabilities of the sequence"):
         read(answer)
     with pytest.raises(RolloutError, match=r"^the server answered without the most probable next tokens"):
-        read_next_token(answer, K, "the server")
+        VLLM().read_next_token(answer, IDS, ROW, "the server")
 
 
 def test_the_next_token() -> None:
-    found = read_next_token(answer_to(next_token_body("teacher", IDS, K)), K, "the server")
+    found = VLLM().read_next_token(answer_to(VLLM().next_token_body("teacher", IDS, K)), IDS, ROW, "the server")
     best = np.argsort(-TEACHER(tuple(IDS)))[:K]
     assert found.ids.tolist() == [best.tolist()]
     few = {"choices": [{"logprobs": {"top_logprobs": [{"token_id:3": -0.5}]}}]}
     with pytest.raises(RolloutError, match=r"answered 1 next tokens, and 4 were asked for"):
-        read_next_token(few, K, "the server")
+        VLLM().read_next_token(few, IDS, ROW, "the server")
 
 
 def test_distance() -> None:

@@ -11,6 +11,7 @@ no pipeline, no micro-batches, no padding (each sample is its own sequence), no 
     have; with a top K, renormalised on the teacher's K most probable
     of them, or with all others as one more outcome ("bucket").
 
+All of it twice: in float64 for the truth, in float32 for what rounding does to this step (tests/support/numerics.py).
 Then torch's clip_grad_norm_ and AdamW, with Megatron's parameter groups: no weight decay on 1-D parameters.
 `Fault` names mistakes to make on purpose: a comparison that cannot tell them apart is worth nothing.
 """
@@ -26,6 +27,7 @@ import torch
 
 from megatron_gkd.config import TrainingConfig
 from megatron_gkd.records import Sample
+from tests.support.numerics import Float64, error_ratio, transformers_model
 
 Signal = Literal["full", "topk", "bucket"]
 Fault = Literal[
@@ -58,6 +60,7 @@ class DenseStep:
     grad_norm: float
     metrics: dict[str, float]
     weights: dict[str, torch.Tensor]
+    reference: DenseStep | None = None  # of a step in float64: the same step in float32
 
 
 def dense_step(
@@ -70,18 +73,76 @@ def dense_step(
     topk: int,
     fault: Fault | None = None,
 ) -> DenseStep:
-    """One update from `samples` at learning rate `training.lr`."""
-    student = load(student_path)
+    """One update from `samples` at learning rate `training.lr`, in float64; `reference` has it in float32."""
+    return dense_steps(student_path, teacher_path, samples, objective, training, topk=topk, fault=fault)[0]
+
+
+def dense_steps(
+    student_path: str,
+    teacher_path: str,
+    samples: Sequence[Sample],
+    objective: Objective,
+    training: TrainingConfig,
+    *,
+    topk: int,
+    fault: Fault | None = None,
+    num_steps: int = 1,
+) -> list[DenseStep]:
+    """As many updates, each from the same samples."""
+
+    def steps(dtype: torch.dtype) -> list[DenseStep]:
+        return _dense_steps(student_path, teacher_path, samples, objective, training, topk, fault, dtype, num_steps)
+
+    with Float64():
+        truth = steps(torch.float64)
+    assert all(weight.dtype == torch.float64 for step in truth for weight in step.weights.values())
+    return [replace(step, reference=other) for step, other in zip(truth, steps(torch.float32), strict=True)]
+
+
+def _dense_steps(
+    student_path: str,
+    teacher_path: str,
+    samples: Sequence[Sample],
+    objective: Objective,
+    training: TrainingConfig,
+    topk: int,
+    fault: Fault | None,
+    dtype: torch.dtype,
+    num_steps: int,
+) -> list[DenseStep]:
+    student = load(student_path, dtype)
+    optimizer = adam(student, training, fault)
+    max_norm = float("inf") if fault == "no_clipping" or not training.clip_grad else training.clip_grad
     teacher_samples = tuple(
         sample
         if sample.teacher_prompt_ids is None or fault == "students_prompt"
         else replace(sample, prompt_ids=sample.teacher_prompt_ids)
         for sample in samples
     )
-    teacher_logits = all_logits(teacher_path, teacher_samples)
-    if fault == "attached_teacher":  # of a student that is its own teacher
-        assert teacher_path == student_path
-        teacher_logits = tuple(completion_logits(student, sample) for sample in teacher_samples)
+    teacher_logits = all_logits(teacher_path, teacher_samples, dtype)
+    assert fault != "attached_teacher" or teacher_path == student_path
+    steps = []
+    for _ in range(num_steps):
+        if fault == "attached_teacher":  # of a student that is its own teacher
+            teacher_logits = tuple(completion_logits(student, sample) for sample in teacher_samples)
+        optimizer.zero_grad()
+        loss, metrics = loss_and_metrics(student, teacher_logits, samples, objective, topk, fault)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(list(student.parameters()), max_norm)
+        optimizer.step()
+        weights = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+        steps.append(DenseStep(float(loss.detach()), float(grad_norm), metrics, weights))
+    return steps
+
+
+def loss_and_metrics(
+    student: Any,
+    teacher_logits: Sequence[torch.Tensor],
+    samples: Sequence[Sample],
+    objective: Objective,
+    topk: int,
+    fault: Fault | None,
+) -> tuple[torch.Tensor, dict[str, float]]:
     num_tokens = sum(len(sample.completion_ids) for sample in samples)
     names = ("divergence", "agreement", "cross_entropy", "teacher_mass", "student_mass")
     losses, values, counts = [], dict.fromkeys(names, 0.0), {"cross_entropy": 0}
@@ -102,15 +163,8 @@ def dense_step(
             values[part] = values.get(part, 0.0) + float(terms[kind].detach().sum())
             counts[part] = counts.get(part, 0) + len(sample.completion_ids)
         counts["cross_entropy"] += supervised * len(sample.completion_ids)
-    loss = torch.stack(losses).sum() / (1 if fault == "no_division" else num_tokens)
-    loss.backward()
-    grad_norm = update(student, training, fault)
-    return DenseStep(
-        float(loss.detach()),
-        grad_norm,
-        {name: total / counts.get(name, num_tokens) for name, total in values.items()},
-        {name: parameter.detach().clone() for name, parameter in student.named_parameters()},
-    )
+    metrics = {name: total / counts.get(name, num_tokens) for name, total in values.items()}
+    return torch.stack(losses).sum() / (1 if fault == "no_division" else num_tokens), metrics
 
 
 def token_terms(
@@ -159,24 +213,19 @@ def with_tail(log_prob_CV: torch.Tensor, support_CK: torch.Tensor) -> torch.Tens
     return torch.cat([log_prob_CV.gather(1, support_CK), tail], dim=1)
 
 
-def update(model: torch.nn.Module, training: TrainingConfig, fault: Fault | None = None) -> float:
-    """Clip and step; returns the gradient norm before clipping."""
+def adam(model: torch.nn.Module, training: TrainingConfig, fault: Fault | None = None) -> torch.optim.AdamW:
+    """With no weight decay on 1-D parameters."""
     parameters = list(model.parameters())
-    max_norm = float("inf") if fault == "no_clipping" or not training.clip_grad else training.clip_grad
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     decayed = [p for p in parameters if p.ndim > 1 or fault == "decay_on_norms"]
     others = [p for p in parameters if p.ndim == 1 and fault != "decay_on_norms"]
     groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    torch.optim.AdamW(
+    return torch.optim.AdamW(
         groups, lr=training.lr, betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_eps
-    ).step()
-    return float(grad_norm)
+    )
 
 
-def load(path: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+def load(path: str, dtype: torch.dtype = torch.float32) -> Any:
+    return transformers_model(path, dtype)
 
 
 def completion_logits(model: Any, sample: Sample, *, shift: bool = False) -> torch.Tensor:
@@ -186,43 +235,35 @@ def completion_logits(model: Any, sample: Sample, *, shift: bool = False) -> tor
     return model(ids).logits[0, first : first + len(sample.completion_ids)]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 @torch.no_grad()
-def all_logits(path: str, samples: tuple[Sample, ...]) -> tuple[torch.Tensor, ...]:
+def all_logits(path: str, samples: tuple[Sample, ...], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """`completion_logits` of every sample by a frozen model."""
-    model = load(path)
+    model = load(path, dtype)
     return tuple(completion_logits(model, sample) for sample in samples)
 
 
 def differences(
-    loss: float,
-    grad_norm: float,
-    metrics: Mapping[str, float],
-    weights: Mapping[str, torch.Tensor],
-    truth: DenseStep,
-    *,
-    initial: Mapping[str, torch.Tensor],
-    tolerance: float = 1e-5,
+    loss: float, grad_norm: float, metrics: Mapping[str, float], weights: Mapping[str, torch.Tensor], truth: DenseStep
 ) -> dict[str, float]:
-    """Every relative error above the tolerance, by name; empty for equal steps.
-
-    Weights are compared twice: as they are, and as the update that led to them (its error is not hidden behind the
-    weights that it changes little).
-    """
-    errors = {
-        "loss": abs(loss - truth.loss) / truth.loss,
-        "grad_norm": abs(grad_norm - truth.grad_norm) / truth.grad_norm,
-    }
-    for name in metrics.keys() & truth.metrics.keys():
-        errors[f"metric {name}"] = abs(metrics[name] - truth.metrics[name]) / max(abs(truth.metrics[name]), 1e-3)
+    """What is further from the truth than rounding explains, by name: how many times as far. Empty for equal steps."""
+    reference = truth.reference
+    assert reference is not None
     if weights.keys() != truth.weights.keys():
         return {f"names {sorted(weights.keys() ^ truth.weights.keys())}": float("inf")}
+    ratios = {}
+    for name in metrics.keys() & truth.metrics.keys():
+        ratios[f"metric {name}"] = error_ratio(metrics[name], reference.metrics[name], truth.metrics[name])
     for name, expected in truth.weights.items():
-        errors[name] = relative(weights[name], expected)
-        errors[f"update of {name}"] = relative(weights[name] - initial[name], expected - initial[name]) / 10
-    return {name: error for name, error in errors.items() if not error <= tolerance}
+        ratios[name] = error_ratio(weights[name], reference.weights[name], expected)
+    return wrong_numbers(loss, grad_norm, truth) | {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
 
 
-def relative(tensor: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest element."""
-    return float((tensor - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+def wrong_numbers(loss: float, grad_norm: float, truth: DenseStep) -> dict[str, float]:
+    """The part of `differences` about two numbers."""
+    assert truth.reference is not None
+    ratios = {
+        "loss": error_ratio(loss, truth.reference.loss, truth.loss),
+        "grad_norm": error_ratio(grad_norm, truth.reference.grad_norm, truth.grad_norm),
+    }
+    return {name: ratio for name, ratio in ratios.items() if not ratio <= 1}

@@ -1,14 +1,8 @@
-"""What the tests of faults share: numbers that go wrong at given steps, and real commands on ranks of their own that
-can be signalled and killed.
-"""
+"""What the tests of faults share: numbers that go wrong at given steps, and steps that wait for a test."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
-import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +14,6 @@ from megatron_gkd.records import StepPlan
 from megatron_gkd.signals import Signal, SignalStore
 from megatron_gkd.train import loop
 from megatron_gkd.train.student import Student
-from tests import ranks
 from tests.train.runs import train_on_this_rank
 
 
@@ -91,76 +84,13 @@ def train_with_nan(argv: list[str], bad_steps: Sequence[int], position: int) -> 
         return unchanged, None
 
 
-# ---- commands on ranks of their own ----------------------------------------------------------------------------------
-
-
-class Command:
-    """`megatron-gkd ARGV` as `world` processes with the environment that torchrun would give them."""
-
-    def __init__(self, argv: list[str], directory: Path, world: int) -> None:
-        ranks._configure_forkserver()
-        directory.mkdir(parents=True, exist_ok=True)
-        self.directory, self.world = directory, world
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        context = multiprocessing.get_context("forkserver")
-        self.processes = [
-            context.Process(target=command_on_rank, args=(argv, rank, world, port, directory)) for rank in range(world)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def send(self, rank: int, number: int) -> None:
-        pid = self.processes[rank].pid
-        assert pid is not None
-        os.kill(pid, number)
-
-    def wait_for(self, path: Path, timeout_s: float = 90) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not path.exists():
-            assert time.monotonic() < deadline, f"{path} did not appear\n{self.output()}"
-            assert all(process.is_alive() for process in self.processes), self.output()
-            time.sleep(0.02)
-
-    def codes(self, timeout_s: float = 90) -> list[int | None]:
-        """Exit codes, when all have ended."""
-        deadline = time.monotonic() + timeout_s
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        for process in self.processes:
-            process.kill()
-        return codes
-
-    def text(self, rank: int) -> str:
-        return (self.directory / f"output{rank}").read_text()
-
-    def output(self) -> str:
-        return "\n".join(f"--- rank {rank}\n{self.text(rank)[-3000:]}" for rank in range(self.world))
-
-
-def command_on_rank(argv: list[str], rank: int, world: int, port: int, directory: Path) -> None:
-    """The process of a rank. A step begins when the file `goN` is there; `atN` says that it waits for that."""
-    output = os.open(directory / f"output{rank}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    hold_step(directory, rank)
-    from megatron_gkd.cli import main
-
-    sys.exit(main(["train", *argv]))
+# ---- commands whose steps are held -----------------------------------------------------------------------------------
 
 
 def hold_step(directory: Path, rank: int) -> None:
-    """A rank says `at_RANK_N` when it begins its update N, and waits there while the file `hold_N` exists."""
+    """A rank says `at_RANK_N` when it begins its update N, and waits there while the file `hold_N` exists (`prepare` of
+    a Program).
+    """
     train_step, number = Student.train_step, 0
 
     def held(self: Student, *args: Any) -> Any:

@@ -39,7 +39,7 @@ def train_on_this_rank(argv: list[str]) -> None:
 
 def train(*, world: int = 1, **flags: Any) -> Path:
     """Carry out `megatron-gkd train` with these flags; returns the run directory."""
-    run_ranks(train_on_this_rank, command_line(**flags), world=world, timeout_s=240)
+    run_ranks(train_on_this_rank, command_line(**flags), world=world)
     return Path(flags["save"])
 
 

@@ -18,15 +18,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.errors import GKDError, TrainingError
+from megatron_gkd.errors import CheckpointError, GKDError, TrainingError
 from megatron_gkd.flags import parse_run_config
-from megatron_gkd.train import alike, loop
+from megatron_gkd.train import alike, inputs, loop, setup
 from megatron_gkd.train.replicas import Replicas, weight_sums
-from megatron_gkd.train.setup import build, build_run, join
+from megatron_gkd.train.setup import join
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.train.runs import command_line, train_on_this_rank
-from tests.train.trainers import run_config, write_pair, write_rows
+from tests.train.trainers import build_run, run_config, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
 HOST = socket.gethostname()
@@ -158,29 +158,37 @@ def test_other_packages_other_code_and_uneven_nodes(flags: dict[str, Any]) -> No
     assert f"which --teacher_nodes counts) is 1 on rank 0 ({HOST}) and 2 on rank 1 ({HOST})" in first
 
 
-def builds(argvs: list[list[str]]) -> str:
-    """Without the comparison of flags and files: what is left for that of the rows."""
-    config = parse_run_config(argvs[dist.get_rank()], command="train")
+def builds(argv: list[str], facts: list[dict[str, str]], odd: str) -> str:
+    """Rows that one rank tokenised otherwise, or a tokenizer that one rank alone cannot read."""
+    config = parse_run_config(argv, command="train")
+    rank, vocabulary, row_facts = dist.get_rank(), inputs._vocabulary, setup.row_facts
+
+    def damaged(*_: Any) -> Any:
+        raise CheckpointError("no tokenizer could be loaded")
+
+    if odd == "rows":
+        setup.row_facts = lambda *_: facts[rank]  # type: ignore[assignment]
+    elif rank == 1:
+        inputs._vocabulary = damaged
     with megatron():
         try:
-            build(config)
+            setup.build(config)
         except GKDError as error:
             return str(error)
+        finally:
+            inputs._vocabulary, setup.row_facts = vocabulary, row_facts
     return "built"
 
 
-def test_other_rows_and_rows_that_are_bad_on_one_rank(tmp_path: Path, flags: dict[str, Any]) -> None:
-    more = write_rows(tmp_path / "more.jsonl", 16)
-    argvs = [command_line(**flags), command_line(**flags | dict(dataset=[more]))]
-    first, second = run_ranks(builds, argvs, world=2)
-    assert first == second
-    assert first.startswith("the ranks were not given the same rows: --dataset, tokenised, is 8 rows (")
-    assert "and 16 rows (" in first
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": 1}\n')
-    first, second = run_ranks(builds, [argvs[0], command_line(**flags | dict(dataset=[str(bad)]))], world=2)
+def test_other_rows_and_what_is_wrong_on_one_rank_alone(flags: dict[str, Any]) -> None:
+    argv = command_line(**flags)
+    facts = [{"--dataset, tokenised,": f"8 rows ({digest})"} for digest in ("abc", "def")]
+    wanted = f"--dataset, tokenised, is 8 rows (abc) on rank 0 ({HOST}) and 8 rows (def) on rank 1 ({HOST})"
+    found = run_ranks(builds, argv, facts, "rows", world=2)
+    assert found == [f"the ranks were not given the same rows: {wanted}"] * 2
+    first, second = run_ranks(builds, argv, facts, "tokenizer", world=2)
+    assert second == "no tokenizer could be loaded"
     assert first == f"rank 1 ({HOST}) cannot go on: {second}"
-    assert str(bad) in second
 
 
 # ---- replicas --------------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def run_and_count_processes(argv: list[str]) -> int:
 def test_a_save_leaves_no_process_behind(tmp_path: Path, inputs: dict[str, Any]) -> None:
     """megatron-core's own way starts a manager process on each rank, which outlives a rank that is killed."""
     argv = command_line(**inputs, **(FLAGS | dict(train_iters=1, eval_steps=1)), save=tmp_path / "run")
-    assert run_ranks(run_and_count_processes, argv, world=2, fresh=True, timeout_s=120) == [0, 0]
+    assert run_ranks(run_and_count_processes, argv, world=2, fresh=True) == [0, 0]
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

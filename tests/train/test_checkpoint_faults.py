@@ -30,9 +30,9 @@ from megatron_gkd.train.checkpoint import (
     describe_run,
     files,
     load_checkpoint,
-    save_checkpoint,
 )
 from megatron_gkd.train.checkpoint.rng import pack, read_rng, reseed, restore_rng, rng_states
+from megatron_gkd.train.checkpoint.saving import Save
 from megatron_gkd.train.checkpoint.state import changed_flags, describe_changes, is_free, read_run
 from megatron_gkd.train.student import Student
 from tests.ranks import RankFailureError, run_ranks
@@ -340,7 +340,7 @@ def save_and_load_without_students(model: str, run_dir: str) -> tuple[bool, bool
         state = TrainerState(2, 16, "rows", "student", True)
         description = describe_run(config, student, "cpu")
         before, drawn = [p.detach().clone() for p in parameters], torch.get_rng_state()
-        checkpoint = save_checkpoint(run_dir, student, state, description=description)
+        checkpoint = Save(run_dir, student, state, description=description).finish()
         torch.rand(1)
         with torch.no_grad():
             for parameter in parameters:

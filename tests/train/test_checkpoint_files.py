@@ -162,6 +162,15 @@ def test_a_run_that_goes_on_from_before_sets_later_ones_aside(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001", "step_00000004"]
 
 
+def test_a_checkpoint_of_another_run_is_neither_replaced_nor_set_aside(tmp_path: Path) -> None:
+    live = write(tmp_path, 5, shard=b"theirs")
+    with pytest.raises(CheckpointError, match="step_00000005 is there already, and this run did not write it"):
+        write(tmp_path, 5, shard=b"ours")
+    assert damage(live) is None
+    assert (live / "shard").read_bytes() == b"theirs"
+    assert not list(tmp_path.glob(".replaced_*"))
+
+
 def test_writing_durably_replaces_the_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     files.write_durably(path, "a" * 100)
@@ -185,8 +194,13 @@ def test_a_directory_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 def test_a_full_disk_says_what_is_free(tmp_path: Path) -> None:
     text = files.describe_failure(OSError(28, "No space left on device"), tmp_path)
-    assert "No space left on device; " in text
+    assert text.startswith("the disk is full, or a quota is used up (OSError: [Errno 28] No space left on device), ")
     assert text.endswith("GB are free there: make room, or give --save_total_limit")
+    of_torch = RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 704 vs 598")
+    assert "the disk is full" in files.describe_failure(of_torch, tmp_path)
+    assert "this rank's part of the checkpoint needs 12.5 GB" in files.describe_failure(
+        of_torch, tmp_path, 12_500_000_000
+    )
     assert files.describe_failure(ValueError("x"), tmp_path) == "ValueError: x"
 
 

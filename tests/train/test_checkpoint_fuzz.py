@@ -24,17 +24,18 @@ from megatron_gkd.train.checkpoint import (
     choose_checkpoint,
     describe_run,
     load_checkpoint,
-    save_checkpoint,
 )
 from megatron_gkd.train.checkpoint.files import MANIFEST, hash_file, write_manifest
+from megatron_gkd.train.checkpoint.saving import Save
 from megatron_gkd.train.checkpoint.state import read_rollouts
 from megatron_gkd.train.student import Student
 from tests.checkpoints import write_tiny_checkpoint
 from tests.mutations import damaged, mutated
 from tests.ranks import run_ranks
+from tests.support.effort import count
 from tests.weights.ranks_at_work import groups_of, load_model, megatron
 
-NUM_CHECKPOINTS = 150
+NUM_CHECKPOINTS = count(150, 600)
 WAYS = ("as it was", "sizes", "written for it")
 
 
@@ -66,7 +67,7 @@ def load_damaged(model: str, root: str) -> list[tuple[int, str, str, str]]:
         student = Student(chunks, layout, groups_of(layout), TrainingConfig(), train_iters=4)
         description = describe_run(config, student, "cpu")
         state, expected = (TrainerState(*numbers, "rows", "student", False) for numbers in ((2, 16), (0, 0)))
-        saved = save_checkpoint(whole, student, state, description=description)
+        saved = Save(whole, student, state, description=description).finish()
         parameters = [p for chunk in student.models for p in chunk.parameters()]
         before = [p.detach().clone() for p in parameters]
         for seed in range(NUM_CHECKPOINTS):
@@ -98,7 +99,7 @@ def load_damaged(model: str, root: str) -> list[tuple[int, str, str, str]]:
 @pytest.mark.timeout(300)
 def test_damaged_checkpoints(tmp_path: Path) -> None:
     model = write_tiny_checkpoint(tmp_path / "model", "qwen3", tied=True, layers=1, seed=1)
-    (outcomes,) = run_ranks(load_damaged, str(model), str(tmp_path / "runs"), world=1, timeout_s=280)
+    (outcomes,) = run_ranks(load_damaged, str(model), str(tmp_path / "runs"), world=1)
     counts: dict[str, dict[str, int]] = {way: {} for way in WAYS}
     for _, way, _, outcome in outcomes:
         counts[way][outcome] = counts[way].get(outcome, 0) + 1

@@ -3,8 +3,8 @@ stopped.
 
 Each layout has its own series: a run is started, one of its four ranks kills itself with SIGKILL at a random event
 (tests/train/zygote.py), the others are ended, everything on disk is looked at, and the same command line is started
-again, until the run ends; then a new run begins, until as many kills have happened as KILLS says (20 a layout;
-GKD_TEST_KILLS sets it). Every other start saves in the background.
+again, until the run ends; then a new run begins, until as many kills have happened as KILLS says. Every other start
+saves in the background.
 
 Not covered: a machine that goes down with all its ranks and what it had not yet written.
 """
@@ -24,11 +24,12 @@ import pytest
 
 from megatron_gkd.train.checkpoint import files
 from tests.checkpoints import write_tiny_checkpoint
+from tests.support.effort import LIMIT_S, count
 from tests.train.checkpoint_runs import FLAGS
 from tests.train.runs import command_line, metrics
 from tests.train.trainers import write_rows
 
-KILLS = int(os.environ.get("GKD_TEST_KILLS", "20"))
+KILLS = count(5, 20)
 WORLD = 4
 LAYOUTS: dict[str, dict[str, Any]] = {"TP2 x PP2": dict(tensor=2, pipeline=2), "DP4": {}}
 RUN: dict[str, Any] = FLAGS | dict(train_iters=4, global_batch_size=4, save_steps=1, save_total_limit=2, save_hf=False)
@@ -65,7 +66,7 @@ class Zygote:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(310)
+        self.process.wait(LIMIT_S)
         self.errors.close()
 
 
@@ -99,7 +100,7 @@ def check_what_is_left(root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_runs_end_up_as_the_uninterrupted_one(
     tmp_path: Path, inputs: dict[str, Any], zygote: Zygote, layout: str

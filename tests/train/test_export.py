@@ -22,15 +22,17 @@ from megatron_gkd.data.collate import collate
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
 from megatron_gkd.records import MicroBatch, Sample
-from megatron_gkd.train.checkpoint import TrainerState, describe_run, load_checkpoint, save_checkpoint
+from megatron_gkd.train.checkpoint import TrainerState, describe_run, load_checkpoint
+from megatron_gkd.train.checkpoint.saving import Save
 from megatron_gkd.train.loop import run_training
-from megatron_gkd.train.setup import Run, build_run
+from megatron_gkd.train.setup import Run
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
-from tests.train.dense_step import completion_logits, load
+from tests.support.numerics import Float64, within_reference_error
+from tests.train.dense_step import all_logits, load
 from tests.train.runs import command_line, exported, train
-from tests.train.trainers import PAIRS, make_samples, write_pair, write_rows
+from tests.train.trainers import PAIRS, build_run, make_samples, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
 SAMPLES = make_samples([(4, 9), (2, 5), (7, 3)], vocab_size=300)
@@ -97,7 +99,7 @@ def run_untrained(argv: list[str], run_dir: str) -> None:
     with megatron():
         run = build_run(config)
         state = state_of(run, config, step=config.training.train_iters)
-        save_checkpoint(run_dir, run.student, state, description=describe_run(config, run.student, "cpu"))
+        Save(run_dir, run.student, state, description=describe_run(config, run.student, "cpu")).finish()
         run_training(config)
 
 
@@ -138,18 +140,16 @@ def test_the_exported_student_has_the_logits_of_the_trainer(
     run_dir = train(world=world, **flags, save=tmp_path / "run")
     argv = command_line(**flags, save=tmp_path / "other")
     results = run_ranks(run_load_and_logits, argv, str(run_dir / "checkpoints" / "step_00000003"), world=world)
-    before, after = load(str(flags["model"])), load(str(run_dir / "hf"))
-    with torch.no_grad():
-        expected = torch.cat([completion_logits(after, sample) for sample in SAMPLES])
-        untrained = torch.cat([completion_logits(before, sample) for sample in SAMPLES])
+    untrained, reference = (torch.cat(all_logits(str(path), SAMPLES)) for path in (flags["model"], run_dir / "hf"))
+    with Float64():
+        truth = torch.cat(all_logits(str(run_dir / "hf"), SAMPLES, torch.float64))
     found = [result for result in results if result is not None]
     assert len(found) == world // flags.get("pipeline", 1)
     for result in found:
-        assert result.shape == expected.shape
-        assert (result - expected).abs().max() < 1e-5
-    assert (untrained - expected).abs().max() > 0.1
+        within_reference_error(result, reference, truth)
+    assert (untrained - truth).abs().max() > 0.1
     names = {name: tensor.shape for name, tensor in exported(run_dir).items()}
-    assert names == {name: tensor.shape for name, tensor in before.named_parameters()}
+    assert names == {name: tensor.shape for name, tensor in load(str(flags["model"])).named_parameters()}
     assert side_files(run_dir / "hf") == side_files(Path(flags["model"]))
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,10 @@ from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.server_teacher import ServerTeacher
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
+from tests.support.program import run
+from tests.support.vllm_zygote import forked_programs
 from tests.teacher_server.fake import FakeServer, serve
-from tests.test_end_to_end import command, records
+from tests.test_end_to_end import records
 from tests.train.trainers import T, run_config, write_rows
 
 pytestmark = pytest.mark.slow
@@ -84,7 +88,7 @@ def train_all(configs: list[Any]) -> list[list[dict[int, tuple[int, ...]]]]:
 
         Rollouts.for_step = recording  # type: ignore[method-assign]
         try:
-            with cpu_adaptation():
+            with cpu_adaptation(), forked_programs():
                 run_training(config)
         finally:
             Rollouts.for_step = original  # type: ignore[method-assign]
@@ -114,7 +118,7 @@ def runs(inputs: Inputs) -> dict[str, list[dict[int, tuple[int, ...]]]]:
         "window": inputs.config("window", **WINDOW),
         "window_resumed": resumed(inputs, "window", 4, **WINDOW),
     }
-    found = run_ranks(train_all, list(configs.values()), world=2, timeout_s=400, fresh=True)
+    found = run_ranks(train_all, list(configs.values()), world=2, with_vllm=True)
     assert found[0] == found[1], "every rank has all completions"
     return dict(zip(configs, found[0], strict=True))
 
@@ -160,7 +164,7 @@ def test_a_resumed_run_samples_what_the_uninterrupted_one_did(inputs: Inputs, ru
 def test_overlapped_sampling_resumes_bit_for_bit(inputs: Inputs) -> None:
     """--rollout_lag 1 with a server of the run's own: step k trains on samples of the policy before it."""
     configs = [inputs.config("lag", **LAG), resumed(inputs, "lag", 2, **LAG)]
-    ((whole, rest), _) = run_ranks(train_all, configs, world=2, timeout_s=400, fresh=True)
+    ((whole, rest), _) = run_ranks(train_all, configs, world=2, with_vllm=True)
     assert rest == whole[2:]
     _same_steps(inputs, "lag", first=3)
     assert [row["rollout/version_lag"] for row in records(inputs.root / "lag/metrics.jsonl")] == [0, 1, 1, 1]
@@ -201,7 +205,7 @@ def test_the_student_as_its_own_teacher_and_a_server_that_is_asked_ahead(inputs:
         more: dict[str, Any] = dict(steps_per_generation=3, gkd_logits_topk=8, teacher_model_server=url)
         more |= dict(teacher_model=None, dataset=[rows], eval_dataset=[])
         served = inputs.config("served", **more)
-        ((own, behind),) = run_ranks(train_and_record, [itself, served], world=1, timeout_s=400, fresh=True)
+        ((own, behind),) = run_ranks(train_and_record, [itself, served], world=1, with_vllm=True)
     first, last = records(inputs.root / "itself/evaluation.jsonl")
     assert last["reverse_kl"] < 0.9 * first["reverse_kl"]
     for row in records(inputs.root / "itself/metrics.jsonl"):
@@ -238,7 +242,8 @@ def test_the_command_line_of_the_readme_with_defaults(inputs: Inputs) -> None:
         str(save),
     ]
     flags += ["--train_iters", "2", "--max_length", "96", "--max_completion_length", "8", "--device", "cpu"]
-    result = command(["train", *flags])
+    with forked_programs():
+        result = subprocess.run([sys.executable, "-m", "megatron_gkd", "train", *flags], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = records(save / "metrics.jsonl")
     assert all(row["source/student/num_samples"] + row["source/dataset/num_samples"] == 16 for row in rows)
@@ -275,7 +280,7 @@ def test_bad_sampling_flags_are_one_clear_line(inputs: Inputs, flags: str, says:
         "96",
     ]
     words += ["--save", str(inputs.root / "never"), "--device", "cpu", "--train_iters", "1"]
-    result = command(["train", *words, "--max_completion_length", "8", *flags.split()])
+    result = run(["train", *words, "--max_completion_length", "8", *flags.split()])
     assert result.returncode == 2, result.stderr[-2000:]
     (line,) = [text for text in result.stderr.splitlines() if text.startswith("megatron-gkd: error")]
     assert says in line

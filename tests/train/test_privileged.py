@@ -23,12 +23,12 @@ from megatron_gkd.config import TrainingConfig
 from megatron_gkd.records import Sample
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.train.evaluate import evaluate
-from megatron_gkd.train.setup import build_run
 from megatron_gkd.train.step import teacher_signals
 from tests.ranks import RankFailureError, run_ranks
+from tests.support.numerics import Float64, within_reference_error
 from tests.train.dense_step import DenseStep, Fault, Objective, all_logits, dense_step, differences, divergence, load
 from tests.train.test_step_exact import OPTIMIZER, TOPK, Cell
-from tests.train.trainers import StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
+from tests.train.trainers import StepOutcome, T, Trainer, build_run, make_samples, run_config, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
 LENGTHS = [(5, 7), (3, 1), (9, 12), (2, 0), (1, 4), (6, 9), (4, 3), (7, 5)]
@@ -119,19 +119,12 @@ def truth(student: str, teacher: str, objective: Objective, fault: Fault | None 
     return dense_step(student, teacher, SAMPLES, objective, TrainingConfig(**OPTIMIZER), topk=TOPK, fault=fault)
 
 
-@cache
-def initial(path: str) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in load(path).named_parameters()}
-
-
-def wrong_in(outcomes: list[StepOutcome], expected: DenseStep, student: str) -> dict[str, float]:
+def wrong_in(outcomes: list[StepOutcome], expected: DenseStep) -> dict[str, float]:
     """Differences of one step, of all ranks' outcomes."""
     assert len({(outcome.loss, outcome.grad_norm) for outcome in outcomes}) == 1, "ranks report different numbers"
     (written,) = [outcome for outcome in outcomes if outcome.weights is not None]
     assert written.weights is not None
-    return differences(
-        written.loss, written.grad_norm, written.metrics, written.weights, expected, initial=initial(student)
-    )
+    return differences(written.loss, written.grad_norm, written.metrics, written.weights, expected)
 
 
 def save_with(path: Path, source: str, weights: dict[str, torch.Tensor]) -> str:
@@ -150,13 +143,13 @@ def test_a_step_equals_the_dense_step(root: Path, tmp_path: Path, family: str, l
     world, own, flags = LAYOUTS[layout]
     config = config_of(root, family, own=own, **flags)
     cells = CELLS + ([] if "virtual" in flags else PACKED)
-    results = run_ranks(run_cells, config, cells, world=world, timeout_s=240)
+    results = run_ranks(run_cells, config, cells, world=world)
     student, other = write_pair(root, family)
     teacher = student if own else other
     faults = {}
     for index, cell in enumerate(cells):
         expected = truth(student, teacher, cell.objective)
-        if wrong := wrong_in([outcome[index][0] for outcome in results], expected, student):
+        if wrong := wrong_in([outcome[index][0] for outcome in results], expected):
             faults[cell] = wrong
     assert not faults, "\n".join(f"{cell}\n    {wrong}" for cell, wrong in faults.items())
     # The second step, against a dense one from the weights after the first: a teacher that stayed behind is found.
@@ -164,8 +157,7 @@ def test_a_step_equals_the_dense_step(root: Path, tmp_path: Path, family: str, l
     (weights,) = [outcome.weights for outcome in firsts if outcome.weights is not None]
     moved = save_with(tmp_path / "moved", student, weights)
     second = truth(moved, moved if own else other, cells[0].objective)
-    assert seconds[0].loss == pytest.approx(second.loss, rel=1e-5)
-    assert seconds[0].grad_norm == pytest.approx(second.grad_norm, rel=1e-5)
+    assert not wrong_in(seconds, second)
     if own:
         stale = truth(moved, student, cells[0].objective)
         assert abs(stale.loss - second.loss) > 1e-3 * second.loss
@@ -177,10 +169,10 @@ def test_faults_are_told_apart(root: Path) -> None:
     for teacher, fault, telling in (
         (other, "students_prompt", {"loss", "grad_norm"}),
         (student, "students_prompt", {"loss", "grad_norm"}),
-        (student, "attached_teacher", {"grad_norm", "update of lm_head.weight"}),
+        (student, "attached_teacher", {"grad_norm", "lm_head.weight"}),
     ):
         right, wrong = truth(student, teacher, objective), truth(student, teacher, objective, fault)  # type: ignore[arg-type]
-        found = differences(right.loss, right.grad_norm, right.metrics, right.weights, wrong, initial=initial(student))
+        found = differences(right.loss, right.grad_norm, right.metrics, right.weights, wrong)
         assert telling <= found.keys(), fault
 
 
@@ -264,11 +256,19 @@ def test_evaluation_gives_the_teacher_its_prompt(root: Path, flags: dict[str, An
     student, other = write_pair(root, "llama")
     for (values, rows), teacher in zip(run_ranks(evaluations, configs, world=2)[0], (student, other), strict=True):
         assert sum(row.teacher_prompt_ids is not None for row in rows) == 4
-        of_teacher = tuple(replace(row, prompt_ids=row.prompt_ids_for_teacher) for row in rows)
-        total = tokens = 0.0
-        for ours, theirs in zip(all_logits(student, rows), all_logits(teacher, of_teacher), strict=True):
-            size = min(ours.shape[1], theirs.shape[1])
-            log_p, log_q = (logits[:, :size].double().log_softmax(-1) for logits in (theirs, ours))
-            total += float(divergence(log_p, log_q, 0.0).sum())
-            tokens += ours.shape[0]
-        assert values["forward_kl"] == pytest.approx(total / tokens, rel=1e-5)
+        with Float64():
+            truth = forward_kl(student, teacher, rows, torch.float64)
+        within_reference_error(values["forward_kl"], forward_kl(student, teacher, rows, torch.float32), truth)
+
+
+def forward_kl(student: str, teacher: str, rows: tuple[Any, ...], dtype: torch.dtype) -> float:
+    """Mean over the tokens, the teacher after its own prompts."""
+    of_teacher = tuple(replace(row, prompt_ids=row.prompt_ids_for_teacher) for row in rows)
+    total, tokens = 0.0, 0
+    both = zip(all_logits(student, rows, dtype), all_logits(teacher, of_teacher, dtype), strict=True)
+    for ours, theirs in both:
+        size = min(ours.shape[1], theirs.shape[1])
+        log_p, log_q = (logits[:, :size].double().log_softmax(-1) for logits in (theirs, ours))
+        total += float(divergence(log_p, log_q, 0.0).sum())
+        tokens += ours.shape[0]
+    return total / tokens

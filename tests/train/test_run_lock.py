@@ -112,9 +112,17 @@ def test_a_lock_that_stands_still_on_another_machine_is_taken_over(tmp_path: Pat
     lock.release()
 
 
-def test_of_several_that_take_over_one_wins(tmp_path: Path) -> None:
+def test_of_several_that_take_over_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All find the dead one's lock at the same moment."""
     write_lock(tmp_path, process_start=1)
-    locks = [RunLock(tmp_path) for _ in range(4)]
+    locks, is_alive = [RunLock(tmp_path) for _ in range(4)], run_lock.is_alive
+    together = threading.Barrier(len(locks))
+
+    def judged(path: Path, held: run_lock.Held) -> bool:
+        if held.owner["token"] != "other":
+            return is_alive(path, held)
+        together.wait(60)
+        return False
 
     def take(lock: RunLock) -> bool:
         try:
@@ -122,6 +130,7 @@ def test_of_several_that_take_over_one_wins(tmp_path: Path) -> None:
         except ConfigError:
             return False
 
+    monkeypatch.setattr(run_lock, "is_alive", judged)
     with ThreadPoolExecutor(len(locks)) as threads:
         taken = list(threads.map(take, locks))
     for lock in locks:

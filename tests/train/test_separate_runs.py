@@ -17,6 +17,7 @@ from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.train.student import Student
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
+from tests.support.vllm_zygote import forked_programs
 from tests.train.runs import command_line, exported, metrics, train, train_on_this_rank
 from tests.train.trainers import write_rows
 
@@ -105,22 +106,22 @@ def train_and_wait_for_the_teacher(argv: list[str], marks: Path) -> None:
 def test_the_teacher_works_ahead(flags: dict[str, Any], tmp_path: Path) -> None:
     own = dict(teacher_placement="separate", teacher_world_size=1, save=tmp_path / "run", save_hf=False)
     quiet = {name: value for name, value in flags.items() if name not in ("eval_dataset", "eval_steps")}
-    run_ranks(train_and_wait_for_the_teacher, command_line(**quiet, **own), tmp_path, world=2, timeout_s=200)
+    run_ranks(train_and_wait_for_the_teacher, command_line(**quiet, **own), tmp_path, world=2)
+
+
+def train_with_a_forked_server(argv: list[str]) -> None:
+    with forked_programs():
+        train_on_this_rank(argv)
 
 
 @pytest.mark.slow
 def test_sampled_completions_reach_the_teachers_ranks(flags: dict[str, Any], tmp_path: Path) -> None:
     """On-policy, with vLLM in a process of its own: it gets better, and the teacher saw what was sampled."""
     on_policy = dict(lmbda=1, beta=1, vllm_mode="subprocess", max_completion_length=8, max_length=64, save_hf=False)
-    run_dir = train(
-        world=3,
-        **(flags | on_policy | dict(train_iters=3, micro_batch_size=1)),
-        tensor=2,
-        teacher_placement="separate",
-        teacher_world_size=1,
-        teacher_tensor=1,
-        save=tmp_path / "run",
-    )
+    run_dir = tmp_path / "run"
+    own = dict(tensor=2, teacher_placement="separate", teacher_world_size=1, teacher_tensor=1, save=run_dir)
+    argv = command_line(**(flags | on_policy | own | dict(train_iters=3, micro_batch_size=1)))
+    run_ranks(train_with_a_forked_server, argv, world=3, with_vllm=True)
     rows = metrics(run_dir)
     assert len(rows) == 3
     assert all(row["source/student/num_samples"] == 8 for row in rows)

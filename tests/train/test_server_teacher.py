@@ -278,7 +278,7 @@ def test_the_next_step_is_asked_for_while_a_step_trains(
         train_iters=STEPS,
         save_hf=False,
     )
-    run_ranks(train_when_the_next_step_was_asked, command_line(**flags), url, world=world, timeout_s=240)
+    run_ranks(train_when_the_next_step_was_asked, command_line(**flags), url, world=world)
     assert served.num_sequences() == BATCH * STEPS + 3 * (STEPS + 1), "each once"
     flags |= dict(teacher_model=served.teacher, save=str(tmp_path / "local"))
     del flags["teacher_model_server"]

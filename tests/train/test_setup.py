@@ -9,11 +9,10 @@ import pytest
 from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.train.inputs import layouts
-from megatron_gkd.train.setup import build_run
 from tests.checkpoints import MOE_FAMILIES, write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.train.runs import command_line
-from tests.train.trainers import write_rows
+from tests.train.trainers import build_run, write_rows
 from tests.weights.ranks_at_work import megatron
 
 

@@ -1,7 +1,7 @@
 """One training step equals a plain transformers + torch implementation of the same step, in every layout.
 
-Loss, gradient norm, reported means and every updated weight (by its HF name), to 1e-5 relative in fp32, of a tiny
-Qwen3 (tied embeddings) and a tiny Llama (untied), against dense_step.py. In each layout the whole grid
+Loss, gradient norm, reported means and every updated weight (by its HF name), as near to float64 as the plain step in
+float32 is, of a tiny Qwen3 (tied embeddings) and a tiny Llama (untied), against dense_step.py. In each layout the grid
 
     beta 0, 0.5, 1  x  full vocabulary, top K renormalised, top K with a tail  x  sft_alpha 0, 0.5
 
@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_gkd.config import DistillationConfig, TrainingConfig
 from megatron_gkd.records import SOURCES
 from tests.ranks import run_ranks
-from tests.train.dense_step import DenseStep, Fault, Objective, dense_step, differences, load
+from tests.train.dense_step import DenseStep, Fault, Objective, dense_step, differences
 from tests.train.trainers import PAIRS, StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
@@ -149,11 +148,6 @@ def truth(student: str, teacher: str, objective: Objective, fault: Fault | None 
     return dense_step(student, teacher, SAMPLES, objective, TrainingConfig(**OPTIMIZER), topk=TOPK, fault=fault)
 
 
-@cache
-def initial(path: str) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in load(path).named_parameters()}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", PAIRS)
 def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> None:
@@ -161,7 +155,7 @@ def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> N
     config = config_of(root, family, options)
     # The interleaved pipeline needs a multiple of PP micro-batches, which packing does not promise.
     grid = cells(list(LAYOUTS).index(layout)) + ([] if "virtual" in options else PACKED)
-    results = run_ranks(run_cells, config, grid, world=world, timeout_s=240)
+    results = run_ranks(run_cells, config, grid, world=world)
     student, teacher = config.model.model, config.teacher.teacher_model
     faults = {}
     for index, cell in enumerate(grid):
@@ -172,9 +166,7 @@ def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> N
         (written,) = [outcome for outcome in outcomes if outcome.weights is not None]
         assert written.weights is not None
         assert all(outcome.counts == COUNTS for outcome in outcomes)
-        wrong = differences(
-            written.loss, written.grad_norm, written.metrics, written.weights, expected, initial=initial(student)
-        )
+        wrong = differences(written.loss, written.grad_norm, written.metrics, written.weights, expected)
         if wrong:
             faults[cell] = wrong
     assert not faults, "\n".join(f"{cell}\n    {wrong}" for cell, wrong in faults.items())
@@ -189,8 +181,8 @@ WRONG_STEPS: dict[str, tuple[Objective, Fault | None, set[str]]] = {
     "the sum, not divided": (CONTROL, "no_division", {"loss", "grad_norm"}),
     "cross entropy on the student's samples": (CONTROL, "sft_on_student", {"loss", "metric cross_entropy"}),
     "labels one position off": (CONTROL, "label_shift", {"loss", "metric divergence"}),
-    "weight decay on norms": (CONTROL, "decay_on_norms", {"update of model.norm.weight", "model.norm.weight"}),
-    "no clipping": (CONTROL, "no_clipping", {"update of model.norm.weight", "model.norm.weight"}),
+    "weight decay on norms": (CONTROL, "decay_on_norms", {"model.norm.weight"}),
+    "no clipping": (CONTROL, "no_clipping", {"model.norm.weight"}),
     "beta swapped": (replace(CONTROL, beta=1.0), None, {"loss", "grad_norm", "metric divergence"}),
     "top K for full": (replace(CONTROL, signal="topk"), None, {"loss", "grad_norm", "metric divergence"}),
     "tail for none": (replace(CONTROL, signal="bucket"), None, {"loss", "grad_norm", "metric divergence"}),
@@ -213,9 +205,7 @@ def test_a_wrong_dense_step_is_told_apart(control: tuple[Any, StepOutcome], wron
 
     def compare(dense: DenseStep) -> dict[str, float]:
         assert outcome.weights is not None
-        return differences(
-            outcome.loss, outcome.grad_norm, outcome.metrics, outcome.weights, dense, initial=initial(student)
-        )
+        return differences(outcome.loss, outcome.grad_norm, outcome.metrics, outcome.weights, dense)
 
     assert not compare(truth(student, teacher, CONTROL))
     assert telling <= compare(truth(student, teacher, objective, fault)).keys()

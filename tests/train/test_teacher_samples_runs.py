@@ -23,6 +23,7 @@ from megatron_gkd.train.loop import run_training
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.rollout.serving import logprobs_of
+from tests.support.vllm_zygote import forked_programs
 from tests.train.runs import metrics, recorded_teacher_samples
 from tests.train.trainers import WORDS, T, run_config
 
@@ -84,7 +85,7 @@ def train_all(runs: list[tuple[Any, bool]]) -> list[Completions | str]:
     for config, may_start in runs:
         SubprocessEngine.__init__ = start if may_start else refuse  # type: ignore[method-assign]
         try:
-            with cpu_adaptation(), recorded_teacher_samples() as completions:
+            with cpu_adaptation(), forked_programs(), recorded_teacher_samples() as completions:
                 run_training(config)
             found.append(completions)
         except RolloutError as error:
@@ -110,7 +111,7 @@ def runs(inputs: Inputs) -> dict[str, Any]:
         "separate": (inputs.config("separate", lmbda=0.0, top_k=1, train_iters=2, **OWN_RANK, **greedy), False),
         "no engine": (inputs.config("no_engine"), False),
     }
-    found = run_ranks(train_all, list(planned.values()), world=2, timeout_s=500, fresh=True)
+    found = run_ranks(train_all, list(planned.values()), world=2, with_vllm=True)
     assert found[0] == found[1], "every rank has the same completions, or the same error"
     return dict(zip(planned, found[0], strict=True))
 

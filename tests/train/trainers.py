@@ -22,9 +22,9 @@ from megatron_gkd.schedule import plan_step
 from megatron_gkd.teacher_pipeline import Teacher
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.self_teacher import SelfTeacher
-from megatron_gkd.train.setup import Run, build_run
+from megatron_gkd.train.setup import Run, build
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
-from megatron_gkd.weights.export import hf_tensor_stream
+from megatron_gkd.weights.export import HFTensorStream
 from tests.checkpoints import write_tiny_checkpoint
 
 WORDS = ("water", "stone", "river", "cloud", "bread", "light", "green", "seven", "north", "sound")
@@ -121,6 +121,13 @@ class StepOutcome:
     weights: dict[str, torch.Tensor] | None
 
 
+def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
+    """The program's `build`, where every rank holds a part of the student."""
+    run = build(config, with_training_data=with_training_data)
+    assert isinstance(run, Run), "this rank is the teacher's alone"
+    return run
+
+
 class Trainer:
     """A run on this rank whose objective, samples and state the test sets."""
 
@@ -214,6 +221,6 @@ class Trainer:
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The student's tensors by HF name, on the writing rank; None elsewhere."""
         student = self.run.student
-        stream = hf_tensor_stream(student.chunks, self.run.architecture, student.groups)
+        stream = HFTensorStream(student.chunks, self.run.architecture, student.groups)
         tensors = {name: tensor.clone() for name, tensor in stream}
         return tensors if stream.is_writer else None

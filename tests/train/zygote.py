@@ -35,6 +35,7 @@ from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.train.checkpoint import files
 from megatron_gkd.train.student import Student
+from tests.support.effort import LIMIT_S
 from tests.train.runs import train_on_this_rank
 
 EVENTS: Final[tuple[tuple[Any, str], ...]] = (
@@ -42,7 +43,6 @@ EVENTS: Final[tuple[tuple[Any, str], ...]] = (
     *((shutil, "rmtree"), (torch, "save"), (files, "hash_file"), (Student, "train_step")),
     *((dist, n) for n in ("all_reduce", "barrier", "all_gather_object", "gather_object", "broadcast_object_list")),
 )
-LIMIT_S: Final = 300.0
 
 
 def main() -> None:

@@ -20,9 +20,10 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import cpu_adaptation
 from megatron_gkd.records import MicroBatch
 from megatron_gkd.weights.chunks import ExpertRank
-from megatron_gkd.weights.export import hf_tensor_stream
+from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights
+from tests.support.numerics import largest_error
 
 SEQUENCE = 96  # positions that reach every branch of the RoPE kinds in tests/checkpoints.py
 BUCKET_BYTES = 60_000  # several buckets per model; the embedding alone is larger
@@ -113,17 +114,17 @@ def micro_batch(tokens: torch.Tensor) -> MicroBatch:
 
 
 def largest_difference(model: Loaded, expected: torch.Tensor) -> float | None:
-    """Of the logits from transformers'; None but on the last stage. Logits of padding must be zero."""
+    """Of the logits from the expected ones; None but on the last stage. Logits of padding must be zero."""
     out = logits(model)
     if out is None:
         return None
     assert not out[..., model.arch.vocab_size :].any(), "padding rows of the head are not zero"
-    return (out[..., : model.arch.vocab_size] - expected).abs().max().item()
+    return largest_error(out[..., : model.arch.vocab_size], expected)
 
 
 def export_fault(model: Loaded, path: Path) -> str | None:
     """Stream the model out and compare with its source, bit for bit."""
-    stream = hf_tensor_stream(model.chunks, model.arch, model.groups, bucket_bytes=BUCKET_BYTES)
+    stream = HFTensorStream(model.chunks, model.arch, model.groups, bucket_bytes=BUCKET_BYTES)
     if any(b.num_bytes > BUCKET_BYTES and len(b.units) > 1 for b in stream.buckets):
         return "a bucket is too large"
     seen = []

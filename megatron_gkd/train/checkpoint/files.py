@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.json_file import read_json, shown, whole_number
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest"
 _PIECE_BYTES: Final = 2**22
+_CUT_WRITES: Final = ("unexpected pos", "PytorchStreamWriter failed", "No space left", "Disk quota exceeded")
 _PROBE: Final = ".probe_"
 _UNFINISHED: Final = (".writing_*", ".deleting_*")
 
@@ -118,14 +120,27 @@ def check_writable(directory: Path) -> None:
         ) from error
 
 
-def describe_failure(error: BaseException, directory: Path) -> str:
-    """An error of a save as one line, with what to do."""
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        with contextlib.suppress(OSError):
-            text += f"; {shutil.disk_usage(directory).free / 1e9:.1f} GB are free there"
-        text += ": make room, or give --save_total_limit"
-    return text
+def describe_failure(error: BaseException, directory: Path, needed_bytes: int = 0) -> str:
+    """An error of a save as one line, with what to do. `needed_bytes`: what this rank has to write."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if not _is_of_a_full_disk(error):
+        return text
+    room = ""
+    with contextlib.suppress(OSError):
+        room = f", {shutil.disk_usage(directory).free / 1e9:.1f} GB are free there"
+    needed = f", and this rank's part of the checkpoint needs {needed_bytes / 1e9:.1f} GB" if needed_bytes else ""
+    return f"the disk is full, or a quota is used up ({text}){room}{needed}: make room, or give --save_total_limit"
+
+
+def _is_of_a_full_disk(error: BaseException | None) -> bool:
+    """torch's writer says of a write that was cut where it found itself, and loses the reason."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _CUT_WRITES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 # ---- manifest -------------------------------------------------------------------------------------------------------
@@ -151,13 +166,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Entry]:
     """Raises CheckpointError for a missing or damaged one."""
     path = checkpoint / MANIFEST
     try:
-        content: Any = json.loads(path.read_text())
+        content: Any = read_json(path)
         if content["version"] != 1:
-            raise ValueError(f"version {content['version']}, this program reads version 1")
-        entries = {str(n): Entry(int(e["bytes"]), str(e["sha256"])) for n, e in content["files"].items()}
+            raise ValueError(f"version {shown(content['version'])}, this program reads version 1")
+        entries = {
+            str(n): Entry(whole_number(e["bytes"], 2**62), str(e["sha256"])) for n, e in content["files"].items()
+        }
         for name in entries:
-            if name in ("", ".", "..") or "/" in name:
-                raise ValueError(f"it names {name!r}, which is no file of the directory")
+            if name in ("", ".", "..") or "/" in name or not name.isprintable():
+                raise ValueError(f"it names {shown(name)}, which is no file of the directory")
         return entries
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({type(error).__name__}: {error})") from error
@@ -193,10 +210,15 @@ def shares(entries: Mapping[str, Entry], num_parts: int) -> list[dict[str, Entry
 
 
 def publish(written: Path, final: Path) -> None:
-    """Make a checkpoint whose files and manifest are on disk the newest one."""
+    """Make a checkpoint whose files and manifest are on disk the newest one. Raises CheckpointError where one of that
+    step is there: what this run had left behind was set aside when it began, so it is another run's, and stays.
+    """
     sync_directory(written)
     if final.exists():
-        _set_aside(final)
+        raise CheckpointError(
+            f"{final} is there already, and this run did not write it: another run saves to the same directory; end "
+            "one of them, and give each a --save of its own"
+        )
     written.rename(final)
     sync_directory(final.parent)
     write_durably(final.parent / LATEST, final.name)

@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.observe.advice import go_on
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import all_true, first_problem, gathered_first, on_first
 from megatron_gkd.train.checkpoint import files
@@ -42,26 +43,6 @@ from megatron_gkd.train.student import Student
 logger = get_logger(__name__)
 
 
-def save_checkpoint(
-    run_dir: str | Path,
-    student: Student | None,
-    state: TrainerState,
-    *,
-    description: RunDescription,
-    keep: int | None = None,
-    rollouts: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write a checkpoint of `state.step`, move the pointer, delete all but the `keep` newest. Returns its directory.
-
-    Collective over WORLD. Raises CheckpointError on all ranks.
-
-    Args:
-        student: None on a rank that has none.
-        rollouts: completions that are sampled and not yet trained on (train/rollouts.py).
-    """
-    return Save(run_dir, student, state, description=description, keep=keep, rollouts=rollouts).finish()
-
-
 @dataclass
 class _Outcome:
     """What a rank wrote."""
@@ -72,7 +53,12 @@ class _Outcome:
 
 
 class Save:
-    """One save under way. Made and finished by all ranks of WORLD together."""
+    """One save under way: a checkpoint of `state.step`, then the pointer, and all but the `keep` newest go. Made and
+    finished by all ranks of WORLD together. Raises CheckpointError on all ranks.
+
+    `student` is None on a rank that has none; `rollouts` are completions that are sampled and not yet trained on
+    (train/rollouts.py).
+    """
 
     def __init__(
         self,
@@ -109,7 +95,7 @@ class Save:
         return all_true(self._thread is None or not self._thread.is_alive())
 
     def finish(self) -> Path:
-        """Wait for all ranks and publish. Collective."""
+        """Wait for all ranks and publish; returns the checkpoint's directory. Collective."""
         if self._thread is not None:
             self._thread.join()
         self._check(first_problem(self._outcome.problem))
@@ -133,7 +119,7 @@ class Save:
             entries = {name: files.hash_file(self._directory / name) for name in names}
             self._outcome = _Outcome(results, entries)
         except Exception as error:  # in a thread there is nobody to raise to
-            self._outcome = _Outcome(problem=files.describe_failure(error, self._root))
+            self._outcome = _Outcome(problem=files.describe_failure(error, self._root, self._shards.num_bytes))
 
     def _publish(self, outcomes: list[_Outcome]) -> str | None:
         """On the first rank."""
@@ -166,8 +152,7 @@ class Save:
         if dist.get_rank() == 0:
             shutil.rmtree(self._directory, ignore_errors=True)
         raise CheckpointError(
-            f"{self._final} could not be saved: {problem}. The checkpoints before it are complete; go on from the "
-            f"newest with --load {self._root.parent}"
+            f"{self._final} could not be saved: {problem}. It was removed; {go_on(self._root.parent)}"
         )
 
 

@@ -5,7 +5,7 @@ PP, VPP and DP may change between save and load. A rank without a student (it ho
 and takes part in everything that is collective.
 
 Communication: `sharded_state` gathers the distributed optimizer's shards over the data parallel group;
-`restore` is collective over WORLD (dist_checkpointing plans its reads there).
+`restore` is collective over WORLD (torch plans its reads there).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 
 from megatron_gkd.train.student import Student
-from megatron_gkd.weights.safe_files import SafeCommon, SafeTorchDist
+from megatron_gkd.weights.safe_files import load_sharded
 
 
 def sharded_state(student: Student | None, *, is_loading: bool) -> dict[str, Any]:
@@ -43,12 +42,7 @@ def restore(checkpoint: Path, student: Student | None) -> None:
     """Read weights, moments, step counts and the position in the schedule into the student. Hyperparameters are not
     restored: the configuration's hold.
     """
-    loaded = dist_checkpointing.load(
-        sharded_state(student, is_loading=True),
-        str(checkpoint),
-        sharded_strategy=SafeTorchDist(),
-        common_strategy=SafeCommon(),
-    )
+    loaded = load_sharded(sharded_state(student, is_loading=True), checkpoint)
     if student is None:
         return
     for index, model in enumerate(student.models):

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import megatron_gkd
 from megatron_gkd.config import RunConfig, flags
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.json_file import read_json
 from megatron_gkd.settings import show
 from megatron_gkd.train.student import Student
 
@@ -36,7 +37,7 @@ _PACKAGES: Final = ("torch", "megatron-core", "transformers", "vllm")
 _FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel")
 _FREE_FLAGS: Final = frozenset(
     {
-        *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row"),
+        *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row", "data_cache_dir"),
         *("micro_batch_size", "loss_path", "use_liger_kernel", "max_bad_steps"),
         *("teacher_model_server", "teacher_micro_batch_size", "teacher_micro_batch_tokens", "teacher_timeout_s"),
         *("teacher_placement", "teacher_world_size", "teacher_nodes", "offload_teacher_model", "signal_memory_gb"),
@@ -59,6 +60,7 @@ class TrainerState:
     architecture: str  # repr of the student's Architecture: a checkpoint of another model is refused
     use_distributed_optimizer: bool  # the two forms of optimizer state are not interchangeable
     bad_steps: int = 0  # steps so far that made no update, because their loss or gradient was not finite
+    bad_steps_in_a_row: int = 0  # the last of them, with no good step after them
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def refuse_another_run(checkpoint: Path, state: TrainerState, expected: TrainerS
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+_MOST_BYTES: Final = 2**36  # completions that wait, of several steps
 _JSON_TYPES: Final = {"int": int, "str": str, "bool": bool, "Mapping": dict}  # of the fields of the two records
 
 
@@ -176,7 +179,7 @@ def read_rollouts(checkpoint: Path) -> dict[str, Any]:
 
 def _read(path: Path, kind: Any) -> Any:
     try:
-        record = kind(**json.loads(path.read_text()))
+        record = kind(**read_json(path, most_bytes=_MOST_BYTES))
         for field in fields(kind) if is_dataclass(kind) else ():
             value, wanted = getattr(record, field.name), _JSON_TYPES[str(field.type).partition("[")[0]]
             if type(value) is not wanted:

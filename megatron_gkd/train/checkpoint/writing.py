@@ -7,8 +7,9 @@ can run beside training:
 
 megatron-core's own writer (0.16) does the middle part in processes that it forks from the rank, and hands their results
 over through a manager process that it starts on each rank and never ends: 270 MB a rank, seconds to start, and when a
-rank is killed, orphans that go on writing into a directory that the restarted run has begun anew. A thread dies with
-its rank; torch's writer, which is used here, lets go of Python's lock while it writes.
+rank is killed, orphans that go on writing into a directory that the restarted run has begun anew (0.19 wants
+nvidia-resiliency-ext for it by default). A thread dies with its rank; torch's writer, which is used here, lets go of
+Python's lock while it writes.
 
 The files are the same: `__RANK_0.distcp`, read by megatron-core, Megatron-LM and `megatron-gkd convert`.
 """
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_gkd.parallel.together import gathered_first, on_first
-from megatron_gkd.weights.safe_files import COMMON_FILE
+from megatron_gkd.weights.safe_files import write_unsharded
 
 
 class ShardWriter:
@@ -56,6 +56,7 @@ class ShardWriter:
         # Without a copy, shards on a GPU are fetched one after the other while the file is written.
         self._writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0 if copy else 10_000_000)
         self._directory = directory
+        self.num_bytes = sum(_num_bytes(item) for item in plan.items)  # that this rank writes, about
         if copy:
             self._planner.copy(plan.items)
 
@@ -82,9 +83,13 @@ class ShardWriter:
     def finish(self, results: list[list[WriteResult]]) -> None:
         """On the first rank: what makes the shards a checkpoint."""
         assert self._metadata is not None
-        torch.save(self._common, self._directory / COMMON_FILE)
         self._writer.finish(self._metadata, results)
-        save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
+        write_unsharded(self._common, self._directory)
+
+
+def _num_bytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 class _Planner(MCoreSavePlanner):

@@ -11,7 +11,12 @@ permutation within a row is not found. Cost: one read of the tensor, at the spee
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
+
+Tensors = Sequence[tuple[str, torch.Tensor]]  # a bucket of weights, by name
+Sums = Mapping[str, tuple[int, int]]  # name -> checksum on the rank that owns the tensor
 
 _ROW_WORDS = 512
 _ROW_BYTES = 8 * _ROW_WORDS

