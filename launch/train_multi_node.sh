@@ -23,7 +23,7 @@
 #
 # Environment:
 #   NNODES            nodes (required)
-#   RDZV_ENDPOINT     HOST or HOST:PORT (29500) of one of the nodes, the same everywhere
+#   RDZV_ENDPOINT     HOST or HOST:PORT (29500) of one of the nodes, the same everywhere; IPv6 as [ADDRESS]:PORT
 #   RDZV_ID           name of the job at the endpoint, the same on all nodes (default: megatron-gkd)
 #   RDZV_TIMEOUT_S    seconds to wait for all nodes (default: 900)
 #   RDZV_CONF         more of torchrun's --rdzv-conf, as KEY=VALUE,... (keep_alive_interval=5: a node is lost after 3 of them)
@@ -97,14 +97,25 @@ if [[ -n ${RDZV_ENDPOINT:-} ]]; then
     [[ -z ${MASTER_ADDR:-} && -z ${NODE_RANK:-} ]] ||
         die "RDZV_ENDPOINT is one way to find the nodes, MASTER_ADDR with NODE_RANK the other; unset one of them"
     endpoint=$RDZV_ENDPOINT
-    [[ $endpoint == *:* ]] || endpoint=$endpoint:29500
+    [[ $endpoint != *://* ]] || die "RDZV_ENDPOINT=$RDZV_ENDPOINT: give HOST or HOST:PORT, without ${endpoint%%://*}://"
+    if [[ $endpoint == \[*\] ]]; then
+        endpoint=$endpoint:29500
+    elif [[ $endpoint == \[* ]]; then
+        [[ $endpoint =~ ^\[[^][]+\]:[0-9]+$ ]] || die "RDZV_ENDPOINT=$RDZV_ENDPOINT: give an IPv6 address as [ADDRESS] or [ADDRESS]:PORT"
+    elif [[ $endpoint == *:*:* ]]; then # where would the address end?
+        die "RDZV_ENDPOINT=$RDZV_ENDPOINT: put an IPv6 address in brackets, [ADDRESS] or [ADDRESS]:PORT"
+    elif [[ $endpoint != *:* ]]; then
+        endpoint=$endpoint:29500
+    fi
     is_port "${endpoint##*:}" || die "RDZV_ENDPOINT=$RDZV_ENDPOINT: give HOST or HOST:PORT, with a port from 1 to 65535"
+    host=${endpoint%:*} host=${host#[} host=${host%]}
+    [[ -n $host ]] || die "RDZV_ENDPOINT=$RDZV_ENDPOINT: give HOST or HOST:PORT, with a host"
     timeout_s=${RDZV_TIMEOUT_S:-900}
     [[ $timeout_s =~ ^[1-9][0-9]*$ ]] || die "RDZV_TIMEOUT_S=$timeout_s: give a positive whole number of seconds"
     max_restarts=${MAX_RESTARTS:-3}
     # torchrun knows the node of the endpoint by its host name, which may not lead to the address that is used
     is_host=
-    [[ ${RDZV_CONF:-} == *is_host=* || ${LOCAL_ADDR:-} != "${endpoint%:*}" ]] || is_host=is_host=1
+    [[ ${RDZV_CONF:-} == *is_host=* || ${LOCAL_ADDR:-} != "$host" ]] || is_host=is_host=1
     rendezvous_flags=(
         --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-megatron-gkd}"
         --rdzv-conf "join_timeout=$timeout_s${is_host:+,$is_host}${RDZV_CONF:+,$RDZV_CONF}"

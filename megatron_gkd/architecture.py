@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from megatron_gkd.errors import CheckpointError, NotBuiltError
+from megatron_gkd.git_lfs import refuse_lfs_pointer
 from megatron_gkd.json_file import read_json, shown, whole_number
+from megatron_gkd.known_options import refuse_unknown_options
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def read_architecture(path: str | Path) -> Architecture:
     family = _FAMILIES[model_type]
     _check_raw(path, raw, family)
     _check_numbers(path, raw)
+    refuse_unknown_options(path, raw, str(model_type))
     config = _load_config(path)
     _check_options(path, config)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -219,6 +222,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json; it is not a Hugging Face model directory")
+    refuse_lfs_pointer(file)
     try:
         raw = read_json(file, most_bytes=_MOST_CONFIG_BYTES)
     except (OSError, ValueError) as error:
@@ -335,6 +339,9 @@ def _check_options(path: Path, config: Any) -> None:
 
 
 def _uses_sliding_window(config: Any) -> bool:
+    # These two ask each layer what it is (modeling_qwen2.py, modeling_qwen3.py); the others ask for the window alone.
+    if config.model_type in ("qwen2", "qwen3") and getattr(config, "layer_types", None):
+        return any(kind != "full_attention" for kind in config.layer_types)
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return True
     return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())

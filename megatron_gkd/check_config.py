@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_gkd import environment
 from megatron_gkd.config import TeacherConfig
 from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError
@@ -18,10 +19,12 @@ from megatron_gkd.settings import Section, setting
 class CheckConfig(Section):
     """Comparison of a teacher server with the same model here, on real rows."""
 
-    teacher_model: str = setting(help="The teacher: a Hugging Face model directory.")
+    teacher_model: str = setting(help="The teacher: a Hugging Face model directory.", path=True)
     teacher_model_server: str = setting(help="URL of the teacher server; several with commas.")
     gkd_logits_topk: int = setting(help="K, as in training: the most probable tokens that are compared.", gt=0)
-    dataset: list[str] = setting(help="Rows with completions: JSONL or Parquet files, or data sets saved on disk.")
+    dataset: list[str] = setting(
+        help="Rows with completions: JSONL or Parquet files, or data sets saved on disk.", path=True
+    )
     num_rows: int = setting(16, "Rows that are compared, from the first on.", ge=1)
     max_length: int = setting(1024, "Longest row in tokens; longer ones are left out.", ge=2)
     beta: float = setting(0.5, "Divergence of the loss that is compared.", ge=0, le=1)
@@ -62,8 +65,12 @@ class CheckConfig(Section):
 class CheckDataConfig(Section):
     """What a data set trains on: its rows as tokens, and the account of all of them."""
 
-    model: str = setting(help="The student: a Hugging Face model directory, for its tokenizer and chat template.")
-    dataset: list[str] = setting(help="Data to be checked: JSONL or Parquet files, or data sets saved on disk.")
+    model: str = setting(
+        help="The student: a Hugging Face model directory, for its tokenizer and chat template.", path=True
+    )
+    dataset: list[str] = setting(
+        help="Data to be checked: JSONL or Parquet files, or data sets saved on disk.", path=True
+    )
     num_rows: int = setting(3, "Rows that are shown, from the first on; all are checked and counted.", ge=0)
     max_rows: int | None = setting(None, "Rows that are read; null: all.", ge=1)
     max_length: int = setting(1024, "As in training: most tokens of prompt and completion together.", ge=2)
@@ -84,5 +91,5 @@ class CheckDataConfig(Section):
 
 
 def _check_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (environment.number("WORLD_SIZE") or 1) > 1:
         raise ConfigError("check is one process, and torchrun started several; start it without")

@@ -21,6 +21,7 @@ from pkgutil import resolve_name
 from typing import Any, Literal
 
 import megatron_gkd
+from megatron_gkd import environment
 from megatron_gkd.errors import CheckFailedError, ConfigError, GKDError, NotBuiltError, RunStoppedError
 from megatron_gkd.observe.text import visible
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         action()
     except RunStoppedError as stop:
-        sys.stderr.write(visible(f"{PROG}: rank {os.environ.get('RANK', '0')}: {stop}\n"))
+        sys.stderr.write(visible(f"{PROG}: rank {environment.rank_told()}: {stop}\n"))
         return EXIT_STOPPED
     except CheckFailedError as error:
         _fail(error, argv, every_rank=True)
@@ -196,11 +197,11 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
     A rank that is not to speak waits for the one that is: a launcher ends every rank when the first has ended, and it
     must not be the only one with the message.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    if every_rank or int(os.environ.get("LOCAL_RANK", rank)) == 0:
+    rank = environment.rank_told()
+    if every_rank or os.environ.get("LOCAL_RANK", str(rank)).strip() in ("", "0"):
         if _wants_traceback(argv):
             sys.stderr.write(visible("".join(traceback.format_exception(error))))
-        several = every_rank and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        several = every_rank and os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1")
         text = visible(" ".join(str(error).split()))
         sys.stderr.write(f"{PROG}: {f'rank {rank}: ' if several else ''}error: {text}\n")
     else:

@@ -32,7 +32,7 @@ __all__ = ["NOT_BUILT", "RunConfig", "flags"]
 class ModelConfig(Section):
     """Student model."""
 
-    model: str = setting(help="Student: a Hugging Face model directory.")
+    model: str = setting(help="Student: a Hugging Face model directory.", path=True)
     dtype: Dtype = setting(
         "fp32", "Type of the weights and activations of both models; losses and reductions are fp32 in any case."
     )
@@ -49,6 +49,7 @@ class TeacherConfig(Section):
         None,
         "Teacher: a Hugging Face model directory; it may be left out with --teacher_model_server. Without both the "
         "student's current weights teach, given the column teacher_prompt of the data in place of the prompt.",
+        path=True,
     )
     teacher_model_server: str | None = setting(
         None,
@@ -229,6 +230,7 @@ class TeacherSamplingConfig(Section):
         None,
         "Directory that keeps the completions, by teacher, prompt and sampling settings; several runs may share one. "
         "null: teacher_samples in the run directory.",
+        path=True,
     )
     teacher_sampling_steps: int | None = setting(
         None,
@@ -262,6 +264,11 @@ class ParallelConfig(Section):
     distributed_timeout_minutes: float = setting(
         10.0, "Minutes after which a collective that does not finish is an error.", gt=0
     )
+    check_replicas_steps: int = setting(
+        100,
+        "Compare the weights of the data parallel replicas before the first step and every this many steps; 0: never.",
+        ge=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -269,12 +276,12 @@ class DataConfig(Section):
     """Data."""
 
     dataset: list[str] = setting(
-        (), "Training data: JSONL or Parquet files, or directories of Hugging Face data sets saved on disk."
+        (), "Training data: JSONL or Parquet files, or directories of Hugging Face data sets saved on disk.", path=True
     )
     dataset_weights: list[float] = setting(
         (), "How often rows of each --dataset are drawn, in their order; empty: in proportion to their rows.", gt=0
     )
-    eval_dataset: list[str] = setting((), "Held-out data, in the same form.")
+    eval_dataset: list[str] = setting((), "Held-out data, in the same form.", path=True)
     eval_samples: int | None = setting(None, "Rows of the held-out data that are used; null: all.", gt=0)
     max_length: int = setting(1024, "Most tokens of prompt and completion together.", ge=2)
     packing: bool = setting(False, "Pack several samples into one sequence of at most --max_length tokens.")
@@ -332,11 +339,12 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """Run directory and checkpoints."""
 
-    save: str = setting("runs/gkd", "Run directory: configuration, metrics, checkpoints, exported student.")
+    save: str = setting("runs/gkd", "Run directory: configuration, metrics, checkpoints, exported student.", path=True)
     load: str | None = setting(
         None,
         "Run directory (its newest undamaged checkpoint) or checkpoint to resume from; or a Hugging Face model "
         "directory with the weights to start from.",
+        path=True,
     )
     auto_resume: bool = setting(
         False,

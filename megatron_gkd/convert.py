@@ -30,12 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_gkd import environment
 from megatron_gkd.config import flags_of
 from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import CheckpointError, ConfigError
 from megatron_gkd.flags import parse_section
 from megatron_gkd.observe.logging import get_logger
-from megatron_gkd.settings import Section, default_of, setting
+from megatron_gkd.settings import Section, default_of, setting, show
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +52,8 @@ class ConvertConfig(Section):
     """Conversion of a checkpoint between Hugging Face and Megatron."""
 
     to: Literal["megatron", "hf"] = setting(help="Format that is written.")
-    model: str = setting(help="Directory that is read: the other format.")
-    save: str = setting(help="Directory that is written; it must not exist.")
+    model: str = setting(help="Directory that is read: the other format.", path=True)
+    save: str = setting(help="Directory that is written; it must not exist.", path=True)
     tensor_model_parallel_size: int = setting(1, "Tensor parallel size of the ranks that convert.", ge=1)
     pipeline_model_parallel_size: int = setting(1, "Pipeline stages of the ranks that convert.", ge=1)
     expert_model_parallel_size: int = setting(1, "Expert parallel size of the ranks that convert.", ge=1)
@@ -64,6 +65,7 @@ class ConvertConfig(Section):
         None,
         "With --to hf: Hugging Face directory to take config and tokenizer from, where the checkpoint has none "
         "(one of a training run).",
+        path=True,
     )
     check: bool = setting(False, "Afterwards, compare logits on a sample text with transformers'; loads the model.")
     check_tolerance: float = setting(1e-3, "Largest difference of a logit, in fp32, that --check accepts.", gt=0)
@@ -89,7 +91,7 @@ def _refuse_with_bridge(cfg: ConvertConfig) -> None:
     for name, flag in flags_of(ConvertConfig, "convert").items():
         if name not in taken and getattr(cfg, name) != default_of(flag.item):
             raise ConfigError(f"--bridge {cfg.bridge} takes no --{name}: it converts in one process, unchecked")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (environment.number("WORLD_SIZE") or 1) > 1:
         raise ConfigError(f"--bridge {cfg.bridge} converts in one process: start it without torchrun")
 
 
@@ -105,13 +107,19 @@ def run_convert(cfg: ConvertConfig) -> None:
     from megatron_gkd import platform
     from megatron_gkd.architecture import read_architecture
     from megatron_gkd.parallel.layout import Layout
+    from megatron_gkd.parallel.together import require_same
+    from megatron_gkd.train.alike import program_facts
     from megatron_gkd.weights.hf_writer import check_destination
-    from megatron_gkd.weights.megatron_files import is_megatron_checkpoint
+    from megatron_gkd.weights.megatron_files import is_megatron_checkpoint, what_it_is
     from megatron_gkd.weights.plan import check_layout
 
     platform.init_distributed(platform.setup("cpu"))
+    flags = {
+        f"--{name}": show(getattr(cfg, name)) for name in flags_of(ConvertConfig, "convert") if name != "log_level"
+    }
+    require_same({**flags, **program_facts()}, "started alike")
     if is_megatron_checkpoint(cfg.model) != (cfg.to == "hf"):
-        found = "is already a Megatron checkpoint" if cfg.to == "megatron" else "is no Megatron distributed checkpoint"
+        found = "is already a Megatron checkpoint" if cfg.to == "megatron" else what_it_is(cfg.model)
         raise CheckpointError(f"{cfg.model} {found}; --to {cfg.to} needs a directory of the other format")
     check_destination(Path(cfg.save))
     arch = read_architecture(cfg.hf_config or cfg.model)
@@ -202,6 +210,7 @@ def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
 
     from megatron_gkd.model.build import build_model
     from megatron_gkd.parallel.groups import build_groups
+    from megatron_gkd.parallel.together import gathered, on_first
     from megatron_gkd.weights.chunks import ExpertRank, check_chunks
     from megatron_gkd.weights.compare import model_logits, reference_logits, sample_tokens
     from megatron_gkd.weights.megatron_files import MegatronCheckpoint
@@ -212,14 +221,28 @@ def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
     MegatronCheckpoint(megatron_dir, chunks, arch, groups).fill(check_chunks(chunks, arch, ExpertRank.of(groups)))
     tokens = sample_tokens(hf_dir, arch)
     logits = model_logits(chunks, layout, groups, arch, tokens)
-    if logits is None or groups.tp.rank() != 0 or groups.dp.rank() != 0:
-        return
-    difference = float((logits - reference_logits(hf_dir, tokens)).abs().max())
-    print(f"largest difference of {logits.numel()} logits from transformers': {difference:.3g}", flush=True)
-    if not difference <= cfg.check_tolerance:
+    difference = 0.0
+    if logits is not None and groups.tp.rank() == 0 and groups.dp.rank() == 0:
+        difference = float((logits - reference_logits(hf_dir, tokens)).abs().max())
+        print(f"largest difference of {logits.numel()} logits from transformers': {difference:.3g}", flush=True)
+    worst = [value for value in gathered(difference) if not value <= cfg.check_tolerance]
+    if worst:  # NaN is worse than any number
+        aside = on_first(lambda: _set_aside(Path(cfg.save)))
         raise CheckpointError(
-            f"--check: logits differ by {difference:.3g}, accepted is {cfg.check_tolerance:.3g}; do not use {cfg.save}"
+            f"--check: logits differ by {worst[0]:.3g}, accepted is {cfg.check_tolerance:.3g}: what was written is "
+            f"wrong, and is now {aside}; do not use it"
         )
+
+
+def _set_aside(written: Path) -> str:
+    """Under another name nobody takes it for a model that was checked."""
+    aside = written.with_name(f"{written.name}.wrong")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = written.with_name(f"{written.name}.wrong{number}")
+    written.rename(aside)
+    return str(aside)
 
 
 def _name(dtype: torch.dtype) -> Any:

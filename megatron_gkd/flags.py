@@ -17,6 +17,7 @@ configuration file is read here, because its own action lets a file that stands 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from argparse import ArgumentError, HelpFormatter
@@ -164,7 +165,7 @@ def read_config(path: str, table: Mapping[str, Flag]) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
         tree, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error

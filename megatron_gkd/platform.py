@@ -23,7 +23,6 @@ backward pass runs in its caller's thread.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,7 +32,9 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from megatron_gkd import environment
 from megatron_gkd.errors import ConfigError
+from megatron_gkd.parallel.rendezvous import meet, read_start
 
 DeviceKind = Literal["cpu", "cuda"]
 
@@ -76,10 +77,15 @@ def setup(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
             "--device cpu"
         )
     if device == "cuda" or (device == "auto" and available):
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = environment.number("LOCAL_RANK") or 0
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"LOCAL_RANK is {local_rank}, and torch sees {torch.cuda.device_count()} GPUs on this machine: start "
+                "at most one rank a GPU (NPROC_PER_NODE)"
+            )
         torch.cuda.set_device(local_rank)
         return Platform("cuda", torch.device("cuda", local_rank), "nccl")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(environment.num_threads())
     adapt_megatron_to_cpu()
     return Platform("cpu", torch.device("cpu"), "gloo")
 
@@ -87,24 +93,27 @@ def setup(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
 def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> None:
     """Join the process group that torchrun describes in the environment; a plain `python` start is a world of one rank.
 
-    Raises ConfigError when only a part of torchrun's variables is there.
+    Raises ConfigError for variables that are missing or malformed, and where the ranks do not all meet (what
+    parallel/rendezvous.py finds).
     """
     if dist.is_initialized():
         return
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    present = [name for name in needed if name in os.environ]
-    if present and len(present) < len(needed):
-        raise ConfigError(
-            f"torch.distributed needs {', '.join(needed)}; only {', '.join(present)} set: start with torchrun, or "
-            "with none of them for one process"
-        )
-    timeout = timedelta(minutes=timeout_minutes)
-    if present:
-        dist.init_process_group(platform.backend, timeout=timeout)
-    else:
+    start, timeout = read_start(), timedelta(minutes=timeout_minutes)
+    if start is None:
         from torch.distributed import HashStore  # type: ignore[attr-defined]  # exported, but not by name
 
         dist.init_process_group(platform.backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    store = meet(start, about=platform.backend, timeout=timeout)
+    try:
+        dist.init_process_group(
+            platform.backend, store=store, rank=start.rank, world_size=start.world_size, timeout=timeout
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise ConfigError(
+            f"all ranks have met, but could not connect to each other ({' '.join(str(error).split())[:200]}): is the "
+            "interface of GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME the one that leads to the other nodes?"
+        ) from error
 
 
 def world_timeout() -> timedelta:

@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_gkd import environment
 from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
@@ -17,10 +17,11 @@ from megatron_gkd.settings import Section, setting
 class SampleConfig(Section):
     """Sampling of a data set's prompts from a model, to a file."""
 
-    model: str = setting(help="Model to sample from: a Hugging Face model directory.")
-    result_path: str = setting(help="JSONL file that is written: the prompts with the sampled completions.")
+    model: str = setting(help="Model to sample from: a Hugging Face model directory.", path=True)
+    result_path: str = setting(help="JSONL file that is written: the prompts with the sampled completions.", path=True)
     dataset: list[str] = setting(
-        help="Prompts: JSONL or Parquet files, or data sets saved on disk; completions in them are not used."
+        help="Prompts: JSONL or Parquet files, or data sets saved on disk; completions in them are not used.",
+        path=True,
     )
     max_new_tokens: int = setting(512, "Most tokens sampled per completion.", gt=0)
     num_return_sequences: int = setting(1, "Completions per prompt.", ge=1)
@@ -62,7 +63,7 @@ class SampleConfig(Section):
 
     def check(self) -> None:
         """Combinations that cannot work. Raises ConfigError."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if (environment.number("WORLD_SIZE") or 1) > 1:
             raise ConfigError(
                 "sample is one process, and torchrun started several; start it without, and give --vllm_mode "
                 "subprocess with --vllm_tensor_parallel_size for a model that needs several GPUs"

@@ -14,6 +14,7 @@ parses text.
 from __future__ import annotations
 
 import math
+import os
 import types
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -57,9 +58,11 @@ def setting(
     ge: float | None = None,
     lt: float | None = None,
     le: float | None = None,
+    path: bool = False,
 ) -> Any:
-    """A field of a section. A tuple stands for the default of a list; without a default the setting is required."""
-    metadata = {"help": help, "range": Range(gt, ge, lt, le)}
+    """A field of a section. A tuple stands for the default of a list; without a default the setting is required. In a
+    `path` a leading `~` is the home directory, as in a shell, which does not see the one of `--save=~/run`."""
+    metadata = {"help": help, "range": Range(gt, ge, lt, le), "path": path}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -73,6 +76,14 @@ class Section:
         hints = type_hints(type(self))
         for item in fields(self):
             check(item.name, getattr(self, item.name), hints[item.name], item.metadata["range"])
+            if item.metadata.get("path"):
+                object.__setattr__(self, item.name, _at_home(getattr(self, item.name)))
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def type_hints(section: type) -> dict[str, Any]:

@@ -23,12 +23,14 @@ from safetensors.torch import load_file, save_file
 
 from megatron_gkd import cli
 from megatron_gkd.architecture import read_architecture
-from megatron_gkd.convert import ConvertConfig, memory_bound_bytes, parse_convert_config, run_convert
+from megatron_gkd.convert import ConvertConfig, _set_aside, memory_bound_bytes, parse_convert_config, run_convert
 from megatron_gkd.errors import CheckpointError, ConfigError
 from megatron_gkd.model.build import build_model
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.compare import sample_tokens
 from megatron_gkd.weights.hf_files import HFCheckpoint
+from megatron_gkd.weights.megatron_files import what_it_is
+from megatron_gkd.weights.safe_files import read_metadata
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.support.effort import LIMIT_S
@@ -130,18 +132,37 @@ def test_megatron_core_loads_it_in_another_layout(tmp_path: Path, family: str, l
     assert run_ranks(run_own_loader, str(source), str(tmp_path / "out"), layout, world=2) == [[], []]
 
 
-def run_save_as_training_does(source: str, out: str) -> None:
+def run_save_as_training_does(source: str, out: str, form: str = "") -> None:
     """megatron-core's writer, with entries of an optimizer beside the model."""
     with megatron():
         model = load_model(Path(source), Layout(tensor=2))
-        metadata = {"dp_cp_group": model.groups.dp_cp}
+        metadata: dict[str, Any] = {"dp_cp_group": model.groups.dp_cp}
+        if form == "layers apart":
+            metadata["non_homogeneous_layers"] = True
         if dist.get_rank() == 0:
             Path(out).mkdir()
         dist.barrier()
-        state = {"model0": model.chunks[0].sharded_state_dict(metadata=metadata), "optimizer": {"step": 3}}
+        prefix = "module." if form == "wrapped" else ""
+        state = {"model0": model.chunks[0].sharded_state_dict(prefix, metadata=metadata), "optimizer": {"step": 3}}
         # megatron-core 0.19 wants a package of its own for saving, unless it is told not to
         has_choice = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
         dist_checkpointing.save(state, out, **({"async_strategy": "mcore"} if has_choice else {}))
+
+
+@pytest.mark.parametrize(
+    ("form", "key"), [("layers apart", "decoder.layers.0.mlp.linear_fc2.weight"), ("wrapped", "module.decoder.")]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_other_spellings_of_the_stored_names(tmp_path: Path, family: str, form: str, key: str) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source", family, tied=False)
+    run_ranks(run_save_as_training_does, str(source), str(tmp_path / "step"), form, world=2)
+    names = read_metadata(tmp_path / "step" / ".metadata").state_dict_metadata
+    assert any(name.startswith(key.removesuffix("linear_fc2.weight")) for name in names), sorted(names)[:5]
+    cfg = config("hf", tmp_path / "step", tmp_path / "back", hf_config=str(source))
+    assert run_ranks(convert, [cfg], world=1) == [[]]
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_checkpoint_of_a_training_run_with_another_config(tmp_path: Path) -> None:
@@ -209,6 +230,21 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
     ):
         assert expected in message
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_directory_that_holds_checkpoints_is_told_from_one(tmp_path: Path) -> None:
+    newest = tmp_path / "lm" / "iter_0000100"
+    for name in ("iter_0000010", newest.name):
+        (tmp_path / "lm" / name).mkdir(parents=True)
+    of_those = "not one checkpoint; give one of those in it, such as"
+    assert what_it_is(tmp_path / "lm") == f"is a directory of Megatron-LM checkpoints, {of_those} {newest}"
+    step = tmp_path / "run" / "checkpoints" / "step_00000004"
+    step.mkdir(parents=True)
+    (step / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    assert what_it_is(tmp_path / "run") == f"is a run directory, {of_those} {step}"
+    (tmp_path / "old" / "mp_rank_00").mkdir(parents=True)
+    assert "format `torch`; save it with --ckpt-format torch_dist" in what_it_is(tmp_path / "old")
+    assert what_it_is(tmp_path) == "is no Megatron distributed checkpoint"
 
 
 def test_damaged_megatron_checkpoints(tmp_path: Path) -> None:
@@ -329,6 +365,15 @@ def test_check_sees_another_model(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "source", "llama", layers=2)
     ((message,),) = run_ranks(run_check_of_another_model, str(source), str(tmp_path / "out"), world=1)
     assert "logits differ by" in message
+    assert message.endswith(f"what was written is wrong, and is now {tmp_path}/out.wrong; do not use it")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.wrong" / "metadata.json").exists()
+
+
+def test_an_output_that_is_wrong_again_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    for wanted in ("out.wrong", "out.wrong2"):
+        (tmp_path / "out").mkdir()
+        assert _set_aside(tmp_path / "out") == str(tmp_path / wanted)
 
 
 def test_the_command_line_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("use_distributed_optimizer", True, ("false", False), ("x",)),
     ("device", "auto", ("cpu", "cpu"), ("tpu",)),
     ("distributed_timeout_minutes", 10.0, ("30", 30.0), ("0",)),
+    ("check_replicas_steps", 100, ("0", 0), ("-1", "1.5")),
     ("dataset", [], ("d.jsonl", ["d.jsonl"]), ()),
     ("dataset_weights", [], ("0.7", [0.7]), ("0", "-1", "x", "nan")),
     ("eval_dataset", [], ("e.jsonl", ["e.jsonl"]), ()),
@@ -416,3 +417,25 @@ def test_check_data_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="check is one process"):
         cfg.check()
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell leaves the one of `--save=~/run` alone."""
+    monkeypatch.setenv("HOME", "/home/me")
+    words = (
+        "--model=~/s --teacher_model ~/t --dataset ~/a.jsonl b~.jsonl --save=~/run --load ~ --eval_dataset=~/e.jsonl"
+    )
+    config = parse_run_config([*words.split(), "--teacher_samples_cache=~/c"])
+    assert (config.model.model, config.teacher.teacher_model) == ("/home/me/s", "/home/me/t")
+    assert (config.data.dataset, config.data.eval_dataset) == (["/home/me/a.jsonl", "b~.jsonl"], ["/home/me/e.jsonl"])
+    assert (config.checkpoint.save, config.checkpoint.load) == ("/home/me/run", "/home/me")
+    assert config.teacher_sampling.teacher_samples_cache == "/home/me/c"
+    sample = parse_sample(["--model", "~/s", "--dataset", "~/p.jsonl", "--result_path=~/r.jsonl"])
+    assert (sample.model, sample.dataset, sample.result_path) == (
+        "/home/me/s",
+        ["/home/me/p.jsonl"],
+        "/home/me/r.jsonl",
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("model: ~/s\nsave: ~/run\n")
+    assert parse_run_config(["--config=~/run.yaml"]).checkpoint.save == f"{tmp_path}/run"

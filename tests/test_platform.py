@@ -247,6 +247,15 @@ def test_cuda_without_a_device_is_refused_by_name(restored: None):
     assert platform._undo is None
 
 
+@needs_no_cuda
+def test_more_ranks_than_devices_are_refused_by_number(restored: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK is 5, and torch sees 2 GPUs.*NPROC_PER_NODE"):
+        setup("auto")
+
+
 def test_an_unknown_device_is_refused():
     with pytest.raises(ConfigError, match=r"'tpu' is not one of auto, cpu, cuda"):
         setup("tpu")  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_gkd.data.time_limit import TimeLimitError, time_limit
 from megatron_gkd.errors import CheckpointError, DataError
+from megatron_gkd.git_lfs import refuse_lfs_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +52,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{path} is a file; give the Hugging Face directory that holds config.json and the tokenizer"
         )
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
+        refuse_lfs_pointer(Path(path) / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, and the tokenizers library's bare Exception

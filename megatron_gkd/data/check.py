@@ -21,8 +21,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from megatron_gkd.architecture import read_config_json
 from megatron_gkd.check_config import CheckDataConfig
 from megatron_gkd.data.chat import ChatEncoder, as_turns, load_tokenizer
 from megatron_gkd.data.collate import collate
@@ -93,11 +95,27 @@ def run_check_data(config: CheckDataConfig) -> None:
             f"{len(found.problems)} of {len(rows)} rows would not train on what the data set says (first: "
             f"{found.problems[0]}); look at the tokenizer and the chat template of {config.model}"
         )
+    if problem := _size_problem(encoder, config.model):
+        print(f"WRONG {problem}", flush=True)
+        raise CheckFailedError(problem)
     if not found.num_completion_tokens:
         raise CheckFailedError(
             f"nothing to train on: none of {len(rows)} rows has a completion; add completions, or train with --lmbda 1 "
             "(the student samples them)"
         )
+
+
+def _size_problem(encoder: ChatEncoder, model: str) -> str | None:
+    """A tokenizer with more tokens than the model has, where the directory holds a model: `train` refuses the pair."""
+    if not (Path(model) / "config.json").is_file():
+        return None
+    num_rows, num_tokens = read_config_json(model).get("vocab_size"), len(encoder.tokenizer)
+    if not isinstance(num_rows, int) or num_tokens <= num_rows:
+        return None
+    return (
+        f"the tokenizer of {model} has {num_tokens} tokens, but its config.json says vocab_size {num_rows}: they do "
+        "not belong together, and training refuses them; take the tokenizer that the model came with"
+    )
 
 
 def check_rows(encoder: ChatEncoder, rows: RowDataset, paths: Sequence[str]) -> Account:

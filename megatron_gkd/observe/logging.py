@@ -8,10 +8,10 @@ Only the package's own logger is set up: other libraries' messages and the root 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import TextIO
 
+from megatron_gkd.environment import rank_told
 from megatron_gkd.observe.text import visible
 
 PACKAGE = "megatron_gkd"
@@ -30,7 +30,7 @@ def setup_logging(level: str = "info", *, rank: int | None = None, stream: TextI
 
     rank: of this process; None takes the RANK that torchrun sets, 0 without it.
     """
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    rank = rank_told() if rank is None else rank
     threshold = logging.getLevelNamesMapping()[level.upper()]
     logger = logging.getLogger(PACKAGE)
     for old in [handler for handler in logger.handlers if isinstance(handler, _LineHandler)]:

@@ -23,7 +23,7 @@ from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.records import MicroBatch
 from megatron_gkd.signals import Signal
 from megatron_gkd.train.plans import evaluation_plans
-from megatron_gkd.train.setup import Run, TeacherRun, build
+from megatron_gkd.train.setup import Run, TeacherRun, build, join
 from megatron_gkd.train.step import add_reports, forward_step_with, reduce_reports, student_batches, teacher_signals
 from megatron_gkd.train.teacher_ranks import serve_evaluation
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
@@ -36,6 +36,7 @@ _CHUNK_TOKENS = 256  # bounds the logits held at a time
 def run_evaluation(config: RunConfig) -> dict[str, float]:
     """`megatron-gkd eval`: print the numbers of the student as it is, and return them; none on ranks of the teacher's
     own. Collective over all ranks."""
+    join(config)
     run = build(config, with_training_data=False)
     if isinstance(run, TeacherRun):
         serve_evaluation(run)

@@ -2,14 +2,13 @@
 
 Order: flags against the world (layouts), config.json of both models against the layouts, tokenizers against each
 other, data against the models, batch against the layout. So bad input is an error before work is lost, with the same
-message on every rank.
+message on every rank; what one rank alone finds wrong is an error on all.
 
 Communication: reading the data is collective over the world (shared_rows.py).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from megatron_gkd import environment
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
@@ -28,6 +28,7 @@ from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.pipeline import check_num_micro_batches
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.shared_rows import on_every_rank, shared_rows
 from megatron_gkd.weights.plan import check_layout
@@ -67,7 +68,22 @@ class Inputs:
 
 
 def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool = True) -> Inputs:
-    """Read and check (see the module docstring). Collective over the world."""
+    """Read and check (see the module docstring): on all ranks, or an error on all. Collective over the world."""
+    student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size = all_or_none(
+        lambda: _models(config, world_size)
+    )
+    rows = _training_rows(config, tokenizer, vocab_size) if with_training_data else None
+    eval_rows = _eval_rows(config, tokenizer, vocab_size)
+    all_or_none(lambda: _check_rows(config, student_layout, rows, eval_rows))
+    return Inputs(
+        config, student_arch, teacher_arch, student_layout, teacher_layout, tokenizer, vocab_size, rows, eval_rows
+    )
+
+
+def _models(
+    config: RunConfig, world_size: int
+) -> tuple[Layout, Layout, Architecture, Architecture | None, PreTrainedTokenizerBase, int]:
+    """What is known without the data."""
     student_layout, teacher_layout = layouts(config, world_size)
     student_arch, teacher_path = read_architecture(config.model.model), config.teacher.teacher_model
     teacher_arch = None if teacher_path is None else read_architecture(teacher_path)
@@ -81,9 +97,17 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
     if teacher_arch is not None and not urls:
         check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
-    tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
-    rows = _training_rows(config, tokenizer, vocab_size) if with_training_data else None
-    eval_rows = _eval_rows(config, tokenizer, vocab_size)
+    return (
+        student_layout,
+        teacher_layout,
+        student_arch,
+        teacher_arch,
+        *_vocabulary(config, student_arch, teacher_arch),
+    )
+
+
+def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, eval_rows: Rows | None) -> None:
+    """Whether the rows are such as the run needs, and its batch fits the layout."""
     if rows is not None:
         rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
         _check_batch(config, student_layout)
@@ -92,9 +116,6 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     for purpose, found in (("training", rows), ("evaluation", eval_rows)):
         if found is not None:
             _check_teacher_of(config, purpose, found)
-    return Inputs(
-        config, student_arch, teacher_arch, student_layout, teacher_layout, tokenizer, vocab_size, rows, eval_rows
-    )
 
 
 def layouts(config: RunConfig, world_size: int) -> tuple[Layout, Layout]:
@@ -126,13 +147,13 @@ def _teacher_ranks(config: RunConfig, world_size: int) -> int:
     count, asked = teacher.teacher_world_size, f"--teacher_world_size {teacher.teacher_world_size}"
     if count is None:
         assert teacher.teacher_nodes is not None, "RunConfig.validate refuses separate ranks without their number"
-        local = os.environ.get("LOCAL_WORLD_SIZE")
+        local = environment.number("LOCAL_WORLD_SIZE", least=1)
         if local is None:
             raise ConfigError(
                 f"--teacher_nodes {teacher.teacher_nodes} counts nodes, and nothing says how many ranks a node has: "
                 "start under torchrun, or give --teacher_world_size"
             )
-        count, asked = teacher.teacher_nodes * int(local), f"--teacher_nodes {teacher.teacher_nodes} of {local} ranks"
+        count, asked = teacher.teacher_nodes * local, f"--teacher_nodes {teacher.teacher_nodes} of {local} ranks"
     if count >= world_size:
         least = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
         raise LayoutError(

@@ -22,14 +22,17 @@ from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, open_trackers, told_apart
+from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.train.auto_resume import choose_start, ended_before, first_step_to_write, resumes_itself
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
 from megatron_gkd.train.evaluate import evaluate
 from megatron_gkd.train.faults import BadSteps, LossSpikes, check_finite_weights, lost_rank
 from megatron_gkd.train.plans import evaluates_after, saves_after
+from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import open_checkpoints, resume
+from megatron_gkd.train.run_lock import locked
 from megatron_gkd.train.server_teacher import ServerTeacher
-from megatron_gkd.train.setup import Run, TeacherRun, build
+from megatron_gkd.train.setup import Run, TeacherRun, build, join
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
 from megatron_gkd.train.teacher_ranks import serve_training
@@ -44,17 +47,19 @@ def run_training(config: RunConfig) -> None:
 
     Raises RunStoppedError where a signal ended it early, TrainingError where it cannot go on.
     """
-    run_dir = Path(config.checkpoint.save)
-    asked, config = config, choose_start(config)
-    _check_run_dir(config, run_dir)
+    run_dir, asked = Path(config.checkpoint.save), config
     try:
-        run = build(config)
-        agreement = StopAgreement() if config.teacher.teacher_placement == "separate" else None
-        if isinstance(run, TeacherRun):
-            assert agreement is not None
-            serve_training(run, agreement)
-        else:
-            _run_student(run, run_dir, agreement, asked=asked)
+        join(config)
+        with locked(run_dir):
+            config = choose_start(config)
+            all_or_none(lambda: _check_run_dir(config, run_dir))
+            run = build(config)
+            agreement = StopAgreement() if config.teacher.teacher_placement == "separate" else None
+            if isinstance(run, TeacherRun):
+                assert agreement is not None
+                serve_training(run, agreement)
+            else:
+                _run_student(run, run_dir, agreement, asked=asked)
     except RuntimeError as error:
         lost = lost_rank(error, config.checkpoint.save, config.parallel.distributed_timeout_minutes)
         if lost is None:
@@ -100,11 +105,13 @@ def _train(run: Run, state: TrainerState, writers: _Writers, agreement: StopAgre
     """All steps, with evaluations and checkpoints."""
     config, train_iters, checkpoints = run.config, run.student.train_iters, open_checkpoints(run)
     watch = _Watch(run, agreement, state)
+    watch.replicas.check(state.step, now=True)
     if state.step == 0:
         _evaluate(run, writers, step=0)
     with watch.signals, Progress(train_iters, done_steps=state.step, enabled=run.is_writer) as progress:
         while state.step < train_iters:
             state, stop = _train_step(run, state, writers, progress, watch)
+            watch.replicas.check(state.step)
             checkpoints.poll()
             if not stop and evaluates_after(config, state.step, train_iters):
                 _evaluate(run, writers, step=state.step)
@@ -128,6 +135,7 @@ class _Watch:
         self.signals, self.agreement = StopSignals(), agreement
         self.bad_steps = BadSteps(run, Path(run.config.checkpoint.save), state)
         self.spikes = LossSpikes(run.config.logging.loss_spike_factor)
+        self.replicas = Replicas(run.student, run.config.parallel.check_replicas_steps)
 
 
 def _ask_ahead(run: Run, step: int) -> None:

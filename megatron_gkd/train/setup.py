@@ -25,8 +25,10 @@ from megatron_gkd.model.build import DTYPES, HiddenStateGPTModel, build_model
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.together import require_same
 from megatron_gkd.teacher_pipeline import RemoteTeacher, Teacher, TeacherPipeline, signal_spec
 from megatron_gkd.teacher_server.probes import PROBE_TOKENS, Needs, probe_tokens
+from megatron_gkd.train.alike import row_facts, start_facts
 from megatron_gkd.train.inputs import Inputs, read_inputs
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.plans import StepPlans
@@ -87,11 +89,23 @@ class TeacherRun:
     student: None = None
 
 
+def join(config: RunConfig) -> platform.Platform:
+    """Meet the other ranks, and find that all were started alike. Collective over all ranks of the world.
+
+    Raises ConfigError, the same on all ranks: which rank has another flag, file or package, with both values.
+    """
+    where = platform.setup(config.parallel.device)
+    platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
+    require_same(start_facts(config), "started alike")
+    return where
+
+
 def build(config: RunConfig, *, with_training_data: bool = True) -> Run | TeacherRun:
-    """Check, then build. Collective over all ranks."""
+    """Check, then build. Collective over all ranks, which have met (`join`)."""
     where = platform.setup(config.parallel.device)
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
     inputs = read_inputs(config, dist.get_world_size(), with_training_data=with_training_data)
+    require_same(row_facts(inputs.rows, inputs.eval_rows), "given the same rows")
     groups = build_groups(inputs.student_layout)
     here = inputs.student_layout.holds(dist.get_rank())
     # Servers and the teacher's engine come first: an error within seconds, and the devices' memory is free.

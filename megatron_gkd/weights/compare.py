@@ -20,7 +20,9 @@ from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatch
+from megatron_gkd.weights.hf_files import side_files
 
+_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 SAMPLE_TEXT: Final = (
     "The quick brown fox jumps over the lazy dog. In 1969, two people walked on the Moon; 12 did so until 1972.\n"
     "def add(a, b):\n    return a + b\n"
@@ -33,7 +35,10 @@ def sample_tokens(hf_dir: str | Path, arch: Architecture) -> torch.Tensor:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        found = [name for name in side_files(Path(hf_dir)) if name in _TOKENIZERS or name.endswith(".tiktoken")]
+        if found:  # ids that nobody means would not check what the model is used for
+            raise CheckpointError(f"{hf_dir}: {', '.join(found)} cannot be read as a tokenizer: {error}") from error
         return (torch.arange(64) * max(arch.vocab_size // 64, 1) % arch.vocab_size)[None]
     ids = torch.tensor([tokenizer(SAMPLE_TEXT).input_ids])
     if int(ids.max()) >= arch.vocab_size:

@@ -5,6 +5,9 @@ piece (4 KiB, or one row where that is more) and one piece every 16 MiB between 
 bytes: some 150 MB of a 70B model in bf16. How the tensors are cut into files does not matter, nor do names and dates of
 files.
 
+With `ends_only` it covers the first and the last piece of a tensor's data alone: for a comparison that every rank makes
+at a start.
+
 What it finds: every further training, merge or conversion that touches whole tensors, since each tensor is looked at in
 several places. What it does not: an edit by hand of a few rows in the middle of a large tensor, as of one token's
 embedding.
@@ -24,7 +27,7 @@ _PIECE_BYTES = 4096
 _STRIDE_BYTES = 16 * 2**20
 
 
-def fingerprint(path: str | Path) -> str:
+def fingerprint(path: str | Path, *, ends_only: bool = False) -> str:
     """Of the model in a directory. Raises CheckpointError for weights that HFCheckpoint refuses."""
     digest = hashlib.blake2b(digest_size=16, person=b"gkd.model")
     digest.update((Path(path) / "config.json").read_bytes())
@@ -32,19 +35,19 @@ def fingerprint(path: str | Path) -> str:
         for name in sorted(checkpoint.names()):
             shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
             digest.update(f"\n{name} {dtype} {shape}\n".encode())
-            for first, last in _pieces(shape, dtype.itemsize):
+            for first, last in _pieces(shape, dtype.itemsize, ends_only):
                 rows = checkpoint.read(name, (first, last))
                 digest.update(rows.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _pieces(shape: tuple[int, ...], item_bytes: int) -> list[tuple[int, int]]:
-    """Spans of rows: the first, the last and those between; all rows of a small tensor."""
+def _pieces(shape: tuple[int, ...], item_bytes: int, ends_only: bool) -> list[tuple[int, int]]:
+    """Spans of rows: the first, the last and (unless `ends_only`) those between; all rows of a small tensor."""
     num_rows = shape[0] if shape else 0
     row_bytes = math.prod(shape[1:]) * item_bytes
     if num_rows * row_bytes == 0:
         return []
     length = min(num_rows, max(1, _PIECE_BYTES // row_bytes))
-    stride = max(length, _STRIDE_BYTES // row_bytes)
+    stride = num_rows if ends_only else max(length, _STRIDE_BYTES // row_bytes)
     firsts = [*range(0, num_rows - length, stride), num_rows - length]
     return [(first, first + length) for first in firsts]

@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 import torch
 
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.git_lfs import refuse_lfs_pointer
 from megatron_gkd.json_file import read_json, shown
 from megatron_gkd.weights.plan import Span
 from megatron_gkd.weights.safetensors_format import FLOATS, MOST_TENSORS, Entry, read_header
@@ -39,9 +40,11 @@ SIDE_FILES: Final = (
         "additional_chat_templates",
     ),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
 )
+# Tokenizers of mistral-common by their version, and of tiktoken by the model's name.
+_SIDE_PATTERNS: Final = ("tokenizer.model.v*", "*.tiktoken")
 
 
 class HFCheckpoint:
@@ -182,12 +185,19 @@ class HFCheckpoint:
             done += count
 
 
+def side_files(path: Path) -> list[str]:
+    """Names of the files and directories beside the weights that an export carries over."""
+    matching = {found.name for pattern in _SIDE_PATTERNS for found in path.glob(pattern)}
+    return [name for name in SIDE_FILES if (path / name).exists() or (path / name).is_symlink()] + sorted(matching)
+
+
 def check_side_files(path: Path) -> None:
-    """An export copies what they lead to, so a link may not lead out of the directory."""
-    for name in SIDE_FILES:
+    """An export copies what they lead to, so a link may not lead out of the directory. Nor may one be a pointer."""
+    for name in side_files(path):
         for file in (name, *(str(entry.relative_to(path)) for entry in (path / name).rglob("*"))):
             if (path / file).is_symlink():
                 _inside(path, file)
+            refuse_lfs_pointer(path / file)
 
 
 def has_safetensors(path: Path) -> bool:
@@ -218,6 +228,7 @@ def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    refuse_lfs_pointer(path / INDEX_FILE)
     try:
         weight_map = read_json(_inside(path, INDEX_FILE))["weight_map"]
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -276,6 +287,7 @@ def _read_header(path: Path, file: str) -> dict[str, Entry]:
     target = _inside(path, file)
     if not target.is_file():
         raise CheckpointError(f"{path / file} is no file")
+    refuse_lfs_pointer(target)
     return read_header(target, path / file)
 
 

@@ -21,10 +21,10 @@ import torch
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.weights.hf_files import (
     INDEX_FILE,
-    SIDE_FILES,
     SINGLE_FILE,
     cast_checked,
     check_side_files,
+    side_files,
 )
 from megatron_gkd.weights.safetensors_format import TensorSpec, write_header
 
@@ -138,7 +138,7 @@ def check_destination(out_dir: Path) -> None:
 
 def copy_side_files(source_dir: Path, out_dir: Path) -> None:
     """Copy config, generation config, tokenizer, chat templates and licence, byte for byte."""
-    for name in SIDE_FILES:
+    for name in side_files(source_dir):
         source = source_dir / name
         if source.is_dir():
             shutil.copytree(source, out_dir / name)

@@ -21,7 +21,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,7 @@ from megatron_gkd.weights.safe_files import SafeReader, write_unsharded
 log = logging.getLogger(__name__)
 
 _MARKER: Final = "metadata.json"  # megatron-core's: which format the directory has
+_LAYERS: Final = "decoder.layers."
 _MODEL_PREFIXES: Final = ("embedding.", "decoder.", "output_layer.")  # of the model's keys, besides the optimizer's
 
 
@@ -66,6 +67,19 @@ def is_megatron_checkpoint(path: str | Path) -> bool:
         return "sharded_backend" in read_json(Path(path) / _MARKER)
     except (OSError, ValueError, TypeError):  # not JSON, or a number
         return False
+
+
+def what_it_is(path: str | Path) -> str:
+    """Of a directory that is no such checkpoint: what it is instead, as far as one can see, and what to give."""
+    path = Path(path)
+    iterations = sorted(path.glob("iter_*"))
+    steps = [d for d in sorted((path / "checkpoints").glob("step_*")) if is_megatron_checkpoint(d)]
+    if iterations or steps:
+        kind = "a directory of Megatron-LM checkpoints" if iterations else "a run directory"
+        return f"is {kind}, not one checkpoint; give one of those in it, such as {(iterations or steps)[-1]}"
+    if any(path.glob("mp_rank_*")):
+        return "is a checkpoint in Megatron-LM's format `torch`; save it with --ckpt-format torch_dist, and give that"
+    return "is no Megatron distributed checkpoint"
 
 
 def build_skeleton(
@@ -143,6 +157,8 @@ class MegatronCheckpoint:
             for key, value in metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
+        # Our name of a tensor -> the stored one: wrappers (DDP, Float16Module) leave their prefix in it.
+        self._names = {_unwrapped(key): key for key in self._stored}
         self._shards: dict[int, list[ShardedTensor]] = {}
         state = _sharded_state(chunks, groups)
         apply_factories(state)
@@ -158,11 +174,13 @@ class MegatronCheckpoint:
         """The value of a parameter of the chunks, in the stored dtype; vocabulary padding is zero."""
         tensor = parameter.tensor
         shards = self._shards[_storage(tensor)]
-        stored = self._stored[shards[0].key]
+        stored = self._stored[self._place(shards[0]).name]
         value = torch.empty(tensor.shape, dtype=stored.properties.dtype)
         for shard in shards:
             part = value.as_strided(shard.data.shape, shard.data.stride(), shard.data.storage_offset())
-            self._read_shard(shard, part.view((1,) * shard.prepend_axis_num + tuple(shard.local_shape)))
+            place = self._place(shard)
+            axes = shard.prepend_axis_num - len(shard.global_offset) + len(place.offset)
+            self._read_shard(place, part.view((1,) * axes + tuple(shard.local_shape)))
         if parameter.unit.role in ("embedding", "head"):
             start = shards[0].global_offset[0]
             # At least the vocabulary is stored (_check), so every row below it has been read.
@@ -177,41 +195,65 @@ class MegatronCheckpoint:
 
     def _check_unused(self, arch: Architecture, groups: ProcessGroupCollection) -> None:
         used: list[Any] = [None] * groups.tp_ep_pp.size()
-        mine = {shard.key for shards in self._shards.values() for shard in shards}
+        mine = {self._place(shard).name for shards in self._shards.values() for shard in shards}
         dist.all_gather_object(used, mine, group=groups.tp_ep_pp)
-        unused = {key for key in self._stored if key.startswith(_MODEL_PREFIXES)}.difference(*used)
+        unused = {key for name, key in self._names.items() if name.startswith(_MODEL_PREFIXES)}.difference(*used)
         if unused:
             raise CheckpointError(
                 f"{self.path} holds {min(unused)} (and {len(unused) - 1} more), for which this config.json "
                 f"({arch.model_type}) has no place: dropping it would give a different model, so it is refused"
             )
 
+    def _place(self, shard: ShardedTensor) -> _Place:
+        """Where the shard is stored. Raises CheckpointError where it is not."""
+        if shard.key in self._names:
+            return _Place(self._names[shard.key], tuple(shard.global_shape), tuple(shard.global_offset))
+        # Layers that are saved apart (non-homogeneous) have their number in the name in place of the first axis.
+        if shard.prepend_axis_num and shard.key.startswith(_LAYERS):
+            apart = f"{_LAYERS}{shard.global_offset[0]}.{shard.key.removeprefix(_LAYERS)}"
+            if apart in self._names:
+                return _Place(self._names[apart], tuple(shard.global_shape[1:]), tuple(shard.global_offset[1:]))
+        raise CheckpointError(f"{self.path} has no {shard.key}, which this model needs")
+
     def _check(self, shard: ShardedTensor) -> None:
-        if shard.key not in self._stored:
-            raise CheckpointError(f"{self.path} has no {shard.key}, which this model needs")
-        size, needed = tuple(self._stored[shard.key].size), tuple(shard.global_shape)
+        name, needed, _ = self._place(shard)
+        size = tuple(self._stored[name].size)
         enough = size[0] >= self._vocab_size and size[1:] == needed[1:]
         if not (enough if shard.allow_shape_mismatch else size == needed):
             raise CheckpointError(
-                f"{self.path}: {shard.key} has shape {list(size)}, config.json needs {list(needed)}"
+                f"{self.path}: {name} has shape {list(size)}, config.json needs {list(needed)}"
                 + (f" with {self._vocab_size} rows or more" if shard.allow_shape_mismatch else "")
             )
 
-    def _read_shard(self, shard: ShardedTensor, target: torch.Tensor) -> None:
-        stored = self._stored[shard.key]
-        offsets, sizes = torch.Size(shard.global_offset), torch.Size(target.shape)
-        items = create_read_items_for_chunk_list(shard.key, stored, [ChunkStorageMetadata(offsets, sizes)])
+    def _read_shard(self, place: _Place, target: torch.Tensor) -> None:
+        stored = self._stored[place.name]
+        offsets, sizes = torch.Size(place.offset), torch.Size(target.shape)
+        items = create_read_items_for_chunk_list(place.name, stored, [ChunkStorageMetadata(offsets, sizes)])
         found = sum(math.prod(item.lengths) for item in items)
         needed = math.prod(
             max(min(offset + size, end) - offset, 0)
             for offset, size, end in zip(offsets, sizes, stored.size, strict=True)
         )
         if found != needed:
-            raise CheckpointError(f"{self.path}: {shard.key} at {list(offsets)} is stored {found}/{needed}")
+            raise CheckpointError(f"{self.path}: {place.name} at {list(offsets)} is stored {found}/{needed}")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target))
         except Exception as error:  # a truncated file raises what its reader meets first
-            raise CheckpointError(f"{self.path}: {shard.key} cannot be read: {error!r}") from error
+            raise CheckpointError(f"{self.path}: {place.name} cannot be read: {error!r}") from error
+
+
+class _Place(NamedTuple):
+    """Where a shard is in the checkpoint."""
+
+    name: str  # as stored
+    shape: tuple[int, ...]  # of the whole stored tensor
+    offset: tuple[int, ...]
+
+
+def _unwrapped(key: str) -> str:
+    while key.startswith("module."):
+        key = key.removeprefix("module.")
+    return key
 
 
 def _sharded_state(chunks: Sequence[Any], groups: ProcessGroupCollection) -> dict[str, Any]:

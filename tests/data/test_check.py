@@ -18,7 +18,7 @@ from tokenizers import normalizers
 from megatron_gkd import cli
 from megatron_gkd.check_config import CheckDataConfig
 from megatron_gkd.data import check
-from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
 from megatron_gkd.data.check import check_rows, run_check_data
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.data.show import show_row, visible
@@ -182,3 +182,17 @@ def test_exit_code_1(
     assert "WRONG" in capsys.readouterr().out
     with pytest.raises(DataError, match="no usable row"):
         run_check_data(CheckDataConfig(model=model, dataset=[write(tmp_path / "f.jsonl", "{")]))
+
+
+def test_a_tokenizer_that_is_larger_than_the_model(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "d.jsonl", {"messages": [USER, ASSISTANT]})
+    size = len(ChatEncoder(load_tokenizer(model)).tokenizer)
+    config = CheckDataConfig(model=model, dataset=[data])
+    (Path(model) / "config.json").write_text(json.dumps({"vocab_size": size}))
+    run_check_data(config)
+    (Path(model) / "config.json").write_text(json.dumps({"vocab_size": size - 1}))
+    with pytest.raises(CheckFailedError, match=rf"has {size} tokens, but its config.json says vocab_size {size - 1}"):
+        run_check_data(config)
+    assert "WRONG the tokenizer" in capsys.readouterr().out

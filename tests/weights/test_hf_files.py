@@ -152,7 +152,7 @@ def test_a_file_that_is_too_long_or_no_safetensors(tmp_path: Path) -> None:
     data = (single(tmp_path) / SINGLE_FILE).read_bytes()
     (tmp_path / SINGLE_FILE).write_bytes(data + b"x")
     expect(tmp_path, "damaged or truncated")
-    (tmp_path / SINGLE_FILE).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / SINGLE_FILE).write_bytes(b"<html>this file moved: it is somewhere else now</html>\n")
     expect(tmp_path, "no safetensors header")
 
 
@@ -249,6 +249,16 @@ def test_links_of_the_hub_cache_are_inside_it(tmp_path: Path) -> None:
     assert torch.equal(HFCheckpoint(snapshot).read("a"), A)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("file", [SINGLE_FILE, INDEX_FILE, "tokenizer.json", "tekken.json", "qwen.tiktoken"])
+def test_git_lfs_pointers_are_named(tmp_path: Path, file: str) -> None:
+    path = sharded(tmp_path) if file == INDEX_FILE else single(tmp_path)
+    (path / file).write_text(POINTER)
+    expect(path, rf"{file} is a Git LFS pointer, not the file that it points to: fetch it with `git lfs pull`")
+
+
 def test_quantised_and_integer_tensors_are_refused_when_asked_for(tmp_path: Path) -> None:
     checkpoint = HFCheckpoint(single(tmp_path, a=A.to(torch.int8), b=A.to(torch.float8_e4m3fn)))
     for name in "ab":
@@ -270,6 +280,17 @@ def write(path: Path, source: Path, tensors: dict[str, torch.Tensor], **options:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     return path / "out"
+
+
+def test_tokenizers_of_all_kinds_are_carried_over(tmp_path: Path) -> None:
+    source = single(tmp_path / "source")
+    (source / "config.json").write_text("{}")
+    names = ("tekken.json", "tokenizer.model.v3", "qwen.tiktoken", "tokenizer.model")
+    for name in (*names, "other.model", "optimizer.pt"):
+        (source / name).write_text(f"content of {name}")
+    out = write(tmp_path, source, {"a": A})
+    assert {path.name for path in out.iterdir()} == {SINGLE_FILE, "config.json", *names}
+    assert all((out / name).read_text() == f"content of {name}" for name in names)
 
 
 def model_dir(path: Path) -> Path:

@@ -13,7 +13,6 @@
     writing.py    writing it in parts, so that training can go on meanwhile
     saving.py     a save, from hidden directory to pointer
     loading.py    which checkpoint, is it whole, back into the run
-    agreement.py  all ranks go on, or all raise the same error
 
 Everything is collective over WORLD, whether a rank has a student or not.
 """

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.parallel.together import first_problem, from_first, on_first
 from megatron_gkd.train.checkpoint import files
-from megatron_gkd.train.checkpoint.agreement import first_problem, from_first, on_first
 from megatron_gkd.train.checkpoint.rng import read_rng, reseed, restore_rng
 from megatron_gkd.train.checkpoint.sharded import restore
 from megatron_gkd.train.checkpoint.state import (

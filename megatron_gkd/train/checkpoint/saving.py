@@ -24,8 +24,8 @@ import torch.distributed as dist
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.observe.advice import go_on
 from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.parallel.together import all_true, first_problem, gathered_first, on_first
 from megatron_gkd.train.checkpoint import files
-from megatron_gkd.train.checkpoint.agreement import all_true, first_problem, gathered_first, on_first
 from megatron_gkd.train.checkpoint.rng import pack, rng_states
 from megatron_gkd.train.checkpoint.sharded import sharded_state
 from megatron_gkd.train.checkpoint.state import (

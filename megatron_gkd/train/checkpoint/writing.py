@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_gkd.train.checkpoint.agreement import gathered_first, on_first
+from megatron_gkd.parallel.together import gathered_first, on_first
 from megatron_gkd.weights.safe_files import write_unsharded
 
 

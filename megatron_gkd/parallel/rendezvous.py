@@ -1,0 +1,197 @@
+"""How the ranks of a run find each other, with an error that says what is missing where they do not.
+
+    start = read_start()                            from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; checked
+    store = meet(start, about="gloo", timeout=...)  returns when every rank has come, or raises on all that came
+
+The first rank (or the launcher's agent) keeps a store at MASTER_ADDR:MASTER_PORT. Every rank writes down who it is; the
+first rank reads that of all and writes a verdict, for which the others wait: one answer for everybody, and a work
+that grows with the number of ranks on one of them alone. Found here, each in one line: an address that leads nowhere, a
+port that is taken, a rank that never comes (by number), one that comes twice, another WORLD_SIZE, another device.
+
+Communication: the store's own; no process group exists yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported, not by name
+
+from megatron_gkd import environment
+from megatron_gkd.errors import ConfigError
+
+NEEDED: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LINGER_S: Final = 3.0  # the first rank keeps the store alive until the others have read why the start failed
+_SHOWN: Final = 8
+
+
+@dataclass(frozen=True)
+class Start:
+    """This rank's place in the world, and where the first rank is met."""
+
+    rank: int
+    world_size: int
+    address: str
+    port: int
+
+    @property
+    def place(self) -> str:
+        return f"MASTER_ADDR {self.address}, MASTER_PORT {self.port}"
+
+
+def read_start() -> Start | None:
+    """From the environment; None for a plain start of one process. Raises ConfigError for what is missing or wrong."""
+    present = [name for name in NEEDED if os.environ.get(name, "").strip()]
+    if not present:
+        return None
+    if len(present) < len(NEEDED):
+        raise ConfigError(
+            f"torch.distributed needs {', '.join(NEEDED)}; only {', '.join(present)} set: start with torchrun, or "
+            "with none of them for one process"
+        )
+    rank, world_size = environment.number("RANK"), environment.number("WORLD_SIZE", least=1)
+    port = environment.number("MASTER_PORT", least=1, most=65535)
+    assert rank is not None
+    assert world_size is not None
+    assert port is not None
+    if rank >= world_size:
+        raise ConfigError(
+            f"RANK is {rank} and WORLD_SIZE is {world_size}: ranks are counted from 0 to {world_size - 1}; start with "
+            "torchrun, or give every process a number of its own below WORLD_SIZE"
+        )
+    return Start(rank, world_size, os.environ["MASTER_ADDR"].strip(), port)
+
+
+def meet(start: Start, *, about: str, timeout: timedelta) -> Store:
+    """A store for the process group of all ranks, when all have come. Collective over the world that `start` describes.
+
+    Args:
+        about: what has to be the same on every rank for a process group to be made: the backend.
+
+    Raises:
+        ConfigError: as the module docstring says.
+    """
+    began = time.monotonic()
+    store = _open_store(start, timeout)
+    # An agent that keeps one store for all attempts must not show this one the records of the last.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    records = PrefixStore(f"megatron_gkd/start_{attempt}", store)
+    try:
+        if records.add(f"count_{start.rank}", 1) > 1:
+            raise ConfigError(
+                f"RANK {start.rank} was given to two processes ({start.place}), or another job meets there: give every "
+                "process a number of its own, and every job a port of its own"
+            )
+        mine = {"host": socket.gethostname(), "world_size": start.world_size, "about": about}
+        records.set(f"rank_{start.rank}", json.dumps(mine))
+        left = timeout - timedelta(seconds=time.monotonic() - began)
+        verdict = _verdict(records, start, left, timeout) if start.rank == 0 else _wait_for_verdict(records, timeout)
+    except (dist.DistError, RuntimeError) as error:
+        raise ConfigError(
+            f"rank 0 did not come, or ended, while the ranks met ({start.place}; {_short(error)}): its own message "
+            "says why. Nothing was begun"
+        ) from error
+    if verdict:
+        raise ConfigError(verdict)
+    return PrefixStore("default_pg", store)  # as torch does: the store may serve others too
+
+
+def _open_store(start: Start, timeout: timedelta) -> Store:
+    minutes = f"{timeout.total_seconds() / 60:g} minutes"
+    try:
+        # As torch's env:// makes it, but that it does not wait for the others: it cannot say which are missing.
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = TCPStore(
+            start.address,
+            start.port,
+            start.world_size,
+            is_master=start.rank == 0 and not of_agent,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=not of_agent,
+        )
+    except (dist.DistError, RuntimeError) as error:
+        text = _short(error)
+        if "EADDRINUSE" in text or "address already in use" in text.lower():
+            raise ConfigError(
+                f"port {start.port} of {socket.gethostname()} is taken by another program, so no rank can be met there "
+                "(MASTER_PORT, or the port of RDZV_ENDPOINT): give another port, the same on all nodes"
+            ) from error
+        raise ConfigError(
+            f"rank {start.rank} on {socket.gethostname()} could not reach the first rank at {start.address}:"
+            f"{start.port}{_unresolved(start.address)} within {minutes} (--distributed_timeout_minutes): nothing was "
+            "begun. Is rank 0 started, is MASTER_ADDR its address as seen from here, and MASTER_PORT its port? "
+            f"({text})"
+        ) from error
+    return store
+
+
+def _verdict(records: Store, start: Start, left: timedelta, timeout: timedelta) -> str:
+    """On the first rank: what is wrong with those that came, or "" when all is well; written down for the others."""
+    keys = [f"rank_{rank}" for rank in range(start.world_size)]
+    with contextlib.suppress(dist.DistError, RuntimeError):  # said below, by number
+        records.wait(keys, max(left, timedelta(seconds=1)))
+    came: dict[int, Any] = {r: json.loads(records.get(key)) for r, key in enumerate(keys) if records.check([key])}
+    verdict = _missing(came, start, timeout) or _unlike(came)
+    records.set("verdict", verdict or "ok")
+    if verdict:
+        time.sleep(_LINGER_S)
+    return verdict
+
+
+def _wait_for_verdict(records: Store, timeout: timedelta) -> str:
+    # The first rank waits as long for the last one; it may have come later than this one.
+    records.wait(["verdict"], 2 * timeout + timedelta(seconds=_LINGER_S))
+    verdict = records.get("verdict").decode()
+    return "" if verdict == "ok" else verdict
+
+
+def _missing(came: dict[int, Any], start: Start, timeout: timedelta) -> str:
+    missing = [rank for rank in range(start.world_size) if rank not in came]
+    if not missing:
+        return ""
+    hosts = {host: [r for r, it in came.items() if it["host"] == host] for host in {it["host"] for it in came.values()}}
+    there = "; ".join(f"{_ranks(ranks)} on {host}" for host, ranks in sorted(hosts.items())[:_SHOWN])
+    return (
+        f"{len(came)} of {start.world_size} ranks came to {start.place} within "
+        f"{timeout.total_seconds() / 60:g} minutes (--distributed_timeout_minutes): {_ranks(missing)} missing. There: "
+        f"{there}. Nothing was begun; start the others too (their own messages say why they ended), or correct the "
+        "number of ranks"
+    )
+
+
+def _unlike(came: dict[int, Any]) -> str:
+    first = came[0]
+    for rank, record in came.items():
+        for key, what in (("world_size", "WORLD_SIZE"), ("about", "the backend (it follows from --device)")):
+            if record[key] != first[key]:
+                return (
+                    f"{what} is {first[key]} on rank 0 ({first['host']}) and {record[key]} on rank {rank} "
+                    f"({record['host']}): start all ranks alike"
+                )
+    return ""
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:_SHOWN])) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
+def _unresolved(address: str) -> str:
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        return f" (the name does not lead to an address: {error.strerror or error})"
+    return ""
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
