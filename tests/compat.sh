@@ -66,7 +66,7 @@ tests=(
     tests/test_convert.py::test_megatron_core_loads_it_in_another_layout
     tests/test_convert.py::test_a_checkpoint_of_a_training_run_with_another_config
     # sampling: weights into a real vLLM, and a run of the plain command line
-    tests/rollout/test_bridge.py::test_one_rank
+    "tests/rollout/test_bridge.py::test_ranks[1]"
     tests/train/test_on_policy.py::test_the_command_line_of_the_readme_with_defaults
     # what is private upstream is still there
     tests/test_upstream.py

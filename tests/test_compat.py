@@ -18,7 +18,7 @@ SCRIPT = ROOT / "tests/compat.sh"
 
 
 def named_tests() -> list[str]:
-    return re.findall(r"^    (tests/\S+\.py(?:::\w+)?)$", SCRIPT.read_text(), flags=re.M)
+    return re.findall(r"^    \"?(tests/\S+\.py(?:::\w+)?)(?:\[\w+\])?\"?$", SCRIPT.read_text(), flags=re.M)
 
 
 def test_every_test_that_it_names_exists() -> None:

@@ -78,7 +78,7 @@ def trees() -> dict[str, ast.Module]:
 
 def own_names(all_trees: dict[str, ast.Module]) -> set[str]:
     """Names that the package itself gives: functions, classes, variables, attributes of `self`."""
-    names = {"_replace", "_asdict"}  # namedtuple's, documented
+    names = {"_replace", "_asdict", "_fields", "_exit"}  # documented: namedtuple's, os._exit
     for node in (node for tree in all_trees.values() for node in ast.walk(tree)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
