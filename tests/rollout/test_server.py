@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout import transfer
 from megatron_gkd.rollout.local_server import LocalServer
+from megatron_gkd.rollout.owned import private_directory
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.rollout.server import ServerEngine
 from megatron_gkd.weights.checksum import checksum
@@ -61,13 +61,12 @@ def server(models: list[Path]) -> Iterator[LocalServer]:
 def new_engine(server: LocalServer, models: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
     engines: list[ServerEngine] = []
     made: list[str] = []
-    mkdtemp = tempfile.mkdtemp
 
-    def recording(*args: Any, **options: Any) -> str:
-        made.append(mkdtemp(*args, **options))
+    def recording(prefix: str, root: str) -> str:
+        made.append(private_directory(prefix, root))
         return made[-1]
 
-    monkeypatch.setattr(transfer.tempfile, "mkdtemp", recording)
+    monkeypatch.setattr(transfer, "private_directory", recording)
 
     def make(**options: Any) -> ServerEngine:
         engines.append(connect(server, options.pop("model", models[0]), **options))
@@ -76,7 +75,7 @@ def new_engine(server: LocalServer, models: list[Path], monkeypatch: pytest.Monk
     yield make
     for engine in engines:
         engine.close()
-    assert not [path for path in made if "gkd-weights-" in path and os.path.exists(path)], "files stay in shared memory"
+    assert not [path for path in made if os.path.exists(path)], "files stay in shared memory"
 
 
 @pytest.mark.parametrize("way", ["shm", "group"])

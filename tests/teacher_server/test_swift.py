@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,16 @@ class OfSwift(Served):
         command += ["--vllm_enforce_eager", "true", "--vllm_engine_kwargs", engine]
         with contextlib.nullcontext() if real else forked_programs():
             self.start([*command, "--api_key", KEY], ENVIRONMENT)
+
+    def wait(self) -> None:
+        """ms-swift takes another port where somebody holds the one that it is given, as a reservation does."""
+        deadline = time.monotonic() + LIMIT_S
+        while (found := re.search(r"Uvicorn running on (http://\S+)", self.log.read_text(errors="replace"))) is None:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(self.log.read_text(errors="replace")[-3000:])
+            time.sleep(0.2)
+        self.url = found[1]
+        super().wait()
 
 
 def serve(root: Path, *template: str, real: bool) -> Iterator[OfSwift]:
