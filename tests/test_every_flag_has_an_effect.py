@@ -31,7 +31,7 @@ REFUSED = {
 
 # Read through another name: a pattern, and where.
 THROUGH = {
-    "log_level": (r"setup_logging\(cfg\.logging\.log_level\)", ["cli.py"]),
+    "log_level": (r"cfg, cfg\.logging\.log_level\)", ["cli.py"]),
     "train_iters": (r"training\.(num_steps\(|train_iters\b)", None),
     "loss_path": (r"distillation\.fuse_loss\b", None),
     "use_liger_kernel": (r"distillation\.fuse_loss\b", None),

@@ -6,9 +6,8 @@
 A rank that waits in one collective for hours is an error after `--distributed_timeout_minutes`. So a rank works in a
 thread and says, every `every_s` seconds, that it is still at work; each of these is a collective of its own.
 
-Either every rank returns the result or every rank raises. With `on_first_rank` the first rank raises what `work`
-raised, the others a RolloutError of the same text; with `on_some_ranks` all raise the error of the lowest rank that
-failed, in its class where that is one of the package's.
+Either every rank returns the result or every rank raises: the error of the lowest rank that failed, in its class where
+that is one of the package's (else RolloutError on the ranks that wait for the first one, RuntimeError for several).
 
 Communication: of `on_first_rank`, broadcast_object_list from the first rank over `group`, one every `every_s` seconds
 and one at the end, which carries the result (any object that can be pickled); of `on_some_ranks`, all_gather_object
@@ -46,13 +45,16 @@ def on_first_rank(work: Callable[[], Result], group: dist.ProcessGroup, *, every
         if at_work is not None:
             at_work.wait(every_s)
             if at_work.done:
-                news = [(None if at_work.error is None else str(at_work.error) or repr(at_work.error), at_work.value)]
+                news = [(None if at_work.error is None else _described(at_work.error), at_work.value)]
         dist.broadcast_object_list(news, src=first, group=group)
         if news[0] is not None:
             failure, result = news[0]
             if failure is None:
                 return result
-            raise (at_work.error if at_work is not None and at_work.error is not None else RolloutError(failure))
+            if at_work is not None and at_work.error is not None:
+                raise at_work.error
+            name, text = failure
+            raise getattr(errors, name, RolloutError)(text)
 
 
 def on_some_ranks(

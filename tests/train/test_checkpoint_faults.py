@@ -221,7 +221,7 @@ def test_a_failed_save_is_an_error_on_all_ranks_and_the_last_checkpoint_stays(
     messages = run_ranks(train_with_small_files, argv, 20_000, world=2)
     for message in messages:
         assert "step_00000003 could not be saved: rank 1: " in message
-        assert "go on from the newest with --load" in message
+        assert "go on from step_00000002, the newest checkpoint, which is complete, with --load" in message
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["latest", "step_00000001", "step_00000002"]
     assert run_ranks(choose, str(run_dir), "full", world=2)[0] == ("step_00000002", [])
 
