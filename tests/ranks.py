@@ -59,9 +59,9 @@ import torch.distributed as dist
 from tests.support.effort import LIMIT_S
 
 _PRELOAD = ["tests.support.preload"]
-# Groups that something still refers to keep their threads, three each, and gloo's wake up a hundred times a second: twenty
-# living ranks with twenty groups each took a quarter of two cores. A pool above this is ended, and the next call forks a
-# new one, which takes less than a second.
+# Groups that something still refers to keep their threads, three each, and gloo's wake up a hundred times a second: of
+# twenty living ranks with twenty groups each these took a quarter of two cores. A pool above this is ended, and the
+# next call forks a new one, which takes less than a second.
 _MOST_THREADS = 24
 _GRACE_S = 1.0  # after the first failure, how long to wait for a peer that failed before it
 _GLOO_TIMEOUT = timedelta(minutes=30)  # the caller's timeout_s governs; gloo's own must not be shorter
