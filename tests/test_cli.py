@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -150,7 +150,7 @@ def test_what_every_rank_would_say_is_said_once_per_machine(
     """And a silent rank stays until the launcher ends it, for at most a while: had it ended first, the launcher would
     have ended the speaker before its message."""
     waited: list[float] = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=waited.append))  # threads of other tests sleep too
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert cli.main([*TRAIN, *MISSING]) == 2
