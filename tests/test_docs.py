@@ -82,7 +82,7 @@ def test_every_page_is_reached_from_the_index():
 
 def test_the_tests_that_the_page_about_tests_names_exist():
     text = (ROOT / "docs/testing.md").read_text(encoding="utf-8")
-    files = set(re.findall(r"\btests/[\w/]+(?:\.py)?", text))
+    files = set(re.findall(r"\btests/[\w/]+(?:\.\w+)?", text))
     assert {name for name in files if not (ROOT / name).exists()} == set()
     defined = {
         name
