@@ -261,7 +261,7 @@ def test_a_source_with_a_config_alone_gives_its_dtype(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "source", "llama", layers=1)
     alone = tmp_path / "alone"
     alone.mkdir()
-    for key, value, expected in (("torch_dtype", "float16", torch.float16), ("x", "y", torch.float32)):
+    for key, value, expected in (("torch_dtype", "float16", torch.float16), ("use_cache", True, torch.float32)):
         config = json.loads((source / "config.json").read_text())
         del config["dtype"]
         (alone / "config.json").write_text(json.dumps(config | {key: value}))
