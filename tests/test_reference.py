@@ -24,6 +24,15 @@ def _autograd(function, student: torch.Tensor) -> torch.Tensor:
     return grad
 
 
+def _same_gradient(closed_form, by_autograd, logits: torch.Tensor, temperature: float) -> None:
+    """The same but for float64 rounding on any CPU: log-probabilities are as exact as the largest of logits / T allows,
+    and the gradient is a log-probability ratio, divided by T again. Both sides round so, a few times."""
+    eps = torch.finfo(torch.float64).eps
+    torch.testing.assert_close(
+        closed_form, by_autograd, rtol=0, atol=8 * eps * float(logits.abs().max()) / temperature**2
+    )
+
+
 @pytest.mark.parametrize("vocab_size", [None, 19])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("beta", BETAS)
@@ -31,9 +40,8 @@ def test_closed_form_gradient_equals_autograd(beta, temperature, vocab_size):
     student, teacher = _logits()
     kwargs = dict(beta=beta, temperature=temperature, vocab_size=vocab_size)
     grad = ref.generalized_jsd_grad(student, teacher, **kwargs)
-    torch.testing.assert_close(
-        grad, _autograd(lambda s: ref.generalized_jsd(s, teacher, **kwargs), student), rtol=0, atol=1e-14
-    )
+    expected = _autograd(lambda s: ref.generalized_jsd(s, teacher, **kwargs), student)
+    _same_gradient(grad, expected, torch.stack([student, teacher]), temperature)
     assert vocab_size is None or (grad[:, vocab_size:] == 0).all()
 
 
@@ -47,7 +55,7 @@ def test_closed_form_topk_gradient_equals_autograd(beta, k, tail):
         kwargs = dict(beta=beta, temperature=temperature, vocab_size=19, tail=tail)
         grad = ref.topk_jsd_grad(student, teacher, support, **kwargs)
         expected = _autograd(lambda s, kw=kwargs: ref.topk_jsd(s, teacher, support, **kw), student)
-        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-14)
+        _same_gradient(grad, expected, torch.stack([student, teacher]), temperature)
 
 
 def test_end_points_are_torchs_kl():

@@ -3,10 +3,16 @@
     start = read_start()                            from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; checked
     store = meet(start, about="gloo", timeout=...)  returns when every rank has come, or raises on all that came
 
-The first rank (or the launcher's agent) keeps a store at MASTER_ADDR:MASTER_PORT. Every rank writes down who it is; the
-first rank reads that of all and writes a verdict, for which the others wait: one answer for everybody, and a work
-that grows with the number of ranks on one of them alone. Found here, each in one line: an address that leads nowhere, a
-port that is taken, a rank that never comes (by number), one that comes twice, another WORLD_SIZE, another device.
+The first rank (or the launcher's agent) keeps a store at MASTER_ADDR:MASTER_PORT. The first rank opens a meeting, under
+a name that nobody has used before; every rank writes down there who it is; the first rank reads that of all and answers
+each: one answer for everybody, and work that grows with the number of ranks on one of them alone. Found here, each in
+one line: an address that leads nowhere, a port that is taken, a rank that never comes (by number), one that comes
+twice, another WORLD_SIZE, another device.
+
+The name is why a restart works. An agent may keep one store for all attempts of a job: it is full of the records and
+addresses of ranks that have died. TORCHELASTIC_RESTART_COUNT does not tell attempts apart: every node counts its own
+failures, and a node whose ranks were well when another's died has counted none. A rank that finds the name of an
+earlier meeting gets no answer there, and goes on to the next.
 
 Communication: the store's own; no process group exists yet.
 """
@@ -18,6 +24,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -30,6 +37,10 @@ from megatron_gkd.errors import ConfigError
 
 NEEDED: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LINGER_S: Final = 3.0  # the first rank keeps the store alive until the others have read why the start failed
+_SHORTEST_PAUSE_S: Final = 0.01  # between two looks at the store, of which one costs a message
+_LONGEST_PAUSE_S: Final = 0.5
+_MEETING: Final = "megatron_gkd/meeting"
+_WELL: Final = "all have come"
 _SHOWN: Final = 8
 
 
@@ -81,34 +92,28 @@ def meet(start: Start, *, about: str, timeout: timedelta) -> Store:
     """
     began = time.monotonic()
     store = _open_store(start, timeout)
-    # An agent that keeps one store for all attempts must not show this one the records of the last.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    records = PrefixStore(f"megatron_gkd/start_{attempt}", store)
+    mine = {"host": socket.gethostname(), "world_size": start.world_size, "about": about, "name": uuid.uuid4().hex}
     try:
-        if records.add(f"count_{start.rank}", 1) > 1:
-            raise ConfigError(
-                f"RANK {start.rank} was given to two processes ({start.place}), or another job meets there: give every "
-                "process a number of its own, and every job a port of its own"
-            )
-        mine = {"host": socket.gethostname(), "world_size": start.world_size, "about": about}
-        records.set(f"rank_{start.rank}", json.dumps(mine))
-        left = timeout - timedelta(seconds=time.monotonic() - began)
-        verdict = _verdict(records, start, left, timeout) if start.rank == 0 else _wait_for_verdict(records, timeout)
+        if start.rank == 0:
+            left = timeout - timedelta(seconds=time.monotonic() - began)
+            meeting, verdict = _hold_meeting(store, start, mine, left, timeout)
+        else:
+            meeting, verdict = _find_meeting(store, start, mine, timeout)
     except (dist.DistError, RuntimeError) as error:
         raise ConfigError(
             f"rank 0 did not come, or ended, while the ranks met ({start.place}; {_short(error)}): its own message "
             "says why. Nothing was begun"
         ) from error
-    if verdict:
+    if verdict != _WELL:
         raise ConfigError(verdict)
-    return PrefixStore("default_pg", store)  # as torch does: the store may serve others too
+    return PrefixStore(f"default_pg_{meeting}", store)  # the store may serve others too, and earlier attempts
 
 
 def _open_store(start: Start, timeout: timedelta) -> Store:
     minutes = f"{timeout.total_seconds() / 60:g} minutes"
     try:
         # As torch's env:// makes it, but that it does not wait for the others: it cannot say which are missing.
-        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        of_agent = _of_agent()
         store = TCPStore(
             start.address,
             start.port,
@@ -134,24 +139,71 @@ def _open_store(start: Start, timeout: timedelta) -> Store:
     return store
 
 
-def _verdict(records: Store, start: Start, left: timedelta, timeout: timedelta) -> str:
-    """On the first rank: what is wrong with those that came, or "" when all is well; written down for the others."""
+def _of_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _hold_meeting(
+    store: Store, start: Start, mine: dict[str, Any], left: timedelta, timeout: timedelta
+) -> tuple[str, str]:
+    """On the first rank: (name of the meeting, what is wrong with those that came or _WELL); every rank is answered."""
+    meeting = mine["name"]
+    records: Any = PrefixStore(f"megatron_gkd/{meeting}", store)  # Any: torch's own types leave out what it has
+    records.append("rank_0", json.dumps(mine) + "\n")
+    store.set(_MEETING, meeting)
     keys = [f"rank_{rank}" for rank in range(start.world_size)]
     with contextlib.suppress(dist.DistError, RuntimeError):  # said below, by number
         records.wait(keys, max(left, timedelta(seconds=1)))
-    came: dict[int, Any] = {r: json.loads(records.get(key)) for r, key in enumerate(keys) if records.check([key])}
-    verdict = _missing(came, start, timeout) or _unlike(came)
-    records.set("verdict", verdict or "ok")
+    came = {
+        rank: [json.loads(line) for line in records.get(key).decode().splitlines()]
+        for rank, key in enumerate(keys)
+        if records.check([key])
+    }
+    verdict = _twice(came, start) or _missing({r: them[0] for r, them in came.items()}, start, timeout) or _unlike(came)
+    if store.get(_MEETING).decode() != meeting:
+        verdict = _given_twice(0, start)
+    others = [one["name"] for rank, them in came.items() if rank for one in them]
+    if others:
+        records.multi_set([f"verdict_{name}" for name in others], [verdict or _WELL] * len(others))
+    records.set("closed", "")
     if verdict:
         time.sleep(_LINGER_S)
-    return verdict
+    return meeting, verdict or _WELL
 
 
-def _wait_for_verdict(records: Store, timeout: timedelta) -> str:
+def _find_meeting(store: Store, start: Start, mine: dict[str, Any], timeout: timedelta) -> tuple[str, str]:
+    """On the others: as the first rank has answered."""
     # The first rank waits as long for the last one; it may have come later than this one.
-    records.wait(["verdict"], 2 * timeout + timedelta(seconds=_LINGER_S))
-    verdict = records.get("verdict").decode()
-    return "" if verdict == "ok" else verdict
+    end = time.monotonic() + 2 * timeout.total_seconds() + _LINGER_S
+    records: Any = None
+    key, meeting, pause = f"verdict_{mine['name']}", "", _SHORTEST_PAUSE_S
+    while time.monotonic() < end:
+        if store.check([_MEETING]) and (found := store.get(_MEETING).decode()) != meeting:
+            meeting = found
+            records = PrefixStore(f"megatron_gkd/{meeting}", store)
+            records.append(f"rank_{start.rank}", json.dumps(mine) + "\n")
+        if meeting and records.check([key]):
+            return meeting, records.get(key).decode()
+        if meeting and not _of_agent() and records.check(["closed"]):
+            return meeting, _given_twice(start.rank, start)  # the store is of this attempt, so is the meeting
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_PAUSE_S)
+    minutes = 2 * timeout.total_seconds() / 60
+    raise ConfigError(
+        f"rank 0 did not answer rank {start.rank} on {mine['host']} within {minutes:g} minutes "
+        f"({start.place}): it never came, or another process had the same RANK before this one. Nothing was begun"
+    )
+
+
+def _given_twice(rank: int, start: Start) -> str:
+    return (
+        f"RANK {rank} was given to two processes ({start.place}), or another job meets there: give every process a "
+        "number of its own, and every job a port of its own"
+    )
+
+
+def _twice(came: dict[int, list[Any]], start: Start) -> str:
+    return next((_given_twice(rank, start) for rank, them in came.items() if len(them) > 1), "")
 
 
 def _missing(came: dict[int, Any], start: Start, timeout: timedelta) -> str:
@@ -168,9 +220,9 @@ def _missing(came: dict[int, Any], start: Start, timeout: timedelta) -> str:
     )
 
 
-def _unlike(came: dict[int, Any]) -> str:
-    first = came[0]
-    for rank, record in came.items():
+def _unlike(came: dict[int, list[Any]]) -> str:
+    first = came[0][0]
+    for rank, (record,) in came.items():
         for key, what in (("world_size", "WORLD_SIZE"), ("about", "the backend (it follows from --device)")):
             if record[key] != first[key]:
                 return (

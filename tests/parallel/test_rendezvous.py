@@ -7,11 +7,13 @@ Does not cover: what gloo and NCCL say when ranks have met and cannot connect to
 from __future__ import annotations
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported, not by name
 
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel import rendezvous
@@ -102,19 +104,42 @@ def test_another_backend_is_told_with_both(port: int) -> None:
 
 
 def test_a_rank_that_is_given_twice(port: int) -> None:
-    found = outcomes((start(0, 2, port),), (start(1, 2, port),), (start(1, 2, port),))
-    assert found[0] == "met"
-    assert sorted(text.split(" to ")[0] for text in found[1:]) == ["RANK 1 was given", "met"]
+    """Found before the last rank has come; one that comes later is told so, and the others train."""
+    twice = outcomes((start(0, 3, port), SHORT), (start(1, 3, port),), (start(1, 3, port),))
+    assert [text.split(" (")[0] for text in twice] == ["RANK 1 was given to two processes"] * 3
 
 
-def test_an_attempt_does_not_see_the_records_of_the_last_one(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An agent's store may live through all attempts."""
-    kept = rendezvous._open_store(start(0, 1, port), LONG)
-    monkeypatch.setattr(rendezvous, "_open_store", lambda *_: kept)
-    for attempt in ("0", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        assert outcomes((start(0, 1, port),)) == ["met"]
-    assert outcomes((start(0, 1, port),))[0].startswith("RANK 0 was given to two processes")
+def test_a_second_one_that_comes_later(port: int) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda rank: outcome(start(rank, 2, port)), range(2))) == ["met"] * 2
+        late = outcome(start(1, 2, port))
+    _kept.clear()
+    assert late.startswith("RANK 1 was given to two processes")
+
+
+@pytest.mark.parametrize("died", [False, True], ids=["after_they_met", "while_they_met"])
+def test_an_attempt_does_not_see_what_the_last_one_left(port: int, monkeypatch: pytest.MonkeyPatch, died: bool) -> None:
+    """An agent's store lives through all attempts. The last rank comes first, and finds the old meeting."""
+    agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=LONG)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+
+    def met(rank: int) -> Store:
+        return meet(start(rank, 2, port), about="gloo", timeout=LONG)
+
+    with ThreadPoolExecutor(2) as threads:
+        if died:
+            assert outcome(start(0, 2, port), SHORT).startswith("1 of 2 ranks came")
+        else:
+            of_first, _ = threads.map(met, range(2))
+            of_first.set("address", "of the dead")
+        old = PrefixStore(f"megatron_gkd/{agent.get('megatron_gkd/meeting').decode()}", agent)
+        last = threads.submit(met, 1)
+        while not old.check(["rank_1"]) or old.get("rank_1").count(b"\n") < 2 - died:
+            time.sleep(0.01)
+        stores = [met(0), last.result()]
+    assert not stores[0].check(["address"])
+    stores[0].set("address", "of the living")
+    assert stores[1].get("address") == b"of the living"
 
 
 WHOLE = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="node0", MASTER_PORT="29500")
