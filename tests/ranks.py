@@ -63,6 +63,7 @@ _PRELOAD = ["tests.support.preload"]
 # twenty living ranks with twenty groups each these took a quarter of two cores. A pool above this is ended, and the
 # next call forks a new one, which takes less than a second.
 _MOST_THREADS = 24
+_GC_THRESHOLDS = (20_000, 10, 10)  # python's (700, 10, 10) are a tenth of the time of a step of a tiny model
 _GRACE_S = 1.0  # after the first failure, how long to wait for a peer that failed before it
 _GLOO_TIMEOUT = timedelta(minutes=30)  # the caller's timeout_s governs; gloo's own must not be shorter
 
@@ -259,6 +260,7 @@ def configure_forkserver() -> None:
 def rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
     with open(f"{tmp}/stack{rank}", "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
         torch.set_num_threads(1)

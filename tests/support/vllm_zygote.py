@@ -12,7 +12,8 @@ environment is the zygote's (_ENVIRONMENT). run_ranks(..., with_vllm=True) forks
 
 One zygote serves a test process and all ranks and programs that it starts: its address is in their environment. It
 starts with the first program and ends with the test process; programs do not end with it. It imports, and does nothing
-else: no torch operation, no thread, so that forking is safe.
+else: no torch operation, no thread, so that forking is safe. One constant of vLLM has another value in it (_SPIN_S):
+workers that wait would otherwise take a core that another test needs.
 
 Not covered: the start of an interpreter. Each entry point has a test that starts a real one: the scripts in
 test_rollout_server_script.py and teacher_server/test_vllm.py; the command, and a server of its own, in test_sample.py.
@@ -60,6 +61,7 @@ _ENVIRONMENT: Final = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
+_SPIN_S: Final = 0.005  # a worker looks for its next message that long at full speed, then sleeps; vLLM's own: 1
 _POPEN: Final = subprocess.Popen
 
 
@@ -213,6 +215,9 @@ def main(path: str) -> None:
     """Import, then serve until standard input ends."""
     for name in PRELOAD:
         importlib.import_module(name)
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    SpinCondition.__init__.__defaults__ = (_SPIN_S,)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     gc.collect()

@@ -2,8 +2,9 @@
 completions, refusals.
 
 One server on the loopback interface for all tests, and one with a chat template that is refused, forked from a process
-that has imported vLLM. ms-swift is no requirement of the project: tests/setup_swift.sh installs it into an environment
-of its own, as launch/run_tests.sh does before all tests; without it they are skipped. Faults of other kinds:
+that has imported vLLM; in the nightly run the first is started by the command `swift` itself. ms-swift is no
+requirement of the project: tests/setup_swift.sh installs it into an environment of its own, as launch/run_tests.sh does
+before all tests; without it they are skipped. Faults of other kinds:
 test_servers.py. Not covered: GPUs, other backends of ms-swift, adapters.
 """
 
@@ -26,7 +27,7 @@ from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.teacher_server.servers import TeacherServers
 from megatron_gkd.teacher_server.swift import Swift
 from tests.rollout.serving import logprobs_of
-from tests.support.effort import LIMIT_S
+from tests.support.effort import FULL, LIMIT_S
 from tests.support.vllm_zygote import forked_programs
 from tests.teacher_server.real import (
     KEY,
@@ -111,7 +112,7 @@ def serve(root: Path, *template: str, real: bool) -> Iterator[OfSwift]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OfSwift]:
-    yield from serve(tmp_path_factory.mktemp("swift"), *TOKENS_ALONE, real=True)
+    yield from serve(tmp_path_factory.mktemp("swift"), *TOKENS_ALONE, real=FULL)
 
 
 @pytest.fixture
