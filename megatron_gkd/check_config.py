@@ -13,6 +13,7 @@ from megatron_gkd.config import TeacherConfig
 from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
+from megatron_gkd.template_flags import kwargs_setting, template_kwargs, thinking_setting
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,22 @@ class CheckDataConfig(Section):
     overlong: Literal["drop", "truncate_left", "stop"] = setting(
         "drop", "A row over --max_length: drop and count it, cut its prompt from the left, or stop."
     )
+    loss_scale: Literal["last_round", "all"] = setting(
+        "last_round", "As in training: the turns of the assistant that carry the loss."
+    )
+    chat_template_kwargs: str | None = kwargs_setting()
+    enable_thinking: bool | None = thinking_setting()
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
+
+    @property
+    def template_kwargs(self) -> str:
+        """The variables of the chat template, as JSON. Raises ConfigError."""
+        return template_kwargs(self.chat_template_kwargs, self.enable_thinking)
 
     def check(self) -> None:
         """What cannot work. Raises ConfigError."""
         _check_one_process()
+        assert self.template_kwargs, "an object in JSON"
         if not os.path.isdir(self.model):
             raise ConfigError(f"--model {self.model}: there is no such directory; give one in Hugging Face format")
 

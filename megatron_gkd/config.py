@@ -24,6 +24,7 @@ from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT, Command, refuse_not_built
 from megatron_gkd.server_list import ServerEntry, parse_servers
 from megatron_gkd.settings import Section, default_of, setting, show, type_hints
+from megatron_gkd.template_flags import kwargs_setting, template_kwargs, thinking_setting
 
 __all__ = ["NOT_BUILT", "RunConfig", "flags"]
 
@@ -289,6 +290,13 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate_left", "stop"] = setting(
         "drop", "A row over --max_length: drop and count it, cut its prompt from the left, or stop."
     )
+    loss_scale: Literal["last_round", "all"] = setting(
+        "last_round",
+        "Which turns of the assistant carry the loss: the last one of a row, or all, each as a row of its own with the "
+        "turns before it as its prompt. Marks in the data win.",
+    )
+    chat_template_kwargs: str | None = kwargs_setting()
+    enable_thinking: bool | None = thinking_setting()
     shuffle: bool = setting(
         True, "Draw the rows in a new random order in every epoch; false: in the order of the files."
     )
@@ -300,6 +308,15 @@ class DataConfig(Section):
         "Directory in which tokenised data sets are kept, for the other ranks of a node and for later starts; null: "
         "$GKD_DATA_CACHE_DIR, or megatron_gkd in $HF_HOME (~/.cache/huggingface); none: every rank tokenises.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.template_kwargs, "an object in JSON"
+
+    @property
+    def template_kwargs(self) -> str:
+        """--chat_template_kwargs and --enable_thinking, as JSON. Raises ConfigError."""
+        return template_kwargs(self.chat_template_kwargs, self.enable_thinking)
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,11 @@ def _of_training(cfg: RunConfig) -> Iterator[str]:
             f"--dataset_weights {min(weights)} is less than a thousandth of their sum, {sum(weights)}; leave that data "
             "set out, or give it more"
         )
+    if cfg.data.streaming and cfg.data.loss_scale == "all":
+        yield (
+            "--loss_scale all makes a row of every turn of the assistant, and --streaming true reads one row a record; "
+            "leave out one of them"
+        )
     for flag in ("eval_steps", "eval_samples"):
         if not cfg.is_default(flag) and not cfg.data.eval_dataset:
             yield f"--{flag} needs --eval_dataset"

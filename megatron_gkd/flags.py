@@ -143,11 +143,14 @@ def normalise(
             raise ConfigError(f"unknown flag {token.partition('=')[0]}{nearest(name, table, '--')}")
         if get_origin(table[name].hint) is list and any(item.partition("=")[0] == f"--{name}" for item in tokens):
             raise ConfigError(f"--{name} is given twice; give all its values after one --{name}")
-        if table[name].hint is bool:
+        if table[name].hint is bool or (
+            table[name].hint == bool | None and (value if equals else rest[0] if rest else "") not in _NULLS
+        ):
             if not equals:
                 value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
             if value.lower() not in ("true", "false"):
                 raise ConfigError(f"--{name} is {value}; it must be {type_text(bool)}")
+            nulls.discard(name)
             tokens.append(f"--{name}={value.lower()}")
         elif optional(table[name].hint) and (value if equals else rest[0] if rest else "") in _NULLS:
             rest = rest if equals else rest[1:]

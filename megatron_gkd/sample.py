@@ -32,6 +32,7 @@ from typing import Any
 from megatron_gkd import platform
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
+from megatron_gkd.data.policy import RowSummary, Tokenised, check_variables
 from megatron_gkd.data.prompts import Prompt, completion_text, make_row, read_back, read_prompts
 from megatron_gkd.data.result_file import ResultFile
 from megatron_gkd.data.stop_tokens import stop_tokens
@@ -48,7 +49,7 @@ logger = get_logger(__name__)
 # What a completion, or its being written, depends on: a run with others of these cannot go on with a result.
 _DECIDE = (
     *("model", "max_new_tokens", "num_return_sequences", "temperature", "top_p", "top_k", "seed", "dtype"),
-    *("truncated", "respelled", "on_bad_row", "overlong"),
+    *("truncated", "respelled", "on_bad_row", "overlong", "chat_template_kwargs", "enable_thinking"),
 )
 
 
@@ -56,6 +57,7 @@ def run_sample(config: SampleConfig) -> None:
     """Carry out the command. Raises GKDError for what the user can act on."""
     start_s = time.monotonic()
     encoder = ChatEncoder(load_tokenizer(config.model))
+    check_variables(json.loads(config.template_kwargs), encoder)
     longest_of_model = read_architecture(config.model).max_position_embeddings
     longest = min(config.vllm_max_model_len or longest_of_model, longest_of_model)
     if config.max_new_tokens >= longest:
@@ -86,14 +88,18 @@ class _Survey:
         self.num_records = self.num_prompts = self.longest_needed = 0
         self._room = longest - config.max_new_tokens
         self._stop_at_bad, self._stop_at_overlong = config.on_bad_row == "stop", config.overlong == "stop"
-        digest = hashlib.sha256()
-        for item in read_prompts(config.dataset, encoder):
+        digest, found = hashlib.sha256(), RowSummary()
+        for item in read_prompts(config.dataset, encoder, variables=json.loads(config.template_kwargs)):
             self.num_records += 1
             prompt = self.usable(item, Counter())
             digest.update(json.dumps(prompt and prompt.ids).encode())
             if prompt is not None:
                 self.num_prompts += 1
+                own = {name: value for name, value in prompt.options.items() if name not in prompt.variables}
+                found.note(Tokenised((), (), tuple(encoder.left_out.of([(prompt.text, None)], prompt.options, own))))
                 self.longest_needed = max(self.longest_needed, len(prompt.ids) + config.max_new_tokens)
+        for warning in found.warnings():
+            logger.warning("%s: %s", ", ".join(config.dataset), warning)
         if not self.num_prompts:
             raise DataError(f"no usable prompt in {', '.join(config.dataset)} ({self.num_records} records)")
         self.fingerprint = digest.hexdigest()[:16]
@@ -127,7 +133,9 @@ def _sample_all(
 ) -> Counter[str]:
     settings = SamplingSettings(config.temperature, config.top_p, config.top_k, stop_ids)
     counts = Counter(result.counts)
-    records = read_prompts(config.dataset, encoder, start=result.records_done)
+    records = read_prompts(
+        config.dataset, encoder, start=result.records_done, variables=json.loads(config.template_kwargs)
+    )
     with Progress(survey.num_records, done_steps=result.records_done, unit="record") as progress:
         for batch in _batches(records, config.write_batch_size):
             start_s = time.monotonic()

@@ -11,6 +11,7 @@ from megatron_gkd import environment
 from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
+from megatron_gkd.template_flags import kwargs_setting, template_kwargs, thinking_setting
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class SampleConfig(Section):
     overlong: Literal["drop", "stop"] = setting(
         "drop", "Prompts that leave no room for --max_new_tokens: drop and count them, or stop with their place."
     )
+    chat_template_kwargs: str | None = kwargs_setting()
+    enable_thinking: bool | None = thinking_setting()
     infer_backend: Literal["vllm"] = setting("vllm", "Engine.")
     vllm_mode: Literal["colocate", "server", "subprocess"] = setting(
         "colocate",
@@ -61,8 +64,14 @@ class SampleConfig(Section):
     timeout_minutes: float = setting(240.0, "Most minutes that a server may take for one batch of prompts.", gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
 
+    @property
+    def template_kwargs(self) -> str:
+        """The variables of the chat template, as JSON. Raises ConfigError."""
+        return template_kwargs(self.chat_template_kwargs, self.enable_thinking)
+
     def check(self) -> None:
         """Combinations that cannot work. Raises ConfigError."""
+        assert self.template_kwargs, "an object in JSON"
         if (environment.number("WORLD_SIZE") or 1) > 1:
             raise ConfigError(
                 "sample is one process, and torchrun started several; start it without, and give --vllm_mode "

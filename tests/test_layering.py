@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_gkd"
 LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
     0: {
         *("__init__", "errors", "records", "dtypes", "settings", "config", "contradictions", "not_built", "flags"),
-        *("server_list", "secret", "json_file", "environment"),
+        *("server_list", "secret", "json_file", "environment", "template_flags"),
         *("sample_config", "check_config", "observe"),
     },
     1: {"platform", "parallel"},

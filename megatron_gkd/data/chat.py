@@ -14,6 +14,10 @@ Without a chat template (a base model's tokenizer), prompt and completion are st
 any template: the prompt with the tokenizer's own beginning-of-text token, if it has one, the completion with the
 end-of-text token appended.
 
+What the template is given beside the turns (tools, documents, its variables) comes as `options` and is the same for the
+prompt and the whole. A template that wants the arguments of tool calls as text, not as an object, is given text: which
+of the two is found by a probe.
+
 How a row is encoded is written once, as a generator that asks for the ids of a text and is sent them: `encode` answers
 one row at a time, `encode_all` many rows with one call of the tokenizer for each question, which is faster.
 
@@ -23,17 +27,23 @@ are only ids.
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_gkd.data.time_limit import TimeLimitError, time_limit
+from megatron_gkd.data.turns import Arguments, with_text_arguments
 from megatron_gkd.errors import CheckpointError, DataError
 from megatron_gkd.git_lfs import refuse_lfs_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from megatron_gkd.data.left_out import LeftOut
 
 T = TypeVar("T")
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
@@ -41,6 +51,8 @@ MOST_SECONDS = 60.0  # of one rendering, which takes a millisecond
 Ids = tuple[int, ...]
 Question = tuple[str, bool]  # a text, and whether the tokenizer adds its own special tokens to it
 Encoding = Generator[Question, Ids, T]  # asks for the ids of texts; what it returns is made of them
+Options = Mapping[str, Any]  # what a chat template is given beside the turns
+NO_OPTIONS: Options = MappingProxyType({})
 _PROBE = "gkd7probe"  # a text that no template writes by itself
 
 
@@ -104,13 +116,15 @@ class ChatEncoder:
         self.has_template = bool(tokenizer.chat_template)
         self.end_of_turn_id = self._end_of_turn_id() if self.has_template else self._end_of_text_id()
 
-    def encode(self, prompt: str | Sequence[Message], completion: str | Message | None) -> tuple[Ids, Ids | None]:
+    def encode(
+        self, prompt: str | Sequence[Message], completion: str | Message | None, options: Options = NO_OPTIONS
+    ) -> tuple[Ids, Ids | None]:
         """(prompt ids, completion ids); no completion gives (prompt ids, None).
 
         With a template, a prompt that is a string is the user's only turn, and a completion that is a string is the
         assistant's content.
         """
-        (result,) = self.encode_all([self.encoding(prompt, completion)])
+        (result,) = self.encode_all([self.encoding(prompt, completion, options)])
         if isinstance(result, DataError):
             raise result
         return result
@@ -132,17 +146,33 @@ class ChatEncoder:
         return [results[index] for index in range(len(encodings))]
 
     def encoding(
-        self, prompt: str | Sequence[Message], completion: str | Message | None
+        self, prompt: str | Sequence[Message], completion: str | Message | None, options: Options = NO_OPTIONS
     ) -> Encoding[tuple[Ids, Ids | None]]:
         """What `encode` does, for `encode_all`."""
         if self.has_template:
-            return (yield from self._encode_turns(*as_turns(prompt, completion)))
+            return (yield from self._encode_turns(*as_turns(prompt, completion), options))
+        if options:
+            names = ", ".join(f"`{name}`" for name in options)
+            raise DataError(f"{names} given, and the tokenizer has no chat template that could use them; remove them")
         if not isinstance(prompt, str) or not (completion is None or isinstance(completion, str)):
             raise DataError(
                 "chat messages, but the tokenizer has no chat template; give prompt and completion as strings, "
                 "or add a chat template to the model's directory"
             )
         return (yield from self._encode_strings(prompt, completion))
+
+    def names(self, variable: str) -> bool:
+        """Whether the template's text, comments aside, has the name of a variable."""
+        template = self.tokenizer.chat_template or ""
+        text = template if isinstance(template, str) else "\n".join(template.values())  # several by name
+        return re.search(rf"(?<!\w){re.escape(variable)}(?!\w)", re.sub(r"(?s)\{#.*?#\}", "", text)) is not None
+
+    @cached_property
+    def left_out(self) -> LeftOut:
+        """What the template leaves out of rows."""
+        from megatron_gkd.data.left_out import LeftOut
+
+        return LeftOut(self)
 
     def tokenize(self, text: str) -> Ids:
         """The ids of a text by itself; the names of special tokens in it are those tokens."""
@@ -184,36 +214,31 @@ class ChatEncoder:
             completion_ids = (*completion_ids, self.end_of_turn_id)
         return prompt_ids, completion_ids
 
-    def _encode_turns(self, turns: Sequence[Message], completion: Message | None) -> Encoding[tuple[Ids, Ids | None]]:
-        prompt_ids = yield self._template_text(turns, add_generation_prompt=True), False
+    def _encode_turns(
+        self, turns: Sequence[Message], completion: Message | None, options: Options
+    ) -> Encoding[tuple[Ids, Ids | None]]:
+        prompt_text = self.render(turns, add_generation_prompt=True, options=options)
+        prompt_ids = yield prompt_text, False
         if not prompt_ids:
             raise DataError("the chat template renders the prompt to nothing")
         if completion is None:
             return prompt_ids, None
-        whole = [*turns, completion]
-        whole_ids = yield self._template_text(whole, add_generation_prompt=False), False
+        whole_text = self.render([*turns, completion], add_generation_prompt=False, options=options)
+        whole_ids = yield whole_text, False
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             completion_ids = whole_ids[len(prompt_ids) :]
         else:
-            completion_ids = yield from self._split_text(turns, whole, prompt_ids, whole_ids)
+            completion_ids = yield from self._split_text(prompt_text, whole_text, prompt_ids, whole_ids)
         if self.end_of_turn_id not in completion_ids:
             raise DataError(f"the chat template did not end the assistant's turn with {self._end_of_turn()}")
         return prompt_ids, completion_ids[: len(completion_ids) - completion_ids[::-1].index(self.end_of_turn_id)]
 
-    def _split_text(
-        self,
-        turns: Sequence[Message],
-        whole: Sequence[Message],
-        prompt_ids: Ids,
-        whole_ids: Ids,
-    ) -> Encoding[Ids]:
+    def _split_text(self, prompt_text: str, whole_text: str, prompt_ids: Ids, whole_ids: Ids) -> Encoding[Ids]:
         """Completion ids of a row whose texts do split but whose tokens do not, because a token would span the border.
 
         A sampler cannot produce such a token: it continues the prompt's ids. So the completion's text is tokenised by
         itself, and the two must still spell the whole.
         """
-        prompt_text = self._template_text(turns, add_generation_prompt=True)
-        whole_text = self._template_text(whole, add_generation_prompt=False)
         if whole_text.startswith(prompt_text):
             completion_ids = yield whole_text[len(prompt_text) :], False
             if self.tokenizer.decode([*prompt_ids, *completion_ids]) == self.tokenizer.decode(list(whole_ids)):
@@ -232,7 +257,7 @@ class ChatEncoder:
         """The first special token that the template writes after an assistant's content."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
         try:
-            text = self._template_text(turns, add_generation_prompt=False)
+            text = self.render(turns, add_generation_prompt=False, arguments_as_text=False)
         except DataError as error:
             raise CheckpointError(
                 f"the tokenizer's chat template does not work on one user and one assistant turn: {error}"
@@ -255,12 +280,40 @@ class ChatEncoder:
             )
         return token_id
 
-    def _template_text(self, turns: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    @cached_property
+    def arguments_as_text(self) -> bool:
+        """Whether the template wants the arguments of a tool call as text: given an object it fails, or writes it as
+        Python does; given text it works."""
+        function = {"name": _PROBE, "arguments": Arguments({_PROBE: _PROBE})}
+        calls = [{"id": _PROBE, "type": "function", "function": function}]
+        turns: list[Message] = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+        ]
+        with contextlib.suppress(DataError):
+            if f"'{_PROBE}'" not in self.render(turns, add_generation_prompt=False, arguments_as_text=False):
+                return False
+        with contextlib.suppress(DataError):
+            return _PROBE in self.render(turns, add_generation_prompt=False, arguments_as_text=True)
+        return False
+
+    def render(
+        self,
+        turns: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        options: Options = NO_OPTIONS,
+        arguments_as_text: bool | None = None,
+    ) -> str:
+        """The template's text of turns. Raises DataError. `arguments_as_text`: None: as the template wants it."""
         messages: Any = [dict(turn) for turn in turns]
+        has_calls = any("tool_calls" in turn for turn in turns)
+        if has_calls and (self.arguments_as_text if arguments_as_text is None else arguments_as_text):
+            messages = [with_text_arguments(turn) for turn in turns]
         try:
             with time_limit(MOST_SECONDS):
                 text = self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
                 )
         except TimeLimitError as error:
             raise DataError(f"the chat template did not end within {MOST_SECONDS:g} s") from error

@@ -3,13 +3,17 @@
 Rows are read as training reads them (rows.py). Then, for every row that would be used, by other means than those that
 made it:
 
-    tokens   the tokenizer's own `apply_chat_template(tokenize=True)` gives the same ids (without a template: each
-             string by itself); a prompt that was cut is compared from the cut on. A row in which one token would span
-             the border of prompt and completion must agree in each half by itself, and is counted.
+    tokens   the record is read again (second_reading.py) and given to the tokenizer's own
+             `apply_chat_template(tokenize=True)` with everything that it has, tools and variables too, which gives the
+             same ids (without a template: each string by itself); a prompt that was cut is compared from the cut on. A
+             row in which one token would span the border of prompt and completion must agree in each half by itself,
+             and is counted.
     text     the ids decode to what was rendered, blanks aside (which some tokenizers move): nothing became an unknown
              token, or another letter
     mask     a collated row has its loss positions on the last tokens, one for each of the completion, with the
              completion as labels
+
+Columns that mean nothing here and what the chat template leaves out are counted by name, as training does.
 
 Ends with exit code 1 if a row fails, or if no row has anything to train on. Prompts alone are such rows: with
 `--lmbda 1` they are right, and the message says so.
@@ -17,6 +21,7 @@ Ends with exit code 1 if a row fails, or if no row has anything to train on. Pro
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,11 +31,11 @@ from typing import Any
 
 from megatron_gkd.architecture import read_config_json
 from megatron_gkd.check_config import CheckDataConfig
-from megatron_gkd.data.chat import ChatEncoder, as_turns, load_tokenizer
+from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
 from megatron_gkd.data.collate import collate
 from megatron_gkd.data.files import Columns, read_records
-from megatron_gkd.data.forms import Pair, prompt_and_completion
 from megatron_gkd.data.rows import RowDataset, load_rows
+from megatron_gkd.data.second_reading import Conversation, read_again, teachers_turns
 from megatron_gkd.data.show import show_row
 from megatron_gkd.errors import CheckFailedError
 from megatron_gkd.observe.text import visible
@@ -69,6 +74,10 @@ class Account:
             f"have it inside as well   {self.num_end_inside}",
             f"split at the border      {self.num_split}",
         ]
+        if rows.summary.num_more:
+            lines.insert(2, f"as further turns         {rows.summary.num_more} of them, beyond one row a record")
+        lines += [f"ignored column           {name} ({n})" for name, n in sorted(rows.summary.ignored.items())]
+        lines += [f"LOST in the template     {name} ({n})" for name, n in sorted(rows.summary.lost.items())]
         return lines + [f"first {why}: {text}" for why, text in sorted(rows.summary.first_dropped.items())]
 
 
@@ -83,11 +92,13 @@ def run_check_data(config: CheckDataConfig) -> None:
         on_bad_row=config.on_bad_row,
         overlong=config.overlong,
         max_rows=config.max_rows,
+        loss_scale=config.loss_scale,
+        template_kwargs=config.template_kwargs,
     )
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for index in range(min(config.num_rows, len(rows))):
         print(show_row(encoder, rows[index], rows.place(index), colours=colours), end="\n\n")
-    found = check_rows(encoder, rows, config.dataset)
+    found = check_rows(encoder, rows, config.dataset, loss_scale=config.loss_scale, variables=config.template_kwargs)
     print(visible("\n".join(found.lines(rows))), flush=True)
     if found.problems:
         print(visible("\n".join(f"WRONG {text}" for text in found.problems[:_SHOWN_PROBLEMS])), flush=True)
@@ -118,54 +129,102 @@ def _size_problem(encoder: ChatEncoder, model: str) -> str | None:
     )
 
 
-def check_rows(encoder: ChatEncoder, rows: RowDataset, paths: Sequence[str]) -> Account:
-    """The checks of the module docstring."""
-    found = Account()
-    for index, record in _records(rows, paths):
-        row, place = rows[index], rows.place(index)
-        completion = row.completion_ids or ()
-        found.num_prompt_tokens += len(row.prompt_ids)
-        found.num_completion_tokens += len(completion)
-        found.num_completions += row.completion_ids is not None
-        found.num_ended += completion[-1:] == (encoder.end_of_turn_id,)
-        found.num_end_inside += encoder.end_of_turn_id in completion[:-1]
-        if len(row.prompt_ids) + len(completion) > found.longest:
-            found.longest, found.longest_place = len(row.prompt_ids) + len(completion), place
-        rendered = _Rendered(encoder, prompt_and_completion(record), may_be_cut=rows.summary.num_truncated > 0)
-        found.num_split += rendered.is_split(row)
-        problem = rendered.problem(row) or _mask_problem(row)
-        if problem:
-            found.problems.append(f"{place}: {problem}")
+def check_rows(
+    encoder: ChatEncoder,
+    rows: RowDataset,
+    paths: Sequence[str],
+    *,
+    loss_scale: str = "last_round",
+    variables: str = "{}",
+) -> Account:
+    """The checks of the module docstring. `variables`: the flags' for the template, as JSON."""
+    found, may_be_cut = Account(), rows.summary.num_truncated > 0
+    given = json.loads(variables)
+    may_be_fewer = any("overlong" in reason for reason in rows.summary.dropped)
+    for place, record, of_record in _records(rows, paths):
+        wanted = [
+            _Rendered(encoder, conversation, may_be_cut=may_be_cut)
+            for conversation in read_again(
+                record, loss_scale=loss_scale, variables=given, text_arguments=encoder.arguments_as_text
+            )
+        ]
+        if len(of_record) < len(wanted) and not may_be_fewer and rows.place(len(rows) - 1) != place:
+            found.problems.append(f"{place}: {len(of_record)} rows where the data set has {len(wanted)}")
+        for row in of_record:
+            completion = row.completion_ids or ()
+            found.num_prompt_tokens += len(row.prompt_ids)
+            found.num_completion_tokens += len(completion)
+            found.num_completions += row.completion_ids is not None
+            found.num_ended += completion[-1:] == (encoder.end_of_turn_id,)
+            found.num_end_inside += encoder.end_of_turn_id in completion[:-1]
+            if len(row.prompt_ids) + len(completion) > found.longest:
+                found.longest, found.longest_place = len(row.prompt_ids) + len(completion), place
+            problems = [rendered.problem(row) for rendered in wanted]
+            if None in problems:  # of several rows of a record some may have been dropped
+                at = problems.index(None)
+                found.num_split += wanted[at].is_split(row)
+                problem, wanted = None, wanted[at + 1 :]
+            else:
+                problem, wanted = (problems or ["the record has no such turn to train on"])[0], wanted[1:]
+            problem = problem or _mask_problem(row) or _teachers_problem(encoder, row, record, given)
+            if problem:
+                found.problems.append(f"{place}: {problem}")
     return found
 
 
-def _records(rows: RowDataset, paths: Sequence[str]) -> Iterator[tuple[int, Columns]]:
-    """(index, record) of every row: a second reading, in the order of the first."""
+def _records(rows: RowDataset, paths: Sequence[str]) -> Iterator[tuple[str, Columns, list[Row]]]:
+    """(place, record, its rows) of every record with rows: a second reading, in the order of the first."""
     index = 0
     for path in paths:
         for line, record in read_records(path):
-            if index < len(rows) and rows.place(index) == f"{path}:{line}":
-                assert not isinstance(record, str), "a row that was loaded has columns"
-                yield index, record
+            place, of_record = f"{path}:{line}", []
+            while index < len(rows) and rows.place(index) == place:
+                of_record.append(rows[index])
                 index += 1
+            if of_record:
+                assert not isinstance(record, str), "a row that was loaded has columns"
+                yield place, record, of_record
+
+
+def _teachers_problem(encoder: ChatEncoder, row: Row, record: Columns, variables: dict[str, Any]) -> str | None:
+    prompt = record.get("teacher_prompt")
+    if prompt is None:
+        return None if row.teacher_prompt_ids is None else "the teacher has a prompt of its own, and the row none"
+    if not encoder.has_template:
+        ids = encoder.encode(prompt, None)[0]
+    else:
+        as_text = encoder.arguments_as_text
+        options = read_again(record, loss_scale="all", variables=variables, text_arguments=as_text)[0].options
+        turns = teachers_turns(prompt, text_arguments=as_text)
+        ids = _render(encoder, turns, options, add_generation_prompt=True)[1]
+    return None if ids == row.teacher_prompt_ids else "the teacher's prompt has not the tokenizer's own tokens"
+
+
+def _render(
+    encoder: ChatEncoder, turns: list[Any], options: dict[str, Any], *, add_generation_prompt: bool
+) -> tuple[str, tuple[int, ...]]:
+    """Text and ids, by the tokenizer's own renderer alone."""
+    arguments: dict[str, Any] = dict(add_generation_prompt=add_generation_prompt, return_dict=False, **options)
+    messages: Any = [dict(turn) for turn in turns]
+    apply = encoder.tokenizer.apply_chat_template
+    return str(apply(messages, tokenize=False, **arguments)), tuple(apply(messages, tokenize=True, **arguments))
 
 
 class _Rendered:
     """A record as the tokenizer itself renders and tokenises it."""
 
-    def __init__(self, encoder: ChatEncoder, pair: Pair, *, may_be_cut: bool) -> None:
+    def __init__(self, encoder: ChatEncoder, conversation: Conversation, *, may_be_cut: bool) -> None:
         self._encoder, self._may_be_cut = encoder, may_be_cut
-        prompt, completion = pair
+        turns, answer, options, _ = conversation
         if encoder.has_template:
-            turns, answer = as_turns(prompt, completion)
-            self.prompt, self.prompt_ids = self._render(turns, add_generation_prompt=True)
+            self.prompt, self.prompt_ids = _render(encoder, turns, options, add_generation_prompt=True)
             self.num_added = 0
-            whole = None if answer is None else self._render([*turns, answer], add_generation_prompt=False)
+            whole = None if answer is None else _render(encoder, [*turns, answer], options, add_generation_prompt=False)
             self.whole_ids = None if whole is None else whole[1]
             self.completion = None if whole is None else self._cut(whole[0][len(self.prompt) :])
         else:
-            assert isinstance(prompt, str)
-            assert completion is None or isinstance(completion, str)
+            assert conversation.text_only, "without a template there are strings only"
+            prompt, completion = turns[0]["content"], None if answer is None else answer["content"]
             self.prompt, self.prompt_ids = prompt, encoder.encode(prompt, None)[0]
             self.num_added = len(self.prompt_ids) - len(encoder.tokenize(prompt))  # a beginning-of-text token
             self.completion = None if completion is None else completion + encoder.decode([encoder.end_of_turn_id])
@@ -197,12 +256,6 @@ class _Rendered:
         """The completion's text by itself has these tokens."""
         assert self.completion is not None
         return self._encoder.tokenize(self.completion) == row.completion_ids
-
-    def _render(self, turns: list[Any], *, add_generation_prompt: bool) -> tuple[str, tuple[int, ...]]:
-        options: dict[str, Any] = dict(add_generation_prompt=add_generation_prompt, return_dict=False)
-        messages: Any = [dict(turn) for turn in turns]
-        apply = self._encoder.tokenizer.apply_chat_template
-        return str(apply(messages, tokenize=False, **options)), tuple(apply(messages, tokenize=True, **options))
 
     def _cut(self, text: str) -> str:
         """Up to and including the last token that ends a turn."""

@@ -45,6 +45,10 @@ class Rows(Sequence[Row], ABC):
         """What became of the records so far, for people."""
 
     @abstractmethod
+    def warnings(self) -> list[str]:
+        """What of the data is not trained on although it means something, as far as it was read."""
+
+    @abstractmethod
     def require(self, check: Check) -> None:
         """No row is used that `check` raises for."""
 

@@ -8,6 +8,10 @@ A place reads `path:17`: line 17 of a JSONL file, row 17 of a Parquet file or of
 record that cannot be parsed is handed on as its error text, so that the caller's policy for bad rows decides; a file
 that cannot be read at all stops the run.
 
+One row is one record, whatever file it lies in. A container with columns keeps one type for all rows: a key that one
+row has is there in all of them, null where it was absent. So a null in a struct counts as an absent key. JSON keeps
+what its author wrote, nulls too, and so do lists and maps of a container.
+
 What JSON would lose silently is such an error: a key given twice, of which a dictionary keeps the last. Arrow data is
 validated before it is read: a damaged offset would make the library read anywhere in memory.
 """
@@ -95,10 +99,15 @@ def parse_batch(batch: Any) -> list[Columns | str]:
     import pyarrow
 
     # Arrow's own errors; invalid UTF-8; dates out of Python's range; types without a Python form.
-    unreadable = (pyarrow.ArrowException, ValueError, OverflowError, TypeError, NotImplementedError)
+    unreadable = (pyarrow.ArrowException, ValueError, OverflowError, TypeError, NotImplementedError, KeyError)
     try:
         batch.validate(full=True)
-        return [_columns(record) for record in batch.to_pylist()]
+        records = batch.to_pylist(maps_as_pydicts="strict")
+        for column in batch.schema:
+            if pyarrow.types.is_nested(column.type):
+                for record in records:
+                    record[column.name] = _as_written(record[column.name], column.type)
+        return [_columns(record) for record in records]
     except unreadable as error:
         if batch.num_rows == 1:
             return [f"not readable: {' '.join(str(error).split())}"]
@@ -203,6 +212,26 @@ def _read_saved(path: Path, files: list[Path]) -> Iterator[tuple[int, Columns | 
             for record in parse_batch(batch):
                 number += 1
                 yield number, record
+
+
+def _as_written(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type without the keys that are there for the sake of other rows."""
+    import pyarrow
+
+    types = pyarrow.types
+    if value is None or not types.is_nested(kind):
+        return value
+    if types.is_struct(kind):
+        return {
+            kind_of.name: _as_written(value[kind_of.name], kind_of.type)
+            for kind_of in kind
+            if value[kind_of.name] is not None
+        }
+    if types.is_map(kind):
+        return {name: _as_written(item, kind.item_type) for name, item in value.items()}
+    if hasattr(kind, "value_type"):  # lists of all kinds
+        return [_as_written(item, kind.value_type) for item in value]
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

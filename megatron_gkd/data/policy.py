@@ -6,43 +6,82 @@ prompt, or stops the run. Completions are never cut: a truncated answer would te
 One that leaves no room for a prompt token is dropped and counted apart. The teacher's prompt has to fit in the same
 way and is never cut either, since what it is there for would be lost unseen: a row whose own does not fit is dropped
 and counted apart, or stops the run.
+
+A record gives one row, or several where several of its turns carry the loss (forms.py), or none where marks say so.
+With the rows goes what is not used of the record: columns that mean nothing here, and what the chat template leaves out
+(left_out.py), both counted by name.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 from megatron_gkd.data.chat import ChatEncoder, Encoding
 from megatron_gkd.data.files import Columns
-from megatron_gkd.data.forms import prompt_and_completion, prompt_of
+from megatron_gkd.data.forms import LossScale, prompt_of, read_record
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.records import Row
 
 OnBadRow = Literal["stop", "skip"]
 Overlong = Literal["drop", "truncate_left", "stop"]
 
+_MOST_NAMES = 50  # that are counted apart
+
+
+class Tokenised(NamedTuple):
+    """What became of one record."""
+
+    rows: tuple[Row, ...]
+    ignored: tuple[str, ...] = ()  # columns
+    lost: tuple[str, ...] = ()  # what the chat template leaves out, each time it does
+
 
 @dataclass
 class RowSummary:
-    """What became of the records that were read: num_read == num_used + all dropped."""
+    """What became of the records that were read: num_read + num_more == num_used + all dropped."""
 
     num_read: int = 0
+    num_more: int = 0  # rows beyond the first of a record
     num_used: int = 0
     num_prompt_only: int = 0  # of the used ones
     num_truncated: int = 0  # of the used ones: prompts cut at the left
     num_teacher_prompts: int = 0  # of the used ones
-    # "malformed" | "overlong" | "completion_overlong" | "teacher_prompt_overlong" -> rows
+    # "malformed" | "marked" | "overlong" | "completion_overlong" | "teacher_prompt_overlong" -> rows
     dropped: dict[str, int] = field(default_factory=dict)
     # the same keys -> place and reason of the first of them
     first_dropped: dict[str, str] = field(default_factory=dict)
+    # columns that mean nothing here -> records
+    ignored: dict[str, int] = field(default_factory=dict)
+    # what the chat template leaves out -> how often
+    lost: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str, text: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.first_dropped.setdefault(reason, text)
 
+    def note(self, encoded: Tokenised) -> list[str]:
+        """Count what is not used of a record; returns what had not been seen before, for people."""
+        new = []
+        for counts, names, text in ((self.ignored, encoded.ignored, IGNORED), (self.lost, encoded.lost, LOST)):
+            for name in names:
+                if name not in counts and len(counts) < _MOST_NAMES:
+                    new.append(text.format(name))
+                name = name if name in counts or len(counts) < _MOST_NAMES else "others"
+                counts[name] = counts.get(name, 0) + 1
+        return new
+
+    def warnings(self) -> list[str]:
+        """What of the data set is not trained on although it means something, a line each."""
+        return [f"{LOST.format(_counted(self.lost))}; correct the rows, or the chat template"] if self.lost else []
+
     def __str__(self) -> str:
         text = f"{self.num_read} rows read, {self.num_used} used"
+        if self.num_more:
+            text += f", {self.num_more} of them as further turns of the same rows"
         if self.num_prompt_only:
             text += f", {self.num_prompt_only} of them without a completion"
         if self.num_teacher_prompts:
@@ -51,7 +90,28 @@ class RowSummary:
             text += f", {self.num_truncated} with their prompt cut at the left"
         for reason, count in sorted(self.dropped.items()):
             text += f"; {count} dropped as {reason} (first: {self.first_dropped[reason]})"
-        return text
+        return text + self.told_ignored()
+
+    def told_ignored(self) -> str:
+        """`; columns that mean nothing here, ignored: id (5)`, or nothing."""
+        return f"; {IGNORED.format(_counted(self.ignored))}" if self.ignored else ""
+
+
+IGNORED = "columns that mean nothing here, ignored: {}"
+LOST = "the chat template leaves out, so it is NOT trained on: {}"
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+
+
+def check_variables(variables: Mapping[str, Any], encoder: ChatEncoder) -> None:
+    """Raises ConfigError for a variable that was given for every row and that the chat template does not name."""
+    for name in variables:
+        if not encoder.names(name):
+            flag = "--enable_thinking" if name == "enable_thinking" else f"--chat_template_kwargs with {name}"
+            why = "does not use this variable" if encoder.has_template else "is missing"
+            raise ConfigError(f"{flag}: the model's chat template {why}, so it would change nothing; leave it out")
 
 
 @dataclass(frozen=True)
@@ -65,6 +125,9 @@ class RowPolicy:
         overlong: what to do with a row that does not fit: "drop" and count, "truncate_left" the prompt, "stop".
         max_rows: stop reading once that many rows are in use; None reads everything.
         tag_key: the column that says which of several teachers scores a row; None: there is one.
+        loss_scale: which turns carry the loss: the last round's, or all of the assistant's.
+        template_kwargs: JSON of variables that the chat template is given for every row.
+        one_row: refuse a record of which several turns carry the loss.
     """
 
     max_length: int
@@ -73,10 +136,15 @@ class RowPolicy:
     overlong: Overlong = "drop"
     max_rows: int | None = None
     tag_key: str | None = None
+    loss_scale: LossScale = "last_round"
+    template_kwargs: str = "{}"
+    one_row: bool = False
 
     def __post_init__(self) -> None:
         if self.on_bad_row not in ("stop", "skip"):
             raise ConfigError(f"on_bad_row is {self.on_bad_row!r}; give 'stop' or 'skip'")
+        if self.loss_scale not in ("last_round", "all"):
+            raise ConfigError(f"loss_scale is {self.loss_scale!r}; give 'last_round' or 'all'")
         if self.overlong not in ("drop", "truncate_left", "stop"):
             raise ConfigError(f"overlong is {self.overlong!r}; give 'drop', 'truncate_left' or 'stop'")
         if self.max_length < 2:
@@ -92,27 +160,53 @@ class RowPolicy:
         if self.max_rows is not None and self.max_rows < 1:
             raise ConfigError(f"max_rows is {self.max_rows}; give at least 1, or None for all")
 
-    def encoding(self, record: Columns | str, encoder: ChatEncoder) -> Encoding[Row]:
-        """A record as a row, for `ChatEncoder.encode_all`; DataError for a malformed one."""
+    @cached_property
+    def variables(self) -> dict[str, Any]:
+        """`template_kwargs`, read."""
+        found: dict[str, Any] = json.loads(self.template_kwargs)
+        return found
+
+    def check_template(self, encoder: ChatEncoder) -> None:
+        """Raises ConfigError for a variable that was given for every row and that the chat template does not name."""
+        check_variables(self.variables, encoder)
+
+    def encoding(self, record: Columns | str, encoder: ChatEncoder) -> Encoding[Tokenised]:
+        """A record as rows, for `ChatEncoder.encode_all`; DataError for a malformed one."""
         if isinstance(record, str):
             raise DataError(record)
-        prompt_ids, completion_ids = yield from encoder.encoding(*prompt_and_completion(record))
-        of_teacher = None
+        reading = read_record(record, () if self.tag_key is None else (self.tag_key,))
+        options, pairs = {**self.variables, **reading.options}, reading.pairs(self.loss_scale)
+        several = f"{len(pairs)} turns carry the loss, each as a row of its own"
+        if len(pairs) > 1 and self.one_row:
+            raise DataError(f"{several}, and --streaming true reads one row a record; leave it out")
+        of_teacher, teachers = None, []
         if "teacher_prompt" in record:
-            of_teacher, _ = yield from encoder.encoding(prompt_of("teacher_prompt", record["teacher_prompt"]), None)
+            if len(pairs) > 1:
+                raise DataError(f"`teacher_prompt` stands in place of one prompt, and {several}; mark one of them")
+            teachers = [(prompt_of("teacher_prompt", record["teacher_prompt"]), None)]
+            of_teacher, _ = yield from encoder.encoding(*teachers[0], options)
         tag = None if self.tag_key is None else record.get(self.tag_key)
         if tag is not None and not isinstance(tag, str):
             raise DataError(f"`{self.tag_key}` (--teacher_tag_key) is a {type(tag).__name__}; it must be a string")
-        return Row(prompt_ids, completion_ids, of_teacher, tag)
+        rows = []
+        for pair in pairs:
+            prompt_ids, completion_ids = yield from encoder.encoding(*pair, options)
+            rows.append(Row(prompt_ids, completion_ids, of_teacher, tag))
+        lost = encoder.left_out.of(pairs, options, reading.options)
+        lost += [f"{name} (teacher_prompt)" for name in encoder.left_out.of(teachers, options, {})]
+        return Tokenised(tuple(rows), reading.ignored, tuple(lost))
 
-    def take(self, encoded: Row | DataError, place: str, summary: RowSummary) -> Row | None:
-        """The row of an encoded record, or the row with its prompt cut, or None: dropped and counted."""
+    def take(self, encoded: Tokenised | DataError, place: str, summary: RowSummary) -> list[Row]:
+        """The rows of an encoded record, some perhaps with their prompt cut; those that are dropped are counted."""
         if isinstance(encoded, DataError):
             if self.on_bad_row == "stop":
                 raise DataError(f"{place}: {encoded}; correct the row, or pass --on_bad_row skip") from encoded
             summary.drop("malformed", f"{place}: {encoded}")
-            return None
-        return self._fit(encoded, place, summary)
+            return []
+        if not encoded.rows:
+            summary.drop("marked", f"{place}: its marks say that no turn carries the loss")
+        summary.num_more += max(len(encoded.rows) - 1, 0)
+        return [fitted for row in encoded.rows if (fitted := self._fit(row, place, summary)) is not None]
 
     def _fit(self, row: Row, place: str, summary: RowSummary) -> Row | None:
         num_prompt, num_completion = len(row.prompt_ids), len(row.completion_ids or ())

@@ -6,6 +6,9 @@ the record's other columns:
     {"prompt": ..., "completion": TEXT, "sampling": {...}}               where there is `prompt`, or it is a string
     {"messages": [..., {"role": "assistant", ...}], "sampling": {...}}   else
 
+A row keeps its tools, and what the chat template was given for all rows is written into each, so that it is read back
+with the prompt that was sampled from.
+
 Reading it back tokenises the text again. `read_back` says beforehand what that will give, per completion:
 
     exact       the very token ids that were sampled
@@ -16,15 +19,17 @@ Reading it back tokenises the text again. `read_back` says beforehand what that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from megatron_gkd.data.chat import ChatEncoder, Message
 from megatron_gkd.data.files import Columns, read_records
-from megatron_gkd.data.forms import form_columns, prompt_and_completion
+from megatron_gkd.data.forms import form_columns, read_record
 from megatron_gkd.errors import DataError
 
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 ReadBack = Literal["exact", "respelled", "changed"]
 
 
@@ -37,12 +42,22 @@ class Prompt:
     record: Columns
     text: str | list[Message]
     ids: tuple[int, ...]
+    options: Mapping[str, Any]  # what the chat template was given beside the turns
+    variables: Mapping[str, Any]  # of them those that were given for all rows
+    marks: tuple[bool | None, ...]  # of the turns: whether they carry the loss
 
 
 def read_prompts(
-    paths: Sequence[str], encoder: ChatEncoder, *, start: int = 0
+    paths: Sequence[str],
+    encoder: ChatEncoder,
+    *,
+    start: int = 0,
+    variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> Iterator[Prompt | tuple[int, str, str]]:
-    """Prompts from record `start` on, in order; (index, place, what is wrong) for a record without a usable one."""
+    """Prompts from record `start` on, in order; (index, place, what is wrong) for a record without a usable one.
+
+    `variables`: the chat template's for all rows; a row's own win.
+    """
     index = -1
     for path, records in [(path, read_records(path)) for path in paths]:
         for line, record in records:
@@ -53,12 +68,14 @@ def read_prompts(
             try:
                 if isinstance(record, str):
                     raise DataError(record)
-                text, _ = prompt_and_completion(record)
-                ids, _ = encoder.encode(text, None)
+                reading = read_record(record)
+                text, _ = reading.pair
+                options = {**variables, **reading.options}
+                ids, _ = encoder.encode(text, None, options)
             except DataError as error:
                 yield index, place, str(error)
             else:
-                yield Prompt(index, place, record, text, ids)
+                yield Prompt(index, place, record, text, ids, options, variables, reading.marks)
 
 
 def completion_text(encoder: ChatEncoder, token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:
@@ -71,7 +88,7 @@ def read_back(encoder: ChatEncoder, prompt: Prompt, token_ids: Sequence[int], st
     """What the row will be read back as."""
     text = completion_text(encoder, token_ids, stop_ids)
     try:
-        prompt_ids, completion_ids = encoder.encode(prompt.text, text)
+        prompt_ids, completion_ids = encoder.encode(prompt.text, text, prompt.options)
     except DataError:
         return "changed"
     if prompt_ids != prompt.ids or completion_ids is None:
@@ -84,8 +101,19 @@ def read_back(encoder: ChatEncoder, prompt: Prompt, token_ids: Sequence[int], st
 def make_row(prompt: Prompt, text: str, sampling: dict[str, Any]) -> dict[str, Any]:
     """The row of one completion; what `sampling` says is not read back."""
     row = {name: value for name, value in prompt.record.items() if name not in form_columns(prompt.record)}
-    if isinstance(prompt.text, str) or "prompt" in prompt.record:
-        row |= {"prompt": prompt.text, "completion": text}
+    if prompt.variables:  # what all rows were given is each row's own from here on
+        for name in ("chat_template_kwargs", "enable_thinking"):
+            row.pop(name, None)
+        named = prompt.options.items()
+        row["chat_template_kwargs"] = {name: value for name, value in named if name not in ("tools", "documents")}
+    if isinstance(prompt.text, str):
+        return row | {"prompt": prompt.text, "completion": text, "sampling": sampling}
+    turns = [
+        dict(turn) if mark is None else {**turn, "loss": mark}
+        for turn, mark in zip(prompt.text, prompt.marks, strict=False)
+    ]
+    if "prompt" in prompt.record:
+        row |= {"prompt": turns, "completion": text}
     else:
-        row["messages"] = [*prompt.text, {"role": "assistant", "content": text}]
+        row["messages"] = [*turns, {"role": "assistant", "content": text}]
     return row | {"sampling": sampling}

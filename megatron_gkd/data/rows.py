@@ -23,7 +23,8 @@ import numpy.typing as npt
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
 from megatron_gkd.data.files import Columns, read_records
-from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary
+from megatron_gkd.data.forms import LossScale
+from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary, Tokenised
 from megatron_gkd.data.sampler import check_weights
 from megatron_gkd.errors import DataError
 from megatron_gkd.observe.logging import get_logger
@@ -103,6 +104,9 @@ class RowDataset(Rows):
     def account(self) -> str:
         return str(self.summary)
 
+    def warnings(self) -> list[str]:
+        return self.summary.warnings()
+
     def require(self, check: Check) -> None:
         for index in range(len(self)):
             check(self[index], self.place(index))
@@ -172,10 +176,14 @@ def load_rows(
     overlong: Overlong = "drop",
     max_rows: int | None = None,
     tag_key: str | None = None,
+    loss_scale: LossScale = "last_round",
+    template_kwargs: str = "{}",
     weights: Sequence[float] = (),
 ) -> RowDataset:
     """Reads and tokenises files, in the order given. The arguments are those of `tokenise` and of `RowPolicy`."""
-    policy = RowPolicy(max_length, max_completion_length, on_bad_row, overlong, max_rows, tag_key)
+    policy = RowPolicy(
+        max_length, max_completion_length, on_bad_row, overlong, max_rows, tag_key, loss_scale, template_kwargs
+    )
     return tokenise(paths, tokenizer, policy, weights=weights)
 
 
@@ -195,21 +203,24 @@ def tokenise(
     """
     paths = check_sets(paths, weights)
     encoder = ChatEncoder(tokenizer)
+    policy.check_template(encoder)
     collected = _Collected()
     files = [read_records(path) for path in paths]  # a missing file is found before hours are spent on the first
     for file, records in enumerate(files):
         for batch in _encoded(records, encoder, policy, collected):
             for line, encoded in batch:
                 collected.summary.num_read += 1
-                row = policy.take(encoded, f"{paths[file]}:{line}", collected.summary)
-                if row is not None:
+                if not isinstance(encoded, DataError):
+                    collected.summary.note(encoded)
+                rows = policy.take(encoded, f"{paths[file]}:{line}", collected.summary)
+                for row in rows[: None if policy.max_rows is None else policy.max_rows - len(collected)]:
                     collected.append(row, file, line)
             if on_read is not None:
                 on_read(collected.summary.num_read)
-    rows = RowDataset(paths, collected.arrays(), tuple(collected.tags), collected.summary)
-    rows.weights = tuple(weights)
-    rows.require_usable()
-    return rows
+    dataset = RowDataset(paths, collected.arrays(), tuple(collected.tags), collected.summary)
+    dataset.weights = tuple(weights)
+    dataset.require_usable()
+    return dataset
 
 
 def check_sets(paths: Sequence[str | Path] | str | Path, weights: Sequence[float]) -> list[str]:
@@ -224,8 +235,8 @@ def check_sets(paths: Sequence[str | Path] | str | Path, weights: Sequence[float
 
 def _encoded(
     records: Iterator[tuple[int, Columns | str]], encoder: ChatEncoder, policy: RowPolicy, collected: _Collected
-) -> Iterator[list[tuple[int, Row | DataError]]]:
-    """Batches of (line, row or what is wrong with it), until `max_rows` rows are collected.
+) -> Iterator[list[tuple[int, Tokenised | DataError]]]:
+    """Batches of (line, its rows or what is wrong with it), until `max_rows` rows are collected.
 
     A batch has no more records than rows are still wanted. An error of the file itself comes after the records that
     were read before it.

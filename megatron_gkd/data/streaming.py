@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
-from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary
+from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary, Tokenised
 from megatron_gkd.data.random_access import open_records
 from megatron_gkd.data.rows import check_sets
 from megatron_gkd.errors import DataError
@@ -67,14 +67,22 @@ class StreamedRows(Rows):
         overlong: Overlong = "drop",
         weights: Sequence[float] = (),
         tag_key: str | None = None,
+        template_kwargs: str = "{}",
     ) -> None:
         """The arguments are those of `load_rows`. Raises DataError if a checked record says so, or none is usable."""
-        self._policy = RowPolicy(max_length, max_completion_length, on_bad_row, overlong, tag_key=tag_key)
+        self._policy = RowPolicy(
+            *(max_length, max_completion_length, on_bad_row, overlong),
+            tag_key=tag_key,
+            template_kwargs=template_kwargs,
+            one_row=True,
+        )
         self._paths = check_sets(paths, weights)
         self.weights, self.summary = tuple(weights), RowSummary()
         self._encoder = ChatEncoder(tokenizer)
+        self._policy.check_template(self._encoder)
         self._checks: list[Check] = []
         self._dropped: set[int] = set()
+        self._reported = False  # the account of the checked records
         self._reading = threading.Lock()  # a JSONL file has one position, and a tokenizer is not for several threads
         self._sets = [open_records(path) for path in self._paths]
         self._borders = list(accumulate(self.sizes, initial=0))
@@ -83,6 +91,7 @@ class StreamedRows(Rows):
                 raise DataError(f"data set {path} has no record; leave it out")
         number = min(NUM_CHECKED, len(self))
         tried = [self._read(index * len(self) // number) for index in range(number)]
+        self._reported = True
         self._checked = [placed for placed in tried if placed is not None]
         if not self._checked:
             raise DataError(f"none of {number} records from all over {', '.join(self._paths)} is usable{self._why()}")
@@ -113,7 +122,8 @@ class StreamedRows(Rows):
         digest = hashlib.sha256()
         policy = self._policy
         reserve = policy.max_completion_length or 0
-        asked = (policy.max_length, reserve, policy.on_bad_row, policy.overlong, self.weights, policy.tag_key)
+        asked: tuple[object, ...] = (policy.max_length, reserve, policy.on_bad_row, policy.overlong, self.weights)
+        asked = (*asked, policy.tag_key, policy.template_kwargs)
         digest.update(repr((asked, [(len(records), records.digest) for records in self._sets])).encode())
         digest.update(repr([placed.row for placed in self._checked]).encode())
         return digest.hexdigest()[:16]
@@ -128,7 +138,11 @@ class StreamedRows(Rows):
             f"{len(self)} records, read while training; of {min(NUM_CHECKED, len(self))} that were checked "
             f"{len(self._checked)} are usable{self._why()}. The others are checked when their turn comes, and what is "
             f"dropped then is reported then{large if unit_bytes > _LARGE_UNIT_BYTES else ''}"
+            f"{self.summary.told_ignored()}"
         )
+
+    def warnings(self) -> list[str]:
+        return self.summary.warnings()
 
     def require(self, check: Check) -> None:
         for row, place in self._checked:
@@ -171,8 +185,9 @@ class StreamedRows(Rows):
         line, record = self._sets[number][index - self._borders[number]]
         place, found = f"{self._paths[number]}:{line}", RowSummary()
         (encoded,) = self._encoder.encode_all([self._policy.encoding(record, self._encoder)])
-        row = self._policy.take(encoded, place, found)
-        if row is not None:
+        if not isinstance(encoded, DataError):
+            self._note(encoded, place)
+        for row in self._policy.take(encoded, place, found):
             return _Placed(row, place)
         self._dropped.add(index)
         for reason, text in found.first_dropped.items():
@@ -181,6 +196,16 @@ class StreamedRows(Rows):
             if count & (count - 1) == 0:  # the first, second, fourth ...: rank 0's log stays short
                 logger.info("streaming: %d of the records read so far dropped as %s (now %s)", count, reason, text)
         return None
+
+    def _note(self, encoded: Tokenised, place: str) -> None:
+        """Count what is not used of the checked records; of others say what was not seen in those, once."""
+        if not self._reported:
+            self.summary.note(encoded)
+        elif not self.summary.lost.keys() >= set(encoded.lost) or not self.summary.ignored.keys() >= set(
+            encoded.ignored
+        ):
+            for text in self.summary.note(encoded):
+                logger.warning("%s: %s", place, text)
 
     def _why(self) -> str:
         """`; 3 dropped as malformed (first: ...)`, or nothing."""

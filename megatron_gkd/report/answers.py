@@ -89,6 +89,8 @@ def _held_out(run: RunRecord, tokenizer: PreTrainedTokenizerBase, num_rows: int)
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
         max_rows=num_rows,
+        loss_scale=data.loss_scale,
+        template_kwargs=data.template_kwargs,
     )
 
 

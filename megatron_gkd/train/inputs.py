@@ -202,13 +202,14 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
         tag_key=config.teacher.teacher_tag_key,
+        template_kwargs=data.template_kwargs,
     )
     weights = data.dataset_weights
     rows: Rows
     if data.streaming:
         rows = on_every_rank(lambda: StreamedRows(data.dataset, tokenizer, weights=weights, **options), world)
     else:
-        policy, cache_dir = RowPolicy(**options), data.data_cache_dir
+        policy, cache_dir = RowPolicy(**options, loss_scale=data.loss_scale), data.data_cache_dir
         rows = shared_rows(data.dataset, tokenizer, policy, cache_dir=cache_dir, group=world, weights=weights)
     return _within(rows, data.dataset, vocab_size)
 
@@ -220,7 +221,10 @@ def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size
         return None
     assert world is not None
     tag_key = config.teacher.teacher_tag_key
-    policy = RowPolicy(data.max_length, None, data.on_bad_row, data.overlong, data.eval_samples, tag_key)
+    policy = RowPolicy(
+        *(data.max_length, None, data.on_bad_row, data.overlong, data.eval_samples, tag_key, data.loss_scale),
+        template_kwargs=data.template_kwargs,
+    )
     rows = shared_rows(data.eval_dataset, tokenizer, policy, cache_dir=data.data_cache_dir, group=world)
     return _within(rows, data.eval_dataset, vocab_size)
 
@@ -229,6 +233,8 @@ def _within(rows: Rows, paths: Sequence[str], vocab_size: int) -> Rows:
     """The rows, with ids within the models' vocabulary, and their account in the log."""
     rows.require_ids_below(vocab_size)
     logger.info("%s: %s", ", ".join(paths), rows.account())
+    for warning in rows.warnings():
+        logger.warning("%s: %s", ", ".join(paths), warning)
     return rows
 
 

@@ -65,7 +65,8 @@ def test_forms(record: dict[str, Any], prompt: Any, completion: Any) -> None:
         ({"conversations": []}, "without turns"),
         ({"conversations": [{"role": "user", "content": "a"}]}, "turn 1: `from` is missing"),
         ({"conversations": [{"from": "human", "value": 5}]}, "turn 1: `value` is int"),
-        ({"conversations": [{"from": "function_call", "value": "f"}]}, "is from 'function_call'; known are human"),
+        ({"conversations": [{"from": "function_call", "value": "f"}]}, "`value` of a function_call is .* not JSON"),
+        ({"conversations": [{"from": "narrator", "value": "f"}]}, "is from 'narrator'; known are human"),
         ({"conversations": [GPT]}, "`conversations` has the assistant's turn only"),
         ({"conversations": [{"from": "system", "value": "a"}]}, "ends with a turn of 'system'"),
         ({"conversations": [{"from": "system", "value": "a"}, HUMAN], "system": "b"}, "keep one of them"),
@@ -88,8 +89,10 @@ def test_refused(record: dict[str, Any], text: str) -> None:
 
 
 def test_columns_of_a_form() -> None:
-    assert form_columns(ALPACA) == ("instruction", "input", "output", "system", "history")
-    assert form_columns({"prompt": "a", "id": 5}) == ("prompt", "completion", "response")
+    assert form_columns(ALPACA) == ("instruction", "input", "output", "history", "system", "system_prompt")
+    assert form_columns({"prompt": "a", "id": 5}) == (
+        *("prompt", "completion", "response", "history", "system", "system_prompt"),
+    )
 
 
 def test_alpaca_needs_a_template_only_for_turns() -> None:

@@ -128,6 +128,18 @@ def conversation(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str | N
     (form,) = [name for name in forms if name in record] if len(forms.keys() & record.keys()) == 1 else [None]
     if form is None or {"completion", "response", "output"} & record.keys() - set(forms[form]):
         raise Invalid
+    empty: tuple[Any, ...] = ("", [], {})
+    if form != "instruction" and record.get("input", "") not in empty:
+        raise Invalid
+    if record.get("history", []) not in empty and not isinstance(record.get(form), str):
+        raise Invalid
+    history = record.get("history", []) if form in ("prompt", "instruction") else []
+    pairs = isinstance(history, list) and all(isinstance(h, list) and len(h) == 2 for h in history)
+    if not pairs and isinstance(record[form], str):
+        raise Invalid
+    before = [("system", text(record["system"]))] if record.get("system", "") != "" else []
+    for question, reply in history if isinstance(record[form], str) else []:
+        before += [("user", text(question)), ("assistant", text(reply))]
     if form == "prompt":
         if "completion" in record and "response" in record:
             raise Invalid
@@ -139,13 +151,9 @@ def conversation(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str | N
                 raise Invalid
     elif form == "instruction":
         prompt = "\n".join(filter(None, [text(record["instruction"]), text(record.get("input", ""))]))
-        history = record.get("history", [])
-        if not prompt or not isinstance(history, list) or not all(isinstance(h, list) and len(h) == 2 for h in history):
+        if not prompt:
             raise Invalid
-        said = [("system", text(record["system"]))] if record.get("system", "") != "" else []
-        for question, reply in history:
-            said += [("user", text(question)), ("assistant", text(reply))]
-        said, answer = [*said, ("user", prompt)], record.get("output")
+        said, answer = [("user", prompt)], record.get("output")
     else:
         said, answer = turns(record[form], *(("from", "value") if form == "conversations" else ())), None
         if form == "conversations":
@@ -154,12 +162,11 @@ def conversation(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str | N
             said = [(names.get(role, "?"), words) for role, words in said]
             if "?" in dict(said):
                 raise Invalid
-            if "system" in record:
-                if said[0][0] == "system":
-                    raise Invalid
-                said = [("system", text(record["system"])), *said]
         if said[-1][0] == "assistant":
             *said, (_, answer) = said
+    if said and said[0][0] == "system" and before:
+        raise Invalid
+    said = [*before, *said] if said else said
     if not said or (said[-1][0] not in ("user", "tool") and (answer is None or form == "prompt")):
         raise Invalid
     return said, None if answer is None else text(answer)
