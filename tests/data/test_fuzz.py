@@ -162,11 +162,15 @@ def conversation(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str | N
             said = [(names.get(role, "?"), words) for role, words in said]
             if "?" in dict(said):
                 raise Invalid
+        if said[0][0] == "system" and before:
+            raise Invalid
+        said = [*before, *said]
         if said[-1][0] == "assistant":
             *said, (_, answer) = said
-    if said and said[0][0] == "system" and before:
-        raise Invalid
-    said = [*before, *said] if said else said
+    if form in ("prompt", "instruction"):
+        if said[0][0] == "system" and before:
+            raise Invalid
+        said = [*before, *said]
     if not said or (said[-1][0] not in ("user", "tool") and (answer is None or form == "prompt")):
         raise Invalid
     return said, None if answer is None else text(answer)
