@@ -103,7 +103,9 @@ def _spoken(turn: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
     message = {"role": _SPEAKERS.get(speaker, speaker), "content": value} | rest
     if speaker == "function_call":
         calls = json.loads(value)
-        message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        calls = calls if isinstance(calls, list) else [calls]
+        calls = [c if "function" in c else {"type": "function", "function": c} for c in calls]
+        message |= {"content": "", "tool_calls": calls}
     return _message(message, as_text)
 
 

@@ -65,7 +65,9 @@ def read_sharegpt_turn(column: str, number: int, turn: Any) -> dict[str, Any]:
         if "tool_calls" in message or "function_call" in message:
             raise DataError(f"{where} is a call and has others beside it; keep one of them")
         calls = parse_json(f"{where}: `value` of a function_call", value)
-        message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        bare = calls if isinstance(calls, list) else [calls]
+        calls = [{"type": "function", "function": call} if _is_bare(call) else call for call in bare]
+        message |= {"content": "", "tool_calls": calls}
     _read_calls(where, message)
     return message
 
@@ -119,6 +121,11 @@ def _read_calls(where: str, entries: dict[str, Any]) -> None:
     if not isinstance(calls, list):
         raise DataError(f"{where}: `tool_calls` is a {type(calls).__name__}; it must be a list")
     entries["tool_calls"] = [_call(where, call) for call in calls]
+
+
+def _is_bare(call: Any) -> bool:
+    """`{"name": ...}` without the `function` around it, which templates expect."""
+    return isinstance(call, Mapping) and "name" in call and "function" not in call
 
 
 def _call(where: str, call: Any) -> dict[str, Any]:

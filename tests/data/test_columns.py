@@ -122,15 +122,12 @@ CALLED = f'<call>f {{"town": "Oslo"}}</call>{END}'
     ],
 )
 def test_tool_calls_of_every_spelling_are_the_same_tokens(tmp_path: Path, answer: Any) -> None:
-    template = FULL.replace(
-        "for c in m.tool_calls %}", "for c in m.tool_calls %}{% set c = c if c.function else {'function': c} %}"
-    )
     record = (
         {"messages": [USER, answer]}
         if "role" in answer
         else {"conversations": [{"from": "human", "value": "weather?"}, answer]}
     )
-    assert load(tmp_path / "d.jsonl", record, template=template)[1] == [ASKED + CALLED]
+    assert load(tmp_path / "d.jsonl", record)[1] == [ASKED + CALLED]
 
 
 def test_a_template_that_wants_text_is_given_the_authors_text(tmp_path: Path) -> None:
