@@ -2,7 +2,10 @@
 
 files          JSONL, Parquet and saved data sets: records in order, with the place each came from
 random_access  the same records by number, over an index
-forms          a record's columns -> (prompt, completion)
+forms          a record's columns -> prompt and completion, and which turns carry the loss
+turns          one turn, whatever wrote it
+columns        what stands beside the turns: tools, variables, marks
+left_out       what a chat template does not use of a row
 chat           tokenizers, chat templates -> (prompt ids, completion ids)
 stop_tokens    where a completion ends
 dataset        what a run asks of its rows
@@ -13,6 +16,7 @@ row_key        its name: a hash of all that decides the rows
 streaming      the same rows, read and tokenised on access
 sampler        which rows a step sees, also from several sets with weights: stateless and resumable
 collate        samples -> one micro-batch of tensors
+second_reading a record read by other code than the one that makes rows
 check, show    `megatron-gkd check data`: what is trained on, checked and made visible
 prompts        prompts for sampling to a file, and the rows of that file
 result_file    a JSONL file that survives its writer

@@ -233,8 +233,9 @@ def _within(rows: Rows, paths: Sequence[str], vocab_size: int) -> Rows:
     """The rows, with ids within the models' vocabulary, and their account in the log."""
     rows.require_ids_below(vocab_size)
     logger.info("%s: %s", ", ".join(paths), rows.account())
-    for warning in rows.warnings():
-        logger.warning("%s: %s", ", ".join(paths), warning)
+    if dist.get_rank() == 0:
+        for warning in rows.warnings():
+            logger.warning("%s: %s", ", ".join(paths), warning)
     return rows
 
 
