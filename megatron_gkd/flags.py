@@ -17,6 +17,7 @@ configuration file is read here, because its own action lets a file that stands 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -278,10 +279,15 @@ def _not_built_lines() -> list[str]:
 
 
 def _from_yaml(value: Any, hint: Any) -> Any:
-    """A scalar for a list is a list of one; `1e-5`, a string to YAML 1.1, is a float."""
+    """A scalar for a list is a list of one; `1e-5`, a string to YAML 1.1, is a float; a mapping is its JSON."""
     if get_origin(hint) is list:
         items = value if isinstance(value, list) else [value]
         return [_from_yaml(item, get_args(hint)[0]) for item in items]
+    if isinstance(value, dict) and fits("", hint):
+        try:
+            return json.dumps(value)
+        except TypeError:  # a date, or such
+            return value
     if isinstance(value, str) and not fits(value, hint) and fits(1.0, hint):
         try:
             return float(value)

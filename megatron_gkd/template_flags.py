@@ -12,6 +12,7 @@ from typing import Any, Final
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import setting
 
+_EXAMPLE: Final = '{"enable_thinking": false}'
 # What the renderer itself, or a column, gives a template: no variable of this name would reach it as it was meant.
 RESERVED: Final = frozenset(
     (
@@ -39,20 +40,16 @@ def thinking_setting() -> Any:
 
 def template_kwargs(given: str | None, enable_thinking: bool | None) -> str:
     """Both flags as the JSON of an object, "{}" without them. Raises ConfigError."""
+    asked = f"--chat_template_kwargs is {given}; it must be a JSON object such as '{_EXAMPLE}'"
     try:
         variables = {} if given is None else json.loads(given)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"--chat_template_kwargs {given} is not JSON ({error}); give an object such as "
-            "'{\"enable_thinking\": false}'"
-        ) from None
+        raise ConfigError(f"{asked} ({error})") from None
     if not isinstance(variables, dict):
-        raise ConfigError(f"--chat_template_kwargs {given} is not a JSON object, with a value for each variable")
+        raise ConfigError(asked)
     for name in variables:
         if name in RESERVED:
-            raise ConfigError(
-                f"--chat_template_kwargs has {name}, which is not a variable that can be given; remove it"
-            )
+            raise ConfigError(f"{asked}, and {name} is not a variable that can be given; remove it")
     if enable_thinking is not None and variables.setdefault("enable_thinking", enable_thinking) != enable_thinking:
         raise ConfigError("--enable_thinking and --chat_template_kwargs contradict each other; keep one of them")
     return json.dumps(variables)

@@ -36,6 +36,8 @@ THROUGH = {
     "loss_path": (r"distillation\.fuse_loss\b", None),
     "use_liger_kernel": (r"distillation\.fuse_loss\b", None),
     "teacher_model_server": (r"teacher\.servers\b", None),
+    "chat_template_kwargs": (r"data\.template_kwargs\b", None),
+    "enable_thinking": (r"data\.template_kwargs\b", None),
     "use_vllm": (r"sampling\.use_vllm", ["contradictions.py"]),
     "num_train_epochs": (r"training\.(num_steps\(|num_train_epochs\b)", None),
 }

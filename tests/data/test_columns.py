@@ -272,9 +272,9 @@ def test_flags_of_variables() -> None:
     both = parse("--chat_template_kwargs", '{"b": [1], "a": "x"}', "--enable_thinking=true").data.template_kwargs
     assert both == '{"b": [1], "a": "x", "enable_thinking": true}'
     for given, text in {
-        "x": "is not JSON",
-        "[1]": "is not a JSON object",
-        '{"tools": []}': "has tools, which is not a variable",
+        "x": "must be a JSON object .*Expecting value",
+        "[1]": "must be a JSON object",
+        '{"tools": []}': "and tools is not a variable that can be given",
     }.items():
         with pytest.raises(ConfigError, match=f"--chat_template_kwargs.* {text}"):
             parse("--chat_template_kwargs", given)
