@@ -22,18 +22,13 @@ from megatron_gkd.template_flags import RESERVED
 
 MARKS: Final = ("loss", "loss_mask", "loss_scale", "weight", "train")
 _TOOLS: Final = ("tools", "functions", "tool_defs")
+_MEDIA: Final = ("images", "image", "videos", "video", "audios", "audio")
+_TURNS: Final = ("input", "history")
 _REFUSED: Final = {
-    **dict.fromkeys(
-        ("images", "image", "videos", "video", "audios", "audio"), "only text is trained on: remove such rows"
-    ),
-    **dict.fromkeys(
-        ("labels", "input_ids"), "what is trained on is made of the text here: remove the column, or rename it"
-    ),
-    **dict.fromkeys(
-        ("input", "history", "system", "system_prompt"), "it does not belong beside `{form}` and would be ignored: "
-        "write it into the turns, or rename it"
-    ),
-}  # fmt: skip
+    **dict.fromkeys(_MEDIA, "only text is trained on; remove such rows"),
+    **dict.fromkeys(("labels", "input_ids"), "tokens are made of the text here; remove or rename the column"),
+    **dict.fromkeys(_TURNS, "it does not belong beside `{form}`; write it into the turns, or rename it"),
+}
 _OWN: Final = ("teacher_prompt", "sampling")  # `sampling`: notes of `megatron-gkd sample`, for people
 
 

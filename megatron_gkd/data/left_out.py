@@ -22,6 +22,7 @@ from megatron_gkd.data.chat import ChatEncoder, Message, Options, as_turns
 from megatron_gkd.errors import DataError
 
 _MARK: Final = "gkd7probe"
+_MOST_SHAPES: Final = 100_000
 Pair = tuple[str | list[Message], str | Message | None]
 Shape = tuple[Any, ...]
 
@@ -70,7 +71,7 @@ class LeftOut:
             is_lost = row.changes_nothing({number: {"content": ""}})
             nothing_lost &= not is_lost
             yield (number, "content"), f"the content of {turn['role']} turns", is_lost
-        if nothing_lost and text:
+        if nothing_lost and text and len(self._used_shapes) < _MOST_SHAPES:
             self._used_shapes.add(shape)
 
 

@@ -193,7 +193,7 @@ ROW = {"prompt": "weather?", "completion": "Rain."}
 @pytest.mark.parametrize(
     ("row", "text"),
     [
-        (ROW | {"images": ["a.png"]}, "`images` is not used: only text is trained on"),
+        (ROW | {"images": ["a.png"]}, "`images` is not used: only text is trained on; remove such rows"),
         (ROW | {"labels": [1]}, "`labels` is not used"),
         (ROW | {"input": "x"}, "`input` is not used: it does not belong beside `prompt`"),
         ({"messages": [USER], "history": [["a", "b"]]}, "`history` is not used"),
