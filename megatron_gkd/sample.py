@@ -55,6 +55,11 @@ _DECIDE = (
 def run_sample(config: SampleConfig) -> None:
     """Carry out the command. Raises GKDError for what the user can act on."""
     start_s = time.monotonic()
+    if unused := config.without_effect():
+        names = ", ".join(f"--{name}" for name in unused)
+        logger.warning(
+            "without effect with --vllm_mode %s --temperature %g: %s", config.vllm_mode, config.temperature, names
+        )
     encoder = ChatEncoder(load_tokenizer(config.model))
     longest_of_model = read_architecture(config.model).max_position_embeddings
     longest = min(config.vllm_max_model_len or longest_of_model, longest_of_model)

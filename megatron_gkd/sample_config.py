@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_gkd import environment
@@ -60,6 +60,18 @@ class SampleConfig(Section):
     vllm_server_port: int = setting(8000, "Port of the server.", ge=1, le=65535)
     timeout_minutes: float = setting(240.0, "Most minutes that a server may take for one batch of prompts.", gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
+
+    def without_effect(self) -> list[str]:
+        """Flags away from their defaults that change nothing beside --vllm_mode and --temperature."""
+        unused = {
+            "colocate": ("vllm_server_port", "timeout_minutes"),
+            "subprocess": ("vllm_server_port",),
+            "server": ("vllm_gpu_memory_utilization",),
+        }[self.vllm_mode]
+        if self.temperature == 0:  # the most probable token is taken
+            unused += ("top_p", "top_k", "seed")
+        defaults = {item.name: item.default for item in fields(self)}
+        return [name for name in unused if getattr(self, name) != defaults[name]]
 
     def check(self) -> None:
         """Combinations that cannot work. Raises ConfigError."""

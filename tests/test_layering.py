@@ -21,7 +21,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_gkd"
 
 LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
     0: {
-        *("__init__", "errors", "records", "dtypes", "settings", "config", "contradictions", "not_built", "flags"),
+        *(
+            "__init__",
+            "errors",
+            "records",
+            "dtypes",
+            "settings",
+            "config",
+            "contradictions",
+            "no_effect",
+            "not_built",
+            "flags",
+        ),
         *("server_list", "secret", "json_file", "environment"),
         *("sample_config", "check_config", "observe"),
     },

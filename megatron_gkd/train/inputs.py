@@ -97,13 +97,14 @@ def _models(
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
     if teacher_arch is not None and not urls:
         check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
-    return (
-        student_layout,
-        teacher_layout,
-        student_arch,
-        teacher_arch,
-        *_vocabulary(config, student_arch, teacher_arch),
-    )
+    tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
+    topk = config.distillation.gkd_logits_topk
+    if topk is not None and topk > vocab_size:
+        raise ConfigError(
+            f"--gkd_logits_topk {topk} is more than the {vocab_size} tokens that both models have; give at most that "
+            "many, or leave it out for the full vocabulary"
+        )
+    return student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size
 
 
 def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, eval_rows: Rows | None) -> None:

@@ -14,9 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_gkd.config import RunConfig
 from megatron_gkd.errors import ConfigError, RunStoppedError
 from megatron_gkd.flags import to_yaml
+from megatron_gkd.no_effect import told, without_effect
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
@@ -50,6 +53,8 @@ def run_training(config: RunConfig) -> None:
     run_dir, asked = Path(config.checkpoint.save), config
     try:
         join(config)
+        if (unused := without_effect(config)) and dist.get_rank() == 0:
+            logger.warning("without effect: %s", told(unused))
         with locked(run_dir):
             config = choose_start(config)
             all_or_none(lambda: _check_run_dir(config, run_dir))
