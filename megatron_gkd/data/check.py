@@ -83,6 +83,7 @@ def run_check_data(config: CheckDataConfig) -> None:
         on_bad_row=config.on_bad_row,
         overlong=config.overlong,
         max_rows=config.max_rows,
+        clock=encoder.clock,
     )
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for index in range(min(config.num_rows, len(rows))):
@@ -200,6 +201,7 @@ class _Rendered:
 
     def _render(self, turns: list[Any], *, add_generation_prompt: bool) -> tuple[str, tuple[int, ...]]:
         options: dict[str, Any] = dict(add_generation_prompt=add_generation_prompt, return_dict=False)
+        options |= self._encoder.clock.options(self._encoder.tokenizer.chat_template)
         messages: Any = [dict(turn) for turn in turns]
         apply = self._encoder.tokenizer.apply_chat_template
         return str(apply(messages, tokenize=False, **options)), tuple(apply(messages, tokenize=True, **options))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_gkd.data.chat import ChatEncoder, Encoding
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.files import Columns
 from megatron_gkd.data.forms import prompt_and_completion, prompt_of
 from megatron_gkd.errors import ConfigError, DataError
@@ -65,6 +66,7 @@ class RowPolicy:
         overlong: what to do with a row that does not fit: "drop" and count, "truncate_left" the prompt, "stop".
         max_rows: stop reading once that many rows are in use; None reads everything.
         tag_key: the column that says which of several teachers scores a row; None: there is one.
+        clock: the time that the chat template is told; None: that of the start of the reading.
     """
 
     max_length: int
@@ -73,6 +75,7 @@ class RowPolicy:
     overlong: Overlong = "drop"
     max_rows: int | None = None
     tag_key: str | None = None
+    clock: Clock | None = None
 
     def __post_init__(self) -> None:
         if self.on_bad_row not in ("stop", "skip"):

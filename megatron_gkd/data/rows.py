@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
 from megatron_gkd.data.files import Columns, read_records
 from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary
@@ -173,9 +174,10 @@ def load_rows(
     max_rows: int | None = None,
     tag_key: str | None = None,
     weights: Sequence[float] = (),
+    clock: Clock | None = None,
 ) -> RowDataset:
     """Reads and tokenises files, in the order given. The arguments are those of `tokenise` and of `RowPolicy`."""
-    policy = RowPolicy(max_length, max_completion_length, on_bad_row, overlong, max_rows, tag_key)
+    policy = RowPolicy(max_length, max_completion_length, on_bad_row, overlong, max_rows, tag_key, clock)
     return tokenise(paths, tokenizer, policy, weights=weights)
 
 
@@ -194,7 +196,7 @@ def tokenise(
         on_read: called with the number of records read so far, after every batch.
     """
     paths = check_sets(paths, weights)
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, policy.clock)
     collected = _Collected()
     files = [read_records(path) for path in paths]  # a missing file is found before hours are spent on the first
     for file, records in enumerate(files):

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
 from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary
 from megatron_gkd.data.random_access import open_records
@@ -67,12 +68,13 @@ class StreamedRows(Rows):
         overlong: Overlong = "drop",
         weights: Sequence[float] = (),
         tag_key: str | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """The arguments are those of `load_rows`. Raises DataError if a checked record says so, or none is usable."""
-        self._policy = RowPolicy(max_length, max_completion_length, on_bad_row, overlong, tag_key=tag_key)
+        self._policy = RowPolicy(max_length, max_completion_length, on_bad_row, overlong, tag_key=tag_key, clock=clock)
         self._paths = check_sets(paths, weights)
         self.weights, self.summary = tuple(weights), RowSummary()
-        self._encoder = ChatEncoder(tokenizer)
+        self._encoder = ChatEncoder(tokenizer, clock)
         self._checks: list[Check] = []
         self._dropped: set[int] = set()
         self._reading = threading.Lock()  # a JSONL file has one position, and a tokenizer is not for several threads

@@ -20,9 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd import environment
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
+from megatron_gkd.data.chat import ChatEncoder, check_same_tokenizer, load_tokenizer
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.data.policy import RowPolicy
+from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.pipeline import check_num_micro_batches
@@ -30,6 +32,7 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.train.draws import Draws
+from megatron_gkd.train.run_clock import run_clock
 from megatron_gkd.train.shared_rows import on_every_rank, shared_rows
 from megatron_gkd.weights.plan import check_layout
 
@@ -49,6 +52,8 @@ class Inputs:
     vocab_size: int  # token ids that both models have
     rows: Rows | None  # None for an evaluation alone
     eval_rows: Rows | None
+    clock: Clock  # what chat templates are told
+    stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation alone
 
     @property
     def separate(self) -> bool:
@@ -72,11 +77,25 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size = all_or_none(
         lambda: _models(config, world_size)
     )
-    rows = _training_rows(config, tokenizer, vocab_size) if with_training_data else None
-    eval_rows = _eval_rows(config, tokenizer, vocab_size)
+    stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if with_training_data else ())
+    clock = run_clock(config)
+    if told := clock.told_to(tokenizer.chat_template):
+        logger.info("the chat template is told the time, in this run and where it is resumed: %s", ", ".join(told))
+    rows = _training_rows(config, tokenizer, vocab_size, clock) if with_training_data else None
+    eval_rows = _eval_rows(config, tokenizer, vocab_size, clock)
     all_or_none(lambda: _check_rows(config, student_layout, rows, eval_rows))
     return Inputs(
-        config, student_arch, teacher_arch, student_layout, teacher_layout, tokenizer, vocab_size, rows, eval_rows
+        config,
+        student_arch,
+        teacher_arch,
+        student_layout,
+        teacher_layout,
+        tokenizer,
+        vocab_size,
+        rows,
+        eval_rows,
+        clock,
+        stop_ids,
     )
 
 
@@ -105,6 +124,10 @@ def _models(
             "many, or leave it out for the full vocabulary"
         )
     return student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size
+
+
+def _stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    return stop_tokens(config.model.model, ChatEncoder(tokenizer))
 
 
 def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, eval_rows: Rows | None) -> None:
@@ -193,7 +216,7 @@ def _vocabulary(
     return tokenizer, vocab_size
 
 
-def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows:
+def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows:
     data, world = config.data, dist.group.WORLD
     assert world is not None
     samples = config.distillation.lmbda > 0 or config.distillation.samples_teacher
@@ -203,6 +226,7 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
         tag_key=config.teacher.teacher_tag_key,
+        clock=clock,
     )
     weights = data.dataset_weights
     rows: Rows
@@ -214,14 +238,16 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
     return _within(rows, data.dataset, vocab_size)
 
 
-def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows | None:
+def _eval_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock
+) -> Rows | None:
     """Read whole, and in their own proportions, however the training rows are."""
     data, world = config.data, dist.group.WORLD
     if not data.eval_dataset:
         return None
     assert world is not None
     tag_key = config.teacher.teacher_tag_key
-    policy = RowPolicy(data.max_length, None, data.on_bad_row, data.overlong, data.eval_samples, tag_key)
+    policy = RowPolicy(data.max_length, None, data.on_bad_row, data.overlong, data.eval_samples, tag_key, clock)
     rows = shared_rows(data.eval_dataset, tokenizer, policy, cache_dir=data.data_cache_dir, group=world)
     return _within(rows, data.eval_dataset, vocab_size)
 

@@ -101,6 +101,7 @@ def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, as
             run.student.groups,
             source_dir=config.model.model,
             out_dir=run_dir / "hf",
+            stop_ids=run.stop_ids,
         )
     if run.is_writer:
         logger.info("done: %d steps; run directory %s", run.student.train_iters, run_dir)
