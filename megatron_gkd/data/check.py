@@ -7,18 +7,19 @@ made it:
              string by itself); a prompt that was cut is compared from the cut on. A row in which one token would span
              the border of prompt and completion must agree in each half by itself, and is counted.
     text     the ids decode to what was rendered, blanks aside (which some tokenizers move): nothing became an unknown
-             token, or another letter
+             token, or another letter. Letters that were composed, as many tokenizers do (NFC), are counted and right.
     mask     a collated row has its loss positions on the last tokens, one for each of the completion, with the
              completion as labels
 
-Ends with exit code 1 if a row fails, or if no row has anything to train on. Prompts alone are such rows: with
-`--lmbda 1` they are right, and the message says so.
+Ends with exit code 1 if a row fails, if one is malformed (unless it is to be skipped), or if no row has anything to
+train on. Prompts alone are such rows: with `--lmbda 1` they are right, and the message says so.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron_gkd.data.files import Columns, read_records
 from megatron_gkd.data.forms import Pair, prompt_and_completion
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.data.show import show_row
+from megatron_gkd.data.suspicions import told
 from megatron_gkd.errors import CheckFailedError
 from megatron_gkd.observe.text import visible
 from megatron_gkd.records import Row, Sample
@@ -49,6 +51,7 @@ class Account:
     num_ended: int = 0  # completions that end with the token a sampler stops at
     num_end_inside: int = 0  # completions with that token before their end
     num_split: int = 0  # rows in which a token would span the border
+    num_composed: int = 0  # rows whose tokens spell the same text in composed letters
     longest: int = 0
     longest_place: str = ""
     problems: list[str] = field(default_factory=list)
@@ -68,8 +71,10 @@ class Account:
             f"end with the stop token  {self.num_ended} of {self.num_completions} completions",
             f"have it inside as well   {self.num_end_inside}",
             f"split at the border      {self.num_split}",
+            *([f"letters composed (NFC)   {self.num_composed}"] if self.num_composed else []),
         ]
-        return lines + [f"first {why}: {text}" for why, text in sorted(rows.summary.first_dropped.items())]
+        lines += [f"first {why}: {text}" for why, text in sorted(rows.summary.first_dropped.items())]
+        return lines + [f"LOOK AT {text}" for text in told(rows.summary.suspicious, rows.summary.first_suspicious)]
 
 
 def run_check_data(config: CheckDataConfig) -> None:
@@ -80,7 +85,7 @@ def run_check_data(config: CheckDataConfig) -> None:
         encoder.tokenizer,
         max_length=config.max_length,
         max_completion_length=config.max_completion_length,
-        on_bad_row=config.on_bad_row,
+        on_bad_row="skip",
         overlong=config.overlong,
         max_rows=config.max_rows,
         clock=encoder.clock,
@@ -95,6 +100,11 @@ def run_check_data(config: CheckDataConfig) -> None:
         raise CheckFailedError(
             f"{len(found.problems)} of {len(rows)} rows would not train on what the data set says (first: "
             f"{found.problems[0]}); look at the tokenizer and the chat template of {config.model}"
+        )
+    if config.on_bad_row == "stop" and (number := rows.summary.dropped.get("malformed")):
+        raise CheckFailedError(
+            f"{number} of {rows.summary.num_read} rows are malformed, and training stops at the first of them "
+            f"({rows.summary.first_dropped['malformed']}); correct them, or pass --on_bad_row skip here and there"
         )
     if problem := _size_problem(encoder, config.model):
         print(f"WRONG {problem}", flush=True)
@@ -134,6 +144,7 @@ def check_rows(encoder: ChatEncoder, rows: RowDataset, paths: Sequence[str]) -> 
             found.longest, found.longest_place = len(row.prompt_ids) + len(completion), place
         rendered = _Rendered(encoder, prompt_and_completion(record), may_be_cut=rows.summary.num_truncated > 0)
         found.num_split += rendered.is_split(row)
+        found.num_composed += rendered.is_composed(row)
         problem = rendered.problem(row) or _mask_problem(row)
         if problem:
             found.problems.append(f"{place}: {problem}")
@@ -188,6 +199,14 @@ class _Rendered:
     def is_split(self, row: Row) -> bool:
         return self.whole_ids is not None and row.completion_ids is not None and not self._is_whole(row)
 
+    def is_composed(self, row: Row) -> bool:
+        """The data set has letters in parts (an accent of its own), and the tokens have none."""
+        text, decoded = (
+            self.prompt + (self.completion or ""),
+            self._encoder.decode((*row.prompt_ids, *(row.completion_ids or ()))),
+        )
+        return not unicodedata.is_normalized("NFC", text) and unicodedata.is_normalized("NFC", decoded)
+
     def _is_whole(self, row: Row) -> bool:
         """Prompt and completion are consecutive in the tokens of the whole conversation."""
         ids = (*row.prompt_ids, *(row.completion_ids or ()))
@@ -214,7 +233,7 @@ class _Rendered:
 
 def _text_problem(text: str, decoded: str) -> str | None:
     wanted, given = "".join(text.split()), "".join(decoded.split())
-    if wanted == given:
+    if wanted == given or unicodedata.normalize("NFC", wanted) == unicodedata.normalize("NFC", given):
         return None
     at = next((i for i, (a, b) in enumerate(zip(wanted, given, strict=False)) if a != b), min(len(wanted), len(given)))
     return f"the tokens spell another text: {given[at : at + 30]!r} where the data set has {wanted[at : at + 30]!r}"

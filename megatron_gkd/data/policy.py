@@ -10,6 +10,7 @@ and counted apart, or stops the run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -37,10 +38,19 @@ class RowSummary:
     dropped: dict[str, int] = field(default_factory=dict)
     # the same keys -> place and reason of the first of them
     first_dropped: dict[str, str] = field(default_factory=dict)
+    # suspicions.py: kind -> used rows, and place of the first of them
+    suspicious: dict[str, int] = field(default_factory=dict)
+    first_suspicious: dict[str, str] = field(default_factory=dict)
 
     def drop(self, reason: str, text: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.first_dropped.setdefault(reason, text)
+
+    def suspect(self, kinds: Iterable[str], place: str) -> None:
+        """Count a row that is used and looks wrong."""
+        for kind in kinds:
+            self.suspicious[kind] = self.suspicious.get(kind, 0) + 1
+            self.first_suspicious.setdefault(kind, place)
 
     def __str__(self) -> str:
         text = f"{self.num_read} rows read, {self.num_used} used"

@@ -3,8 +3,8 @@
 Hashed are:
 
     the data        every byte of the files, so a file that changed in place, with its size and its times, is another
-    the tokenizer   the files that it saves itself to, chat template included, and the versions of what runs it; and what the
-                    template is told of the time, if anything (clock.py)
+    the tokenizer   the files that it saves itself to, chat template included, and the versions of what runs it; with
+                    what the template is told of the time, if anything (clock.py)
     the policy      all of `RowPolicy` but the time
     the code        of this package, which decides what is read from the files, and how
 

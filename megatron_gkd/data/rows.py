@@ -26,6 +26,7 @@ from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teach
 from megatron_gkd.data.files import Columns, read_records
 from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary
 from megatron_gkd.data.sampler import check_weights
+from megatron_gkd.data.suspicions import Suspicions
 from megatron_gkd.errors import DataError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.records import Row
@@ -197,14 +198,18 @@ def tokenise(
     """
     paths = check_sets(paths, weights)
     encoder = ChatEncoder(tokenizer, policy.clock)
+    suspicions = Suspicions(encoder)
     collected = _Collected()
     files = [read_records(path) for path in paths]  # a missing file is found before hours are spent on the first
     for file, records in enumerate(files):
         for batch in _encoded(records, encoder, policy, collected):
-            for line, encoded in batch:
+            for (line, record), encoded in batch:
                 collected.summary.num_read += 1
-                row = policy.take(encoded, f"{paths[file]}:{line}", collected.summary)
+                place = f"{paths[file]}:{line}"
+                row = policy.take(encoded, place, collected.summary)
                 if row is not None:
+                    assert not isinstance(record, str), "a row that is used has columns"
+                    collected.summary.suspect(suspicions.of(record, row), place)
                     collected.append(row, file, line)
             if on_read is not None:
                 on_read(collected.summary.num_read)
@@ -226,8 +231,8 @@ def check_sets(paths: Sequence[str | Path] | str | Path, weights: Sequence[float
 
 def _encoded(
     records: Iterator[tuple[int, Columns | str]], encoder: ChatEncoder, policy: RowPolicy, collected: _Collected
-) -> Iterator[list[tuple[int, Row | DataError]]]:
-    """Batches of (line, row or what is wrong with it), until `max_rows` rows are collected.
+) -> Iterator[list[tuple[tuple[int, Columns | str], Row | DataError]]]:
+    """Batches of ((line, record), row or what is wrong with it), until `max_rows` rows are collected.
 
     A batch has no more records than rows are still wanted. An error of the file itself comes after the records that
     were read before it.
@@ -242,7 +247,7 @@ def _encoded(
             failure = error
         if batch:
             encodings = [policy.encoding(record, encoder) for _, record in batch]
-            yield list(zip([line for line, _ in batch], encoder.encode_all(encodings), strict=True))
+            yield list(zip(batch, encoder.encode_all(encodings), strict=True))
         if failure is not None:
             raise failure
         if len(batch) < wanted or not wanted:

@@ -31,7 +31,9 @@ def stop_tokens(model: str | Path, encoder: ChatEncoder) -> tuple[int, ...]:
 
 def generation_changes(model: str | Path, stop_ids: Sequence[int]) -> dict[str, Any]:
     """Keys of generation_config.json to set in an export from `model`, so that it names all of `stop_ids`; {} where it
-    does. A directory without the file has its tokens in config.json, as transformers reads them. Raises CheckpointError.
+    does. A directory without the file has its tokens in config.json, as transformers reads them.
+
+    Raises CheckpointError.
     """
     model = Path(model)
     named, changes = _named(model), dict[str, Any]()

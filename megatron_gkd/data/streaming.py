@@ -35,6 +35,7 @@ from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teach
 from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary
 from megatron_gkd.data.random_access import open_records
 from megatron_gkd.data.rows import check_sets
+from megatron_gkd.data.suspicions import Suspicions
 from megatron_gkd.errors import DataError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.records import Row
@@ -55,7 +56,8 @@ class _Placed(NamedTuple):
 
 
 class StreamedRows(Rows):
-    """Rows by index, read on access. `summary` counts the records that were dropped, each once, and nothing else."""
+    """Rows by index, read on access. `summary` counts the records that were dropped, each once, and the checked ones that
+    look wrong (suspicions.py); nothing else."""
 
     def __init__(
         self,
@@ -84,7 +86,9 @@ class StreamedRows(Rows):
             if not size:
                 raise DataError(f"data set {path} has no record; leave it out")
         number = min(NUM_CHECKED, len(self))
+        self._suspicions: Suspicions | None = Suspicions(self._encoder)  # of the checked records
         tried = [self._read(index * len(self) // number) for index in range(number)]
+        self._suspicions = None
         self._checked = [placed for placed in tried if placed is not None]
         if not self._checked:
             raise DataError(f"none of {number} records from all over {', '.join(self._paths)} is usable{self._why()}")
@@ -175,6 +179,9 @@ class StreamedRows(Rows):
         (encoded,) = self._encoder.encode_all([self._policy.encoding(record, self._encoder)])
         row = self._policy.take(encoded, place, found)
         if row is not None:
+            if self._suspicions is not None:
+                assert not isinstance(record, str), "a row that is used has columns"
+                self.summary.suspect(self._suspicions.of(record, row), place)
             return _Placed(row, place)
         self._dropped.add(index)
         for reason, text in found.first_dropped.items():

@@ -24,8 +24,11 @@ from megatron_gkd.data.chat import ChatEncoder, check_same_tokenizer, load_token
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.data.policy import RowPolicy
+from megatron_gkd.data.rows import RowDataset
 from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.data.streaming import StreamedRows
+from megatron_gkd.data.suspicions import told
+from megatron_gkd.data.template_differences import differences
 from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.pipeline import check_num_micro_batches
 from megatron_gkd.observe.logging import get_logger
@@ -205,7 +208,12 @@ def _vocabulary(
                 "rows: they do not belong together"
             )
         return tokenizer, student.vocab_size
-    check_same_tokenizer(tokenizer, load_tokenizer(str(config.teacher.teacher_model)))
+    of_teacher = load_tokenizer(str(config.teacher.teacher_model))
+    check_same_tokenizer(tokenizer, of_teacher)
+    if (found := differences(tokenizer, of_teacher)) and dist.get_rank() == 0:
+        logger.warning(
+            "student and teacher differ in %s; the student's writes all rows, also those that are scored", found
+        )
     vocab_size = min(student.vocab_size, teacher.vocab_size)
     if len(tokenizer) > vocab_size:
         raise ConfigError(
@@ -229,7 +237,7 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
         clock=clock,
     )
     weights = data.dataset_weights
-    rows: Rows
+    rows: RowDataset | StreamedRows
     if data.streaming:
         rows = on_every_rank(lambda: StreamedRows(data.dataset, tokenizer, weights=weights, **options), world)
     else:
@@ -238,9 +246,7 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
     return _within(rows, data.dataset, vocab_size)
 
 
-def _eval_rows(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock
-) -> Rows | None:
+def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows | None:
     """Read whole, and in their own proportions, however the training rows are."""
     data, world = config.data, dist.group.WORLD
     if not data.eval_dataset:
@@ -252,10 +258,13 @@ def _eval_rows(
     return _within(rows, data.eval_dataset, vocab_size)
 
 
-def _within(rows: Rows, paths: Sequence[str], vocab_size: int) -> Rows:
+def _within(rows: RowDataset | StreamedRows, paths: Sequence[str], vocab_size: int) -> Rows:
     """The rows, with ids within the models' vocabulary, and their account in the log."""
     rows.require_ids_below(vocab_size)
     logger.info("%s: %s", ", ".join(paths), rows.account())
+    if dist.get_rank() == 0:
+        for text in told(rows.summary.suspicious, rows.summary.first_suspicious):
+            logger.warning("%s: %s", ", ".join(paths), text)
     return rows
 
 

@@ -1,5 +1,5 @@
-"""The one clock of a run (data/clock.py): the first rank's time at its first start, on all ranks, and, where the run goes
-on from a checkpoint, the time that is saved there.
+"""The one clock of a run (data/clock.py): the first rank's time at its first start, on all ranks; where the run goes on
+from a checkpoint, the time that is saved there.
 
 A damaged newest checkpoint is passed over here as when it is loaded; of one that cannot be read at all, and of one from
 before the time was saved, the machine's time takes its place: what is wrong is said when it is loaded.

@@ -124,7 +124,9 @@ class HFWriter:
             if changes:
                 file = self._temporary / name
                 found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-                file.write_text(json.dumps(found | dict(changes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                file.write_text(
+                    json.dumps(found | dict(changes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
         check_destination(self.out_dir)
         os.rename(self._temporary, self.out_dir)
 

@@ -18,7 +18,8 @@ from tests.data.tiny_tokenizers import CHATML, chat_tokenizer
 
 TIME = "2026-11-27T23:59:58"
 LLAMA = (  # as Llama 3.2 asks
-    '{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}'
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}'
     "{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}"
     "<|im_start|>system\nToday Date: {{ date_string }}<|im_end|>\n"
 )

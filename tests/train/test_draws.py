@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_gkd.config import RunConfig
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.flags import parse_run_config
-from megatron_gkd.data.clock import Clock
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.rollout.protocol import Completion, Request
 from megatron_gkd.train.draws import Draws, draw_step

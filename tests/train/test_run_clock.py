@@ -1,5 +1,5 @@
-"""One clock a run: ranks whose machines are on both sides of midnight render the same prompts, and so does a run that is
-resumed another day; a run that begins anew has a time of its own.
+"""One clock a run: ranks whose machines are on both sides of midnight render the same prompts, and so does a run that
+is resumed another day; a run that begins anew has a time of its own.
 
 Rows are streamed, so that every rank renders for itself. What templates see of the time: data/test_clock.py.
 """
