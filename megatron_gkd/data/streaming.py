@@ -56,8 +56,8 @@ class _Placed(NamedTuple):
 
 
 class StreamedRows(Rows):
-    """Rows by index, read on access. `summary` counts the records that were dropped, each once, and the checked ones that
-    look wrong (suspicions.py); nothing else."""
+    """Rows by index, read on access. `summary` counts the records that were dropped, each once, and the checked ones
+    that look wrong (suspicions.py); nothing else."""
 
     def __init__(
         self,

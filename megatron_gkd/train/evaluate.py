@@ -11,12 +11,14 @@ batch may be smaller.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.errors import TrainingError
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.no_effect import told, without_effect
@@ -54,7 +56,19 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
     if run.is_writer:
         width = max(map(len, values))
         print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in values.items()), flush=True)
+    if (problem := not_finite(values)) is not None:
+        raise TrainingError(f"{problem}: look at the weights of --model and --teacher_model, and at --dtype")
     return values
+
+
+def not_finite(values: dict[str, float]) -> str | None:
+    """Which numbers are not finite, and whose fault it is; None: all are. The negative log-likelihood is the student's
+    alone."""
+    names = [name for name, value in values.items() if not math.isfinite(value)]
+    if not names:
+        return None
+    whose = "the student's numbers are not finite" if "nll" in names else "it is the teacher whose numbers are not"
+    return f"{', '.join(names)}: not finite, and {whose}"
 
 
 def evaluate(run: Run, rows: Rows) -> dict[str, float]:

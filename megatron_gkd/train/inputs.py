@@ -34,6 +34,7 @@ from megatron_gkd.model.pipeline import check_num_micro_batches
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none
+from megatron_gkd.reach import reach
 from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.run_clock import run_clock
 from megatron_gkd.train.shared_rows import on_every_rank, shared_rows
@@ -126,7 +127,20 @@ def _models(
             f"--gkd_logits_topk {topk} is more than the {vocab_size} tokens that both models have; give at most that "
             "many, or leave it out for the full vocabulary"
         )
+    _tell_reach(config, student_arch, teacher_arch)
     return student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size
+
+
+def _tell_reach(config: RunConfig, student: Architecture, teacher: Architecture | None) -> None:
+    """Warn where rows may be longer than a model was made for."""
+    longest = config.data.max_length
+    for flag, arch in (("model", student), ("teacher_model", teacher)):
+        if arch is not None and (most := reach(config.get(flag), arch)) < longest and dist.get_rank() == 0:
+            logger.warning(
+                "--max_length %d is above the %d positions of --%s (max_position_embeddings, with its RoPE scaling): "
+                "longer rows have positions that it has not seen; give at most %d",
+                *(longest, most, flag, most),
+            )
 
 
 def _stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, open_tracke
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.train.auto_resume import choose_start, ended_before, first_step_to_write, resumes_itself
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
-from megatron_gkd.train.evaluate import evaluate
+from megatron_gkd.train.evaluate import evaluate, not_finite
 from megatron_gkd.train.faults import BadSteps, LossSpikes, check_finite_weights, lost_rank
 from megatron_gkd.train.plans import evaluates_after, saves_after
 from megatron_gkd.train.replicas import Replicas
@@ -229,6 +229,8 @@ def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
     writers.evaluation(step, values)
     if run.is_writer:
         logger.info("step %d, held-out: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        if (problem := not_finite(values)) is not None:
+            logger.warning("step %d, held-out: %s", step, problem)
 
 
 def _check_run_dir(config: RunConfig, run_dir: Path) -> None:

@@ -60,7 +60,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def newest_state(path: str | Path) -> TrainerState | None:
-    """Of the newest checkpoint that `--load PATH` may mean and whose state can be read, unverified; None: no such one."""
+    """Of the newest checkpoint that `--load PATH` may mean and whose state can be read, unverified; None: no such."""
     try:
         candidates = _candidates(Path(path))
     except CheckpointError:
