@@ -137,6 +137,8 @@ def test_no_option_is_silent(tmp_path: Path, family: str) -> None:
         ends["without effect"] += 1
         try:
             same = torch.allclose(logits(family, config), wanted, atol=1e-5)
+        except RuntimeError:  # the weights have another shape there
+            same = False
         except Exception:  # not silent where transformers itself cannot take it
             ends["not for transformers"] += 1
             continue
