@@ -3,7 +3,7 @@
 #
 #   NNODES=4 RDZV_ENDPOINT=node0:29500 bash launch/train_multi_node.sh --config run.yaml --save /shared/runs/mine
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash launch/train_multi_node.sh --config run.yaml     # NODE_RANK=1, 2, 3 on the others
-#   NNODES=2 RDZV_ENDPOINT=node0 bash launch/train_multi_node.sh --config run.yaml --dry-run     # print the command, start nothing
+#   NNODES=2 RDZV_ENDPOINT=node0 bash launch/train_multi_node.sh --config run.yaml --dry-run     # print and check, start nothing
 #
 # Flags go to `megatron-gkd train` (docs/configuration.md). --save, models and data have to be the same directories on all
 # nodes: a shared file system.
@@ -149,11 +149,14 @@ launcher_flags=(
 )
 train_flags=("${resume_flags[@]}" "${extra_flags[@]}")
 command=("$venv/bin/python" -m torch.distributed.run "${launcher_flags[@]}" -m megatron_gkd train "${train_flags[@]}")
+# Asked once, before any rank is started: what every rank would be refused for is one line then, and the last one.
+check=("$venv/bin/python" -m megatron_gkd check train --world_size "$((nnodes * nproc))" --ranks_per_node "$nproc" "${train_flags[@]}")
+export "${environment[@]}"
 if $dry_run; then
     printf '+'
     printf ' %q' "${environment[@]}" "${command[@]}"
     printf '\n'
-    exit 0
+    exec "${check[@]}"
 fi
-export "${environment[@]}"
+"${check[@]}" --read_models false
 exec "${command[@]}"

@@ -1,4 +1,4 @@
-"""Settings of `megatron-gkd check teacher` and `megatron-gkd check data`."""
+"""Settings of `megatron-gkd check teacher`, `megatron-gkd check data` and `megatron-gkd check train`."""
 
 # ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
 
@@ -88,6 +88,15 @@ class CheckDataConfig(Section):
         _check_one_process()
         if not os.path.isdir(self.model):
             raise ConfigError(f"--model {self.model}: there is no such directory; give one in Hugging Face format")
+
+
+@dataclass(frozen=True)
+class CheckTrainConfig(Section):
+    """Whether `train` would start with the same flags, on a number of ranks; those of `train` go with these."""
+
+    world_size: int = setting(1, "Ranks that the run is to have.", ge=1)
+    ranks_per_node: int | None = setting(None, "Ranks of a node, for --teacher_nodes.", ge=1)
+    read_models: bool = setting(True, "Hold both models' config.json against the layouts.")
 
 
 def _check_one_process() -> None:

@@ -364,6 +364,11 @@ class CheckpointConfig(Section):
     )
     save_total_limit: int | None = setting(None, "Keep this many newest checkpoints; null: all.", ge=1)
     save_hf: bool = setting(True, "Export the student as a Hugging Face model directory at the end.")
+    save_hf_dtype: Literal["fp32", "bf16", "fp16", "source"] | None = setting(
+        None,
+        "Type of the exported weights; null: --dtype, which holds what was trained. A narrower one, or that of the "
+        "files of --model (source), may round small updates away; what it costs is measured and said.",
+    )
 
 
 @dataclass(frozen=True)

@@ -255,14 +255,10 @@ def test_wandb_needs_its_package(accepted: dict[str, Any], monkeypatch: pytest.M
 
 # One value per entry of NOT_BUILT, in its order: what a user would write to ask for it.
 ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("model", {"model": "Org/Model"}),
-    ("teacher_model", {"teacher_model": "Org/Model"}),
     ("teacher_context_parallel_size", {"teacher_context_parallel_size": 2}),
     ("teacher_expert_model_parallel_size", {"teacher_expert_model_parallel_size": 2}),
     ("context_parallel_size", {"context_parallel_size": 2}),
     ("expert_model_parallel_size", {"expert_model_parallel_size": 2}),
-    ("dataset", {"dataset": ["d.jsonl", "Org/Data:train#500"]}),
-    ("eval_dataset", {"eval_dataset": ["Org/Data"]}),
 )
 
 

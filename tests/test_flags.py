@@ -123,6 +123,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("async_save", False, ("true", True), ("x",)),
     ("save_total_limit", None, ("2", 2), ("0",)),
     ("save_hf", True, ("false", False), ("x",)),
+    ("save_hf_dtype", None, ("source", "source"), ("int8",)),
     ("logging_steps", 1, ("5", 5), ("0",)),
     ("eval_steps", None, ("50", 50), ("0",)),
     ("loss_spike_factor", None, ("3", 3.0), ("1", "0.5")),

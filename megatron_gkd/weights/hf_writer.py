@@ -41,7 +41,8 @@ class HFWriter:
     `config_changes` are keys of config.json to set; without any, the file is the source's, byte for byte.
 
     Leaving the block with everything written renames the directory into place; leaving it by an exception removes
-    what was written. Not safe against two processes that write the same destination at once.
+    what was written. With `replace` a directory that is there makes room at that moment, and not before. Not safe
+    against two processes that write the same destination at once.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class HFWriter:
         source_dir: str | Path,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         config_changes: Mapping[str, Any] | None = None,
+        replace: bool = False,
     ) -> None:
         self.out_dir, self.source_dir = Path(out_dir), Path(source_dir)
         self.manifest = tuple(manifest)
-        self._config_changes = dict(config_changes or {})
-        check_destination(self.out_dir)
+        self._config_changes, self._replace = dict(config_changes or {}), replace
+        if not replace:
+            check_destination(self.out_dir)
         check_side_files(self.source_dir)
         if not (self.source_dir / "config.json").is_file():
             raise CheckpointError(f"{self.source_dir} has no config.json to export the model with")
@@ -96,6 +99,8 @@ class HFWriter:
                 self._finish()
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
+            if self._replace and self.out_dir.exists():
+                shutil.rmtree(self.out_dir.parent / f".{self.out_dir.name}.replaced", ignore_errors=True)
 
     def _begin_shard(self, shard: int) -> None:
         self._end_shard()
@@ -121,8 +126,16 @@ class HFWriter:
             config = self._temporary / "config.json"
             changed = json.loads(config.read_text(encoding="utf-8")) | self._config_changes
             config.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self._replace:
+            self._make_room()
         check_destination(self.out_dir)
         os.rename(self._temporary, self.out_dir)
+
+    def _make_room(self) -> None:
+        aside = self.out_dir.parent / f".{self.out_dir.name}.replaced"
+        shutil.rmtree(aside, ignore_errors=True)
+        if self.out_dir.exists():
+            os.rename(self.out_dir, aside)
 
     def _write_index(self) -> None:
         weight_map = {s.name: file for file, specs in zip(self._files, self._shards, strict=True) for s in specs}

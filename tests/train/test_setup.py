@@ -8,7 +8,7 @@ import pytest
 
 from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.flags import parse_run_config
-from megatron_gkd.train.inputs import layouts
+from megatron_gkd.train.fit import layouts
 from tests.checkpoints import MOE_FAMILIES, write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.train.runs import command_line
