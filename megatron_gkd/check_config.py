@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron_gkd import environment
 from megatron_gkd.config import TeacherConfig
-from megatron_gkd.dtypes import Dtype
+from megatron_gkd.dtypes import Dtype, DtypeChoice
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
 
@@ -28,7 +28,9 @@ class CheckConfig(Section):
     num_rows: int = setting(16, "Rows that are compared, from the first on.", ge=1)
     max_length: int = setting(1024, "Longest row in tokens; longer ones are left out.", ge=2)
     beta: float = setting(0.5, "Divergence of the loss that is compared.", ge=0, le=1)
-    dtype: Dtype = setting("bf16", "Precision of the local teacher; give the server's.")
+    dtype: DtypeChoice = setting(
+        "auto", "Precision of the local teacher; give the server's. auto: bf16 on CUDA, fp32 on a CPU."
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is a GPU, else CPU.")
     logprob_tolerance: float | None = setting(
         None, "Largest difference of a log-probability; null: 0.001 in fp32, 1 in bf16 and fp16.", gt=0
@@ -40,6 +42,12 @@ class CheckConfig(Section):
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
 
     @property
+    def precision(self) -> Dtype:
+        """The dtype, once `auto` has been decided."""
+        assert self.dtype != "auto", "the device is known, and decides"
+        return self.dtype
+
+    @property
     def servers(self) -> tuple[str, ...]:
         """The URLs of --teacher_model_server."""
         return TeacherConfig(teacher_model_server=self.teacher_model_server).servers
@@ -47,7 +55,7 @@ class CheckConfig(Section):
     @property
     def tolerances(self) -> tuple[float, float]:
         """(of a log-probability, of a token's loss)."""
-        logprob, loss = (1e-3, 1e-4) if self.dtype == "fp32" else (1.0, 0.1)
+        logprob, loss = (1e-3, 1e-4) if self.precision == "fp32" else (1.0, 0.1)
         return self.logprob_tolerance or logprob, self.loss_tolerance or loss
 
     def check(self) -> None:

@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any, Literal
 
 from megatron_gkd.contradictions import refuse_contradictions
-from megatron_gkd.dtypes import Dtype
+from megatron_gkd.dtypes import Dtype, DtypeChoice
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT, Command, refuse_not_built
 from megatron_gkd.server_list import ServerEntry, parse_servers
@@ -33,12 +33,20 @@ class ModelConfig(Section):
     """Student model."""
 
     model: str = setting(help="Student: a Hugging Face model directory.", path=True)
-    dtype: Dtype = setting(
-        "fp32", "Type of the weights and activations of both models; losses and reductions are fp32 in any case."
+    dtype: DtypeChoice = setting(
+        "auto",
+        "Type of the weights and activations of both models; losses and reductions are fp32 in any case. auto: bf16 on "
+        "CUDA, fp32 on a CPU.",
     )
     freeze_embeddings: bool = setting(
         False, "Keep the student's embedding as it is; with tied embeddings that is its head too."
     )
+
+    @property
+    def precision(self) -> Dtype:
+        """The dtype, once `auto` has been decided (train/setup.py, `with_dtype`)."""
+        assert self.dtype != "auto", "the device is known, and decides"
+        return self.dtype
 
 
 @dataclass(frozen=True)
@@ -288,6 +296,11 @@ class DataConfig(Section):
     on_bad_row: Literal["stop", "skip"] = setting("stop", "At a malformed row: stop, or skip and count it.")
     overlong: Literal["drop", "truncate_left", "stop"] = setting(
         "drop", "A row over --max_length: drop and count it, cut its prompt from the left, or stop."
+    )
+    prompt_only: Literal["stop", "drop"] = setting(
+        "stop",
+        "A row without a completion where a completion of the data is needed (held-out rows; --lmbda below 1 with "
+        "--seq_kd false): stop, or drop and count it.",
     )
     shuffle: bool = setting(
         True, "Draw the rows in a new random order in every epoch; false: in the order of the files."

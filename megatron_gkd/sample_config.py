@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_gkd import environment
-from megatron_gkd.dtypes import Dtype
+from megatron_gkd.dtypes import Dtype, DtypeChoice
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
 
@@ -31,7 +31,7 @@ class SampleConfig(Section):
     )
     top_k: int = setting(0, "Sample from this many most probable tokens; 0: from all.", ge=0)
     seed: int = setting(42, "Seed; a completion depends on it, its row and its number alone.", ge=0)
-    dtype: Dtype = setting("bf16", "Precision of the engine.")
+    dtype: DtypeChoice = setting("auto", "Precision of the engine; auto: bf16 on CUDA, fp32 on a CPU.")
     write_batch_size: int = setting(1000, "Write the result every this many prompts.", ge=1)
     truncated: Literal["drop", "keep"] = setting(
         "drop", "Completions cut at --max_new_tokens: drop and count them, or keep them, marked by their finish_reason."
@@ -60,6 +60,12 @@ class SampleConfig(Section):
     vllm_server_port: int = setting(8000, "Port of the server.", ge=1, le=65535)
     timeout_minutes: float = setting(240.0, "Most minutes that a server may take for one batch of prompts.", gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
+
+    @property
+    def precision(self) -> Dtype:
+        """The dtype, once `auto` has been decided."""
+        assert self.dtype != "auto", "the device is known, and decides"
+        return self.dtype
 
     def check(self) -> None:
         """Combinations that cannot work. Raises ConfigError."""

@@ -245,6 +245,18 @@ def test_sampling_from_a_local_teacher_needs_vllm(accepted: dict[str, Any], monk
     validate(accepted)
 
 
+def test_a_default_that_nobody_gave_is_named(accepted: dict[str, Any]) -> None:
+    """`--max_length 512` alone: there are sampled completions because --lmbda has a default above 0."""
+    del accepted["lmbda"]
+    with pytest.raises(
+        ConfigError, match=r"--lmbda 0.5 \(its default\) samples from the student, and --max_compl"
+    ) as short:
+        validate(accepted | {"max_length": 512})
+    assert "--max_completion_length 512 (its default) leaves no room" in str(short.value)
+    assert "in --max_length 512: give a larger --max_length" in str(short.value)
+    validate(accepted | {"max_length": 512, "lmbda": 0.0})
+
+
 def test_wandb_needs_its_package(accepted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contradictions, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package wandb"):

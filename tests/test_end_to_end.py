@@ -359,7 +359,9 @@ BAD = {
     "top K": Bad("--gkd_logits_topk 301", "gkd_logits_topk 301 is outside 1..300"),
     "beta": Bad("--beta 1.5", "beta"),
     "not built": Bad("--context_parallel_size 2", "not built yet: --context_parallel_size 2"),
-    "no room to sample": Bad("--lmbda 0.5", "max_completion_length is 512 and max_length 64"),
+    "no room to sample": Bad(
+        "--lmbda 0.5", "--max_completion_length 512 (its default) leaves no room for a prompt in --max_length 64"
+    ),
     "unknown flag": Bad("--bta 0.5", "--bta"),
 }
 

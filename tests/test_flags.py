@@ -32,7 +32,7 @@ parse_check_data = partial(parse_section, cls=CheckDataConfig, command="check da
 # flag, default, (text, value) that must parse, texts that must not
 SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("model", REQUIRED, ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"), ()),
-    ("dtype", "fp32", ("bf16", "bf16"), ("float32",)),
+    ("dtype", "auto", ("bf16", "bf16"), ("float32",)),
     ("freeze_embeddings", False, ("true", True), ("2",)),
     ("teacher_model", None, ("T", "T"), ()),
     ("teacher_model_server", None, ("http://localhost:8000", "http://localhost:8000"), ("localhost",)),
@@ -96,6 +96,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("packing", False, ("true", True), ("x",)),
     ("on_bad_row", "stop", ("skip", "skip"), ("ignore",)),
     ("overlong", "drop", ("truncate_left", "truncate_left"), ("cut",)),
+    ("prompt_only", "stop", ("drop", "drop"), ("keep",)),
     ("shuffle", True, ("false", False), ("x",)),
     ("streaming", False, ("true", True), ("x",)),
     ("data_cache_dir", None, ("/big/rows", "/big/rows"), ()),

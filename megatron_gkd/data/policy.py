@@ -21,6 +21,7 @@ from megatron_gkd.records import Row
 
 OnBadRow = Literal["stop", "skip"]
 Overlong = Literal["drop", "truncate_left", "stop"]
+PromptOnly = Literal["keep", "drop"]
 
 
 @dataclass
@@ -65,6 +66,7 @@ class RowPolicy:
         overlong: what to do with a row that does not fit: "drop" and count, "truncate_left" the prompt, "stop".
         max_rows: stop reading once that many rows are in use; None reads everything.
         tag_key: the column that says which of several teachers scores a row; None: there is one.
+        prompt_only: a row without a completion: "keep" it, or "drop" and count it.
     """
 
     max_length: int
@@ -73,6 +75,7 @@ class RowPolicy:
     overlong: Overlong = "drop"
     max_rows: int | None = None
     tag_key: str | None = None
+    prompt_only: PromptOnly = "keep"
 
     def __post_init__(self) -> None:
         if self.on_bad_row not in ("stop", "skip"):
@@ -111,6 +114,9 @@ class RowPolicy:
             if self.on_bad_row == "stop":
                 raise DataError(f"{place}: {encoded}; correct the row, or pass --on_bad_row skip") from encoded
             summary.drop("malformed", f"{place}: {encoded}")
+            return None
+        if encoded.completion_ids is None and self.prompt_only == "drop":
+            summary.drop("prompt_only", f"{place}: a prompt without a completion")
             return None
         return self._fit(encoded, place, summary)
 

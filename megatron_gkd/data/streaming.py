@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
-from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary
+from megatron_gkd.data.policy import OnBadRow, Overlong, PromptOnly, RowPolicy, RowSummary
 from megatron_gkd.data.random_access import open_records
 from megatron_gkd.data.rows import check_sets
 from megatron_gkd.errors import DataError
@@ -67,9 +67,12 @@ class StreamedRows(Rows):
         overlong: Overlong = "drop",
         weights: Sequence[float] = (),
         tag_key: str | None = None,
+        prompt_only: PromptOnly = "keep",
     ) -> None:
         """The arguments are those of `load_rows`. Raises DataError if a checked record says so, or none is usable."""
-        self._policy = RowPolicy(max_length, max_completion_length, on_bad_row, overlong, tag_key=tag_key)
+        self._policy = RowPolicy(
+            max_length, max_completion_length, on_bad_row, overlong, tag_key=tag_key, prompt_only=prompt_only
+        )
         self._paths = check_sets(paths, weights)
         self.weights, self.summary = tuple(weights), RowSummary()
         self._encoder = ChatEncoder(tokenizer)
@@ -113,7 +116,8 @@ class StreamedRows(Rows):
         digest = hashlib.sha256()
         policy = self._policy
         reserve = policy.max_completion_length or 0
-        asked = (policy.max_length, reserve, policy.on_bad_row, policy.overlong, self.weights, policy.tag_key)
+        asked: tuple[object, ...] = (policy.max_length, reserve, policy.on_bad_row, policy.overlong, self.weights)
+        asked += (policy.tag_key, *(["drop"] if policy.prompt_only == "drop" else []))
         digest.update(repr((asked, [(len(records), records.digest) for records in self._sets])).encode())
         digest.update(repr([placed.row for placed in self._checked]).encode())
         return digest.hexdigest()[:16]

@@ -33,7 +33,7 @@ logger = get_logger(__name__)
 
 def warn_of_rounding(config: RunConfig) -> None:
     """Say at the start that the export will not hold what is trained."""
-    chosen, held = config.checkpoint.save_hf_dtype, config.model.dtype
+    chosen, held = config.checkpoint.save_hf_dtype, config.model.precision
     if config.checkpoint.save_hf and chosen not in (None, "fp32", held):
         what = "the type of the files of --model" if chosen == "source" else chosen
         logger.warning(
@@ -61,7 +61,7 @@ def export(run: Run, run_dir: Path, *, trained: Mapping[str, float] | None) -> N
     check_finite_weights(run, run_dir)
     if run.is_writer:
         check_replaceable(run_dir)  # once more: hours have passed
-    out_dir, chosen = run_dir / "hf", run.config.checkpoint.save_hf_dtype or run.config.model.dtype
+    out_dir, chosen = run_dir / "hf", run.config.checkpoint.save_hf_dtype or run.config.model.precision
     save_hf(
         run.student.chunks,
         run.architecture,

@@ -21,7 +21,7 @@ from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.data.policy import RowPolicy
+from megatron_gkd.data.policy import PromptOnly, RowPolicy
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.observe.logging import get_logger
@@ -110,7 +110,7 @@ def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, ev
     if eval_rows is not None:
         eval_rows.require_completions("evaluation")
     for purpose, found in (("training", rows), ("evaluation", eval_rows)):
-        if found is not None:
+        if found is not None and not (rows is None and teaches_nothing(config, found)):
             _check_teacher_of(config, purpose, found)
 
 
@@ -148,6 +148,7 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
         tag_key=config.teacher.teacher_tag_key,
+        prompt_only="drop" if data.prompt_only == "drop" and _needs_completions(config) else "keep",
     )
     weights = data.dataset_weights
     rows: Rows
@@ -159,6 +160,16 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
     return _within(rows, data.dataset, vocab_size)
 
 
+def teaches_nothing(config: RunConfig, rows: Rows) -> bool:
+    """A student alone, whose rows have no prompts for a teacher: it can be evaluated, but not compared with anybody."""
+    return config.teacher.is_student and not rows.has_teacher_prompts
+
+
+def _needs_completions(config: RunConfig) -> bool:
+    """Whether a step may take a completion from the data set."""
+    return config.distillation.lmbda < 1 and not config.distillation.seq_kd
+
+
 def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows | None:
     """Read whole, and in their own proportions, however the training rows are."""
     data, world = config.data, dist.group.WORLD
@@ -166,7 +177,8 @@ def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size
         return None
     assert world is not None
     tag_key = config.teacher.teacher_tag_key
-    policy = RowPolicy(data.max_length, None, data.on_bad_row, data.overlong, data.eval_samples, tag_key)
+    prompt_only: PromptOnly = "drop" if data.prompt_only == "drop" else "keep"
+    policy = RowPolicy(data.max_length, None, data.on_bad_row, data.overlong, data.eval_samples, tag_key, prompt_only)
     rows = shared_rows(data.eval_dataset, tokenizer, policy, cache_dir=data.data_cache_dir, group=world)
     return _within(rows, data.eval_dataset, vocab_size)
 

@@ -35,7 +35,7 @@ from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import open_checkpoints, resume
 from megatron_gkd.train.run_lock import locked
 from megatron_gkd.train.server_teacher import ServerTeacher
-from megatron_gkd.train.setup import Run, TeacherRun, build, join
+from megatron_gkd.train.setup import Run, TeacherRun, build, join, with_dtype
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
 from megatron_gkd.train.teacher_ranks import serve_training
@@ -49,8 +49,9 @@ def run_training(config: RunConfig) -> None:
 
     Raises RunStoppedError where a signal ended it early, TrainingError where it cannot go on.
     """
-    run_dir, asked = Path(config.checkpoint.save), config
+    run_dir = Path(config.checkpoint.save)
     try:
+        config = asked = with_dtype(config)
         join(config)
         with locked(run_dir):
             config = choose_start(config)
@@ -78,6 +79,7 @@ def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, as
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.yaml").write_text(to_yaml(asked))
         warn_of_rounding(config)
+        _warn_of_a_low_peak(run)
     writers = _Writers(run, run_dir, first_step=first_step_to_write(config, state.step))
     try:
         trained = _train(run, state, writers, agreement)
@@ -209,7 +211,7 @@ def _train_step(
             **({} if run.teacher_samples is None else run.teacher_samples.metrics),
         }
         writers.metrics(step, values)
-        progress.update(step, loss=means.get("loss"), tokens_per_s=num_tokens / step_time_s)
+        progress.update(step, loss=means.get("loss"), tokens_per_step=num_tokens)
     stop = sums["stop_requests"] > 0
     if watch.agreement is not None:
         stop = watch.agreement.after_step(watch.signals.received is not None)
@@ -224,6 +226,20 @@ def _evaluate(run: Run, writers: _Writers, *, step: int) -> dict[str, float] | N
     if run.is_writer:
         logger.info("step %d, held-out: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
     return values
+
+
+def _warn_of_a_low_peak(run: Run) -> None:
+    """In a short run the decay begins before the learning rate has been what was asked for."""
+    training, highest = run.config.training, run.student.highest_learning_rate
+    if highest < 0.99 * training.lr:
+        logger.warning(
+            "--lr %g is never reached: %d steps of --lr_decay_style %s without a warm-up begin at %.3g; for a run this "
+            "short, --lr_decay_style constant keeps it",
+            training.lr,
+            run.student.train_iters,
+            training.lr_decay_style,
+            highest,
+        )
 
 
 def _check_run_dir(config: RunConfig, run_dir: Path) -> None:

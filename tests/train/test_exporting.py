@@ -24,7 +24,7 @@ from megatron_gkd.train.export_record import check_replaceable
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import RankFailureError, run_ranks
 from tests.train.runs import command_line, exported, train
-from tests.train.trainers import write_rows
+from tests.train.trainers import build_run, write_rows
 from tests.weights.ranks_at_work import megatron
 
 NAMES = ("forward_kl", "reverse_kl", "jsd", "nll", "agreement")
@@ -123,3 +123,17 @@ def test_two_evaluations_are_compared_to_rounding() -> None:
     assert not differing({"nll": 1.0, "jsd": 0.0}, {"nll": 1.00001, "jsd": 0.0})
     assert differing({"nll": 1.0}, {"nll": 1.001}) == ["nll"]
     assert differing({"nll": 1.0}, {"nll": float("nan")}) == ["nll"]
+
+
+def highest_rates(argvs: list[list[str]]) -> list[float]:
+    with megatron():
+        return [build_run(parse_run_config(argv, command="train")).student.highest_learning_rate for argv in argvs]
+
+
+def test_a_learning_rate_that_is_never_reached_is_known_at_the_start(tmp_path: Path, flags: dict[str, Any]) -> None:
+    """Two steps of a cosine begin at 3/4 of it; a warm-up reaches it, and so does a constant one."""
+    kinds: list[dict[str, Any]] = [{}, dict(lr_warmup_fraction=0.5), dict(lr_decay_style="constant")]
+    argvs = [command_line(**flags | kind, save=tmp_path / "run") for kind in kinds]
+    ((bare, warm, constant),) = run_ranks(highest_rates, argvs, world=1)
+    assert bare == pytest.approx(0.75e-5)
+    assert (warm, constant) == (pytest.approx(1e-5), pytest.approx(1e-5))

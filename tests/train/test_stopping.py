@@ -74,6 +74,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step(
     assert saved_steps(tmp_path / "run") == [2]
     assert f"{number.name} was received: stopped after step 2" in command.text(rank)
     assert f"--load {tmp_path / 'run'} goes on" in command.text(1 - rank)
+    assert "checkpoints/step_00000002 saved, " in command.text(0)
     if number == signal.SIGINT:
         assert "Ctrl-C again ends at once" in command.text(rank)
         assert "Traceback" not in command.text(0) + command.text(1)
