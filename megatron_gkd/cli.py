@@ -5,7 +5,8 @@ import) and then carried out. An error that the user can act on (`GKDError`) is 
 `--log_level debug` adds the traceback; exit code 1 is that of a check that found a difference, exit code 75
 (EX_TEMPFAIL: try again) that of a training run that was told to stop and has saved a checkpoint. While a command is
 prepared every rank meets the same error, so one rank per machine prints it; afterwards every rank that fails says so
-under its number. The line is also left for torchrun, whose table of failed ranks comes last on the screen.
+under its number, unless another one says the same. The line is also left for torchrun, whose table of failed ranks
+comes last on the screen.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ EXIT_USAGE = 2
 EXIT_STOPPED = 75  # os.EX_TEMPFAIL
 EXIT_INTERRUPTED = 130
 SILENT_RANK_WAITS_S = 20.0
+SAME_MOMENT_S = 2.0  # the ranks that have met raise the same error at nearly the same time
 
 Action = Callable[[], None]
 Command = Callable[[list[str]], Action]
@@ -215,13 +217,14 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
     rank = environment.rank_told()
     several = every_rank and os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1")
     text = f"{PROG}: {f'rank {rank}: ' if several else ''}error: {visible(' '.join(str(error).split()))}"
-    if every_rank or os.environ.get("LOCAL_RANK", str(rank)).strip() in ("", "0"):
+    _tell_launcher(text)
+    alone = every_rank and not error.told_elsewhere
+    if alone or os.environ.get("LOCAL_RANK", str(rank)).strip() in ("", "0"):
         if _wants_traceback(argv):
             sys.stderr.write(visible("".join(traceback.format_exception(error))))
         sys.stderr.write(f"{text}\n")
-        _tell_launcher(text)
     else:
-        time.sleep(SILENT_RANK_WAITS_S)
+        time.sleep(SILENT_RANK_WAITS_S if not every_rank else min(SAME_MOMENT_S, SILENT_RANK_WAITS_S))
     return EXIT_USAGE
 
 

@@ -218,6 +218,21 @@ def test_a_failing_rank_says_its_number(
     assert capsys.readouterr().err == "megatron-gkd: rank 1: error: d.jsonl:3: bad row\n"
 
 
+def test_what_another_rank_says_as_well_is_said_once_per_machine(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error, waited = DataError("d.jsonl:3: bad row"), list[float]()
+    error.told_elsewhere = True
+    stub(monkeypatch, "megatron_gkd.train.loop", run_training=fail(error))
+    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=waited.append, time=lambda: 0))
+    for rank, local_rank, said in (("1", "1", False), ("8", "0", True)):
+        for name, value in dict(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE="16").items():
+            monkeypatch.setenv(name, value)
+        assert cli.main([*TRAIN, "--lmbda", "0"]) == 2
+        assert capsys.readouterr().err == (f"megatron-gkd: rank {rank}: error: d.jsonl:3: bad row\n" if said else "")
+    assert waited == [cli.SAME_MOMENT_S]
+
+
 def test_an_earlier_run_is_found_before_anything_is_imported(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And nobody is sent to a checkpoint that is not there."""
     save = run_dir / "run"

@@ -378,6 +378,7 @@ def test_the_documentation_says_that_the_ends_of_beta_are_definitions() -> None:
 
 def test_check_teacher_flags() -> None:
     line = "--teacher_model T --teacher_model_server http://a:1,http://b:2 --gkd_logits_topk 8 --dataset d.jsonl"
+    line += " --dtype bf16"
     cfg = parse_check(line.split())
     assert cfg.servers == ("http://a:1", "http://b:2")
     assert cfg.tolerances == (1.0, 0.1)
