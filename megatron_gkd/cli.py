@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         action = prepare(argv)
     except GKDError as error:
         return _fail(error, argv, every_rank=False)
+    except KeyboardInterrupt:
+        return _interrupted()
     try:
         action()
     except RunStoppedError as stop:
@@ -60,9 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GKDError as error:
         return _fail(error, argv, every_rank=True)
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{PROG}: interrupted\n")
-        return EXIT_INTERRUPTED
+        return _interrupted()
     return 0
+
+
+def _interrupted() -> int:
+    """A run that trains is not interrupted but stopped (train/stopping.py); here it has not begun, or is over."""
+    sys.stderr.write(f"\n{PROG}: interrupted; nothing was saved that was not there before\n")
+    return EXIT_INTERRUPTED
 
 
 def prepare(argv: Sequence[str]) -> Action:
