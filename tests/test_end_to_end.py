@@ -420,6 +420,7 @@ def test_bad_input_under_torchrun(inputs: Inputs, bad_paths: dict[str, Path], tm
     lines = [line for line in result.stderr.splitlines() if line.startswith("megatron-gkd: ")]
     assert lines
     assert all(BAD[name].message in line for line in lines)
+    assert BAD[name].message in result.stderr.split("Root Cause")[1], "the table that ends the screen has the line"
 
 
 def test_bad_input_in_one_plain_process(inputs: Inputs, tmp_path: Path):
