@@ -18,8 +18,8 @@
 #
 # Hardware: NNODES machines with the same number of GPUs and a network between them (InfiniBand or RoCE for large models).
 # Time:     the run's. A restart costs loading, and the steps since the last checkpoint (--save_steps).
-# Expect:   a live line of the first rank, on its node; exit code 0 on every node when the run has ended. Any other is
-#           torchrun's: 1 after the last restart, whatever the rank's own code was; its table of ranks names that one.
+# Expect:   a live line of the first rank, on its node; exit code 0 on every node when the run has ended. Any other is that of
+#           the node's rank that ended first, after the last restart (2: an error, 75: stopped, with a checkpoint); the last line says why.
 #
 # Environment:
 #   NNODES            nodes (required)
@@ -148,7 +148,7 @@ launcher_flags=(
     --nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$max_restarts" "${rendezvous_flags[@]}"
 )
 train_flags=("${resume_flags[@]}" "${extra_flags[@]}")
-command=("$venv/bin/python" -m torch.distributed.run "${launcher_flags[@]}" -m megatron_gkd train "${train_flags[@]}")
+command=("$venv/bin/python" -m megatron_gkd.launcher "${launcher_flags[@]}" -m megatron_gkd train "${train_flags[@]}")
 # Asked once, before any rank is started: what every rank would be refused for is one line then, and the last one.
 check=("$venv/bin/python" -m megatron_gkd check train --world_size "$((nnodes * nproc))" --ranks_per_node "$nproc" "${train_flags[@]}")
 export "${environment[@]}"

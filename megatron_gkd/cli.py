@@ -33,6 +33,7 @@ EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75  # os.EX_TEMPFAIL
 EXIT_INTERRUPTED = 130
+LAST_WORDS = "GKD_LAST_WORDS"  # names the directory that a rank leaves its last line in (launcher.py)
 SILENT_RANK_WAITS_S = 20.0
 SAME_MOMENT_S = 2.0  # the ranks that have met raise the same error at nearly the same time
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunStoppedError as stop:
         text = visible(f"{PROG}: rank {environment.rank_told()}: {stop}")
         sys.stderr.write(f"{text}\n")
-        _tell_launcher(text)
+        _tell_launcher(text, EXIT_STOPPED)
         return EXIT_STOPPED
     except CheckFailedError as error:
         _fail(error, argv, every_rank=True)
@@ -224,7 +225,7 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
     rank = environment.rank_told()
     several = every_rank and os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1")
     text = f"{PROG}: {f'rank {rank}: ' if several else ''}error: {visible(' '.join(str(error).split()))}"
-    _tell_launcher(text)
+    _tell_launcher(text, EXIT_USAGE)
     alone = every_rank and not error.told_elsewhere
     if alone or os.environ.get("LOCAL_RANK", str(rank)).strip() in ("", "0"):
         if _wants_traceback(argv):
@@ -235,13 +236,18 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
     return EXIT_USAGE
 
 
-def _tell_launcher(text: str) -> None:
-    """For torchrun, which ends with a traceback of its own and then a table of ranks: the line stands in that table."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    if path:
-        told = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
-            json.dump(told, file)
+def _tell_launcher(text: str, code: int) -> None:
+    """The line for whoever started this rank: torchrun, which ends with a traceback of its own and then a table of
+    ranks, in which the line stands; and launcher.py."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE", ""):
+        _leave(path, {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}})
+    if words := os.environ.get(LAST_WORDS, ""):
+        _leave(os.path.join(words, f"{environment.rank_told()}.json"), {"text": text, "code": code})
+
+
+def _leave(path: str, record: dict[str, object]) -> None:
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump(record, file)
 
 
 def _wants_traceback(argv: Sequence[str]) -> bool:

@@ -34,7 +34,7 @@ from tests.train.faulty_runs import hold_step
 from tests.train.runs import command_line, metrics, train, train_on_this_rank
 
 RUN: dict[str, Any] = FLAGS | dict(save_steps=100, micro_batch_size=4, train_iters=8)
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCH = [sys.executable, "-m", "megatron_gkd.launcher", "--standalone", "--nproc-per-node", "2"]
 TP2: dict[str, Any] = RUN | dict(tensor=2)
 OWN: dict[str, Any] = RUN | dict(tensor=2, teacher_placement="separate", teacher_world_size=1)
 
@@ -175,12 +175,14 @@ def test_torchrun_hands_sigterm_on(inputs: dict[str, Any], tmp_path: Path) -> No
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
             launcher.send_signal(signal.SIGTERM)
-            assert launcher.wait(LIMIT_S) == 1
+            assert launcher.wait(LIMIT_S) == EXIT_STOPPED
         finally:
             launcher.kill()
     text = (tmp_path / "output").read_text()
     (step,) = saved_steps(run_dir)
-    assert text.count(f"stopped after step {step}, with a checkpoint") == 2, text[-4000:]
+    assert text.count(f"stopped after step {step}, with a checkpoint") == 3, text[-4000:]
+    assert "rank 0: SIGTERM was received: stopped after step" in text.splitlines()[-1]
+    assert "Traceback" not in text
     assert len(metrics(run_dir)) == step
 
 
