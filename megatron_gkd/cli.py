@@ -131,9 +131,11 @@ def _own_command(name: str, section: str, work: str) -> Command:
 
     def command(argv: list[str]) -> Action:
         from megatron_gkd.flags import parse_section
+        from megatron_gkd.train.preflight import check_own_paths
 
         cfg = parse_section(argv, resolve_name(f"megatron_gkd.{section}"), command=name)
         cfg.check()
+        check_own_paths(cfg)
         return _later(work, cfg, cfg.log_level)
 
     return command

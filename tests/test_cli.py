@@ -124,6 +124,12 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
         (["check", "data", "--model", "S"], "--dataset is missing; Data to be checked"),
         (["check", "data", "--model", "N", "--dataset", "d"], "--model N: there is no such directory"),
         (["check", "student"], "check student is not a check"),
+        (["check", "data", "--model", "S", "--dataset", "x.jsonl"], "--dataset x.jsonl: there is no such file"),
+        (["sample", "--model", "N", "--dataset", "d.jsonl", "--result_path", "r.jsonl"], "--model N: there is no such"),
+        (
+            ["sample", "--model", "S", "--dataset", "x", "--result_path", "r.jsonl"],
+            "--dataset x: there is no such file",
+        ),
         (["check", "teacher", "--teacher_model", "T"], "--teacher_model_server is missing; URL of the teacher"),
         (["eval", "--model", "S", "--teacher_model", "T"], "--eval_dataset is missing"),
         ([*TRAIN, "--beta", "2"], "--beta is 2.0; it must be in [0, 1]"),

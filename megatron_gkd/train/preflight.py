@@ -1,6 +1,7 @@
 """What a run can be refused for before torch is imported, in the order in which it is cheap.
 
     check_paths(config, "train")     models, data, --save, --load are there, and of a kind that can be meant
+    check_own_paths(config)          the same of `sample` and `check`
     run_preflight(asked)             `megatron-gkd check train`: the same, then layouts and batch for a number of ranks,
                                      then both models' config.json against the layouts
 
@@ -22,6 +23,8 @@ from megatron_gkd.data.files import check_supported
 from megatron_gkd.errors import CheckpointError, ConfigError, GKDError
 from megatron_gkd.not_built import Command
 from megatron_gkd.observe.advice import go_on
+from megatron_gkd.sample_config import SampleConfig
+from megatron_gkd.settings import Section
 from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
 
 _BY_NAME = "nothing is fetched by its name on a hub: download it, and give the directory"
@@ -37,6 +40,14 @@ def check_paths(config: RunConfig, command: Command) -> None:
             _check_data(flag, path)
     if command == "train":
         check_save(config)
+
+
+def check_own_paths(config: Section) -> None:
+    """The same for a command with flags of its own: its data, and the model that `sample` samples from."""
+    if isinstance(config, SampleConfig):
+        _check_model("model", config.model)
+    for path in getattr(config, "dataset", []):
+        _check_data("dataset", path)
 
 
 def _check_model(flag: str, path: str) -> None:
