@@ -268,7 +268,7 @@ def test_the_name_tells_apart_what_gives_other_rows(
     keys["template"] = key(data, tokenizer=chat_tokenizer(CHATML + " "))
     changes: list[dict[str, Any]] = [
         *(dict(max_length=49), dict(max_completion_length=8), dict(on_bad_row="skip"), dict(overlong="stop")),
-        *(dict(max_rows=7), dict(tag_key="tag")),
+        *(dict(max_rows=7), dict(tag_key="tag"), dict(prompt_only="drop")),
     ]
     assert {name for change in changes for name in change} == set(RowPolicy.__dataclass_fields__)
     keys |= {str(change): key(data, policy=replace(POLICY, **change)) for change in changes}
