@@ -5,7 +5,7 @@
 #   STUDENT=path/to/student TEACHER=path/to/teacher DATASET=prompts.jsonl bash launch/on_policy_distillation.sh
 #   ... bash launch/on_policy_distillation.sh --teacher_tensor_model_parallel_size 4 --max_completion_length 2048
 #   NNODES=2 RDZV_ENDPOINT=node0 ... bash launch/on_policy_distillation.sh                     # on each of 2 nodes
-#   ... bash launch/on_policy_distillation.sh --dry-run                                        # print the command, start nothing
+#   ... bash launch/on_policy_distillation.sh --dry-run                                        # print, check all, start nothing
 #
 # Further flags go to `megatron-gkd train` and win over those here (but --dataset, which is DATASET's).
 # vLLM samples in the training processes, with the weights of the step; docs/rollout.md has the other ways (--vllm_mode server
@@ -24,6 +24,8 @@
 #   SAVE              run directory (default: runs/on_policy)
 #   VLLM_MEMORY       share of each GPU's memory for vLLM (default: 0.3)
 #   NNODES            nodes (default: 1) and, above 1, what train_multi_node.sh asks for
+#   NPROC_PER_NODE    ranks a node (default: one a GPU that is visible, else 1)
+#   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken (default: 64)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -32,6 +34,29 @@ usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0
 die() {
     printf 'on_policy_distillation: %s\n' "$@" >&2
     exit 2
+}
+
+count_gpus() {
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+    elif command -v nvidia-smi >/dev/null; then
+        nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true
+    else
+        echo 0
+    fi
+}
+# value_of NAME "$@": of a flag of the caller's, with hyphens or underscores; 1 without it
+value_of() {
+    local name=$1 value=1 word
+    while shift && (($#)); do
+        word=${1//-/_}
+        case $word in
+            "__$name") value=${2:-} ;;
+            "__$name="*) value=${word#*=} ;;
+        esac
+    done
+    [[ $value =~ ^[1-9][0-9]*$ ]] || value=1
+    echo "$value"
 }
 
 for word in "$@"; do
@@ -45,6 +70,11 @@ done
 
 nnodes=${NNODES:-1}
 vllm_memory=${VLLM_MEMORY:-0.3}
+batch=${BATCH:-64}
+nproc=${NPROC_PER_NODE:-$(count_gpus)}
+[[ -n ${NPROC_PER_NODE:-} || $nproc != 0 ]] || nproc=1
+[[ $nproc =~ ^[1-9][0-9]*$ ]] || die "NPROC_PER_NODE=$nproc: give a positive whole number"
+[[ $batch =~ ^[1-9][0-9]*$ ]] || die "BATCH=$batch: give a positive whole number"
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES=$nnodes: give a positive whole number"
 [[ $vllm_memory =~ ^(1|0?\.[0-9]*[1-9][0-9]*)$ ]] || die "VLLM_MEMORY=$vllm_memory: give a share above 0 and at most 1, such as 0.3"
 for name in TEACHER STUDENT; do
@@ -54,13 +84,18 @@ done
 [[ -n ${DATASET:-} ]] || die "DATASET is not set; give a JSONL or Parquet file (see --help)"
 [[ -f $DATASET ]] || die "DATASET=$DATASET: there is no such file"
 
+model_parallel=$(($(value_of tensor_model_parallel_size "$@") * $(value_of pipeline_model_parallel_size "$@")))
+data_parallel=$((nnodes * nproc / model_parallel))
+((data_parallel > 0)) || data_parallel=1
+per_rank=$(((batch + data_parallel / 2) / data_parallel))
+((per_rank > 0)) || per_rank=1
 model_flags=(--model "$STUDENT" --teacher_model "$TEACHER" --dtype bf16)
 method_flags=(--lmbda 1 --beta 1)
 sampling_flags=(
     --temperature 1.0 --top_p 1.0 --max_completion_length 1024
     --vllm_mode colocate --vllm_gpu_memory_utilization "$vllm_memory" --verify_sync_every 50
 )
-data_flags=(--dataset "$DATASET" --max_length 2048 --micro_batch_size 1 --global_batch_size 64)
+data_flags=(--dataset "$DATASET" --max_length 2048 --micro_batch_size 1 --global_batch_size $((per_rank * data_parallel)))
 optimizer_flags=(--lr 1e-5 --lr_decay_style constant --lr_warmup_fraction 0.05)
 run_flags=(--save "${SAVE:-runs/on_policy}" --save_steps 50 --save_total_limit 3)
 

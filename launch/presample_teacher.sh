@@ -21,7 +21,7 @@
 #   DATASET           prompts, one JSONL or Parquet file (required)
 #   RESULT            JSONL file that is written (required)
 #   TP                tensor parallel size; above 1 vLLM runs in a process of its own (default: 1)
-#   DTYPE             fp32, bf16 or fp16 (default: bf16)
+#   DTYPE             fp32, bf16 or fp16 (default: bf16 on GPUs, fp32 on a CPU)
 #   STUDENT           Hugging Face directory, for the command that is printed (default: path/to/student)
 #   GKD_VENV          environment to run in (default: .venv in the repository)
 set -euo pipefail
@@ -56,19 +56,19 @@ tp=${TP:-1}
 [[ -f $DATASET ]] || die "DATASET=$DATASET: there is no such file"
 [[ -n ${RESULT:-} ]] || die "RESULT is not set; give the JSONL file to write (see --help)"
 [[ $tp =~ ^[1-9][0-9]*$ ]] || die "TP=$tp: give a positive whole number"
-case ${DTYPE:-bf16} in
-    fp32 | bf16 | fp16) ;;
+case ${DTYPE:-auto} in
+    auto | fp32 | bf16 | fp16) ;;
     *) die "DTYPE=$DTYPE: give fp32, bf16 or fp16" ;;
 esac
 [[ -x $venv/bin/python ]] || die "there is no $venv/bin/python; bash launch/setup_env.sh makes the environment"
 
 # ---- the two commands -------------------------------------------------------------------------------------------------
-sample_flags=(--model "$TEACHER" --dataset "$DATASET" --result_path "$RESULT" --dtype "${DTYPE:-bf16}")
+sample_flags=(--model "$TEACHER" --dataset "$DATASET" --result_path "$RESULT" --dtype "${DTYPE:-auto}")
 ((tp == 1)) || sample_flags+=(--vllm_mode subprocess --vllm_tensor_parallel_size "$tp")
 sample=("$venv/bin/python" -m megatron_gkd sample "${sample_flags[@]}" "${extra_flags[@]}")
 train=(
     bash "$root/launch/train_single_node.sh" --model "${STUDENT:-path/to/student}" --teacher_model "$TEACHER"
-    --dataset "$RESULT" --lmbda 0 --seq_kd false --dtype "${DTYPE:-bf16}" --save runs/presampled
+    --dataset "$RESULT" --lmbda 0 --seq_kd false --dtype "${DTYPE:-auto}" --save runs/presampled
 )
 show() {
     printf '%s' "$1"

@@ -5,7 +5,7 @@
 #   NNODES=3 RDZV_ENDPOINT=node0 bash launch/qwen2.5_72b_to_7b.sh        # on each of 3 nodes: the student on 2, the teacher on 1
 #   PLACEMENT=colocate bash launch/qwen2.5_72b_to_7b.sh                  # one node: both on the same 8 GPUs, the teacher offloaded
 #   SCRIPT=launch/qwen2.5_72b_to_7b.sh sbatch --nodes=3 launch/slurm.sbatch
-#   PLACEMENT=colocate bash launch/qwen2.5_72b_to_7b.sh --dry-run        # print the command, start nothing
+#   PLACEMENT=colocate bash launch/qwen2.5_72b_to_7b.sh --dry-run        # print the command, check all, start nothing
 #
 # Further flags go to `megatron-gkd train` and win over those here (but --dataset, which is DATASET's). The teacher hands over
 # its last hidden states (8,192 numbers a token instead of 152,064 logits), and the student's ranks apply the teacher's
@@ -29,6 +29,8 @@
 #                     between its turns (default: separate)
 #   TEACHER_NODES     nodes of the teacher with PLACEMENT=separate (default: 1)
 #   NNODES            nodes (default: 1) and, above 1, what train_multi_node.sh asks for
+#   NPROC_PER_NODE    GPUs a node (default: 8)
+#   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken (default: 128)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -50,8 +52,12 @@ done
 
 nnodes=${NNODES:-1}
 teacher_nodes=${TEACHER_NODES:-1}
+batch=${BATCH:-128}
+export NPROC_PER_NODE=${NPROC_PER_NODE:-8}
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES=$nnodes: give a positive whole number"
 [[ $teacher_nodes =~ ^[1-9][0-9]*$ ]] || die "TEACHER_NODES=$teacher_nodes: give a positive whole number"
+[[ $NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]] || die "NPROC_PER_NODE=$NPROC_PER_NODE: give a positive whole number"
+[[ $batch =~ ^[1-9][0-9]*$ ]] || die "BATCH=$batch: give a positive whole number"
 for name in TEACHER STUDENT; do
     [[ -n ${!name:-} ]] || die "$name is not set; give a Hugging Face directory (see --help)"
     [[ -f ${!name}/config.json ]] || die "$name=${!name}: there is no config.json in it"
@@ -68,16 +74,23 @@ case ${PLACEMENT:-separate} in
             die "PLACEMENT=separate with NNODES=$nnodes and TEACHER_NODES=$teacher_nodes leaves no node for the student;" \
                 "give more nodes, or PLACEMENT=colocate"
         placement=(--teacher_placement separate --teacher_nodes "$teacher_nodes")
+        student_nodes=$((nnodes - teacher_nodes))
         ;;
     colocate)
         [[ -z ${TEACHER_NODES:-} ]] || die "TEACHER_NODES=$TEACHER_NODES is for PLACEMENT=separate; unset it"
         placement=(--teacher_placement colocate --offload_teacher_model true)
+        student_nodes=$nnodes
         ;;
     *) die "PLACEMENT=$PLACEMENT: give separate or colocate" ;;
 esac
+# Tensor parallel 2: half of the student's ranks are data parallel, and each takes as many samples of a step.
+data_parallel=$((student_nodes * NPROC_PER_NODE / 2))
+((data_parallel > 0)) || data_parallel=1
+per_rank=$(((batch + data_parallel / 2) / data_parallel))
+((per_rank > 0)) || per_rank=1
 # The data set's completions teach; beta 0.5 weighs both directions of the divergence.
 loss_flags=(--lmbda 0 --seq_kd false --beta 0.5 --loss_path fused)
-data_flags=(--dataset "$DATASET" --max_length 4096 --micro_batch_size 1 --global_batch_size 128)
+data_flags=(--dataset "$DATASET" --max_length 4096 --micro_batch_size 1 --global_batch_size $((per_rank * data_parallel)))
 optimizer_flags=(--lr 1e-5 --min_lr 1e-6 --lr_decay_style cosine --lr_warmup_fraction 0.05)
 run_flags=(--save "${SAVE:-runs/qwen2.5_72b_to_7b}" --save_steps 100 --save_total_limit 3)
 # The first pass loads 145 GB on the teacher's ranks while the others wait.

@@ -19,7 +19,7 @@
 #              endpoints that load weights ask for a secret, which http carries in plain text. Another interface only inside a
 #              network that you trust.
 #   PORT       (default: 8000)
-#   DTYPE      fp32, bf16 or fp16, as --dtype of the run (default: bf16)
+#   DTYPE      fp32, bf16 or fp16, as --dtype of the run, whose default is the same (default: bf16 on GPUs, fp32 on a CPU)
 #   TP         tensor parallel size (default: 1)
 #   MAX_MODEL_LEN     longest sequence; at least one more than the longest prompt with its completion (default: the model's)
 #   GPU_MEMORY        share of each GPU's memory (default: 0.9)
@@ -64,7 +64,11 @@ tp=${TP:-1}
 [[ -f $model/config.json ]] || die "MODEL=$model: there is no config.json in it"
 if [[ ! $port =~ ^[1-9][0-9]*$ ]] || ((port > 65535)); then die "PORT=$port: give a port from 1 to 65535"; fi
 [[ $tp =~ ^[1-9][0-9]*$ ]] || die "TP=$tp: give a positive whole number"
-case ${DTYPE:-bf16} in
+on_cpu=true
+if [[ -e /dev/nvidiactl || -e /dev/kfd ]]; then on_cpu=false; fi
+default_dtype=bf16 # the same as --dtype's of the run
+if $on_cpu; then default_dtype=fp32; fi
+case ${DTYPE:-$default_dtype} in
     fp32) dtype=float32 ;;
     bf16) dtype=bfloat16 ;;
     fp16) dtype=float16 ;;
@@ -96,8 +100,6 @@ rollout_flags=(
     --worker-extension-cls megatron_gkd.rollout.worker.RolloutWorker --middleware megatron_gkd.rollout.gate.Gate
     --generation-config vllm --logprobs-mode raw_logprobs --enable-prompt-tokens-details
 )
-on_cpu=true
-if [[ -e /dev/nvidiactl || -e /dev/kfd ]]; then on_cpu=false; fi
 kv_cache_bytes=${KV_CACHE_BYTES:-}
 if $on_cpu; then
     # vLLM would take nearly all memory; more threads than cores wait for each other; "auto" binding fails with few NUMA nodes

@@ -17,7 +17,7 @@
 #   MODEL      Hugging Face directory of the teacher (required)
 #   HOST       interface to listen on (default: 127.0.0.1). Another one only inside a network that you trust, and with a key.
 #   PORT       (default: 8000)
-#   DTYPE      fp32, bf16 or fp16 (default: bf16)
+#   DTYPE      fp32, bf16 or fp16 (default: bf16 on GPUs, fp32 on a CPU)
 #   TP         tensor parallel size (default: 1)
 #   MAX_LOGPROBS      the largest --gkd_logits_topk of a run (default: 64)
 #   MAX_MODEL_LEN     at least one more than the longest sequence of the run, --max_length (default: the model's)
@@ -61,7 +61,11 @@ max_logprobs=${MAX_LOGPROBS:-64}
 if [[ ! $port =~ ^[1-9][0-9]*$ ]] || ((port > 65535)); then die "PORT=$port: give a port from 1 to 65535"; fi
 [[ $tp =~ ^[1-9][0-9]*$ ]] || die "TP=$tp: give a positive whole number"
 [[ $max_logprobs =~ ^[1-9][0-9]*$ ]] || die "MAX_LOGPROBS=$max_logprobs: give a positive whole number"
-case ${DTYPE:-bf16} in
+on_cpu=true
+if [[ -e /dev/nvidiactl || -e /dev/kfd ]]; then on_cpu=false; fi
+default_dtype=bf16 # the same as --dtype's of the run
+if $on_cpu; then default_dtype=fp32; fi
+case ${DTYPE:-$default_dtype} in
     fp32) dtype=float32 ;;
     bf16) dtype=bfloat16 ;;
     fp16) dtype=float16 ;;
@@ -85,8 +89,6 @@ model_flags=(--dtype "$dtype" --tensor-parallel-size "$tp")
 [[ -z ${MAX_MODEL_LEN:-} ]] || model_flags+=(--max-model-len "$MAX_MODEL_LEN")
 # log-probabilities of the model as it is: no sampling defaults of a generation_config.json, no temperature
 teacher_flags=(--generation-config vllm --logprobs-mode raw_logprobs --max-logprobs "$max_logprobs")
-on_cpu=true
-if [[ -e /dev/nvidiactl || -e /dev/kfd ]]; then on_cpu=false; fi
 kv_cache_bytes=${KV_CACHE_BYTES:-}
 if $on_cpu; then
     # vLLM would take nearly all memory; more threads than cores wait for each other; "auto" binding fails with few NUMA nodes

@@ -3,7 +3,7 @@
 #
 #   NNODES=4 RDZV_ENDPOINT=node0:29500 bash launch/train_multi_node.sh --config run.yaml --save /shared/runs/mine
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash launch/train_multi_node.sh --config run.yaml     # NODE_RANK=1, 2, 3 on the others
-#   NNODES=2 RDZV_ENDPOINT=node0 bash launch/train_multi_node.sh --config run.yaml --dry-run     # print the command, start nothing
+#   NNODES=2 RDZV_ENDPOINT=node0 bash launch/train_multi_node.sh --config run.yaml --dry-run     # print and check, start nothing
 #
 # Flags go to `megatron-gkd train` (docs/configuration.md). --save, models and data have to be the same directories on all
 # nodes: a shared file system.
@@ -18,8 +18,8 @@
 #
 # Hardware: NNODES machines with the same number of GPUs and a network between them (InfiniBand or RoCE for large models).
 # Time:     the run's. A restart costs loading, and the steps since the last checkpoint (--save_steps).
-# Expect:   a live line of the first rank, on its node; exit code 0 on every node when the run has ended. Any other is
-#           torchrun's: 1 after the last restart, whatever the rank's own code was; its table of ranks names that one.
+# Expect:   a live line of the first rank, on its node; exit code 0 on every node when the run has ended. Any other is that of
+#           the node's rank that ended first, after the last restart (2: an error, 75: stopped, with a checkpoint); the last line says why.
 #
 # Environment:
 #   NNODES            nodes (required)
@@ -148,12 +148,15 @@ launcher_flags=(
     --nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$max_restarts" "${rendezvous_flags[@]}"
 )
 train_flags=("${resume_flags[@]}" "${extra_flags[@]}")
-command=("$venv/bin/python" -m torch.distributed.run "${launcher_flags[@]}" -m megatron_gkd train "${train_flags[@]}")
+command=("$venv/bin/python" -m megatron_gkd.launcher "${launcher_flags[@]}" -m megatron_gkd train "${train_flags[@]}")
+# Asked once, before any rank is started: what every rank would be refused for is one line then, and the last one.
+check=("$venv/bin/python" -m megatron_gkd check train --world_size "$((nnodes * nproc))" --ranks_per_node "$nproc" "${train_flags[@]}")
+export "${environment[@]}"
 if $dry_run; then
     printf '+'
     printf ' %q' "${environment[@]}" "${command[@]}"
     printf '\n'
-    exit 0
+    exec "${check[@]}"
 fi
-export "${environment[@]}"
+"${check[@]}" --read_models false
 exec "${command[@]}"

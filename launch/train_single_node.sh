@@ -3,15 +3,15 @@
 #
 #   bash launch/train_single_node.sh --model path/to/student --teacher_model path/to/teacher --dataset train.jsonl --save runs/mine
 #   NPROC_PER_NODE=2 bash launch/train_single_node.sh --config run.yaml --device cpu       # two processes on a CPU
-#   bash launch/train_single_node.sh --config run.yaml --dry-run                          # print the command, start nothing
+#   bash launch/train_single_node.sh --config run.yaml --dry-run                          # print the command, check all, start nothing
 #
 # Flags go to `megatron-gkd train` (docs/configuration.md). The same command, given again after an interruption, goes on
 # with the run in --save; --auto_resume false begins a new one, and refuses a --save that holds another.
 #
 # Hardware: GPUs that hold student, optimizer and teacher in the layout that the flags give; or a CPU, for tiny models.
 # Time:     the run's. A restart costs loading, and the steps since the last checkpoint (--save_steps).
-# Expect:   a live line of the first rank (step, loss, tokens/s, time left); exit code 0 when the run has ended. Any other is
-#           torchrun's: 1 after the last restart, whatever the rank's own code was; its table of ranks names that one.
+# Expect:   a live line of the first rank (step, loss, tokens/s, time left); exit code 0 when the run has ended. Any other is that of
+#           the rank that ended first, after the last restart (2: an error, 75: stopped, with a checkpoint); the last line says why.
 #
 # Environment:
 #   NPROC_PER_NODE    ranks (default: one a GPU that is visible, else 1)
@@ -80,12 +80,15 @@ environment=(
 # ---- what is started --------------------------------------------------------------------------------------------------
 launcher_flags=(--standalone --nproc-per-node "$nproc" --max-restarts "$max_restarts")
 train_flags=("${resume_flags[@]}" "${extra_flags[@]}")
-command=("$venv/bin/python" -m torch.distributed.run "${launcher_flags[@]}" -m megatron_gkd train "${train_flags[@]}")
+command=("$venv/bin/python" -m megatron_gkd.launcher "${launcher_flags[@]}" -m megatron_gkd train "${train_flags[@]}")
+# Asked once, before any rank is started: what every rank would be refused for is one line then, and the last one.
+check=("$venv/bin/python" -m megatron_gkd check train --world_size "$nproc" --ranks_per_node "$nproc" "${train_flags[@]}")
+export "${environment[@]}"
 if $dry_run; then
     printf '+'
     printf ' %q' "${environment[@]}" "${command[@]}"
     printf '\n'
-    exit 0
+    exec "${check[@]}"
 fi
-export "${environment[@]}"
+"${check[@]}" --read_models false
 exec "${command[@]}"

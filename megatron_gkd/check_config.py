@@ -1,4 +1,4 @@
-"""Settings of `megatron-gkd check teacher` and `megatron-gkd check data`."""
+"""Settings of `megatron-gkd check teacher`, `megatron-gkd check data` and `megatron-gkd check train`."""
 
 # ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron_gkd import environment
 from megatron_gkd.config import TeacherConfig
-from megatron_gkd.dtypes import Dtype
+from megatron_gkd.dtypes import Dtype, DtypeChoice
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
 from megatron_gkd.template_flags import kwargs_setting, template_kwargs, thinking_setting
@@ -29,7 +29,9 @@ class CheckConfig(Section):
     num_rows: int = setting(16, "Rows that are compared, from the first on.", ge=1)
     max_length: int = setting(1024, "Longest row in tokens; longer ones are left out.", ge=2)
     beta: float = setting(0.5, "Divergence of the loss that is compared.", ge=0, le=1)
-    dtype: Dtype = setting("bf16", "Precision of the local teacher; give the server's.")
+    dtype: DtypeChoice = setting(
+        "auto", "Precision of the local teacher; give the server's. auto: bf16 on CUDA, fp32 on a CPU."
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is a GPU, else CPU.")
     logprob_tolerance: float | None = setting(
         None, "Largest difference of a log-probability; null: 0.001 in fp32, 1 in bf16 and fp16.", gt=0
@@ -41,6 +43,12 @@ class CheckConfig(Section):
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
 
     @property
+    def precision(self) -> Dtype:
+        """The dtype, once `auto` has been decided."""
+        assert self.dtype != "auto", "the device is known, and decides"
+        return self.dtype
+
+    @property
     def servers(self) -> tuple[str, ...]:
         """The URLs of --teacher_model_server."""
         return TeacherConfig(teacher_model_server=self.teacher_model_server).servers
@@ -48,7 +56,7 @@ class CheckConfig(Section):
     @property
     def tolerances(self) -> tuple[float, float]:
         """(of a log-probability, of a token's loss)."""
-        logprob, loss = (1e-3, 1e-4) if self.dtype == "fp32" else (1.0, 0.1)
+        logprob, loss = (1e-3, 1e-4) if self.precision == "fp32" else (1.0, 0.1)
         return self.logprob_tolerance or logprob, self.loss_tolerance or loss
 
     def check(self) -> None:
@@ -103,6 +111,15 @@ class CheckDataConfig(Section):
         assert self.template_kwargs, "an object in JSON"
         if not os.path.isdir(self.model):
             raise ConfigError(f"--model {self.model}: there is no such directory; give one in Hugging Face format")
+
+
+@dataclass(frozen=True)
+class CheckTrainConfig(Section):
+    """Whether `train` would start with the same flags, on a number of ranks; those of `train` go with these."""
+
+    world_size: int = setting(1, "Ranks that the run is to have.", ge=1)
+    ranks_per_node: int | None = setting(None, "Ranks of a node, for --teacher_nodes.", ge=1)
+    read_models: bool = setting(True, "Hold both models' config.json against the layouts.")
 
 
 def _check_one_process() -> None:

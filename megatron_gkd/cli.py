@@ -5,11 +5,14 @@ import) and then carried out. An error that the user can act on (`GKDError`) is 
 `--log_level debug` adds the traceback; exit code 1 is that of a check that found a difference, exit code 75
 (EX_TEMPFAIL: try again) that of a training run that was told to stop and has saved a checkpoint. While a command is
 prepared every rank meets the same error, so one rank per machine prints it; afterwards every rank that fails says so
-under its number.
+under its number, unless another one says the same. The line is also left for torchrun, whose table of failed ranks
+comes last on the screen.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 import time
@@ -30,7 +33,9 @@ EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75  # os.EX_TEMPFAIL
 EXIT_INTERRUPTED = 130
+LAST_WORDS = "GKD_LAST_WORDS"  # names the directory that a rank leaves its last line in (launcher.py)
 SILENT_RANK_WAITS_S = 20.0
+SAME_MOMENT_S = 2.0  # the ranks that have met raise the same error at nearly the same time
 
 Action = Callable[[], None]
 Command = Callable[[list[str]], Action]
@@ -43,10 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         action = prepare(argv)
     except GKDError as error:
         return _fail(error, argv, every_rank=False)
+    except KeyboardInterrupt:
+        return _interrupted()
     try:
         action()
     except RunStoppedError as stop:
-        sys.stderr.write(visible(f"{PROG}: rank {environment.rank_told()}: {stop}\n"))
+        text = visible(f"{PROG}: rank {environment.rank_told()}: {stop}")
+        sys.stderr.write(f"{text}\n")
+        _tell_launcher(text, EXIT_STOPPED)
         return EXIT_STOPPED
     except CheckFailedError as error:
         _fail(error, argv, every_rank=True)
@@ -54,9 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GKDError as error:
         return _fail(error, argv, every_rank=True)
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{PROG}: interrupted\n")
-        return EXIT_INTERRUPTED
+        return _interrupted()
     return 0
+
+
+def _interrupted() -> int:
+    """A run that trains is not interrupted but stopped (train/stopping.py); here it has not begun, or is over."""
+    sys.stderr.write(f"\n{PROG}: interrupted; nothing was saved that was not there before\n")
+    return EXIT_INTERRUPTED
 
 
 def prepare(argv: Sequence[str]) -> Action:
@@ -102,9 +116,11 @@ def _run_command(name: Literal["train", "eval"], work: str) -> Command:
 
     def command(argv: list[str]) -> Action:
         from megatron_gkd.flags import parse_run_config
+        from megatron_gkd.train.preflight import check_paths
 
         cfg = parse_run_config(argv, command=name)
         cfg.validate(name)
+        check_paths(cfg, name)
         return _later(work, cfg, cfg.logging.log_level)
 
     return command
@@ -115,9 +131,11 @@ def _own_command(name: str, section: str, work: str) -> Command:
 
     def command(argv: list[str]) -> Action:
         from megatron_gkd.flags import parse_section
+        from megatron_gkd.train.preflight import check_own_paths
 
         cfg = parse_section(argv, resolve_name(f"megatron_gkd.{section}"), command=name)
         cfg.check()
+        check_own_paths(cfg)
         return _later(work, cfg, cfg.log_level)
 
     return command
@@ -150,9 +168,18 @@ def _check(argv: list[str]) -> Action:
     return CHECKS[name](rest)
 
 
+def _check_train(argv: list[str]) -> Action:
+    from megatron_gkd.flags import parse_check_train
+    from megatron_gkd.train.preflight import run_preflight
+
+    asked, config = parse_check_train(argv)
+    return lambda: run_preflight(asked, config)
+
+
 CHECKS: dict[str, Command] = {
     "teacher": _own_command("check teacher", "check_config:CheckConfig", "train.check_teacher:run_check_teacher"),
     "data": _own_command("check data", "check_config:CheckDataConfig", "data.check:run_check_data"),
+    "train": _check_train,
 }
 
 
@@ -179,7 +206,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
         _not_built("plan", "try the layout on a few steps"),
     ),
     "report": ("summarise a run directory: text, JSON, curve", _report),
-    "check": ("`check data`: what rows train on; `check teacher`: a server against the local teacher", _check),
+    "check": ("`check data`: what rows train on; `check train`: would it start; `check teacher`: a server", _check),
 }
 
 
@@ -187,7 +214,7 @@ def _usage() -> str:
     lines = [f"usage: {PROG} COMMAND [flags]", "", "commands:"]
     lines += [f"  {name:<8} {text}" for name, (text, _) in COMMANDS.items()]
     lines += ["", f"`{PROG} COMMAND --help` lists the flags; --version prints the version."]
-    codes = "0 done; 1 a check found a difference; 2 an error, in one line; 75 stopped by SIGTERM or SIGUSR1, saved"
+    codes = "0 done; 1 a check found a difference; 2 an error, in one line; 75 stopped by a signal or Ctrl-C, saved"
     return "\n".join([*lines, f"exit codes: {codes}"])
 
 
@@ -198,15 +225,31 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
     must not be the only one with the message.
     """
     rank = environment.rank_told()
-    if every_rank or os.environ.get("LOCAL_RANK", str(rank)).strip() in ("", "0"):
+    several = every_rank and os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1")
+    text = f"{PROG}: {f'rank {rank}: ' if several else ''}error: {visible(' '.join(str(error).split()))}"
+    _tell_launcher(text, EXIT_USAGE)
+    alone = every_rank and not error.told_elsewhere
+    if alone or os.environ.get("LOCAL_RANK", str(rank)).strip() in ("", "0"):
         if _wants_traceback(argv):
             sys.stderr.write(visible("".join(traceback.format_exception(error))))
-        several = every_rank and os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1")
-        text = visible(" ".join(str(error).split()))
-        sys.stderr.write(f"{PROG}: {f'rank {rank}: ' if several else ''}error: {text}\n")
+        sys.stderr.write(f"{text}\n")
     else:
-        time.sleep(SILENT_RANK_WAITS_S)
+        time.sleep(SILENT_RANK_WAITS_S if not every_rank else min(SAME_MOMENT_S, SILENT_RANK_WAITS_S))
     return EXIT_USAGE
+
+
+def _tell_launcher(text: str, code: int) -> None:
+    """The line for whoever started this rank: torchrun, which ends with a traceback of its own and then a table of
+    ranks, in which the line stands; and launcher.py."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE", ""):
+        _leave(path, {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}})
+    if words := os.environ.get(LAST_WORDS, ""):
+        _leave(os.path.join(words, f"{environment.rank_told()}.json"), {"text": text, "code": code})
+
+
+def _leave(path: str, record: dict[str, object]) -> None:
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump(record, file)
 
 
 def _wants_traceback(argv: Sequence[str]) -> bool:

@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any, Literal
 
 from megatron_gkd.contradictions import refuse_contradictions
-from megatron_gkd.dtypes import Dtype
+from megatron_gkd.dtypes import Dtype, DtypeChoice
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT, Command, refuse_not_built
 from megatron_gkd.server_list import ServerEntry, parse_servers
@@ -35,12 +35,20 @@ class ModelConfig(Section):
     """Student model."""
 
     model: str = setting(help="Student: a Hugging Face model directory.", path=True)
-    dtype: Dtype = setting(
-        "fp32", "Type of the weights and activations of both models; losses and reductions are fp32 in any case."
+    dtype: DtypeChoice = setting(
+        "auto",
+        "Type of the weights and activations of both models; losses and reductions are fp32 in any case. auto: bf16 on "
+        "CUDA, fp32 on a CPU.",
     )
     freeze_embeddings: bool = setting(
         False, "Keep the student's embedding as it is; with tied embeddings that is its head too."
     )
+
+    @property
+    def precision(self) -> Dtype:
+        """The dtype, once `auto` has been decided (train/setup.py, `with_dtype`)."""
+        assert self.dtype != "auto", "the device is known, and decides"
+        return self.dtype
 
 
 @dataclass(frozen=True)
@@ -298,6 +306,11 @@ class DataConfig(Section):
     )
     chat_template_kwargs: str | None = kwargs_setting()
     enable_thinking: bool | None = thinking_setting()
+    prompt_only: Literal["stop", "drop"] = setting(
+        "stop",
+        "A row without a completion where a completion of the data is needed (held-out rows; --lmbda below 1 with "
+        "--seq_kd false): stop, or drop and count it.",
+    )
     shuffle: bool = setting(
         True, "Draw the rows in a new random order in every epoch; false: in the order of the files."
     )
@@ -382,6 +395,11 @@ class CheckpointConfig(Section):
     )
     save_total_limit: int | None = setting(None, "Keep this many newest checkpoints; null: all.", ge=1)
     save_hf: bool = setting(True, "Export the student as a Hugging Face model directory at the end.")
+    save_hf_dtype: Literal["fp32", "bf16", "fp16", "source"] | None = setting(
+        None,
+        "Type of the exported weights; null: --dtype, which holds what was trained. A narrower one, or that of the "
+        "files of --model (source), may round small updates away; what it costs is measured and said.",
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import Command
 from megatron_gkd.secret import Secret
+from megatron_gkd.settings import show
 
 if TYPE_CHECKING:
     from megatron_gkd.config import RunConfig
@@ -54,6 +55,7 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
     if command == "train":
         yield from _of_loss_temperature(cfg)
         yield from _of_training(cfg)
+        yield from _of_lengths(cfg)
         if cfg.distillation.lmbda > 0:
             yield from _of_sampling(cfg)
         yield from _of_teacher_sampling(cfg)
@@ -151,6 +153,23 @@ def _of_parallel(cfg: RunConfig) -> Iterator[str]:
         yield "--sequence_parallel splits over the tensor parallel ranks: it needs --tensor_model_parallel_size above 1"
     if (layout.virtual_pipeline_model_parallel_size or 1) > 1 and layout.pipeline_model_parallel_size == 1:
         yield "--virtual_pipeline_model_parallel_size needs --pipeline_model_parallel_size above 1"
+
+
+def _of_lengths(cfg: RunConfig) -> Iterator[str]:
+    """Sampled completions have to leave room for a prompt; who did not ask for them is told why there are any."""
+    most, longest = cfg.sampling.max_completion_length, cfg.data.max_length
+    if most < longest or not (cfg.distillation.lmbda > 0 or cfg.distillation.samples_teacher):
+        return
+
+    def named(flag: str) -> str:
+        return f"--{flag} {show(cfg.get(flag))}{' (its default)' if cfg.is_default(flag) else ''}"
+
+    cause = f"{named('lmbda')} samples from the student" if cfg.distillation.lmbda > 0 else "--seq_kd true samples"
+    instead = "--lmbda 0, which samples nothing" if not cfg.distillation.samples_teacher else "--seq_kd false"
+    yield (
+        f"{cause}, and {named('max_completion_length')} leaves no room for a prompt in {named('max_length')}: give a "
+        f"larger --max_length, a smaller --max_completion_length, or {instead}"
+    )
 
 
 def _of_sampling(cfg: RunConfig) -> Iterator[str]:

@@ -60,7 +60,9 @@ class ConvertConfig(Section):
     expert_tensor_parallel_size: int | None = setting(
         None, "Ranks that share one expert; null: --tensor_model_parallel_size.", ge=1
     )
-    dtype: Dtype | None = setting(None, "Type of the weights written; null: as they are.")
+    dtype: Dtype | None = setting(
+        None, "Type of the weights written; null: as they are, or were before a conversion to megatron."
+    )
     hf_config: str | None = setting(
         None,
         "With --to hf: Hugging Face directory to take config and tokenizer from, where the checkpoint has none "
@@ -178,7 +180,8 @@ def _to_hf(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
         groups,
         source_dir=cfg.hf_config or cfg.model,
         out_dir=cfg.save,
-        dtype=DTYPES[cfg.dtype] if cfg.dtype else None,
+        # A training checkpoint holds what was trained, in a type of its own; a conversion's records those to return to.
+        dtype=DTYPES[cfg.dtype] if cfg.dtype else source.dtype if cfg.hf_config else None,
         bucket_bytes=BUCKET_BYTES,
         read=source.read,
     )

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
-from megatron_gkd.check_config import CheckConfig, CheckDataConfig
+from megatron_gkd.check_config import CheckConfig, CheckDataConfig, CheckTrainConfig
 from megatron_gkd.config import Flag, RunConfig, flags, flags_of
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT
@@ -54,6 +54,16 @@ def parse_run_config(argv: Sequence[str], *, command: str = "train") -> RunConfi
     table = flags() | flags_of(CompatibilityConfig, "compatibility")
     values = parse(argv, table, prog=f"megatron-gkd {command}", headings=_headings())
     return RunConfig.from_flat({name: value for name, value in values.items() if name in flags()})
+
+
+def parse_check_train(argv: Sequence[str]) -> tuple[CheckTrainConfig, RunConfig]:
+    """The flags of `check train`: its own, and those of `train`."""
+    own, command = flags_of(CheckTrainConfig, "check_train"), "check train"
+    table = own | flags() | flags_of(CompatibilityConfig, "compatibility")
+    headings = {"check_train": str(CheckTrainConfig.__doc__)} | _headings()
+    values = parse(argv, table, prog=f"megatron-gkd {command}", headings=headings)
+    asked = CheckTrainConfig(**{name: values[name] for name in own})
+    return asked, RunConfig.from_flat({name: value for name, value in values.items() if name in flags()})
 
 
 def parse_section(argv: Sequence[str], cls: type[S], *, command: str) -> S:
@@ -216,7 +226,13 @@ def to_markdown() -> str:
         (heading, [flag for flag in flags().values() if flag.section == section])
         for section, heading in headings.items()
     ]
-    for command, cls in (("sample", SampleConfig), ("check teacher", CheckConfig), ("check data", CheckDataConfig)):
+    own = {
+        "sample": SampleConfig,
+        "check teacher": CheckConfig,
+        "check data": CheckDataConfig,
+        "check train": CheckTrainConfig,
+    }
+    for command, cls in own.items():
         tables.append((f"`megatron-gkd {command}`: flags of its own", list(flags_of(cls, command).values())))
     for heading, table in tables:
         if not table:
@@ -242,11 +258,45 @@ def to_markdown() -> str:
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """`; did you mean --lmbda?`, or how to list the names."""
-    found = difflib.get_close_matches(name, list(known), n=1)
+    known = list(known)
+    found = [_ELSEWHERE[name]] if _ELSEWHERE.get(name) in known else difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {prefix}{found[0]}?" if found else "; --help lists them"
 
 
 _NULLS = ("None", "null")
+
+# What other trainers call a flag, where it is too far from our name to be found by its letters.
+_ELSEWHERE = {
+    "batch_size": "global_batch_size",
+    "bf16": "dtype",
+    "epochs": "num_train_epochs",
+    "fp16": "dtype",
+    "gradient_accumulation_steps": "global_batch_size",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "lr_decay_style",
+    "max_epochs": "num_train_epochs",
+    "max_grad_norm": "clip_grad",
+    "max_new_tokens": "max_completion_length",
+    "max_prompt_length": "max_length",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "max_steps": "train_iters",
+    "model_name_or_path": "model",
+    "num_epochs": "num_train_epochs",
+    "output_dir": "save",
+    "per_device_eval_batch_size": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "pp": "pipeline_model_parallel_size",
+    "pretrained_checkpoint": "load",
+    "resume_from_checkpoint": "load",
+    "teacher_model_name_or_path": "teacher_model",
+    "temp": "temperature",
+    "torch_dtype": "dtype",
+    "tp": "tensor_model_parallel_size",
+    "train_dataset": "dataset",
+    "val_dataset": "eval_dataset",
+    "warmup_ratio": "lr_warmup_fraction",
+}
 
 _MARKDOWN_HEAD = """# Configuration
 

@@ -6,7 +6,6 @@ are raised in one `NotBuiltError`, before any work is done. Building a feature m
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -47,31 +46,7 @@ def _above_one(flag: str) -> Callable[[RunConfig], bool]:
     return lambda cfg: (cfg.get(flag) or 1) > 1
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith((".jsonl", ".parquet")) or os.path.exists(name)
-
-
-def _names_hub_data(flag: str) -> Callable[[RunConfig], bool]:
-    """Applies when a data set is not a file: then it is the name of one on a hub."""
-    return lambda cfg: not all(_is_file(name) for name in cfg.get(flag))
-
-
-def _names_hub_model(flag: str) -> Callable[[RunConfig], bool]:
-    """Applies when a model is not a directory: then it is the name of one on a hub."""
-    return lambda cfg: cfg.get(flag) is not None and not os.path.isdir(cfg.get(flag))
-
-
-_DATA = (
-    "data sets are read from .jsonl and .parquet files and from directories that save_to_disk wrote; fetching one by "
-    "its name is missing: save it first"
-)
-_MODEL = (
-    "there is no such directory, and fetching a model by its name is missing: give a directory in Hugging Face format"
-)
-
 NOT_BUILT: tuple[NotBuilt, ...] = (
-    NotBuilt("model", _names_hub_model("model"), _MODEL),
-    NotBuilt("teacher_model", _names_hub_model("teacher_model"), _MODEL),
     NotBuilt(
         "teacher_context_parallel_size",
         _above_one("teacher_context_parallel_size"),
@@ -86,6 +61,4 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt(
         "expert_model_parallel_size", _above_one("expert_model_parallel_size"), "use tensor and pipeline parallelism"
     ),
-    NotBuilt("dataset", _names_hub_data("dataset"), _DATA, TRAIN),
-    NotBuilt("eval_dataset", _names_hub_data("eval_dataset"), _DATA),
 )

@@ -124,11 +124,13 @@ def world_timeout() -> timedelta:
     return limit
 
 
-def new_group(ranks: Sequence[int], *, backend: str | None = None) -> dist.ProcessGroup:
-    """torch's new_group with the time limit of WORLD. By itself it takes torch's default, 30 minutes for gloo and 10
-    for NCCL, and a rank that hangs is noticed then, whatever `--distributed_timeout_minutes` says.
+def new_group(
+    ranks: Sequence[int], *, backend: str | None = None, timeout: timedelta | None = None
+) -> dist.ProcessGroup:
+    """torch's new_group with the time limit of WORLD, or one of its own. By itself it takes torch's default, 30 minutes
+    for gloo and 10 for NCCL, and a rank that hangs is noticed then, whatever `--distributed_timeout_minutes` says.
     """
-    return dist.new_group(list(ranks), backend=backend, timeout=world_timeout())
+    return dist.new_group(list(ranks), backend=backend, timeout=timeout or world_timeout())
 
 
 class _NullStream:

@@ -24,10 +24,12 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_gkd import platform
 from megatron_gkd.architecture import read_architecture
@@ -37,6 +39,7 @@ from megatron_gkd.data.policy import RowSummary, Tokenised, check_variables
 from megatron_gkd.data.prompts import Prompt, completion_text, make_row, read_back, read_prompts
 from megatron_gkd.data.result_file import ResultFile, progress_path
 from megatron_gkd.data.stop_tokens import stop_tokens
+from megatron_gkd.dtypes import chosen
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.progress import Progress
@@ -62,6 +65,7 @@ def run_sample(config: SampleConfig) -> None:
         logger.warning(
             "without effect with --vllm_mode %s --temperature %g: %s", config.vllm_mode, config.temperature, names
         )
+    config = _with_dtype(config)
     encoder = ChatEncoder(load_tokenizer(config.model), earlier_clock(config.result_path))
     check_variables(json.loads(config.template_kwargs), encoder)
     longest_of_model = read_architecture(config.model).max_position_embeddings
@@ -144,14 +148,13 @@ def _sample_all(
     )
     with Progress(survey.num_records, done_steps=result.records_done, unit="record") as progress:
         for batch in _batches(records, config.write_batch_size):
-            start_s = time.monotonic()
             prompts = [prompt for item in batch if (prompt := survey.usable(item, counts)) is not None]
             completions = engine.generate(_requests(config, prompts), settings) if prompts else []
             rows = _rows(config, encoder, prompts, completions, stop_ids, counts)
             done = result.records_done + len(batch)
             result.append(rows, records_done=done, counts=counts)
             num_tokens = sum(len(completion.token_ids) for completion in completions)
-            progress.update(done, tokens_per_s=num_tokens / max(time.monotonic() - start_s, 1e-9))
+            progress.update(done, tokens_per_step=num_tokens / max(done, 1))
     result.finish()
     return counts
 
@@ -215,6 +218,15 @@ def _rows(
     return rows
 
 
+def _with_dtype(config: SampleConfig) -> SampleConfig:
+    """With `--dtype auto` decided, and said."""
+    if config.dtype != "auto":
+        return config
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    logger.info("--dtype is not given: %s, on %s", chosen(config.dtype, kind), kind)
+    return replace(config, dtype=chosen(config.dtype, kind))
+
+
 def open_engine(config: SampleConfig, max_model_len: int) -> Engine:
     """The engine that `--vllm_mode` names, with the weights of the model's directory."""
     if config.vllm_mode == "colocate":
@@ -223,7 +235,7 @@ def open_engine(config: SampleConfig, max_model_len: int) -> Engine:
         platform.init_distributed(platform.setup())
         return ColocatedEngine(
             config.model,
-            dtype=config.dtype,
+            dtype=config.precision,
             max_model_len=max_model_len,
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
             read_weights=True,
@@ -234,7 +246,7 @@ def open_engine(config: SampleConfig, max_model_len: int) -> Engine:
     if config.vllm_mode == "subprocess":
         return SubprocessEngine(
             config.model,
-            dtype=config.dtype,
+            dtype=config.precision,
             max_model_len=max_model_len,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
@@ -243,7 +255,7 @@ def open_engine(config: SampleConfig, max_model_len: int) -> Engine:
         )
     assert config.vllm_server_host is not None
     (url,) = server_urls(config.vllm_server_host, config.vllm_server_port)
-    engine = ServerEngine(url, model_path=config.model, dtype=config.dtype, read_weights=True, timeout_s=timeout_s)
+    engine = ServerEngine(url, model_path=config.model, dtype=config.precision, read_weights=True, timeout_s=timeout_s)
     if engine.max_model_len < max_model_len:
         engine.close()
         raise ConfigError(

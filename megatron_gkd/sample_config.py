@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_gkd import environment
-from megatron_gkd.dtypes import Dtype
+from megatron_gkd.dtypes import Dtype, DtypeChoice
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.settings import Section, setting
 from megatron_gkd.template_flags import kwargs_setting, template_kwargs, thinking_setting
@@ -32,7 +32,7 @@ class SampleConfig(Section):
     )
     top_k: int = setting(0, "Sample from this many most probable tokens; 0: from all.", ge=0)
     seed: int = setting(42, "Seed; a completion depends on it, its row and its number alone.", ge=0)
-    dtype: Dtype = setting("bf16", "Precision of the engine.")
+    dtype: DtypeChoice = setting("auto", "Precision of the engine; auto: bf16 on CUDA, fp32 on a CPU.")
     write_batch_size: int = setting(1000, "Write the result every this many prompts.", ge=1)
     truncated: Literal["drop", "keep"] = setting(
         "drop", "Completions cut at --max_new_tokens: drop and count them, or keep them, marked by their finish_reason."
@@ -80,6 +80,12 @@ class SampleConfig(Section):
             unused += ("top_p", "top_k", "seed")
         defaults = {item.name: item.default for item in fields(self)}
         return [name for name in unused if getattr(self, name) != defaults[name]]
+
+    @property
+    def precision(self) -> Dtype:
+        """The dtype, once `auto` has been decided."""
+        assert self.dtype != "auto", "the device is known, and decides"
+        return self.dtype
 
     def check(self) -> None:
         """Combinations that cannot work. Raises ConfigError."""

@@ -5,6 +5,7 @@ Does not cover: what the commands do (tests of train/ and report.py) and the par
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,9 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the models that TRAIN names, and no rank."""
     for name in ("S", "T"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    for name in ("d.jsonl", "e.jsonl"):
+        (tmp_path / name).write_text("{}\n")
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -72,7 +76,8 @@ def test_debug_adds_the_traceback(run_dir: Path) -> None:
 
 def test_help_is_complete_and_imports_nothing_heavy(run_dir: Path) -> None:
     code = (
-        "import sys\nfrom megatron_gkd.cli import main\n"
+        "import sys\nfrom megatron_gkd.cli import main, prepare\n"
+        f"prepare({[*TRAIN, '--lmbda', '0']})\n"
         "try:\n    main(['train', '--help'])\nfinally:\n"
         "    print('heavy:', sorted({'torch', 'transformers', 'megatron', 'numpy'} & sys.modules.keys()))"
     )
@@ -119,9 +124,25 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
         (["check", "data", "--model", "S"], "--dataset is missing; Data to be checked"),
         (["check", "data", "--model", "N", "--dataset", "d"], "--model N: there is no such directory"),
         (["check", "student"], "check student is not a check"),
+        (["check", "data", "--model", "S", "--dataset", "x.jsonl"], "--dataset x.jsonl: there is no such file"),
+        (["sample", "--model", "N", "--dataset", "d.jsonl", "--result_path", "r.jsonl"], "--model N: there is no such"),
+        (
+            ["sample", "--model", "S", "--dataset", "x", "--result_path", "r.jsonl"],
+            "--dataset x: there is no such file",
+        ),
         (["check", "teacher", "--teacher_model", "T"], "--teacher_model_server is missing; URL of the teacher"),
         (["eval", "--model", "S", "--teacher_model", "T"], "--eval_dataset is missing"),
         ([*TRAIN, "--beta", "2"], "--beta is 2.0; it must be in [0, 1]"),
+        ([*TRAIN[:-1], "x.jsonl", "--lmbda", "0"], "--dataset x.jsonl: there is no such file or directory"),
+        ([*TRAIN[:-1], "data/trian", "--lmbda", "0"], "--dataset data/trian: there is no such file or directory"),
+        ([*TRAIN, "--eval_dataset", "Org/Name", "--lmbda", "0"], "--eval_dataset Org/Name: there is no such file"),
+        (["train", "--model", "S/x", *TRAIN[3:], "--lmbda", "0"], "--model S/x: there is no such directory"),
+        ([*TRAIN, "--model", ".", "--lmbda", "0"], "--model .: there is no config.json in it"),
+        ([*TRAIN, "--save", "d.jsonl/run", "--lmbda", "0"], "--save d.jsonl/run: "),
+        ([*TRAIN, "--load", "x", "--lmbda", "0"], "--load x: there is no such directory"),
+        ([*TRAIN, "--learning_rate", "1"], "unknown flag --learning_rate; did you mean --lr?"),
+        ([*TRAIN, "--per_device_train_batch_size", "1"], "unknown flag --per_device_train_batch_size; did you mean "),
+        (["check", "train", *TRAIN[1:], "--lmbda", "0", "--world_size", "3"], "global_batch_size 16 is not a multiple"),
     ],
 )
 def test_errors(argv: list[str], message: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +223,55 @@ def test_a_failing_rank_says_its_number(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main([*TRAIN, "--lmbda", "0"]) == 2
     assert capsys.readouterr().err == "megatron-gkd: rank 1: error: d.jsonl:3: bad row\n"
+
+
+def test_what_another_rank_says_as_well_is_said_once_per_machine(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error, waited = DataError("d.jsonl:3: bad row"), list[float]()
+    error.told_elsewhere = True
+    stub(monkeypatch, "megatron_gkd.train.loop", run_training=fail(error))
+    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=waited.append, time=lambda: 0))
+    for rank, local_rank, said in (("1", "1", False), ("8", "0", True)):
+        for name, value in dict(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE="16").items():
+            monkeypatch.setenv(name, value)
+        assert cli.main([*TRAIN, "--lmbda", "0"]) == 2
+        assert capsys.readouterr().err == (f"megatron-gkd: rank {rank}: error: d.jsonl:3: bad row\n" if said else "")
+    assert waited == [cli.SAME_MOMENT_S]
+
+
+def test_an_earlier_run_is_found_before_anything_is_imported(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nobody is sent to a checkpoint that is not there."""
+    save = run_dir / "run"
+    save.mkdir()
+    (save / "metrics.jsonl").write_text('{"step": 1}\n')
+    command = [*TRAIN, "--lmbda", "0", "--save", str(save)]
+    assert cli.main(command) == 2
+    assert "begin it anew with --auto_resume true: it has saved no checkpoint" in capsys.readouterr().err
+    (save / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (save / "checkpoints" / "step_00000001" / "manifest.json").write_text("{}")
+    assert cli.main(command) == 2
+    assert f"go on from step_00000001, the newest checkpoint, which is complete, with --load {save}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_launcher_is_told_the_line(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torchrun reads it: its table of failed ranks is the last that is seen."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    error_file = run_dir / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
+    monkeypatch.setenv(cli.LAST_WORDS, str(run_dir))
+    assert cli.main([*TRAIN, *MISSING]) == 2
+    line = capsys.readouterr().err.strip()
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(error_file))
+    table = str(ChildFailedError("train", {0: failure})).splitlines()
+    assert table[-2].endswith(line)
+    assert line.startswith("megatron-gkd: error: not built yet")
+    assert json.loads((run_dir / "0.json").read_text()) == {"text": line, "code": 2}
 
 
 def test_an_interrupt_is_no_traceback_and_other_errors_are(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,6 +251,18 @@ def test_sampling_from_a_local_teacher_needs_vllm(accepted: dict[str, Any], monk
     validate(accepted)
 
 
+def test_a_default_that_nobody_gave_is_named(accepted: dict[str, Any]) -> None:
+    """`--max_length 512` alone: there are sampled completions because --lmbda has a default above 0."""
+    del accepted["lmbda"]
+    with pytest.raises(
+        ConfigError, match=r"--lmbda 0.5 \(its default\) samples from the student, and --max_compl"
+    ) as short:
+        validate(accepted | {"max_length": 512})
+    assert "--max_completion_length 512 (its default) leaves no room" in str(short.value)
+    assert "in --max_length 512: give a larger --max_length" in str(short.value)
+    validate(accepted | {"max_length": 512, "lmbda": 0.0})
+
+
 def test_wandb_needs_its_package(accepted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contradictions, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package wandb"):
@@ -261,14 +273,10 @@ def test_wandb_needs_its_package(accepted: dict[str, Any], monkeypatch: pytest.M
 
 # One value per entry of NOT_BUILT, in its order: what a user would write to ask for it.
 ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("model", {"model": "Org/Model"}),
-    ("teacher_model", {"teacher_model": "Org/Model"}),
     ("teacher_context_parallel_size", {"teacher_context_parallel_size": 2}),
     ("teacher_expert_model_parallel_size", {"teacher_expert_model_parallel_size": 2}),
     ("context_parallel_size", {"context_parallel_size": 2}),
     ("expert_model_parallel_size", {"expert_model_parallel_size": 2}),
-    ("dataset", {"dataset": ["d.jsonl", "Org/Data:train#500"]}),
-    ("eval_dataset", {"eval_dataset": ["Org/Data"]}),
 )
 
 

@@ -177,6 +177,19 @@ def test_a_checkpoint_of_a_training_run_with_another_config(tmp_path: Path) -> N
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_what_was_trained_keeps_its_type_whatever_the_source_has(tmp_path: Path) -> None:
+    """An fp32 run of a bf16 model: bf16 would round away what it has learnt."""
+    trained = write_tiny_checkpoint(tmp_path / "trained", "llama", tied=True, layers=1, seed=3)
+    source = write_tiny_checkpoint(tmp_path / "source", "llama", tied=True, layers=1, seed=4, dtype=torch.bfloat16)
+    run_ranks(run_save_as_training_does, str(trained), str(tmp_path / "step"), world=2)
+    assert run_ranks(convert, [config("hf", tmp_path / "step", tmp_path / "back", hf_config=str(source))], world=1) == [
+        []
+    ]
+    before, after = (load_file(path / "model.safetensors") for path in (trained, tmp_path / "back"))
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_tensors_of_several_dtypes_return_to_them(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "source", "llama", layers=1, dtype=torch.bfloat16)
     tensors = load_file(source / "model.safetensors")

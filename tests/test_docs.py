@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.check_config import CheckConfig, CheckDataConfig
+from megatron_gkd.check_config import CheckConfig, CheckDataConfig, CheckTrainConfig
 from megatron_gkd.cli import COMMANDS
 from megatron_gkd.config import flags, flags_of
 from megatron_gkd.convert import ConvertConfig
@@ -21,7 +21,12 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 CONVERT_FLAGS = flags_of(ConvertConfig, "convert")
 SAMPLE_FLAGS = flags_of(SampleConfig, "sample")
-CHECK_FLAGS = flags_of(CheckConfig, "check") | flags_of(CheckDataConfig, "check_data")
+CHECK_FLAGS = (
+    flags_of(CheckConfig, "check")
+    | flags_of(CheckDataConfig, "check_data")
+    | flags_of(CheckTrainConfig, "check_train")
+    | flags()
+)
 SCRIPT_OPTIONS = {"--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers"}
 
 

@@ -359,7 +359,9 @@ BAD = {
     "top K": Bad("--gkd_logits_topk 301", "--gkd_logits_topk 301 is more than the 300 tokens that both models have"),
     "beta": Bad("--beta 1.5", "beta"),
     "not built": Bad("--context_parallel_size 2", "not built yet: --context_parallel_size 2"),
-    "no room to sample": Bad("--lmbda 0.5", "max_completion_length is 512 and max_length 64"),
+    "no room to sample": Bad(
+        "--lmbda 0.5", "--max_completion_length 512 (its default) leaves no room for a prompt in --max_length 64"
+    ),
     "unknown flag": Bad("--bta 0.5", "--bta"),
 }
 
@@ -418,6 +420,7 @@ def test_bad_input_under_torchrun(inputs: Inputs, bad_paths: dict[str, Path], tm
     lines = [line for line in result.stderr.splitlines() if line.startswith("megatron-gkd: ")]
     assert lines
     assert all(BAD[name].message in line for line in lines)
+    assert BAD[name].message in result.stderr.split("Root Cause")[1], "the table that ends the screen has the line"
 
 
 def test_bad_input_in_one_plain_process(inputs: Inputs, tmp_path: Path):

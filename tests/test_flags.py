@@ -32,7 +32,7 @@ parse_check_data = partial(parse_section, cls=CheckDataConfig, command="check da
 # flag, default, (text, value) that must parse, texts that must not
 SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("model", REQUIRED, ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"), ()),
-    ("dtype", "fp32", ("bf16", "bf16"), ("float32",)),
+    ("dtype", "auto", ("bf16", "bf16"), ("float32",)),
     ("freeze_embeddings", False, ("true", True), ("2",)),
     ("teacher_model", None, ("T", "T"), ()),
     ("teacher_model_server", None, ("http://localhost:8000", "http://localhost:8000"), ("localhost",)),
@@ -99,6 +99,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("loss_scale", "last_round", ("all", "all"), ("default", "")),
     ("chat_template_kwargs", None, ('{"a": 1}', '{"a": 1}'), ("x", "[1]", '{"tools": 1}')),
     ("enable_thinking", None, ("false", False), ("x", "2")),
+    ("prompt_only", "stop", ("drop", "drop"), ("keep",)),
     ("shuffle", True, ("false", False), ("x",)),
     ("streaming", False, ("true", True), ("x",)),
     ("data_cache_dir", None, ("/big/rows", "/big/rows"), ()),
@@ -126,6 +127,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("async_save", False, ("true", True), ("x",)),
     ("save_total_limit", None, ("2", 2), ("0",)),
     ("save_hf", True, ("false", False), ("x",)),
+    ("save_hf_dtype", None, ("source", "source"), ("int8",)),
     ("logging_steps", 1, ("5", 5), ("0",)),
     ("eval_steps", None, ("50", 50), ("0",)),
     ("loss_spike_factor", None, ("3", 3.0), ("1", "0.5")),
@@ -379,6 +381,7 @@ def test_the_documentation_says_that_the_ends_of_beta_are_definitions() -> None:
 
 def test_check_teacher_flags() -> None:
     line = "--teacher_model T --teacher_model_server http://a:1,http://b:2 --gkd_logits_topk 8 --dataset d.jsonl"
+    line += " --dtype bf16"
     cfg = parse_check(line.split())
     assert cfg.servers == ("http://a:1", "http://b:2")
     assert cfg.tolerances == (1.0, 0.1)

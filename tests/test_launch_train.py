@@ -4,26 +4,34 @@ Nothing is started here but the scripts themselves; test_launch_ranks.py starts 
 (the batch script meets stand-ins for its commands), GPUs, the hardware of the recipes.
 """
 
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.flags import parse_run_config, parse_section
+from megatron_gkd.errors import LayoutError
+from megatron_gkd.flags import parse_check_train, parse_run_config, parse_section
 from megatron_gkd.sample_config import SampleConfig
+from megatron_gkd.train.preflight import run_preflight
 from tests.support.effort import LIMIT_S
 from tests.test_launch import ROOT, Result, bash
 
 SINGLE, MULTI, SLURM = "train_single_node.sh", "train_multi_node.sh", "slurm.sbatch"
 RECIPES = ("qwen2.5_72b_to_7b.sh", "on_policy_distillation.sh")
 LEFT_OVER = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ENDPOINT", "CUDA_VISIBLE_DEVICES")
-CLEAN = {"GKD_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
+CLEAN = {"GKD_VENV": "", "CUDA_VISIBLE_DEVICES": ""}  # the environment: a stand-in (below), or sys.prefix
+REAL = {"GKD_VENV": sys.prefix}
+SIZES = {"TEACHER": (8192, 64, 8, 80, 29568), "STUDENT": (3584, 28, 4, 28, 18944)}  # Qwen2.5 of 72B and of 7B
 C10D = {"NNODES": "2", "RDZV_ENDPOINT": "node0"}
 STATIC = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
 
@@ -34,13 +42,29 @@ def _no_variables_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An interpreter that finds nothing wrong, for the tests of what the scripts themselves say."""
+    root = tmp_path_factory.mktemp("venv")
+    (root / "bin").mkdir()
+    (root / "bin" / "python").write_text("#!/bin/sh\n")
+    (root / "bin" / "python").chmod(0o755)
+    CLEAN["GKD_VENV"] = str(root)
+    yield
+    CLEAN["GKD_VENV"] = ""
+
+
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The models and data that the recipes look for: they need to exist, no more."""
+    """The models of the recipe, of which only config.json is looked at, and a data set."""
     root = tmp_path_factory.mktemp("given")
-    for name in ("TEACHER", "STUDENT"):
+    for name, (hidden, heads, kv_heads, layers, ffn) in SIZES.items():
         (root / name).mkdir()
-        (root / name / "config.json").write_text("{}")
+        config = dict(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads)
+        config |= dict(num_hidden_layers=layers, intermediate_size=ffn, vocab_size=152064, rms_norm_eps=1e-6)
+        config |= dict(model_type="qwen2", max_position_embeddings=32768, tie_word_embeddings=False)
+        config |= dict(architectures=["Qwen2ForCausalLM"], hidden_act="silu")
+        (root / name / "config.json").write_text(json.dumps(config))
     (root / "rows.jsonl").write_text("{}\n")
     return {
         "TEACHER": str(root / "TEACHER"),
@@ -233,15 +257,69 @@ def test_recipes_refuse(given: dict[str, str], script: str, env: dict[str, str],
     assert message in result.stderr
 
 
+def fits(command: list[str]) -> str:
+    """What `check train` says of the command that a dry run prints."""
+    options = dict(pairwise(command))
+    per_node = int(options["--nproc-per-node"])
+    world = int(options.get("--nnodes", "1")) * per_node
+    flags = ["--world_size", str(world), "--ranks_per_node", str(per_node)]
+    asked, config = parse_check_train([*flags, *command[command.index("train") + 1 :]])
+    run_preflight(asked, config)
+    return str(config.training.global_batch_size)
+
+
+@pytest.mark.parametrize("placement", ["separate", "colocate"])
+def test_the_large_recipe_is_valid_for_every_number_of_nodes(given: dict[str, str], placement: str):
+    for nnodes in (*range(1 + (placement == "separate"), 8), 24, 65, 300):
+        env = given | C10D | dict(NNODES=str(nnodes), PLACEMENT=placement)
+        batch = fits(words(launch(RECIPES[0], "--dry-run", **env)))
+        if nnodes == 4:
+            assert batch == {"separate": "132", "colocate": "128"}[placement]
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="sampling needs vllm")
+def test_the_on_policy_recipe_is_valid_for_every_number_of_ranks(given: dict[str, str]):
+    for nproc, flags in ((1, []), (5, []), (7, []), (100, []), (6, ["--tensor-model-parallel-size=2"])):
+        fits(words(launch(RECIPES[1], "--dry-run", *flags, **given, NPROC_PER_NODE=str(nproc))))
+    two = ["--pipeline_model_parallel_size", "2", "--tensor_model_parallel_size", "2"]
+    env = given | C10D | dict(NNODES="3", NPROC_PER_NODE="4")
+    assert fits(words(launch(RECIPES[1], "--dry-run", *two, **env))) == "63"
+
+
+@pytest.mark.parametrize("start", [["--dry-run"], []], ids=["dry run", "start"])
+def test_what_the_run_would_be_refused_for_is_said_before_it_starts(given: dict[str, str], start: list[str]):
+    """By the program itself, in one line that is the last one, whether it is a dry run or a start."""
+    flags = ["--model", given["STUDENT"], "--teacher_model", given["TEACHER"], "--lmbda", "0"]
+    began = time.monotonic()
+    for wrong, message in (
+        (["--dataset", "/no.jsonl"], "--dataset /no.jsonl: there is no such file or directory"),
+        (["--dataset", given["DATASET"], "--global_batch_size", "7"], "the nearest are 6 and 9"),
+    ):
+        result = launch(SINGLE, *start, *flags, *wrong, **REAL, NPROC_PER_NODE="3")
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1, result.stderr
+    assert time.monotonic() - began < LIMIT_S / 2, "no rank was started"
+
+
+def test_the_models_are_held_against_the_layout(given: dict[str, str]):
+    flags = ["--model", given["STUDENT"], "--teacher_model", given["TEACHER"], "--dataset", given["DATASET"]]
+    flags += ["--lmbda", "0", "--tensor_model_parallel_size", "8", "--world_size", "8"]
+    with pytest.raises(LayoutError, match="--model: tensor-parallel size 8 does not divide the 28 attention heads"):
+        run_preflight(*parse_check_train(flags))
+
+
 # ---- Slurm -----------------------------------------------------------------------------------------------------------
 
 
 def test_slurm_command():
     job = dict(SLURM_JOB_ID="31234", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_NUM_NODES="2", MASTER_ADDR="left over")
-    command = words(launch(SLURM, "--dry-run", "--config", "run.yaml", **job))
+    result = launch(SLURM, "--dry-run", "--config", "run.yaml", **job)
+    command, on_a_node = (shlex.split(line)[1:] for line in result.stdout.splitlines())
     assert command[:3] == ["NNODES=2", "RDZV_ENDPOINT=FIRST_NODE:21234", "RDZV_ID=31234-0"]
     assert has(command, "--ntasks-per-node", "1")
     assert command[-4:] == ["bash", str(ROOT / "launch" / MULTI), "--config", "run.yaml"]
+    assert has(on_a_node, "--nnodes", "2", "--nproc-per-node", "8")
 
 
 def test_slurm_refuses():

@@ -33,7 +33,7 @@ LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
     },
     3: {"model", "weights", "signals", "teacher_pipeline", "teacher_server", "rollout_bridge", "rollout"},
     4: {"train"},
-    5: {"cli", "__main__", "convert", "report", "sample"},
+    5: {"cli", "__main__", "convert", "launcher", "report", "sample"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 MAY_IMPORT_MEGATRON = {"platform", "parallel", "model", "teacher_pipeline", "train", "weights"}

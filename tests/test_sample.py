@@ -269,7 +269,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "nowhere"], "no tokenizer could be loaded from nowhere"),
+        (["--model", "nowhere"], "--model nowhere: there is no such directory"),
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
         (["--max_new_tokens", "256"], "--max_new_tokens 256 leaves no room for a prompt in sequences of 256 tokens"),
         (["--vllm_max_model_len", "60"], "--max_new_tokens 60 leaves no room for a prompt in sequences of 60 tokens"),

@@ -106,6 +106,12 @@ def run_check_data(config: CheckDataConfig) -> None:
         print(show_row(encoder, rows[index], rows.place(index), colours=colours), end="\n\n")
     found = check_rows(encoder, rows, config.dataset, loss_scale=config.loss_scale, variables=config.template_kwargs)
     print(visible("\n".join(found.lines(rows))), flush=True)
+    if 0 < rows.summary.num_prompt_only < len(rows):
+        print(
+            f"NOTE {rows.summary.num_prompt_only} of {len(rows)} rows are a prompt alone: training that takes "
+            "completions of the data (--lmbda below 1) stops at them; --prompt_only drop leaves them out",
+            flush=True,
+        )
     if found.problems:
         print(visible("\n".join(f"WRONG {text}" for text in found.problems[:_SHOWN_PROBLEMS])), flush=True)
         raise CheckFailedError(

@@ -66,6 +66,11 @@ class Rows(Sequence[Row], ABC):
 
         self.require(check)
 
+    @property
+    def has_teacher_prompts(self) -> bool:
+        """Whether some row has a prompt of the teacher's own."""
+        return any(self[index].teacher_prompt_ids is not None for index in range(len(self)))
+
     @abstractmethod
     def require_teacher_prompts(self, purpose: str) -> None:
         """Raises where no row has a prompt of the teacher's own, or (streamed) for each that has none."""
@@ -112,6 +117,6 @@ def needs_teacher_prompt(purpose: str, what: str) -> DataError:
 def needs_completion(purpose: str, count: str, place: str) -> DataError:
     """The error for a prompt alone where a completion is needed."""
     return DataError(
-        f"{purpose} needs a completion in every row, and {count} a prompt only (first: {place}); add completions, or "
-        "sample them (--lmbda 1, or --seq_kd true with a teacher)"
+        f"{purpose} needs a completion in every row, and {count} a prompt only (first: {place}); add completions, "
+        "leave such rows out with --prompt_only drop, or sample (--lmbda 1, or --seq_kd true with a teacher)"
     )

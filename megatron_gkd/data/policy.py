@@ -29,6 +29,7 @@ from megatron_gkd.records import Row
 
 OnBadRow = Literal["stop", "skip"]
 Overlong = Literal["drop", "truncate_left", "stop"]
+PromptOnly = Literal["keep", "drop"]
 
 _MOST_NAMES = 50  # that are counted apart
 
@@ -139,6 +140,7 @@ class RowPolicy:
         template_kwargs: JSON of variables that the chat template is given for every row.
         one_row: refuse a record of which several turns carry the loss.
         clock: the time that the chat template is told; None: that of the start of the reading.
+        prompt_only: a row without a completion: "keep" it, or "drop" and count it.
     """
 
     max_length: int
@@ -151,6 +153,7 @@ class RowPolicy:
     template_kwargs: str = "{}"
     one_row: bool = False
     clock: Clock | None = None
+    prompt_only: PromptOnly = "keep"
 
     def __post_init__(self) -> None:
         if self.on_bad_row not in ("stop", "skip"):
@@ -218,7 +221,13 @@ class RowPolicy:
         if not encoded.rows:
             summary.drop("marked", f"{place}: its marks say that no turn carries the loss")
         summary.num_more += max(len(encoded.rows) - 1, 0)
-        return [fitted for row in encoded.rows if (fitted := self._fit(row, place, summary)) is not None]
+        fitted = []
+        for row in encoded.rows:
+            if row.completion_ids is None and self.prompt_only == "drop":
+                summary.drop("prompt_only", f"{place}: a prompt without a completion")
+            elif (whole := self._fit(row, place, summary)) is not None:
+                fitted.append(whole)
+        return fitted
 
     def _fit(self, row: Row, place: str, summary: RowSummary) -> Row | None:
         num_prompt, num_completion = len(row.prompt_ids), len(row.completion_ids or ())

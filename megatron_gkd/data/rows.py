@@ -148,6 +148,10 @@ class RowDataset(Rows):
             count = f"{self.summary.num_prompt_only} of {len(self)} rows have"
             raise needs_completion(purpose, count, self.place(int(self.arrays.prompt_only.argmax())))
 
+    @property
+    def has_teacher_prompts(self) -> bool:
+        return self.summary.num_teacher_prompts > 0
+
     def require_teacher_prompts(self, purpose: str) -> None:
         without = len(self) - self.summary.num_teacher_prompts
         if without == len(self):

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
-from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary, Tokenised
+from megatron_gkd.data.policy import OnBadRow, Overlong, PromptOnly, RowPolicy, RowSummary, Tokenised
 from megatron_gkd.data.random_access import open_records
 from megatron_gkd.data.rows import check_sets
 from megatron_gkd.data.suspicions import Suspicions
@@ -72,6 +72,7 @@ class StreamedRows(Rows):
         tag_key: str | None = None,
         template_kwargs: str = "{}",
         clock: Clock | None = None,
+        prompt_only: PromptOnly = "keep",
     ) -> None:
         """The arguments are those of `load_rows`. Raises DataError if a checked record says so, or none is usable."""
         self._policy = RowPolicy(
@@ -80,6 +81,7 @@ class StreamedRows(Rows):
             template_kwargs=template_kwargs,
             one_row=True,
             clock=clock,
+            prompt_only=prompt_only,
         )
         self._paths = check_sets(paths, weights)
         self.weights, self.summary = tuple(weights), RowSummary()
@@ -129,7 +131,11 @@ class StreamedRows(Rows):
         policy = self._policy
         reserve = policy.max_completion_length or 0
         asked: tuple[object, ...] = (policy.max_length, reserve, policy.on_bad_row, policy.overlong, self.weights)
-        asked = (*asked, policy.tag_key, policy.template_kwargs)
+        asked += (
+            policy.tag_key,
+            *([policy.template_kwargs] if policy.variables else []),
+            *(["drop"] if policy.prompt_only == "drop" else []),
+        )
         digest.update(repr((asked, [(len(records), records.digest) for records in self._sets])).encode())
         digest.update(repr([placed.row for placed in self._checked]).encode())
         return digest.hexdigest()[:16]

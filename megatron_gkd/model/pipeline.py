@@ -25,8 +25,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
-from megatron_gkd.errors import LayoutError
-from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.layout import Layout, check_num_micro_batches
 from megatron_gkd.records import MicroBatch
 
 LossFunc = Callable[..., Any]
@@ -36,16 +35,6 @@ ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[torch.Tens
 def common_shape(layout: Layout) -> bool:
     """Whether all micro-batches of a step must have one shape [B, S]."""
     return layout.virtual_pipeline is not None
-
-
-def check_num_micro_batches(layout: Layout, num_micro_batches: int) -> None:
-    """The interleaved schedule needs a multiple of PP micro-batches per step. Raises LayoutError."""
-    if layout.virtual_pipeline and num_micro_batches % layout.pipeline:
-        raise LayoutError(
-            f"{num_micro_batches} micro-batches per data-parallel rank and step: the interleaved pipeline "
-            f"({layout.describe()}) needs a multiple of "
-            f"{layout.pipeline}; change global_batch_size or micro_batch_size"
-        )
 
 
 def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """The live line of a run: `step 12/100 | loss 2.3451 | 1,234 tokens/s | 0.52 s/step | ETA 0:00:46`.
 
 On a terminal one line is rewritten in place; elsewhere (a file, a pipe) every update is a line of its own, so the
-caller updates it once per logging step. One rank prints: the others make it with `enabled=False`.
+caller updates it once per logging step. One rank prints: the others make it with `enabled=False`. Speeds are means over
+the same last updates: tokens/s times s/step are the tokens of a step.
 """
 
 from __future__ import annotations
@@ -40,14 +41,17 @@ class Progress:
         self._in_place = self._stream.isatty()
         self._clock = clock
         self._marks: deque[tuple[int, float]] = deque([(done_steps, clock())], maxlen=WINDOW)
+        self._tokens: deque[float] = deque(maxlen=WINDOW - 1)  # of a step, by update
         self._line_open = False
 
-    def update(self, step: int, *, loss: float | None = None, tokens_per_s: float | None = None) -> None:
+    def update(self, step: int, *, loss: float | None = None, tokens_per_step: float | None = None) -> None:
         """Show that `step` steps are done."""
         if not self._enabled:
             return
         self._marks.append((step, self._clock()))
-        line = self.line(step, loss=loss, tokens_per_s=tokens_per_s)
+        if tokens_per_step is not None:
+            self._tokens.append(tokens_per_step)
+        line = self.line(step, loss=loss)
         if self._in_place:
             width = shutil.get_terminal_size().columns
             self._stream.write(f"{CLEAR_LINE}{line[: width - 1]}")
@@ -56,15 +60,15 @@ class Progress:
         self._line_open = self._in_place
         self._stream.flush()
 
-    def line(self, step: int, *, loss: float | None = None, tokens_per_s: float | None = None) -> str:
+    def line(self, step: int, *, loss: float | None = None) -> str:
         """The text of the line."""
         parts = [f"{self._unit} {step}/{self._total_steps}"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
-        if tokens_per_s is not None:
-            parts.append(f"{tokens_per_s:,.0f} tokens/s")
         step_time_s = self._step_time_s()
         if step_time_s is not None:
+            if self._tokens:
+                parts.append(f"{sum(self._tokens) / len(self._tokens) / step_time_s:,.0f} tokens/s")
             remaining_s = timedelta(seconds=round(step_time_s * max(self._total_steps - step, 0)))
             fast = step_time_s < _FAST_S
             speed = f"{1 / step_time_s:,.0f} {self._unit}s/s" if fast else f"{step_time_s:.2f} s/{self._unit}"

@@ -89,11 +89,17 @@ def all_or_none(action: Callable[[], T]) -> T:
         mine = error
     told = None if mine is None else (socket.gethostname(), str(mine) if isinstance(mine, GKDError) else repr(mine))
     others = gathered(told)
+    speaker = next((rank for rank, problem in enumerate(others) if problem is not None), None)
     if mine is not None:
+        same = others[speaker or 0]
+        if isinstance(mine, GKDError) and told is not None and same is not None:
+            mine.told_elsewhere = speaker != dist.get_rank() and same[1] == told[1]
         raise mine
-    for rank, problem in enumerate(others):
-        if problem is not None:
-            raise ConfigError(f"rank {rank} ({problem[0]}) cannot go on: {problem[1]}")
+    if speaker is not None:
+        host, problem = others[speaker] or ("", "")
+        repeated = ConfigError(f"rank {speaker} ({host}) cannot go on: {problem}")
+        repeated.told_elsewhere = True
+        raise repeated
     return value  # type: ignore[return-value]
 
 

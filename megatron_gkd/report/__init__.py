@@ -8,7 +8,7 @@
     answers.py      greedy answers of three models    curve.py     the picture
 
 Reads a run that still trains, was interrupted, or has no evaluation; it says what is missing. Runs in one process on
-the CPU; changes nothing in the run directory but `report/`.
+the CPU, and says on stderr what it is at; changes nothing in the run directory but `report/`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_gkd.observe.logging import get_logger, setup_logging
 from megatron_gkd.observe.text import visible
 from megatron_gkd.report.run_record import read_run
 from megatron_gkd.report.summary import summarise, to_text
+
+logger = get_logger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,12 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.num_answers < 0 or args.max_new_tokens < 1:
         parser.error("--num_answers must be 0 or more and --max_new_tokens at least 1")
+    setup_logging("info")
     write_report(args.run, num_answers=args.num_answers, max_new_tokens=args.max_new_tokens)
     return 0
 
 
 def write_report(run_dir: Path, *, num_answers: int = 2, max_new_tokens: int = 64) -> Path:
     """Print the report of `run_dir` and write it to `run_dir`/report, whose path is returned."""
+    logger.info("reading %s", run_dir)
     run = read_run(run_dir)
     summary = summarise(run)
     if num_answers:

@@ -16,10 +16,13 @@ from megatron_gkd.data.files import Columns, read_records
 from megatron_gkd.data.forms import prompt_and_completion
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.errors import GKDError
+from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.report.run_record import RunRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
 
 
 def sample_answers(run: RunRecord, *, num_answers: int, max_new_tokens: int) -> dict[str, Any]:
@@ -41,6 +44,7 @@ def sample_answers(run: RunRecord, *, num_answers: int, max_new_tokens: int) -> 
         if path is None or not (Path(path) / "config.json").is_file():
             result["answer_notes"].append(f"no answers of {who}: no model at {path or 'hf/ (not exported)'}")
             continue
+        logger.info("%d answers of %s, at most %d tokens each: %s", len(prompts), who, max_new_tokens, path)
         answers = generate(path, prompts, end_id=end_id, max_new_tokens=max_new_tokens)
         for answer, ids in zip(result["answers"], answers, strict=True):
             answer[who] = tokenizer.decode(ids, skip_special_tokens=True)
@@ -64,7 +68,8 @@ def generate(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_id, pad_token_id=end_id, bos_token_id=None
     )
     answers = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts, start=1):
+        logger.info("answer %d of %d", number, len(prompts))
         ids = torch.tensor([prompt])
         with torch.inference_mode():
             output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)

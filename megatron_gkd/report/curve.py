@@ -30,7 +30,7 @@ def draw_curve(run: RunRecord, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     loss, divergences, agreement = figure.subplots(1, 3)
     _draw_loss(loss, run)
@@ -64,7 +64,7 @@ def _draw_divergences(axes: Axes, evaluations: tuple[Record, ...]) -> None:
             axes.plot(steps, values, color=_COLOURS[key], marker="o", markersize=4, label=label)
     if axes.lines:
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below: it covers no curve
 
 
 def _draw_agreement(axes: Axes, evaluations: tuple[Record, ...]) -> None:
@@ -78,8 +78,8 @@ def _draw_agreement(axes: Axes, evaluations: tuple[Record, ...]) -> None:
         axes.annotate(
             f"{percent[i]:.1f} %", (steps[i], percent[i]), textcoords="offset points", xytext=(0, 9), ha="center"
         )
-    axes.margins(x=0.12, y=0.2)
-    axes.set_ylim(bottom=0)
+    axes.margins(x=0.12)
+    axes.set_ylim(0, 1.2 * max(*percent, 1.0))  # room for the line and its numbers, also near 100 %
 
 
 def _prepare(axes: Axes, title: str, unit: str, *, empty: bool) -> None:

@@ -7,6 +7,7 @@ Written by train/:
     evaluation.jsonl   {"step", "forward_kl", "reverse_kl", "jsd", "nll", "agreement", "num_tokens"} per evaluation;
                        step 0 is before training
     hf/                the exported student, once training is over
+    export.json        {"trained": {...}, "exported": {...}}: the last evaluation, and that of the files in hf/
 
 A last line that is cut off (the run is writing it, or was killed while it did) is left out; other damage is an error.
 """
@@ -20,6 +21,7 @@ from typing import Any
 from megatron_gkd.config import RunConfig
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.flags import parse_run_config
+from megatron_gkd.json_file import read_json
 from megatron_gkd.observe.writers import read_rows
 
 Record = dict[str, Any]
@@ -34,6 +36,7 @@ class RunRecord:
     metrics: tuple[Record, ...]
     evaluations: tuple[Record, ...]
     exported: Path | None
+    export: Record  # empty where there is none
 
     @property
     def last_step(self) -> int:
@@ -64,4 +67,17 @@ def read_run(directory: Path) -> RunRecord:
         metrics=tuple(read_rows(directory / "metrics.jsonl", strict=True)),
         evaluations=tuple(read_rows(directory / "evaluation.jsonl", strict=True)),
         exported=exported if (exported / "config.json").is_file() else None,
+        export=_read_export(directory / "export.json"),
     )
+
+
+def _read_export(path: Path) -> Record:
+    if not path.is_file():
+        return {}
+    try:
+        record = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path} is damaged: it is no object")
+    return record

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_gkd.config import DistillationConfig
+from megatron_gkd.observe.compare import differing
 from megatron_gkd.report.run_record import RunRecord
 
 QUANTITIES = {  # key in evaluation.jsonl -> how the table calls it
@@ -48,7 +49,16 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "eval_dataset": list(run.config.data.eval_dataset),
         "before": run.evaluations[0] if run.evaluations and run.evaluations[0]["step"] == 0 else None,
         "after": run.evaluations[-1] if run.evaluations and run.evaluations[-1]["step"] > 0 else None,
+        "exported": run.export.get("exported"),
+        "export_differs_in": _differences(run),
+        "export_dtype": run.export.get("dtype"),
     }
+
+
+def _differences(run: RunRecord) -> list[str]:
+    """In which numbers the files of the export are not the student that was trained."""
+    trained, exported = run.export.get("trained"), run.export.get("exported")
+    return differing(trained, exported) if trained and exported else []
 
 
 def describe_loss(loss: DistillationConfig) -> str:
@@ -102,11 +112,27 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
     num_tokens = (after or before).get("num_tokens")
     tokens = f"{num_tokens:,.0f} completion tokens of " if num_tokens else ""
     yield f"Held-out text: {tokens}{', '.join(summary['eval_dataset'])}"
-    yield f"  {'':<30}{'before':>12}{'after':>12}   change"
+    exported = summary.get("exported")
+    head = f"{'exported':>12}" if exported else ""
+    yield f"  {'':<30}{'before':>12}{'after':>12}{head}   change"
     for key, name in QUANTITIES.items():
         old, new = (before or {}).get(key), (after or {}).get(key)
         if old is not None or new is not None:
-            yield f"  {name:<30}{_cell(key, old):>12}{_cell(key, new):>12}   {_change(key, old, new)}".rstrip()
+            cell = f"{_cell(key, exported.get(key)):>12}" if exported else ""
+            yield f"  {name:<30}{_cell(key, old):>12}{_cell(key, new):>12}{cell}   {_change(key, old, new)}".rstrip()
+    yield from _export(summary)
+
+
+def _export(summary: Mapping[str, Any]) -> Iterator[str]:
+    if not summary.get("exported"):
+        return
+    if summary["export_differs_in"]:
+        yield (
+            f"  THE EXPORTED STUDENT, in {summary['export_dtype']}, IS NOT THE TRAINED ONE: its files were read back "
+            "and give other numbers"
+        )
+    else:
+        yield f"  exported: the files of hf/ ({summary['export_dtype']}), read back: the numbers of the trained student"
 
 
 def _cell(key: str, value: float | None) -> str:

@@ -73,6 +73,22 @@ def server_urls(host: str, port: int) -> list[str]:
     return urls
 
 
+def probe_servers(sampling: SamplingConfig, *, model_path: str, dtype: Dtype, max_model_len: int) -> None:
+    """Look at each server of `--vllm_server_host`, and leave it as it is. On one rank.
+
+    Raises ConfigError or RolloutError: it cannot be reached, or has another type, model or length than is needed.
+    """
+    from megatron_gkd.rollout.server import ServerEngine
+
+    assert sampling.vllm_server_host is not None, "RunConfig.validate refuses --vllm_mode server without a host"
+    for url in server_urls(sampling.vllm_server_host, sampling.vllm_server_port):
+        engine = ServerEngine(url, model_path=model_path, dtype=dtype)
+        try:
+            _check_lengths([engine], [url], max_model_len)
+        finally:
+            engine.close()
+
+
 def _servers_on_rank_0(
     sampling: SamplingConfig,
     *,

@@ -419,6 +419,9 @@ class SubprocessEngine(ServerEngine):
         self._server.close()
 
 
+_SHORT_NAMES = {long: short for short, long in LONG_NAMES.items()}
+
+
 def _read_workers(results: Any) -> list[dict[str, Any]]:
     """Of each worker what `gkd_info` says (worker.py)."""
     names = ("rank", "device", "dtype", "model", "updating", "updates")
@@ -445,8 +448,9 @@ def _check_workers(name: str, workers: Sequence[dict[str, Any]], model_path: str
     for worker in workers[:1]:
         if worker["dtype"] != LONG_NAMES[dtype]:
             raise RolloutError(
-                f"{name} computes in {worker['dtype']}, and {LONG_NAMES[dtype]} is needed; start it with --dtype "
-                f"{LONG_NAMES[dtype]}"
+                f"{name} computes in {worker['dtype']}, and {LONG_NAMES[dtype]} is needed: start it with DTYPE={dtype} "
+                f"launch/rollout_server.sh (vllm serve --dtype {LONG_NAMES[dtype]}), or give --dtype "
+                f"{_SHORT_NAMES.get(worker['dtype'], worker['dtype'])} here"
             )
         for field, value in worker["config"].items():
             if None not in (value, config.get(field)) and config[field] != value:

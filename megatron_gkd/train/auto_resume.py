@@ -18,7 +18,6 @@ import torch.distributed as dist
 from megatron_gkd import platform
 from megatron_gkd.config import RunConfig
 from megatron_gkd.observe.logging import get_logger
-from megatron_gkd.weights.hf_writer import check_destination
 
 logger = get_logger(__name__)
 
@@ -59,15 +58,7 @@ def first_step_to_write(config: RunConfig, done_steps: int) -> int | None:
     return done_steps + 1 if config.checkpoint.load else None
 
 
-def ended_before(config: RunConfig, *, done_steps: int, train_iters: int) -> bool:
-    """Whether a run that resumes itself has trained and exported everything already.
-
-    Raises CheckpointError where steps are left to do and a student is exported: it is not overwritten.
-    """
-    exported = Path(config.checkpoint.save) / "hf"
-    if not (resumes_itself(config) and config.checkpoint.save_hf and exported.exists()):
-        return False
-    if done_steps < train_iters:
-        check_destination(exported)
-    logger.info("nothing left to do: %d steps done, %s is written", done_steps, exported)
-    return True
+def goes_on_with_itself(config: RunConfig) -> bool:
+    """Whether the run goes on from a checkpoint of its own directory, by whichever flag."""
+    save, load = Path(config.checkpoint.save).resolve(), config.checkpoint.load
+    return load is not None and Path(load).resolve() in (save, *(save / "checkpoints").glob("step_*"))

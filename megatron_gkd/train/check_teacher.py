@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,7 +28,9 @@ from megatron_gkd.architecture import read_architecture
 from megatron_gkd.check_config import CheckConfig
 from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.data.rows import RowDataset, load_rows
+from megatron_gkd.dtypes import chosen
 from megatron_gkd.errors import CheckFailedError, DataError, NotBuiltError
+from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
@@ -39,6 +41,8 @@ from megatron_gkd.topk_jsd import topk_jsd
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.setup import load_model
+
+logger = get_logger(__name__)
 
 _STUDENT_TEMPERATURE = 2.0
 
@@ -72,6 +76,10 @@ class Comparison:
 
 def run_check_teacher(config: CheckConfig) -> None:
     """Print the comparison; raises CheckFailedError past a tolerance."""
+    kind = platform.setup(config.device).kind
+    if config.dtype == "auto":
+        config = replace(config, dtype=chosen(config.dtype, kind))
+        logger.info("--dtype is not given: %s, on %s", config.dtype, kind)
     found = compare(config)
     print("\n".join(found.lines()), flush=True)
     for what, value, limit in zip(
@@ -116,7 +124,7 @@ def compare(config: CheckConfig) -> Comparison:
         remote, _ = server.signals(plan, collate)
     finally:
         server.close()
-    chunks = load_model(config.teacher_model, arch, layout, groups, dtype=config.dtype, where=where)
+    chunks = load_model(config.teacher_model, arch, layout, groups, dtype=config.precision, where=where)
     head = chunks[-1].head_weight().detach()[: arch.vocab_size]
     teacher = TeacherPipeline(chunks, layout, groups, layout, vocab_size=arch.vocab_size, device=where.device)
     local, _ = teacher.signals(plan, collate)

@@ -2,7 +2,8 @@
 
 Means per completion token, over all rows (nats): forward KL(P||Q), reverse KL(Q||P), symmetric JSD (beta 0.5), all
 over the full vocabulary and at temperature 1 whatever the training loss is; the student's negative log-likelihood of
-the reference; and how often both models prefer the same token. Needs hidden-state signals; with `--gkd_logits_topk`
+the reference; and how often both models prefer the same token. A student that is evaluated alone has its likelihood
+alone: no teacher, and no prompts for it to be its own. Needs hidden-state signals; with `--gkd_logits_topk`
 the divergences are those on the teacher's top K, with the tail of `--topk_tail`, as in training.
 
 The rows are walked in batches of the training batch size, through the same schedules as training; only the last
@@ -26,8 +27,9 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.records import MicroBatch
 from megatron_gkd.signals import Signal
+from megatron_gkd.train.inputs import teaches_nothing
 from megatron_gkd.train.plans import evaluation_plans
-from megatron_gkd.train.setup import Run, TeacherRun, build, join
+from megatron_gkd.train.setup import Run, TeacherRun, build, join, with_dtype
 from megatron_gkd.train.step import add_reports, forward_step_with, reduce_reports, student_batches, teacher_signals
 from megatron_gkd.train.teacher_ranks import serve_evaluation
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
@@ -42,6 +44,7 @@ _CHUNK_TOKENS = 256  # bounds the logits held at a time
 def run_evaluation(config: RunConfig) -> dict[str, float]:
     """`megatron-gkd eval`: print the numbers of the student as it is, and return them; none on ranks of the teacher's
     own. Collective over all ranks."""
+    config = with_dtype(config)
     join(config)
     if unused := without_effect(config, "eval"):
         logger.info("without effect: %s", told(unused))
@@ -53,6 +56,9 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
     assert run.eval_rows is not None, "RunConfig.validate refuses an evaluation without --eval_dataset"
     values = evaluate(run, run.eval_rows)
     run.teacher.close()
+    if teaches_nothing(config, run.eval_rows):
+        logger.info("no teacher is given, and no row has a teacher_prompt: the likelihood of the text alone")
+        values = {name: values[name] for name in ("nll", "num_tokens")}
     if run.is_writer:
         width = max(map(len, values))
         print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in values.items()), flush=True)

@@ -17,7 +17,6 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd import environment
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.chat import ChatEncoder, check_same_tokenizer, load_tokenizer
@@ -29,13 +28,13 @@ from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.data.suspicions import told
 from megatron_gkd.data.template_differences import differences
-from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
-from megatron_gkd.model.pipeline import check_num_micro_batches
+from megatron_gkd.errors import ConfigError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.reach import reach
 from megatron_gkd.train.draws import Draws
+from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
 from megatron_gkd.train.run_clock import run_clock
 from megatron_gkd.train.shared_rows import on_every_rank, shared_rows
 from megatron_gkd.weights.plan import check_layout
@@ -112,11 +111,8 @@ def _models(
     teacher_arch = None if teacher_path is None else read_architecture(teacher_path)
     urls = config.teacher.servers
     for flag, arch in (("model", student_arch), ("teacher_model", None if urls else teacher_arch)):
-        if arch is not None and arch.moe is not None:
-            raise NotBuiltError(
-                f"--{flag}: distillation with a mixture of experts ({arch.model_type}) is not built yet; "
-                "it can be converted"
-            )
+        if arch is not None:
+            refuse_experts(flag, arch)
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
     if teacher_arch is not None and not urls:
         check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
@@ -156,62 +152,12 @@ def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, ev
     """Whether the rows are such as the run needs, and its batch fits the layout."""
     if rows is not None:
         rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
-        _check_batch(config, student_layout)
+        check_batch(config, student_layout)
     if eval_rows is not None:
         eval_rows.require_completions("evaluation")
     for purpose, found in (("training", rows), ("evaluation", eval_rows)):
-        if found is not None:
+        if found is not None and not (rows is None and teaches_nothing(config, found)):
             _check_teacher_of(config, purpose, found)
-
-
-def layouts(config: RunConfig, world_size: int) -> tuple[Layout, Layout]:
-    """(student's, teacher's). Raises LayoutError, with the nearest numbers that are possible."""
-    parallel, teacher = config.parallel, config.teacher
-    teacher_ranks = _teacher_ranks(config, world_size)
-    student_layout = Layout.for_world(
-        world_size - teacher_ranks,
-        tensor=parallel.tensor_model_parallel_size,
-        pipeline=parallel.pipeline_model_parallel_size,
-        virtual_pipeline=_virtual_pipeline(parallel.virtual_pipeline_model_parallel_size),
-        sequence_parallel=parallel.sequence_parallel,
-    )
-    teacher_layout = Layout.for_world(
-        teacher_ranks or world_size,
-        tensor=teacher.teacher_tensor_model_parallel_size or parallel.tensor_model_parallel_size,
-        pipeline=teacher.teacher_pipeline_model_parallel_size or parallel.pipeline_model_parallel_size,
-        rank_offset=world_size - teacher_ranks if teacher_ranks else 0,
-        name="teacher",
-    )
-    return student_layout, teacher_layout
-
-
-def _teacher_ranks(config: RunConfig, world_size: int) -> int:
-    """Ranks of the teacher's own; 0 where it shares the student's."""
-    teacher = config.teacher
-    if teacher.teacher_placement == "colocate":
-        return 0
-    count, asked = teacher.teacher_world_size, f"--teacher_world_size {teacher.teacher_world_size}"
-    if count is None:
-        assert teacher.teacher_nodes is not None, "RunConfig.validate refuses separate ranks without their number"
-        local = environment.number("LOCAL_WORLD_SIZE", least=1)
-        if local is None:
-            raise ConfigError(
-                f"--teacher_nodes {teacher.teacher_nodes} counts nodes, and nothing says how many ranks a node has: "
-                "start under torchrun, or give --teacher_world_size"
-            )
-        count, asked = teacher.teacher_nodes * local, f"--teacher_nodes {teacher.teacher_nodes} of {local} ranks"
-    if count >= world_size:
-        least = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
-        raise LayoutError(
-            f"{asked} leaves none of the world's {world_size} ranks for the student, which needs {least} or a "
-            f"multiple: start {count + least} ranks, or give the teacher fewer"
-        )
-    return count
-
-
-def _virtual_pipeline(size: int | None) -> int | None:
-    """One model chunk per stage is no virtual pipeline."""
-    return None if size == 1 else size
 
 
 def _vocabulary(
@@ -255,6 +201,7 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
         tag_key=config.teacher.teacher_tag_key,
         template_kwargs=data.template_kwargs,
         clock=clock,
+        prompt_only="drop" if data.prompt_only == "drop" and _needs_completions(config) else "keep",
     )
     weights = data.dataset_weights
     rows: RowDataset | StreamedRows
@@ -264,6 +211,16 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
         policy, cache_dir = RowPolicy(**options, loss_scale=data.loss_scale), data.data_cache_dir
         rows = shared_rows(data.dataset, tokenizer, policy, cache_dir=cache_dir, group=world, weights=weights)
     return _within(rows, data.dataset, vocab_size)
+
+
+def teaches_nothing(config: RunConfig, rows: Rows) -> bool:
+    """A student alone, whose rows have no prompts for a teacher: it can be evaluated, but not compared with anybody."""
+    return config.teacher.is_student and not rows.has_teacher_prompts
+
+
+def _needs_completions(config: RunConfig) -> bool:
+    """Whether a step may take a completion from the data set."""
+    return config.distillation.lmbda < 1 and not config.distillation.seq_kd
 
 
 def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows | None:
@@ -277,6 +234,7 @@ def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size
         *(data.max_length, None, data.on_bad_row, data.overlong, data.eval_samples, tag_key, data.loss_scale),
         template_kwargs=data.template_kwargs,
         clock=clock,
+        prompt_only="drop" if data.prompt_only == "drop" else "keep",
     )
     rows = shared_rows(data.eval_dataset, tokenizer, policy, cache_dir=data.data_cache_dir, group=world)
     return _within(rows, data.eval_dataset, vocab_size)
@@ -302,30 +260,3 @@ def _check_teacher_of(config: RunConfig, purpose: str, rows: Rows) -> None:
         tags = {tag for of_server in teacher.server_tags.values() for tag in of_server}
         rest = any(not of_server for of_server in teacher.server_tags.values())
         rows.require_tags(tags, rest=rest, column=teacher.teacher_tag_key)
-
-
-def _check_batch(config: RunConfig, layout: Layout) -> None:
-    training = config.training
-    per_pass = layout.data * training.micro_batch_size
-    if config.data.packing:
-        # The interleaved schedule wants a multiple of PP micro-batches; packing makes as many as the rows need.
-        if layout.virtual_pipeline:
-            raise NotBuiltError(
-                f"packing is not built for a virtual pipeline ({layout.describe()}): leave out --packing or "
-                "--virtual_pipeline_model_parallel_size"
-            )
-        if training.global_batch_size < layout.data:
-            raise ConfigError(
-                f"global_batch_size {training.global_batch_size} cannot be packed for {layout.data} data parallel "
-                f"ranks: each needs a sample; give at least {layout.data}, or fewer ranks"
-            )
-        return
-    if training.global_batch_size % per_pass:
-        below = training.global_batch_size // per_pass * per_pass
-        raise ConfigError(
-            f"global_batch_size {training.global_batch_size} is not a multiple of data parallel size {layout.data} "
-            "x micro_batch_size "
-            f"{training.micro_batch_size} = {per_pass}: the nearest are "
-            f"{' and '.join(str(n) for n in (below, below + per_pass) if n)}"
-        )
-    check_num_micro_batches(layout, training.global_batch_size // per_pass)

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.errors import ConfigError, RunStoppedError
+from megatron_gkd.errors import RunStoppedError
 from megatron_gkd.flags import to_yaml
 from megatron_gkd.no_effect import told, without_effect
 from megatron_gkd.observe.logging import get_logger
@@ -26,20 +26,22 @@ from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, open_trackers, told_apart
 from megatron_gkd.parallel.together import all_or_none
-from megatron_gkd.train.auto_resume import choose_start, ended_before, first_step_to_write, resumes_itself
+from megatron_gkd.train.auto_resume import choose_start, first_step_to_write, goes_on_with_itself, resumes_itself
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
 from megatron_gkd.train.evaluate import evaluate, not_finite
-from megatron_gkd.train.faults import BadSteps, LossSpikes, check_finite_weights, lost_rank
+from megatron_gkd.train.export_record import check_replaceable, exports_at_end
+from megatron_gkd.train.exporting import export, warn_of_rounding
+from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
 from megatron_gkd.train.plans import evaluates_after, saves_after
+from megatron_gkd.train.preflight import refuse_earlier_run
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import open_checkpoints, resume
 from megatron_gkd.train.run_lock import locked
 from megatron_gkd.train.server_teacher import ServerTeacher
-from megatron_gkd.train.setup import Run, TeacherRun, build, join
+from megatron_gkd.train.setup import Run, TeacherRun, build, join, with_dtype
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
 from megatron_gkd.train.teacher_ranks import serve_training
-from megatron_gkd.weights.export import save_hf
 from megatron_gkd.weights.hf_writer import check_destination
 
 logger = get_logger(__name__)
@@ -50,8 +52,9 @@ def run_training(config: RunConfig) -> None:
 
     Raises RunStoppedError where a signal ended it early, TrainingError where it cannot go on.
     """
-    run_dir, asked = Path(config.checkpoint.save), config
+    run_dir = Path(config.checkpoint.save)
     try:
+        config = asked = with_dtype(config)
         join(config)
         if (unused := without_effect(config)) and dist.get_rank() == 0:
             logger.warning("without effect: %s", told(unused))
@@ -74,15 +77,19 @@ def run_training(config: RunConfig) -> None:
 
 def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, asked: RunConfig) -> None:
     config, state = run.config, resume(run)
-    ended = ended_before(config, done_steps=state.step, train_iters=run.student.train_iters)
+    exports = exports_at_end(config, done_steps=state.step, train_iters=run.student.train_iters)
     set_aside_later(run_dir, state.step)
     if run.is_writer:
         with told_apart(run_dir / "config.yaml"):
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.yaml").write_text(to_yaml(asked))
+        warn_of_rounding(config)
+        _warn_of_a_low_peak(run)
     writers = _Writers(run, run_dir, first_step=first_step_to_write(config, state.step))
     try:
-        _train(run, state, writers, agreement)
+        trained = _train(run, state, writers, agreement)
+        if exports:
+            export(run, run_dir, trained=trained)
     except RunStoppedError:
         writers.close()
         raise
@@ -93,22 +100,15 @@ def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, as
         if run.teacher_samples is not None:
             run.teacher_samples.close()
     writers.close()
-    if config.checkpoint.save_hf and not ended:
-        check_finite_weights(run, run_dir)
-        save_hf(
-            run.student.chunks,
-            run.architecture,
-            run.student.groups,
-            source_dir=config.model.model,
-            out_dir=run_dir / "hf",
-            stop_ids=run.stop_ids,
-        )
     if run.is_writer:
         logger.info("done: %d steps; run directory %s", run.student.train_iters, run_dir)
 
 
-def _train(run: Run, state: TrainerState, writers: _Writers, agreement: StopAgreement | None) -> None:
-    """All steps, with evaluations and checkpoints."""
+def _train(
+    run: Run, state: TrainerState, writers: _Writers, agreement: StopAgreement | None
+) -> dict[str, float] | None:
+    """All steps, with evaluations and checkpoints. Returns the evaluation after the last step, if it was made here."""
+    evaluation: dict[str, float] | None = None
     config, train_iters, checkpoints = run.config, run.student.train_iters, open_checkpoints(run)
     watch = _Watch(run, agreement, state)
     watch.replicas.check(state.step, now=True)
@@ -120,7 +120,7 @@ def _train(run: Run, state: TrainerState, writers: _Writers, agreement: StopAgre
             watch.replicas.check(state.step)
             checkpoints.poll()
             if not stop and evaluates_after(config, state.step, train_iters):
-                _evaluate(run, writers, step=state.step)
+                evaluation = _evaluate(run, writers, step=state.step)
             if stop or saves_after(config, state.step, train_iters):
                 rollouts = None if run.rollouts is None else run.rollouts.state()
                 checkpoints.save(run.student, state, rollouts=rollouts)
@@ -132,6 +132,7 @@ def _train(run: Run, state: TrainerState, writers: _Writers, agreement: StopAgre
     checkpoints.finish()
     if agreement is not None:
         agreement.close()
+    return evaluation
 
 
 class _Watch:
@@ -215,34 +216,52 @@ def _train_step(
             **({} if run.teacher_samples is None else run.teacher_samples.metrics),
         }
         writers.metrics(step, values)
-        progress.update(step, loss=means.get("loss"), tokens_per_s=num_tokens / step_time_s)
+        progress.update(step, loss=means.get("loss"), tokens_per_step=num_tokens)
     stop = sums["stop_requests"] > 0
     if watch.agreement is not None:
         stop = watch.agreement.after_step(watch.signals.received is not None)
     return state, stop and step < run.student.train_iters  # after the last step there is nothing to stop
 
 
-def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
+def _evaluate(run: Run, writers: _Writers, *, step: int) -> dict[str, float] | None:
     if run.eval_rows is None:
-        return
+        return None
     values = evaluate(run, run.eval_rows)
     writers.evaluation(step, values)
     if run.is_writer:
         logger.info("step %d, held-out: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         if (problem := not_finite(values)) is not None:
             logger.warning("step %d, held-out: %s", step, problem)
+    return values
+
+
+def _warn_of_a_low_peak(run: Run) -> None:
+    """In a short run the decay begins before the learning rate has been what was asked for."""
+    training, highest = run.config.training, run.student.highest_learning_rate
+    if highest < 0.99 * training.lr:
+        logger.warning(
+            "--lr %g is never reached: %d steps of --lr_decay_style %s without a warm-up begin at %.3g; for a run this "
+            "short, --lr_decay_style constant keeps it",
+            training.lr,
+            run.student.train_iters,
+            training.lr_decay_style,
+            highest,
+        )
 
 
 def _check_run_dir(config: RunConfig, run_dir: Path) -> None:
     """Refuse, on every rank and before any work, to write over an earlier run or over its exported student."""
-    record = run_dir / "metrics.jsonl"
     checkpoint = config.checkpoint
     is_new = checkpoint.load is None or is_hf_directory(checkpoint.load)
-    if is_new and not checkpoint.auto_resume and record.exists() and record.stat().st_size > 0:
-        raise ConfigError(f"{record} holds an earlier run; give another --save, or --load it to resume")
-    if config.checkpoint.save_hf and not resumes_itself(config):
-        check_destination(run_dir / "hf")
+    if is_new and not checkpoint.auto_resume:
+        refuse_earlier_run(run_dir)
+    if config.checkpoint.save_hf and not resumes_itself(config):  # there its steps decide
+        (check_replaceable if goes_on_with_itself(config) else _check_no_export)(run_dir)
     check_writable(run_dir / "checkpoints")
+
+
+def _check_no_export(run_dir: Path) -> None:
+    check_destination(run_dir / "hf")
 
 
 class _Writers:

@@ -14,9 +14,10 @@ from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.build import DTYPES
 from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.parallel.together import on_first
 from megatron_gkd.platform import Platform
 from megatron_gkd.records import Row
-from megatron_gkd.rollout.engines import open_engines
+from megatron_gkd.rollout.engines import open_engines, probe_servers
 from megatron_gkd.rollout.protocol import SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
 from megatron_gkd.train.rollouts import Rollouts
@@ -37,6 +38,19 @@ def engine_length(config: RunConfig, arch: Architecture) -> int:
     return min(config.sampling.vllm_max_model_len or config.data.max_length, arch.max_position_embeddings)
 
 
+def check_servers(config: RunConfig, arch: Architecture, rows: Rows) -> None:
+    """Before a weight is read: whether prompts leave room, and whether servers that run are such as the run needs. What
+    the first rank finds wrong with a server is raised on all. Collective over the world."""
+    sampling, length = config.sampling, engine_length(config, arch)
+    check_prompts(rows, length)
+    if sampling.vllm_mode == "server":
+        on_first(
+            lambda: probe_servers(
+                sampling, model_path=config.model.model, dtype=config.model.precision, max_model_len=length
+            )
+        )
+
+
 def build_rollouts(
     config: RunConfig,
     where: Platform,
@@ -52,9 +66,8 @@ def build_rollouts(
         vocab_size: token ids that student and teacher both have.
     """
     sampling, length = config.sampling, engine_length(config, arch)
-    check_prompts(rows, length)
     group = student.groups.intra_dist_opt  # all ranks of the student's layout
-    dtype = config.model.dtype
+    dtype = config.model.precision
     local = open_engines(sampling, model_path=config.model.model, dtype=dtype, max_model_len=length, group=group)
     stream = HFTensorStream(
         student.chunks,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.dtypes import Dtype
+from megatron_gkd.dtypes import Dtype, chosen
 from megatron_gkd.model.build import DTYPES, HiddenStateGPTModel, build_model
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
@@ -33,7 +33,7 @@ from megatron_gkd.train.inputs import Inputs, read_inputs
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.plans import StepPlans
 from megatron_gkd.train.rollouts import Rollouts
-from megatron_gkd.train.sampling import build_rollouts, engine_length
+from megatron_gkd.train.sampling import build_rollouts, check_servers, engine_length
 from megatron_gkd.train.self_teacher import SelfTeacher
 from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.student import Student
@@ -90,6 +90,16 @@ class TeacherRun:
     student: None = None
 
 
+def with_dtype(config: RunConfig) -> RunConfig:
+    """The configuration with `--dtype auto` decided by the device of this rank, and said."""
+    if config.model.dtype != "auto":
+        return config
+    kind = platform.setup(config.parallel.device).kind
+    dtype = chosen(config.model.dtype, kind)
+    logger.info("--dtype is not given: %s, on %s", dtype, kind)
+    return replace(config, model=replace(config.model, dtype=dtype))
+
+
 def join(config: RunConfig) -> platform.Platform:
     """Meet the other ranks, and find that all were started alike. Collective over all ranks of the world.
 
@@ -103,6 +113,7 @@ def join(config: RunConfig) -> platform.Platform:
 
 def build(config: RunConfig, *, with_training_data: bool = True) -> Run | TeacherRun:
     """Check, then build. Collective over all ranks, which have met (`join`)."""
+    config = with_dtype(config)
     where = platform.setup(config.parallel.device)
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
     inputs = read_inputs(config, dist.get_world_size(), with_training_data=with_training_data)
@@ -112,6 +123,9 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     # Servers and the teacher's engine come first: an error within seconds, and the devices' memory is free.
     needs = _server_needs(inputs) if config.teacher.servers else None
     teacher: Teacher | None = None if needs is None else _server_teacher(inputs, where, needs)
+    samples = inputs.rows is not None and config.distillation.lmbda > 0
+    if inputs.rows is not None and samples:
+        check_servers(config, inputs.student_arch, inputs.rows)
     teacher_samples = _teacher_samples(inputs, needs)
     local = not (config.teacher.servers or config.teacher.is_student)
     teacher_groups = build_groups(inputs.teacher_layout) if local else None
@@ -128,7 +142,6 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
         assert teacher_groups is not None
         teacher = _local_teacher(inputs, where, teacher_groups)
     # Ranks without a student have to be told what it samples.
-    samples = inputs.rows is not None and config.distillation.lmbda > 0
     everyone = platform.new_group(range(dist.get_world_size())) if inputs.separate and samples else None
     if student is None:
         assert isinstance(teacher, TeacherPipeline)
@@ -171,7 +184,9 @@ def _plans(
 
 def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection) -> Student:
     config, layout = inputs.config, inputs.student_layout
-    chunks = load_model(config.model.model, inputs.student_arch, layout, groups, dtype=config.model.dtype, where=where)
+    chunks = load_model(
+        config.model.model, inputs.student_arch, layout, groups, dtype=config.model.precision, where=where
+    )
     return Student(
         chunks,
         layout,
@@ -218,7 +233,7 @@ def _local_teacher(inputs: Inputs, where: platform.Platform, groups: ProcessGrou
     """This rank's part of it, or what receives its signals. Collective over all ranks."""
     config, arch = inputs.config, inputs.teacher_arch
     assert arch is not None, "RunConfig.validate refuses a run without a teacher"
-    topk, dtype = config.distillation.gkd_logits_topk, config.model.dtype
+    topk, dtype = config.distillation.gkd_logits_topk, config.model.precision
     max_signal_bytes = int(config.teacher.signal_memory_gb * 1e9)
     if not inputs.teacher_layout.holds(dist.get_rank()):
         spec = signal_spec(
@@ -264,7 +279,7 @@ def _teacher_head(
             rank=groups.tp.rank(),
             size=layout.tensor,
             padded_vocab=inputs.student_arch.padded_vocab_size(layout.tensor),
-            dtype=DTYPES[config.model.dtype],
+            dtype=DTYPES[config.model.precision],
             num_rows=inputs.vocab_size,
         ).to(where.device)
 

@@ -1,5 +1,10 @@
-"""A run that is asked to stop, by SIGTERM or SIGUSR1 to any of its ranks: the step is finished, a checkpoint is saved,
-the command ends with exit code 75 (cli.py). What schedulers, torchrun and users can count on: docs/faults.md.
+"""A run that is asked to stop, by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any of its ranks: the step is finished, a
+checkpoint is saved, the command ends with exit code 75 (cli.py). What schedulers, torchrun and users can count on:
+docs/faults.md.
+
+After a Ctrl-C a second one, or the SIGTERM that torchrun makes of it, ends the process at once. Python's own handlers
+run between two of its instructions, and a rank may wait in one collective for minutes: so what the second one does, and
+the word that the first one was heard, come from a thread that reads the signals as they arrive.
 
 All ranks have to stop after the same step, although the signal may reach one of them alone:
 
@@ -14,9 +19,13 @@ Not covered: a signal before the first step or after the last one acts as if nob
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final
 
@@ -26,22 +35,35 @@ import torch.distributed as dist
 from megatron_gkd.errors import RunStoppedError
 from megatron_gkd.platform import new_group
 
-SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAG: Final = 2
+SAME_PRESS_S: Final = 0.5  # a launcher may pass on the Ctrl-C that the terminal has sent to its children as well
+EXIT_AT_ONCE: Final = 130
+HEARD: Final = b"\nCtrl-C: the step is finished and a checkpoint saved; Ctrl-C again ends at once, without one\n"
+AT_ONCE: Final = b"\nended at once: the steps since the last checkpoint are lost\n"
 
 
 class StopSignals:
-    """While it is entered, the signals set `received` and do nothing else; afterwards they mean what they meant before.
+    """While it is entered, the signals set `received` to the first one's name and do nothing else, but for a second
+    Ctrl-C; afterwards they mean what they meant before.
 
     Outside the main thread, where Python sets no handlers, nothing is changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end: Callable[[int], object] = os._exit) -> None:
+        """Args: end: what a second Ctrl-C calls, from another thread."""
         self.received: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
+        self._end = end
+        self._arrivals: int | None = None  # the end of a pipe that the signals' numbers are written to
+        self._previous_wakeup = -1
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
+            arrivals, self._arrivals = os.pipe()
+            os.set_blocking(self._arrivals, False)
+            threading.Thread(target=self._read, args=(arrivals,), name="stop signals", daemon=True).start()
+            self._previous_wakeup = signal.set_wakeup_fd(self._arrivals, warn_on_full_buffer=False)
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -49,10 +71,33 @@ class StopSignals:
         for number, handler in self._previous.items():
             # None: a handler that was not set from Python cannot be set back; the default ends the process.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._arrivals is not None:
+            signal.set_wakeup_fd(self._previous_wakeup)
+            os.close(self._arrivals)  # ends the thread
+            self._arrivals = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Launcher and scheduler may both send one, so a second signal is no request to end at once.
-        self.received = signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name
+
+    def _read(self, arrivals: int) -> None:
+        """The signals as they arrive, in a thread of their own, until the pipe is closed."""
+        pressed_s: float | None = None
+        while arrived := os.read(arrivals, 1):
+            now_s = time.monotonic()
+            if pressed_s is None:
+                if arrived[0] == signal.SIGINT:
+                    pressed_s = now_s
+                    _tell(HEARD)
+            elif arrived[0] in (signal.SIGINT, signal.SIGTERM) and now_s - pressed_s > SAME_PRESS_S:
+                _tell(AT_ONCE)
+                self._end(EXIT_AT_ONCE)
+        os.close(arrivals)
+
+
+def _tell(text: bytes) -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        os.write(2, text)
 
 
 class StopAgreement:

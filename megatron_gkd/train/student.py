@@ -103,6 +103,15 @@ class Student:
         )
 
     @property
+    def highest_learning_rate(self) -> float:
+        """Of all updates of the run: that of the last one of the warm-up, or of the first one without it."""
+        now = self.scheduler.num_steps
+        self.scheduler.num_steps = max(self.scheduler.lr_warmup_steps, 1)
+        highest = float(self.scheduler.get_lr(self.optimizer.param_groups[0]))
+        self.scheduler.num_steps = now
+        return highest
+
+    @property
     def models(self) -> list[HiddenStateGPTModel]:
         """The chunks without their DDP wrappers."""
         return [chunk.module for chunk in self.chunks]

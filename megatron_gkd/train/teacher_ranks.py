@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_gkd.train.checkpoint import set_aside_later
+from megatron_gkd.train.export_record import exports_at_end, is_seen_by_all
 from megatron_gkd.train.plans import evaluates_after, evaluation_plans, saves_after
 from megatron_gkd.train.resume import open_checkpoints, resume
 from megatron_gkd.train.setup import TeacherRun
@@ -20,10 +21,12 @@ from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
 
 
 def serve_training(run: TeacherRun, agreement: StopAgreement) -> None:
-    """All steps of the run, from the one that `--load` resumes at. Collective over all ranks. Raises RunStoppedError
-    where a signal ended it early."""
+    """All steps of the run, from the one that `--load` resumes at, and the export. Collective over all ranks. Raises
+    RunStoppedError where a signal ended it early."""
     assert run.plans is not None
     config, state = run.config, resume(run)
+    exports = exports_at_end(config, done_steps=state.step, train_iters=run.train_iters)
+    trains = state.step < run.train_iters
     set_aside_later(Path(config.checkpoint.save), state.step)
     checkpoints = open_checkpoints(run)
     if state.step == 0:
@@ -47,7 +50,19 @@ def serve_training(run: TeacherRun, agreement: StopAgreement) -> None:
                 raise stopped(state.step, config.checkpoint.save, signals.received)
     checkpoints.finish()
     agreement.close()
+    if exports:
+        serve_export(run, evaluated=trains)
     run.teacher.close()
+
+
+def serve_export(run: TeacherRun, *, evaluated: bool) -> None:
+    """The part in `exporting.export` of these ranks; `evaluated`: after the last step, as it happens in the loop."""
+    if run.eval_rows is None:
+        return
+    if not evaluated:
+        serve_evaluation(run)
+    if is_seen_by_all(Path(run.config.checkpoint.save) / "hf"):
+        serve_evaluation(run)
 
 
 def serve_evaluation(run: TeacherRun) -> None:

@@ -149,7 +149,7 @@ class EngineSampler:
             longest: most tokens of prompt and completion together.
         """
         self._path, self._longest = path, longest
-        self._dtype: Dtype = config.model.dtype
+        self._dtype: Dtype = config.model.precision
         teacher_sampling = config.teacher_sampling
         self._tensor_parallel_size = teacher_sampling.teacher_vllm_tensor_parallel_size
         self._gpu_memory_utilization = teacher_sampling.teacher_vllm_gpu_memory_utilization

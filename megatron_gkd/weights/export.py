@@ -336,16 +336,18 @@ def save_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     read: Callable[[Parameter], torch.Tensor] | None = None,
     stop_ids: Sequence[int] = (),
+    replace: bool = False,
 ) -> None:
     """Write the model as a Hugging Face directory that transformers and vLLM load. Every rank of the model calls it.
 
     Args:
         source_dir: where the model came from, readable on every rank: config, tokenizer and chat template are copied
             from it byte for byte, and each tensor keeps the dtype that it has there.
-        out_dir: must not exist. It appears complete or not at all; only the writing rank touches it.
+        out_dir: must not exist, without `replace`. It appears complete or not at all; only the writing rank touches it.
         dtype: one dtype for all tensors instead; config.json's `dtype` is then set to it.
         read: as in HFTensorStream.
         stop_ids: tokens that ended a completion in training: generation_config.json names them all.
+        replace: take the place of a directory that is there, once all is written.
 
     Communication: HFTensorStream's. It returns on a rank when that rank's part is done: no barrier. If the writer
     fails, it raises and the other ranks wait for it: let the launcher end them.
@@ -355,7 +357,7 @@ def save_hf(
         raise CheckpointError(
             f"{source_dir}/config.json describes another model than the one to export: {_difference(source, arch)}"
         )
-    if any(_takes_part(pg_collection)):  # other replicas may arrive when the directory is there already
+    if any(_takes_part(pg_collection)) and not replace:  # other replicas may arrive when the directory is there already
         check_destination(out_dir)
     dtypes = dtype or _source_dtypes(source_dir, arch)
     stream = HFTensorStream(
@@ -375,6 +377,7 @@ def save_hf(
         max_shard_bytes=max_shard_bytes,
         config_changes=changes,
         generation_changes=generation,
+        replace=replace,
     ) as writer:
         for name, tensor in stream:
             writer.write(name, tensor)

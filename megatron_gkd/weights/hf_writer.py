@@ -43,7 +43,8 @@ class HFWriter:
     it is not; without any, the files are the source's, byte for byte.
 
     Leaving the block with everything written renames the directory into place; leaving it by an exception removes
-    what was written. Not safe against two processes that write the same destination at once.
+    what was written. With `replace` a directory that is there makes room at that moment, and not before. Not safe
+    against two processes that write the same destination at once.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class HFWriter:
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         config_changes: Mapping[str, Any] | None = None,
         generation_changes: Mapping[str, Any] | None = None,
+        replace: bool = False,
     ) -> None:
         self.out_dir, self.source_dir = Path(out_dir), Path(source_dir)
-        self.manifest = tuple(manifest)
+        self.manifest, self._replace = tuple(manifest), replace
         self._changes = {"config.json": config_changes or {}, GENERATION_CONFIG: generation_changes or {}}
-        check_destination(self.out_dir)
+        if not replace:
+            check_destination(self.out_dir)
         check_side_files(self.source_dir)
         if not (self.source_dir / "config.json").is_file():
             raise CheckpointError(f"{self.source_dir} has no config.json to export the model with")
@@ -99,6 +102,8 @@ class HFWriter:
                 self._finish()
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
+            if self._replace and self.out_dir.exists():
+                shutil.rmtree(self.out_dir.parent / f".{self.out_dir.name}.replaced", ignore_errors=True)
 
     def _begin_shard(self, shard: int) -> None:
         self._end_shard()
@@ -127,8 +132,16 @@ class HFWriter:
                 file.write_text(
                     json.dumps(found | dict(changes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
                 )
+        if self._replace:
+            self._make_room()
         check_destination(self.out_dir)
         os.rename(self._temporary, self.out_dir)
+
+    def _make_room(self) -> None:
+        aside = self.out_dir.parent / f".{self.out_dir.name}.replaced"
+        shutil.rmtree(aside, ignore_errors=True)
+        if self.out_dir.exists():
+            os.rename(self.out_dir, aside)
 
     def _write_index(self) -> None:
         weight_map = {s.name: file for file, specs in zip(self._files, self._shards, strict=True) for s in specs}

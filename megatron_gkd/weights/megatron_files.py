@@ -187,6 +187,13 @@ class MegatronCheckpoint:
             value[max(self._vocab_size - start, 0) :] = 0
         return value
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored weights, the same on all ranks; of several, float32, which holds them all but float64."""
+        stored = (key for name, key in self._names.items() if name.startswith(_MODEL_PREFIXES))
+        found = {self._stored[key].properties.dtype for key in stored}
+        return found.pop() if len(found) == 1 else torch.float32
+
     def fill(self, parameters: Sequence[Parameter]) -> None:
         """Copy the values into the parameters themselves."""
         with torch.no_grad():

@@ -268,7 +268,7 @@ def test_the_name_tells_apart_what_gives_other_rows(
     keys["template"] = key(data, tokenizer=chat_tokenizer(CHATML + " "))
     changes: list[dict[str, Any]] = [
         *(dict(max_length=49), dict(max_completion_length=8), dict(on_bad_row="skip"), dict(overlong="stop")),
-        *(dict(max_rows=7), dict(tag_key="tag"), dict(loss_scale="all"), dict(one_row=True)),
+        *(dict(max_rows=7), dict(tag_key="tag"), dict(loss_scale="all"), dict(one_row=True), dict(prompt_only="drop")),
         *(dict(template_kwargs=f'{{"v": {value}}}') for value in ("true", '{"a": 1, "b": 2}', '{"b": 2, "a": 1}')),
     ]
     assert {name for change in changes for name in change} == set(RowPolicy.__dataclass_fields__) - {"clock"}

@@ -7,7 +7,9 @@ import pyarrow.parquet
 import pytest
 
 from megatron_gkd.data.chat import ChatEncoder
-from megatron_gkd.data.rows import load_rows
+from megatron_gkd.data.policy import RowPolicy
+from megatron_gkd.data.rows import load_rows, tokenise
+from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.records import Row
 from tests.data.tiny_tokenizers import chat_tokenizer, plain_tokenizer
@@ -381,3 +383,21 @@ def test_weights_decide_the_stream_and_the_fingerprint(tmp_path):
     empty = write(tmp_path / "b.jsonl", "{")
     with pytest.raises(DataError, match=rf"no usable row in {empty}, which has a weight"):
         load_rows([a, empty], TOKENIZER, max_length=99, on_bad_row="skip", weights=[1, 1])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_prompts_alone_are_dropped_on_request(tmp_path, streamed):
+    """One such row in a data set must not end a run that takes the completions of the others."""
+    pairs = [{"prompt": "a", "completion": "b"}, {"prompt": "c"}, {"prompt": "d", "completion": "e"}]
+    path = write(tmp_path / "d.jsonl", *pairs)
+    refused = r"--lmbda 0.5 .* 1 of 3 rows have a prompt only \(first: .*d.jsonl:2\).*--prompt_only drop"
+    with pytest.raises(DataError, match=refused):
+        load(path).check_sources(lmbda=0.5, seq_kd=False)
+    if streamed:
+        rows = StreamedRows([path], TOKENIZER, max_length=100, prompt_only="drop")
+    else:
+        rows = tokenise([path], TOKENIZER, RowPolicy(100, prompt_only="drop"))
+        assert len(rows) == 2
+    rows.check_sources(lmbda=0.5, seq_kd=False)
+    assert all(rows[index].completion_ids for index in range(len(rows)))
+    assert "1 dropped as prompt_only (first: " in rows.account()

@@ -7,8 +7,8 @@ import torch
 
 from megatron_gkd.data.collate import collate
 from megatron_gkd.errors import LayoutError
-from megatron_gkd.model.pipeline import check_num_micro_batches, common_shape, select_loss_tokens
-from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.model.pipeline import common_shape, select_loss_tokens
+from megatron_gkd.parallel.layout import Layout, check_num_micro_batches
 from megatron_gkd.records import Sample
 
 

@@ -27,7 +27,7 @@ def test_the_line_of_a_file() -> None:
     stream, clock = io.StringIO(), Clock()
     with Progress(100, stream=stream, clock=clock) as progress:
         clock.now_s = 5.2
-        progress.update(10, loss=2.34512, tokens_per_s=1234.4)
+        progress.update(10, loss=2.34512, tokens_per_step=0.52 * 1234.4)
     assert stream.getvalue() == "step 10/100 | loss 2.3451 | 1,234 tokens/s | 0.52 s/step | ETA 0:00:47\n"
 
 
@@ -48,6 +48,19 @@ def test_the_speed_is_that_of_the_last_updates() -> None:
         clock.now_s += 1.0
         progress.update(step)
     assert "| 1.00 s/step |" in progress.line(WINDOW + 1)
+
+
+def test_both_speeds_are_means_over_the_same_updates() -> None:
+    """One slow step with few tokens: the line does not show its speed beside the mean time of the others."""
+    clock = Clock()
+    progress = Progress(1000, stream=io.StringIO(), clock=clock)
+    for step in range(1, 3 * WINDOW):
+        slow = step == 3 * WINDOW - 1
+        clock.now_s += 20.0 if slow else 1.0
+        progress.update(step, tokens_per_step=10 if slow else 1000)
+    mean_s, mean_tokens = (20 + WINDOW - 2) / (WINDOW - 1), (10 + 1000 * (WINDOW - 2)) / (WINDOW - 1)
+    line = progress.line(3 * WINDOW - 1)
+    assert f"| {mean_tokens / mean_s:,.0f} tokens/s | {mean_s:.2f} s/step |" in line
 
 
 def test_before_any_time_has_passed_there_is_no_eta() -> None:

@@ -37,6 +37,25 @@ def test_an_error_on_one_rank_is_an_error_on_all() -> None:
     assert run_ranks(failing, DataError, 9, world=2) == ["went on with 0", "went on with 1"]
 
 
+def who_says_it(on_ranks: list[int]) -> bool:
+    """Whether this rank's error is said by another one as well."""
+
+    def action() -> None:
+        if dist.get_rank() in on_ranks:
+            raise DataError("row 3 is bad")
+
+    try:
+        all_or_none(action)
+    except (ConfigError, DataError) as error:
+        return error.told_elsewhere
+    raise AssertionError("nobody failed")
+
+
+def test_of_ranks_with_the_same_error_the_lowest_says_it() -> None:
+    assert run_ranks(who_says_it, [0, 1], world=2) == [False, True]
+    assert run_ranks(who_says_it, [1], world=2) == [True, False]
+
+
 def same(facts_by_rank: list[dict[str, str]]) -> str:
     return text_of(lambda: require_same(facts_by_rank[dist.get_rank()], "started alike"))
 

@@ -16,7 +16,7 @@ from megatron_gkd.cli import main as cli
 from megatron_gkd.errors import ConfigError, DataError, GKDError
 from megatron_gkd.flags import parse_run_config, to_yaml
 from megatron_gkd.observe.writers import read_rows
-from megatron_gkd.report import main, write_report
+from megatron_gkd.report import curve, main, write_report
 from megatron_gkd.report.curve import smooth
 from megatron_gkd.report.run_record import read_run
 from megatron_gkd.report.summary import describe_loss, summarise
@@ -74,7 +74,9 @@ def write_run(
 def test_numbers_answers_and_files(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]):
     run = write_run(tmp_path / "run", models)
     assert cli(["report", str(run), "--num_answers", "2", "--max_new_tokens", "5"]) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    for who in ("teacher", "student before", "student after"):
+        assert f"answers of {who}, at most 5 tokens" in said
     text = (run / "report/summary.txt").read_text(encoding="utf-8")
     assert text in printed
     assert "finished, 4 of 4 steps" in text
@@ -118,6 +120,24 @@ def test_the_picture_is_a_readable_png(tmp_path: Path, models: Path):
     assert data.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", data[16:24])
     assert width > 2 * height > 600
+
+
+def test_nothing_of_the_picture_covers_a_curve():
+    """The legend is outside of its panel, and a line near 100 % is not the panel's edge."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    divergences, agreement = figure.subplots(1, 2)
+    rows = tuple({**AFTER, "step": step, "agreement": 0.99} for step in range(3))
+    curve._draw_divergences(divergences, rows)
+    curve._draw_agreement(agreement, rows)
+    canvas.draw()
+    legend = divergences.get_legend()
+    assert legend is not None
+    assert not legend.get_window_extent().overlaps(divergences.get_window_extent())
+    assert agreement.get_ylim()[1] > 1.1 * 99
 
 
 def test_without_evaluation_or_export(tmp_path: Path, models: Path):

@@ -48,6 +48,10 @@ def dry(*words: str, **values: object) -> list[str]:
     return shlex.split(result.stdout.removeprefix("+ "))
 
 
+# that of `train` on the same machine
+DEFAULT_DTYPE = "bfloat16" if any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "kfd")) else "float32"
+
+
 def after(words: list[str], flag: str) -> str:
     return words[words.index(flag) + 1]
 
@@ -56,7 +60,7 @@ def test_settings(model: Path) -> None:
     words = dry(MODEL=model)
     assert words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
     assert (after(words, "--host"), after(words, "--port")) == ("127.0.0.1", "8000")
-    assert (after(words, "--dtype"), after(words, "--max-logprobs")) == ("bfloat16", "64")
+    assert (after(words, "--dtype"), after(words, "--max-logprobs")) == (DEFAULT_DTYPE, "64")
     assert (after(words, "--generation-config"), after(words, "--logprobs-mode")) == ("vllm", "raw_logprobs")
     assert "--max-model-len" not in words
     given = dict(DTYPE="fp32", TP=2, MAX_LOGPROBS=128, MAX_MODEL_LEN=99, PORT=8123, KV_CACHE_BYTES=77)

@@ -7,6 +7,7 @@ ranks that are given different ones.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,23 @@ def test_ranks_that_the_teacher_has_to_itself_go_on_too(tmp_path: Path, flags: d
     assert record(run_dir) == record(whole)
 
 
-def test_a_finished_run_is_left_alone_and_not_taken_further(tmp_path: Path, flags: dict[str, Any], whole: Path) -> None:
+def test_a_finished_run_is_left_alone_or_taken_further(tmp_path: Path, flags: dict[str, Any], whole: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     before = contents(run_dir)
     train(world=2, **flags, save=run_dir)
     assert contents(run_dir) == before
     longer = dict(train_iters=STEPS + 2, lr_decay_style="constant", allow_changed_config=True)
-    with pytest.raises(RankFailureError, match=r"CheckpointError: .*hf exists and is not overwritten"):
+    hf = run_dir / "hf"
+    (hf / "notes.txt").write_text("mine")
+    with pytest.raises(RankFailureError, match=r"CheckpointError: .*hf exists and is not overwritten: .*move it away"):
         train(world=2, **flags | longer, save=run_dir)
+    (hf / "notes.txt").unlink()
+    train(world=2, **flags | longer, save=run_dir)
+    assert json.loads((run_dir / "export.json").read_text())["step"] == STEPS + 2
+    ours, theirs = exported(run_dir), exported(whole)
+    assert not all(ours[name].equal(theirs[name]) for name in ours)
+    assert sorted(path.name for path in run_dir.glob(".*hf*")) == []
 
 
 def test_load_says_where_a_run_begins_and_not_where_it_goes_on(

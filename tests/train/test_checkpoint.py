@@ -290,9 +290,10 @@ def test_an_earlier_run_is_not_written_over(tmp_path: Path, inputs: dict[str, An
     """On every rank, before anything is touched."""
     run_dir = tmp_path / "run"
     shutil.copytree(whole[True], run_dir)
+    (run_dir / "hf" / "notes.txt").write_text("no longer what the run has exported")
     before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
     for options, message in (
-        (dict(), "ConfigError: .*metrics.jsonl holds an earlier run; give another --save, or --load it"),
+        (dict(), "ConfigError: .*metrics.jsonl holds an earlier run; give another --save, or go on from step_"),
         (dict(load=run_dir), "CheckpointError: .*hf exists and is not overwritten"),
     ):
         with pytest.raises(RankFailureError, match=message):

@@ -153,3 +153,18 @@ def test_the_evaluation_of_a_run_is_that_of_its_student(tmp_path: Path, inputs: 
         for found in (values[0], {name: step[name] for name in values[0]}):
             assert_dense(found, model, flags["teacher_model"], rows, None)
     assert steps[-1]["forward_kl"] < steps[0]["forward_kl"]
+
+
+def evaluate_here(argv: list[str]) -> dict[str, float]:
+    with megatron():
+        return run_evaluation(parse_run_config(argv, command="eval"))
+
+
+def test_a_student_alone_has_the_likelihood_of_the_text(inputs: dict[str, dict[str, Any]]) -> None:
+    """Without a teacher, and without a `teacher_prompt` that would make it its own."""
+    both = inputs["qwen3"] | dict(teacher_model=inputs["qwen3"]["model"], device="cpu")  # the same vocabulary
+    alone = {name: value for name, value in both.items() if name != "teacher_model"}
+    compared, by_itself = (run_ranks(evaluate_here, command_line(**flags), world=1)[0] for flags in (both, alone))
+    assert set(by_itself) == {"nll", "num_tokens"}
+    assert by_itself["num_tokens"] == compared["num_tokens"]
+    assert by_itself["nll"] == pytest.approx(compared["nll"])

@@ -137,7 +137,7 @@ def test_training_is_that_of_the_local_teacher(
                 assert there[name] == pytest.approx(value, rel=2e-4, abs=1e-5), (file, name)
     for name, tensor in exported(local).items():
         torch.testing.assert_close(exported(remote)[name], tensor, rtol=1e-3, atol=1e-4)
-    assert served.num_sequences() == 2 * 4 + 2 * 3, "two steps of four, two evaluations of three"
+    assert served.num_sequences() == 2 * 4 + 3 * 3, "two steps of four; before, after and of the export three each"
 
 
 def test_a_server_alone_is_a_teacher(served: Served, url: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ several machines; a scheduler.
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ import pytest
 from megatron_gkd.cli import EXIT_STOPPED
 from megatron_gkd.errors import TrainingError
 from megatron_gkd.observe.writers import JsonlWriter
+from megatron_gkd.train import stopping
 from megatron_gkd.train.faults import lost_rank
-from megatron_gkd.train.stopping import LAG, SIGNALS, StopAgreement, StopSignals
+from megatron_gkd.train.stopping import EXIT_AT_ONCE, LAG, SAME_PRESS_S, SIGNALS, StopAgreement, StopSignals
 from tests.ranks import run_ranks
 from tests.support.effort import LIMIT_S
 from tests.support.program import Program
@@ -32,7 +34,7 @@ from tests.train.faulty_runs import hold_step
 from tests.train.runs import command_line, metrics, train, train_on_this_rank
 
 RUN: dict[str, Any] = FLAGS | dict(save_steps=100, micro_batch_size=4, train_iters=8)
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCH = [sys.executable, "-m", "megatron_gkd.launcher", "--standalone", "--nproc-per-node", "2"]
 TP2: dict[str, Any] = RUN | dict(tensor=2)
 OWN: dict[str, Any] = RUN | dict(tensor=2, teacher_placement="separate", teacher_world_size=1)
 
@@ -61,7 +63,7 @@ def stop_in_step_two(flags: dict[str, Any], directory: Path, world: int, *, rank
 
 
 @pytest.mark.parametrize(
-    ("number", "rank", "async_save"), [(signal.SIGTERM, 1, False), (signal.SIGUSR1, 0, True)], ids=["TERM", "USR1"]
+    ("number", "rank", "async_save"), [(signal.SIGINT, 1, False), (signal.SIGUSR1, 0, True)], ids=["INT", "USR1"]
 )
 def test_a_signal_to_one_rank_stops_all_after_the_step(
     inputs: dict[str, Any], tmp_path: Path, number: signal.Signals, rank: int, async_save: bool
@@ -72,10 +74,35 @@ def test_a_signal_to_one_rank_stops_all_after_the_step(
     assert saved_steps(tmp_path / "run") == [2]
     assert f"{number.name} was received: stopped after step 2" in command.text(rank)
     assert f"--load {tmp_path / 'run'} goes on" in command.text(1 - rank)
-    if number == signal.SIGTERM:
+    assert "checkpoints/step_00000002 saved, " in command.text(0)
+    if number == signal.SIGINT:
+        assert "Ctrl-C again ends at once" in command.text(rank)
+        assert "Traceback" not in command.text(0) + command.text(1)
         whole = train(world=2, **flags | dict(save=tmp_path / "whole"))
         train(world=2, **flags, load=tmp_path / "run")
         assert_same_bits(tmp_path / "run", whole, first_step=1)
+
+
+def test_a_second_interrupt_ends_a_rank_at_once(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """One whose step does not end: it is held."""
+    flags = inputs | TP2 | dict(save=tmp_path / "run")
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / "hold_2").touch()
+    argv = ["train", *command_line(**flags)]
+    command = Program(argv, tmp_path / "ranks", world=2, prepare=partial(hold_step, tmp_path / "ranks"))
+    command.wait_for(tmp_path / "ranks" / "at_0_2")
+    command.send(0, signal.SIGINT)
+    deadline = time.monotonic() + LIMIT_S
+    while "Ctrl-C again ends at once" not in command.text(0):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(2 * SAME_PRESS_S)
+    command.send(0, signal.SIGINT)
+    command.processes[0].join(LIMIT_S)
+    (tmp_path / "ranks" / "hold_2").unlink()
+    assert command.codes() == [EXIT_AT_ONCE, 2], command.output()
+    assert "ended at once" in command.text(0)
+    assert saved_steps(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 1)], ids=["teacher", "student"])
@@ -148,12 +175,14 @@ def test_torchrun_hands_sigterm_on(inputs: dict[str, Any], tmp_path: Path) -> No
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
             launcher.send_signal(signal.SIGTERM)
-            assert launcher.wait(LIMIT_S) == 1
+            assert launcher.wait(LIMIT_S) == EXIT_STOPPED
         finally:
             launcher.kill()
     text = (tmp_path / "output").read_text()
     (step,) = saved_steps(run_dir)
-    assert text.count(f"stopped after step {step}, with a checkpoint") == 2, text[-4000:]
+    assert text.count(f"stopped after step {step}, with a checkpoint") == 3, text[-4000:]
+    assert "rank 0: SIGTERM was received: stopped after step" in text.splitlines()[-1]
+    assert "Traceback" not in text
     assert len(metrics(run_dir)) == step
 
 
@@ -165,9 +194,31 @@ def test_the_handlers_are_there_for_the_length_of_the_block_alone() -> None:
     with StopSignals() as signals:
         assert signals.received is None
         os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == "SIGUSR1"
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_what_a_second_signal_means(monkeypatch: pytest.MonkeyPatch, second: signal.Signals) -> None:
+    """After an interrupt it ends; at the same moment it is the same Ctrl-C; after SIGTERM it is no more than that."""
+    told: queue.Queue[bytes | int] = queue.Queue()
+    monkeypatch.setattr(stopping, "_tell", told.put)
+    monkeypatch.setattr(stopping, "SAME_PRESS_S", 0.0)
+    with StopSignals(told.put) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert told.get(timeout=LIMIT_S) == stopping.HEARD
+        os.kill(os.getpid(), second)
+        assert told.get(timeout=LIMIT_S) == stopping.AT_ONCE
+        assert told.get(timeout=LIMIT_S) == EXIT_AT_ONCE
+    assert signals.received == "SIGTERM"
+    monkeypatch.setattr(stopping, "SAME_PRESS_S", LIMIT_S)
+    with StopSignals(told.put):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), second)
+        assert told.get(timeout=LIMIT_S) == stopping.HEARD
+    assert told.empty()
 
 
 def test_another_thread_leaves_the_handlers_alone() -> None:

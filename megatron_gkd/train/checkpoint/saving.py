@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,7 @@ class Save:
         in_background: bool = False,
     ) -> None:
         self._root = Path(run_dir).absolute() / "checkpoints"
+        self._begun_s = time.monotonic()
         self._keep = keep
         self._final = files.checkpoint_path(self._root, state.step)
         self._directory = files.writing_path(self._root, state.step)
@@ -101,6 +103,8 @@ class Save:
         self._check(first_problem(self._outcome.problem))
         outcomes = gathered_first(self._outcome)
         self._check(on_first(lambda: self._publish(outcomes or [])))
+        if dist.get_rank() == 0:
+            logger.info("checkpoint %s saved, %.1f s after it was begun", self._final, time.monotonic() - self._begun_s)
         return self._final
 
     def _prepare(self) -> str | None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import megatron_gkd
 from megatron_gkd.config import RunConfig, flags
+from megatron_gkd.dtypes import chosen
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.json_file import read_json
 from megatron_gkd.settings import show
@@ -37,7 +38,7 @@ _PACKAGES: Final = ("torch", "megatron-core", "transformers", "vllm")
 _FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel")
 _FREE_FLAGS: Final = frozenset(
     {
-        *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row", "data_cache_dir"),
+        *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row", "prompt_only", "data_cache_dir"),
         *("micro_batch_size", "loss_path", "use_liger_kernel", "max_bad_steps"),
         *("teacher_model_server", "teacher_micro_batch_size", "teacher_micro_batch_tokens", "teacher_timeout_s"),
         *("teacher_placement", "teacher_world_size", "teacher_nodes", "offload_teacher_model", "signal_memory_gb"),
@@ -83,7 +84,7 @@ class RunDescription:
 
 def describe_run(config: RunConfig, student: Student | None, device: str) -> RunDescription:
     """The run that is going on; a rank without a student does not know the layout, and the first rank's counts."""
-    values = config.to_flat()
+    values = config.to_flat() | {"dtype": chosen(config.model.dtype, device)}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     layout = "" if student is None else student.layout.describe()
     return RunDescription(values, digest, _versions(), layout, dist.get_world_size(), device)

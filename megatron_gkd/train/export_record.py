@@ -1,0 +1,131 @@
+"""SAVE/export.json: which student SAVE/hf holds, and whose it is.
+
+    {"step": 1000, "dtype": "fp32", "fingerprint": "...", "files": {"config.json": 731, ...},
+     "trained": {"forward_kl": 1.7078, ...}, "exported": {"forward_kl": 1.7078, ...}}
+
+It tells a run's own export, which is replaced when the run is taken further, from a directory that somebody put there
+or changed, which is refused. Without held-out rows there are no "trained" and "exported" (exporting.py).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import torch.distributed as dist
+
+from megatron_gkd.config import RunConfig
+from megatron_gkd.errors import CheckpointError, GKDError
+from megatron_gkd.json_file import read_json
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.parallel.together import all_true, on_first
+from megatron_gkd.platform import new_group
+from megatron_gkd.train.auto_resume import resumes_itself
+from megatron_gkd.weights.fingerprint import fingerprint
+
+logger = get_logger(__name__)
+
+RECORD: Final = "export.json"
+LONGEST_WRITE: Final = timedelta(days=1)  # a rank that dies is noticed at once, by its connection
+SEEN_S: Final = 90.0  # a shared file system may show a renamed directory that late
+
+
+def exports_at_end(config: RunConfig, *, done_steps: int, train_iters: int) -> bool:
+    """Whether there will be an export; not so where a run that resumes itself has trained and exported everything
+    already. The same on all ranks of WORLD, which call it together: the first one looks.
+
+    Raises CheckpointError where steps are left to do and SAVE/hf is not this run's own.
+    """
+    if not (config.checkpoint.save_hf and resumes_itself(config)):
+        return config.checkpoint.save_hf
+    return not on_first(lambda: _ended_before(Path(config.checkpoint.save), done_steps, train_iters))
+
+
+def _ended_before(run_dir: Path, done_steps: int, train_iters: int) -> bool:
+    exported = run_dir / "hf"
+    if not exported.exists():
+        return False
+    record = read_record(run_dir)
+    exported_at = done_steps if record is None else record.get("step")
+    if done_steps < train_iters or exported_at != done_steps:
+        check_replaceable(run_dir)
+        return False
+    logger.info("nothing left to do: %d steps done, %s is written", done_steps, exported)
+    return True
+
+
+def check_replaceable(run_dir: Path) -> None:
+    """Raises CheckpointError where SAVE/hf is there and is not what this run has exported, file for file."""
+    exported = run_dir / "hf"
+    if not (exported.exists() or exported.is_symlink()):
+        return
+    try:
+        record = read_record(run_dir) or {}
+        own = bool(record) and describe(exported) == {name: record.get(name) for name in ("fingerprint", "files")}
+    except (GKDError, OSError):
+        own = False
+    if not own:
+        raise CheckpointError(
+            f"{exported} exists and is not overwritten: it is not, or no longer, what this run has exported "
+            f"({RECORD}); move it away, give another --save, or leave the export out with --save_hf false"
+        )
+
+
+def describe(out_dir: Path) -> dict[str, Any]:
+    """What tells an export from another directory: its weights' fingerprint, and the sizes of its files."""
+    files = {str(path.relative_to(out_dir)): path.stat().st_size for path in out_dir.rglob("*") if path.is_file()}
+    return {"fingerprint": fingerprint(out_dir, ends_only=True), "files": dict(sorted(files.items()))}
+
+
+def write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    written = run_dir / f".{RECORD}"
+    written.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    written.replace(run_dir / RECORD)
+
+
+def read_record(run_dir: Path) -> dict[str, Any] | None:
+    """None where no export was recorded. Raises CheckpointError for a damaged record."""
+    path = run_dir / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} is damaged: it is no object")
+    return record
+
+
+def is_seen_by_all(out_dir: Path) -> bool:
+    """Wait for the writing, then until every rank sees what was written; False, with a warning, where one does not.
+
+    Communication: a barrier over WORLD in a gloo group of its own, which may last as long as the writing; one object
+    broadcast from rank 0, one all-reduce of an int32.
+    """
+    if dist.get_world_size() == 1:
+        return True
+    dist.barrier(new_group(range(dist.get_world_size()), backend="gloo", timeout=LONGEST_WRITE))
+    written = on_first(lambda: describe(out_dir))
+    end = time.monotonic() + SEEN_S
+    seen = _sees(out_dir, written)
+    while not seen and time.monotonic() < end:
+        time.sleep(1)
+        seen = _sees(out_dir, written)
+    if all_true(seen):
+        return True
+    if dist.get_rank() == 0 or not seen:
+        logger.warning("%s is written, and was NOT MEASURED: not every rank sees it after %.0f s", out_dir, SEEN_S)
+    return False
+
+
+def _sees(out_dir: Path, written: Mapping[str, Any]) -> bool:
+    try:
+        return describe(out_dir) == written
+    except (GKDError, OSError):
+        return False

@@ -1,0 +1,101 @@
+"""The end of a run: the student is written to SAVE/hf, read back, and measured on the run's own held-out rows.
+
+The weights are written in the type that holds the training, `--dtype`, whatever the type of the source's files: a bf16
+number has 8 bits, and most updates of a short run at a learning rate of 1e-5 are below half of its last one. Another
+type is the user's word (`--save_hf_dtype`). Either way the evaluation of the written files, read into the run's student
+in the run's layout and type, stands beside the one of the trained student, in the log, in the record (export_record.py)
+and in the report.
+
+Not covered: the fp32 main weights behind a bf16 or fp16 run, which no forward pass has seen: the checkpoint has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_gkd.config import RunConfig
+from megatron_gkd.dtypes import LONG_NAMES
+from megatron_gkd.model.build import DTYPES
+from megatron_gkd.observe.compare import differing, side_by_side
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.train.evaluate import evaluate
+from megatron_gkd.train.export_record import check_replaceable, describe, is_seen_by_all, write_record
+from megatron_gkd.train.faults import check_finite_weights
+from megatron_gkd.train.setup import Run
+from megatron_gkd.weights.export import save_hf
+from megatron_gkd.weights.hf_files import HFCheckpoint
+from megatron_gkd.weights.load import load_hf_weights
+
+logger = get_logger(__name__)
+
+
+def warn_of_rounding(config: RunConfig) -> None:
+    """Say at the start that the export will not hold what is trained."""
+    chosen, held = config.checkpoint.save_hf_dtype, config.model.precision
+    if config.checkpoint.save_hf and chosen not in (None, "fp32", held):
+        what = "the type of the files of --model" if chosen == "source" else chosen
+        logger.warning(
+            "--save_hf_dtype %s: the student is trained in %s and exported in %s; updates that it cannot hold are lost",
+            chosen,
+            held,
+            what,
+        )
+
+
+def export(run: Run, run_dir: Path, *, trained: Mapping[str, float] | None) -> None:
+    """Write SAVE/hf and its record, then measure it. Afterwards the student has the weights that were written.
+
+    Args:
+        trained: the evaluation after the last step; None: it has still to be made, where there are held-out rows.
+
+    Collective over the student's ranks; with held-out rows over WORLD (teacher_ranks.serve_export).
+
+    Raises:
+        TrainingError: a weight is not finite.
+        CheckpointError: it cannot be written, or read back.
+    """
+    if run.eval_rows is not None and trained is None:
+        trained = evaluate(run, run.eval_rows)
+    check_finite_weights(run, run_dir)
+    if run.is_writer:
+        check_replaceable(run_dir)  # once more: hours have passed
+    out_dir, chosen = run_dir / "hf", run.config.checkpoint.save_hf_dtype or run.config.model.precision
+    save_hf(
+        run.student.chunks,
+        run.architecture,
+        run.student.groups,
+        source_dir=run.config.model.model,
+        out_dir=out_dir,
+        dtype=None if chosen == "source" else DTYPES[chosen],
+        stop_ids=run.stop_ids,
+        replace=True,
+    )
+    record: dict[str, Any] = {"step": run.student.train_iters, "dtype": chosen}
+    if run.is_writer:
+        record |= describe(out_dir)
+        write_record(run_dir, record)
+    if run.eval_rows is None or not is_seen_by_all(out_dir):
+        return
+    assert trained is not None
+    with HFCheckpoint(out_dir) as checkpoint:
+        groups, size = run.student.groups, run.student.layout.tensor
+        load_hf_weights(run.student.models, checkpoint, run.architecture, tp_rank=groups.tp.rank(), tp_size=size)
+    exported = evaluate(run, run.eval_rows)
+    if run.is_writer:
+        write_record(run_dir, record | {"trained": dict(trained), "exported": exported})
+        _say(chosen, trained, exported)
+
+
+def _say(dtype: str, trained: Mapping[str, float], exported: Mapping[str, float]) -> None:
+    text = side_by_side(trained, exported)
+    if differing(trained, exported):
+        logger.warning(
+            "THE EXPORTED STUDENT (%s) IS NOT THE TRAINED ONE: held-out %s. --save_hf_dtype chooses the type; the "
+            "checkpoint holds all that was trained (megatron-gkd convert --to hf)",
+            dtype,
+            text,
+        )
+    else:
+        logger.info("exported in %s; held-out, of the written files: %s", LONG_NAMES.get(dtype, dtype), text)

@@ -1,0 +1,117 @@
+"""What a run can be refused for before torch is imported, in the order in which it is cheap.
+
+    check_paths(config, "train")     models, data, --save, --load are there, and of a kind that can be meant
+    check_own_paths(config)          the same of `sample` and `check`
+    run_preflight(asked)             `megatron-gkd check train`: the same, then layouts and batch for a number of ranks,
+                                     then both models' config.json against the layouts
+
+The launch scripts ask it before they start a rank, and with --dry-run. So a wrong path is one line, within two seconds,
+once a machine, and the last one on the screen. A rank that is started without them looks at its paths as well.
+
+Not here: contradictions of flags (contradictions.py), and whatever has to be read to be judged: rows, tokenizers,
+weights, checkpoints. Another machine's files are that machine's to look at.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_gkd.check_config import CheckTrainConfig
+from megatron_gkd.config import RunConfig
+from megatron_gkd.data.files import check_supported
+from megatron_gkd.errors import CheckpointError, ConfigError, GKDError
+from megatron_gkd.not_built import Command
+from megatron_gkd.observe.advice import go_on
+from megatron_gkd.sample_config import SampleConfig
+from megatron_gkd.settings import Section
+from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
+
+_BY_NAME = "nothing is fetched by its name on a hub: download it, and give the directory"
+
+
+def check_paths(config: RunConfig, command: Command) -> None:
+    """Raise ConfigError or DataError for the first path that cannot work."""
+    _check_model("model", config.model.model)
+    if config.teacher.teacher_model is not None:
+        _check_model("teacher_model", config.teacher.teacher_model)
+    for flag, paths in (("dataset", config.data.dataset), ("eval_dataset", config.data.eval_dataset)):
+        for path in paths if command == "train" or flag == "eval_dataset" else []:
+            _check_data(flag, path)
+    if command == "train":
+        check_save(config)
+
+
+def check_own_paths(config: Section) -> None:
+    """The same for a command with flags of its own: its data, and the model that `sample` samples from."""
+    if isinstance(config, SampleConfig):
+        _check_model("model", config.model)
+    for path in getattr(config, "dataset", []):
+        _check_data("dataset", path)
+
+
+def _check_model(flag: str, path: str) -> None:
+    if not os.path.exists(path):
+        raise ConfigError(f"--{flag} {path}: there is no such directory; give one in Hugging Face format ({_BY_NAME})")
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise ConfigError(f"--{flag} {path}: there is no config.json in it; give a directory in Hugging Face format")
+
+
+def _check_data(flag: str, path: str) -> None:
+    if not os.path.exists(path):
+        raise ConfigError(
+            f"--{flag} {path}: there is no such file or directory; give JSONL or Parquet files, or directories that "
+            f"save_to_disk wrote ({_BY_NAME})"
+        )
+    check_supported(path)
+
+
+def check_save(config: RunConfig) -> None:
+    """Whether --save can be written, and holds no run that would be written over; whether --load is there."""
+    save, load = Path(config.checkpoint.save), config.checkpoint.load
+    there = next(path for path in (save, *save.absolute().parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        raise ConfigError(f"--save {save}: {there} is no directory; give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--save {save}: {there} cannot be written by this user; give another")
+    if config.checkpoint.auto_resume:
+        return
+    if load is None:
+        refuse_earlier_run(save)
+    elif not os.path.exists(load):
+        raise CheckpointError(
+            f"--load {load}: there is no such directory; give a run directory, a checkpoint or a Hugging Face model "
+            "directory. A run that begins where it finds no checkpoint of its own: --auto_resume true, without --load"
+        )
+
+
+def refuse_earlier_run(save: Path) -> None:
+    """Raise ConfigError where --save holds another run's record."""
+    record = save / "metrics.jsonl"
+    if record.exists() and record.stat().st_size > 0:
+        anew = "begin it anew with --auto_resume true: it has saved no checkpoint"
+        further = go_on(save) if any(save.glob("checkpoints/step_*/manifest.json")) else anew
+        raise ConfigError(f"{record} holds an earlier run; give another --save, or {further}")
+
+
+def run_preflight(asked: CheckTrainConfig, config: RunConfig) -> None:
+    """`megatron-gkd check train`. Raises what the run would be refused for."""
+    config.validate("train")
+    check_paths(config, "train")
+    student, teacher = layouts(config, asked.world_size, ranks_per_node=asked.ranks_per_node)
+    check_batch(config, student)
+    if asked.read_models:
+        from megatron_gkd.architecture import read_architecture
+        from megatron_gkd.weights.plan import check_layout
+
+        named = [("model", config.model.model, student, student.virtual_pipeline)]
+        if config.teacher.teacher_model is not None and not config.teacher.servers:
+            named.append(("teacher_model", config.teacher.teacher_model, teacher, None))
+        for flag, path, layout, chunks in named:
+            try:
+                arch = read_architecture(path)
+                refuse_experts(flag, arch)
+                check_layout(arch, layout.tensor, layout.pipeline, chunks)
+            except GKDError as error:
+                raise type(error)(f"--{flag}: {str(error).removeprefix(f'--{flag}: ')}") from error
+    print(f"fits {asked.world_size} ranks: student {student.describe()}; teacher {teacher.describe()}", flush=True)
