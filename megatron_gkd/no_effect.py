@@ -34,6 +34,7 @@ EVALUATION: Final = frozenset(
     {
         *("model", "dtype", "gkd_logits_topk", "topk_tail", "micro_batch_size", "global_batch_size", "log_level"),
         *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
+        *("loss_scale", "chat_template_kwargs", "enable_thinking", "prompt_only"),
     }
 )
 _OF_TRAINING_ALONE: Final = frozenset({"check_replicas_steps", "use_distributed_optimizer"})  # of the layout's section
@@ -77,6 +78,10 @@ def _of_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "nothing is kept with --streaming true and without --eval_dataset", ("data_cache_dir",)
     if data.packing and not data.eval_dataset:
         yield "--packing sizes the teacher's micro-batches too", ("teacher_micro_batch_size",)
+    if (lmbda == 1 or distillation.seq_kd) and not data.eval_dataset:
+        yield "no completion of the data is needed", ("prompt_only",)
+    if not cfg.checkpoint.save_hf:
+        yield "nothing is exported with --save_hf false", ("save_hf_dtype",)
     if cfg.checkpoint.load is None and not cfg.checkpoint.auto_resume:
         yield "no checkpoint is loaded without --load or --auto_resume", ("verify_checkpoint", "allow_changed_config")
 

@@ -26,6 +26,7 @@ from megatron_gkd.config import RunConfig
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.collate import collate
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.dtypes import chosen
 from megatron_gkd.not_built import Command
 from megatron_gkd.records import Row, Sample
 from megatron_gkd.rollout import colocate, server
@@ -39,7 +40,7 @@ from megatron_gkd.train.plans import StepPlans, evaluates_after, evaluation_plan
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.student import _optimizer_config
 
-APART = ("logging_steps", "save_hf", "max_bad_steps")
+APART = ("logging_steps", "save_hf", "save_hf_dtype", "max_bad_steps")
 WORLD, VOCAB, NUM_ROWS, STEPS = 8, 40, 96, 40
 CLOCK = Clock("2026-11-27T12:00:00")
 
@@ -68,6 +69,9 @@ class FakeRows(Rows):
 
     def account(self) -> str:
         return "fake"
+
+    def warnings(self) -> list[str]:
+        return []
 
     def require(self, check: Any) -> None:
         """None is."""
@@ -105,6 +109,7 @@ def _text(value: Any) -> str:
 def resolved(config: RunConfig, command: Command, arch: Architecture) -> dict[str, list[str]]:
     """Name of a part -> what it is told. Raises GKDError where the run is refused on the way."""
     note = Recorder()
+    config = replace(config, model=replace(config.model, dtype=chosen(config.model.dtype, "cpu")))
     student, teacher = inputs.layouts(config, WORLD)
     note.note("layouts", student, teacher)
     note.note("log level", config.logging.log_level)
@@ -151,7 +156,7 @@ def _note_teacher(note: Recorder, given: inputs.Inputs) -> None:
 def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     config, rows, student = given.config, given.rows, given.student_layout
     assert rows is not None
-    inputs._check_batch(config, student)
+    inputs.check_batch(config, student)
     where: Any = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
     groups: Any = SimpleNamespace(intra_dist_opt=dist.group.WORLD)
     setup._build_student(given, where, groups)
