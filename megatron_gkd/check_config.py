@@ -78,7 +78,10 @@ class CheckDataConfig(Section):
     max_completion_length: int | None = setting(
         None, "As in training with --lmbda above 0: room that every prompt leaves; null: none.", gt=0
     )
-    on_bad_row: Literal["stop", "skip"] = setting("skip", "At a malformed row: stop, or skip and count it.")
+    on_bad_row: Literal["stop", "skip"] = setting(
+        "stop",
+        "As in training, which stops at a malformed row, or skips it: all are counted, and with stop none may be.",
+    )
     overlong: Literal["drop", "truncate_left", "stop"] = setting(
         "drop", "A row over --max_length: drop and count it, cut its prompt from the left, or stop."
     )

@@ -5,7 +5,8 @@
 any work is done, checks what spans sections (contradictions.py) and then refuses, by name, what this version does not
 have (not_built.py).
 
-A flag either has an effect or is refused when it is set away from its default: none is accepted and ignored.
+A flag that is set away from its default has an effect, or is refused, or is named at the start as without one
+(no_effect.py): none is accepted and ignored.
 """
 
 # ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)

@@ -1,4 +1,5 @@
-"""Flags that contradict each other, or have no effect beside another one: what `RunConfig.validate()` refuses first.
+"""Flags that contradict each other, or cannot be meant beside another one: what `RunConfig.validate()` refuses first.
+Those that may be meant and change nothing are named at the start (no_effect.py).
 
 Ranges of single flags are checked by their sections (settings.py); world size and model where they are known.
 """
@@ -51,10 +52,16 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
     yield from _of_distillation(cfg)
     yield from _of_parallel(cfg)
     if command == "train":
+        yield from _of_loss_temperature(cfg)
         yield from _of_training(cfg)
         if cfg.distillation.lmbda > 0:
             yield from _of_sampling(cfg)
         yield from _of_teacher_sampling(cfg)
+    elif cfg.checkpoint.load is not None:
+        yield (
+            "--load is of training, and eval measures the weights of --model: give the run's export as --model "
+            "(RUN/hf), and leave --load out (--load null where a file gives it)"
+        )
     needed = "dataset" if command == "train" else "eval_dataset"
     if not cfg.get(needed):
         yield f"--{needed} is missing; give one or more JSONL or Parquet files, or directories of saved data sets"
@@ -73,7 +80,21 @@ def _of_distillation(cfg: RunConfig) -> Iterator[str]:
         yield "--use_liger_kernel demands the fused loss and --loss_path logits the other one; leave out one of them"
     if loss.topk_tail != "renormalize" and topk is None:
         yield f"--topk_tail {loss.topk_tail} needs --gkd_logits_topk: the full vocabulary has no tail"
+    if topk == 1 and loss.topk_tail == "renormalize":
+        yield (
+            "--gkd_logits_topk 1 with --topk_tail renormalize compares one token of probability 1 with itself: the "
+            "divergence is 0 whatever the student does, and nothing is learnt; give a larger K, or --topk_tail bucket"
+        )
     yield from _of_teacher(cfg)
+
+
+def _of_loss_temperature(cfg: RunConfig) -> Iterator[str]:
+    loss = cfg.distillation
+    if loss.topk_tail == "bucket" and loss.loss_temperature != 1:
+        yield (
+            f"--topk_tail bucket does not go with --loss_temperature {loss.loss_temperature:g}: the teacher's "
+            "probability outside its top K at another temperature cannot be known from K of them; leave out one of them"
+        )
 
 
 def _of_teacher(cfg: RunConfig) -> Iterator[str]:

@@ -32,9 +32,10 @@ from typing import Any
 from megatron_gkd import platform
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.policy import RowSummary, Tokenised, check_variables
 from megatron_gkd.data.prompts import Prompt, completion_text, make_row, read_back, read_prompts
-from megatron_gkd.data.result_file import ResultFile
+from megatron_gkd.data.result_file import ResultFile, progress_path
 from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.observe.logging import get_logger
@@ -56,7 +57,12 @@ _DECIDE = (
 def run_sample(config: SampleConfig) -> None:
     """Carry out the command. Raises GKDError for what the user can act on."""
     start_s = time.monotonic()
-    encoder = ChatEncoder(load_tokenizer(config.model))
+    if unused := config.without_effect():
+        names = ", ".join(f"--{name}" for name in unused)
+        logger.warning(
+            "without effect with --vllm_mode %s --temperature %g: %s", config.vllm_mode, config.temperature, names
+        )
+    encoder = ChatEncoder(load_tokenizer(config.model), earlier_clock(config.result_path))
     check_variables(json.loads(config.template_kwargs), encoder)
     longest_of_model = read_architecture(config.model).max_position_embeddings
     longest = min(config.vllm_max_model_len or longest_of_model, longest_of_model)
@@ -67,7 +73,7 @@ def run_sample(config: SampleConfig) -> None:
         )
     stop_ids = stop_tokens(config.model, encoder)
     survey = _Survey(config, encoder, longest)
-    result = ResultFile(config.result_path, _asked(config, survey))
+    result = ResultFile(config.result_path, _asked(config, survey, encoder.clock))
     if result.complete:
         logger.info("%s is complete: %s", config.result_path, _account(result.counts))
         return
@@ -247,7 +253,17 @@ def open_engine(config: SampleConfig, max_model_len: int) -> Engine:
     return engine
 
 
-def _asked(config: SampleConfig, survey: _Survey) -> dict[str, Any]:
+def earlier_clock(result_path: str) -> Clock | None:
+    """The time that an earlier start told the chat template, where the result goes on from it; what is wrong with its
+    progress file `ResultFile` says."""
+    try:
+        asked = json.loads(progress_path(Path(result_path)).read_text(encoding="utf-8"))["asked"]
+        return Clock(asked["time"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _asked(config: SampleConfig, survey: _Survey, clock: Clock) -> dict[str, Any]:
     """What the result depends on. The model is its directory and the date of its newest file."""
     values = {name: asdict(config)[name] for name in _DECIDE}
     values["model"] = str(Path(config.model).resolve())
@@ -256,7 +272,7 @@ def _asked(config: SampleConfig, survey: _Survey) -> dict[str, Any]:
         max(int(path.stat().st_mtime) for path in files),
         sum(path.stat().st_size for path in files),
     ]
-    return values | {"prompts": survey.fingerprint, "records": survey.num_records}
+    return values | {"prompts": survey.fingerprint, "records": survey.num_records, "time": clock.time}
 
 
 def _account(counts: dict[str, int]) -> str:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_gkd import environment
@@ -68,6 +68,18 @@ class SampleConfig(Section):
     def template_kwargs(self) -> str:
         """The variables of the chat template, as JSON. Raises ConfigError."""
         return template_kwargs(self.chat_template_kwargs, self.enable_thinking)
+
+    def without_effect(self) -> list[str]:
+        """Flags away from their defaults that change nothing beside --vllm_mode and --temperature."""
+        unused = {
+            "colocate": ("vllm_server_port", "timeout_minutes"),
+            "subprocess": ("vllm_server_port",),
+            "server": ("vllm_gpu_memory_utilization",),
+        }[self.vllm_mode]
+        if self.temperature == 0:  # the most probable token is taken
+            unused += ("top_p", "top_k", "seed")
+        defaults = {item.name: item.default for item in fields(self)}
+        return [name for name in unused if getattr(self, name) != defaults[name]]
 
     def check(self) -> None:
         """Combinations that cannot work. Raises ConfigError."""

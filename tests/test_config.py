@@ -114,6 +114,12 @@ def test_model_is_required() -> None:
     [
         ({"use_liger_kernel": True, "gkd_logits_topk": 8}, "--use_liger_kernel does not go with --gkd_logits_topk"),
         ({"topk_tail": "bucket"}, "--topk_tail bucket needs --gkd_logits_topk"),
+        ({"gkd_logits_topk": 1}, "--gkd_logits_topk 1 with --topk_tail renormalize .* nothing is learnt"),
+        ({"gkd_logits_topk": 1, "sft_alpha": 1.0}, "--gkd_logits_topk 1 with --topk_tail renormalize"),
+        (
+            {"gkd_logits_topk": 4, "topk_tail": "bucket", "loss_temperature": 2.0},
+            "--topk_tail bucket does not go with --loss_temperature 2",
+        ),
         (
             {"teacher_model_server": "http://h:1", "teacher_model": None},
             "--teacher_model_server needs --gkd_logits_topk",
@@ -287,6 +293,16 @@ def test_all_that_is_missing_is_named_at_once(accepted: dict[str, Any]) -> None:
 def test_contradictions_come_before_what_is_missing(accepted: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--use_liger_kernel does not go with"):
         validate(accepted | {"lmbda": 1.0, "use_liger_kernel": True, "gkd_logits_topk": 4})
+
+
+def test_what_evaluation_has_no_use_for_is_refused_where_it_would_mislead(accepted: dict[str, Any]) -> None:
+    held_out = accepted | {"eval_dataset": ["e.jsonl"]}
+    with pytest.raises(ConfigError, match="--load is of training, and eval measures the weights of --model"):
+        validate(held_out | {"load": "runs/gkd"}, "eval")
+    with pytest.raises(ConfigError, match="--gkd_logits_topk 1 with --topk_tail renormalize"):
+        validate(held_out | {"gkd_logits_topk": 1}, "eval")
+    validate(held_out | {"gkd_logits_topk": 4, "topk_tail": "bucket", "loss_temperature": 2.0}, "eval")
+    validate(held_out | {"gkd_logits_topk": 1, "topk_tail": "bucket"}, "eval")
 
 
 def test_evaluation_needs_held_out_data_and_ignores_how_training_samples(accepted: dict[str, Any]) -> None:

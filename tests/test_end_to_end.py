@@ -356,7 +356,7 @@ BAD = {
     "no model": Bad("--model {root}/no-model", "no-model"),
     "damaged weights": Bad("--teacher_model {truncated}", "model.safetensors"),
     "nothing to resume": Bad("--load {root}", "no complete checkpoint"),
-    "top K": Bad("--gkd_logits_topk 301", "gkd_logits_topk 301 is outside 1..300"),
+    "top K": Bad("--gkd_logits_topk 301", "--gkd_logits_topk 301 is more than the 300 tokens that both models have"),
     "beta": Bad("--beta 1.5", "beta"),
     "not built": Bad("--context_parallel_size 2", "not built yet: --context_parallel_size 2"),
     "no room to sample": Bad("--lmbda 0.5", "max_completion_length is 512 and max_length 64"),

@@ -19,7 +19,7 @@ from megatron_gkd.config import flags
 from megatron_gkd.not_built import NOT_BUILT
 
 PACKAGE = Path(megatron_gkd.__file__).parent
-CONFIGURATION = {"config.py", "settings.py", "flags.py", "cli.py", "contradictions.py", "not_built.py"}
+CONFIGURATION = {"config.py", "no_effect.py", "settings.py", "flags.py", "cli.py", "contradictions.py", "not_built.py"}
 
 # Refused whenever they are away from their default, and read by nothing: what they steer is not built.
 REFUSED = {

@@ -78,10 +78,11 @@ def is_topk(topk: Any, rows: int, k: int = K) -> None:
     assert topk.ids.shape == topk.logprobs.shape == (rows, k)
     assert not np.isnan(topk.logprobs).any()
     assert (topk.logprobs < 0.01).all()
-    assert np.isfinite(topk.logprobs[:, 0]).all()
+    assert np.isfinite(topk.logprobs).all()
     assert ((topk.ids >= 0) & (topk.ids < VOCAB)).all()
     assert all(len(set(row)) == k for row in topk.ids.tolist())
     assert (np.exp(topk.logprobs).sum(1) < 1.01).all()
+    assert (np.exp(topk.logprobs).sum(1) >= k / VOCAB / 2).all(), "the top K of a distribution over V has K / V or more"
 
 
 def is_completion(completion: Any) -> None:

@@ -21,7 +21,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "megatron_gkd"
 
 LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
     0: {
-        *("__init__", "errors", "records", "dtypes", "settings", "config", "contradictions", "not_built", "flags"),
+        *(
+            "__init__",
+            "errors",
+            "records",
+            "dtypes",
+            "settings",
+            "config",
+            "contradictions",
+            "no_effect",
+            "not_built",
+            "flags",
+        ),
         *("server_list", "secret", "json_file", "environment", "template_flags"),
         *("sample_config", "check_config", "observe"),
     },
@@ -29,7 +40,7 @@ LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
     2: {
         *("reference", "divergence", "support", "vocab_parallel_jsd", "vocab_parallel_topk", "vocab_parallel_ce"),
         *("topk_jsd", "fused_linear_jsd", "fused_chunks", "fused_dense", "fused_task", "checks"),
-        *("kernels", "schedule", "data", "architecture", "known_options", "git_lfs"),
+        *("kernels", "schedule", "data", "architecture", "known_options", "reach", "git_lfs"),
     },
     3: {"model", "weights", "signals", "teacher_pipeline", "teacher_server", "rollout_bridge", "rollout"},
     4: {"train"},

@@ -35,6 +35,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.time_limit import TimeLimitError, time_limit
 from megatron_gkd.data.turns import Arguments, with_text_arguments
 from megatron_gkd.errors import CheckpointError, DataError
@@ -107,12 +108,15 @@ class ChatEncoder:
     """Text -> ids with one tokenizer.
 
     Attributes:
+        clock: what the template is told of the time.
         has_template: chat turns can be encoded.
         end_of_turn_id: the last token of every completion; where a sampler stops.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, clock: Clock | None = None) -> None:
+        """`clock`: the time that the template is told; None: that of now, for as long as the encoder lives."""
+        self.tokenizer, self.clock = tokenizer, clock or Clock.now()
+        self._of_clock = self.clock.options(tokenizer.chat_template)
         self.has_template = bool(tokenizer.chat_template)
         self.end_of_turn_id = self._end_of_turn_id() if self.has_template else self._end_of_text_id()
 
@@ -313,7 +317,11 @@ class ChatEncoder:
         try:
             with time_limit(MOST_SECONDS):
                 text = self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._of_clock,
+                    **options,
                 )
         except TimeLimitError as error:
             raise DataError(f"the chat template did not end within {MOST_SECONDS:g} s") from error

@@ -9,14 +9,14 @@ made it:
              row in which one token would span the border of prompt and completion must agree in each half by itself,
              and is counted.
     text     the ids decode to what was rendered, blanks aside (which some tokenizers move): nothing became an unknown
-             token, or another letter
+             token, or another letter. Letters that were composed, as many tokenizers do (NFC), are counted and right.
     mask     a collated row has its loss positions on the last tokens, one for each of the completion, with the
              completion as labels
 
 Columns that mean nothing here and what the chat template leaves out are counted by name, as training does.
 
-Ends with exit code 1 if a row fails, or if no row has anything to train on. Prompts alone are such rows: with
-`--lmbda 1` they are right, and the message says so.
+Ends with exit code 1 if a row fails, if one is malformed (unless it is to be skipped), or if no row has anything to
+train on. Prompts alone are such rows: with `--lmbda 1` they are right, and the message says so.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from megatron_gkd.data.files import Columns, read_records
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.data.second_reading import Conversation, read_again, teachers_turns
 from megatron_gkd.data.show import show_row
+from megatron_gkd.data.suspicions import told
 from megatron_gkd.errors import CheckFailedError
 from megatron_gkd.observe.text import visible
 from megatron_gkd.records import Row, Sample
@@ -54,6 +56,7 @@ class Account:
     num_ended: int = 0  # completions that end with the token a sampler stops at
     num_end_inside: int = 0  # completions with that token before their end
     num_split: int = 0  # rows in which a token would span the border
+    num_composed: int = 0  # rows whose tokens spell the same text in composed letters
     longest: int = 0
     longest_place: str = ""
     problems: list[str] = field(default_factory=list)
@@ -73,12 +76,14 @@ class Account:
             f"end with the stop token  {self.num_ended} of {self.num_completions} completions",
             f"have it inside as well   {self.num_end_inside}",
             f"split at the border      {self.num_split}",
+            *([f"letters composed (NFC)   {self.num_composed}"] if self.num_composed else []),
         ]
         if rows.summary.num_more:
             lines.insert(2, f"as further turns         {rows.summary.num_more} of them, beyond one row a record")
         lines += [f"ignored column           {name} ({n})" for name, n in sorted(rows.summary.ignored.items())]
         lines += [f"LOST in the template     {name} ({n})" for name, n in sorted(rows.summary.lost.items())]
-        return lines + [f"first {why}: {text}" for why, text in sorted(rows.summary.first_dropped.items())]
+        lines += [f"first {why}: {text}" for why, text in sorted(rows.summary.first_dropped.items())]
+        return lines + [f"LOOK AT {text}" for text in told(rows.summary.suspicious, rows.summary.first_suspicious)]
 
 
 def run_check_data(config: CheckDataConfig) -> None:
@@ -89,11 +94,12 @@ def run_check_data(config: CheckDataConfig) -> None:
         encoder.tokenizer,
         max_length=config.max_length,
         max_completion_length=config.max_completion_length,
-        on_bad_row=config.on_bad_row,
+        on_bad_row="skip",
         overlong=config.overlong,
         max_rows=config.max_rows,
         loss_scale=config.loss_scale,
         template_kwargs=config.template_kwargs,
+        clock=encoder.clock,
     )
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for index in range(min(config.num_rows, len(rows))):
@@ -105,6 +111,11 @@ def run_check_data(config: CheckDataConfig) -> None:
         raise CheckFailedError(
             f"{len(found.problems)} of {len(rows)} rows would not train on what the data set says (first: "
             f"{found.problems[0]}); look at the tokenizer and the chat template of {config.model}"
+        )
+    if config.on_bad_row == "stop" and (number := rows.summary.dropped.get("malformed")):
+        raise CheckFailedError(
+            f"{number} of {rows.summary.num_read} rows are malformed, and training stops at the first of them "
+            f"({rows.summary.first_dropped['malformed']}); correct them, or pass --on_bad_row skip here and there"
         )
     if problem := _size_problem(encoder, config.model):
         print(f"WRONG {problem}", flush=True)
@@ -163,6 +174,7 @@ def check_rows(
             if None in problems:  # of several rows of a record some may have been dropped
                 at = problems.index(None)
                 found.num_split += wanted[at].is_split(row)
+                found.num_composed += wanted[at].is_composed(row)
                 problem, wanted = None, wanted[at + 1 :]
             else:
                 problem, wanted = (problems or ["the record has no such turn to train on"])[0], wanted[1:]
@@ -205,6 +217,7 @@ def _render(
 ) -> tuple[str, tuple[int, ...]]:
     """Text and ids, by the tokenizer's own renderer alone."""
     arguments: dict[str, Any] = dict(add_generation_prompt=add_generation_prompt, return_dict=False, **options)
+    arguments |= encoder.clock.options(encoder.tokenizer.chat_template)
     messages: Any = [dict(turn) for turn in turns]
     apply = encoder.tokenizer.apply_chat_template
     return str(apply(messages, tokenize=False, **arguments)), tuple(apply(messages, tokenize=True, **arguments))
@@ -246,6 +259,14 @@ class _Rendered:
     def is_split(self, row: Row) -> bool:
         return self.whole_ids is not None and row.completion_ids is not None and not self._is_whole(row)
 
+    def is_composed(self, row: Row) -> bool:
+        """The data set has letters in parts (an accent of its own), and the tokens have none."""
+        text, decoded = (
+            self.prompt + (self.completion or ""),
+            self._encoder.decode((*row.prompt_ids, *(row.completion_ids or ()))),
+        )
+        return not unicodedata.is_normalized("NFC", text) and unicodedata.is_normalized("NFC", decoded)
+
     def _is_whole(self, row: Row) -> bool:
         """Prompt and completion are consecutive in the tokens of the whole conversation."""
         ids = (*row.prompt_ids, *(row.completion_ids or ()))
@@ -265,7 +286,7 @@ class _Rendered:
 
 def _text_problem(text: str, decoded: str) -> str | None:
     wanted, given = "".join(text.split()), "".join(decoded.split())
-    if wanted == given:
+    if wanted == given or unicodedata.normalize("NFC", wanted) == unicodedata.normalize("NFC", given):
         return None
     at = next((i for i, (a, b) in enumerate(zip(wanted, given, strict=False)) if a != b), min(len(wanted), len(given)))
     return f"the tokens spell another text: {given[at : at + 30]!r} where the data set has {wanted[at : at + 30]!r}"

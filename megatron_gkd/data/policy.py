@@ -15,12 +15,13 @@ With the rows goes what is not used of the record: columns that mean nothing her
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from megatron_gkd.data.chat import ChatEncoder, Encoding
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.files import Columns
 from megatron_gkd.data.forms import LossScale, prompt_of, read_record
 from megatron_gkd.errors import ConfigError, DataError
@@ -58,6 +59,9 @@ class RowSummary:
     ignored: dict[str, int] = field(default_factory=dict)
     # what the chat template leaves out -> how often
     lost: dict[str, int] = field(default_factory=dict)
+    # suspicions.py: kind -> used rows, and place of the first of them
+    suspicious: dict[str, int] = field(default_factory=dict)
+    first_suspicious: dict[str, str] = field(default_factory=dict)
 
     def drop(self, reason: str, text: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -77,6 +81,12 @@ class RowSummary:
     def warnings(self) -> list[str]:
         """What of the data set is not trained on although it means something, a line each."""
         return [f"{LOST.format(_counted(self.lost))}; correct the rows, or the chat template"] if self.lost else []
+
+    def suspect(self, kinds: Iterable[str], place: str) -> None:
+        """Count a row that is used and looks wrong."""
+        for kind in kinds:
+            self.suspicious[kind] = self.suspicious.get(kind, 0) + 1
+            self.first_suspicious.setdefault(kind, place)
 
     def __str__(self) -> str:
         text = f"{self.num_read} rows read, {self.num_used} used"
@@ -128,6 +138,7 @@ class RowPolicy:
         loss_scale: which turns carry the loss: the last round's, or all of the assistant's.
         template_kwargs: JSON of variables that the chat template is given for every row.
         one_row: refuse a record of which several turns carry the loss.
+        clock: the time that the chat template is told; None: that of the start of the reading.
     """
 
     max_length: int
@@ -139,6 +150,7 @@ class RowPolicy:
     loss_scale: LossScale = "last_round"
     template_kwargs: str = "{}"
     one_row: bool = False
+    clock: Clock | None = None
 
     def __post_init__(self) -> None:
         if self.on_bad_row not in ("stop", "skip"):

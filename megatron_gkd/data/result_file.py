@@ -28,7 +28,7 @@ class ResultFile:
         Raises ConfigError if the file there was made by something else, or with other settings.
         """
         self.path = Path(path)
-        self.progress_path = self.path.with_name(f"{self.path.name}.progress.json")
+        self.progress_path = progress_path(self.path)
         self._asked = json.loads(json.dumps(asked))
         self._num_bytes = 0
         self.records_done = 0
@@ -113,6 +113,11 @@ class ResultFile:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.progress_path)
+
+
+def progress_path(path: Path) -> Path:
+    """Beside the result."""
+    return path.with_name(f"{path.name}.progress.json")
 
 
 def _short(value: Any) -> str:

@@ -101,15 +101,19 @@ def read_rows(path: Path, paths: Sequence[str], *, verify: bool) -> RowDataset:
     summary = RowSummary(**about["summary"])
     for reason, (file_number, text) in about["first_dropped"].items():
         summary.first_dropped[reason] = f"{paths[file_number]}:{text}"
+    for kind, (file_number, text) in about["first_suspicious"].items():
+        summary.first_suspicious[kind] = f"{paths[file_number]}:{text}"
     return RowDataset(paths, arrays, about["tags"], summary, digest=about["fingerprint"])
 
 
 def _describe(rows: RowDataset, paths: Sequence[str]) -> str:
     """JSON of what is not in the arrays."""
     summary = asdict(rows.summary)
-    first_dropped = {reason: _split_place(text, paths) for reason, text in summary.pop("first_dropped").items()}
-    about = {"summary": summary, "first_dropped": first_dropped, "tags": rows.tags, "fingerprint": rows.unweighted}
-    return json.dumps(about)
+    places = {
+        first: {key: _split_place(text, paths) for key, text in summary.pop(first).items()}
+        for first in ("first_dropped", "first_suspicious")
+    }
+    return json.dumps({"summary": summary, **places, "tags": rows.tags, "fingerprint": rows.unweighted})
 
 
 def _split_place(text: str, paths: Sequence[str]) -> tuple[int, str]:

@@ -3,9 +3,9 @@
 Hashed are:
 
     the data        every byte of the files, so a file that changed in place, with its size and its times, is another
-    the tokenizer   the files that it saves itself to, chat template included, and the versions of what runs it; for a
-                    template that writes today's date (`strftime_now`), the date
-    the policy      all of `RowPolicy`
+    the tokenizer   the files that it saves itself to, chat template included, and the versions of what runs it; with
+                    what the template is told of the time, if anything (clock.py)
+    the policy      all of `RowPolicy` but the time
     the code        of this package, which decides what is read from the files, and how
 
 Not hashed: the paths, and the weights, which decide the order of rows alone. Reading the files once costs about a
@@ -14,18 +14,18 @@ thousandth of tokenising them.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_gkd import records
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.files import check_supported, count_rows, saved_files
 from megatron_gkd.data.policy import RowPolicy
 from megatron_gkd.errors import DataError
@@ -66,7 +66,9 @@ def read_content(path: str | Path) -> Content:
 
 def rows_key(contents: Sequence[Content], tokenizer: PreTrainedTokenizerBase, policy: RowPolicy) -> str:
     """A name for a file. Raises OSError where the tokenizer cannot be written to a temporary directory."""
-    parts = [_code_digest(), _tokenizer_digest(tokenizer), asdict(policy), [content.digest for content in contents]]
+    told = (policy.clock or Clock.now()).told_to(tokenizer.chat_template)
+    settings = asdict(replace(policy, clock=None))
+    parts = [_code_digest(), _tokenizer_digest(tokenizer), told, settings, [content.digest for content in contents]]
     text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16, person=b"gkd.rowkey").hexdigest()
 
@@ -81,8 +83,6 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
             content = path.read_bytes()
             digest.update(f"\n{path.relative_to(directory)} {len(content)}\n".encode())
             digest.update(content)
-    if "strftime_now" in json.dumps(tokenizer.chat_template):
-        digest.update(datetime.date.today().isoformat().encode())
     return digest.hexdigest()
 
 

@@ -21,11 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
 from megatron_gkd.data.files import Columns, read_records
 from megatron_gkd.data.forms import LossScale
 from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary, Tokenised
 from megatron_gkd.data.sampler import check_weights
+from megatron_gkd.data.suspicions import Suspicions
 from megatron_gkd.errors import DataError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.records import Row
@@ -179,10 +181,12 @@ def load_rows(
     loss_scale: LossScale = "last_round",
     template_kwargs: str = "{}",
     weights: Sequence[float] = (),
+    clock: Clock | None = None,
 ) -> RowDataset:
     """Reads and tokenises files, in the order given. The arguments are those of `tokenise` and of `RowPolicy`."""
     policy = RowPolicy(
-        max_length, max_completion_length, on_bad_row, overlong, max_rows, tag_key, loss_scale, template_kwargs
+        *(max_length, max_completion_length, on_bad_row, overlong, max_rows, tag_key, loss_scale, template_kwargs),
+        clock=clock,
     )
     return tokenise(paths, tokenizer, policy, weights=weights)
 
@@ -202,18 +206,22 @@ def tokenise(
         on_read: called with the number of records read so far, after every batch.
     """
     paths = check_sets(paths, weights)
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, policy.clock)
     policy.check_template(encoder)
+    suspicions = Suspicions(encoder)
     collected = _Collected()
     files = [read_records(path) for path in paths]  # a missing file is found before hours are spent on the first
     for file, records in enumerate(files):
         for batch in _encoded(records, encoder, policy, collected):
-            for line, encoded in batch:
+            for (line, record), encoded in batch:
                 collected.summary.num_read += 1
                 if not isinstance(encoded, DataError):
                     collected.summary.note(encoded)
-                rows = policy.take(encoded, f"{paths[file]}:{line}", collected.summary)
+                place = f"{paths[file]}:{line}"
+                rows = policy.take(encoded, place, collected.summary)
                 for row in rows[: None if policy.max_rows is None else policy.max_rows - len(collected)]:
+                    assert not isinstance(record, str), "a row that is used has columns"
+                    collected.summary.suspect(suspicions.of(record, row), place)
                     collected.append(row, file, line)
             if on_read is not None:
                 on_read(collected.summary.num_read)
@@ -235,8 +243,8 @@ def check_sets(paths: Sequence[str | Path] | str | Path, weights: Sequence[float
 
 def _encoded(
     records: Iterator[tuple[int, Columns | str]], encoder: ChatEncoder, policy: RowPolicy, collected: _Collected
-) -> Iterator[list[tuple[int, Tokenised | DataError]]]:
-    """Batches of (line, its rows or what is wrong with it), until `max_rows` rows are collected.
+) -> Iterator[list[tuple[tuple[int, Columns | str], Tokenised | DataError]]]:
+    """Batches of ((line, record), its rows or what is wrong with it), until `max_rows` rows are collected.
 
     A batch has no more records than rows are still wanted. An error of the file itself comes after the records that
     were read before it.
@@ -251,7 +259,7 @@ def _encoded(
             failure = error
         if batch:
             encodings = [policy.encoding(record, encoder) for _, record in batch]
-            yield list(zip([line for line, _ in batch], encoder.encode_all(encodings), strict=True))
+            yield list(zip(batch, encoder.encode_all(encodings), strict=True))
         if failure is not None:
             raise failure
         if len(batch) < wanted or not wanted:

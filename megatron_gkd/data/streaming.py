@@ -30,10 +30,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
 from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary, Tokenised
 from megatron_gkd.data.random_access import open_records
 from megatron_gkd.data.rows import check_sets
+from megatron_gkd.data.suspicions import Suspicions
 from megatron_gkd.errors import DataError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.records import Row
@@ -54,7 +56,8 @@ class _Placed(NamedTuple):
 
 
 class StreamedRows(Rows):
-    """Rows by index, read on access. `summary` counts the records that were dropped, each once, and nothing else."""
+    """Rows by index, read on access. `summary` counts the records that were dropped, each once, and the checked ones
+    that look wrong (suspicions.py); nothing else."""
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class StreamedRows(Rows):
         weights: Sequence[float] = (),
         tag_key: str | None = None,
         template_kwargs: str = "{}",
+        clock: Clock | None = None,
     ) -> None:
         """The arguments are those of `load_rows`. Raises DataError if a checked record says so, or none is usable."""
         self._policy = RowPolicy(
@@ -75,10 +79,11 @@ class StreamedRows(Rows):
             tag_key=tag_key,
             template_kwargs=template_kwargs,
             one_row=True,
+            clock=clock,
         )
         self._paths = check_sets(paths, weights)
         self.weights, self.summary = tuple(weights), RowSummary()
-        self._encoder = ChatEncoder(tokenizer)
+        self._encoder = ChatEncoder(tokenizer, clock)
         self._policy.check_template(self._encoder)
         self._checks: list[Check] = []
         self._dropped: set[int] = set()
@@ -90,8 +95,9 @@ class StreamedRows(Rows):
             if not size:
                 raise DataError(f"data set {path} has no record; leave it out")
         number = min(NUM_CHECKED, len(self))
+        self._suspicions: Suspicions | None = Suspicions(self._encoder)  # of the checked records
         tried = [self._read(index * len(self) // number) for index in range(number)]
-        self._reported = True
+        self._reported, self._suspicions = True, None
         self._checked = [placed for placed in tried if placed is not None]
         if not self._checked:
             raise DataError(f"none of {number} records from all over {', '.join(self._paths)} is usable{self._why()}")
@@ -188,6 +194,9 @@ class StreamedRows(Rows):
         if not isinstance(encoded, DataError):
             self._note(encoded, place)
         for row in self._policy.take(encoded, place, found):
+            if self._suspicions is not None:
+                assert not isinstance(record, str), "a row that is used has columns"
+                self.summary.suspect(self._suspicions.of(record, row), place)
             return _Placed(row, place)
         self._dropped.add(index)
         for reason, text in found.first_dropped.items():

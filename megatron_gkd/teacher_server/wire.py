@@ -9,8 +9,10 @@ A row maps token ids to their log-probabilities at temperature 1 and their ranks
 sequence's own token i whatever its rank: K or K+1 entries. So a row that lacks token i belongs to another position,
 or to another sequence, and is refused. -inf is written as -9999.
 
-Shapes: `TopK` is [C, K], by rank. What `topk_of_rows` returns is always complete, finite (or -inf), falling with the
-rank, of distinct tokens within the vocabulary, and of a probability of at most 1; everything else is a RolloutError.
+Shapes: `TopK` is [C, K], by rank. What `topk_of_rows` returns is always complete, finite, falling with the rank, of
+distinct tokens within the vocabulary, and of a probability that the top K of a distribution can have: at most 1, and,
+of V tokens, at least K / V. Everything else is a RolloutError. A -9999 in the top K, a probability of 0, comes of a
+server that masks tokens; at beta 1 it would be a loss of hundreds of thousands a token.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from megatron_gkd.rollout.wire import (
     read_int,
     read_number,
 )
+
+_PADDED = 2  # the server's vocabulary is at most that many times as large as the student's
 
 
 class TopK(NamedTuple):
@@ -140,7 +144,7 @@ def topk_of_rows(
         where = f"{server}, row {index} of a sequence of {len(ids)} tokens"
         at = index - num_prompt
         _read_row(rows[index], ids[index], logprobs[at], found[at], vocab_size, where)
-    _check_values(logprobs, server)
+    _check_values(logprobs, vocab_size, server)
     return TopK(logprobs, found)
 
 
@@ -178,16 +182,25 @@ def _read_row(
         logprobs[rank - 1] = -math.inf if value <= MINUS_INFINITY else value
 
 
-def _check_values(logprobs: npt.NDArray[np.float32], server: str) -> None:
+def _check_values(logprobs: npt.NDArray[np.float32], vocab_size: int, server: str) -> None:
     if not logprobs.size:
         return
     if np.isnan(logprobs).any() or (logprobs == np.inf).any() or np.isneginf(logprobs[:, 0]).any():
         raise RolloutError(f"{server} answered log-probabilities that are not numbers; look at its log and its weights")
-    if (
-        (logprobs[:, 1:] > logprobs[:, :-1] + SLACK).any()
-        or (logprobs > SLACK).any()
-        or (np.exp(logprobs.astype(np.float64)).sum(1) > 1 + SLACK).any()
-    ):
+    if np.isneginf(logprobs).any():
+        raise RolloutError(
+            f"{server} answered a probability of 0 (-9999) for one of its {logprobs.shape[1]} most probable tokens, so "
+            "it masks tokens, and what it tells is not the model's distribution; start it without logits processors "
+            "and with --logprobs-mode raw_logprobs, or lower --gkd_logits_topk"
+        )
+    total, least = np.exp(logprobs.astype(np.float64)).sum(1), logprobs.shape[1] / (_PADDED * vocab_size)
+    if (total < least).any():
+        raise RolloutError(
+            f"{server} answered numbers that are no log-probabilities: its {logprobs.shape[1]} most probable tokens "
+            f"have a total probability of {total.min():.2g}, and of {vocab_size} tokens they have at least "
+            f"{least:.2g}; start it with --logprobs-mode raw_logprobs"
+        )
+    if (logprobs[:, 1:] > logprobs[:, :-1] + SLACK).any() or (logprobs > SLACK).any() or (total > 1 + SLACK).any():
         raise RolloutError(
             f"{server} answered numbers that are no log-probabilities (above 0, rising with the rank, or of a total "
             "probability above 1); start it with --logprobs-mode raw_logprobs"

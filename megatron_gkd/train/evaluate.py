@@ -3,7 +3,7 @@
 Means per completion token, over all rows (nats): forward KL(P||Q), reverse KL(Q||P), symmetric JSD (beta 0.5), all
 over the full vocabulary and at temperature 1 whatever the training loss is; the student's negative log-likelihood of
 the reference; and how often both models prefer the same token. Needs hidden-state signals; with `--gkd_logits_topk`
-the divergences are those on the teacher's top K, as in training.
+the divergences are those on the teacher's top K, with the tail of `--topk_tail`, as in training.
 
 The rows are walked in batches of the training batch size, through the same schedules as training; only the last
 batch may be smaller.
@@ -11,14 +11,18 @@ batch may be smaller.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.errors import TrainingError
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
+from megatron_gkd.no_effect import told, without_effect
+from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.records import MicroBatch
 from megatron_gkd.signals import Signal
@@ -27,6 +31,8 @@ from megatron_gkd.train.setup import Run, TeacherRun, build, join
 from megatron_gkd.train.step import add_reports, forward_step_with, reduce_reports, student_batches, teacher_signals
 from megatron_gkd.train.teacher_ranks import serve_evaluation
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
+
+logger = get_logger(__name__)
 
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # name -> beta
 NAMES = [*DIVERGENCES, "nll", "agreement"]
@@ -37,6 +43,8 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
     """`megatron-gkd eval`: print the numbers of the student as it is, and return them; none on ranks of the teacher's
     own. Collective over all ranks."""
     join(config)
+    if unused := without_effect(config, "eval"):
+        logger.info("without effect: %s", told(unused))
     run = build(config, with_training_data=False)
     if isinstance(run, TeacherRun):
         serve_evaluation(run)
@@ -48,7 +56,19 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
     if run.is_writer:
         width = max(map(len, values))
         print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in values.items()), flush=True)
+    if (problem := not_finite(values)) is not None:
+        raise TrainingError(f"{problem}: look at the weights of --model and --teacher_model, and at --dtype")
     return values
+
+
+def not_finite(values: dict[str, float]) -> str | None:
+    """Which numbers are not finite, and whose fault it is; None: all are. The negative log-likelihood is the student's
+    alone."""
+    names = [name for name, value in values.items() if not math.isfinite(value)]
+    if not names:
+        return None
+    whose = "the student's numbers are not finite" if "nll" in names else "it is the teacher whose numbers are not"
+    return f"{', '.join(names)}: not finite, and {whose}"
 
 
 def evaluate(run: Run, rows: Rows) -> dict[str, float]:
@@ -92,7 +112,8 @@ def _measure_chunk(
 ) -> dict[str, torch.Tensor]:
     """Per-token values [C]."""
     logits = torch.nn.functional.linear(rows, model.head_weight())
-    divergences, agreement = run.loss.compare(logits, signal, DIVERGENCES.values())
+    tail = run.loss.distillation.topk_tail
+    divergences, agreement = run.loss.compare(logits, signal, DIVERGENCES.values(), tail=tail)
     values = dict(zip(DIVERGENCES, divergences, strict=True))
     nll = vocab_parallel_cross_entropy(logits, labels, tp_group=run.loss.tp_group, vocab_size=run.loss.vocab_size)
     return values | {"nll": nll, "agreement": agreement}

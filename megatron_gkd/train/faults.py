@@ -58,7 +58,8 @@ class BadSteps:
         """Whether the step was bad. Raises TrainingError on all of the student's ranks when there were too many, and
         where a run would end without an update, or with a bad step.
 
-        Communication: none after a good step; after a bad one an all-gather of the samples' losses over the student.
+        Communication: none after a good step; after a bad one two all-gathers over the student: of the samples' losses,
+        and of what is wrong with the teacher.
         """
         is_last = step >= self._run.student.train_iters
         self._has_updated |= not result.skipped
@@ -72,20 +73,40 @@ class BadSteps:
             return False
         self.in_a_row += 1
         most, problem = self._run.config.training.max_bad_steps, result.problem
-        sample_losses = self._sample_losses(plan)
+        sample_losses, of_teacher = self._sample_losses(plan), self._teacher_problem(plan)
         if self._run.is_writer:
             path = self._write(step, plan, result, loss, sample_losses)
             where = f"its samples are in {path}" if path else "its samples were not written"
             count = f"{self.in_a_row} in a row, --max_bad_steps {most}"
             logger.warning("step %d: %s, no update was made (%s); %s", step, problem, count, where)
+            if of_teacher is not None:
+                logger.warning("step %d: %s", step, of_teacher)
         if self.in_a_row >= most or is_last:
             last = ", and the last of the run, which cannot end with it" if is_last else ""
+            advice = of_teacher or "lower --lr or --clip_grad, or mend the data"
             raise TrainingError(
                 f"step {step}: {problem}, the {self.in_a_row}. such step in a row (--max_bad_steps {most}){last}. None "
-                f"of them changed a weight. Look at the samples in {self._directory}; lower --lr or --clip_grad, or "
-                f"mend the data, and {go_on(self._directory.parent)}"
+                f"of them changed a weight. Look at the samples in {self._directory}; {advice}, and "
+                f"{go_on(self._directory.parent)}"
             )
         return True
+
+    def _teacher_problem(self, plan: StepPlan) -> str | None:
+        """That the numbers are the teacher's, on all of the student's ranks; None: they are not, or nobody can tell."""
+        groups, config = self._run.student.groups, self._run.config
+        mine = self._run.loss.teacher_problem(p for batch in plan.student[groups.dp.rank()] for p in batch)
+        everyone: list[Any] = [None] * groups.intra_dist_opt.size()
+        dist.all_gather_object(everyone, mine, group=groups.intra_dist_opt)
+        found = next((problem for problem in everyone if problem is not None), None)
+        if found is None or config.teacher.is_student:
+            return None
+        server, path = config.teacher.teacher_model_server, config.teacher.teacher_model
+        flag = (
+            f"--teacher_model {path}"
+            if server is None
+            else f"--teacher_model_server {', '.join(config.teacher.servers)}"
+        )
+        return f"it is the teacher, {flag}, and not the student: {found}; give a teacher whose numbers are finite"
 
     def _sample_losses(self, plan: StepPlan) -> dict[int, float]:
         """Loss of every sample of the step, on all of the student's ranks. Its last stage knows, one TP rank tells."""

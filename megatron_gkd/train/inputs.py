@@ -20,16 +20,23 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd import environment
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.chat import check_same_tokenizer, load_tokenizer
+from megatron_gkd.data.chat import ChatEncoder, check_same_tokenizer, load_tokenizer
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.data.policy import RowPolicy
+from megatron_gkd.data.rows import RowDataset
+from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.data.streaming import StreamedRows
+from megatron_gkd.data.suspicions import told
+from megatron_gkd.data.template_differences import differences
 from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.pipeline import check_num_micro_batches
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none
+from megatron_gkd.reach import reach
 from megatron_gkd.train.draws import Draws
+from megatron_gkd.train.run_clock import run_clock
 from megatron_gkd.train.shared_rows import on_every_rank, shared_rows
 from megatron_gkd.weights.plan import check_layout
 
@@ -49,6 +56,8 @@ class Inputs:
     vocab_size: int  # token ids that both models have
     rows: Rows | None  # None for an evaluation alone
     eval_rows: Rows | None
+    clock: Clock  # what chat templates are told
+    stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation alone
 
     @property
     def separate(self) -> bool:
@@ -72,11 +81,25 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size = all_or_none(
         lambda: _models(config, world_size)
     )
-    rows = _training_rows(config, tokenizer, vocab_size) if with_training_data else None
-    eval_rows = _eval_rows(config, tokenizer, vocab_size)
+    stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if with_training_data else ())
+    clock = run_clock(config)
+    if told := clock.told_to(tokenizer.chat_template):
+        logger.info("the chat template is told the time, in this run and where it is resumed: %s", ", ".join(told))
+    rows = _training_rows(config, tokenizer, vocab_size, clock) if with_training_data else None
+    eval_rows = _eval_rows(config, tokenizer, vocab_size, clock)
     all_or_none(lambda: _check_rows(config, student_layout, rows, eval_rows))
     return Inputs(
-        config, student_arch, teacher_arch, student_layout, teacher_layout, tokenizer, vocab_size, rows, eval_rows
+        config,
+        student_arch,
+        teacher_arch,
+        student_layout,
+        teacher_layout,
+        tokenizer,
+        vocab_size,
+        rows,
+        eval_rows,
+        clock,
+        stop_ids,
     )
 
 
@@ -97,13 +120,31 @@ def _models(
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
     if teacher_arch is not None and not urls:
         check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
-    return (
-        student_layout,
-        teacher_layout,
-        student_arch,
-        teacher_arch,
-        *_vocabulary(config, student_arch, teacher_arch),
-    )
+    tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
+    topk = config.distillation.gkd_logits_topk
+    if topk is not None and topk > vocab_size:
+        raise ConfigError(
+            f"--gkd_logits_topk {topk} is more than the {vocab_size} tokens that both models have; give at most that "
+            "many, or leave it out for the full vocabulary"
+        )
+    _tell_reach(config, student_arch, teacher_arch)
+    return student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size
+
+
+def _tell_reach(config: RunConfig, student: Architecture, teacher: Architecture | None) -> None:
+    """Warn where rows may be longer than a model was made for."""
+    longest = config.data.max_length
+    for flag, arch in (("model", student), ("teacher_model", teacher)):
+        if arch is not None and (most := reach(config.get(flag), arch)) < longest and dist.get_rank() == 0:
+            logger.warning(
+                "--max_length %d is above the %d positions of --%s (max_position_embeddings, with its RoPE scaling): "
+                "longer rows have positions that it has not seen; give at most %d",
+                *(longest, most, flag, most),
+            )
+
+
+def _stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    return stop_tokens(config.model.model, ChatEncoder(tokenizer))
 
 
 def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, eval_rows: Rows | None) -> None:
@@ -181,7 +222,12 @@ def _vocabulary(
                 "rows: they do not belong together"
             )
         return tokenizer, student.vocab_size
-    check_same_tokenizer(tokenizer, load_tokenizer(str(config.teacher.teacher_model)))
+    of_teacher = load_tokenizer(str(config.teacher.teacher_model))
+    check_same_tokenizer(tokenizer, of_teacher)
+    if (found := differences(tokenizer, of_teacher)) and dist.get_rank() == 0:
+        logger.warning(
+            "student and teacher differ in %s; the student's writes all rows, also those that are scored", found
+        )
     vocab_size = min(student.vocab_size, teacher.vocab_size)
     if len(tokenizer) > vocab_size:
         raise ConfigError(
@@ -192,7 +238,7 @@ def _vocabulary(
     return tokenizer, vocab_size
 
 
-def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows:
+def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows:
     data, world = config.data, dist.group.WORLD
     assert world is not None
     samples = config.distillation.lmbda > 0 or config.distillation.samples_teacher
@@ -203,9 +249,10 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
         overlong=data.overlong,
         tag_key=config.teacher.teacher_tag_key,
         template_kwargs=data.template_kwargs,
+        clock=clock,
     )
     weights = data.dataset_weights
-    rows: Rows
+    rows: RowDataset | StreamedRows
     if data.streaming:
         rows = on_every_rank(lambda: StreamedRows(data.dataset, tokenizer, weights=weights, **options), world)
     else:
@@ -214,7 +261,7 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
     return _within(rows, data.dataset, vocab_size)
 
 
-def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Rows | None:
+def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows | None:
     """Read whole, and in their own proportions, however the training rows are."""
     data, world = config.data, dist.group.WORLD
     if not data.eval_dataset:
@@ -224,18 +271,19 @@ def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size
     policy = RowPolicy(
         *(data.max_length, None, data.on_bad_row, data.overlong, data.eval_samples, tag_key, data.loss_scale),
         template_kwargs=data.template_kwargs,
+        clock=clock,
     )
     rows = shared_rows(data.eval_dataset, tokenizer, policy, cache_dir=data.data_cache_dir, group=world)
     return _within(rows, data.eval_dataset, vocab_size)
 
 
-def _within(rows: Rows, paths: Sequence[str], vocab_size: int) -> Rows:
+def _within(rows: RowDataset | StreamedRows, paths: Sequence[str], vocab_size: int) -> Rows:
     """The rows, with ids within the models' vocabulary, and their account in the log."""
     rows.require_ids_below(vocab_size)
     logger.info("%s: %s", ", ".join(paths), rows.account())
     if dist.get_rank() == 0:
-        for warning in rows.warnings():
-            logger.warning("%s: %s", ", ".join(paths), warning)
+        for text in (*rows.warnings(), *told(rows.summary.suspicious, rows.summary.first_suspicious)):
+            logger.warning("%s: %s", ", ".join(paths), text)
     return rows
 
 

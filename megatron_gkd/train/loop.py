@@ -14,9 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_gkd.config import RunConfig
 from megatron_gkd.errors import ConfigError, RunStoppedError
 from megatron_gkd.flags import to_yaml
+from megatron_gkd.no_effect import told, without_effect
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
@@ -25,7 +28,7 @@ from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, open_tracke
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.train.auto_resume import choose_start, ended_before, first_step_to_write, resumes_itself
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
-from megatron_gkd.train.evaluate import evaluate
+from megatron_gkd.train.evaluate import evaluate, not_finite
 from megatron_gkd.train.faults import BadSteps, LossSpikes, check_finite_weights, lost_rank
 from megatron_gkd.train.plans import evaluates_after, saves_after
 from megatron_gkd.train.replicas import Replicas
@@ -50,6 +53,8 @@ def run_training(config: RunConfig) -> None:
     run_dir, asked = Path(config.checkpoint.save), config
     try:
         join(config)
+        if (unused := without_effect(config)) and dist.get_rank() == 0:
+            logger.warning("without effect: %s", told(unused))
         with locked(run_dir):
             config = choose_start(config)
             all_or_none(lambda: _check_run_dir(config, run_dir))
@@ -96,6 +101,7 @@ def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, as
             run.student.groups,
             source_dir=config.model.model,
             out_dir=run_dir / "hf",
+            stop_ids=run.stop_ids,
         )
     if run.is_writer:
         logger.info("done: %d steps; run directory %s", run.student.train_iters, run_dir)
@@ -223,6 +229,8 @@ def _evaluate(run: Run, writers: _Writers, *, step: int) -> None:
     writers.evaluation(step, values)
     if run.is_writer:
         logger.info("step %d, held-out: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        if (problem := not_finite(values)) is not None:
+            logger.warning("step %d, held-out: %s", step, problem)
 
 
 def _check_run_dir(config: RunConfig, run_dir: Path) -> None:

@@ -61,12 +61,24 @@ class DistillationLoss:
         self.distillation, self.tp_group, self.vocab_size = distillation, tp_group, vocab_size
         self._teacher_head = teacher_head
         self._sample_losses: dict[int, tuple[torch.Tensor, int]] = {}
+        self._signal_is_finite: dict[int, torch.Tensor] = {}
 
     def sample_losses(self, positions: Iterable[int]) -> dict[int, float]:
         """Sum of the loss of each of these samples, by position in the global batch, as this rank last computed it;
         without those that it never did. Waits for the device."""
         found = {position: self._sample_losses[position] for position in positions if position in self._sample_losses}
         return {position: float(sums[index]) for position, (sums, index) in found.items()}
+
+    def teacher_problem(self, positions: Iterable[int]) -> str | None:
+        """What of the teacher's is not finite, as this rank last met it with these samples; None: nothing. Waits for
+        the device."""
+        head = self.teacher_head
+        if head is not None and not bool(torch.isfinite(head).all()):
+            return "its output layer has weights that are not finite"
+        known = [self._signal_is_finite[position] for position in positions if position in self._signal_is_finite]
+        if all(map(bool, known)):
+            return None
+        return "what it makes of the samples is not finite"
 
     @property
     def teacher_head(self) -> torch.Tensor | None:
@@ -113,6 +125,11 @@ class DistillationLoss:
             per_token = per_token + self.distillation.sft_alpha * losses.cross_entropy * supervised
         sums = per_token.new_zeros(len(batch.positions)).index_add_(0, loss_sample, per_token)
         self._sample_losses.update((position, (sums, i)) for i, position in enumerate(batch.positions))
+        told = signal.hidden if signal.topk_logprobs is None else signal.topk_logprobs
+        assert told is not None
+        # A hidden state is finite; a log-probability may be -inf.
+        is_finite = torch.isfinite(told).all() if signal.topk_logprobs is None else (told < torch.inf).all()
+        self._signal_is_finite.update(dict.fromkeys(batch.positions, is_finite))
         return losses.loss_sum, num_tokens, self._report(losses, num_tokens, supervised, token_source, of_sample)
 
     def _fused(

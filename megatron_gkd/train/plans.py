@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import StepPlan
@@ -41,6 +42,7 @@ class StepPlans:
         student: Layout,
         teacher: Layout,
         *,
+        clock: Clock,
         max_model_len: int,
         rollouts: Rollouts | None = None,
         teacher_samples: TeacherSamples | None = None,
@@ -50,20 +52,21 @@ class StepPlans:
 
         Args:
             draws: of the steps of the run, from `rows`.
+            clock: what chat templates are told.
             max_model_len: most tokens that the sampling engines take.
             rollouts: on the student's ranks, where it samples.
             teacher_samples: on all ranks, where the teacher samples.
             everyone: all ranks, where some have no student and it samples: they are told the completions.
         """
         self.config, self.rows, self.student, self.teacher = config, rows, student, teacher
-        self._draws = draws
+        self._draws, self._clock = draws, clock
         self.rollouts, self.teacher_samples = rollouts, teacher_samples
         self._max_model_len, self._everyone = max_model_len, everyone
 
     def before_training(self, student: Architecture) -> TrainerState:
         """The state that a run without a checkpoint begins with, and that a checkpoint's is held against."""
         sharded = self.config.parallel.use_distributed_optimizer
-        return TrainerState(0, 0, self.rows.fingerprint(), repr(student), sharded)
+        return TrainerState(0, 0, self.rows.fingerprint(), repr(student), sharded, clock=self._clock.time)
 
     def requests(self, step: int) -> list[Request]:
         """What is asked of the sampling engines for a step."""

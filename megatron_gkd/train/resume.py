@@ -4,6 +4,8 @@ itself, since checkpoints are collective over all of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.distributed as dist
 
 from megatron_gkd.observe.logging import get_logger
@@ -42,6 +44,7 @@ def resume(run: Run | TeacherRun) -> TrainerState:
         allow_changed_config=config.checkpoint.allow_changed_config,
         seed=config.training.seed,
     )
+    state = replace(state, clock=beginning.clock)  # the checkpoint's, where it has one
     if isinstance(run, Run) and run.rollouts is not None:
         run.rollouts.load_state(read_rollouts(checkpoint))
     if dist.get_rank() == 0:

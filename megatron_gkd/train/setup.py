@@ -57,6 +57,7 @@ class Run:
     loss: DistillationLoss
     plans: StepPlans | None  # None for an evaluation alone
     eval_rows: Rows | None
+    stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation alone
 
     @property
     def is_writer(self) -> bool:
@@ -143,7 +144,7 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
             config, where, inputs.student_arch, student, inputs.tokenizer, inputs.rows, inputs.vocab_size
         )
     plans = _plans(inputs, rollouts, teacher_samples, everyone)
-    return Run(config, where, inputs.student_arch, student, teacher, loss, plans, inputs.eval_rows)
+    return Run(config, where, inputs.student_arch, student, teacher, loss, plans, inputs.eval_rows, inputs.stop_ids)
 
 
 def _plans(
@@ -160,6 +161,7 @@ def _plans(
         inputs.draws,
         inputs.student_layout,
         inputs.teacher_layout,
+        clock=inputs.clock,
         max_model_len=engine_length(inputs.config, inputs.student_arch),
         rollouts=rollouts,
         teacher_samples=teacher_samples,

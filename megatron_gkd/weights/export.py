@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture, read_architecture, read_config_json
+from megatron_gkd.data.stop_tokens import generation_changes
 from megatron_gkd.dtypes import LONG_NAMES
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.observe.transfer import Transfer
@@ -334,6 +335,7 @@ def save_hf(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     read: Callable[[Parameter], torch.Tensor] | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> None:
     """Write the model as a Hugging Face directory that transformers and vLLM load. Every rank of the model calls it.
 
@@ -343,6 +345,7 @@ def save_hf(
         out_dir: must not exist. It appears complete or not at all; only the writing rank touches it.
         dtype: one dtype for all tensors instead; config.json's `dtype` is then set to it.
         read: as in HFTensorStream.
+        stop_ids: tokens that ended a completion in training: generation_config.json names them all.
 
     Communication: HFTensorStream's. It returns on a rank when that rank's part is done: no barrier. If the writer
     fails, it raises and the other ranks wait for it: let the launcher end them.
@@ -363,9 +366,15 @@ def save_hf(
             raise AssertionError("only the writer receives tensors")
         return
     changes = {} if dtype is None else _dtype_changes(source_dir, dtype)
+    generation = generation_changes(source_dir, stop_ids)
     transfer = Transfer(log, out_dir, "written", sum(spec.num_bytes for spec in stream.manifest))
     with HFWriter(
-        out_dir, stream.manifest, source_dir=source_dir, max_shard_bytes=max_shard_bytes, config_changes=changes
+        out_dir,
+        stream.manifest,
+        source_dir=source_dir,
+        max_shard_bytes=max_shard_bytes,
+        config_changes=changes,
+        generation_changes=generation,
     ) as writer:
         for name, tensor in stream:
             writer.write(name, tensor)

@@ -18,6 +18,7 @@ from typing import IO, Any, Final, Self
 
 import torch
 
+from megatron_gkd.data.stop_tokens import GENERATION_CONFIG
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.weights.hf_files import (
     INDEX_FILE,
@@ -38,7 +39,8 @@ class HFWriter:
             for name, tensor in stream:
                 writer.write(name, tensor)
 
-    `config_changes` are keys of config.json to set; without any, the file is the source's, byte for byte.
+    `config_changes` are keys of config.json to set, `generation_changes` of generation_config.json, which is made where
+    it is not; without any, the files are the source's, byte for byte.
 
     Leaving the block with everything written renames the directory into place; leaving it by an exception removes
     what was written. Not safe against two processes that write the same destination at once.
@@ -52,10 +54,11 @@ class HFWriter:
         source_dir: str | Path,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         config_changes: Mapping[str, Any] | None = None,
+        generation_changes: Mapping[str, Any] | None = None,
     ) -> None:
         self.out_dir, self.source_dir = Path(out_dir), Path(source_dir)
         self.manifest = tuple(manifest)
-        self._config_changes = dict(config_changes or {})
+        self._changes = {"config.json": config_changes or {}, GENERATION_CONFIG: generation_changes or {}}
         check_destination(self.out_dir)
         check_side_files(self.source_dir)
         if not (self.source_dir / "config.json").is_file():
@@ -117,10 +120,13 @@ class HFWriter:
         if len(self._shards) > 1:
             self._write_index()
         copy_side_files(self.source_dir, self._temporary)
-        if self._config_changes:
-            config = self._temporary / "config.json"
-            changed = json.loads(config.read_text(encoding="utf-8")) | self._config_changes
-            config.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, changes in self._changes.items():
+            if changes:
+                file = self._temporary / name
+                found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+                file.write_text(
+                    json.dumps(found | dict(changes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
         check_destination(self.out_dir)
         os.rename(self._temporary, self.out_dir)
 

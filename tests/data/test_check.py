@@ -57,7 +57,7 @@ def test_the_command_shows_rows_and_the_account(
         {"prompt": "Hello", "completion": "a\x1b[31m<|im_end|>b"},
     )
     line = ["check", "data", "--model", model, "--dataset", data, "--num_rows", "2", "--max_length", "100"]
-    assert cli.main(line) == 0
+    assert cli.main([*line, "--on_bad_row", "skip"]) == 0
     out = capsys.readouterr().out
     prompt, completion = ChatEncoder(chat_tokenizer()).encode([USER], ASSISTANT)
     assert completion is not None
@@ -75,8 +75,12 @@ def test_the_command_shows_rows_and_the_account(
     assert re.search(r"dropped as overlong +1\n", out)
     assert "end with the stop token  2 of 2 completions\nhave it inside as well   1\n" in out
     assert f"first malformed: {data}:2: not valid JSON" in out
-    assert cli.main([*line, "--on_bad_row", "stop"]) == 2
-    assert f"{data}:2: not valid JSON" in capsys.readouterr().err
+    assert "LOOK AT 1 rows have the text of a special token inside a turn" in out
+    assert f"(first: {data}:5)" in out
+    assert cli.main(line) == 1, "as training stops there"
+    told = capsys.readouterr()
+    assert told.out == out, "the account is the same"
+    assert f"1 of 5 rows are malformed, and training stops at the first of them ({data}:2: not valid JSON" in told.err
 
 
 def test_colours_on_a_terminal_and_nothing_that_the_data_says_to_it(model: str, tmp_path: Path) -> None:
@@ -127,6 +131,21 @@ def test_a_tokenizer_that_loses_letters_fails(tmp_path: Path) -> None:
     found = account(tmp_path, tokenizer, {"prompt": "2", "completion": "The end"}, {"prompt": "2", "completion": "x"})
     (problem,) = found.problems
     assert "d.jsonl:1: the tokens spell another text: 'theend<|endoftext|>' where the data set has 'Theend" in problem
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_tokenizer_that_composes_letters_is_right(tmp_path: Path, template: bool) -> None:
+    """As Qwen's, on text from a file system or a PDF that has accents by themselves."""
+    tokenizer = chat_tokenizer() if template else plain_tokenizer()
+    apart, composed = "cafe\u0301 \u1112\u1161\u11ab", "caf\u00e9 \ud55c"
+    rows = [{"prompt": apart, "completion": apart}, {"prompt": "Hello", "completion": composed}]
+    found = account(tmp_path, tokenizer, *rows)
+    assert (found.problems, found.num_composed) == ([], 0)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    found = account(tmp_path, tokenizer, *rows)
+    assert (found.problems, found.num_composed) == ([], 1)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    assert "the tokens spell another text" in account(tmp_path, tokenizer, *rows).problems[0]
 
 
 def test_wrong_tokens_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ Ranks that share a file: tests/train/test_shared_rows.py.
 
 from __future__ import annotations
 
-import datetime
 import errno
 import hashlib
 import json
@@ -27,6 +26,7 @@ from safetensors import safe_open
 
 from megatron_gkd.data import row_file, row_key
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.policy import RowPolicy, RowSummary
 from megatron_gkd.data.row_file import DamagedRowsError, read_rows, write_rows
 from megatron_gkd.data.row_key import read_content, rows_key
@@ -271,7 +271,7 @@ def test_the_name_tells_apart_what_gives_other_rows(
         *(dict(max_rows=7), dict(tag_key="tag"), dict(loss_scale="all"), dict(one_row=True)),
         *(dict(template_kwargs=f'{{"v": {value}}}') for value in ("true", '{"a": 1, "b": 2}', '{"b": 2, "a": 1}')),
     ]
-    assert {name for change in changes for name in change} == set(RowPolicy.__dataclass_fields__)
+    assert {name for change in changes for name in change} == set(RowPolicy.__dataclass_fields__) - {"clock"}
     keys |= {str(change): key(data, policy=replace(POLICY, **change)) for change in changes}
     parquet = tmp_path / "d.parquet"
     shutil.copy(data, parquet)
@@ -281,21 +281,16 @@ def test_the_name_tells_apart_what_gives_other_rows(
     assert len(set(keys.values())) == len(keys), sorted(keys.items(), key=lambda item: item[1])
 
 
-def test_a_template_that_writes_the_date_is_tokenised_again_the_next_day(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dated = chat_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML)
-
-    class Tomorrow(datetime.date):
-        @classmethod
-        def today(cls) -> datetime.date:
-            return datetime.date(2999, 1, 1)
-
-    today = key(data, tokenizer=dated), key(data)
-    monkeypatch.setattr(row_key.datetime, "date", Tomorrow)
-    tomorrow = key(data, tokenizer=dated), key(data)
-    assert today[0] != tomorrow[0]
-    assert today[1] == tomorrow[1]
+def test_a_template_that_writes_the_date_is_tokenised_again_the_next_day(data: Path) -> None:
+    """And not in the same day, nor with a template that writes none."""
+    dated, timed = (chat_tokenizer(f"{{{{ strftime_now({what}) }}}}{CHATML}") for what in ("'%d %b %Y'", "'%' ~ 'd'"))
+    policies = [
+        replace(POLICY, clock=Clock(time))
+        for time in ("2026-11-27T09:00:00", "2026-11-27T23:59:59", "2026-11-28T09:00:00")
+    ]
+    for tokenizer, different in ((dated, 2), (timed, 3), (chat_tokenizer(), 1)):
+        assert len({key(data, tokenizer=tokenizer, policy=policy) for policy in policies}) == different
+    assert key(data) == key(data, policy=policies[0])
 
 
 def test_content_counts_records(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_gkd.data.stop_tokens import stop_tokens
+from megatron_gkd.data.stop_tokens import generation_changes, stop_tokens
 from megatron_gkd.errors import CheckpointError
 from tests.checkpoints import write_tiny_checkpoint
 
@@ -81,3 +81,30 @@ def test_only_an_absent_file_names_none(model: Path, file: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         stop_tokens(model, ENCODER)
     file.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("text", "in_config", "changes"),
+    [
+        ('{"eos_token_id": 3}', 258, {"eos_token_id": [3, 258]}),
+        ('{"eos_token_id": [7, 3]}', 258, {"eos_token_id": [7, 3, 258]}),
+        ('{"eos_token_id": null, "top_k": 5}', 258, {"eos_token_id": [258]}),
+        ('{"eos_token_id": [7, 258]}', 3, {}),
+        ('{"eos_token_id": 258}', 3, {}),
+        (None, 3, {"pad_token_id": 257, "eos_token_id": [3, 258]}),
+        (None, [3, 258], {}),
+        (None, None, {"pad_token_id": 257, "eos_token_id": [258]}),
+    ],
+)
+def test_what_an_export_has_to_name(
+    model: Path, file: Path, text: str | None, in_config: int | list[int] | None, changes: dict[str, Any]
+) -> None:
+    """All tokens that end a turn, those of the file first; where it names them, it stays as it is."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": in_config, "pad_token_id": 257}))
+    try:
+        if text is not None:
+            file.write_text(text)
+        assert generation_changes(model, [258]) == changes
+    finally:
+        (model / "config.json").write_text(json.dumps(config))

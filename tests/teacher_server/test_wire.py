@@ -56,12 +56,15 @@ def test_an_own_token_inside_and_outside_the_top_k_gives_k_and_k_plus_1_entries(
         assert VLLM().read_topk(found, [5, token], 1, K, VOCAB, "the server").ids[0, 0] == best
 
 
-def test_minus_infinity(answer: Any) -> None:
-    spoiled = copy.deepcopy(answer)
-    row = spoiled["choices"][0]["prompt_logprobs"][3]
-    last = next(key for key, entry in row.items() if entry["rank"] == K)
-    row[last]["logprob"] = -9999.0
-    assert read(spoiled).logprobs[1, K - 1] == -math.inf
+def test_a_uniform_distribution_is_one() -> None:
+    uniform = FakeServer(lambda prefix: np.full(VOCAB, -np.log(VOCAB)))
+    found = uniform.respond("/v1/completions", VLLM().topk_body("teacher", IDS, K))[1]
+    assert np.allclose(read(found).logprobs, -np.log(VOCAB))
+
+
+def shift(rows: list[Any], by: float) -> None:
+    for entry in rows[3].values():
+        entry["logprob"] += by
 
 
 def entry_of(rows: list[Any], rank: int) -> dict[str, Any]:
@@ -97,6 +100,15 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "not a number": (lambda c: entry_of(c["prompt_logprobs"], 2).update(logprob=math.nan), "that are not numbers"),
     "infinite": (lambda c: entry_of(c["prompt_logprobs"], 1).update(logprob=math.inf), "that are not numbers"),
     "no best token": (lambda c: entry_of(c["prompt_logprobs"], 1).update(logprob=-9999.0), "that are not numbers"),
+    "a probability of 0": (
+        lambda c: entry_of(c["prompt_logprobs"], K).update(logprob=-9999.0),
+        "a probability of 0 .-9999. for one of its 4 most probable tokens",
+    ),
+    "all far too small": (
+        lambda c: shift(c["prompt_logprobs"], -12.0),
+        "its 4 most probable tokens have a total probability of .* and of 300 tokens they have at least 0.0067",
+    ),
+    "above 1 together": (lambda c: shift(c["prompt_logprobs"], 1.0), "no log-probabilities"),
     "logits": (lambda c: entry_of(c["prompt_logprobs"], 1).update(logprob=7.5), "no log-probabilities"),
     "not falling": (lambda c: entry_of(c["prompt_logprobs"], 4).update(logprob=-0.01), "no log-probabilities"),
     "another vocabulary": (

@@ -88,6 +88,7 @@ def count(
 ) -> str | None:
     """The error of a run of six steps that goes on after `done` of them, with `row` bad ones at the end."""
     monkeypatch.setattr(BadSteps, "_sample_losses", lambda self, plan: {})
+    monkeypatch.setattr(BadSteps, "_teacher_problem", lambda self, plan: None)
     training = SimpleNamespace(max_bad_steps=3)
     run: Any = SimpleNamespace(
         config=SimpleNamespace(training=training), student=SimpleNamespace(train_iters=6), is_writer=False

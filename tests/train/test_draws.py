@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_gkd.config import RunConfig
+from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.parallel.layout import Layout
@@ -61,7 +62,7 @@ class Sampled:
 
 
 def step_plans(config: RunConfig, rows: CountedRows, draws: Draws, **options: Any) -> StepPlans:
-    return StepPlans(config, rows, draws, Layout(), Layout(), max_model_len=100, **options)
+    return StepPlans(config, rows, draws, Layout(), Layout(), clock=Clock.now(), max_model_len=100, **options)
 
 
 def test_a_step_reads_its_rows_once(rows: CountedRows) -> None:

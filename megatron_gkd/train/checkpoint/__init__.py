@@ -24,6 +24,7 @@ from megatron_gkd.train.checkpoint.loading import (
     is_hf_directory,
     load_checkpoint,
     load_initial_weights,
+    newest_state,
     set_aside_later,
 )
 from megatron_gkd.train.checkpoint.saving import Checkpoints
@@ -41,6 +42,7 @@ __all__ = [
     "is_hf_directory",
     "load_checkpoint",
     "load_initial_weights",
+    "newest_state",
     "read_rollouts",
     "read_state",
     "set_aside_later",

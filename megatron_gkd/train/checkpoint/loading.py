@@ -9,6 +9,7 @@ Communication: collective over WORLD, but for `find_checkpoint` and `is_hf_direc
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
@@ -56,6 +57,18 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises CheckpointError where there is none.
     """
     return _candidates(Path(path))[0]
+
+
+def newest_state(path: str | Path) -> TrainerState | None:
+    """Of the newest checkpoint that `--load PATH` may mean and whose state can be read, unverified; None: no such."""
+    try:
+        candidates = _candidates(Path(path))
+    except CheckpointError:
+        return None
+    for checkpoint in candidates:
+        with contextlib.suppress(CheckpointError):
+            return read_state(checkpoint)
+    return None
 
 
 def choose_checkpoint(path: str | Path, *, verify: Verify = "full") -> Path:

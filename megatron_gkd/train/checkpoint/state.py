@@ -61,6 +61,7 @@ class TrainerState:
     use_distributed_optimizer: bool  # the two forms of optimizer state are not interchangeable
     bad_steps: int = 0  # steps so far that made no update, because their loss or gradient was not finite
     bad_steps_in_a_row: int = 0  # the last of them, with no good step after them
+    clock: str = ""  # the time that chat templates are told, fixed at the run's first start; "": not known
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""The one clock of a run (data/clock.py): the first rank's time at its first start, on all ranks; where the run goes on
+from a checkpoint, the time that is saved there.
+
+A damaged newest checkpoint is passed over here as when it is loaded; of one that cannot be read at all, and of one from
+before the time was saved, the machine's time takes its place: what is wrong is said when it is loaded.
+
+Communication: one object from rank 0 over WORLD.
+"""
+
+from __future__ import annotations
+
+from megatron_gkd.config import RunConfig
+from megatron_gkd.data.clock import Clock
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.parallel.together import on_first
+from megatron_gkd.train.checkpoint import is_hf_directory, newest_state
+
+
+def run_clock(config: RunConfig) -> Clock:
+    """Collective. Raises CheckpointError where the saved time is none."""
+    return on_first(lambda: _saved(config.checkpoint.load) or Clock.now())
+
+
+def _saved(load: str | None) -> Clock | None:
+    if load is None or is_hf_directory(load):
+        return None
+    state = newest_state(load)
+    if state is None or not state.clock:
+        return None
+    try:
+        return Clock(state.clock)
+    except ValueError as error:
+        raise CheckpointError(
+            f"--load {load}: the saved time of the run is damaged ({error}): take an older checkpoint with --load"
+        ) from error

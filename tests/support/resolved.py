@@ -1,0 +1,308 @@
+"""What a configuration comes to: everything that a run of it would be told, computed by the program's own functions,
+with recorders in place of what is slow or needs other machines (models, optimizers, engines, servers, files).
+
+    resolved(config, "train", place) == resolved(other, "train", place)    two flags' values mean the same run
+
+On one gloo rank; the layouts are those of WORLD ranks. Rows are fake and long, so that micro-batches differ. Not here,
+because they are read inside the loop itself: `APART` (tests/test_every_flag_has_an_effect.py says who reads them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.config import RunConfig
+from megatron_gkd.data.clock import Clock
+from megatron_gkd.data.collate import collate
+from megatron_gkd.data.dataset import Rows
+from megatron_gkd.not_built import Command
+from megatron_gkd.records import Row, Sample
+from megatron_gkd.rollout import colocate, server
+from megatron_gkd.rollout import engines as engines_module
+from megatron_gkd.signals import Signal
+from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling
+from megatron_gkd.train.draws import Draws
+from megatron_gkd.train.faults import LossSpikes
+from megatron_gkd.train.loss import DistillationLoss
+from megatron_gkd.train.plans import StepPlans, evaluates_after, evaluation_plans, saves_after
+from megatron_gkd.train.replicas import Replicas
+from megatron_gkd.train.student import _optimizer_config
+
+APART = ("logging_steps", "save_hf", "max_bad_steps")
+WORLD, VOCAB, NUM_ROWS, STEPS = 8, 40, 96, 40
+CLOCK = Clock("2026-11-27T12:00:00")
+
+
+class FakeRows(Rows):
+    """Rows of 1 to 600 tokens."""
+
+    summary = SimpleNamespace(suspicious={}, first_suspicious={})
+    sizes = (NUM_ROWS // 2, NUM_ROWS // 2)
+    longest = 900
+
+    def __init__(self, weights: Any = ()) -> None:
+        self.weights = tuple(weights)
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        return Row((1,) * (1 + index * 37 % 600), (2,) * (1 + index % 7), None, "math")
+
+    def place(self, index: int) -> str:
+        return f"rows:{index}"
+
+    def fingerprint(self) -> str:
+        return repr(self.weights)
+
+    def account(self) -> str:
+        return "fake"
+
+    def require(self, check: Any) -> None:
+        """None is."""
+
+    require_completions = require_teacher_prompts = require_ids_below = require  # type: ignore[assignment]
+
+
+class Recorder:
+    """Callables that note their arguments under a name, and return what they are told."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[str]] = {}
+
+    def __call__(self, name: str, result: Any = None) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.note(name, args, sorted(kwargs.items()))
+            return result(*args, **kwargs) if callable(result) else result
+
+        return call
+
+    def note(self, name: str, *what: Any) -> None:
+        self.calls.setdefault(name, []).append("; ".join(map(_text, what)))
+
+
+def _text(value: Any) -> str:
+    """Values by value, and what has none by its type."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    plain = isinstance(value, str | int | float | bool | None | torch.dtype | Path) or hasattr(
+        value, "__dataclass_fields__"
+    )
+    return repr(value) if plain else type(value).__name__
+
+
+def resolved(config: RunConfig, command: Command, arch: Architecture) -> dict[str, list[str]]:
+    """Name of a part -> what it is told. Raises GKDError where the run is refused on the way."""
+    note = Recorder()
+    student, teacher = inputs.layouts(config, WORLD)
+    note.note("layouts", student, teacher)
+    note.note("log level", config.logging.log_level)
+    note.note("tokenizers that are compared", config.model.model, config.teacher.teacher_model)
+    with _without_machines(note):
+        setup.join(config)
+        fake: Any = SimpleNamespace(__len__=lambda: VOCAB)
+        rows = inputs._training_rows(config, fake, VOCAB, CLOCK) if command == "train" else None
+        eval_rows = inputs._eval_rows(config, fake, VOCAB, CLOCK)
+        tokenizer: Any = _TOKENIZER
+        given = inputs.Inputs(*(config, arch, arch, student, teacher, tokenizer, VOCAB, rows, eval_rows, CLOCK, (0,)))
+        _note_teacher(note, given)
+        if eval_rows is not None:
+            note.note("packing of evaluations", config.data.packing)
+            for plan in evaluation_plans(config, eval_rows, student, teacher):
+                note.note("evaluations", plan.student, plan.teacher)
+            note.note("evaluation", _measured(config, given))
+        if rows is not None:
+            _note_training(note, given)
+        else:
+            note.note("model", config.model.model, config.model.dtype)
+    return note.calls
+
+
+class _Tokenizer:
+    def __len__(self) -> int:
+        return VOCAB
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [len(text)]
+
+
+_TOKENIZER = _Tokenizer()
+
+
+def _note_teacher(note: Recorder, given: inputs.Inputs) -> None:
+    config, where, groups = given.config, SimpleNamespace(device=torch.device("cpu")), SimpleNamespace()
+    if config.teacher.servers:
+        setup._server_teacher(given, where, setup._server_needs(given))  # type: ignore[arg-type]
+    elif not config.teacher.is_student:
+        setup._local_teacher(given, where, groups)  # type: ignore[arg-type]
+
+
+def _note_training(note: Recorder, given: inputs.Inputs) -> None:
+    config, rows, student = given.config, given.rows, given.student_layout
+    assert rows is not None
+    inputs._check_batch(config, student)
+    where: Any = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
+    groups: Any = SimpleNamespace(intra_dist_opt=dist.group.WORLD)
+    setup._build_student(given, where, groups)
+    made: Any = SimpleNamespace(layout=student, groups=groups, chunks=[], train_iters=given.train_iters)
+    note.note("replicas", Replicas(made, config.parallel.check_replicas_steps)._every)
+    note.note("spikes", LossSpikes(config.logging.loss_spike_factor)._factor)
+    distillation, tokenizer = config.distillation, given.tokenizer
+    if distillation.lmbda > 0:
+        sampling.build_rollouts(config, where, given.student_arch, made, tokenizer, rows, VOCAB)
+    draws = Draws(config, rows)
+    if distillation.samples_teacher:
+        needs = setup._server_needs(given) if config.teacher.servers else None
+        assert dist.group.WORLD is not None
+        teacher_sampling.build_teacher_samples(config, rows, draws, tokenizer, VOCAB, needs, group=dist.group.WORLD)
+    length = sampling.engine_length(config, given.student_arch)
+    plans = StepPlans(config, rows, draws, student, given.teacher_layout, clock=CLOCK, max_model_len=length)
+    indices, _, sources = draws[0]
+    sampled: Any = {p: ((3,) * (1 + p % 5), 0) for p, source in enumerate(sources) if source != "dataset"}
+    plan = plans._with(0, sampled)
+    note.note("step", indices, sources, plan.student, plan.teacher)
+    if distillation.lmbda > 0:
+        note.note("requests", [(r.key, r.max_tokens, r.seed) for r in plans.requests(0)])
+    if distillation.samples_teacher:
+        asked = teacher_sampling.teacher_requests(config, draws[0], 0, length)
+        note.note("teacher's requests", [(r.key, r.max_tokens, r.seed) for r in asked])
+    note.note("loss", _loss(config, sources), distillation.fuse_loss)
+    note.note("saves", [saves_after(config, step, STEPS) for step in range(1, STEPS + 1)])
+    if given.eval_rows is not None:
+        note.note("evaluates", [evaluates_after(config, step, STEPS) for step in range(1, STEPS + 1)])
+    _note_start(note, given, plans, made)
+
+
+def _note_start(note: Recorder, given: inputs.Inputs, plans: StepPlans, made: Any) -> None:
+    """With a checkpoint in the run directory, and without."""
+    for found in (True, False):
+        with patch.object(auto_resume.Path, "glob", lambda self, pattern, found=found: iter([self] if found else [])):
+            config = auto_resume.choose_start(given.config)
+        run: Any = SimpleNamespace(
+            config=config,
+            plans=plans,
+            student=made,
+            architecture=given.student_arch,
+            platform=SimpleNamespace(kind="cpu"),
+        )
+        state = resume.resume(run)
+        resume.open_checkpoints(run)
+        note.note("first step", auto_resume.first_step_to_write(config, state.step))
+        loop._Writers(SimpleNamespace(config=config, is_writer=True), Path(config.checkpoint.save), first_step=0)  # type: ignore[arg-type]
+
+
+def _loss(config: RunConfig, sources: Any) -> float:
+    """Of eight samples with the sources of the step's first."""
+    samples = [Sample(p, p, (1,), tuple((p + k) % VOCAB for k in range(3)), "dataset") for p in range(8)]
+    batch = collate(samples)
+    model, hidden, signal, head = _tensors(config, len(batch.labels), batch.tokens.T.shape)
+    assert dist.group.WORLD is not None
+    loss = DistillationLoss(config.distillation, tp_group=dist.group.WORLD, vocab_size=VOCAB, teacher_head=head)
+    total, _, _ = loss(model, hidden, batch, signal, dict(enumerate(sources[:8])))
+    return round(float(total), 4)
+
+
+def _measured(config: RunConfig, given: inputs.Inputs) -> list[float]:
+    model, hidden, signal, head = _tensors(config, 24, (24, 1))
+    assert dist.group.WORLD is not None
+    loss = DistillationLoss(config.distillation, tp_group=dist.group.WORLD, vocab_size=VOCAB, teacher_head=head)
+    run: Any = SimpleNamespace(loss=loss)
+    found = evaluate._measure_chunk(run, model, hidden.view(24, -1), torch.arange(24), signal)
+    return [round(float(values.float().sum()), 4) for values in found.values()]
+
+
+def _tensors(config: RunConfig, num_loss_tokens: int, size: Sequence[int]) -> tuple[Any, torch.Tensor, Signal, Any]:
+    draw = torch.Generator().manual_seed(5)
+    head, teacher_head = (torch.randn(VOCAB, 8, generator=draw) for _ in range(2))
+    hidden = torch.randn(*size, 8, generator=draw)
+    told = torch.randn(num_loss_tokens, 8, generator=draw)
+    model = SimpleNamespace(head_input=lambda rows: rows, head_weight=lambda: head, head_grad_is_reduced=True)
+    topk = config.distillation.gkd_logits_topk
+    if topk is None:
+        return model, hidden, Signal(told, None, None), teacher_head
+    values, ids = torch.log_softmax(told @ teacher_head.T, dim=1).topk(topk, dim=1)
+    return model, hidden, Signal(None, values, ids.int()), None
+
+
+@contextlib.contextmanager
+def _without_machines(note: Recorder) -> Iterator[None]:
+    """Recorders in place of what is slow or needs others."""
+
+    def rows(*args: Any, weights: Any = (), **kwargs: Any) -> FakeRows:
+        return FakeRows(weights)
+
+    def student(chunks: Any, layout: Any, groups: Any, training: Any, **kwargs: Any) -> None:
+        numbers = _optimizer_config(training, torch.float32, kwargs["use_distributed_optimizer"])
+        warmup = int(training.lr_warmup_fraction * kwargs["train_iters"])
+        note.note("student", numbers, training.lr_decay_style, warmup, sorted(kwargs.items()))
+
+    def teacher_samples(open_store: Any, **kwargs: Any) -> Any:
+        store = open_store()
+        note.note("teacher's store", sorted(vars(store.sampler).items()), store.settings, kwargs["window"])
+        return SimpleNamespace(begin=lambda step: None)
+
+    def sampler(*args: Any) -> Any:
+        return SimpleNamespace(args=_text(args[0]))
+
+    where = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
+    engine = SimpleNamespace(max_model_len=10**6)
+    state = SimpleNamespace(step=3, clock="")
+    noted: list[tuple[Any, str, Any]] = [
+        *((module.platform, "setup", lambda *a: where) for module in (setup,)),
+        (setup.platform, "init_distributed", None),
+        (inputs, "shared_rows", rows),
+        (inputs, "StreamedRows", rows),
+        *((setup, name, None) for name in ("load_model", "TeacherPipeline", "RemoteTeacher", "ServerTeacher")),
+        *((sampling, name, None) for name in ("RolloutBridge", "HFTensorStream", "Delivery", "Rollouts")),
+        (colocate, "ColocatedEngine", engine),
+        *((server, name, engine) for name in ("ServerEngine", "SubprocessEngine")),
+        (engines_module, "_check_lengths", None),
+        (teacher_sampling, "CompletionCache", lambda *a: []),
+        (teacher_sampling, "ServerSampler", sampler),
+        *((resume, name, None) for name in ("load_initial_weights", "read_rollouts", "Checkpoints")),
+        (resume, "choose_checkpoint", lambda path, **k: path),
+        (resume, "load_checkpoint", state),
+        (loop, "open_trackers", []),
+    ]
+    quiet: list[tuple[Any, str, Any]] = [
+        (setup, "require_same", lambda *a: None),
+        (setup, "start_facts", lambda *a: {}),
+        (setup, "Student", student),
+        (setup, "signal_spec", lambda **k: None),
+        (inputs, "on_every_rank", lambda work, group: work()),
+        (sampling, "stop_tokens", lambda *a: (0,)),
+        (sampling, "ChatEncoder", lambda *a: None),
+        (sampling, "hf_tensor_shapes", lambda arch: {}),
+        (teacher_sampling, "stop_tokens", lambda *a: (0,)),
+        (teacher_sampling, "ChatEncoder", lambda *a: None),
+        (teacher_sampling, "fingerprint", lambda path: path),
+        (teacher_sampling, "TeacherSamples", teacher_samples),
+        (teacher_sampling, "read_architecture", lambda path: SimpleNamespace(max_position_embeddings=4096)),
+        (teacher_sampling, "_first_step", lambda load: 0),
+        (resume, "replace", lambda state, **k: state),
+        (resume, "describe_run", lambda *a: None),
+        (loop, "JsonlWriter", lambda *a, **k: None),
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "2"}))
+        for module, name, result in noted:
+            stack.enter_context(patch.object(module, name, note(f"{module.__name__}.{name}", result)))
+        for module, name, function in quiet:
+            stack.enter_context(patch.object(module, name, function))
+        yield
+
+
+def longer(arch: Architecture) -> Architecture:
+    """With more positions than any --max_length here."""
+    return replace(arch, max_position_embeddings=4096)
