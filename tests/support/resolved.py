@@ -69,6 +69,9 @@ class FakeRows(Rows):
     def account(self) -> str:
         return "fake"
 
+    def warnings(self) -> list[str]:
+        return []
+
     def require(self, check: Any) -> None:
         """None is."""
 
