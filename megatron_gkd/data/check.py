@@ -261,10 +261,8 @@ class _Rendered:
 
     def is_composed(self, row: Row) -> bool:
         """The data set has letters in parts (an accent of its own), and the tokens have none."""
-        text, decoded = (
-            self.prompt + (self.completion or ""),
-            self._encoder.decode((*row.prompt_ids, *(row.completion_ids or ()))),
-        )
+        text = self.prompt + (self.completion or "")
+        decoded = self._encoder.decode((*row.prompt_ids, *(row.completion_ids or ())))
         return not unicodedata.is_normalized("NFC", text) and unicodedata.is_normalized("NFC", decoded)
 
     def _is_whole(self, row: Row) -> bool:

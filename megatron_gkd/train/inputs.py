@@ -83,8 +83,8 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     )
     stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if with_training_data else ())
     clock = run_clock(config)
-    if told := clock.told_to(tokenizer.chat_template):
-        logger.info("the chat template is told the time, in this run and where it is resumed: %s", ", ".join(told))
+    if seen := clock.told_to(tokenizer.chat_template):
+        logger.info("the chat template is told the time, in this run and where it is resumed: %s", ", ".join(seen))
     rows = _training_rows(config, tokenizer, vocab_size, clock) if with_training_data else None
     eval_rows = _eval_rows(config, tokenizer, vocab_size, clock)
     all_or_none(lambda: _check_rows(config, student_layout, rows, eval_rows))
@@ -131,11 +131,16 @@ def _models(
     return student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size
 
 
+def _is_first() -> bool:
+    """Whether this rank says what all have found."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def _tell_reach(config: RunConfig, student: Architecture, teacher: Architecture | None) -> None:
     """Warn where rows may be longer than a model was made for."""
     longest = config.data.max_length
     for flag, arch in (("model", student), ("teacher_model", teacher)):
-        if arch is not None and (most := reach(config.get(flag), arch)) < longest and dist.get_rank() == 0:
+        if arch is not None and (most := reach(config.get(flag), arch)) < longest and _is_first():
             logger.warning(
                 "--max_length %d is above the %d positions of --%s (max_position_embeddings, with its RoPE scaling): "
                 "longer rows have positions that it has not seen; give at most %d",
@@ -224,7 +229,7 @@ def _vocabulary(
         return tokenizer, student.vocab_size
     of_teacher = load_tokenizer(str(config.teacher.teacher_model))
     check_same_tokenizer(tokenizer, of_teacher)
-    if (found := differences(tokenizer, of_teacher)) and dist.get_rank() == 0:
+    if (found := differences(tokenizer, of_teacher)) and _is_first():
         logger.warning(
             "student and teacher differ in %s; the student's writes all rows, also those that are scored", found
         )
@@ -281,7 +286,7 @@ def _within(rows: RowDataset | StreamedRows, paths: Sequence[str], vocab_size: i
     """The rows, with ids within the models' vocabulary, and their account in the log."""
     rows.require_ids_below(vocab_size)
     logger.info("%s: %s", ", ".join(paths), rows.account())
-    if dist.get_rank() == 0:
+    if _is_first():
         for text in (*rows.warnings(), *told(rows.summary.suspicious, rows.summary.first_suspicious)):
             logger.warning("%s: %s", ", ".join(paths), text)
     return rows
