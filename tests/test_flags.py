@@ -409,7 +409,7 @@ def test_check_data_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     cfg = parse_check_data(line.split())
     cfg.check()
     assert (cfg.dataset, cfg.num_rows, cfg.max_completion_length) == (["a.jsonl", "b.parquet"], 0, 8)
-    assert (cfg.on_bad_row, cfg.overlong, cfg.max_rows) == ("skip", "drop", None)
+    assert (cfg.on_bad_row, cfg.overlong, cfg.max_rows) == ("stop", "drop", None)
     for name in ("model", "dataset"):
         other = [word for n in ("model", "dataset") if n != name for word in (f"--{n}", "x")]
         with pytest.raises(ConfigError, match=f"--{name} is missing"):
