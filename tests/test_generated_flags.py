@@ -193,15 +193,15 @@ def judge(command: Command, given: dict[str, Any], arch: Any) -> tuple[str, list
             continue
         without = outcome({name: value for name, value in given.items() if name != flag})
         changes = without is None or without[1] != plan
-        if changes and flag in named:
-            wrong.append(f"--{flag} {config.get(flag)} is named and changes {_parts(plan, without)}: {given}")
+        if without is not None and changes and flag in named:  # it may be what another flag needs to be accepted
+            wrong.append(f"--{flag} {config.get(flag)} is named and changes {_parts(plan, without[1])}: {given}")
         if not changes and flag not in named and not says_the_default(flag, config):
             wrong.append(f"--{flag} {config.get(flag)} changes nothing and is not named: {given}")
     return "named" if named else "in force", wrong
 
 
-def _parts(plan: dict[str, Any], without: Any) -> Any:
-    return "what is refused" if without is None else sorted(n for n in plan if plan[n] != without[1].get(n))
+def _parts(plan: dict[str, Any], without: dict[str, Any]) -> list[str]:
+    return sorted(name for name in plan if plan[name] != without.get(name))
 
 
 def judge_all(command: Command, directory: str, number: int) -> tuple[Counter[str], list[str]]:

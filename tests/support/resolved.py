@@ -176,7 +176,7 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     indices, _, sources = draws[0]
     sampled: Any = {p: ((3,) * (1 + p % 5), 0) for p, source in enumerate(sources) if source != "dataset"}
     plan = plans._with(0, sampled)
-    note.note("step", indices, sources, plan.student, plan.teacher)
+    note.note("step", indices, sources, plan.student, plan.teacher, config.data.packing)
     if distillation.lmbda > 0:
         note.note("requests", [(r.key, r.max_tokens, r.seed) for r in plans.requests(0)])
     if distillation.samples_teacher:
