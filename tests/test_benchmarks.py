@@ -12,6 +12,8 @@ import pytest
 from tests.support.effort import LIMIT_S
 from tests.support.vllm_zygote import forked_programs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

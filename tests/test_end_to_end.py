@@ -148,6 +148,7 @@ def runs(inputs: Inputs) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_leaves_its_record(runs: dict[str, Path], name: str):
     run_dir = runs[name]
@@ -180,6 +181,7 @@ def evaluated(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in (line.split() for line in text.splitlines() if line.strip())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_eval_of_the_exported_student_repeats_the_last_evaluation(inputs: Inputs, runs: dict[str, Path], name: str):
     """In one plain process, though the runs were of two ranks."""
@@ -192,6 +194,7 @@ def test_eval_of_the_exported_student_repeats_the_last_evaluation(inputs: Inputs
     assert found == pytest.approx({key: expected[key] for key in found}, rel=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_transformers_finds_the_same_likelihood_in_the_exported_student(
     inputs: Inputs, runs: dict[str, Path], name: str
@@ -216,6 +219,7 @@ def test_transformers_finds_the_same_likelihood_in_the_exported_student(
     assert last["nll"] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_report_writes_its_files(runs: dict[str, Path]):
     text = succeeded(run(["report", str(runs["PP2"]), "--max_new_tokens", "4"]))
     assert "forward KL" in text
@@ -233,6 +237,7 @@ def test_report_writes_its_files(runs: dict[str, Path]):
 TIMES = ("tokens_per_s", "step_time_s", "teacher_s", "student_s")
 
 
+@pytest.mark.slow
 def test_pitfall_17_load_goes_on_where_the_run_stopped(inputs: Inputs, runs: dict[str, Path]):
     """A run that lost everything after its checkpoint of step 4 ends with the same numbers and the same bits."""
     stopped = inputs.root / "runs" / "stopped"
@@ -411,6 +416,7 @@ def test_bad_input_is_exit_code_2_and_one_clear_line(
     assert not save.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["batch", "unknown flag"])
 def test_bad_input_under_torchrun(inputs: Inputs, bad_paths: dict[str, Path], tmp_path: Path, name: str):
     """Found after the ranks have met, and before: torchrun ends and reports exit code 2 of a rank."""

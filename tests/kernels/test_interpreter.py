@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.effort import LIMIT_S
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

@@ -60,6 +60,7 @@ def train_and_infer(cell: Cell) -> tuple[list[Step], torch.Tensor | None]:
         return train(cell), logits(load_model(Path(cell.path), cell.layout))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABOVE)
 def test_tensor_parallel_ranks_may_share_a_kv_head(tmp_path: Path, name: str):
     """Logits are transformers'; so are loss and gradient norm, over three updates, here and in one process."""

@@ -29,6 +29,8 @@ from tests.train.runs import command_line, train_on_this_rank
 from tests.train.trainers import build_run, run_config, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
+pytestmark = pytest.mark.slow
+
 HOST = socket.gethostname()
 
 

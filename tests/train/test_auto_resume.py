@@ -20,6 +20,8 @@ from tests.ranks import RankFailureError, run_ranks
 from tests.train.runs import exported, metrics, train
 from tests.train.trainers import run_config, write_pair, write_rows
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVED_AT = 6, 4
 
 

@@ -25,6 +25,8 @@ from tests.train.runs import command_line, exported, metrics
 from tests.train.trainers import make_samples
 from tests.weights.ranks_at_work import groups_of, load_model, megatron
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2": {},
     "DP2, whole optimizer": dict(sharded=False),

@@ -26,6 +26,8 @@ from tests.train.checkpoint_runs import FLAGS, SAVED_AT, STEPS, assert_same_bits
 from tests.train.runs import command_line, exported, metrics, train, train_on_this_rank
 from tests.train.trainers import write_rows
 
+pytestmark = pytest.mark.slow
+
 HOME: dict[str, Any] = dict(tensor=2, pipeline=2)
 
 

@@ -40,6 +40,8 @@ from tests.train.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
 from tests.train.runs import command_line, exported, metrics, train, train_on_this_rank
 from tests.weights.ranks_at_work import groups_of, load_model, megatron
 
+pytestmark = pytest.mark.slow
+
 SHORT: dict[str, Any] = FLAGS | dict(tensor=2, train_iters=3, save_steps=1, eval_steps=3)
 
 

@@ -28,6 +28,8 @@ from tests.train.runs import command_line, metrics, train
 from tests.train.trainers import PAIRS, build_run, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
+pytestmark = pytest.mark.slow
+
 NUM_ROWS, TOPK = 7, 9
 ROUNDING = FLOOR * EPS * math.log(340)  # of log-probabilities, which are of this size
 NAMES = ("forward_kl", "reverse_kl", "jsd", "nll", "agreement")

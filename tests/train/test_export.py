@@ -35,6 +35,8 @@ from tests.train.runs import command_line, exported, train
 from tests.train.trainers import PAIRS, build_run, make_samples, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = make_samples([(4, 9), (2, 5), (7, 3)], vocab_size=300)
 FLAGS: dict[str, Any] = dict(
     lmbda=0, global_batch_size=4, train_iters=3, lr=5e-3, report_to="none", device="cpu", teacher_tensor=1

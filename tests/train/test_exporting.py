@@ -27,6 +27,8 @@ from tests.train.runs import command_line, exported, train
 from tests.train.trainers import build_run, write_rows
 from tests.weights.ranks_at_work import megatron
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("forward_kl", "reverse_kl", "jsd", "nll", "agreement")
 
 

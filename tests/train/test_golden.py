@@ -1,5 +1,7 @@
 """A committed loss curve: 20 steps of a tiny Llama on two pipeline stages, from command line flags to metrics.jsonl.
 
+pytestmark = pytest.mark.slow
+
 It guards the whole against changes that no other test looks for: order of the rows, learning rate schedule, padding,
 defaults of flags. A change of the curve is either a fault or deliberate; then write it anew and say why in the commit:
 

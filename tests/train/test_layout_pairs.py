@@ -28,6 +28,8 @@ from tests.train.dense_step import DenseStep, Objective, dense_step, differences
 from tests.train.trainers import StepOutcome, T, Trainer, make_samples, run_config, write_rows
 from tests.weights.ranks_at_work import megatron
 
+pytestmark = pytest.mark.slow
+
 TOPK = 12
 SAMPLES = make_samples([(5, 7), (3, 1), (9, 12), (2, 0), (1, 4), (6, 9), (4, 3), (7, 5)])
 OPTIMIZER: dict[str, Any] = dict(lr=0.01, adam_eps=1e-4, weight_decay=0.1, clip_grad=0.02, adam_beta2=0.95)

@@ -30,6 +30,8 @@ from tests.train.dense_step import Objective, dense_steps, wrong_numbers
 from tests.train.trainers import StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = make_samples([(5, 7), (3, 1), (9, 12), (2, 2), (1, 4), (6, 9), (4, 3), (7, 5)])
 MIXED = DistillationConfig(beta=0.5, sft_alpha=0.5)
 

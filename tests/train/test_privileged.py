@@ -41,6 +41,8 @@ from tests.train.test_step_exact import OPTIMIZER, TOPK, Cell
 from tests.train.trainers import StepOutcome, T, Trainer, build_run, make_samples, run_config, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [(5, 7), (3, 1), (9, 12), (2, 0), (1, 4), (6, 9), (4, 3), (7, 5)]
 TEACHER_PROMPTS = [11, 20, 2, 3, None, 6, 17, None]  # tokens
 MAX_PACKED_TOKENS = 28

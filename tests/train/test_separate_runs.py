@@ -21,6 +21,8 @@ from tests.support.vllm_zygote import forked_programs
 from tests.train.runs import command_line, exported, metrics, train, train_on_this_rank
 from tests.train.trainers import write_rows
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 
 

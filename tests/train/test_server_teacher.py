@@ -33,6 +33,8 @@ from tests.teacher_server.fake import FakeServer, random_teacher, serve
 from tests.train.runs import command_line, exported, metrics, train, train_on_this_rank
 from tests.train.trainers import write_pair, write_rows
 
+pytestmark = pytest.mark.slow
+
 TOPK = 8
 
 

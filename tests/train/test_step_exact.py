@@ -29,6 +29,8 @@ from tests.train.dense_step import DenseStep, Fault, Objective, dense_step, diff
 from tests.train.trainers import PAIRS, StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
 from tests.weights.ranks_at_work import megatron
 
+pytestmark = pytest.mark.slow
+
 TOPK = 12
 SAMPLES = make_samples([(5, 7), (3, 1), (9, 12), (2, 0), (1, 4), (6, 9), (4, 3), (7, 5)])
 COUNTS = {"tokens": sum(sample.num_loss_tokens for sample in SAMPLES)}

@@ -33,6 +33,8 @@ from tests.train.checkpoint_runs import FLAGS, assert_same_bits, checkpoint_of, 
 from tests.train.faulty_runs import hold_step
 from tests.train.runs import command_line, metrics, train, train_on_this_rank
 
+pytestmark = pytest.mark.slow
+
 RUN: dict[str, Any] = FLAGS | dict(save_steps=100, micro_batch_size=4, train_iters=8)
 LAUNCH = [sys.executable, "-m", "megatron_gkd.launcher", "--standalone", "--nproc-per-node", "2"]
 TP2: dict[str, Any] = RUN | dict(tensor=2)

@@ -92,6 +92,7 @@ def results(models: Models) -> dict[tuple[Any, str], tuple[float, list[str]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers_and_the_export_its_source(results: Any, family: str, layout: str) -> None:
@@ -146,6 +147,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
 def test_expert_parallel_logits_and_export(expert_results: Any, layout: str) -> None:
     cells = {model: cell for (model, name), cell in expert_results.items() if name == layout}
