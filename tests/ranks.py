@@ -17,7 +17,7 @@ How it works: one pool of processes per world size, forked from a server that ha
 package (support/preload.py) before any torch operation ran (forking a process that has run a backward hangs; spawning
 costs 15 s). What the server imported is frozen for the garbage collector: a collection after each call would otherwise
 walk its half million objects, 0.3 s a rank. Work and results travel through pipes as plain pickles (no shared memory),
-so results must be picklable; tensors are copied.
+so results must be picklable; tensors are copied. Between calls the processes are stopped.
 
 Failure: the rank that failed FIRST is reported with its traceback (its peers usually fail later, with "connection
 closed by peer"); the pool is thrown away and the next call starts a new one. After `timeout_s` the report holds the
@@ -35,6 +35,7 @@ pytest).
 
 import atexit
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import multiprocessing
@@ -63,6 +64,7 @@ _PRELOAD = ["tests.support.preload"]
 # twenty living ranks with twenty groups each these took a quarter of two cores. A pool above this is ended, and the
 # next call forks a new one, which takes less than a second.
 _MOST_THREADS = 24
+_PR_SET_PDEATHSIG = 1
 _GC_THRESHOLDS = (20_000, 10, 10)  # python's (700, 10, 10) are a tenth of the time of a step of a tiny model
 _GRACE_S = 1.0  # after the first failure, how long to wait for a peer that failed before it
 _GLOO_TIMEOUT = timedelta(minutes=30)  # the caller's timeout_s governs; gloo's own must not be shorter
@@ -102,6 +104,8 @@ def run_ranks(
         raise
     if live.num_threads() > _MOST_THREADS:
         _pools.pop(world).close()
+    else:
+        live.stand_still()
     return results
 
 
@@ -163,6 +167,7 @@ class _Pool:
             raise
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], seed: int, timeout_s: float) -> list[Any]:
+        self._signal(signal.SIGCONT)
         call = pickle.dumps((fn, args))
         for connection in self.connections:
             connection.send_bytes(pickle.dumps((call, seed, dict(os.environ))))
@@ -212,12 +217,23 @@ class _Pool:
                     texts.append(f"--- rank {rank}, most recent call first\n{file.read()}")
         return "\n".join(texts)
 
+    def stand_still(self) -> None:
+        """Stop the processes until the next call: gloo's threads wake up a hundred times a second, with or without
+        work, and those of idle ranks took a tenth of two cores."""
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
     def num_threads(self) -> int:
         """Of the rank that has most."""
         return max(len(os.listdir(f"/proc/{process.pid}/task")) for process in self.processes)
 
     def close(self) -> None:
         """Tell the ranks to end; kill those that do not."""
+        self._signal(signal.SIGCONT)
         for connection in self.connections:
             with contextlib.suppress(OSError):
                 connection.send_bytes(b"")
@@ -259,6 +275,7 @@ def configure_forkserver() -> None:
 
 def rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))  # ends it also where it stands still
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
     with open(f"{tmp}/stack{rank}", "w") as stack_file:
