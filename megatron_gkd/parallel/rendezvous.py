@@ -154,11 +154,7 @@ def _hold_meeting(
     keys = [f"rank_{rank}" for rank in range(start.world_size)]
     with contextlib.suppress(dist.DistError, RuntimeError):  # said below, by number
         records.wait(keys, max(left, timedelta(seconds=1)))
-    came = {
-        rank: [json.loads(line) for line in records.get(key).decode().splitlines()]
-        for rank, key in enumerate(keys)
-        if records.check([key])
-    }
+    came = {rank: _who_came(records.get(key)) for rank, key in enumerate(keys) if records.check([key])}
     verdict = _twice(came, start) or _missing({r: them[0] for r, them in came.items()}, start, timeout) or _unlike(came)
     if store.get(_MEETING).decode() != meeting:
         verdict = _given_twice(0, start)
@@ -169,6 +165,12 @@ def _hold_meeting(
     if verdict:
         time.sleep(_LINGER_S)
     return meeting, verdict or _WELL
+
+
+def _who_came(lines: bytes) -> list[Any]:
+    """The processes that came as one rank: each once, and of an agent, which gives every rank once, the newest."""
+    found = {record["name"]: record for record in map(json.loads, lines.decode().splitlines())}
+    return list(found.values())[-1:] if _of_agent() else list(found.values())
 
 
 def _find_meeting(store: Store, start: Start, mine: dict[str, Any], timeout: timedelta) -> tuple[str, str]:
@@ -184,8 +186,9 @@ def _find_meeting(store: Store, start: Start, mine: dict[str, Any], timeout: tim
             records.append(f"rank_{start.rank}", json.dumps(mine) + "\n")
         if meeting and records.check([key]):
             return meeting, records.get(key).decode()
-        if meeting and not _of_agent() and records.check(["closed"]):
-            return meeting, _given_twice(start.rank, start)  # the store is of this attempt, so is the meeting
+        # A store that no agent keeps is of this attempt, so is the meeting; answers are written before it is closed.
+        if meeting and not _of_agent() and records.check(["closed"]) and not records.check([key]):
+            return meeting, _given_twice(start.rank, start)
         time.sleep(pause)
         pause = min(1.5 * pause, _LONGEST_PAUSE_S)
     minutes = 2 * timeout.total_seconds() / 60

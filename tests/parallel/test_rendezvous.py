@@ -109,6 +109,22 @@ def test_a_rank_that_is_given_twice(port: int) -> None:
     assert [text.split(" (")[0] for text in twice] == ["RANK 1 was given to two processes"] * 3
 
 
+def test_an_answer_that_comes_with_the_end_of_the_meeting_counts(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank answers and closes between two looks of another one."""
+    closed_first = iter([False, True])
+
+    class Late(PrefixStore):
+        def check(self, keys: list[str]) -> bool:
+            if keys[0].startswith("verdict") and not next(closed_first, True):
+                while not super().check(["closed"]):
+                    time.sleep(0.01)
+                return False
+            return bool(super().check(keys))
+
+    monkeypatch.setattr(rendezvous, "PrefixStore", Late)
+    assert outcomes((start(0, 2, port),), (start(1, 2, port),)) == ["met", "met"]
+
+
 def test_a_second_one_that_comes_later(port: int) -> None:
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(lambda rank: outcome(start(rank, 2, port)), range(2))) == ["met"] * 2

@@ -341,7 +341,7 @@ def test_sleep(new_engine: Connect, models: list[Path]) -> None:
 
 
 def test_another_model_or_dtype_is_refused(new_engine: Connect, tmp_path: Path) -> None:
-    with pytest.raises(RolloutError, match="computes in float32, and bfloat16 is needed; start it with DTYPE=bf16"):
+    with pytest.raises(RolloutError, match="computes in float32, and bfloat16 is needed: start it with DTYPE=bf16"):
         new_engine(dtype="bf16")
     tied = write_model(tmp_path / "tied", 1, tied=True)
     with pytest.raises(RolloutError, match=r"has another model .*: tie_word_embeddings is False there and True in"):
