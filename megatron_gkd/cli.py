@@ -244,7 +244,10 @@ def _tell_launcher(text: str, code: int) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE", ""):
         _leave(path, {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}})
     if words := os.environ.get(LAST_WORDS, ""):
-        _leave(os.path.join(words, f"{environment.rank_told()}.json"), {"text": text, "code": code})
+        _leave(
+            os.path.join(words, f"{environment.rank_told()}.json"),
+            {"text": text, "code": code, "attempt": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")},
+        )
 
 
 def _leave(path: str, record: dict[str, object]) -> None:

@@ -4,8 +4,8 @@ torchrun ends a run that failed, or was told to stop, with a traceback of itself
 what to do is forty lines up, and 75 (stopped, with a checkpoint) looks like an error. So the scripts in `launch/` start
 this in its place. It takes the same arguments and does the same, and then says again what the ranks said last.
 
-A rank leaves its line and its exit code in the directory that LAST_WORDS names (cli.py). Each start of the ranks writes
-over the one before, so what is told is the newest, of the lowest rank. Plain torchrun still works: it has the line in
+A rank leaves its line, its exit code and the number of its start in the directory that LAST_WORDS names (cli.py). What
+is told is the line of the lowest rank of the last start. Plain torchrun still works: it has the line in
 its table of failed ranks.
 """
 
@@ -21,7 +21,6 @@ from pathlib import Path
 from megatron_gkd.cli import LAST_WORDS
 
 EXIT_FAILED = 1
-SAME_MOMENT_S = 60.0  # ranks of one start end within this time of each other
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _say(words: Path, otherwise: str, code: int) -> int:
     """Print what the lowest rank of the last start said, else `otherwise`; returns its exit code, else `code`."""
     found = sorted(words.glob("*.json"), key=lambda path: int(path.stem))
-    newest_s = max((path.stat().st_mtime for path in found), default=0.0)
+    said = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    last = max((int(one["attempt"]) for one in said), default=0)
     text = otherwise
-    for path in found:
-        if newest_s - path.stat().st_mtime <= SAME_MOMENT_S:
-            last = json.loads(path.read_text(encoding="utf-8"))
-            text, code = str(last["text"]), int(last["code"])
+    for one in said:
+        if int(one["attempt"]) == last:
+            text, code = str(one["text"]), int(one["code"])
             break
     sys.stderr.write(f"\n{text}\n")
     return code
