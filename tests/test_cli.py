@@ -265,13 +265,14 @@ def test_a_launcher_is_told_the_line(
     error_file = run_dir / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
     monkeypatch.setenv(cli.LAST_WORDS, str(run_dir))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
     assert cli.main([*TRAIN, *MISSING]) == 2
     line = capsys.readouterr().err.strip()
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(error_file))
     table = str(ChildFailedError("train", {0: failure})).splitlines()
     assert table[-2].endswith(line)
     assert line.startswith("megatron-gkd: error: not built yet")
-    assert json.loads((run_dir / "0.json").read_text()) == {"text": line, "code": 2}
+    assert json.loads((run_dir / "0.json").read_text()) == {"text": line, "code": 2, "attempt": "3"}
 
 
 def test_an_interrupt_is_no_traceback_and_other_errors_are(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
