@@ -1,7 +1,5 @@
 """A committed loss curve: 20 steps of a tiny Llama on two pipeline stages, from command line flags to metrics.jsonl.
 
-pytestmark = pytest.mark.slow
-
 It guards the whole against changes that no other test looks for: order of the rows, learning rate schedule, padding,
 defaults of flags. A change of the curve is either a fault or deliberate; then write it anew and say why in the commit:
 
@@ -31,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from tests.support.numerics import EPS, FACTOR, FLOOR
 from tests.train.runs import metrics, train
 from tests.train.trainers import write_pair, write_rows
+
+pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).with_name("golden_loss.json")
 STEPS = 20
