@@ -175,8 +175,8 @@ def judge(command: Command, given: dict[str, Any], arch: Any) -> tuple[str, list
 
     def outcome(values: dict[str, Any]) -> Any:
         """None: refused."""
-        config = RunConfig.from_flat({"model": "S", "dataset": ["a.jsonl", "b.jsonl"]} | values)
         try:
+            config = RunConfig.from_flat({"model": "S", "dataset": ["a.jsonl", "b.jsonl"]} | values)
             config.validate(command)
             return config, resolved(config, command, arch)
         except GKDError:
