@@ -13,6 +13,8 @@ import stat
 from pathlib import Path
 from typing import Any, Final
 
+from megatron_gkd.errors import GKDError
+
 MOST_BYTES: Final = 64 * 10**6
 _SHOWN: Final = 60
 
@@ -26,6 +28,19 @@ def read_json(path: str | Path, *, most_bytes: int = MOST_BYTES) -> Any:
         if found.st_size > most_bytes:
             raise ValueError(f"it has {found.st_size} bytes, and {most_bytes} are the most that is read")
         return parse_json(file.read())
+
+
+def read_object(path: Path, damaged: type[GKDError]) -> dict[str, Any] | None:
+    """The object in a file that a run wrote; None where there is no file. Raises `damaged`, with the path."""
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise damaged(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise damaged(f"{path} is damaged: it is no object")
+    return found
 
 
 def parse_json(content: bytes) -> Any:

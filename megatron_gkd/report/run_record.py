@@ -21,7 +21,7 @@ from typing import Any
 from megatron_gkd.config import RunConfig
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.flags import parse_run_config
-from megatron_gkd.json_file import read_json
+from megatron_gkd.json_file import read_object
 from megatron_gkd.observe.writers import read_rows
 
 Record = dict[str, Any]
@@ -67,17 +67,5 @@ def read_run(directory: Path) -> RunRecord:
         metrics=tuple(read_rows(directory / "metrics.jsonl", strict=True)),
         evaluations=tuple(read_rows(directory / "evaluation.jsonl", strict=True)),
         exported=exported if (exported / "config.json").is_file() else None,
-        export=_read_export(directory / "export.json"),
+        export=read_object(directory / "export.json", ConfigError) or {},
     )
-
-
-def _read_export(path: Path) -> Record:
-    if not path.is_file():
-        return {}
-    try:
-        record = read_json(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged: {error}") from error
-    if not isinstance(record, dict):
-        raise ConfigError(f"{path} is damaged: it is no object")
-    return record

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_gkd.config import RunConfig
 from megatron_gkd.errors import CheckpointError, GKDError
-from megatron_gkd.json_file import read_json
+from megatron_gkd.json_file import read_object
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import all_true, on_first
 from megatron_gkd.platform import new_group
@@ -90,16 +90,7 @@ def write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
     """None where no export was recorded. Raises CheckpointError for a damaged record."""
-    path = run_dir / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = read_json(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{path} is damaged: it is no object")
-    return record
+    return read_object(run_dir / RECORD, CheckpointError)
 
 
 def is_seen_by_all(out_dir: Path) -> bool:
