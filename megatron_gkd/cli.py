@@ -37,6 +37,8 @@ LAST_WORDS = "GKD_LAST_WORDS"  # names the directory that a rank leaves its last
 SILENT_RANK_WAITS_S = 20.0
 SAME_MOMENT_S = 2.0  # the ranks that have met raise the same error at nearly the same time
 
+_ON_MEGATRON = ("train.", "convert:")  # work that imports megatron-core
+
 Action = Callable[[], None]
 Command = Callable[[list[str]], Action]
 
@@ -106,6 +108,10 @@ def _later(work: str, cfg: Any, log_level: str) -> Action:
 
         setup_logging(log_level)
         _silence_megatron_fallbacks()
+        if work.startswith(_ON_MEGATRON):
+            from megatron_gkd.platform import import_megatron
+
+            import_megatron()
         resolve_name(f"megatron_gkd.{work}")(cfg)
 
     return action

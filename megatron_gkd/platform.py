@@ -11,18 +11,21 @@ order);
 restores);
 * the router's optional GEMM of Transformer Engine, whose name 0.16.1 leaves undefined without it, is None;
 * token counts of the expert dispatcher become numbers where they are asked for as such;
-* a TorchFunctionMode rewrites `device="cuda"` to "cpu", drops `pin_memory`, and lets `Tensor.type()` name a CPU
+* what makes and moves tensors takes `device="cuda"` for "cpu" and drops `pin_memory`, and `Tensor.type()` names a CPU
   tensor as its CUDA twin ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py,
   distrib_optimizer.py, clip_grads.py).
 
+`import_megatron()` spares such a machine the compiler that importing megatron-core loads.
+
 Invariants: on CUDA nothing is patched; the adaptation is idempotent; `undo` restores every patched attribute; nothing
-happens at import. Threads: the function mode is active in the thread that called `adapt_megatron_to_cpu`; a CPU
-backward pass runs in its caller's thread.
+happens at import.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,13 +33,20 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from megatron_gkd import environment
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel.rendezvous import meet, read_start
 
 DeviceKind = Literal["cpu", "cuda"]
+
+_MAKERS = (
+    *("arange", "as_tensor", "asarray", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace"),
+    *("logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like"),
+    *("randperm", "scalar_tensor", "tensor", "zeros", "zeros_like"),
+)
+_METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,22 @@ def setup(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
     torch.set_num_threads(environment.num_threads())
     adapt_megatron_to_cpu()
     return Platform("cpu", torch.device("cpu"), "gloo")
+
+
+def import_megatron() -> None:
+    """Import what runs use of megatron-core, before another import does.
+
+    It has fifty fusions that a decorator compiles, so importing it loads torch's dynamo and inductor: 8 CPU-seconds on
+    every rank. Fusions are for CUDA. Where torch sees no CUDA device, `torch.compile` meanwhile returns what it is given.
+    """
+    compiler = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
+    try:
+        for name in ("models.gpt", "optimizer", "distributed", "pipeline_parallel", "dist_checkpointing"):
+            importlib.import_module(f"megatron.core.{name}")
+    finally:
+        torch.compile = compiler
 
 
 def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> None:
@@ -162,26 +188,47 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
-class _CudaRequestsOnCpu(TorchFunctionMode):
-    """Answers requests for CUDA tensors with CPU tensors (see the module docstring)."""
+def _for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with requests for CUDA or pinned memory among its named arguments taken back."""
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+    @functools.wraps(function)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
             if _names_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": "cpu"}
+                kwargs["device"] = "cpu"
             if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], "cpu", *args[2:])
-        return func(*args, **kwargs)
+                kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return on_cpu
 
 
-_ABSENT = object()  # an attribute that megatron-core does not define here
+def _tensor_requests() -> Iterator[tuple[Any, str, Any]]:
+    """(owner, name, replacement) of what makes, moves and names tensors.
+
+    Replaced are the functions that are called, and not every call to torch: a TorchFunctionMode would also answer, at
+    3 microseconds of Python each, for every product and every `tensor.shape`.
+    """
+    _device_constructors()  # what `with torch.device(...)` knows by identity: remembered before it is replaced
+    yield from ((torch, name, _for_cpu(getattr(torch, name))) for name in _MAKERS)
+    tensor: Any = torch.Tensor
+    yield from ((tensor, name, _for_cpu(getattr(tensor, name))) for name in _METHODS)
+    move, name_type = _for_cpu(tensor.to), tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _names_cuda(args[0]):
+            args = ("cpu", *args[1:])
+        return move(self, *args, **kwargs)
+
+    def type_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return name_type(self, *args, **kwargs)
+        return name_type(self).replace("torch.", "torch.cuda.", 1)
+
+    yield from ((tensor, "cuda", lambda self, *a, **k: self), (tensor, "to", to), (tensor, "type", type_of))
+
+
+_ABSENT = object()  # an attribute that its owner does not define itself
 _undo: Callable[[], None] | None = None
 _install: Callable[[], None] | None = None
 
@@ -238,19 +285,19 @@ def adapt_megatron_to_cpu() -> Callable[[], None]:
     # Without Transformer Engine 0.16.1 leaves this name undefined and then asks for it (moe_utils.py, the router).
     if not hasattr(moe_utils, "te_general_gemm"):
         replacements.append((moe_utils, "te_general_gemm", None))
-    originals = [(owner, name, getattr(owner, name, _ABSENT)) for owner, name, _ in replacements]
-    mode = _CudaRequestsOnCpu()
+    replacements += _tensor_requests()
+    originals = [
+        (owner, name, vars(owner).get(name, _ABSENT)) for owner, name, _ in replacements
+    ]  # not what is inherited
 
     def install() -> None:
         global _undo, _install
         for owner, name, replacement in replacements:
             setattr(owner, name, replacement)
-        mode.__enter__()
         _undo, _install = undo, install
 
     def undo() -> None:
         global _undo, _install
-        mode.__exit__(None, None, None)
         for owner, name, original in originals:
             if original is _ABSENT:
                 delattr(owner, name)

@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_gkd.platform import import_megatron
 from tests.ranks import close_pools
+
+import_megatron()  # before a test module imports megatron-core
 
 # A unit by name: the files or folders that it holds.
 TOGETHER: dict[str, tuple[str, ...]] = {

@@ -399,6 +399,8 @@ def test_the_command_line_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixt
 
 MEASURED = """if True:
     import sys, threading, time
+    from megatron_gkd.platform import import_megatron
+    import_megatron()
     from megatron_gkd.convert import ConvertConfig, run_convert
     to, small, large, out, check = sys.argv[1:]
     run_convert(ConvertConfig(to=to, model=small, save=out + "_small", check=bool(check)))  # all is imported now

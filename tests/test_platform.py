@@ -8,6 +8,7 @@ Not covered: CUDA and NCCL (there nothing is patched; `setup` has no other branc
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def attributes() -> dict[str, Any]:
     """Everything that the adaptation could have touched, by name."""
     import megatron.core.tensor_parallel.random as megatron_random
 
-    owners = {"torch.cuda": torch.cuda, "torch.cuda.random": torch.cuda.random, "megatron": megatron_random}
+    owners: dict[str, Any] = {"torch": torch, "torch.Tensor": torch.Tensor, "torch.cuda": torch.cuda}
+    owners |= {"torch.cuda.random": torch.cuda.random, "megatron": megatron_random}
     return {f"{name}.{key}": value for name, owner in owners.items() for key, value in vars(owner).items()}
 
 
@@ -52,13 +54,14 @@ def function_modes() -> int:
     return torch._C._len_torch_function_stack()
 
 
-def test_undo_restores_every_attribute_and_the_function_mode():
+def test_undo_restores_every_attribute():
     before, modes = attributes(), function_modes()
     undo = adapt_megatron_to_cpu()
     try:
         patched = changed(before)
         assert {"torch.cuda.current_device", "torch.cuda.Stream", "megatron._get_cuda_rng_state"} <= patched
-        assert function_modes() == modes + 1
+        assert {"torch.zeros", "torch.Tensor.cuda"} <= patched
+        assert function_modes() == modes, "a function mode costs Python time in every call of torch"
     finally:
         undo()
     assert changed(before) == set()
@@ -96,11 +99,18 @@ def test_it_can_be_installed_again_after_undo():
 
 
 def test_importing_every_module_patches_nothing():
-    """In a new process: what torch.cuda and the function-mode stack look like before and after all imports."""
+    """In a new process: what torch and the function-mode stack look like before and after all imports. Those of a run
+    load no compiler on a CPU."""
     script = """
-import pkgutil, importlib, torch
+import pkgutil, importlib, sys, torch
+from megatron_gkd.platform import import_megatron
+compiler = torch.compile
+import_megatron()
+import megatron_gkd.convert, megatron_gkd.train.evaluate, megatron_gkd.train.loop
+assert torch.compile is compiler
+assert torch.cuda.is_available() or "torch._inductor" not in sys.modules
 import megatron.core.tensor_parallel.random as megatron_random
-owners = (torch.cuda, torch.cuda.random, megatron_random)
+owners = (torch, torch.Tensor, torch.cuda, torch.cuda.random, megatron_random)
 before = [dict(vars(owner)) for owner in owners]
 import megatron_gkd
 from tests.support.effort import FULL, LIMIT_S
@@ -154,6 +164,18 @@ def test_other_devices_are_left_alone():
         assert torch.zeros(2, device="meta").device.type == "meta"
         assert torch.ones(2).to("meta").device.type == "meta"
         assert torch.zeros(2, device="cpu").device.type == "cpu"
+        with torch.device("meta"):
+            assert torch.zeros(2).device.type == "meta"
+
+
+def test_whatever_megatron_core_makes_on_a_device_is_answered():
+    import megatron.core
+
+    root = Path(next(iter(megatron.core.__path__)))
+    text = "\n".join(file.read_text(encoding="utf-8") for file in root.rglob("*.py"))
+    made = set(re.findall(r"\btorch\.([a-z_]+)\((?:[^()]|\([^()]*\))*\bdevice\s*=", text))
+    assert {"tensor", "empty", "zeros"} <= made
+    assert made <= set(platform._MAKERS) | {"Generator"}
 
 
 @needs_no_cuda

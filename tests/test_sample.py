@@ -29,7 +29,7 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.local_server import LOOPBACK, server_command, server_environment
 from tests.checkpoints import tiny_tokenizer, write_tiny_checkpoint
 from tests.rollout.serving import connect
-from tests.support.effort import LIMIT_S
+from tests.support.effort import FULL, LIMIT_S
 from tests.support.ports import reserve_port
 from tests.support.vllm_zygote import ForkedProgram
 
@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_does(
 ) -> None:
     common = ("--num_return_sequences", "2", "--truncated", "keep")
     whole = tmp_path / "whole.jsonl"
-    messages = finished(command("whole.jsonl", *common, "--vllm_mode", "subprocess"), real=True)
+    messages = finished(command("whole.jsonl", *common, "--vllm_mode", "subprocess"), real=FULL)
     account = re.search(
         r"whole\.jsonl: (\d+) of 56 completions written \(([\d,]+) tokens sampled\); (.*), in", messages
     )

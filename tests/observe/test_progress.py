@@ -69,7 +69,7 @@ def test_before_any_time_has_passed_there_is_no_eta() -> None:
 
 
 def test_a_terminal_s_line_is_rewritten_within_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((20, 5)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *args, **kwargs: os.terminal_size((20, 5)))
     stream, clock = Terminal(), Clock()
     with Progress(100, stream=stream, clock=clock) as progress:
         clock.now_s = 1.0

@@ -1,10 +1,14 @@
 """What the server of the test ranks imports before it forks them (see ranks.py): everything that a command of the
 package imports when it is used, vLLM excepted. That takes 10 CPU-seconds, which every forked rank or program saves.
 
-Modules only: nothing is called, so a fork inherits no thread and no state of torch.
+Modules only: nothing that computes is called, so a fork inherits no thread and no state of torch.
 """
 
-# ruff: noqa: F401
+# ruff: noqa: E402, F401
+
+from megatron_gkd.platform import import_megatron
+
+import_megatron()
 
 import pyarrow.ipc
 import pyarrow.parquet

@@ -16,7 +16,8 @@ else: no torch operation, no thread, so that forking is safe. One constant of vL
 workers that wait would otherwise take a core that another test needs.
 
 Not covered: the start of an interpreter. Each entry point has a test that starts a real one: the scripts in
-test_rollout_server_script.py and teacher_server/test_vllm.py; the command, and a server of its own, in test_sample.py.
+test_rollout_server_script.py and teacher_server/test_vllm.py; in the nightly run also the command, and a server of its
+own, in test_sample.py.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ killed whole; so is everything when this process is told to end.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -51,6 +52,8 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         import_what_is_late(request["argv"])
+        gc.collect()
+        gc.freeze()  # megatron-core collects with every checkpoint: the ranks would walk all that was imported
         answers.write(json.dumps(carry_out(request)) + "\n")
         answers.flush()
 

@@ -1,6 +1,6 @@
 """The real SmolLM2-135M-Instruct over tensor- and pipeline-parallel ranks: logits and greedy text equal transformers'.
 
-Over both at once in the gate, over each by itself too in the nightly run.
+Over both at once and five prompts in the gate, over each by itself too and twenty prompts in the nightly run.
 
 It is the quick start's teacher (after 4-bit rounding), prepared by the quick start's own script in the quick start's
 own place (GKD_CACHE, default cache/ in the repository): a package of 93 MB, downloaded once, and 270 MB of disk. Where
@@ -47,7 +47,7 @@ PROMPTS = (
     *("My favourite food is", "In the morning I", "The largest planet is", "Dogs are animals that", "Python is a"),
     *("The opposite of hot is", "A triangle has", "She opened the door and", "The year has twelve", "Bees make"),
     *("To bake bread you need", "The moon is", "Winter comes after", "He read the book because", "Fish live in"),
-)
+)[: None if FULL else 5]
 
 
 class Expected(NamedTuple):
@@ -125,7 +125,7 @@ def test_greedy_text_and_logits_equal_transformers(model_dir: Path, expected: Ex
     layout = LAYOUTS[name]
     ranks = run_ranks(run_model, model_dir, layout, expected.sequences, world=layout.world_size)
     (found,) = [result for result in ranks if result is not None]
-    assert len(found) == len(PROMPTS) == 20
+    assert len(found) == len(PROMPTS)
     differences = [float((here - there).abs().max()) for here, there in zip(found, expected.logits, strict=True)]
     assert max(differences) <= TOLERANCE, differences
     for prompt, start, logits, continuation in zip(
