@@ -22,37 +22,22 @@
 #   --dry-run      print the commands of every stage, run none
 # Environment: GKD_VENV, GKD_PYTHON, GKD_PIP_ARGS as in launch/setup_env.sh; GKD_CACHE (default: cache in the repository).
 set -euo pipefail
+# shellcheck source=_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${GKD_VENV:-$root/.venv}
 cache=${GKD_CACHE:-cache}
 offline=false
 case ${GKD_OFFLINE:-0} in 1 | true | yes) offline=true ;; esac
 steps=
 out=
 fresh=false
-dry_run=false
-extra_flags=()
 
-usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
-say() { printf '\n== %s\n' "$*"; }
-die() {
-    printf 'quickstart: %s\n' "$@" >&2
-    exit 2
-}
+stage() { printf '\n== %s\n' "$*"; }
 value_of() {
     if (($# < 2)) || [[ -z $2 || $2 == -* ]]; then die "$1 needs a value (see --help)"; fi
 }
-run() {
-    if $dry_run; then
-        printf '+'
-        printf ' %q' "$@"
-        printf '\n'
-    else
-        "$@"
-    fi
-}
 
+help_if_asked "$@"
 while (($#)); do
     case $1 in
         --offline) offline=true ;;
@@ -62,18 +47,13 @@ while (($#)); do
         --out=*) out=${1#*=} ;;
         --fresh) fresh=true ;;
         --dry-run) dry_run=true ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
         *) extra_flags+=("$1") ;;
     esac
     shift
 done
-[[ -z $steps || $steps =~ ^[1-9][0-9]*$ ]] || die "--steps $steps: give a positive whole number"
+[[ -z $steps ]] || positive --steps "$steps"
 # relative paths that the caller gives are relative to where the caller is; the defaults are inside the repository
 [[ -z $out || $out == /* ]] || out=$PWD/$out
-[[ $venv == /* ]] || venv=$PWD/$venv
 [[ -z ${GKD_CACHE:-} || $cache == /* ]] || cache=$PWD/$cache
 export GKD_VENV=$venv
 cd "$root"
@@ -93,7 +73,7 @@ fi
 out=${out:-runs/$name}
 
 # ---- environment ----------------------------------------------------------------------------------------------------
-say "environment"
+stage "environment"
 run bash launch/setup_env.sh
 python=$venv/bin/python
 # One thread per process. Two processes share two cores; more threads than that wait for each other.
@@ -107,7 +87,7 @@ done
 export PYTHONWARNINGS
 
 # ---- model and data -------------------------------------------------------------------------------------------------
-say "model and data: $data"
+stage "model and data: $data"
 if $offline; then
     run "$python" examples/quickstart/make_tiny.py --out "$data"
     data_dir=$data/data
@@ -130,7 +110,7 @@ train_flags=(
 settings=$(printf '%s\n' "${train_flags[@]}" && cat examples/quickstart/run.yaml)
 marker=$out/quickstart.settings
 
-say "training: $out"
+stage "training: $out"
 resume_flags=()
 finished=false
 if [[ -e $out && ! -f $marker && -n $(ls -A "$out") ]]; then
@@ -158,7 +138,7 @@ else
 fi
 
 # ---- report ---------------------------------------------------------------------------------------------------------
-say "report"
+stage "report"
 if $finished && [[ $out/report/summary.txt -nt $out/hf/config.json ]]; then
     run cat "$out/report/summary.txt"
 else

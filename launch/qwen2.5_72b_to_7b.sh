@@ -32,38 +32,21 @@
 #   NPROC_PER_NODE    GPUs a node (default: 8)
 #   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken (default: 128)
 set -euo pipefail
+# shellcheck source=_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
-die() {
-    printf 'qwen2.5_72b_to_7b: %s\n' "$@" >&2
-    exit 2
-}
-
-for word in "$@"; do
-    case $word in
-        -h | --help)
-            usage
-            exit 0
-            ;;
-    esac
-done
-
+help_if_asked "$@"
 nnodes=${NNODES:-1}
 teacher_nodes=${TEACHER_NODES:-1}
 batch=${BATCH:-128}
 export NPROC_PER_NODE=${NPROC_PER_NODE:-8}
-[[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES=$nnodes: give a positive whole number"
-[[ $teacher_nodes =~ ^[1-9][0-9]*$ ]] || die "TEACHER_NODES=$teacher_nodes: give a positive whole number"
-[[ $NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]] || die "NPROC_PER_NODE=$NPROC_PER_NODE: give a positive whole number"
-[[ $batch =~ ^[1-9][0-9]*$ ]] || die "BATCH=$batch: give a positive whole number"
-for name in TEACHER STUDENT; do
-    [[ -n ${!name:-} ]] || die "$name is not set; give a Hugging Face directory (see --help)"
-    [[ -f ${!name}/config.json ]] || die "$name=${!name}: there is no config.json in it"
-done
-[[ -n ${DATASET:-} ]] || die "DATASET is not set; give a JSONL or Parquet file (see --help)"
-[[ -f $DATASET ]] || die "DATASET=$DATASET: there is no such file"
+positive NNODES "$nnodes"
+positive TEACHER_NODES "$teacher_nodes"
+positive NPROC_PER_NODE "$NPROC_PER_NODE"
+positive BATCH "$batch"
+model_directory TEACHER
+model_directory STUDENT
+data_file DATASET
 
 model_flags=(--model "$STUDENT" --teacher_model "$TEACHER" --dtype bf16)
 student_layout=(--tensor_model_parallel_size 2 --sequence_parallel true --use_distributed_optimizer true)
@@ -84,19 +67,14 @@ case ${PLACEMENT:-separate} in
     *) die "PLACEMENT=$PLACEMENT: give separate or colocate" ;;
 esac
 # Tensor parallel 2: half of the student's ranks are data parallel, and each takes as many samples of a step.
-data_parallel=$((student_nodes * NPROC_PER_NODE / 2))
-((data_parallel > 0)) || data_parallel=1
-per_rank=$(((batch + data_parallel / 2) / data_parallel))
-((per_rank > 0)) || per_rank=1
+samples=$(batch_near "$batch" $((student_nodes * NPROC_PER_NODE / 2)))
 # The data set's completions teach; beta 0.5 weighs both directions of the divergence.
 loss_flags=(--lmbda 0 --seq_kd false --beta 0.5 --loss_path fused)
-data_flags=(--dataset "$DATASET" --max_length 4096 --micro_batch_size 1 --global_batch_size $((per_rank * data_parallel)))
+data_flags=(--dataset "$DATASET" --max_length 4096 --micro_batch_size 1 --global_batch_size "$samples")
 optimizer_flags=(--lr 1e-5 --min_lr 1e-6 --lr_decay_style cosine --lr_warmup_fraction 0.05)
 run_flags=(--save "${SAVE:-runs/qwen2.5_72b_to_7b}" --save_steps 100 --save_total_limit 3)
 # The first pass loads 145 GB on the teacher's ranks while the others wait.
 run_flags+=(--distributed_timeout_minutes 30)
 
-launcher=train_single_node.sh
-((nnodes == 1)) || launcher=train_multi_node.sh
-exec bash "$root/launch/$launcher" "${model_flags[@]}" "${student_layout[@]}" "${teacher_layout[@]}" "${placement[@]}" \
+train_on "$nnodes" "${model_flags[@]}" "${student_layout[@]}" "${teacher_layout[@]}" "${placement[@]}" \
     "${loss_flags[@]}" "${data_flags[@]}" "${optimizer_flags[@]}" "${run_flags[@]}" "$@"

@@ -16,37 +16,16 @@
 #                 point it at the index of torch's CPU builds:  GKD_PIP_ARGS="--extra-index-url <URL>"
 #                 Otherwise a default index may deliver the CUDA build: it works too, with several GB more.
 set -euo pipefail
-
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${GKD_VENV:-$root/.venv}
-[[ $venv == /* ]] || venv=$PWD/$venv
+# shellcheck source=_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
+error_status=1
 set_name=cpu
-dry_run=false
 
-usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
-say() { printf 'setup_env: %s\n' "$*"; }
-die() {
-    printf 'setup_env: %s\n' "$@" >&2
-    exit 1
-}
-run() {
-    if $dry_run; then
-        printf '+'
-        printf ' %q' "$@"
-        printf '\n'
-    else
-        "$@"
-    fi
-}
-
+help_if_asked "$@"
 while (($#)); do
     case $1 in
         --gpu) set_name=gpu ;;
         --dry-run) dry_run=true ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
         *) die "unknown argument: $1 (see --help)" ;;
     esac
     shift
@@ -54,7 +33,9 @@ done
 requirements=$root/requirements/$set_name.txt
 
 # ---- is there anything to do? ---------------------------------------------------------------------------------------
-wanted=$(cat "$root/requirements/$set_name"*.txt "$root/pyproject.toml" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
+# The stamp: what is installed (the pins, pyproject.toml), and the code that installs it.
+scripts=("${BASH_SOURCE[0]}" "$root/launch/_common.sh")
+wanted=$(cat "$root/requirements/$set_name"*.txt "$root/pyproject.toml" "${scripts[@]}" | sha256sum | cut -d' ' -f1)
 wanted="$set_name $wanted $root"
 stamp=$venv/.megatron-gkd-stamp
 if [[ -x $venv/bin/megatron-gkd && -f $stamp && $(<"$stamp") == "$wanted" ]]; then

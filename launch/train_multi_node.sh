@@ -43,54 +43,15 @@
 #   TORCH_NCCL_ASYNC_ERROR_HANDLING           torch's default ends a rank whose collective failed; leave it, restarts need it
 #   CUDA_DEVICE_MAX_CONNECTIONS               (default: 1, which megatron-core wants for tensor and sequence parallelism)
 set -euo pipefail
+# shellcheck source=_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${GKD_VENV:-$root/.venv}
-[[ $venv == /* ]] || venv=$PWD/$venv
-dry_run=false
-extra_flags=()
-
-usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
-die() {
-    printf 'train_multi_node: %s\n' "$@" >&2
-    exit 2
-}
-count_gpus() {
-    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
-    elif command -v nvidia-smi >/dev/null; then
-        nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true
-    else
-        echo 0
-    fi
-}
-is_port() { [[ $1 =~ ^[1-9][0-9]*$ ]] && (($1 <= 65535)); }
-
-for word in "$@"; do
-    case $word in
-        --dry-run) dry_run=true ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        *) extra_flags+=("$word") ;;
-    esac
-done
-
+take_flags "$@"
 nnodes=${NNODES:-}
-nproc=${NPROC_PER_NODE:-$(count_gpus)}
-[[ -n ${NPROC_PER_NODE:-} || $nproc != 0 ]] || nproc=1
 [[ -n $nnodes ]] || die "NNODES is not set; give the number of nodes (see --help)"
 [[ $nnodes != *:* ]] || die "NNODES=$nnodes: the number of nodes is fixed, because the parallel layout follows from it; give one number"
-[[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES=$nnodes: give a positive whole number"
-[[ $nproc =~ ^[1-9][0-9]*$ ]] || die "NPROC_PER_NODE=$nproc: give a positive whole number"
-case ${AUTO_RESUME:-1} in
-    0 | false | no) resume_flags=() ;;
-    1 | true | yes) resume_flags=(--auto_resume true) ;;
-    *) die "AUTO_RESUME=$AUTO_RESUME: give 0 or 1" ;;
-esac
-((${#extra_flags[@]})) || die "no flags for \`megatron-gkd train\`; it needs at least --model and --dataset (see --help)"
-[[ -x $venv/bin/python ]] || die "there is no $venv/bin/python; bash launch/setup_env.sh makes the environment"
+positive NNODES "$nnodes"
+ranks_of_this_node
 
 # ---- how the nodes find each other ------------------------------------------------------------------------------------
 if [[ -n ${RDZV_ENDPOINT:-} ]]; then
@@ -111,7 +72,7 @@ if [[ -n ${RDZV_ENDPOINT:-} ]]; then
     host=${endpoint%:*} host=${host#[} host=${host%]}
     [[ -n $host ]] || die "RDZV_ENDPOINT=$RDZV_ENDPOINT: give HOST or HOST:PORT, with a host"
     timeout_s=${RDZV_TIMEOUT_S:-900}
-    [[ $timeout_s =~ ^[1-9][0-9]*$ ]] || die "RDZV_TIMEOUT_S=$timeout_s: give a positive whole number of seconds"
+    positive RDZV_TIMEOUT_S "$timeout_s"
     max_restarts=${MAX_RESTARTS:-3}
     # torchrun knows the node of the endpoint by its host name, which may not lead to the address that is used
     is_host=
@@ -122,7 +83,7 @@ if [[ -n ${RDZV_ENDPOINT:-} ]]; then
     )
 elif [[ -n ${MASTER_ADDR:-} ]]; then
     port=${MASTER_PORT:-29500}
-    is_port "$port" || die "MASTER_PORT=$port: give a port from 1 to 65535"
+    port_number MASTER_PORT "$port"
     [[ ${NODE_RANK:-} =~ ^(0|[1-9][0-9]*)$ ]] || die "NODE_RANK=${NODE_RANK:-}: give the number of this node, from 0 to $((nnodes - 1))"
     ((NODE_RANK < nnodes)) || die "NODE_RANK=$NODE_RANK with NNODES=$nnodes: give a number from 0 to $((nnodes - 1))"
     max_restarts=${MAX_RESTARTS:-0}
@@ -132,31 +93,9 @@ elif [[ -n ${MASTER_ADDR:-} ]]; then
 else
     die "neither RDZV_ENDPOINT nor MASTER_ADDR is set: how are the nodes to find each other? (see --help)"
 fi
-[[ $max_restarts =~ ^(0|[1-9][0-9]*)$ ]] || die "MAX_RESTARTS=$max_restarts: give 0 or a positive whole number"
+zero_or_positive MAX_RESTARTS "$max_restarts"
 [[ -z ${LOCAL_ADDR:-} ]] || rendezvous_flags+=(--local-addr "$LOCAL_ADDR")
 
-# ---- environment ------------------------------------------------------------------------------------------------------
-environment=(
-    "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}" "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-    "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}"
-    # torch (2.13) else keeps one store for all attempts: ranks that are started again find the addresses of the dead ones
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-)
-
 # ---- what is started --------------------------------------------------------------------------------------------------
-launcher_flags=(
-    --nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$max_restarts" "${rendezvous_flags[@]}"
-)
-train_flags=("${resume_flags[@]}" "${extra_flags[@]}")
-command=("$venv/bin/python" -m megatron_gkd.launcher "${launcher_flags[@]}" -m megatron_gkd train "${train_flags[@]}")
-# Asked once, before any rank is started: what every rank would be refused for is one line then, and the last one.
-check=("$venv/bin/python" -m megatron_gkd check train --world_size "$((nnodes * nproc))" --ranks_per_node "$nproc" "${train_flags[@]}")
-export "${environment[@]}"
-if $dry_run; then
-    printf '+'
-    printf ' %q' "${environment[@]}" "${command[@]}"
-    printf '\n'
-    exec "${check[@]}"
-fi
-"${check[@]}" --read_models false
-exec "${command[@]}"
+launcher_flags=(--nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$max_restarts" "${rendezvous_flags[@]}")
+start_training "$((nnodes * nproc))" "${launcher_flags[@]}"
