@@ -81,7 +81,7 @@ def test_links_resolve(page: Path):
 
 def test_every_page_is_reached_from_the_index():
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
-    missing = [page.name for page in PAGES if page.parent.name == "docs" and page.name not in index + "index.md"]
+    missing = [page.name for page in PAGES if page.parent == ROOT / "docs" and page.name not in index + "index.md"]
     assert not missing, f"docs/index.md does not link to {missing}"
 
 
