@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # What the scripts share. Each of them sources this file; it starts nothing by itself.
 #
-# Set here: root (the checkout), venv (GKD_VENV, else .venv of the checkout; absolute), program (name of the script in its
-# messages), dry_run and extra_flags (see take_flags). The --help of a script is its own head comment.
+# Set here: root (the checkout), venv (GKD_VENV, else .venv of the checkout; absolute), program (name of the script in
+# its messages), dry_run and extra_flags (see take_flags). The --help of a script is its own head comment.
 #
 # shellcheck disable=SC2034 # the variables are for the scripts
 
@@ -13,7 +13,7 @@ program=${0##*/} program=${program%.sh}
 dry_run=false
 extra_flags=()
 
-# ---- messages ---------------------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 say() { printf '%s: %s\n' "$program" "$*"; }
 warn() { printf '%s\n' "${@/#/$program: }" >&2; }
 die() {
@@ -22,7 +22,7 @@ die() {
 }
 usage() { sed -n '2,/^set -/{/^set -/d;/^#SBATCH/d;s/^# \{0,1\}//;p}' "$0"; }
 
-# ---- the command line -------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 help_if_asked() {
     local word
     for word in "$@"; do
@@ -46,7 +46,7 @@ show() {
 # run WORD...: a dry run shows it instead
 run() { if $dry_run; then show + "$@"; else "$@"; fi; }
 
-# ---- variables: NAME VALUE --------------------------------------------------------------------------------------------
+# ---- variables: NAME VALUE -------------------------------------------------------------------------------------------
 positive() { [[ $2 =~ ^[1-9][0-9]*$ ]] || die "$1=$2: give a positive whole number"; }
 zero_or_positive() { [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] || die "$1=$2: give 0 or a positive whole number"; }
 is_port() { [[ $1 =~ ^[1-9][0-9]*$ ]] && (($1 <= 65535)); }
@@ -72,7 +72,7 @@ environment_is_there() {
     [[ -x $venv/bin/python ]] || die "there is no $venv/bin/python; bash launch/setup_env.sh makes the environment"
 }
 
-# ---- training ---------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 count_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
@@ -100,11 +100,12 @@ train_on() {
     (($1 > 1)) || launcher=train_single_node.sh
     exec bash "$root/launch/$launcher" "${@:2}"
 }
-# start_training WORLD_SIZE TORCHRUN_FLAG...: `megatron-gkd train` with extra_flags and what AUTO_RESUME says, on nproc ranks
-# of this node. `check train` is asked once before any rank starts: what every rank would refuse is one line then.
+# start_training WORLD_SIZE TORCHRUN_FLAG...: `megatron-gkd train` with extra_flags and what AUTO_RESUME says, on nproc
+# ranks of this node. `check train` is asked once before any rank starts: what every rank would refuse is one line then.
 start_training() {
     local environment train_flags=("${extra_flags[@]}") python=$venv/bin/python
-    ((${#extra_flags[@]})) || die "no flags for \`megatron-gkd train\`; it needs at least --model and --dataset (see --help)"
+    ((${#extra_flags[@]})) ||
+        die "no flags for \`megatron-gkd train\`; it needs at least --model and --dataset (see --help)"
     if switched_on AUTO_RESUME "${AUTO_RESUME:-1}"; then train_flags=(--auto_resume true "${extra_flags[@]}"); fi
     environment_is_there
     environment=(
@@ -124,7 +125,7 @@ start_training() {
     exec "${command[@]}"
 }
 
-# ---- vLLM servers -----------------------------------------------------------------------------------------------------
+# ---- vLLM servers ----------------------------------------------------------------------------------------------------
 # server_settings WHOSE: checks MODEL, HOST, PORT, TP, DTYPE and KV_CACHE_BYTES; sets host, port and server_flags
 server_settings() {
     model_directory MODEL "the $1's"

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# On-policy distillation: the student writes every completion itself (lmbda 1), the teacher judges each token of it by the
-# reverse KL (beta 1). The data set gives prompts alone.
+# On-policy distillation: the student writes every completion itself (lmbda 1), the teacher judges each token of it by
+# the reverse KL (beta 1). The data set gives prompts alone.
 #
 #   STUDENT=path/to/student TEACHER=path/to/teacher DATASET=prompts.jsonl bash launch/on_policy_distillation.sh
 #   ... bash launch/on_policy_distillation.sh --teacher_tensor_model_parallel_size 4 --max_completion_length 2048
 #   NNODES=2 RDZV_ENDPOINT=node0 ... bash launch/on_policy_distillation.sh                     # on each of 2 nodes
-#   ... bash launch/on_policy_distillation.sh --dry-run                                        # print, check all, start nothing
+#   ... bash launch/on_policy_distillation.sh --dry-run   # print, check all, start nothing
 #
 # Further flags go to `megatron-gkd train` and win over those here (but --dataset, which is DATASET's).
-# vLLM samples in the training processes, with the weights of the step; docs/rollout.md has the other ways (--vllm_mode server
-# with launch/rollout_server.sh). The student has to be able to write: one that was cut from a larger model and not yet
-# trained samples noise and learns little from it; begin with --lmbda 0, or 0.5.
+# vLLM samples in the training processes, with the weights of the step; docs/rollout.md has the other ways (--vllm_mode
+# server with launch/rollout_server.sh). The student has to be able to write: one that was cut from a larger model and
+# not yet trained samples noise and learns little from it; begin with --lmbda 0, or 0.5.
 #
-# Hardware: GPUs that hold student, optimizer, teacher and, in VLLM_MEMORY of each GPU, vLLM's copy of the student with its KV
-#           cache. On a CPU for tiny models alone. Not run on GPUs yet.
-# Time:     not measured on GPUs; sampling is usually the larger part of a step (rollout_s against step_time_s in metrics.jsonl).
-# Expect:   as train_single_node.sh says; `loss` is the reverse KL in nats a token, on the student's own text: it starts low for a
-#           student that writes noise, so judge by held-out text (--eval_dataset) instead.
+# Hardware: GPUs that hold student, optimizer, teacher and, in VLLM_MEMORY of each GPU, vLLM's copy of the student with
+#           its KV cache. On a CPU for tiny models alone. Not run on GPUs yet.
+# Time:     not measured on GPUs; sampling is usually the larger part of a step (rollout_s against step_time_s in
+#           metrics.jsonl).
+# Expect:   as train_single_node.sh says; `loss` is the reverse KL in nats a token, on the student's own text: it starts
+#           low for a student that writes noise, so judge by held-out text (--eval_dataset) instead.
 #
 # Environment:
 #   STUDENT, TEACHER  Hugging Face directories (required)
@@ -25,7 +26,8 @@
 #   VLLM_MEMORY       share of each GPU's memory for vLLM (default: 0.3)
 #   NNODES            nodes (default: 1) and, above 1, what train_multi_node.sh asks for
 #   NPROC_PER_NODE    ranks a node (default: one a GPU that is visible, else 1)
-#   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken (default: 64)
+#   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken
+#                     (default: 64)
 set -euo pipefail
 # shellcheck source=_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
@@ -51,7 +53,8 @@ batch=${BATCH:-64}
 ranks_of_this_node
 positive BATCH "$batch"
 positive NNODES "$nnodes"
-[[ $vllm_memory =~ ^(1|0?\.[0-9]*[1-9][0-9]*)$ ]] || die "VLLM_MEMORY=$vllm_memory: give a share above 0 and at most 1, such as 0.3"
+[[ $vllm_memory =~ ^(1|0?\.[0-9]*[1-9][0-9]*)$ ]] ||
+    die "VLLM_MEMORY=$vllm_memory: give a share above 0 and at most 1, such as 0.3"
 model_directory TEACHER
 model_directory STUDENT
 data_file DATASET

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Sequential distillation with its sampling done beforehand: the teacher's completions of all prompts go to a file once, then
-# training reads them like any data set (--seq_kd false: nothing is sampled from the teacher within the run).
+# Sequential distillation with its sampling done beforehand: the teacher's completions of all prompts go to a file once,
+# then training reads them like any data set (--seq_kd false: nothing is sampled from the teacher within the run).
 #
 #   TEACHER=path/to/teacher DATASET=prompts.jsonl RESULT=teacher.jsonl bash launch/presample_teacher.sh
 #   TEACHER=... DATASET=... RESULT=... TP=8 bash launch/presample_teacher.sh --max_new_tokens 2048 --temperature 0.7
-#   TEACHER=... DATASET=... RESULT=... bash launch/presample_teacher.sh --dry-run        # print both commands, start nothing
+#   TEACHER=... DATASET=... RESULT=... bash launch/presample_teacher.sh --dry-run   # print both commands, start nothing
 #
-# Further flags go to `megatron-gkd sample` (docs/presampling.md). Given again after an interruption, the same command goes on
-# where the file ends. At the end the command that trains on the file is printed; here it is, on one node:
+# Further flags go to `megatron-gkd sample` (docs/presampling.md). Given again after an interruption, the same command
+# goes on where the file ends. At the end the command that trains on the file is printed; here it is, on one node:
 #
 #   bash launch/train_single_node.sh --model path/to/student --teacher_model path/to/teacher --dataset teacher.jsonl \
 #       --lmbda 0 --seq_kd false --save runs/mine
@@ -40,7 +40,7 @@ case ${DTYPE:-auto} in
 esac
 environment_is_there
 
-# ---- the two commands -------------------------------------------------------------------------------------------------
+# ---- the two commands ------------------------------------------------------------------------------------------------
 sample_flags=(--model "$TEACHER" --dataset "$DATASET" --result_path "$RESULT" --dtype "${DTYPE:-auto}")
 ((tp == 1)) || sample_flags+=(--vllm_mode subprocess --vllm_tensor_parallel_size "$tp")
 sample=("$venv/bin/python" -m megatron_gkd sample "${sample_flags[@]}" "${extra_flags[@]}")

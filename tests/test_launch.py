@@ -52,6 +52,11 @@ def test_syntax(script: Path):
     assert os.access(script, os.X_OK), f"chmod +x {script}"
 
 
+@pytest.mark.parametrize("script", [COMMON, *SCRIPTS], ids=ids)
+def test_lines_are_short(script: Path):
+    assert [line for line in script.read_text().splitlines() if len(line) > 120] == []
+
+
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_shellcheck():
     assert SHELLCHECK is not None
