@@ -227,7 +227,7 @@ def too_long(text: str) -> list[str]:
     return [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "    {"))]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=ids)
+@pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_lines_are_short(page: Path):
     assert too_long(page.read_text(encoding="utf-8")) == []
 
