@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# On-policy distillation: the student writes every completion itself (lmbda 1), the teacher judges each token of it by the
-# reverse KL (beta 1). The data set gives prompts alone.
+# On-policy distillation: the student writes every completion itself (lmbda 1), the teacher judges each token of it by
+# the reverse KL (beta 1). The data set gives prompts alone.
 #
 #   STUDENT=path/to/student TEACHER=path/to/teacher DATASET=prompts.jsonl bash launch/on_policy_distillation.sh
 #   ... bash launch/on_policy_distillation.sh --teacher_tensor_model_parallel_size 4 --max_completion_length 2048
 #   NNODES=2 RDZV_ENDPOINT=node0 ... bash launch/on_policy_distillation.sh                     # on each of 2 nodes
-#   ... bash launch/on_policy_distillation.sh --dry-run                                        # print, check all, start nothing
+#   ... bash launch/on_policy_distillation.sh --dry-run   # print, check all, start nothing
 #
 # Further flags go to `megatron-gkd train` and win over those here (but --dataset, which is DATASET's).
-# vLLM samples in the training processes, with the weights of the step; docs/rollout.md has the other ways (--vllm_mode server
-# with launch/rollout_server.sh). The student has to be able to write: one that was cut from a larger model and not yet
-# trained samples noise and learns little from it; begin with --lmbda 0, or 0.5.
+# vLLM samples in the training processes, with the weights of the step; docs/rollout.md has the other ways (--vllm_mode
+# server with launch/rollout_server.sh). The student has to be able to write: one that was cut from a larger model and
+# not yet trained samples noise and learns little from it; begin with --lmbda 0, or 0.5.
 #
-# Hardware: GPUs that hold student, optimizer, teacher and, in VLLM_MEMORY of each GPU, vLLM's copy of the student with its KV
-#           cache. On a CPU for tiny models alone. Not run on GPUs yet.
-# Time:     not measured on GPUs; sampling is usually the larger part of a step (rollout_s against step_time_s in metrics.jsonl).
-# Expect:   as train_single_node.sh says; `loss` is the reverse KL in nats a token, on the student's own text: it starts low for a
-#           student that writes noise, so judge by held-out text (--eval_dataset) instead.
+# Hardware: GPUs that hold student, optimizer, teacher and, in VLLM_MEMORY of each GPU, vLLM's copy of the student with
+#           its KV cache. On a CPU for tiny models alone. Not run on GPUs yet.
+# Time:     not measured on GPUs; sampling is usually the larger part of a step (rollout_s against step_time_s in
+#           metrics.jsonl).
+# Expect:   as train_single_node.sh says; `loss` is the reverse KL in nats a token, on the student's own text: it starts
+#           low for a student that writes noise, so judge by held-out text (--eval_dataset) instead.
 #
 # Environment:
 #   STUDENT, TEACHER  Hugging Face directories (required)
@@ -25,26 +26,12 @@
 #   VLLM_MEMORY       share of each GPU's memory for vLLM (default: 0.3)
 #   NNODES            nodes (default: 1) and, above 1, what train_multi_node.sh asks for
 #   NPROC_PER_NODE    ranks a node (default: one a GPU that is visible, else 1)
-#   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken (default: 64)
+#   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken
+#                     (default: 64)
 set -euo pipefail
+# shellcheck source=_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
-die() {
-    printf 'on_policy_distillation: %s\n' "$@" >&2
-    exit 2
-}
-
-count_gpus() {
-    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
-    elif command -v nvidia-smi >/dev/null; then
-        nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true
-    else
-        echo 0
-    fi
-}
 # value_of NAME "$@": of a flag of the caller's, with hyphens or underscores; 1 without it
 value_of() {
     local name=$1 value=1 word
@@ -59,47 +46,31 @@ value_of() {
     echo "$value"
 }
 
-for word in "$@"; do
-    case $word in
-        -h | --help)
-            usage
-            exit 0
-            ;;
-    esac
-done
-
+help_if_asked "$@"
 nnodes=${NNODES:-1}
 vllm_memory=${VLLM_MEMORY:-0.3}
 batch=${BATCH:-64}
-nproc=${NPROC_PER_NODE:-$(count_gpus)}
-[[ -n ${NPROC_PER_NODE:-} || $nproc != 0 ]] || nproc=1
-[[ $nproc =~ ^[1-9][0-9]*$ ]] || die "NPROC_PER_NODE=$nproc: give a positive whole number"
-[[ $batch =~ ^[1-9][0-9]*$ ]] || die "BATCH=$batch: give a positive whole number"
-[[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES=$nnodes: give a positive whole number"
-[[ $vllm_memory =~ ^(1|0?\.[0-9]*[1-9][0-9]*)$ ]] || die "VLLM_MEMORY=$vllm_memory: give a share above 0 and at most 1, such as 0.3"
-for name in TEACHER STUDENT; do
-    [[ -n ${!name:-} ]] || die "$name is not set; give a Hugging Face directory (see --help)"
-    [[ -f ${!name}/config.json ]] || die "$name=${!name}: there is no config.json in it"
-done
-[[ -n ${DATASET:-} ]] || die "DATASET is not set; give a JSONL or Parquet file (see --help)"
-[[ -f $DATASET ]] || die "DATASET=$DATASET: there is no such file"
+ranks_of_this_node
+positive BATCH "$batch"
+positive NNODES "$nnodes"
+[[ $vllm_memory =~ ^(1|0?\.[0-9]*[1-9][0-9]*)$ ]] ||
+    die "VLLM_MEMORY=$vllm_memory: give a share above 0 and at most 1, such as 0.3"
+model_directory TEACHER
+model_directory STUDENT
+data_file DATASET
 
 model_parallel=$(($(value_of tensor_model_parallel_size "$@") * $(value_of pipeline_model_parallel_size "$@")))
-data_parallel=$((nnodes * nproc / model_parallel))
-((data_parallel > 0)) || data_parallel=1
-per_rank=$(((batch + data_parallel / 2) / data_parallel))
-((per_rank > 0)) || per_rank=1
+samples=$(batch_near "$batch" $((nnodes * nproc / model_parallel)))
+
 model_flags=(--model "$STUDENT" --teacher_model "$TEACHER" --dtype bf16)
 method_flags=(--lmbda 1 --beta 1)
 sampling_flags=(
     --temperature 1.0 --top_p 1.0 --max_completion_length 1024
     --vllm_mode colocate --vllm_gpu_memory_utilization "$vllm_memory" --verify_sync_every 50
 )
-data_flags=(--dataset "$DATASET" --max_length 2048 --micro_batch_size 1 --global_batch_size $((per_rank * data_parallel)))
+data_flags=(--dataset "$DATASET" --max_length 2048 --micro_batch_size 1 --global_batch_size "$samples")
 optimizer_flags=(--lr 1e-5 --lr_decay_style constant --lr_warmup_fraction 0.05)
 run_flags=(--save "${SAVE:-runs/on_policy}" --save_steps 50 --save_total_limit 3)
 
-launcher=train_single_node.sh
-((nnodes == 1)) || launcher=train_multi_node.sh
-exec bash "$root/launch/$launcher" "${model_flags[@]}" "${method_flags[@]}" "${sampling_flags[@]}" \
+train_on "$nnodes" "${model_flags[@]}" "${method_flags[@]}" "${sampling_flags[@]}" \
     "${data_flags[@]}" "${optimizer_flags[@]}" "${run_flags[@]}" "$@"

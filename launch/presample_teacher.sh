@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Sequential distillation with its sampling done beforehand: the teacher's completions of all prompts go to a file once, then
-# training reads them like any data set (--seq_kd false: nothing is sampled from the teacher within the run).
+# Sequential distillation with its sampling done beforehand: the teacher's completions of all prompts go to a file once,
+# then training reads them like any data set (--seq_kd false: nothing is sampled from the teacher within the run).
 #
 #   TEACHER=path/to/teacher DATASET=prompts.jsonl RESULT=teacher.jsonl bash launch/presample_teacher.sh
 #   TEACHER=... DATASET=... RESULT=... TP=8 bash launch/presample_teacher.sh --max_new_tokens 2048 --temperature 0.7
-#   TEACHER=... DATASET=... RESULT=... bash launch/presample_teacher.sh --dry-run        # print both commands, start nothing
+#   TEACHER=... DATASET=... RESULT=... bash launch/presample_teacher.sh --dry-run   # print both commands, start nothing
 #
-# Further flags go to `megatron-gkd sample` (docs/presampling.md). Given again after an interruption, the same command goes on
-# where the file ends. At the end the command that trains on the file is printed; here it is, on one node:
+# Further flags go to `megatron-gkd sample` (docs/presampling.md). Given again after an interruption, the same command
+# goes on where the file ends. At the end the command that trains on the file is printed; here it is, on one node:
 #
 #   bash launch/train_single_node.sh --model path/to/student --teacher_model path/to/teacher --dataset teacher.jsonl \
 #       --lmbda 0 --seq_kd false --save runs/mine
@@ -25,44 +25,22 @@
 #   STUDENT           Hugging Face directory, for the command that is printed (default: path/to/student)
 #   GKD_VENV          environment to run in (default: .venv in the repository)
 set -euo pipefail
+# shellcheck source=_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${GKD_VENV:-$root/.venv}
-[[ $venv == /* ]] || venv=$PWD/$venv
-dry_run=false
-extra_flags=()
-
-usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
-die() {
-    printf 'presample_teacher: %s\n' "$@" >&2
-    exit 2
-}
-
-for word in "$@"; do
-    case $word in
-        --dry-run) dry_run=true ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        *) extra_flags+=("$word") ;;
-    esac
-done
-
+take_flags "$@"
 tp=${TP:-1}
-[[ -n ${TEACHER:-} ]] || die "TEACHER is not set; give a Hugging Face directory (see --help)"
-[[ -f $TEACHER/config.json ]] || die "TEACHER=$TEACHER: there is no config.json in it"
-[[ -n ${DATASET:-} ]] || die "DATASET is not set; give a JSONL or Parquet file (see --help)"
-[[ -f $DATASET ]] || die "DATASET=$DATASET: there is no such file"
+model_directory TEACHER
+data_file DATASET
 [[ -n ${RESULT:-} ]] || die "RESULT is not set; give the JSONL file to write (see --help)"
-[[ $tp =~ ^[1-9][0-9]*$ ]] || die "TP=$tp: give a positive whole number"
+positive TP "$tp"
 case ${DTYPE:-auto} in
     auto | fp32 | bf16 | fp16) ;;
     *) die "DTYPE=$DTYPE: give fp32, bf16 or fp16" ;;
 esac
-[[ -x $venv/bin/python ]] || die "there is no $venv/bin/python; bash launch/setup_env.sh makes the environment"
+environment_is_there
 
-# ---- the two commands -------------------------------------------------------------------------------------------------
+# ---- the two commands ------------------------------------------------------------------------------------------------
 sample_flags=(--model "$TEACHER" --dataset "$DATASET" --result_path "$RESULT" --dtype "${DTYPE:-auto}")
 ((tp == 1)) || sample_flags+=(--vllm_mode subprocess --vllm_tensor_parallel_size "$tp")
 sample=("$venv/bin/python" -m megatron_gkd sample "${sample_flags[@]}" "${extra_flags[@]}")
@@ -70,12 +48,6 @@ train=(
     bash "$root/launch/train_single_node.sh" --model "${STUDENT:-path/to/student}" --teacher_model "$TEACHER"
     --dataset "$RESULT" --lmbda 0 --seq_kd false --dtype "${DTYPE:-auto}" --save runs/presampled
 )
-show() {
-    printf '%s' "$1"
-    shift
-    printf ' %q' "$@"
-    printf '\n'
-}
 if $dry_run; then
     show + "${sample[@]}"
     show + "${train[@]}"

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# From a fresh checkout to a distilled, exported and measured student, on a machine without a GPU and without an account.
+# From a fresh checkout to a distilled, exported and measured student, on a machine without a GPU and without an
+# account.
 #
 #   bash launch/quickstart.sh                  # SmolLM2-135M (30 layers) teaches a 10-layer student cut from it
-#   bash launch/quickstart.sh --offline        # the same on tiny random models made here: nothing is fetched but packages
+#   bash launch/quickstart.sh --offline   # the same on tiny random models made here: nothing is fetched but packages
 #   bash launch/quickstart.sh --steps 5 --out runs/short --beta 0.5      # further flags go to `megatron-gkd train`
 #
 # Stages: environment (.venv, pinned packages), model and data (cache/), training on 2 processes with both models in
-# pipeline parallel (torchrun, gloo), report. Each stage that is done is not done again: a second run starts in seconds and
-# prints the report; an interrupted run goes on from its last checkpoint.
+# pipeline parallel (torchrun, gloo), report. Each stage that is done is not done again: a second run starts in seconds
+# and prints the report; an interrupted run goes on from its last checkpoint.
 #
 # Hardware: 2 CPU cores, 6 GB of memory, 4 GB of disk. No GPU. See docs/quickstart.md.
 # Time:     set-up 1 to 5 minutes once; then at most 10 minutes on 2 idle cores, with --offline well under one.
-# Expect:   a live line (step, loss, tokens/s, time left), then a table before/after: the forward KL on held-out text falls
-#           to less than a third. OUT/hf is the student for transformers; OUT/report holds the table and the curve.
+# Expect:   a live line (step, loss, tokens/s, time left), then a table before/after: the forward KL on held-out text
+#           falls to less than a third. OUT/hf is the student for transformers; OUT/report holds the table and the
+#           curve.
 #
 # Options:
 #   --offline      tiny random models instead of SmolLM2 (also GKD_OFFLINE=1): shows the machinery, learns no skill
@@ -20,39 +22,25 @@
 #   --out DIR      run directory (default: runs/quickstart, runs/quickstart-offline)
 #   --fresh        throw away the run in --out and train again
 #   --dry-run      print the commands of every stage, run none
-# Environment: GKD_VENV, GKD_PYTHON, GKD_PIP_ARGS as in launch/setup_env.sh; GKD_CACHE (default: cache in the repository).
+# Environment: GKD_VENV, GKD_PYTHON, GKD_PIP_ARGS as in launch/setup_env.sh; GKD_CACHE (default: cache in the
+# repository).
 set -euo pipefail
+# shellcheck source=_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${GKD_VENV:-$root/.venv}
 cache=${GKD_CACHE:-cache}
 offline=false
 case ${GKD_OFFLINE:-0} in 1 | true | yes) offline=true ;; esac
 steps=
 out=
 fresh=false
-dry_run=false
-extra_flags=()
 
-usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
-say() { printf '\n== %s\n' "$*"; }
-die() {
-    printf 'quickstart: %s\n' "$@" >&2
-    exit 2
-}
+stage() { printf '\n== %s\n' "$*"; }
 value_of() {
     if (($# < 2)) || [[ -z $2 || $2 == -* ]]; then die "$1 needs a value (see --help)"; fi
 }
-run() {
-    if $dry_run; then
-        printf '+'
-        printf ' %q' "$@"
-        printf '\n'
-    else
-        "$@"
-    fi
-}
 
+help_if_asked "$@"
 while (($#)); do
     case $1 in
         --offline) offline=true ;;
@@ -62,18 +50,13 @@ while (($#)); do
         --out=*) out=${1#*=} ;;
         --fresh) fresh=true ;;
         --dry-run) dry_run=true ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
         *) extra_flags+=("$1") ;;
     esac
     shift
 done
-[[ -z $steps || $steps =~ ^[1-9][0-9]*$ ]] || die "--steps $steps: give a positive whole number"
+[[ -z $steps ]] || positive --steps "$steps"
 # relative paths that the caller gives are relative to where the caller is; the defaults are inside the repository
 [[ -z $out || $out == /* ]] || out=$PWD/$out
-[[ $venv == /* ]] || venv=$PWD/$venv
 [[ -z ${GKD_CACHE:-} || $cache == /* ]] || cache=$PWD/$cache
 export GKD_VENV=$venv
 cd "$root"
@@ -92,22 +75,23 @@ else
 fi
 out=${out:-runs/$name}
 
-# ---- environment ----------------------------------------------------------------------------------------------------
-say "environment"
+# ---- environment -----------------------------------------------------------------------------------------------------
+stage "environment"
 run bash launch/setup_env.sh
 python=$venv/bin/python
 # One thread per process. Two processes share two cores; more threads than that wait for each other.
 export OMP_NUM_THREADS=1
 # Nothing here needs a hub: models and data are local directories.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# megatron-core says at import, once per process, that it has neither Apex nor Transformer Engine: known and meant, without a GPU.
+# megatron-core says at import, once per process, that it has neither Apex nor Transformer Engine: known and meant,
+# without a GPU.
 for module in optimizer.optimizer optimizer.clip_grads models.backends; do
     PYTHONWARNINGS=${PYTHONWARNINGS:+$PYTHONWARNINGS,}ignore::UserWarning:megatron.core.$module
 done
 export PYTHONWARNINGS
 
-# ---- model and data -------------------------------------------------------------------------------------------------
-say "model and data: $data"
+# ---- model and data --------------------------------------------------------------------------------------------------
+stage "model and data: $data"
 if $offline; then
     run "$python" examples/quickstart/make_tiny.py --out "$data"
     data_dir=$data/data
@@ -118,7 +102,7 @@ else
 fi
 run "$python" examples/quickstart/cut_student.py --model "$data/teacher" --out "$data/student" --layers "$layers"
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 model_flags=(--model "$data/student" --teacher_model "$data/teacher")
 data_flags=(--dataset "$data_dir/train.jsonl" --eval_dataset "$data_dir/held_out.jsonl")
 run_flags=(--save "$out" ${steps:+--train_iters "$steps"})
@@ -130,7 +114,7 @@ train_flags=(
 settings=$(printf '%s\n' "${train_flags[@]}" && cat examples/quickstart/run.yaml)
 marker=$out/quickstart.settings
 
-say "training: $out"
+stage "training: $out"
 resume_flags=()
 finished=false
 if [[ -e $out && ! -f $marker && -n $(ls -A "$out") ]]; then
@@ -157,8 +141,8 @@ else
         -m megatron_gkd train "${train_flags[@]}" "${resume_flags[@]}"
 fi
 
-# ---- report ---------------------------------------------------------------------------------------------------------
-say "report"
+# ---- report ----------------------------------------------------------------------------------------------------------
+stage "report"
 if $finished && [[ $out/report/summary.txt -nt $out/hf/config.json ]]; then
     run cat "$out/report/summary.txt"
 else

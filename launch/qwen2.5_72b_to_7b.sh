@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
-# Qwen2.5-72B-Instruct teaches Qwen2.5-7B: the teacher tensor parallel over 8 GPUs, the student over 2, each in its own layout.
+# Qwen2.5-72B-Instruct teaches Qwen2.5-7B, each in its own layout: the teacher TP 8, the student TP 2.
 #
-#   export TEACHER=/models/Qwen2.5-72B-Instruct STUDENT=/models/Qwen2.5-7B-Instruct DATASET=train.jsonl SAVE=/shared/runs/72b_to_7b
-#   NNODES=3 RDZV_ENDPOINT=node0 bash launch/qwen2.5_72b_to_7b.sh        # on each of 3 nodes: the student on 2, the teacher on 1
-#   PLACEMENT=colocate bash launch/qwen2.5_72b_to_7b.sh                  # one node: both on the same 8 GPUs, the teacher offloaded
+#   export TEACHER=/models/Qwen2.5-72B-Instruct STUDENT=/models/Qwen2.5-7B-Instruct
+#   export DATASET=train.jsonl SAVE=/shared/runs/72b_to_7b
+#   # on each of 3 nodes: the student on 2, the teacher on 1
+#   NNODES=3 RDZV_ENDPOINT=node0 bash launch/qwen2.5_72b_to_7b.sh
+#   PLACEMENT=colocate bash launch/qwen2.5_72b_to_7b.sh   # one node: both on the same 8 GPUs, the teacher offloaded
 #   SCRIPT=launch/qwen2.5_72b_to_7b.sh sbatch --nodes=3 launch/slurm.sbatch
 #   PLACEMENT=colocate bash launch/qwen2.5_72b_to_7b.sh --dry-run        # print the command, check all, start nothing
 #
-# Further flags go to `megatron-gkd train` and win over those here (but --dataset, which is DATASET's). The teacher hands over
-# its last hidden states (8,192 numbers a token instead of 152,064 logits), and the student's ranks apply the teacher's
-# head, in the fused loss over the full vocabulary.
+# Further flags go to `megatron-gkd train` and win over those here (but --dataset, which is DATASET's). The teacher
+# hands over its last hidden states (8,192 numbers a token instead of 152,064 logits), and the student's ranks apply the
+# teacher's head, in the fused loss over the full vocabulary.
 #
-# THIS HAS NOT BEEN RUN ON THE HARDWARE THAT IT IS FOR. The layouts and code paths are tested on tiny models on CPU ranks; the
-# memory below is arithmetic, not a measurement. Start with --train_iters 5 and look at it.
+# THIS HAS NOT BEEN RUN ON THE HARDWARE THAT IT IS FOR. The layouts and code paths are tested on tiny models on CPU
+# ranks; the memory below is arithmetic, not a measurement. Start with --train_iters 5 and look at it.
 #
-# Hardware: nodes of 8 GPUs of 80 GB. bf16 weights of the teacher: 145 GB, 18 GB a GPU. Student on 2 GPUs: 3.8 G parameters each,
-#           23 GB of weights and fp32 gradients, 46 GB of optimizer state divided by the data parallel size.
-#           PLACEMENT=separate: 2 nodes or more, TEACHER_NODES of them the teacher's. PLACEMENT=colocate: 1 node or more, and host
-#           memory for the teacher's weights (145 GB a node).
+# Hardware: nodes of 8 GPUs of 80 GB. bf16 weights of the teacher: 145 GB, 18 GB a GPU. Student on 2 GPUs: 3.8 G
+#           parameters each, 23 GB of weights and fp32 gradients, 46 GB of optimizer state / data parallel size.
+#           PLACEMENT=separate: 2 nodes or more, TEACHER_NODES of them the teacher's. PLACEMENT=colocate: 1 node or
+#           more, and host memory for the teacher's weights (145 GB a node).
 # Time:     not measured.
 # Expect:   as train_single_node.sh and train_multi_node.sh say.
 #
@@ -25,56 +27,41 @@
 #   TEACHER, STUDENT  Hugging Face directories (required); the vocabulary has to be the same
 #   DATASET           training data, one JSONL or Parquet file (required)
 #   SAVE              run directory (default: runs/qwen2.5_72b_to_7b)
-#   PLACEMENT         separate: the teacher on nodes of its own, working ahead; colocate: on the student's GPUs, in host memory
-#                     between its turns (default: separate)
+#   PLACEMENT         separate: the teacher on nodes of its own, working ahead; colocate: on the student's GPUs, in host
+#                     memory between its turns (default: separate)
 #   TEACHER_NODES     nodes of the teacher with PLACEMENT=separate (default: 1)
 #   NNODES            nodes (default: 1) and, above 1, what train_multi_node.sh asks for
 #   NPROC_PER_NODE    GPUs a node (default: 8)
-#   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken (default: 128)
+#   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken
+#                     (default: 128)
 set -euo pipefail
+# shellcheck source=_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
-die() {
-    printf 'qwen2.5_72b_to_7b: %s\n' "$@" >&2
-    exit 2
-}
-
-for word in "$@"; do
-    case $word in
-        -h | --help)
-            usage
-            exit 0
-            ;;
-    esac
-done
-
+help_if_asked "$@"
 nnodes=${NNODES:-1}
 teacher_nodes=${TEACHER_NODES:-1}
 batch=${BATCH:-128}
 export NPROC_PER_NODE=${NPROC_PER_NODE:-8}
-[[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES=$nnodes: give a positive whole number"
-[[ $teacher_nodes =~ ^[1-9][0-9]*$ ]] || die "TEACHER_NODES=$teacher_nodes: give a positive whole number"
-[[ $NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]] || die "NPROC_PER_NODE=$NPROC_PER_NODE: give a positive whole number"
-[[ $batch =~ ^[1-9][0-9]*$ ]] || die "BATCH=$batch: give a positive whole number"
-for name in TEACHER STUDENT; do
-    [[ -n ${!name:-} ]] || die "$name is not set; give a Hugging Face directory (see --help)"
-    [[ -f ${!name}/config.json ]] || die "$name=${!name}: there is no config.json in it"
-done
-[[ -n ${DATASET:-} ]] || die "DATASET is not set; give a JSONL or Parquet file (see --help)"
-[[ -f $DATASET ]] || die "DATASET=$DATASET: there is no such file"
+positive NNODES "$nnodes"
+positive TEACHER_NODES "$teacher_nodes"
+positive NPROC_PER_NODE "$NPROC_PER_NODE"
+positive BATCH "$batch"
+model_directory TEACHER
+model_directory STUDENT
+data_file DATASET
 
 model_flags=(--model "$STUDENT" --teacher_model "$TEACHER" --dtype bf16)
 student_layout=(--tensor_model_parallel_size 2 --sequence_parallel true --use_distributed_optimizer true)
 teacher_layout=(--teacher_tensor_model_parallel_size 8 --teacher_pipeline_model_parallel_size 1)
 case ${PLACEMENT:-separate} in
     separate)
-        ((teacher_nodes < nnodes)) ||
-            die "PLACEMENT=separate with NNODES=$nnodes and TEACHER_NODES=$teacher_nodes leaves no node for the student;" \
-                "give more nodes, or PLACEMENT=colocate"
-        placement=(--teacher_placement separate --teacher_nodes "$teacher_nodes")
         student_nodes=$((nnodes - teacher_nodes))
+        if ((student_nodes <= 0)); then
+            given="NNODES=$nnodes and TEACHER_NODES=$teacher_nodes"
+            die "PLACEMENT=separate with $given leaves no node for the student; give more, or PLACEMENT=colocate"
+        fi
+        placement=(--teacher_placement separate --teacher_nodes "$teacher_nodes")
         ;;
     colocate)
         [[ -z ${TEACHER_NODES:-} ]] || die "TEACHER_NODES=$TEACHER_NODES is for PLACEMENT=separate; unset it"
@@ -84,19 +71,14 @@ case ${PLACEMENT:-separate} in
     *) die "PLACEMENT=$PLACEMENT: give separate or colocate" ;;
 esac
 # Tensor parallel 2: half of the student's ranks are data parallel, and each takes as many samples of a step.
-data_parallel=$((student_nodes * NPROC_PER_NODE / 2))
-((data_parallel > 0)) || data_parallel=1
-per_rank=$(((batch + data_parallel / 2) / data_parallel))
-((per_rank > 0)) || per_rank=1
+samples=$(batch_near "$batch" $((student_nodes * NPROC_PER_NODE / 2)))
 # The data set's completions teach; beta 0.5 weighs both directions of the divergence.
 loss_flags=(--lmbda 0 --seq_kd false --beta 0.5 --loss_path fused)
-data_flags=(--dataset "$DATASET" --max_length 4096 --micro_batch_size 1 --global_batch_size $((per_rank * data_parallel)))
+data_flags=(--dataset "$DATASET" --max_length 4096 --micro_batch_size 1 --global_batch_size "$samples")
 optimizer_flags=(--lr 1e-5 --min_lr 1e-6 --lr_decay_style cosine --lr_warmup_fraction 0.05)
 run_flags=(--save "${SAVE:-runs/qwen2.5_72b_to_7b}" --save_steps 100 --save_total_limit 3)
 # The first pass loads 145 GB on the teacher's ranks while the others wait.
 run_flags+=(--distributed_timeout_minutes 30)
 
-launcher=train_single_node.sh
-((nnodes == 1)) || launcher=train_multi_node.sh
-exec bash "$root/launch/$launcher" "${model_flags[@]}" "${student_layout[@]}" "${teacher_layout[@]}" "${placement[@]}" \
+train_on "$nnodes" "${model_flags[@]}" "${student_layout[@]}" "${teacher_layout[@]}" "${placement[@]}" \
     "${loss_flags[@]}" "${data_flags[@]}" "${optimizer_flags[@]}" "${run_flags[@]}" "$@"

@@ -9,18 +9,10 @@
 # Time:     see docs/testing.md; the set-up takes minutes the first time and nothing after that.
 # Expect:   pytest's closing line, "<n> passed", as the last line.
 set -euo pipefail
+# shellcheck source=_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${GKD_VENV:-$root/.venv}
-[[ $venv == /* ]] || venv=$PWD/$venv
-
-case ${1:-} in
-    -h | --help)
-        sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-esac
-
+help_if_asked "$@"
 bash "$root/launch/setup_env.sh"
 bash "$root/tests/setup_swift.sh"
 cd "$root"

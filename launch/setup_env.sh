@@ -4,7 +4,8 @@
 #   bash launch/setup_env.sh           # CPU set: requirements/cpu.txt; on Python 3.12 what cpu-py312.txt says instead
 #   bash launch/setup_env.sh --gpu     # CUDA set: requirements/gpu.txt (compiles transformer-engine's torch extension)
 #
-# Hardware: any x86-64 Linux; about 2 GB of disk for the CPU set (7 GB with the CUDA build of torch). Needs Python 3.11 or
+# Hardware: any x86-64 Linux; about 2 GB of disk for the CPU set (7 GB with the CUDA build of torch). Needs Python 3.11
+# or
 #           3.12 with the venv module.
 # Time:     1 to 5 minutes, most of it download; a second run compares a stamp and returns at once.
 # Expect:   one line per stage; the last line is "environment ready: <path>".
@@ -12,49 +13,30 @@
 # Environment:
 #   GKD_VENV      where the environment lives (default: .venv in the repository)
 #   GKD_PYTHON    the interpreter to make it with (default: python3.11, else python3.12, else python3)
-#   GKD_PIP_ARGS  extra arguments for every call of the installer, for instance another index. On a machine without a GPU
-#                 point it at the index of torch's CPU builds:  GKD_PIP_ARGS="--extra-index-url <URL>"
+#   GKD_PIP_ARGS  extra arguments for every call of the installer, for instance another index. On a machine without a
+#                 GPU point it at the index of torch's CPU builds:  GKD_PIP_ARGS="--extra-index-url <URL>"
 #                 Otherwise a default index may deliver the CUDA build: it works too, with several GB more.
 set -euo pipefail
-
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${GKD_VENV:-$root/.venv}
-[[ $venv == /* ]] || venv=$PWD/$venv
+# shellcheck source=_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
+error_status=1
 set_name=cpu
-dry_run=false
 
-usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
-say() { printf 'setup_env: %s\n' "$*"; }
-die() {
-    printf 'setup_env: %s\n' "$@" >&2
-    exit 1
-}
-run() {
-    if $dry_run; then
-        printf '+'
-        printf ' %q' "$@"
-        printf '\n'
-    else
-        "$@"
-    fi
-}
-
+help_if_asked "$@"
 while (($#)); do
     case $1 in
         --gpu) set_name=gpu ;;
         --dry-run) dry_run=true ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
         *) die "unknown argument: $1 (see --help)" ;;
     esac
     shift
 done
 requirements=$root/requirements/$set_name.txt
 
-# ---- is there anything to do? ---------------------------------------------------------------------------------------
-wanted=$(cat "$root/requirements/$set_name"*.txt "$root/pyproject.toml" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
+# ---- is there anything to do? ----------------------------------------------------------------------------------------
+# The stamp: what is installed (the pins, pyproject.toml), and the code that installs it.
+scripts=("${BASH_SOURCE[0]}" "$root/launch/_common.sh")
+wanted=$(cat "$root/requirements/$set_name"*.txt "$root/pyproject.toml" "${scripts[@]}" | sha256sum | cut -d' ' -f1)
 wanted="$set_name $wanted $root"
 stamp=$venv/.megatron-gkd-stamp
 if [[ -x $venv/bin/megatron-gkd && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
@@ -62,7 +44,7 @@ if [[ -x $venv/bin/megatron-gkd && -f $stamp && $(<"$stamp") == "$wanted" ]]; th
     exit 0
 fi
 
-# ---- interpreter ----------------------------------------------------------------------------------------------------
+# ---- interpreter -----------------------------------------------------------------------------------------------------
 supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1; }
 python=
 if [[ -x $venv/bin/python ]] && supported "$venv/bin/python"; then
@@ -85,15 +67,18 @@ else
     run "$python" -m venv "$venv"
 fi
 
-# ---- packages -------------------------------------------------------------------------------------------------------
+# ---- packages --------------------------------------------------------------------------------------------------------
 pip=("$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off --quiet)
 read -r -a extra <<<"${GKD_PIP_ARGS:-}"
 pip+=("${extra[@]}")
-# torch alone, with its own dependencies at the pinned versions; then the complete set as it stands, without the resolver
+# torch alone, with its own dependencies at the pinned versions; then the complete set as it stands, without the
+# resolver
 mapfile -t first < <(grep -E '^(torch|setuptools)==' "$requirements")
 mapfile -t compiled < <(grep -E '^transformer_engine_torch==' "$requirements" || true)
 
-install() { run "${pip[@]}" "$@" || die "the installer failed (see above); GKD_PIP_ARGS passes it extra arguments, see --help"; }
+install() {
+    run "${pip[@]}" "$@" || die "the installer failed (see above); GKD_PIP_ARGS passes it extra arguments, see --help"
+}
 
 temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT

@@ -39,7 +39,7 @@ class CheckConfig(Section):
     loss_tolerance: float | None = setting(
         None, "Largest difference of a token's loss; null: 0.0001 in fp32, 0.1 in bf16 and fp16.", gt=0
     )
-    timeout_s: float = setting(600.0, "Most seconds that the server may take for all rows.", gt=0)
+    timeout_s: float = setting(600.0, "Time limit, in seconds, of the server for all rows.", gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
 
     @property
@@ -82,13 +82,13 @@ class CheckDataConfig(Section):
     )
     num_rows: int = setting(3, "Rows that are shown, from the first on; all are checked and counted.", ge=0)
     max_rows: int | None = setting(None, "Rows that are read; null: all.", ge=1)
-    max_length: int = setting(1024, "As in training: most tokens of prompt and completion together.", ge=2)
+    max_length: int = setting(1024, "As in training: maximum number of tokens of prompt and completion together.", ge=2)
     max_completion_length: int | None = setting(
         None, "As in training with --lmbda above 0: room that every prompt leaves; null: none.", gt=0
     )
     on_bad_row: Literal["stop", "skip"] = setting(
         "stop",
-        "As in training, which stops at a malformed row, or skips it: all are counted, and with stop none may be.",
+        "All malformed rows are counted; with stop, at which training would stop, one of them is a failure.",
     )
     overlong: Literal["drop", "truncate_left", "stop"] = setting(
         "drop", "A row over --max_length: drop and count it, cut its prompt from the left, or stop."
@@ -119,7 +119,7 @@ class CheckTrainConfig(Section):
 
     world_size: int = setting(1, "Ranks that the run is to have.", ge=1)
     ranks_per_node: int | None = setting(None, "Ranks of a node, for --teacher_nodes.", ge=1)
-    read_models: bool = setting(True, "Hold both models' config.json against the layouts.")
+    read_models: bool = setting(True, "Check both models' config.json against the layouts.")
 
 
 def _check_one_process() -> None:

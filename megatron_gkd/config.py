@@ -73,7 +73,7 @@ class TeacherConfig(Section):
     )
     teacher_timeout_s: float | None = setting(
         None,
-        "Most seconds that a step's requests to the teacher servers may take; null: 0.8 of "
+        "Time limit, in seconds, of a step's requests to the teacher servers; null: 0.8 of "
         "--distributed_timeout_minutes.",
         gt=0,
     )
@@ -102,14 +102,16 @@ class TeacherConfig(Section):
     )
     offload_teacher_model: bool = setting(False, "Keep the teacher in host memory while the student trains.")
     teacher_micro_batch_size: int | None = setting(
-        None, "Samples that the teacher is fed at once; null: --micro_batch_size.", ge=1
+        None, "Samples in a micro-batch of the teacher; null: --micro_batch_size.", ge=1
     )
     teacher_micro_batch_tokens: int | None = setting(
-        None, "Most tokens, padding included, that the teacher is fed at once, instead of a number of samples.", ge=1
+        None,
+        "Maximum number of tokens in a teacher's micro-batch, padding included; instead of a number of samples.",
+        ge=1,
     )
     signal_memory_gb: float = setting(
         8.0,
-        "Device memory (10^9 bytes a rank) for what the teacher hands over; what is beyond it waits in host memory.",
+        "Device memory for teacher signals, in 10^9 bytes a rank; the rest waits in host memory.",
         gt=0,
     )
 
@@ -140,7 +142,7 @@ class TeacherConfig(Section):
 
 @dataclass(frozen=True)
 class DistillationConfig(Section):
-    """Distillation: divergence, sources of the completions, what the teacher tells."""
+    """Distillation: divergence, sources of the completions, the teacher's signal."""
 
     beta: float = setting(
         0.5,
@@ -200,7 +202,7 @@ class SamplingConfig(Section):
         1.0, "Sample from the smallest set of tokens with this probability; 1: from all.", gt=0, le=1
     )
     top_k: int = setting(0, "Sample from this many most probable tokens; 0: from all.", ge=0)
-    max_completion_length: int = setting(512, "Most tokens sampled per completion.", gt=0)
+    max_completion_length: int = setting(512, "Maximum number of tokens sampled per completion.", gt=0)
     use_vllm: bool = setting(True, "Sample with vLLM, the only engine; false refuses to sample.")
     vllm_mode: Literal["colocate", "server", "subprocess"] = setting(
         "colocate",
@@ -223,7 +225,7 @@ class SamplingConfig(Section):
     rollout_lag: Literal[0, 1] = setting(
         0, "1: sample a step's completions while the step before it trains (engines with devices of their own)."
     )
-    weight_bucket_mb: int = setting(512, "Most megabytes of weights that travel to the engines at once.", ge=1)
+    weight_bucket_mb: int = setting(512, "Maximum size, in megabytes, of a bucket of weights for the engines.", ge=1)
     verify_sync_every: int = setting(
         0,
         "Compare the engines' log-probabilities with the student's after the first push of weights and after every so "
@@ -293,7 +295,7 @@ class DataConfig(Section):
     )
     eval_dataset: list[str] = setting((), "Held-out data, in the same form.", path=True)
     eval_samples: int | None = setting(None, "Rows of the held-out data that are used; null: all.", gt=0)
-    max_length: int = setting(1024, "Most tokens of prompt and completion together.", ge=2)
+    max_length: int = setting(1024, "Maximum number of tokens of prompt and completion together.", ge=2)
     packing: bool = setting(False, "Pack several samples into one sequence of at most --max_length tokens.")
     on_bad_row: Literal["stop", "skip"] = setting("stop", "At a malformed row: stop, or skip and count it.")
     overlong: Literal["drop", "truncate_left", "stop"] = setting(
@@ -337,14 +339,14 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """Training: batch, length, optimizer."""
 
-    micro_batch_size: int = setting(1, "Samples that a data parallel rank is fed at once.", ge=1)
+    micro_batch_size: int = setting(1, "Samples in a micro-batch of a data parallel rank.", ge=1)
     global_batch_size: int = setting(16, "Samples per step, over all ranks.", ge=1)
     train_iters: int | None = setting(None, "Steps to train; null: as many as --num_train_epochs says.", ge=1)
     num_train_epochs: float | None = setting(None, "Passes over the data; null, and no --train_iters: 1.", gt=0)
     lr: float = setting(1e-5, "Peak learning rate (AdamW).", gt=0)
     min_lr: float = setting(0.0, "Learning rate at the end of the decay.", ge=0)
     lr_decay_style: Literal["constant", "linear", "cosine"] = setting(
-        "cosine", "Course of the learning rate after the warm-up."
+        "cosine", "Schedule of the learning rate after the warm-up."
     )
     lr_warmup_fraction: float = setting(
         0.05, "Share of the steps in which the learning rate rises linearly from 0.", ge=0, le=1
@@ -398,7 +400,7 @@ class CheckpointConfig(Section):
     save_hf_dtype: Literal["fp32", "bf16", "fp16", "source"] | None = setting(
         None,
         "Type of the exported weights; null: --dtype, which holds what was trained. A narrower one, or that of the "
-        "files of --model (source), may round small updates away; what it costs is measured and said.",
+        "files of --model (source), may round small updates away; the difference is measured and logged.",
     )
 
 
@@ -432,7 +434,7 @@ class LoggingConfig(Section):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is told. Change one with dataclasses.replace."""
+    """The configuration of a run. Change one with dataclasses.replace."""
 
     model: ModelConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

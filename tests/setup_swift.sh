@@ -9,21 +9,14 @@
 #
 # Environment: GKD_VENV and GKD_PIP_ARGS, as setup_env.sh
 set -euo pipefail
+# shellcheck source=../launch/_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/_common.sh"
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${GKD_VENV:-$root/.venv}
-[[ $venv == /* ]] || venv=$PWD/$venv
+help_if_asked "$@"
+(($# == 0)) || die "unknown argument: $1 (see --help)"
 requirements=$root/requirements/swift.txt
-
-case ${1:-} in
-    -h | --help)
-        sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-esac
-
 stamp=$venv/swift/.stamp
-wanted=$(cat "$requirements" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
+wanted=$(cat "$requirements" "${BASH_SOURCE[0]}" "$root/launch/_common.sh" | sha256sum | cut -d' ' -f1)
 [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]] || exit 0
 
 "$venv/bin/python" -m venv --clear --without-pip "$venv/swift"

@@ -34,7 +34,8 @@ def run(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """With a stand-in for setup_env.sh beside it, which says which interpreter it was given and fails."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "launch").mkdir()
-    (tmp_path / "tests/compat.sh").write_text(SCRIPT.read_text())
+    for name in ("tests/compat.sh", "launch/_common.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "launch/setup_env.sh").write_text('echo "with $GKD_PYTHON in $GKD_VENV"\nexit 7\n')
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("GKD_", "PYENV"))}
     environment |= {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:/usr/bin:/bin"} | variables

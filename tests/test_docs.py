@@ -4,6 +4,7 @@ Elsewhere: the configuration page (test_flags.py), the examples of docs/data.md 
 whether the prose is true.
 """
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_gkd.cli import COMMANDS
 from megatron_gkd.config import flags, flags_of
 from megatron_gkd.convert import ConvertConfig
 from megatron_gkd.sample_config import SampleConfig
+from tests.support import metrics_page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,6 +29,17 @@ CHECK_FLAGS = (
     | flags_of(CheckTrainConfig, "check_train")
     | flags()
 )
+OTHER_PROGRAMS = {
+    "torchrun": {"--nproc-per-node", "--nnodes"},
+    "sbatch": {"--nodes", "--time"},
+    "swift deploy": {
+        *("--api_key", "--host", "--max_logprobs", "--model_type", "--port", "--template", "--torch_dtype"),
+        *("--use_chat_template", "--vllm_enforce_eager", "--vllm_engine_kwargs", "--infer_backend"),
+    },
+}
+DIRECTORIES = ("launch", "megatron_gkd", "tests", "docs", "benchmarks", "examples", "requirements", "tools")
+HISTORY = ("CHANGELOG.md", "LOG.md")  # what they name may have gone
+NO_METRICS = {"retry_s", "timeout_s", "bucket_bytes", "convert.memory_bound_bytes", "memory_bound_bytes"}
 SCRIPT_OPTIONS = {"--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers"}
 
 
@@ -81,7 +94,7 @@ def test_links_resolve(page: Path):
 
 def test_every_page_is_reached_from_the_index():
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
-    missing = [page.name for page in PAGES if page.parent.name == "docs" and page.name not in index + "index.md"]
+    missing = [page.name for page in PAGES if page.parent == ROOT / "docs" and page.name not in index + "index.md"]
     assert not missing, f"docs/index.md does not link to {missing}"
 
 
@@ -151,16 +164,81 @@ def test_command_lines_name_what_exists(page: Path, line: str):
         assert not unknown - {"--markdown"}, f"{page.name}: {sorted(unknown)} in {line}"
 
 
+def unknown_flags(text: str) -> set[str]:
+    """Every `--name` that is no flag of ours, of a script, or of a benchmark or other program that the text names."""
+    used = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text))
+    known = {f"--{name}" for name in flags() | CONVERT_FLAGS | SAMPLE_FLAGS | CHECK_FLAGS} | SCRIPT_OPTIONS
+    known |= {"--config", "--rlhf_type", "--num_answers", "--markdown", "--version"}
+    for program, its in OTHER_PROGRAMS.items():
+        known |= its if program in text else set()
+    for script in set(re.findall(r"benchmarks\.(bench_\w+)", text)):
+        source = (ROOT / f"benchmarks/{script}.py").read_text(encoding="utf-8")
+        known |= set(re.findall(r'"(--[\w-]+)"', source + (ROOT / "benchmarks/measure.py").read_text(encoding="utf-8")))
+    return used - known
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_flags_in_the_text_exist(page: Path):
-    """`--name` and `--name value` in code spans: a flag of the program or an option of a script."""
-    spans = re.findall(r"`(--[a-zA-Z_-]+)(?:[= ][^`]*)?`", page.read_text(encoding="utf-8"))
-    known = (
-        {f"--{name}" for name in flags() | CONVERT_FLAGS | SAMPLE_FLAGS | CHECK_FLAGS}
-        | SCRIPT_OPTIONS
-        | {"--config", "--rlhf_type", "--num_answers"}
-    )
-    assert not set(spans) - known, f"{page.name} names {sorted(set(spans) - known)}"
+def test_flags_exist(page: Path):
+    """In prose, tables and code alike."""
+    assert unknown_flags(page.read_text(encoding="utf-8")) == set()
+
+
+def unknown_metrics(text: str) -> set[str]:
+    """Names in code spans that look like those of a step's row, and are not on the page about metrics."""
+    spans = re.findall(r"`((?:rollout|teacher_samples|source|push)[/_]\w+(?:/\w+)?|\w+_(?:s|bytes|kl|mass))`", text)
+    spelt = {name.replace("/S/", "/student/") for name in spans}
+    return spelt - metrics_page.names_under(*metrics_page.OF_A_STEP, metrics_page.EVALUATION) - NO_METRICS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_metrics_exist(page: Path):
+    assert unknown_metrics(page.read_text(encoding="utf-8")) == set()
+
+
+def test_the_package_writes_every_metric_of_the_page():
+    """The way back: tests/train holds the rows of real runs against the page."""
+    literals = {
+        node.value
+        for file in (ROOT / "megatron_gkd").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    for name in metrics_page.names_under(*metrics_page.OF_A_STEP, metrics_page.EVALUATION):
+        parts = {name} if not name.startswith("source/") else {"source/", name.split("/")[2]}
+        assert parts <= literals or name.removesuffix("_s") in literals, f"docs/metrics.md: nothing writes {name}"
+
+
+def missing_paths(text: str) -> set[str]:
+    """Files that are named by a path from the root, or by one within the package, and are not there."""
+    rooted = set(re.findall(rf"(?<![\w/.-])(?:{'|'.join(DIRECTORIES)})/[\w./*-]*\w", text))
+    within = set(re.findall(r"`([\w/]+\.py)`", text)) - rooted
+    package = ROOT / "megatron_gkd"
+    missing = {path for path in rooted if not list(ROOT.glob(path))}
+    return missing | {path for path in within if not (package / path).exists() and not list(package.rglob(path))}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=ids)
+def test_paths_exist(page: Path):
+    assert missing_paths(page.read_text(encoding="utf-8")) == set()
+
+
+def too_long(text: str) -> list[str]:
+    """Lines over 120 characters. A row of a table or of a data file is one line, whatever it says."""
+    return [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "    {"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_lines_are_short(page: Path):
+    assert too_long(page.read_text(encoding="utf-8")) == []
+
+
+def test_planted_faults_are_found():
+    text = "Give `--no_such_flag 1` to `launch/none.sh`; then `rollout/shortened` and `wait_s` in `nowhere.py` fall.\n"
+    assert unknown_flags(text) == {"--no_such_flag"}
+    assert unknown_flags("`sbatch --nodes=3`, and --nproc-per-node") == {"--nproc-per-node"}
+    assert unknown_metrics(text) == {"rollout/shortened", "wait_s"}
+    assert missing_paths(text) == {"launch/none.sh", "nowhere.py"}
+    assert too_long("x" * 121 + "\n| " + "y" * 121) == ["x" * 121]
 
 
 def test_changelog_and_version_agree():

@@ -6,6 +6,7 @@ real run; tests/test_quickstart.py and .ci/run do those.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,13 @@ import pytest
 from tests.support.effort import LIMIT_S
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [
-    *sorted((ROOT / "launch").glob("*.sh")),
-    ROOT / "launch/slurm.sbatch",
+COMMON = ROOT / "launch/_common.sh"  # sourced, and no script by itself
+DOCUMENTED = [
+    *sorted(path for path in (ROOT / "launch").iterdir() if path != COMMON),
+    ROOT / "tests/compat.sh",
     ROOT / "tests/setup_swift.sh",
-    ROOT / ".ci/run",
 ]
+SCRIPTS = [*DOCUMENTED, ROOT / ".ci/run"]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 Result = subprocess.CompletedProcess[str]
 
@@ -50,21 +52,76 @@ def test_syntax(script: Path):
     assert os.access(script, os.X_OK), f"chmod +x {script}"
 
 
+@pytest.mark.parametrize("script", [COMMON, *SCRIPTS], ids=ids)
+def test_lines_are_short(script: Path):
+    assert [line for line in script.read_text().splitlines() if len(line) > 120] == []
+
+
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
-def test_shellcheck(script: Path):
+def test_shellcheck():
     assert SHELLCHECK is not None
-    result = subprocess.run([SHELLCHECK, str(script)], capture_output=True, text=True)
+    result = subprocess.run([SHELLCHECK, *map(str, [COMMON, *SCRIPTS])], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS[:-1], ids=ids)
-def test_help_is_the_header(script: Path, tmp_path: Path):
-    result = bash(script, "--help", cwd=tmp_path)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("script", DOCUMENTED, ids=ids)
+def test_help_is_the_header(script: Path, flag: str, tmp_path: Path):
+    """Its own, from its first line of text to its last, wherever it is called; nothing is begun."""
+    result = bash(script, flag, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    lines = script.read_text().splitlines()
+    header = [line[1:].removeprefix(" ") for line in lines[1 : lines.index("set -euo pipefail")]]
+    assert result.stdout.splitlines() == [line for line in header if not line.startswith("SBATCH")]
     for heading in ("Hardware:", "Time:", "Expect:"):
         assert heading in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", DOCUMENTED, ids=ids)
+def test_what_scripts_share_stands_in_one_file(script: Path):
+    """A stage of a copy is a stage that drifts: every name that _common.sh defines is defined there alone."""
+    shared = re.findall(r"^(\w+)\(\) ", COMMON.read_text(), flags=re.M)
+    assert len(shared) > 20
+    assert set(re.findall(r"^(\w+)\(\) ", script.read_text(), flags=re.M)).isdisjoint(shared)
+    assert "_common.sh" in script.read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("launch/setup_env.sh", ["--gpus"], "setup_env: unknown argument: --gpus (see --help)"),
+        ("tests/setup_swift.sh", ["--gpu"], "setup_swift: unknown argument: --gpu (see --help)"),
+        ("launch/train_single_node.sh", ["--no_such_flag", "1"], "--no_such_flag"),
+    ],
+)
+def test_an_unknown_flag_is_refused(script: str, words: list[str], message: str, tmp_path: Path):
+    """By the script, or by the program that it hands its flags to. Those of vLLM and pytest are theirs to refuse."""
+    result = bash(ROOT / script, *words, cwd=tmp_path, GKD_VENV=sys.prefix, NPROC_PER_NODE="1")
+    assert result.returncode in (1, 2)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize("changed", ["requirements/cpu.txt", "launch/setup_env.sh", "launch/_common.sh"])
+def test_the_stamp_of_the_environment_covers_what_makes_it(changed: str, tmp_path: Path):
+    """A stand-in for a finished environment is taken for one until a pin, or the code that installs it, changes."""
+    for name in ("launch", "requirements"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    venv = tmp_path / ".venv/bin"
+    venv.mkdir(parents=True)
+    for name in ("python", "megatron-gkd"):
+        (venv / name).write_text("#!/bin/sh\n")
+        (venv / name).chmod(0o755)
+    setup = tmp_path / "launch/setup_env.sh"
+    first = bash(setup, GKD_VENV=str(venv.parent))
+    assert first.returncode == 0, first.stderr
+    assert "installing" in first.stdout
+    assert "nothing to do" in bash(setup, GKD_VENV=str(venv.parent)).stdout
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n# another line\n")
+    assert "installing" in bash(setup, GKD_VENV=str(venv.parent)).stdout
 
 
 def test_quickstart_dry_run_shows_every_stage(tmp_path: Path):

@@ -122,12 +122,10 @@ def transformer_config(arch: Architecture, layout: Layout, *, dtype: str, use_cp
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         sequence_parallel=layout.sequence_parallel,
-        # The interleaved schedule exchanges activations and gradients with the same peer at the same time when PP =
-        # 2. Batched P2P
-        # matches messages between two ranks by order alone and would swap them (Megatron-LM's own argument check
-        # demands PP > 2 there); the
-        # overlapped form keeps the directions on separate groups. It has no safe shape exchange either: one length
-        # per step (see train/step.py).
+        # With PP = 2 the interleaved schedule exchanges activations and gradients with the same peer at the same time.
+        # Batched P2P matches messages of a pair by order alone and would swap them (Megatron-LM's argument check
+        # demands PP > 2 there); the overlapped form keeps the directions on separate groups. It cannot exchange shapes
+        # safely either: one length per step (see train/step.py).
         overlap_p2p_comm=layout.virtual_pipeline is not None,
         batch_p2p_comm=layout.virtual_pipeline is None,
         variable_seq_lengths=layout.pipeline > 1 and layout.virtual_pipeline is None,

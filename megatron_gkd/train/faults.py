@@ -83,7 +83,7 @@ class BadSteps:
                 logger.warning("step %d: %s", step, of_teacher)
         if self.in_a_row >= most or is_last:
             last = ", and the last of the run, which cannot end with it" if is_last else ""
-            advice = of_teacher or "lower --lr or --clip_grad, or mend the data"
+            advice = of_teacher or "lower --lr or --clip_grad, or correct the data"
             raise TrainingError(
                 f"step {step}: {problem}, the {self.in_a_row}. such step in a row (--max_bad_steps {most}){last}. None "
                 f"of them changed a weight. Look at the samples in {self._directory}; {advice}, and "

@@ -95,9 +95,8 @@ def load_vocab_shard(
 
     Args:
         padded_vocab: rows over all ranks; not less than `num_rows`.
-        num_rows: rows that are read, the rest is padding; None: the checkpoint's whole vocabulary. Fewer, where
-        another model
-            pads its vocabulary less.
+        num_rows: rows that are read, the rest is padding; None: the checkpoint's whole vocabulary. Fewer, where another
+            model pads its vocabulary less.
     """
     check_manifest(checkpoint, arch)
     if num_rows is not None:

@@ -75,7 +75,7 @@ def test_it_starts_what_the_package_starts(model: Path) -> None:
     assert dev == "VLLM_SERVER_DEV_MODE=1"
     assert python.endswith("/bin/python")
     assert sorted(words) == sorted(expected[1:])
-    text = SCRIPT.read_text()
+    text = SCRIPT.read_text() + (ROOT / "launch/_common.sh").read_text()
     names = server_environment({}, on_cpu=True)
     assert not [name for name in names if name not in text], "the environment of the server"
     assert WORKER_EXTENSION in words

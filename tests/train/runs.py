@@ -15,6 +15,7 @@ from megatron_gkd.train.loop import run_training
 from megatron_gkd.train.teacher_samples import TeacherSamples
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from tests.ranks import run_ranks
+from tests.support.metrics_page import undocumented
 from tests.train.trainers import T
 from tests.weights.ranks_at_work import megatron
 
@@ -44,8 +45,9 @@ def train(*, world: int = 1, **flags: Any) -> Path:
 
 
 def metrics(run_dir: Path, *, first_step: int = 1, file: str = "metrics.jsonl") -> list[dict[str, float]]:
-    """The rows of a run from a step on, without timings."""
+    """The rows of a run from a step on, without timings. Every name of theirs is one of docs/metrics.md."""
     rows = [row for row in read_rows(run_dir / file) if row["step"] >= first_step]
+    assert not undocumented(rows), f"docs/metrics.md lacks {sorted(undocumented(rows))}"
     return [{name: value for name, value in row.items() if not name.endswith(TIMINGS)} for row in rows]
 
 

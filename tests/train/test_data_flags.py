@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from megatron_gkd.observe.writers import read_rows
 from tests.ranks import RankFailureError
+from tests.support.metrics_page import EVALUATION, names_of_a_step, names_under
 from tests.train.runs import metrics, train
 from tests.train.trainers import write_pair, write_rows
 
@@ -51,6 +53,9 @@ def test_a_streamed_run_has_the_numbers_of_one_from_memory(inputs: dict[str, Any
     assert [row["step"] for row in metrics(runs[0])] == [1, 2, 3, 4]
     evaluations = [metrics(of, file="evaluation.jsonl", first_step=0) for of in runs]
     assert evaluations[0] == evaluations[1]
+    step, evaluation = (read_rows(runs[0] / name)[0] for name in ("metrics.jsonl", "evaluation.jsonl"))
+    assert set(step) == names_of_a_step(step), "docs/metrics.md, both ways"
+    assert set(evaluation) == names_under(EVALUATION)
 
 
 def test_a_streamed_mixture_with_bad_rows_resumes_where_it_was(inputs: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.server_teacher import ServerTeacher
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
+from tests.support.metrics_page import ROLLOUT, names_of_a_step
 from tests.support.program import run
 from tests.support.vllm_zygote import forked_programs
 from tests.teacher_server.fake import FakeServer, serve
@@ -129,6 +130,7 @@ def test_on_policy_distillation_improves_the_held_out_reverse_kl(inputs: Inputs,
         assert last["reverse_kl"] < 0.9 * first["reverse_kl"], name
         metrics = records(inputs.root / name / "metrics.jsonl")
         assert [row["source/student/num_samples"] for row in metrics] == [BATCH] * STEPS
+        assert set(metrics[0]) == names_of_a_step(metrics[0], ROLLOUT), "docs/metrics.md, both ways"
         assert all(row["rollout/version_lag"] == 0 for row in metrics)
         assert all(row["rollout/num_tokens"] == row["num_tokens"] for row in metrics)
         assert all(0 <= row["rollout/truncated"] <= 1 and row["push_attempts"] == 1 for row in metrics)

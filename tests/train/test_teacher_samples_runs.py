@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 
 from megatron_gkd.errors import RolloutError
+from megatron_gkd.observe.writers import read_rows
 from megatron_gkd.platform import cpu_adaptation
 from megatron_gkd.rollout.server import SubprocessEngine
 from megatron_gkd.train.loop import run_training
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.rollout.serving import logprobs_of
+from tests.support.metrics_page import ROLLOUT, TEACHER_SAMPLES, names_of_a_step
 from tests.support.vllm_zygote import forked_programs
 from tests.train.runs import metrics, recorded_teacher_samples
 from tests.train.trainers import WORDS, T, run_config
@@ -143,6 +145,8 @@ def test_both_sources_in_a_step_and_the_same_prompt_has_the_same_completion(
 ) -> None:
     by_prompt: dict[tuple[int, ...], tuple[int, ...]] = {}
     rows = metrics(inputs.root / "whole")
+    (first, *_) = read_rows(inputs.root / "whole/metrics.jsonl")
+    assert set(first) == names_of_a_step(first, ROLLOUT, TEACHER_SAMPLES), "docs/metrics.md, both ways"
     for step, completions in enumerate(runs["whole"]):
         asked = prompts(inputs, inputs.config("whole"), step)
         assert asked.keys() == completions.keys()
