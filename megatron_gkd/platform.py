@@ -104,7 +104,7 @@ def import_megatron() -> None:
     """Import what runs use of megatron-core, before another import does.
 
     It has fifty fusions that a decorator compiles, so importing it loads torch's dynamo and inductor: 8 CPU-seconds on
-    every rank. Fusions are for CUDA. Where torch sees no CUDA device, `torch.compile` meanwhile returns what it is given.
+    every rank. Fusions are for CUDA: without a CUDA device, `torch.compile` meanwhile returns what it is given.
     """
     compiler = torch.compile
     if not torch.cuda.is_available():
