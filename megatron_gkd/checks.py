@@ -9,21 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_gkd.errors import ConfigError, ShapeError
-
-
-def check_beta(beta: float) -> None:
-    if not 0.0 <= beta <= 1.0:  # also catches NaN
-        raise ConfigError(
-            f"beta={beta} was given, 0 <= beta <= 1 is needed (0 forward KL, 1 reverse KL, 0.5 symmetric JSD)"
-        )
-
-
-def check_temperature(temperature: float) -> None:
-    if not (temperature > 0.0 and temperature != float("inf")):
-        raise ConfigError(
-            f"temperature={temperature} was given, a positive finite number is needed; 1.0 leaves logits as they are"
-        )
+from megatron_gkd.errors import ShapeError
 
 
 def check_matrix(name: str, x: torch.Tensor) -> None:

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import torch
 
-from megatron_gkd import divergence as dv
+from megatron_gkd import sharded_softmax as sm
 from megatron_gkd import support as sp
+from megatron_gkd.divergence import Sums
 from megatron_gkd.fused_dense import KernelDense, LabelPart, TorchDense
 from megatron_gkd.fused_task import FusedTask, HiddenTeacher, TokenLosses, TopKTeacher, dense_setting, uses_kernels
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_
@@ -101,7 +102,7 @@ def add_product_(
 
 def run_chunks(task: FusedTask, results: TokenLosses, products: Products, chunk_tokens: int, want_grad: bool) -> None:
     """All chunks, in token order."""
-    for rows in dv.token_chunks(task.student_hidden.shape[0], chunk_tokens):
+    for rows in sm.token_chunks(task.student_hidden.shape[0], chunk_tokens):
         student_Cv, teacher_Cv = products.logits_(rows)
         if teacher_Cv is not None:
             grad_Cv = _dense_chunk(task, results, products, rows, student_Cv, teacher_Cv, want_grad)
@@ -126,7 +127,7 @@ def _dense_chunk(
     shard, group, dtype, dense = task.shard, task.group, task.dtype, products.dense
     assert dense is not None
     gathered_RnC = all_gather_stack(dense.stats(student_Cv, teacher_Cv), group)
-    norm = dv.dense_norm(gathered_RnC[:, :5], group.rank(), task.beta, task.inverse_temperature)
+    norm = task.divergence.norm(gathered_RnC[:, :5], group.rank())
     if results.agreement is not None:
         best_C, teacher_best_C = merge_argmax(gathered_RnC[:, [0, -2]]), merge_argmax(gathered_RnC[:, [2, -1]])
         results.agreement[rows] = (best_C == teacher_best_C).to(dtype)
@@ -137,12 +138,12 @@ def _dense_chunk(
         owned = sp.OwnedIds.of(task.labels[rows], shard)
         sums_label = [owned.gather(student_Cv, dtype)]  # before the logits are overwritten
         own_softmax = dense.setting.label_softmax
-        lse_C = dv.combine_lse(gathered_RnC[:, 0], gathered_RnC[:, 5], 1.0) if own_softmax else norm.student.lse_C
+        lse_C = sm.combine_lse(gathered_RnC[:, 0], gathered_RnC[:, 5], 1.0) if own_softmax else norm.student.lse_C
         label = LabelPart(owned, task.label_weights[rows], lse_C)
     sums = dense.sums(student_Cv, teacher_Cv, norm, label)
     reduced_nC = all_reduce_sum_(torch.stack([*sums, *sums_label]), group)
-    sums = dv.Sums(reduced_nC[0], reduced_nC[1])
-    results.per_token[rows] = dv.finish_divergence(sums, norm.anchor_C, task.beta)
+    sums = Sums(reduced_nC[0], reduced_nC[1])
+    results.per_token[rows] = task.divergence.value(sums, norm.anchor_C)
     if label is not None:
         _set_cross_entropy(task, results, rows, label.lse_C, reduced_nC[2])
     if not want_grad:
@@ -164,7 +165,7 @@ def _topk_chunk(
     if task.want_agreement:
         stats.append(shard_argmax(student_Cv, shard.start, dtype))
     gathered_RnC = all_gather_stack(torch.cat(stats), group)
-    tail_lse_C = dv.combine_lse(gathered_RnC[:, 0], gathered_RnC[:, 1], 1.0)
+    tail_lse_C = sm.combine_lse(gathered_RnC[:, 0], gathered_RnC[:, 1], 1.0)
     if results.agreement is not None:
         results.agreement[rows] = (merge_argmax(gathered_RnC[:, 2:4]) == ids_CK[:, 0]).to(dtype)
 
@@ -174,14 +175,7 @@ def _topk_chunk(
     logits_Cn = all_reduce_sum_(torch.cat(picked, dim=1), group)
     logits_CK = logits_Cn[:, :num_support]
     bucket = sp.has_tail(num_support, shard, teacher.tail)
-    loss = sp.support_loss(
-        logits_CK,
-        tail_lse_C if bucket else None,
-        logprobs_CK,
-        ids_CK,
-        beta=task.beta,
-        inverse_temperature=task.inverse_temperature,
-    )
+    loss = sp.support_loss(logits_CK, tail_lse_C if bucket else None, logprobs_CK, ids_CK, task.divergence)
     results.per_token[rows] = loss.divergence_T.to(dtype)
     masses = support_masses(logits_CK, tail_lse_C, logprobs_CK, ids_CK, dtype)
     assert results.teacher_mass is not None
@@ -196,7 +190,7 @@ def _topk_chunk(
         weighted_CO = loss.grad_TO * task.token_weights[rows].double().unsqueeze(1)
         sp.write_gradient_(g_Cv, student_Cv, owned, weighted_CO, tail_lse_C if bucket else None, scratch_Bv1)
         if task.labels is not None:
-            dv.softmax_into_(products.q_Cv[:num_rows], student_Cv, lse_C, scratch_Bv1.shape[0])
+            sm.softmax_into_(products.q_Cv[:num_rows], student_Cv, lse_C, scratch_Bv1.shape[0])
             _add_label_gradient_(task, rows, g_Cv, products.q_Cv[:num_rows])
     return g_Cv
 

@@ -2,7 +2,7 @@
 
 Both classes own the logits buffers, and do the same three things between the two collectives of a chunk:
 
-    stats     [n, C] of this rank, to be gathered        rows: divergence.dense_stats (5); the label's sumexp at
+    stats     [n, C] of this rank, to be gathered        rows: Divergence.stats (5); the label's sumexp at
                                                          temperature 1 where `label_softmax`; both maxima's ids where
                                                          `want_ids`
     sums      [2, C] of this rank, to be reduced
@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_gkd import divergence as dv
+from megatron_gkd import sharded_softmax as sm
+from megatron_gkd.divergence import DenseNorm, Divergence, Sums
 from megatron_gkd.support import OwnedIds
 
 
@@ -33,8 +34,7 @@ class DenseSetting(NamedTuple):
     device: torch.device
     num_columns: int  # v
     first_id: int  # global id of column 0
-    beta: float
-    inverse_temperature: float
+    divergence: Divergence
     label_softmax: bool  # the cross entropy needs a softmax of its own, at temperature 1
     want_ids: bool
 
@@ -69,27 +69,27 @@ class TorchDense:
         self.q_Cv = self.student_Cv if setting.student_dtype == dtype else buffer(dtype)
         self.g_Cv = self.teacher_Cv if setting.teacher_dtype == dtype else buffer(dtype)
         self.label_q_Cv = buffer(dtype) if setting.label_softmax else None
-        block = dv.block_tokens_for(num_rows, v, dtype, device)
+        block = sm.block_tokens_for(num_rows, v, dtype, device)
         self.scratch_nBv = torch.empty(2, block, v, dtype=dtype, device=device)
 
     def stats(self, student_Cv: torch.Tensor, teacher_Cv: torch.Tensor) -> torch.Tensor:
         setting, scratch_Bv = self.setting, self.scratch_nBv[0]
         ids_from = setting.first_id if setting.want_ids else None
-        stats_nC = dv.dense_stats(student_Cv, teacher_Cv, setting.inverse_temperature, scratch_Bv, ids_from=ids_from)
+        stats_nC = setting.divergence.stats(student_Cv, teacher_Cv, scratch_Bv, ids_from=ids_from)
         if not setting.label_softmax:
             return stats_nC
-        sumexp_C = dv.shard_sumexp(student_Cv, stats_nC[0], 1.0, scratch_Bv)
+        sumexp_C = sm.shard_sumexp(student_Cv, stats_nC[0], 1.0, scratch_Bv)
         return torch.cat([stats_nC[:5], sumexp_C.unsqueeze(0), stats_nC[5:]])
 
     def sums(
-        self, student_Cv: torch.Tensor, teacher_Cv: torch.Tensor, norm: dv.DenseNorm, label: LabelPart | None
-    ) -> dv.Sums:
+        self, student_Cv: torch.Tensor, teacher_Cv: torch.Tensor, norm: DenseNorm, label: LabelPart | None
+    ) -> Sums:
         """Overwrites the logits where Q and g have no buffers of their own."""
         setting, num_rows = self.setting, student_Cv.shape[0]
         if label is not None and self.label_q_Cv is not None:
-            dv.softmax_into_(self.label_q_Cv[:num_rows], student_Cv, label.lse_C, self.scratch_nBv.shape[1])
-        return dv.dense_pass_(
-            student_Cv, teacher_Cv, norm, beta=setting.beta, inverse_temperature=setting.inverse_temperature,
+            sm.softmax_into_(self.label_q_Cv[:num_rows], student_Cv, label.lse_C, self.scratch_nBv.shape[1])
+        return setting.divergence.dense_pass_(
+            student_Cv, teacher_Cv, norm,
             g_out_Cv=self.g_Cv[:num_rows], q_out_Cv=self.q_Cv[:num_rows], scratch_nBv=self.scratch_nBv,
         )  # fmt: skip
 
@@ -97,17 +97,17 @@ class TorchDense:
         self,
         student_Cv: torch.Tensor,
         teacher_Cv: torch.Tensor,
-        norm: dv.DenseNorm,
+        norm: DenseNorm,
         centre_C: torch.Tensor,
         weight_C: torch.Tensor,
         label: LabelPart | None,
     ) -> torch.Tensor:
-        setting, num_rows = self.setting, student_Cv.shape[0]
+        divergence, num_rows = self.setting.divergence, student_Cv.shape[0]
         g_Cv, q_Cv = self.g_Cv[:num_rows], self.q_Cv[:num_rows]
-        scale_C = dv.row_scale(norm, setting.beta)
-        factor_C1 = (weight_C * scale_C * (dv.gradient_factor(setting.beta) * setting.inverse_temperature)).unsqueeze(1)
-        for rows in dv.token_chunks(num_rows, max(1, self.scratch_nBv.shape[1])):
-            g_Bv = dv.add_centre_(g_Cv[rows], q_Cv[rows], centre_C[rows].unsqueeze(1), setting.beta)
+        scale_C = divergence.row_scale(norm)
+        factor_C1 = (weight_C * scale_C * divergence.gradient_factor).unsqueeze(1)
+        for rows in sm.token_chunks(num_rows, max(1, self.scratch_nBv.shape[1])):
+            g_Bv = divergence.add_centre_(g_Cv[rows], q_Cv[rows], centre_C[rows].unsqueeze(1))
             g_Bv.mul_(factor_C1[rows])
         if label is not None and self.label_q_Cv is not None:
             g_Cv.addcmul_(self.label_q_Cv[:num_rows], label.weight_C.unsqueeze(1))
@@ -136,23 +136,22 @@ class KernelDense:
 
         setting = self.setting
         return launch.stats(
-            student_Cv, teacher_Cv, setting.inverse_temperature, want_label=setting.label_softmax,
+            student_Cv, teacher_Cv, setting.divergence, want_label=setting.label_softmax,
             ids_from=setting.first_id if setting.want_ids else None,
         )  # fmt: skip
 
     def sums(
-        self, student_Cv: torch.Tensor, teacher_Cv: torch.Tensor, norm: dv.DenseNorm, label: LabelPart | None
-    ) -> dv.Sums:
+        self, student_Cv: torch.Tensor, teacher_Cv: torch.Tensor, norm: DenseNorm, label: LabelPart | None
+    ) -> Sums:
         from megatron_gkd.kernels import launch
 
-        beta, inverse_temperature = self.setting.beta, self.setting.inverse_temperature
-        return launch.sums(student_Cv, teacher_Cv, norm, beta=beta, inverse_temperature=inverse_temperature)
+        return launch.sums(student_Cv, teacher_Cv, norm, self.setting.divergence)
 
     def gradient(
         self,
         student_Cv: torch.Tensor,
         teacher_Cv: torch.Tensor,
-        norm: dv.DenseNorm,
+        norm: DenseNorm,
         centre_C: torch.Tensor,
         weight_C: torch.Tensor,
         label: LabelPart | None,
@@ -165,7 +164,7 @@ class KernelDense:
             lse_C = label.lse_C if self.setting.label_softmax else None
             part = launch.LabelGradient(label.weight_C, column_C, lse_C)
         launch.gradient_(
-            student_Cv, student_Cv, teacher_Cv, norm, beta=self.setting.beta, centre_C=centre_C, weight_C=weight_C,
-            inverse_temperature=self.setting.inverse_temperature, label=part,
+            student_Cv, student_Cv, teacher_Cv, norm, self.setting.divergence,
+            centre_C=centre_C, weight_C=weight_C, label=part,
         )  # fmt: skip
         return student_Cv

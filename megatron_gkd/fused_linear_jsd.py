@@ -38,6 +38,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.divergence import Divergence
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.fused_chunks import Products, run_chunks
 from megatron_gkd.fused_task import (
@@ -78,7 +79,7 @@ def fused_linear_jsd(
     """(loss_sum scalar, per_token [T] detached) over the full vocabulary."""
     teacher = HiddenTeacher(teacher_hidden, teacher_head)
     loss = fused_linear_distill(
-        student_hidden, student_head, teacher, beta=beta, tp_group=tp_group, temperature=temperature,
+        student_hidden, student_head, teacher, Divergence(beta, temperature), tp_group=tp_group,
         vocab_size=vocab_size, token_weights=token_weights, chunk_tokens=chunk_tokens,
         reduce_hidden_grad=reduce_hidden_grad,
     )  # fmt: skip
@@ -103,7 +104,7 @@ def fused_linear_topk_jsd(
     """(loss_sum scalar, per_token [T] detached) against the teacher's top K."""
     teacher = TopKTeacher(topk_logprobs, topk_indices, tail)
     loss = fused_linear_distill(
-        student_hidden, student_head, teacher, beta=beta, tp_group=tp_group, temperature=temperature,
+        student_hidden, student_head, teacher, Divergence(beta, temperature), tp_group=tp_group,
         vocab_size=vocab_size, token_weights=token_weights, chunk_tokens=chunk_tokens,
         reduce_hidden_grad=reduce_hidden_grad,
     )  # fmt: skip
@@ -114,10 +115,9 @@ def fused_linear_distill(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
     teacher: HiddenTeacher | TopKTeacher,
+    divergence: Divergence,
     *,
-    beta: float,
     tp_group: dist.ProcessGroup,
-    temperature: float = 1.0,
     vocab_size: int | None = None,
     token_weights: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
@@ -137,9 +137,8 @@ def fused_linear_distill(
         report_agreement: also compare the most probable tokens.
     """
     task = make_task(
-        student_hidden, student_head, teacher, beta=beta, tp_group=tp_group, temperature=temperature,
-        vocab_size=vocab_size, token_weights=token_weights, labels=labels, label_weights=label_weights,
-        want_agreement=report_agreement,
+        student_hidden, student_head, teacher, divergence, tp_group=tp_group, vocab_size=vocab_size,
+        token_weights=token_weights, labels=labels, label_weights=label_weights, want_agreement=report_agreement,
     )  # fmt: skip
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(

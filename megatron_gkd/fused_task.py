@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd import checks, kernels
-from megatron_gkd import divergence as dv
+from megatron_gkd import sharded_softmax as sm
 from megatron_gkd import support as sp
+from megatron_gkd.divergence import Divergence
 from megatron_gkd.errors import ConfigError, ShapeError
 from megatron_gkd.fused_dense import DenseSetting, num_wide_buffers
 from megatron_gkd.parallel.collectives import require_group
@@ -50,8 +51,7 @@ class TopKTeacher:
 class FusedTask:
     """What is to be computed; alike for every chunk."""
 
-    beta: float
-    inverse_temperature: float
+    divergence: Divergence
     shard: VocabShard
     group: dist.ProcessGroup
     student_hidden: torch.Tensor  # [T, Hs]
@@ -99,10 +99,9 @@ def make_task(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
     teacher: HiddenTeacher | TopKTeacher,
+    divergence: Divergence,
     *,
-    beta: float,
     tp_group: dist.ProcessGroup,
-    temperature: float,
     vocab_size: int | None,
     token_weights: torch.Tensor | None,
     labels: torch.Tensor | None,
@@ -111,21 +110,19 @@ def make_task(
 ) -> FusedTask:
     """Refuse what does not fit together; fill in the defaults."""
     group = require_group(tp_group)
-    checks.check_beta(beta)
-    checks.check_temperature(temperature)
     _check_linear("student_hidden", student_hidden, "student_head", student_head)
     num_tokens, num_columns = student_hidden.shape[0], student_head.shape[0]
     shard = vocab_shard(num_columns, rank=group.rank(), tp_size=group.size(), vocab_size=vocab_size)
-    dtype = dv.compute_dtype(student_hidden)
+    dtype = sm.compute_dtype(student_hidden)
     if isinstance(teacher, HiddenTeacher):
         _check_linear("teacher_hidden", teacher.hidden, "teacher_head", teacher.head)
         checks.check_same_columns("student_head", num_columns, "teacher_head", teacher.head.shape[0])
         checks.check_same_tokens(student_hidden=student_hidden, teacher_hidden=teacher.hidden)
         checks.check_same_device(student_hidden=student_hidden, teacher_hidden=teacher.hidden)
-        dtype = dv.compute_dtype(student_hidden, teacher.hidden)
+        dtype = sm.compute_dtype(student_hidden, teacher.hidden)
         teacher = HiddenTeacher(teacher.hidden.detach(), teacher.head.detach())
     else:
-        sp.check_support(teacher.logprobs, teacher.indices, shard, teacher.tail, temperature)
+        sp.check_support(teacher.logprobs, teacher.indices, shard, teacher.tail, divergence.temperature)
         checks.check_same_tokens(student_hidden=student_hidden, topk_logprobs=teacher.logprobs)
         checks.check_same_device(
             student_hidden=student_hidden, topk_logprobs=teacher.logprobs, topk_indices=teacher.indices
@@ -149,7 +146,7 @@ def make_task(
         given = weights_T if label_weights is None else label_weights.detach().to(dtype)
         label_weights_T = given.masked_fill(labels < 0, 0.0)
     return FusedTask(
-        beta=float(beta), inverse_temperature=1.0 / temperature, shard=shard, group=group, teacher=teacher, dtype=dtype,
+        divergence=divergence, shard=shard, group=group, teacher=teacher, dtype=dtype,
         student_hidden=student_hidden.detach(), student_head=student_head.detach(),
         token_weights=weights_T if token_weights is None else token_weights.detach().to(dtype),
         labels=labels, label_weights=label_weights_T, want_agreement=want_agreement,
@@ -173,8 +170,8 @@ def dense_setting(task: FusedTask) -> DenseSetting:
     return DenseSetting(
         student_dtype=task.student_hidden.dtype, teacher_dtype=task.teacher.hidden.dtype, dtype=task.dtype,
         device=task.student_hidden.device, num_columns=task.shard.num_valid, first_id=task.shard.start,
-        beta=task.beta, inverse_temperature=task.inverse_temperature,
-        label_softmax=task.labels is not None and task.inverse_temperature != 1.0, want_ids=task.want_agreement,
+        divergence=task.divergence, want_ids=task.want_agreement,
+        label_softmax=task.labels is not None and task.divergence.inverse_temperature != 1.0,
     )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from megatron_gkd import checks
-from megatron_gkd import divergence as dv
+from megatron_gkd import sharded_softmax as sm
+from megatron_gkd.divergence import Divergence, bound_log_ratio_
 from megatron_gkd.errors import ConfigError, ShapeError
 from megatron_gkd.parallel.vocab import VocabShard
 
@@ -109,9 +110,7 @@ def support_loss(
     tail_lse_T: torch.Tensor | None,
     topk_logprobs: torch.Tensor,
     topk_indices: torch.Tensor,
-    *,
-    beta: float,
-    inverse_temperature: float,
+    divergence: Divergence,
 ) -> SupportLoss:
     """Args:
     logits_TK: the student's logits at the support, from all ranks.
@@ -123,16 +122,14 @@ def support_loss(
     if tail_lse_T is not None:
         z_TO = torch.cat([z_TO, tail_lse_T.double().clamp(min=_ABSENT).unsqueeze(1)], dim=1)
         l_TO = torch.cat([l_TO, _teacher_tail(l_TO, topk_logprobs.dtype).unsqueeze(1)], dim=1)
-    log_q_TO = torch.log_softmax(z_TO * inverse_temperature, dim=1)
-    log_p_TO = torch.log_softmax(l_TO * inverse_temperature, dim=1)
-    p_TO, q_TO, d_TO = log_p_TO.exp(), log_q_TO.exp(), dv.bound_log_ratio_(log_p_TO - log_q_TO)
+    log_q_TO = torch.log_softmax(z_TO * divergence.inverse_temperature, dim=1)
+    log_p_TO = torch.log_softmax(l_TO * divergence.inverse_temperature, dim=1)
+    p_TO, q_TO, d_TO = log_p_TO.exp(), log_q_TO.exp(), bound_log_ratio_(log_p_TO - log_q_TO)
     anchor_T1 = torch.zeros_like(d_TO[:, :1])  # float64 has digits to spare
     g_TO = torch.empty_like(d_TO)
-    sums = dv.partial_sums_(p_TO, q_TO, d_TO, anchor_T1, g_TO, beta)
-    grad_TO = dv.add_centre_(g_TO, q_TO, sums.centre_C.unsqueeze(1), beta).mul_(
-        dv.gradient_factor(beta) * inverse_temperature
-    )
-    return SupportLoss(dv.finish_divergence(sums, anchor_T1.squeeze(1), beta), grad_TO)
+    sums = divergence.partial_sums_(p_TO, q_TO, d_TO, anchor_T1, g_TO)
+    grad_TO = divergence.add_centre_(g_TO, q_TO, sums.centre_C.unsqueeze(1)).mul_(divergence.gradient_factor)
+    return SupportLoss(divergence.value(sums, anchor_T1.squeeze(1)), grad_TO)
 
 
 def _teacher_tail(logprobs_TK: torch.Tensor, given: torch.dtype) -> torch.Tensor:
@@ -158,10 +155,10 @@ def tail_stats(logits_Cv: torch.Tensor, owned: OwnedIds, scratch_Bv1: torch.Tens
     """This rank's (max, sumexp) over its columns outside the support, [2, C], block by block."""
     max_C = torch.full((logits_Cv.shape[0],), -torch.inf, dtype=scratch_Bv1.dtype, device=logits_Cv.device)
     sumexp_C = torch.zeros_like(max_C)
-    for rows in dv.token_chunks(logits_Cv.shape[0] if logits_Cv.shape[1] else 0, max(1, scratch_Bv1.shape[0])):
+    for rows in sm.token_chunks(logits_Cv.shape[0] if logits_Cv.shape[1] else 0, max(1, scratch_Bv1.shape[0])):
         y_Bv = outside_logits(logits_Cv[rows], owned[rows], scratch_Bv1)
         max_C[rows] = y_Bv.amax(-1)
-        sumexp_C[rows] = y_Bv.sub_(dv.finite_shift(max_C[rows]).unsqueeze(-1)).exp_().sum(-1)
+        sumexp_C[rows] = y_Bv.sub_(sm.finite_shift(max_C[rows]).unsqueeze(-1)).exp_().sum(-1)
     return torch.stack([max_C, sumexp_C])
 
 
@@ -177,14 +174,14 @@ def write_gradient_(
     tail's share.
     """
     num_support = owned.owned.shape[1]
-    for rows in dv.token_chunks(logits_Cv.shape[0], max(1, scratch_Bv1.shape[0])):
+    for rows in sm.token_chunks(logits_Cv.shape[0], max(1, scratch_Bv1.shape[0])):
         if tail_lse_C is None:
             grad_Cv[rows].zero_()
         else:
             y_Bv = outside_logits(logits_Cv[rows], owned[rows], scratch_Bv1)
             lse_B, dtype = tail_lse_C[rows], y_Bv.dtype
-            high_B = dv.finite_shift(lse_B.to(dtype))
-            weight_B = grad_CO[rows, num_support] * torch.exp(high_B.double() - dv.finite_shift(lse_B))
+            high_B = sm.finite_shift(lse_B.to(dtype))
+            weight_B = grad_CO[rows, num_support] * torch.exp(high_B.double() - sm.finite_shift(lse_B))
             grad_Cv[rows] = y_Bv.sub_(high_B.unsqueeze(-1)).exp_().mul_(weight_B.to(dtype).unsqueeze(-1))
         owned[rows].add_(grad_Cv[rows], grad_CO[rows, :num_support])
 
@@ -192,5 +189,5 @@ def write_gradient_(
 def scratch_for(num_tokens: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """One block of rows with the extra column that `outside_logits` needs."""
     return torch.empty(
-        dv.block_tokens_for(num_tokens, num_columns, dtype, device), num_columns + 1, dtype=dtype, device=device
+        sm.block_tokens_for(num_tokens, num_columns, dtype, device), num_columns + 1, dtype=dtype, device=device
     )

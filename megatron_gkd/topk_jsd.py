@@ -35,8 +35,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd import checks
-from megatron_gkd import divergence as dv
+from megatron_gkd import sharded_softmax as sm
 from megatron_gkd import support as sp
+from megatron_gkd.divergence import Divergence
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_, require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
 
@@ -60,11 +61,27 @@ def topk_jsd(
     tail: sp.Tail = "renormalize",
 ) -> torch.Tensor:
     """Divergence per token in nats, [T]; differentiable in `student_logits` only."""
-    checks.check_beta(beta)
-    checks.check_temperature(temperature)
+    return topk_divergence(
+        student_logits, topk_logprobs, topk_indices, Divergence(beta, temperature), tp_group=tp_group,
+        vocab_size=vocab_size, tail=tail,
+    )  # fmt: skip
+
+
+def topk_divergence(
+    student_logits: torch.Tensor,
+    topk_logprobs: torch.Tensor,
+    topk_indices: torch.Tensor,
+    divergence: Divergence,
+    *,
+    tp_group: dist.ProcessGroup,
+    vocab_size: int | None = None,
+    tail: sp.Tail = "renormalize",
+) -> torch.Tensor:
+    """`topk_jsd` of a divergence that is made already."""
+    temperature = divergence.temperature
     group, shard = _prepare(student_logits, topk_logprobs, topk_indices, tp_group, vocab_size, tail, temperature)
-    args = (float(beta), 1.0 / temperature, shard, group, sp.has_tail(topk_indices.shape[1], shard, tail))
-    result: torch.Tensor = _TopKJSD.apply(student_logits, topk_logprobs.detach(), topk_indices, *args)
+    args = (divergence, shard, group, sp.has_tail(topk_indices.shape[1], shard, tail))
+    result: torch.Tensor = _TopKDivergence.apply(student_logits, topk_logprobs.detach(), topk_indices, *args)
     return result
 
 
@@ -82,7 +99,7 @@ def topk_masses(
     Communication: 1 all-reduce of [T, K] and 1 all-gather of [2, T] over `tp_group`.
     """
     group, shard = _prepare(student_logits, topk_logprobs, topk_indices, tp_group, vocab_size, "renormalize", 1.0)
-    dtype = dv.compute_dtype(student_logits)
+    dtype = sm.compute_dtype(student_logits)
     owned = sp.OwnedIds.of(topk_indices, shard)
     valid_Tv = student_logits[:, : shard.num_valid]
     logits_TK = all_reduce_sum_(owned.gather(valid_Tv, dtype), group)
@@ -104,19 +121,17 @@ def support_masses(
     return SupportMasses(teacher_T.to(dtype), torch.sigmoid(inside_T - tail_lse_T).to(dtype))
 
 
-class _TopKJSD(torch.autograd.Function):
+class _TopKDivergence(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, student_Tv, topk_logprobs, topk_indices, beta, inverse_temperature, shard: VocabShard, group, tail
+        ctx, student_Tv, topk_logprobs, topk_indices, divergence: Divergence, shard: VocabShard, group, tail
     ):
-        dtype = dv.compute_dtype(student_Tv)
+        dtype = sm.compute_dtype(student_Tv)
         owned = sp.OwnedIds.of(topk_indices, shard)
         valid_Tv = student_Tv[:, : shard.num_valid]
         logits_TK = all_reduce_sum_(owned.gather(valid_Tv, dtype), group)
         tail_lse_T = _tail_lse(valid_Tv, owned, dtype, group) if tail else None
-        loss = sp.support_loss(
-            logits_TK, tail_lse_T, topk_logprobs, topk_indices, beta=beta, inverse_temperature=inverse_temperature
-        )
+        loss = sp.support_loss(logits_TK, tail_lse_T, topk_logprobs, topk_indices, divergence)
         # Only the tail's share of the gradient needs the logits again; they are the input, not a copy.
         ctx.save_for_backward(topk_indices, loss.grad_TO, *((student_Tv, tail_lse_T) if tail else ()))
         ctx.shard, ctx.like = shard, (student_Tv.shape, student_Tv.dtype)
@@ -131,11 +146,11 @@ class _TopKJSD(torch.autograd.Function):
         valid_Tv = grad_Tv[:, : ctx.shard.num_valid]
         weighted_TO = grad_TO * grad_output_T.double().unsqueeze(1)
         logits_Tv, tail_lse_T = (tail[0][:, : ctx.shard.num_valid], tail[1]) if tail else (valid_Tv, None)
-        scratch_Bv1 = sp.scratch_for(shape[0], valid_Tv.shape[1], dv.compute_dtype(grad_Tv), grad_TO.device)
+        scratch_Bv1 = sp.scratch_for(shape[0], valid_Tv.shape[1], sm.compute_dtype(grad_Tv), grad_TO.device)
         sp.write_gradient_(
             valid_Tv, logits_Tv, sp.OwnedIds.of(topk_indices, ctx.shard), weighted_TO, tail_lse_T, scratch_Bv1
         )
-        return (grad_Tv,) + (None,) * 7
+        return (grad_Tv,) + (None,) * 6
 
 
 def _prepare(
@@ -160,4 +175,4 @@ def _tail_lse(valid_Tv: torch.Tensor, owned: sp.OwnedIds, dtype: torch.dtype, gr
     """Log-sum-exp over every rank's columns outside the support, [T] float64. Communication: 1 all-gather of [2, T]."""
     scratch_Bv1 = sp.scratch_for(valid_Tv.shape[0], valid_Tv.shape[1], dtype, valid_Tv.device)
     stats_R2T = all_gather_stack(sp.tail_stats(valid_Tv, owned, scratch_Bv1), group)
-    return dv.combine_lse(stats_R2T[:, 0], stats_R2T[:, 1], 1.0)
+    return sm.combine_lse(stats_R2T[:, 0], stats_R2T[:, 1], 1.0)

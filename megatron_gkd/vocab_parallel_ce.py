@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd import checks
-from megatron_gkd import divergence as dv
+from megatron_gkd import sharded_softmax as sm
 from megatron_gkd.parallel.collectives import all_gather_stack, require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
 from megatron_gkd.support import OwnedIds
@@ -42,15 +42,15 @@ def vocab_parallel_cross_entropy(
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_Tv, labels_T, shard: VocabShard, group):  # type: ignore[no-untyped-def]
-        dtype = dv.compute_dtype(logits_Tv)
+        dtype = sm.compute_dtype(logits_Tv)
         valid_Tv = logits_Tv[:, : shard.num_valid]
-        block = dv.block_tokens_for(len(logits_Tv), shard.num_valid, dtype, logits_Tv.device)
+        block = sm.block_tokens_for(len(logits_Tv), shard.num_valid, dtype, logits_Tv.device)
         scratch_Bv = torch.empty(block, shard.num_valid, dtype=dtype, device=logits_Tv.device)
-        max_T = dv.shard_max(valid_Tv, dtype)
+        max_T = sm.shard_max(valid_Tv, dtype)
         label_logit_T = OwnedIds.of(labels_T, shard).gather(valid_Tv, dtype)
-        stats_3T = torch.stack([max_T, dv.shard_sumexp(valid_Tv, max_T, 1.0, scratch_Bv), label_logit_T])
+        stats_3T = torch.stack([max_T, sm.shard_sumexp(valid_Tv, max_T, 1.0, scratch_Bv), label_logit_T])
         stats_R3T = all_gather_stack(stats_3T, group)
-        lse_T = dv.combine_lse(stats_R3T[:, 0], stats_R3T[:, 1], 1.0)
+        lse_T = sm.combine_lse(stats_R3T[:, 0], stats_R3T[:, 1], 1.0)
         ctx.save_for_backward(logits_Tv, labels_T, lse_T)
         ctx.shard, ctx.block = shard, block
         values_T = lse_T - stats_R3T[:, 2].double().sum(0)
@@ -61,12 +61,12 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output_T):  # type: ignore[no-untyped-def]
         logits_Tv, labels_T, lse_T = ctx.saved_tensors
         shard = ctx.shard
-        dtype = dv.compute_dtype(logits_Tv)
+        dtype = sm.compute_dtype(logits_Tv)
         weight_T = grad_output_T.to(dtype).masked_fill(labels_T < 0, 0.0)
         grad_Tv = torch.zeros_like(logits_Tv)
-        for rows in dv.token_chunks(len(logits_Tv), ctx.block):
+        for rows in sm.token_chunks(len(logits_Tv), ctx.block):
             grad_Bv = torch.empty(rows.stop - rows.start, shard.num_valid, dtype=dtype, device=logits_Tv.device)
-            dv.softmax_into_(grad_Bv, logits_Tv[rows, : shard.num_valid], lse_T[rows], ctx.block).mul_(
+            sm.softmax_into_(grad_Bv, logits_Tv[rows, : shard.num_valid], lse_T[rows], ctx.block).mul_(
                 weight_T[rows].unsqueeze(-1)
             )
             OwnedIds.of(labels_T[rows], shard).add_(grad_Bv, -weight_T[rows])

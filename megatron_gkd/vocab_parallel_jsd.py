@@ -21,7 +21,7 @@ models, the teacher's logit at the student's maximum) and 1 all-reduce of [2, C]
 backward. The number of chunks depends on T, V/tp and the dtype, alike on every rank.
 
 Memory: saved for backward is the gradient, one [T, V/tp] tensor in the student's dtype; temporaries are bounded by
-divergence.CHUNK_BYTES. Inputs are never overwritten.
+sharded_softmax.CHUNK_BYTES. Inputs are never overwritten.
 
 Does not: average over tokens, mask, scale by temperature^2, differentiate the teacher, or give second derivatives.
 For the version that never holds [T, V/tp] at all see fused_linear_jsd.py.
@@ -35,7 +35,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd import checks, kernels
-from megatron_gkd import divergence as dv
+from megatron_gkd import sharded_softmax as sm
+from megatron_gkd.divergence import Divergence, Sums
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_, require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
 from megatron_gkd.vocab_parallel_topk import vocab_parallel_argmax, vocab_parallel_topk
@@ -62,9 +63,22 @@ def vocab_parallel_jsd(
         temperature: both logits are divided by it.
         vocab_size: size of the true vocabulary; None: no padding. Required where the last shard is shorter.
     """
+    divergence = Divergence(beta, temperature)
+    return vocab_parallel_divergence(
+        student_logits, teacher_logits, divergence, tp_group=tp_group, vocab_size=vocab_size
+    )
+
+
+def vocab_parallel_divergence(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    divergence: Divergence,
+    *,
+    tp_group: dist.ProcessGroup,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    """`vocab_parallel_jsd` of a divergence that is made already."""
     group = require_group(tp_group)
-    checks.check_beta(beta)
-    checks.check_temperature(temperature)
     checks.check_matrix("student_logits", student_logits)
     checks.check_matrix("teacher_logits", teacher_logits)
     checks.check_same_device(student_logits=student_logits, teacher_logits=teacher_logits)
@@ -72,32 +86,32 @@ def vocab_parallel_jsd(
     checks.check_same_columns("student_logits", student_logits.shape[1], "teacher_logits", teacher_logits.shape[1])
     shard = vocab_shard(student_logits.shape[1], rank=group.rank(), tp_size=group.size(), vocab_size=vocab_size)
     keep_grad = torch.is_grad_enabled() and student_logits.requires_grad
-    args = (float(beta), 1.0 / temperature, shard, group, keep_grad)
-    result: torch.Tensor = _VocabParallelJSD.apply(student_logits, teacher_logits.detach(), *args)
+    args = (divergence, shard, group, keep_grad)
+    result: torch.Tensor = _VocabParallelDivergence.apply(student_logits, teacher_logits.detach(), *args)
     return result
 
 
-class _VocabParallelJSD(torch.autograd.Function):
+class _VocabParallelDivergence(torch.autograd.Function):
     """Forward: values and gradient. Backward: gradient times grad_output."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, student_Tv, teacher_Tv, beta, inverse_temperature, shard: VocabShard, group, keep_grad
+        ctx, student_Tv, teacher_Tv, divergence: Divergence, shard: VocabShard, group, keep_grad
     ):
         num_tokens = student_Tv.shape[0]
-        dtype = dv.compute_dtype(student_Tv, teacher_Tv)
-        chunk = dv.chunk_tokens_for(2 * shard.max_columns * dtype.itemsize)
+        dtype = sm.compute_dtype(student_Tv, teacher_Tv)
+        chunk = sm.chunk_tokens_for(2 * shard.max_columns * dtype.itemsize)
         grad_Tv = torch.empty_like(student_Tv, memory_format=torch.contiguous_format) if keep_grad else None
         values_T = torch.empty(num_tokens, dtype=dtype, device=student_Tv.device)
         work = None
         if not kernels.chosen(student_Tv.device, student_Tv.dtype, teacher_Tv.dtype):
             work = _Workspace(min(chunk, num_tokens), shard.num_valid, dtype, student_Tv.device, keep_grad)
-        for rows in dv.token_chunks(num_tokens, chunk):
+        for rows in sm.token_chunks(num_tokens, chunk):
             values_T[rows] = _chunk(
                 student_Tv[rows, : shard.num_valid],
                 teacher_Tv[rows, : shard.num_valid],
                 None if grad_Tv is None else grad_Tv[rows, : shard.num_valid],
-                work, beta, inverse_temperature, group,
+                work, divergence, group,
             )  # fmt: skip
         if grad_Tv is not None:
             grad_Tv[:, shard.num_valid :] = 0  # padding
@@ -110,9 +124,9 @@ class _VocabParallelJSD(torch.autograd.Function):
     def backward(ctx, grad_output_T):  # type: ignore[no-untyped-def]
         (saved_Tv,) = ctx.saved_tensors
         grad_Tv = torch.empty_like(saved_Tv)  # a second tensor: a retained graph may come back for the first
-        for rows in dv.token_chunks(saved_Tv.shape[0], ctx.chunk):  # one rounding, from the wider of the two dtypes
+        for rows in sm.token_chunks(saved_Tv.shape[0], ctx.chunk):  # one rounding, from the wider of the two dtypes
             torch.mul(saved_Tv[rows], grad_output_T[rows].unsqueeze(-1), out=grad_Tv[rows])
-        return (grad_Tv,) + (None,) * 6
+        return (grad_Tv,) + (None,) * 5
 
 
 class _Workspace:
@@ -123,7 +137,7 @@ class _Workspace:
     def __init__(
         self, num_tokens: int, num_columns: int, dtype: torch.dtype, device: torch.device, keep_grad: bool
     ) -> None:
-        block = dv.block_tokens_for(num_tokens, num_columns, dtype, device)
+        block = sm.block_tokens_for(num_tokens, num_columns, dtype, device)
         self.keep_grad = keep_grad
         rows = num_tokens if keep_grad else block
         self.g_Cv = torch.empty(rows, num_columns, dtype=dtype, device=device)
@@ -136,8 +150,7 @@ def _chunk(
     teacher_Cv: torch.Tensor,
     grad_out_Cv: torch.Tensor | None,
     work: _Workspace | None,
-    beta: float,
-    inverse_temperature: float,
+    divergence: Divergence,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
     """Values [C] of one chunk; its gradient into `grad_out_Cv` (no gradient where None). `work` is None where the
@@ -147,43 +160,42 @@ def _chunk(
     """
     num_tokens = student_Cv.shape[0]
     if work is None:
-        return _chunk_by_kernels(student_Cv, teacher_Cv, grad_out_Cv, beta, inverse_temperature, group)
-    stats_5C = dv.dense_stats(student_Cv, teacher_Cv, inverse_temperature, work.scratch_nBv[0])
-    norm = dv.dense_norm(all_gather_stack(stats_5C, group), group.rank(), beta, inverse_temperature)
+        return _chunk_by_kernels(student_Cv, teacher_Cv, grad_out_Cv, divergence, group)
+    stats_5C = divergence.stats(student_Cv, teacher_Cv, work.scratch_nBv[0])
+    norm = divergence.norm(all_gather_stack(stats_5C, group), group.rank())
 
     keep = slice(0, num_tokens if grad_out_Cv is not None else None)
     g_Cv, q_Cv = work.g_Cv[keep], work.q_Cv[keep]
-    sums = dv.dense_pass_(
-        student_Cv, teacher_Cv, norm, beta=beta, inverse_temperature=inverse_temperature,
+    sums = divergence.dense_pass_(
+        student_Cv, teacher_Cv, norm,
         g_out_Cv=g_Cv, q_out_Cv=q_Cv, scratch_nBv=work.scratch_nBv, keep=grad_out_Cv is not None,
     )  # fmt: skip
-    sums = dv.Sums(*all_reduce_sum_(torch.stack(sums), group))
+    sums = Sums(*all_reduce_sum_(torch.stack(sums), group))
     if grad_out_Cv is not None:
-        factor_C = dv.row_scale(norm, beta) * (dv.gradient_factor(beta) * inverse_temperature)
-        for rows in dv.token_chunks(num_tokens, work.scratch_nBv.shape[1]):
-            grad_Bv = dv.add_centre_(g_Cv[rows], q_Cv[rows], sums.centre_C[rows].unsqueeze(-1), beta)
+        factor_C = divergence.row_scale(norm) * divergence.gradient_factor
+        for rows in sm.token_chunks(num_tokens, work.scratch_nBv.shape[1]):
+            grad_Bv = divergence.add_centre_(g_Cv[rows], q_Cv[rows], sums.centre_C[rows].unsqueeze(-1))
             torch.mul(grad_Bv, factor_C[rows].unsqueeze(-1), out=grad_out_Cv[rows])
-    return dv.finish_divergence(sums, norm.anchor_C, beta)
+    return divergence.value(sums, norm.anchor_C)
 
 
 def _chunk_by_kernels(
     student_Cv: torch.Tensor,
     teacher_Cv: torch.Tensor,
     grad_out_Cv: torch.Tensor | None,
-    beta: float,
-    inverse_temperature: float,
+    divergence: Divergence,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
     """`_chunk` with the same two collectives, and no [C, v] temporaries."""
     from megatron_gkd.kernels import launch
 
-    stats_5C = launch.stats(student_Cv, teacher_Cv, inverse_temperature)
-    norm = dv.dense_norm(all_gather_stack(stats_5C, group), group.rank(), beta, inverse_temperature)
-    sums = launch.sums(student_Cv, teacher_Cv, norm, beta=beta, inverse_temperature=inverse_temperature)
-    sums = dv.Sums(*all_reduce_sum_(torch.stack(sums), group))
+    stats_5C = launch.stats(student_Cv, teacher_Cv, divergence)
+    norm = divergence.norm(all_gather_stack(stats_5C, group), group.rank())
+    sums = launch.sums(student_Cv, teacher_Cv, norm, divergence)
+    sums = Sums(*all_reduce_sum_(torch.stack(sums), group))
     if grad_out_Cv is not None:
         launch.gradient_(
-            grad_out_Cv, student_Cv, teacher_Cv, norm, beta=beta, inverse_temperature=inverse_temperature,
+            grad_out_Cv, student_Cv, teacher_Cv, norm, divergence,
             centre_C=sums.centre_C, weight_C=torch.ones_like(sums.centre_C),
         )  # fmt: skip
-    return dv.finish_divergence(sums, norm.anchor_C, beta)
+    return divergence.value(sums, norm.anchor_C)

@@ -14,8 +14,8 @@ Communication: 1 all-gather of [T, 2 K' + 2], K' = min(K, V/tp), over tp_group f
 into one integer tensor, and the (max, sumexp) pair); 1 all-gather of [2, T] for the argmax. Every rank ends with the
 same result.
 
-Invariants: nothing is differentiable, inputs are not overwritten, temporaries are bounded by divergence.CHUNK_BYTES.
-NaN logits are not supported: which columns they displace is open.
+Invariants: nothing is differentiable, inputs are not overwritten, temporaries are bounded by
+sharded_softmax.CHUNK_BYTES. NaN logits are not supported: which columns they displace is open.
 
 Legend: T tokens, C tokens of a chunk, R ranks, v valid columns of this rank, K outcomes.
 """
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd import checks
-from megatron_gkd import divergence as dv
+from megatron_gkd import sharded_softmax as sm
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel.collectives import all_gather_stack, require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
@@ -47,19 +47,19 @@ def vocab_parallel_topk(
     bits = torch.int32 if dtype == torch.float32 else torch.int64
     packed = torch.zeros(num_tokens, 2 * width + 2, dtype=bits, device=logits.device)
     packed.view(dtype)[:, :width] = -torch.inf
-    chunk = dv.chunk_tokens_for(4 * shard.max_columns * dtype.itemsize)
-    block = dv.block_tokens_for(min(chunk, num_tokens), num_columns, dtype, logits.device)
+    chunk = sm.chunk_tokens_for(4 * shard.max_columns * dtype.itemsize)
+    block = sm.block_tokens_for(min(chunk, num_tokens), num_columns, dtype, logits.device)
     scratch_Bv = torch.empty(block, num_columns, dtype=dtype, device=logits.device)
-    for rows in dv.token_chunks(num_tokens, chunk):
+    for rows in sm.token_chunks(num_tokens, chunk):
         logits_Cv = logits[rows, :num_columns]
         found = min(width, num_columns)
         if found > 0:
             values_Ck, columns_Ck = _local_topk(logits_Cv, found)
             packed.view(dtype)[rows, :found] = values_Ck.to(dtype)
             packed[rows, width : width + found] = (columns_Ck + shard.start).to(bits)
-        max_C = dv.shard_max(logits_Cv, dtype)
+        max_C = sm.shard_max(logits_Cv, dtype)
         packed.view(dtype)[rows, -2] = max_C
-        packed.view(dtype)[rows, -1] = dv.shard_sumexp(logits_Cv, max_C, 1.0, scratch_Bv)
+        packed.view(dtype)[rows, -1] = sm.shard_sumexp(logits_Cv, max_C, 1.0, scratch_Bv)
     gathered = all_gather_stack(packed, group)
     floats = gathered.view(dtype)
     # Candidates of the ranks side by side: of equal values, the lower id stands further left, and real ones left of
@@ -68,7 +68,7 @@ def vocab_parallel_topk(
     ids = gathered[..., width : 2 * width].transpose(0, 1).flatten(1)
     values, order = torch.sort(candidates, dim=-1, descending=True, stable=True)
     indices = ids.gather(1, order[:, :k]).long()
-    logsumexp = dv.combine_lse(floats[..., -2], floats[..., -1], 1.0).to(dtype)
+    logsumexp = sm.combine_lse(floats[..., -2], floats[..., -1], 1.0).to(dtype)
     return values[:, :k].contiguous(), indices, logsumexp
 
 
@@ -83,7 +83,7 @@ def vocab_parallel_argmax(
 
 def shard_argmax(logits_Cv: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
     """This rank's (largest value, its global id), [2, C] in `dtype`; (-inf, start) without a valid column."""
-    max_C, column_C = dv.shard_max_and_column(logits_Cv, dtype)
+    max_C, column_C = sm.shard_max_and_column(logits_Cv, dtype)
     return torch.stack([max_C, (column_C + start).to(dtype)])
 
 
@@ -101,7 +101,7 @@ def _prepare(
     group = require_group(tp_group)
     checks.check_matrix("logits", logits)
     shard = vocab_shard(logits.shape[1], rank=group.rank(), tp_size=group.size(), vocab_size=vocab_size)
-    return group, shard, dv.compute_dtype(logits)
+    return group, shard, sm.compute_dtype(logits)
 
 
 def _local_topk(logits_Cv: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

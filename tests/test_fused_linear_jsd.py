@@ -7,12 +7,15 @@ Does not cover: CUDA (the head's gradient is multiplied in the model's dtype the
 caller's gather).
 """
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_gkd import fused_task
 from megatron_gkd import reference as ref
+from megatron_gkd.divergence import Divergence
 from megatron_gkd.errors import ConfigError, ShapeError
 from megatron_gkd.fused_linear_jsd import (
     HiddenTeacher,
@@ -99,14 +102,25 @@ class Problem:
         return {n: FACTOR * relative_error(rounded[n], truth[n]) + LIMIT[self.dtype] for n in truth}
 
 
-def _run(problem: Problem, kind: str, group: dist.ProcessGroup, *, with_labels: bool, scale: float = 1.0, **kwargs):
+def _run(
+    problem: Problem,
+    kind: str,
+    group: dist.ProcessGroup,
+    *,
+    with_labels: bool,
+    scale: float = 1.0,
+    beta: float,
+    **kwargs,
+):
     """(result, hidden gradient, this rank's head gradient)."""
+    divergence = Divergence(beta, kwargs.pop("temperature", 1.0))
     hidden, head = problem.hidden.clone().requires_grad_(), rows(problem.head, group).requires_grad_()
     labels = dict(labels=problem.labels, label_weights=problem.label_weights) if with_labels else {}
     result = fused_linear_distill(
         hidden,
         head,
         problem.teacher(kind, group),
+        divergence,
         tp_group=group,
         vocab_size=VOCAB,
         token_weights=problem.token_weights,
@@ -201,7 +215,7 @@ def _gradcheck():
         for temperature in (1.0, 2.0):
             torch.autograd.gradcheck(
                 lambda h, w, b=beta, t=temperature: fused_linear_distill(
-                    h, w, HiddenTeacher(teacher_hidden, teacher_head), beta=b, temperature=t, tp_group=group,
+                    h, w, HiddenTeacher(teacher_hidden, teacher_head), Divergence(b, t), tp_group=group,
                     vocab_size=5, labels=labels, chunk_tokens=2,
                 ).loss_sum,
                 (hidden, head),
@@ -350,7 +364,7 @@ def _communication(kind, num_tokens):
     ):
         with count_collectives() as forward:
             loss = fused_linear_distill(
-                hidden, head, problem.teacher(kind, group), beta=0.5, tp_group=group, vocab_size=VOCAB,
+                hidden, head, problem.teacher(kind, group), Divergence(0.5), tp_group=group, vocab_size=VOCAB,
                 token_weights=token_weights, labels=labels, chunk_tokens=4, report_agreement=True,
             ).loss_sum  # fmt: skip
         with count_collectives() as backward:
@@ -404,7 +418,7 @@ def _autograd_rules():
     teacher = problem.teacher("dense", group)
 
     def loss(h, w):
-        return fused_linear_distill(h, w, teacher, beta=0.5, tp_group=group, vocab_size=VOCAB).loss_sum
+        return fused_linear_distill(h, w, teacher, Divergence(0.5), tp_group=group, vocab_size=VOCAB).loss_sum
 
     value = loss(hidden, head)
     first = torch.autograd.grad(value, (hidden, head), retain_graph=True)
@@ -436,7 +450,7 @@ def _main_grad(main_dtype, zero_out):
     group = tp_group(2)
     problem = Problem(torch.bfloat16)
     teacher = problem.teacher("dense", group)
-    common = dict(beta=0.5, tp_group=group, vocab_size=VOCAB)
+    common = dict(divergence=Divergence(0.5), tp_group=group, vocab_size=VOCAB)
     plain = torch.nn.Parameter(rows(problem.head, group).float())
     head = torch.nn.Parameter(rows(problem.head, group))
     head.main_grad = torch.ones_like(head, dtype=main_dtype)
@@ -471,7 +485,7 @@ def _no_main_grad():
     head = torch.nn.Parameter(rows(problem.head, group))
     head.main_grad = torch.zeros_like(head)
     result = fused_linear_distill(
-        problem.hidden, head, problem.teacher("dense", group), beta=0.5, tp_group=group, vocab_size=VOCAB
+        problem.hidden, head, problem.teacher("dense", group), Divergence(0.5), tp_group=group, vocab_size=VOCAB
     )
     result.loss_sum.backward()
     return head.grad.abs().sum().item() > 0, head.main_grad.any().item()
@@ -550,6 +564,7 @@ def _messages():
     group = one_rank_group()
     h, w, t, v = torch.zeros(4, 3), torch.zeros(8, 3), torch.zeros(4, 5), torch.zeros(8, 5)
     good = dict(beta=0.5, tp_group=group)
+    distill = functools.partial(fused_linear_distill, h, w, HiddenTeacher(t, v), Divergence(0.5), tp_group=group)
     calls = {
         "none group": lambda: fused_linear_jsd(h, w, t, v, beta=0.5, tp_group=None),
         "none group sparse": lambda: fused_linear_topk_jsd(
@@ -563,8 +578,8 @@ def _messages():
         "weights": lambda: fused_linear_jsd(h, w, t, v, token_weights=torch.ones(3), **good),
         "chunk": lambda: fused_linear_jsd(h, w, t, v, chunk_tokens=0, **good),
         "vocab_size": lambda: fused_linear_jsd(h, w, t, v, vocab_size=9, **good),
-        "label weights": lambda: fused_linear_distill(h, w, HiddenTeacher(t, v), label_weights=torch.ones(4), **good),
-        "labels": lambda: fused_linear_distill(h, w, HiddenTeacher(t, v), labels=torch.full((4,), 8), **good),
+        "label weights": lambda: distill(label_weights=torch.ones(4)),
+        "labels": lambda: distill(labels=torch.full((4,), 8)),
     }
     messages = {}
     for name, call in calls.items():

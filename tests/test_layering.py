@@ -27,7 +27,15 @@ LEVELS: dict[int, set[str]] = {  # first name below the package -> its level
     },
     1: {"platform", "parallel"},
     2: {
-        *("reference", "divergence", "support", "vocab_parallel_jsd", "vocab_parallel_topk", "vocab_parallel_ce"),
+        *(
+            "reference",
+            "divergence",
+            "sharded_softmax",
+            "support",
+            "vocab_parallel_jsd",
+            "vocab_parallel_topk",
+            "vocab_parallel_ce",
+        ),
         *("topk_jsd", "fused_linear_jsd", "fused_chunks", "fused_dense", "fused_task", "checks"),
         *("kernels", "schedule", "data", "architecture", "known_options", "reach", "git_lfs"),
     },

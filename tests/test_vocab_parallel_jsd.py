@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_gkd import divergence as dv
 from megatron_gkd import reference as ref
+from megatron_gkd import sharded_softmax as sm
 from megatron_gkd.errors import ConfigError, ShapeError
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
 from tests.loss_helpers import (
@@ -240,11 +240,11 @@ def _chunked(num_tokens, chunk_tokens):
     student, teacher = _draw(num_tokens, 32, torch.float64)
     shards = columns(student, group), columns(teacher, group)
     weight = torch.randn(num_tokens)
-    before, block = dv.CHUNK_BYTES, dv._BLOCK_BYTES_CPU
+    before, block = sm.CHUNK_BYTES, sm._BLOCK_BYTES_CPU
     cases, counts = [], []
     try:
-        dv.CHUNK_BYTES = chunk_tokens * 2 * shards[0].shape[1] * 8
-        dv._BLOCK_BYTES_CPU = 2 * shards[0].shape[1] * 8  # two rows to a block
+        sm.CHUNK_BYTES = chunk_tokens * 2 * shards[0].shape[1] * 8
+        sm._BLOCK_BYTES_CPU = 2 * shards[0].shape[1] * 8  # two rows to a block
         for beta in BETAS:
             with count_collectives() as counter:
                 value, grad = _value_and_grad(*shards, weight, beta=beta, tp_group=group)
@@ -255,7 +255,7 @@ def _chunked(num_tokens, chunk_tokens):
             )
             cases.append((f"grad beta={beta}", gradient_error(grad, truth, group)))
     finally:
-        dv.CHUNK_BYTES, dv._BLOCK_BYTES_CPU = before, block
+        sm.CHUNK_BYTES, sm._BLOCK_BYTES_CPU = before, block
     return cases, counts
 
 
@@ -481,12 +481,12 @@ def _peak(num_tokens):
     group = one_rank_group()
     student, teacher = _draw(num_tokens, 2048, torch.float32)
     student.requires_grad_()
-    before = dv.CHUNK_BYTES
+    before = sm.CHUNK_BYTES
     try:
-        dv.CHUNK_BYTES = 2 * 2048 * 4 * 16  # 16 tokens
+        sm.CHUNK_BYTES = 2 * 2048 * 4 * 16  # 16 tokens
         forward = peak_bytes(lambda: vocab_parallel_jsd(student, teacher, beta=0.5, tp_group=group))
     finally:
-        dv.CHUNK_BYTES = before
+        sm.CHUNK_BYTES = before
     return forward, forward / (num_tokens * 2048 * 4)
 
 

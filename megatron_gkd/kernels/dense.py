@@ -27,21 +27,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_gkd.divergence import Form
 from megatron_gkd.reference import LOG_RATIO_BOUND
+from megatron_gkd.sharded_softmax import LOWEST
 
 BLOCK = 2048  # columns that a program reads at once
 NUM_WARPS = 8
 
-FORWARD_KL = tl.constexpr(0)  # MODE: how beta enters
-REVERSE_KL = tl.constexpr(1)
-SYMMETRIC = tl.constexpr(2)
-GENERAL = tl.constexpr(3)
+FORWARD_KL = tl.constexpr(Form.FORWARD_KL.value)  # MODE: Divergence.form
+REVERSE_KL = tl.constexpr(Form.REVERSE_KL.value)
+SYMMETRIC = tl.constexpr(Form.SYMMETRIC.value)
 NO_LABEL = tl.constexpr(0)  # LABEL: cross entropy in the same pass
 LABEL = tl.constexpr(1)  # at the temperature of the divergence, 1
 LABEL_OWN_SOFTMAX = tl.constexpr(2)  # at temperature 1 beside another one
 
 _BOUND = tl.constexpr(LOG_RATIO_BOUND)
-_LOWEST = tl.constexpr(-1e30)  # divergence._LOWEST
+_LOWEST = tl.constexpr(LOWEST)
 _NEVER = tl.constexpr(2**31 - 1)
 
 
@@ -50,7 +51,7 @@ def stats_kernel(
     student_ptr, teacher_ptr, out_ptr, student_stride, teacher_stride, out_stride, num_columns, start,
     inverse_temperature, WANT_LABEL: tl.constexpr, WANT_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [5 + WANT_LABEL + 2 WANT_COLUMNS, C]: divergence.dense_stats, the sumexp at temperature 1, both maxima's
+    """out [5 + WANT_LABEL + 2 WANT_COLUMNS, C]: Divergence.stats, the sumexp at temperature 1, both maxima's
     ids."""
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
@@ -214,7 +215,7 @@ def _with_block(lanes, s, t, columns, inverse_temperature, WANT_LABEL: tl.conste
 
 @triton.jit
 def _terms(ys, yt, offset, scale_s, scale_t, anchor, beta, one_minus_beta, MODE: tl.constexpr):
-    """(share of the divergence, g, Q): divergence.partial_sums_ before it sums."""
+    """(share of the divergence, g, Q): Divergence.partial_sums_ before it sums."""
     q, p = tl.exp(ys) * scale_s, tl.exp(yt) * scale_t
     d = yt - tl.where(ys < _LOWEST, _LOWEST, ys) + offset
     d = tl.where(d > _BOUND, _BOUND, tl.where(d < -_BOUND, -_BOUND, d))  # NaN stays
@@ -230,7 +231,7 @@ def _terms(ys, yt, offset, scale_s, scale_t, anchor, beta, one_minus_beta, MODE:
 
 @triton.jit
 def _small_log(d, beta, one_minus_beta, MODE: tl.constexpr):
-    """divergence._small_log: log(M/Q) where d <= 0, log(M/P) where d > 0."""
+    """Divergence._small_log: log(M/Q) where d <= 0, log(M/P) where d > 0."""
     a = -tl.abs(d)
     e = tl.exp(a)
     if MODE == SYMMETRIC:

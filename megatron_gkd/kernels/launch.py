@@ -2,9 +2,9 @@
 
 | function | kernel | stands for |
 |---|---|---|
-| `stats` | stats_kernel | divergence.dense_stats, and the label's and the maxima's rows |
-| `sums` | sums_kernel | divergence.dense_pass_, its sums |
-| `gradient_` | gradient_kernel | divergence.dense_pass_ and add_centre_, its gradient; the label's gradient |
+| `stats` | stats_kernel | Divergence.stats, and the label's and the maxima's rows |
+| `sums` | sums_kernel | Divergence.dense_pass_, its sums |
+| `gradient_` | gradient_kernel | Divergence.dense_pass_ and add_centre_, its gradient; the label's gradient |
 
 Shapes: logits [C, v] with v >= 0 valid columns, rows at any stride, columns contiguous. Nothing but `out` is
 written. Importing this file imports triton; kernels/__init__.py says when to.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_gkd import divergence as dv
+from megatron_gkd.divergence import DenseNorm, Divergence, Sums
 from megatron_gkd.kernels import dense
 
 
@@ -35,12 +35,12 @@ class LabelGradient(NamedTuple):
 def stats(
     student_Cv: torch.Tensor,
     teacher_Cv: torch.Tensor,
-    inverse_temperature: float,
+    divergence: Divergence,
     *,
     want_label: bool = False,
     ids_from: int | None = None,
 ) -> torch.Tensor:
-    """divergence.dense_stats [5, C]; with `want_label` one more row, the student's sumexp at temperature 1; with
+    """Divergence.stats [5, C]; with `want_label` one more row, the student's sumexp at temperature 1; with
     `ids_from` (the global id of column 0) two more, the ids of both maxima."""
     want_columns = ids_from is not None
     num_rows = student_Cv.shape[0]
@@ -49,15 +49,13 @@ def stats(
     with _on(student_Cv):
         dense.stats_kernel[(num_rows,)](
             student_Cv, teacher_Cv, out_nC, student_Cv.stride(0), teacher_Cv.stride(0), num_rows,
-            student_Cv.shape[1], ids_from or 0, inverse_temperature,
+            student_Cv.shape[1], ids_from or 0, divergence.inverse_temperature,
             WANT_LABEL=int(want_label), WANT_COLUMNS=int(want_columns), BLOCK=dense.BLOCK, num_warps=dense.NUM_WARPS,
         )  # fmt: skip
     return out_nC
 
 
-def sums(
-    student_Cv: torch.Tensor, teacher_Cv: torch.Tensor, norm: dv.DenseNorm, *, beta: float, inverse_temperature: float
-) -> dv.Sums:
+def sums(student_Cv: torch.Tensor, teacher_Cv: torch.Tensor, norm: DenseNorm, divergence: Divergence) -> Sums:
     """This rank's share of the sums over the vocabulary."""
     num_rows = student_Cv.shape[0]
     out_2C = student_Cv.new_empty((2, num_rows), dtype=torch.float32)
@@ -66,20 +64,19 @@ def sums(
     with _on(student_Cv):
         dense.sums_kernel[(num_rows,)](
             student_Cv, teacher_Cv, rows_6C, out_2C, student_Cv.stride(0), teacher_Cv.stride(0), num_rows,
-            student_Cv.shape[1], inverse_temperature, beta, 1.0 - beta,
-            MODE=_mode(beta), BLOCK=dense.BLOCK, num_warps=dense.NUM_WARPS,
+            student_Cv.shape[1], *_numbers(divergence),
+            MODE=divergence.form.value, BLOCK=dense.BLOCK, num_warps=dense.NUM_WARPS,
         )  # fmt: skip
-    return dv.Sums(out_2C[0], out_2C[1])
+    return Sums(out_2C[0], out_2C[1])
 
 
 def gradient_(
     out_Cv: torch.Tensor,
     student_Cv: torch.Tensor,
     teacher_Cv: torch.Tensor,
-    norm: dv.DenseNorm,
+    norm: DenseNorm,
+    divergence: Divergence,
     *,
-    beta: float,
-    inverse_temperature: float,
     centre_C: torch.Tensor,
     weight_C: torch.Tensor,
     label: LabelGradient | None = None,
@@ -91,7 +88,7 @@ def gradient_(
     """
     num_rows = student_Cv.shape[0]
     assert out_Cv.stride(1) == 1 or out_Cv.shape[1] <= 1, "columns of the gradient are contiguous"
-    factor_C = (weight_C * (dv.gradient_factor(beta) * inverse_temperature)).float()
+    factor_C = (weight_C * divergence.gradient_factor).float()
     rows_8C = torch.stack([*_row_parameters(norm), factor_C, factor_C * centre_C])
     label_mode, label_rows, label_column = dense.NO_LABEL, rows_8C, rows_8C  # not read without a label
     if label is not None:
@@ -105,20 +102,20 @@ def gradient_(
     with _on(student_Cv):
         dense.gradient_kernel[(num_rows,)](
             student_Cv, teacher_Cv, rows_8C, label_rows, label_column, out_Cv, student_Cv.stride(0),
-            teacher_Cv.stride(0), out_Cv.stride(0), num_rows, student_Cv.shape[1], inverse_temperature, beta,
-            1.0 - beta, MODE=_mode(beta), LABEL_MODE=label_mode.value, BLOCK=dense.BLOCK, num_warps=dense.NUM_WARPS,
+            teacher_Cv.stride(0), out_Cv.stride(0), num_rows, student_Cv.shape[1], *_numbers(divergence),
+            MODE=divergence.form.value, LABEL_MODE=label_mode.value, BLOCK=dense.BLOCK, num_warps=dense.NUM_WARPS,
         )  # fmt: skip
 
 
-def _row_parameters(norm: dv.DenseNorm) -> list[torch.Tensor]:
+def _row_parameters(norm: DenseNorm) -> list[torch.Tensor]:
     student, teacher, anchor_C = norm
     offset_C = (teacher.log_offset_C - student.log_offset_C).float()
     return [student.shift_C, teacher.shift_C, offset_C, student.scale_C, teacher.scale_C, anchor_C]
 
 
-def _mode(beta: float) -> int:
-    mode = {0.0: dense.FORWARD_KL, 1.0: dense.REVERSE_KL, 0.5: dense.SYMMETRIC}.get(beta, dense.GENERAL)
-    return int(mode.value)
+def _numbers(divergence: Divergence) -> tuple[float, float, float]:
+    """inverse_temperature, beta, one_minus_beta; floats, since triton compiles integers 0 and 1 in."""
+    return divergence.inverse_temperature, float(divergence.beta), 1.0 - divergence.beta
 
 
 def _by_rows(x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.divergence import Divergence
 from megatron_gkd.errors import TrainingError
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
@@ -36,7 +37,7 @@ from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
 
 logger = get_logger(__name__)
 
-DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # name -> beta
+DIVERGENCES = {"forward_kl": Divergence(0.0), "reverse_kl": Divergence(1.0), "jsd": Divergence(0.5)}
 NAMES = [*DIVERGENCES, "nll", "agreement"]
 _CHUNK_TOKENS = 256  # bounds the logits held at a time
 
@@ -118,8 +119,7 @@ def _measure_chunk(
 ) -> dict[str, torch.Tensor]:
     """Per-token values [C]."""
     logits = torch.nn.functional.linear(rows, model.head_weight())
-    tail = run.loss.distillation.topk_tail
-    divergences, agreement = run.loss.compare(logits, signal, DIVERGENCES.values(), tail=tail)
+    divergences, agreement = run.loss.compare(logits, signal, DIVERGENCES.values())
     values = dict(zip(DIVERGENCES, divergences, strict=True))
     nll = vocab_parallel_cross_entropy(logits, labels, tp_group=run.loss.tp_group, vocab_size=run.loss.vocab_size)
     return values | {"nll": nll, "agreement": agreement}

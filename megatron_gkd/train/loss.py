@@ -26,15 +26,15 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch.nn.functional import linear
 
 from megatron_gkd.config import DistillationConfig
+from megatron_gkd.divergence import Divergence
 from megatron_gkd.fused_linear_jsd import HiddenTeacher, TokenLosses, TopKTeacher, fused_linear_distill
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.records import SOURCES, MicroBatch, Source
 from megatron_gkd.signals import Signal
-from megatron_gkd.support import Tail
-from megatron_gkd.topk_jsd import topk_jsd, topk_masses
+from megatron_gkd.topk_jsd import topk_divergence, topk_masses
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
-from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
+from megatron_gkd.vocab_parallel_jsd import vocab_parallel_divergence
 from megatron_gkd.vocab_parallel_topk import vocab_parallel_argmax
 
 Report = dict[str, torch.Tensor]
@@ -59,6 +59,7 @@ class DistillationLoss:
                 with top-K signals. It must carry no graph.
         """
         self.distillation, self.tp_group, self.vocab_size = distillation, tp_group, vocab_size
+        self.divergence = Divergence(distillation.beta, distillation.loss_temperature)
         self._teacher_head = teacher_head
         self._sample_losses: dict[int, tuple[torch.Tensor, int]] = {}
         self._signal_is_finite: dict[int, torch.Tensor] = {}
@@ -152,9 +153,8 @@ class DistillationLoss:
             rows,
             model.head_weight(),
             teacher,
-            beta=distillation.beta,
+            self.divergence,
             tp_group=self.tp_group,
-            temperature=distillation.loss_temperature,
             vocab_size=self.vocab_size,
             labels=labels if distillation.sft_alpha else None,
             label_weights=distillation.sft_alpha * supervised if distillation.sft_alpha else None,
@@ -174,13 +174,7 @@ class DistillationLoss:
         if not model.head_grad_is_reduced:
             rows = copy_to_tensor_model_parallel_region(rows, group=group)
         logits = linear(rows, model.head_weight())
-        (divergence,), agreement = self.compare(
-            logits,
-            signal,
-            [distillation.beta],
-            temperature=distillation.loss_temperature,
-            tail=distillation.topk_tail,
-        )
+        (divergence,), agreement = self.compare(logits, signal, [self.divergence])
         losses = TokenLosses(divergence.sum(), divergence.detach(), agreement=agreement.float())
         if signal.topk_logprobs is not None and signal.topk_indices is not None:
             masses = topk_masses(
@@ -194,15 +188,9 @@ class DistillationLoss:
         return losses
 
     def compare(
-        self,
-        logits: torch.Tensor,
-        signal: Signal,
-        betas: Iterable[float],
-        *,
-        temperature: float = 1.0,
-        tail: Tail = "renormalize",
+        self, logits: torch.Tensor, signal: Signal, divergences: Iterable[Divergence]
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """(divergence [T] for each beta, whether both models prefer the same token [T]) of student logits [T, V/tp].
+        """(each divergence [T], whether both models prefer the same token [T]) of student logits [T, V/tp].
 
         Communication: that of the most probable tokens and of each divergence, over the TP group.
         """
@@ -212,31 +200,21 @@ class DistillationLoss:
             assert self.teacher_head is not None, "hidden signals need the teacher's head on the student's last stage"
             teacher_logits = linear(signal.hidden, self.teacher_head)
             teacher_best = vocab_parallel_argmax(teacher_logits, tp_group=group, vocab_size=vocab_size)
-            divergences = [
-                vocab_parallel_jsd(
-                    logits, teacher_logits, beta=beta, tp_group=group, temperature=temperature, vocab_size=vocab_size
-                )
-                for beta in betas
+            values = [
+                vocab_parallel_divergence(logits, teacher_logits, divergence, tp_group=group, vocab_size=vocab_size)
+                for divergence in divergences
             ]
         else:
             logprobs, indices = signal.topk_logprobs, signal.topk_indices
             assert logprobs is not None
             assert indices is not None
             teacher_best = indices[:, 0]
-            divergences = [
-                topk_jsd(
-                    logits,
-                    logprobs,
-                    indices,
-                    beta=beta,
-                    tp_group=group,
-                    temperature=temperature,
-                    vocab_size=vocab_size,
-                    tail=tail,
-                )
-                for beta in betas
+            tail = self.distillation.topk_tail
+            values = [
+                topk_divergence(logits, logprobs, indices, divergence, tp_group=group, vocab_size=vocab_size, tail=tail)
+                for divergence in divergences
             ]
-        return divergences, best == teacher_best
+        return values, best == teacher_best
 
     def _report(
         self,

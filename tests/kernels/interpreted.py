@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_gkd import kernels
 from megatron_gkd import reference as ref
+from megatron_gkd.divergence import Divergence
 from megatron_gkd.fused_linear_jsd import HiddenTeacher, fused_linear_distill
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
 from tests.loss_helpers import BETAS, columns, count_collectives, gradient_error, relative_error, rows, worst
@@ -165,8 +166,8 @@ def _fused_results(by_kernels, dtype, *, with_labels, beta, temperature, want_gr
     hidden, head = hidden.requires_grad_(want_grad), rows(head, group).requires_grad_(want_grad)
     with kernels.forced(by_kernels), count_collectives() as forward:
         result = fused_linear_distill(
-            hidden, head, HiddenTeacher(teacher_hidden, rows(teacher_head, group)), beta=beta, tp_group=group,
-            temperature=temperature, vocab_size=VOCAB, token_weights=torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0]),
+            hidden, head, HiddenTeacher(teacher_hidden, rows(teacher_head, group)), Divergence(beta, temperature),
+            tp_group=group, vocab_size=VOCAB, token_weights=torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0]),
             labels=labels if with_labels else None, label_weights=torch.rand(TOKENS) if with_labels else None,
             chunk_tokens=2, report_agreement=True,
         )  # fmt: skip

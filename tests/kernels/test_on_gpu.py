@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_gkd import kernels
 from megatron_gkd import reference as ref
+from megatron_gkd.divergence import Divergence
 from megatron_gkd.fused_linear_jsd import HiddenTeacher, fused_linear_distill
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
 from tests.loss_helpers import BETAS, relative_error, worst
@@ -55,8 +56,8 @@ def _fused_case(dtype):
                 hidden, head = draws[0].clone().requires_grad_(), (0.3 * draws[1]).requires_grad_()
                 with kernels.forced(by_kernels):
                     loss = fused_linear_distill(
-                        hidden, head, HiddenTeacher(draws[2], 0.3 * draws[3]), beta=beta, tp_group=group,
-                        temperature=temperature, vocab_size=VOCAB, chunk_tokens=16, report_agreement=True,
+                        hidden, head, HiddenTeacher(draws[2], 0.3 * draws[3]), Divergence(beta, temperature),
+                        tp_group=group, vocab_size=VOCAB, chunk_tokens=16, report_agreement=True,
                         labels=labels if with_labels else None,
                     )  # fmt: skip
                 grads = torch.autograd.grad(loss.loss_sum, (hidden, head))
@@ -80,7 +81,7 @@ def _peak():
     hidden, head = hidden.requires_grad_(), head.requires_grad_()
 
     def call():
-        loss = fused_linear_distill(hidden, head, teacher, beta=0.5, tp_group=group, chunk_tokens=chunk)
+        loss = fused_linear_distill(hidden, head, teacher, Divergence(0.5), tp_group=group, chunk_tokens=chunk)
         return torch.autograd.grad(loss.loss_sum, (hidden, head))
 
     assert kernels.chosen(hidden.device, hidden.dtype), "the rule takes the kernels by itself"
