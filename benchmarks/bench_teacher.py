@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
 from megatron_gkd.rollout.local_server import LocalServer
 from megatron_gkd.schedule import plan_step
-from megatron_gkd.signals import Columns, SignalSpec
+from megatron_gkd.signals import Columns
 from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.teacher_server.probes import Needs
 from megatron_gkd.teacher_server.servers import TeacherServers
@@ -66,7 +67,7 @@ class FullLogits(TeacherPipeline):
         head = args[0][-1].head_weight().detach() if args[0][-1].post_process else None
         super().__init__(*args, **options)
         self._head = head
-        self.spec = SignalSpec("hidden", self.vocab_size, self.spec.dtype, self.spec.device)
+        self.spec = replace(self.spec, width=self.vocab_size)
 
     def _columns(self, model: Any, hidden: torch.Tensor) -> Columns:
         assert self._head is not None

@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,6 @@ import torch.distributed as dist
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatch, MicroBatchPlan
 
-SignalKind = Literal["hidden", "topk"]
 Columns = tuple[torch.Tensor, ...]  # of one sample: (hidden,) or (log-probabilities, ids)
 
 
@@ -97,36 +96,79 @@ def plan_rounds(routes: Sequence[Route], num_bytes: Sequence[int], max_bytes: in
 
 
 @dataclass(frozen=True)
-class Signal:
-    """The teacher's signal for T loss tokens: `hidden`, or `topk_logprobs` with `topk_indices`."""
+class HiddenSignal:
+    """The teacher's final hidden states for T loss tokens."""
 
-    hidden: torch.Tensor | None = None  # [T, Ht]
-    topk_logprobs: torch.Tensor | None = None  # [T, K] float32
-    topk_indices: torch.Tensor | None = None  # [T, K] int64, global ids
+    hidden: torch.Tensor  # [T, Ht]
+
+    def __getitem__(self, rows: slice) -> HiddenSignal:
+        return HiddenSignal(self.hidden[rows])
+
+    def is_finite(self) -> torch.Tensor:
+        return torch.isfinite(self.hidden).all()
 
 
 @dataclass(frozen=True)
-class SignalSpec:
-    """Kind, width and types of a signal: what a receiver must know to allocate it."""
+class TopKSignal:
+    """The teacher's K most probable tokens for T loss tokens."""
 
-    kind: SignalKind
-    width: int  # Ht, or K
-    dtype: torch.dtype  # of the hidden state
+    logprobs: torch.Tensor  # [T, K] float32, at temperature 1
+    indices: torch.Tensor  # [T, K] int64, global ids
+
+    def __getitem__(self, rows: slice) -> TopKSignal:
+        return TopKSignal(self.logprobs[rows], self.indices[rows])
+
+    def is_finite(self) -> torch.Tensor:
+        """A log-probability may be -inf."""
+        return (self.logprobs < torch.inf).all()
+
+
+Signal = HiddenSignal | TopKSignal
+
+
+@dataclass(frozen=True)
+class HiddenSpec:
+    """What a receiver must know to allocate hidden states, and to make a signal of them."""
+
+    width: int  # Ht
+    dtype: torch.dtype
     device: torch.device
-
-    def empty(self, num_tokens: int) -> Columns:
-        """Uninitialised tensors of one sample's signal."""
-        if self.kind == "hidden":
-            return (torch.empty(num_tokens, self.width, dtype=self.dtype, device=self.device),)
-        return (
-            torch.empty(num_tokens, self.width, dtype=torch.float32, device=self.device),
-            torch.empty(num_tokens, self.width, dtype=torch.int32, device=self.device),
-        )
 
     @property
     def bytes_per_token(self) -> int:
-        """On the wire: Ht * itemsize, or 8 K."""
-        return self.width * (self.dtype.itemsize if self.kind == "hidden" else 8)
+        """On the wire."""
+        return self.width * self.dtype.itemsize
+
+    def empty(self, num_tokens: int) -> Columns:
+        """Uninitialised tensors of one sample's signal."""
+        return (torch.empty(num_tokens, self.width, dtype=self.dtype, device=self.device),)
+
+    def signal(self, columns: Columns) -> Signal:
+        return HiddenSignal(*columns)
+
+
+@dataclass(frozen=True)
+class TopKSpec:
+    """The same for the top K."""
+
+    width: int  # K
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        """On the wire: float32 and int32."""
+        return 8 * self.width
+
+    def empty(self, num_tokens: int) -> Columns:
+        dtypes = (torch.float32, torch.int32)
+        return tuple(torch.empty(num_tokens, self.width, dtype=dtype, device=self.device) for dtype in dtypes)
+
+    def signal(self, columns: Columns) -> Signal:
+        logprobs, ids = columns
+        return TopKSignal(logprobs, ids.long())
+
+
+SignalSpec = HiddenSpec | TopKSpec
 
 
 class SignalStore:
@@ -143,10 +185,8 @@ class SignalStore:
         assert all(part[0].shape[0] == length for part, length in zip(parts, micro_batch.lengths, strict=True)), (
             "signal and sample lengths differ"
         )
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else list(self._spec.empty(0))
-        if self._spec.kind == "hidden":
-            return Signal(hidden=columns[0])
-        return Signal(topk_logprobs=columns[0], topk_indices=columns[1].long())
+        columns = tuple(map(torch.cat, zip(*parts, strict=True))) if parts else self._spec.empty(0)
+        return self._spec.signal(columns)
 
     def _take(self, position: int) -> Columns:
         if position in self._samples:

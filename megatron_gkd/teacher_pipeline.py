@@ -34,10 +34,12 @@ from megatron_gkd.platform import new_group
 from megatron_gkd.records import MicroBatch, StepPlan
 from megatron_gkd.signals import (
     Columns,
+    HiddenSpec,
     Incoming,
     Outgoing,
     SignalSpec,
     SignalStore,
+    TopKSpec,
     exchange,
     in_host_memory,
     plan_routes,
@@ -68,10 +70,10 @@ def signal_spec(
 ) -> SignalSpec:
     """Of a local teacher: its final hidden states, or its top K. Raises ConfigError for an impossible K."""
     if topk is None:
-        return SignalSpec("hidden", hidden_size, dtype, device)
+        return HiddenSpec(hidden_size, dtype, device)
     if not 1 <= topk <= vocab_size:
         raise ConfigError(f"gkd_logits_topk {topk} is outside 1..{vocab_size}, the size of the vocabulary")
-    return SignalSpec("topk", topk, dtype, device)
+    return TopKSpec(topk, device)
 
 
 class TeacherPipeline:

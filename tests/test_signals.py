@@ -21,10 +21,14 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatchPlan, Sample
 from megatron_gkd.schedule import plan_micro_batches
 from megatron_gkd.signals import (
+    HiddenSignal,
+    HiddenSpec,
     Incoming,
     Outgoing,
     SignalSpec,
     SignalStore,
+    TopKSignal,
+    TopKSpec,
     exchange,
     plan_rounds,
     plan_routes,
@@ -158,7 +162,8 @@ KINDS = ("hidden", "topk")
 
 
 def spec_of(kind: Any) -> SignalSpec:
-    return SignalSpec(kind, 3, torch.bfloat16 if kind == "hidden" else torch.float32, torch.device("cpu"))
+    device = torch.device("cpu")
+    return HiddenSpec(3, torch.bfloat16, device) if kind == "hidden" else TopKSpec(3, device)
 
 
 def signal_of(position: int, kind: str) -> tuple[torch.Tensor, ...]:
@@ -282,9 +287,9 @@ def test_a_teacher_on_ranks_of_its_own_streams_what_it_plans_within_the_memory(m
 
 def test_bytes_per_token():
     device = torch.device("cpu")
-    assert SignalSpec("hidden", 4096, torch.bfloat16, device).bytes_per_token == 8192
-    assert SignalSpec("hidden", 64, torch.float32, device).bytes_per_token == 256
-    assert SignalSpec("topk", 64, torch.bfloat16, device).bytes_per_token == 512  # 4 bytes + 4 bytes each
+    assert HiddenSpec(4096, torch.bfloat16, device).bytes_per_token == 8192
+    assert HiddenSpec(64, torch.float32, device).bytes_per_token == 256
+    assert TopKSpec(64, device).bytes_per_token == 512  # 4 bytes + 4 bytes each
     for spec in (spec_of(kind) for kind in KINDS):
         assert sum(t.nbytes for t in spec.empty(7)) == 7 * spec.bytes_per_token
 
@@ -300,22 +305,28 @@ def test_gather_follows_the_order_of_the_micro_batch(kind: str):
     signal = store.gather(collate([samples[p] for p in order]))
     expected = [torch.cat(column) for column in zip(*(signal_of(p, kind) for p in order), strict=True)]
     if kind == "hidden":
-        assert signal.hidden is not None
+        assert isinstance(signal, HiddenSignal)
         assert torch.equal(signal.hidden, expected[0])
-        assert signal.topk_logprobs is None
     else:
-        assert signal.hidden is None
-        assert signal.topk_logprobs is not None
-        assert signal.topk_indices is not None
-        assert torch.equal(signal.topk_logprobs, expected[0])
-        assert torch.equal(signal.topk_indices, expected[1].long())
+        assert isinstance(signal, TopKSignal)
+        assert torch.equal(signal.logprobs, expected[0])
+        assert torch.equal(signal.indices, expected[1].long())
+
+
+def test_a_part_of_a_signal_and_whether_it_is_finite():
+    """A log-probability may be -inf; a hidden state may not."""
+    finite, low, high = torch.zeros(3, 2), torch.tensor([[0.0, -torch.inf]]), torch.tensor([[0.0, torch.inf]])
+    ids = torch.arange(6).view(3, 2)
+    assert torch.equal(TopKSignal(finite, ids)[1:].indices, ids[1:])
+    assert HiddenSignal(finite)[:2].hidden.shape == (2, 2)
+    assert [bool(HiddenSignal(x).is_finite()) for x in (finite, low, high, low.log())] == [True, False, False, False]
+    assert [bool(TopKSignal(x, ids).is_finite()) for x in (finite, low, high, low.log())] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pitfall_15_an_empty_micro_batch_gets_zero_rows(kind: str):
     signal = SignalStore(spec_of(kind), {}).gather(collate([]))
-    tensor = signal.hidden if kind == "hidden" else signal.topk_indices
-    assert tensor is not None
+    tensor = signal.hidden if isinstance(signal, HiddenSignal) else signal.indices
     assert tensor.shape == (0, 3)
 
 

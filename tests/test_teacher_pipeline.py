@@ -22,6 +22,7 @@ from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
 from megatron_gkd.schedule import plan_step
+from megatron_gkd.signals import HiddenSignal
 from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
@@ -159,14 +160,11 @@ def run_teacher(path: str, teacher: Layout, student: Layout, topk: int | None, p
         graphless = not any(t.requires_grad for part in store._samples.values() for t in part)
         for position in list(store._samples):
             signal = store.gather(collate([plan.samples[position]]))
-            if topk is None:
-                assert signal.hidden is not None
+            if isinstance(signal, HiddenSignal):
                 assert head is not None
                 arrived[position] = (signal.hidden @ head.T,)
             else:
-                assert signal.topk_logprobs is not None
-                assert signal.topk_indices is not None
-                arrived[position] = (signal.topk_logprobs, signal.topk_indices)
+                arrived[position] = (signal.logprobs, signal.indices)
         return {
             "arrived": arrived,
             "fed": dict(fed),

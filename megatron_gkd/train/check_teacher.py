@@ -34,7 +34,7 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
-from megatron_gkd.signals import Signal
+from megatron_gkd.signals import HiddenSignal, TopKSignal
 from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.teacher_server.probes import Needs, probe_tokens
 from megatron_gkd.topk_jsd import topk_jsd
@@ -131,10 +131,11 @@ def compare(config: CheckConfig) -> Comparison:
     parts = []
     for sample in samples:
         batch = collate([sample.position])
-        hidden = local.gather(batch).hidden
-        assert hidden is not None
-        logits = torch.nn.functional.linear(hidden, head).float()
-        parts.append(compare_row(logits, remote.gather(batch), beta=config.beta, tp_group=groups.tp))
+        here, there = local.gather(batch), remote.gather(batch)
+        assert isinstance(here, HiddenSignal)
+        assert isinstance(there, TopKSignal)
+        logits = torch.nn.functional.linear(here.hidden, head).float()
+        parts.append(compare_row(logits, there, beta=config.beta, tp_group=groups.tp))
     return _summary(parts, num_rows=len(samples))
 
 
@@ -150,12 +151,10 @@ class RowComparison:
 
 @torch.no_grad()
 def compare_row(
-    logits: torch.Tensor, signal: Signal, *, beta: float, tp_group: torch.distributed.ProcessGroup
+    logits: torch.Tensor, signal: TopKSignal, *, beta: float, tp_group: torch.distributed.ProcessGroup
 ) -> RowComparison:
     """`logits` [T, V] are the local teacher's, `signal` is the server's top K."""
-    logprobs, ids = signal.topk_logprobs, signal.topk_indices
-    assert logprobs is not None
-    assert ids is not None
+    logprobs, ids = signal.logprobs, signal.indices
     of_local = logits.log_softmax(-1)
     best, best_ids = of_local.topk(ids.shape[1])
     difference = (of_local.gather(1, ids) - logprobs).abs()

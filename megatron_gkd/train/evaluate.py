@@ -104,10 +104,7 @@ def _measure(
     totals = dict.fromkeys(NAMES, torch.zeros((), dtype=torch.float64, device=rows.device))
     for start in range(0, rows.shape[0], _CHUNK_TOKENS):
         chunk = slice(start, start + _CHUNK_TOKENS)
-        part = Signal(
-            *(None if t is None else t[chunk] for t in (signal.hidden, signal.topk_logprobs, signal.topk_indices))
-        )
-        for name, values in _measure_chunk(run, model, rows[chunk], labels[chunk], part).items():
+        for name, values in _measure_chunk(run, model, rows[chunk], labels[chunk], signal[chunk]).items():
             totals[name] = totals[name] + values.double().sum()
     num_tokens = torch.tensor(rows.shape[0], dtype=torch.int, device=rows.device)
     report = {name: torch.stack([total, num_tokens.double()]) for name, total in totals.items()}
@@ -119,7 +116,7 @@ def _measure_chunk(
 ) -> dict[str, torch.Tensor]:
     """Per-token values [C]."""
     logits = torch.nn.functional.linear(rows, model.head_weight())
-    divergences, agreement = run.loss.compare(logits, signal, DIVERGENCES.values())
+    divergences, agreement = run.loss.compare(logits, run.loss.teacher_side(signal), DIVERGENCES.values())
     values = dict(zip(DIVERGENCES, divergences, strict=True))
     nll = vocab_parallel_cross_entropy(logits, labels, tp_group=run.loss.tp_group, vocab_size=run.loss.vocab_size)
     return values | {"nll": nll, "agreement": agreement}

@@ -20,6 +20,7 @@ states in the backward (under sequence parallelism the reduce-scatter of `head_i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
@@ -31,7 +32,7 @@ from megatron_gkd.fused_linear_jsd import HiddenTeacher, TokenLosses, TopKTeache
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.records import SOURCES, MicroBatch, Source
-from megatron_gkd.signals import Signal
+from megatron_gkd.signals import HiddenSignal, Signal, TopKSignal
 from megatron_gkd.topk_jsd import topk_divergence, topk_masses
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_divergence
@@ -119,18 +120,14 @@ class DistillationLoss:
         token_source = of_sample[loss_sample]
         supervised = (token_source != SOURCES.index("student")).float()
         compute = self._fused if self.distillation.fuse_loss else self._from_logits
-        losses = compute(model, rows, batch.labels.to(rows.device), signal, supervised)
+        losses = compute(model, rows, batch.labels.to(rows.device), self.teacher_side(signal), supervised)
         num_tokens = torch.tensor(rows.shape[0], dtype=torch.int, device=rows.device)
         per_token = losses.per_token
         if losses.cross_entropy is not None:
             per_token = per_token + self.distillation.sft_alpha * losses.cross_entropy * supervised
         sums = per_token.new_zeros(len(batch.positions)).index_add_(0, loss_sample, per_token)
         self._sample_losses.update((position, (sums, i)) for i, position in enumerate(batch.positions))
-        told = signal.hidden if signal.topk_logprobs is None else signal.topk_logprobs
-        assert told is not None
-        # A hidden state is finite; a log-probability may be -inf.
-        is_finite = torch.isfinite(told).all() if signal.topk_logprobs is None else (told < torch.inf).all()
-        self._signal_is_finite.update(dict.fromkeys(batch.positions, is_finite))
+        self._signal_is_finite.update(dict.fromkeys(batch.positions, signal.is_finite()))
         return losses.loss_sum, num_tokens, self._report(losses, num_tokens, supervised, token_source, of_sample)
 
     def _fused(
@@ -138,17 +135,10 @@ class DistillationLoss:
         model: HiddenStateGPTModel,
         rows: torch.Tensor,
         labels: torch.Tensor,
-        signal: Signal,
+        teacher: HiddenTeacher | TopKTeacher,
         supervised: torch.Tensor,
     ) -> TokenLosses:
         distillation = self.distillation
-        if signal.hidden is not None:
-            assert self.teacher_head is not None, "hidden signals need the teacher's head on the student's last stage"
-            teacher: HiddenTeacher | TopKTeacher = HiddenTeacher(signal.hidden, self.teacher_head)
-        else:
-            assert signal.topk_logprobs is not None
-            assert signal.topk_indices is not None
-            teacher = TopKTeacher(signal.topk_logprobs, signal.topk_indices, distillation.topk_tail)
         return fused_linear_distill(
             rows,
             model.head_weight(),
@@ -167,53 +157,52 @@ class DistillationLoss:
         model: HiddenStateGPTModel,
         rows: torch.Tensor,
         labels: torch.Tensor,
-        signal: Signal,
+        teacher: HiddenTeacher | TopKTeacher,
         supervised: torch.Tensor,
     ) -> TokenLosses:
         distillation, group, vocab_size = self.distillation, self.tp_group, self.vocab_size
         if not model.head_grad_is_reduced:
             rows = copy_to_tensor_model_parallel_region(rows, group=group)
         logits = linear(rows, model.head_weight())
-        (divergence,), agreement = self.compare(logits, signal, [self.divergence])
+        (divergence,), agreement = self.compare(logits, teacher, [self.divergence])
         losses = TokenLosses(divergence.sum(), divergence.detach(), agreement=agreement.float())
-        if signal.topk_logprobs is not None and signal.topk_indices is not None:
-            masses = topk_masses(
-                logits, signal.topk_logprobs, signal.topk_indices, tp_group=group, vocab_size=vocab_size
+        if isinstance(teacher, TopKTeacher):
+            losses.teacher_mass, losses.student_mass = topk_masses(
+                logits, teacher.logprobs, teacher.indices, tp_group=group, vocab_size=vocab_size
             )
-            losses.teacher_mass, losses.student_mass = masses
         if distillation.sft_alpha:
             cross_entropy = vocab_parallel_cross_entropy(logits, labels, tp_group=group, vocab_size=vocab_size)
             losses.loss_sum = losses.loss_sum + distillation.sft_alpha * (cross_entropy * supervised).sum()
             losses.cross_entropy = cross_entropy.detach()
         return losses
 
+    def teacher_side(self, signal: Signal) -> HiddenTeacher | TopKTeacher:
+        """The signal with what this rank adds to it: the teacher's head, or what becomes of the tail."""
+        match signal:
+            case HiddenSignal(hidden):
+                head = self.teacher_head
+                assert head is not None, "hidden signals need the teacher's head on the student's last stage"
+                return HiddenTeacher(hidden, head)
+            case TopKSignal(logprobs, indices):
+                return TopKTeacher(logprobs, indices, self.distillation.topk_tail)
+
     def compare(
-        self, logits: torch.Tensor, signal: Signal, divergences: Iterable[Divergence]
+        self, logits: torch.Tensor, teacher: HiddenTeacher | TopKTeacher, divergences: Iterable[Divergence]
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """(each divergence [T], whether both models prefer the same token [T]) of student logits [T, V/tp].
 
         Communication: that of the most probable tokens and of each divergence, over the TP group.
         """
-        group, vocab_size = self.tp_group, self.vocab_size
-        best = vocab_parallel_argmax(logits.detach(), tp_group=group, vocab_size=vocab_size)
-        if signal.hidden is not None:
-            assert self.teacher_head is not None, "hidden signals need the teacher's head on the student's last stage"
-            teacher_logits = linear(signal.hidden, self.teacher_head)
-            teacher_best = vocab_parallel_argmax(teacher_logits, tp_group=group, vocab_size=vocab_size)
-            values = [
-                vocab_parallel_divergence(logits, teacher_logits, divergence, tp_group=group, vocab_size=vocab_size)
-                for divergence in divergences
-            ]
-        else:
-            logprobs, indices = signal.topk_logprobs, signal.topk_indices
-            assert logprobs is not None
-            assert indices is not None
-            teacher_best = indices[:, 0]
-            tail = self.distillation.topk_tail
-            values = [
-                topk_divergence(logits, logprobs, indices, divergence, tp_group=group, vocab_size=vocab_size, tail=tail)
-                for divergence in divergences
-            ]
+        shared: Any = dict(tp_group=self.tp_group, vocab_size=self.vocab_size)
+        best = vocab_parallel_argmax(logits.detach(), **shared)
+        match teacher:
+            case HiddenTeacher(hidden, head):
+                teacher_logits = linear(hidden, head)
+                teacher_best = vocab_parallel_argmax(teacher_logits, **shared)
+                values = [vocab_parallel_divergence(logits, teacher_logits, each, **shared) for each in divergences]
+            case TopKTeacher(logprobs, indices, tail):
+                teacher_best = indices[:, 0]
+                values = [topk_divergence(logits, logprobs, indices, each, tail=tail, **shared) for each in divergences]
         return values, best == teacher_best
 
     def _report(

@@ -33,7 +33,7 @@ from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import new_group
 from megatron_gkd.records import MicroBatch, MicroBatchPlan, Sample, StepPlan
-from megatron_gkd.signals import Route, SignalSpec, SignalStore, exchange, replicas
+from megatron_gkd.signals import Route, SignalStore, TopKSpec, exchange, replicas
 from megatron_gkd.teacher_server.probes import Needs
 from megatron_gkd.teacher_server.servers import Asked, TeacherServers
 
@@ -79,7 +79,7 @@ class ServerTeacher:
                 f"gkd_logits_topk {needs.topk} is outside 1..{needs.vocab_size}, the size of the vocabulary"
             )
         self.layout = student_layout
-        self.spec = SignalSpec("topk", needs.topk, torch.float32, device)
+        self.spec = TopKSpec(needs.topk, device)
         self.signal_group = new_group(range(dist.get_world_size()))
         drivers = [student_layout.last_stage_ranks(dp)[0] for dp in range(student_layout.data)]
         rank = dist.get_rank()

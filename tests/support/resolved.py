@@ -31,7 +31,7 @@ from megatron_gkd.not_built import Command
 from megatron_gkd.records import Row, Sample
 from megatron_gkd.rollout import colocate, server
 from megatron_gkd.rollout import engines as engines_module
-from megatron_gkd.signals import Signal
+from megatron_gkd.signals import HiddenSignal, Signal, TopKSignal
 from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling
 from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.faults import LossSpikes
@@ -235,9 +235,9 @@ def _tensors(config: RunConfig, num_loss_tokens: int, size: Sequence[int]) -> tu
     model = SimpleNamespace(head_input=lambda rows: rows, head_weight=lambda: head, head_grad_is_reduced=True)
     topk = config.distillation.gkd_logits_topk
     if topk is None:
-        return model, hidden, Signal(told, None, None), teacher_head
+        return model, hidden, HiddenSignal(told), teacher_head
     values, ids = torch.log_softmax(told @ teacher_head.T, dim=1).topk(topk, dim=1)
-    return model, hidden, Signal(None, values, ids.int()), None
+    return model, hidden, TopKSignal(values, ids.int()), None
 
 
 @contextlib.contextmanager

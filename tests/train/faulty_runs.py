@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_gkd.records import StepPlan
-from megatron_gkd.signals import Signal, SignalStore
+from megatron_gkd.signals import HiddenSignal, Signal, SignalStore
 from megatron_gkd.train import loop
 from megatron_gkd.train.student import Student
 from tests.train.runs import train_on_this_rank
@@ -33,10 +33,10 @@ def nan_signals(bad_steps: Sequence[int], position: int) -> Iterator[None]:
     def spoilt(self: SignalStore, batch: Any) -> Signal:
         signal = gather(self, batch)
         if step_now in bad_steps and position in batch.positions:
-            assert signal.hidden is not None
+            assert isinstance(signal, HiddenSignal)
             hidden = signal.hidden.clone()
             hidden[batch.loss_sample.to(hidden.device) == batch.positions.index(position)] = float("nan")
-            return Signal(hidden, None, None)
+            return HiddenSignal(hidden)
         return signal
 
     loop.distill, SignalStore.gather = noting, spoilt  # type: ignore[assignment, method-assign]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_gkd import cli
-from megatron_gkd.signals import Signal
+from megatron_gkd.signals import TopKSignal
 from megatron_gkd.train.check_teacher import compare_row
 from tests.ranks import one_rank_group, run_ranks
 from tests.support.numerics import EPS, FLOOR
@@ -39,7 +39,7 @@ def compare_shifted(by: float) -> tuple[float, float, float, float]:
     values, ids = logits.log_softmax(-1).topk(4)
     values = values.clone()
     values[0, 0] -= by
-    found = compare_row(logits, Signal(topk_logprobs=values, topk_indices=ids), beta=0.5, tp_group=one_rank_group())
+    found = compare_row(logits, TopKSignal(values, ids), beta=0.5, tp_group=one_rank_group())
     losses = (found.loss_server - found.loss_local).abs()
     return found.logprob.max().item(), losses[0].item(), losses[1:].max().item(), found.other.double().mean().item()
 
