@@ -1,4 +1,4 @@
-"""Records that cross the borders between the parts: a row, a sample, a micro-batch, the plan of a step.
+"""Records that cross the borders between the parts: a row, a sample, its loss tokens, the plan of a step. Pure Python.
 
 The one alignment rule of the project lives here. A sample is `prompt_ids` (P tokens) followed by `completion_ids` (C
 tokens). A model is fed the first P + C - 1 tokens; the LOSS TOKENS are the last C of those inputs (positions P-1 ..
@@ -9,15 +9,14 @@ their padding are.
 The teacher may be given another prompt than the student (`teacher_prompt_ids`, P' tokens: privileged information). It
 is fed P' + C - 1 tokens, and its last C are the loss tokens, in the same order: `Sample.for_teacher` is that sample.
 
-Legend: B sequences, S padded length, T loss tokens of a micro-batch, N segments of a packed micro-batch.
+Legend: P prompt tokens, C completion tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
-
-import torch
 
 from megatron_gkd.errors import DataError
 
@@ -84,18 +83,31 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """What a model is fed at once. Padded form: B sequences, right-padded. Packed form: B = 1, segments end to end."""
+class LossShare:
+    """The loss tokens of one sample that a rank holds: spans [first, end) of 0..C, ascending and disjoint.
 
-    positions: tuple[int, ...]  # the samples' positions in the global batch, in order
-    lengths: tuple[int, ...]  # loss tokens per sample, in order; sums to T
-    tokens: torch.Tensor  # [B, S] int64
-    position_ids: torch.Tensor  # [B, S] int64, restarting in each segment
-    loss_index: torch.Tensor  # [T] int64, flat index b * S + s of the loss tokens, sample by sample
-    labels: torch.Tensor  # [T] int64
-    loss_sample: torch.Tensor  # [T] int64, index into `positions`
-    cu_seqlens: torch.Tensor | None = None  # [N + 1] int32, packed form only; the last segment may be padding
-    max_seqlen: int | None = None  # packed form only: the longest segment
+    A rank that is fed a whole sample holds all of them. Where a sequence is split over ranks, each holds those of the
+    inputs that it is fed. `of` is the one place that decides: what a rank computes, receives and counts follows it.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(sample: Sample, inputs: Sequence[tuple[int, int]] | None = None) -> LossShare:
+        """Args: inputs: spans [first, end) of the P + C - 1 inputs that the rank is fed; None: all of them."""
+        offset = len(sample.prompt_ids) - 1
+        fed = [(0, sample.num_inputs)] if inputs is None else inputs
+        spans = ((max(first - offset, 0), min(end - offset, sample.num_loss_tokens)) for first, end in fed)
+        return LossShare(tuple((first, end) for first, end in spans if first < end))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(end - first for first, end in self.spans)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Their indices among the sample's loss tokens."""
+        return [token for first, end in self.spans for token in range(first, end)]
 
 
 # [data-parallel rank][micro-batch] -> positions in the global batch
@@ -111,3 +123,8 @@ class StepPlan:
     student: MicroBatchPlan
     # the same samples, split for the teacher's own data-parallel size and micro-batch size, by its own prompts' lengths
     teacher: MicroBatchPlan
+
+    @property
+    def shares(self) -> tuple[LossShare, ...]:
+        """Of every sample, in order."""
+        return tuple(map(LossShare.of, self.samples))

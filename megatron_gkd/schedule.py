@@ -37,12 +37,9 @@ import hashlib
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from megatron_gkd.errors import ConfigError, DataError
-
-if TYPE_CHECKING:  # records imports torch; this file is usable without it
-    from megatron_gkd.records import MicroBatchPlan, Row, Sample, Source, StepPlan
+from megatron_gkd.records import MicroBatchPlan, Row, Sample, Source, StepPlan
 
 Sampled = tuple[
     Sequence[int], int | None
@@ -131,8 +128,6 @@ def make_samples(
     the positions whose source is not the data set: a completion too few or too many means that lists were built from
     different plans.
     """
-    from megatron_gkd.records import Sample
-
     sampled = sampled or {}
     expected = {position for position, source in enumerate(sources) if source != "dataset"}
     if sampled.keys() != expected:
@@ -184,8 +179,6 @@ def plan_step(
     The teacher only runs forward and its signals are keyed by position, so it need not divide the batch: where it does
     not, its micro-batches are smaller (`allow_partial`), and never a reason to refuse a step.
     """
-    from megatron_gkd.records import StepPlan
-
     step = _integer("step", step, least=0)
     positions = [sample.position for sample in samples]
     if positions != list(range(len(samples))):

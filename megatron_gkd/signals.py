@@ -37,18 +37,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import MicroBatch, MicroBatchPlan
+from megatron_gkd.records import LossShare, MicroBatchPlan
 
 Columns = tuple[torch.Tensor, ...]  # of one sample: (hidden,) or (log-probabilities, ids)
 
 
 class Route(NamedTuple):
-    """One sample's signal, from a global rank to a global rank."""
+    """The signal of the loss tokens of one sample that a rank holds, from a global rank to a global rank."""
 
     position: int
     source: int
     destination: int
+    share: LossShare
 
 
 def replicas(plan: MicroBatchPlan) -> dict[int, int]:
@@ -57,9 +59,17 @@ def replicas(plan: MicroBatchPlan) -> dict[int, int]:
 
 
 def plan_routes(
-    teacher_plan: MicroBatchPlan, student_plan: MicroBatchPlan, teacher: Layout, student: Layout
+    teacher_plan: MicroBatchPlan,
+    student_plan: MicroBatchPlan,
+    teacher: Layout,
+    student: Layout,
+    shares: Sequence[LossShare],
 ) -> list[Route]:
-    """Who sends which sample's signal to whom (see the module docstring for the invariants)."""
+    """Who sends which sample's signal to whom (see the module docstring for the invariants).
+
+    Args:
+        shares: of every sample, by position: what each rank that trains on it holds.
+    """
     teacher_replica, student_replica = replicas(teacher_plan), replicas(student_plan)
     assert teacher_replica.keys() == student_replica.keys(), "teacher and student plan different samples"
     routes = []
@@ -68,25 +78,23 @@ def plan_routes(
             sources = teacher.last_stage_ranks(teacher_replica[position])
             for index, destination in enumerate(student.last_stage_ranks(student_replica[position])):
                 source = destination if destination in sources else sources[(position + index) % len(sources)]
-                routes.append(Route(position, source, destination))
+                routes.append(Route(position, source, destination, shares[position]))
     return routes
 
 
-def plan_rounds(routes: Sequence[Route], num_bytes: Sequence[int], max_bytes: int) -> list[list[Route]]:
-    """The routes that travel, in rounds in which no rank sends or receives more than `max_bytes`, in order. A signal
-    that alone is larger than that has a round that no other of its ranks is in.
-
-    Args:
-        num_bytes: of each sample's signal, by position.
+def plan_rounds(routes: Sequence[Route], bytes_per_token: int, max_bytes: int | None) -> list[list[Route]]:
+    """The routes that travel, in order, in rounds in which no rank sends or receives more than `max_bytes` (None: one
+    round). A signal that alone is larger than that has a round that no other of its ranks is in.
     """
     rounds: list[list[Route]] = []
     load: dict[tuple[str, int], int] = {}
     for route in routes:
-        size = num_bytes[route.position]
+        size = route.share.num_tokens * bytes_per_token
         if route.source == route.destination or not size:
             continue
         ends = (("sends", route.source), ("receives", route.destination))
-        if not rounds or any(load.get(end, 0) and load[end] + size > max_bytes for end in ends):
+        full = max_bytes is not None and any(load.get(end, 0) and load[end] + size > max_bytes for end in ends)
+        if not rounds or full:
             rounds.append([])
             load = {}
         rounds[-1].append(route)
@@ -200,7 +208,6 @@ class SignalStore:
 def exchange(
     spec: SignalSpec,
     routes: Sequence[Route],
-    num_tokens: Sequence[int],
     local: dict[int, Columns],
     group: dist.ProcessGroup,
     *,
@@ -209,32 +216,31 @@ def exchange(
     """Carry out the routes. Returns this rank's store and the bytes that it sent.
 
     Args:
-        num_tokens: loss tokens of every sample of the step, by position.
-        local: signals that this rank computed, by position; on the device or in host memory.
+        local: signals of whole samples that this rank computed, by position; on the device or in host memory.
         group: a group of all ranks, of its own (its messages must not interleave with the pipeline's).
         max_bytes: of a round, and of the device memory that this rank's store may take; None: no limit.
     """
     rank = dist.get_rank()
-    num_bytes = [count * spec.bytes_per_token for count in num_tokens]
     mine = [route for route in routes if route.destination == rank]
-    to_host = max_bytes is not None and sum(num_bytes[route.position] for route in mine) > max_bytes
+    num_bytes = sum(route.share.num_tokens for route in mine) * spec.bytes_per_token
+    to_host = max_bytes is not None and num_bytes > max_bytes
     received: dict[int, Columns] = {}
-    for position, source, _ in mine:
+    for position, source, _, share in mine:
         if source == rank:
-            received[position] = local[position]
-        elif num_tokens[position] == 0:
+            received[position] = rows_of(local[position], share)
+        elif not share.num_tokens:
             received[position] = spec.empty(0)
     sent = 0
-    for some in plan_rounds(routes, num_bytes, max_bytes if max_bytes is not None else sum(num_bytes) + 1):
+    for some in plan_rounds(routes, spec.bytes_per_token, max_bytes):
         operations = []
         arriving: dict[int, Columns] = {}
-        for position, source, destination in some:
+        for position, source, destination, share in some:
             if rank == source:
-                columns = tuple(t.to(spec.device).contiguous() for t in local[position])
+                columns = tuple(t.to(spec.device).contiguous() for t in rows_of(local[position], share))
                 operations += [dist.P2POp(dist.isend, t, destination, group) for t in columns]
-                sent += num_bytes[position]
+                sent += share.num_tokens * spec.bytes_per_token
             elif rank == destination:
-                arriving[position] = spec.empty(num_tokens[position])
+                arriving[position] = spec.empty(share.num_tokens)
                 operations += [dist.P2POp(dist.irecv, t, source, group) for t in arriving[position]]
         for request in dist.batch_isend_irecv(operations) if operations else []:
             request.wait()
@@ -248,17 +254,17 @@ class Outgoing:
     def __init__(self, routes: Sequence[Route], group: dist.ProcessGroup) -> None:
         """Args: routes: of the step; those from this rank are carried out."""
         self._group, self._under_way = group, list[tuple[Any, torch.Tensor]]()
-        self._destinations: dict[int, list[int]] = {}
-        for position, source, destination in routes:
-            if source == dist.get_rank():
-                self._destinations.setdefault(position, []).append(destination)
+        self._routes: dict[int, list[Route]] = {}
+        for route in routes:
+            if route.source == dist.get_rank():
+                self._routes.setdefault(route.position, []).append(route)
 
     def send(self, position: int, columns: Columns) -> None:
         """Start to send one sample's signal. The calls come in the order of the routes."""
-        for destination in self._destinations.pop(position, []) if columns[0].shape[0] else []:
-            for column in columns:
+        for route in self._routes.pop(position, []):
+            for column in rows_of(columns, route.share) if route.share.num_tokens else ():
                 column = column.contiguous()
-                request = dist.isend(column, destination, group=self._group)
+                request = dist.isend(column, route.destination, group=self._group)
                 self._under_way.append((request, column))  # sending reads the tensor until it is done
 
     def wait(self) -> None:
@@ -280,18 +286,16 @@ class Incoming:
         self,
         spec: SignalSpec,
         routes: Sequence[Route],
-        num_tokens: Sequence[int],
         group: dist.ProcessGroup,
         *,
         max_bytes: int,
     ) -> None:
         """Keep the routes to this rank."""
-        rank = dist.get_rank()
         self._spec, self._group, self._max_bytes = spec, group, max_bytes
-        self._num_tokens = num_tokens
-        mine = [(position, source) for position, source, destination in routes if destination == rank]
-        self._empty = {position for position, _ in mine if not num_tokens[position]}
-        self._to_come = deque((position, source) for position, source in mine if num_tokens[position])
+        mine = [route for route in routes if route.destination == dist.get_rank()]
+        self._num_tokens = {route.position: route.share.num_tokens for route in mine}
+        self._empty = {route.position for route in mine if not route.share.num_tokens}
+        self._to_come = deque((route.position, route.source) for route in mine if route.share.num_tokens)
         self._here: dict[int, tuple[Columns, list[Any]]] = {}  # on the device, with the requests that fill them
         self._staged: dict[int, Columns] = {}  # in host memory
         self._held = 0
@@ -340,6 +344,14 @@ class Incoming:
             request.wait()
         self._staged[position] = in_host_memory(columns)
         self._held -= self._size(position)
+
+
+def rows_of(columns: Columns, share: LossShare) -> Columns:
+    """The loss tokens of a share, out of those of the whole sample; views where they are in one piece."""
+    spans = share.spans or ((0, 0),)
+    if len(spans) == 1:
+        return tuple(t[spans[0][0] : spans[0][1]] for t in columns)
+    return tuple(torch.cat([t[first:end] for first, end in spans]) for t in columns)
 
 
 def in_host_memory(columns: Columns) -> Columns:

@@ -25,13 +25,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.host_weights import HostWeights
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import new_group
-from megatron_gkd.records import MicroBatch, StepPlan
+from megatron_gkd.records import StepPlan
 from megatron_gkd.signals import (
     Columns,
     HiddenSpec,
@@ -135,19 +136,18 @@ class TeacherPipeline:
         Returns:
             The store (empty on ranks outside the student's last stage) and the bytes that this rank sent.
         """
-        routes = plan_routes(plan.teacher, plan.student, self.layout, self.student_layout)
-        num_tokens = [sample.num_loss_tokens for sample in plan.samples]
+        routes = plan_routes(plan.teacher, plan.student, self.layout, self.student_layout, plan.shares)
         if self.separate:
             before, self._outgoing = self._outgoing, Outgoing(routes, self.signal_group)
             self._forward(plan, micro_batches, self._outgoing.send)
             if before is not None:
                 before.wait()
             rank = dist.get_rank()
-            sent = sum(num_tokens[position] for position, source, _ in routes if source == rank)
+            sent = sum(route.share.num_tokens for route in routes if route.source == rank)
             return SignalStore(self.spec, {}), sent * self.spec.bytes_per_token
         local: dict[int, Columns] = {}
-        self._forward(plan, micro_batches, self._keeper(plan, num_tokens, local))
-        return exchange(self.spec, routes, num_tokens, local, self.signal_group, max_bytes=self.max_signal_bytes)
+        self._forward(plan, micro_batches, self._keeper(plan, local))
+        return exchange(self.spec, routes, local, self.signal_group, max_bytes=self.max_signal_bytes)
 
     def close(self) -> None:
         """Wait until everything that was sent has arrived."""
@@ -155,11 +155,9 @@ class TeacherPipeline:
             self._outgoing.wait()
             self._outgoing = None
 
-    def _keeper(
-        self, plan: StepPlan, num_tokens: Sequence[int], local: dict[int, Columns]
-    ) -> Callable[[int, Columns], None]:
+    def _keeper(self, plan: StepPlan, local: dict[int, Columns]) -> Callable[[int, Columns], None]:
         """Puts signals into `local`; in host memory where this rank's are too many for the device."""
-        own = sum(num_tokens[p] for batch in plan.teacher[self.groups.dp.rank()] for p in batch)
+        own = sum(plan.samples[p].num_loss_tokens for batch in plan.teacher[self.groups.dp.rank()] for p in batch)
         limit = self.max_signal_bytes
         if limit is None or own * self.spec.bytes_per_token <= limit:
             return local.__setitem__
@@ -257,9 +255,8 @@ class RemoteTeacher:
             micro_batches: not used: the teacher's ranks collate.
         """
         assert self._incoming is None or self._incoming.done, "signals of the step before were not used"
-        routes = plan_routes(plan.teacher, plan.student, self.layout, self.student_layout)
-        num_tokens = [sample.num_loss_tokens for sample in plan.samples]
-        self._incoming = Incoming(self.spec, routes, num_tokens, self.signal_group, max_bytes=self.max_signal_bytes)
+        routes = plan_routes(plan.teacher, plan.student, self.layout, self.student_layout, plan.shares)
+        self._incoming = Incoming(self.spec, routes, self.signal_group, max_bytes=self.max_signal_bytes)
         return SignalStore(self.spec, {}, self._incoming), self._incoming.num_bytes
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from megatron_gkd.data.collate import collate
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import MicroBatchPlan, Sample
+from megatron_gkd.records import LossShare, MicroBatchPlan, Sample
 from megatron_gkd.schedule import plan_micro_batches
 from megatron_gkd.signals import (
     HiddenSignal,
@@ -32,6 +32,7 @@ from megatron_gkd.signals import (
     exchange,
     plan_rounds,
     plan_routes,
+    rows_of,
 )
 from tests.ranks import run_ranks
 
@@ -52,12 +53,19 @@ def over_the_world(layout: Layout) -> Layout:
     return Layout.for_world(WORLD, tensor=layout.tensor, pipeline=layout.pipeline)
 
 
+def whole(num_tokens: Sequence[int]) -> list[LossShare]:
+    """All loss tokens of samples with these numbers of them."""
+    return [LossShare(((0, count),) if count else ()) for count in num_tokens]
+
+
 # ---- routing: pure ---------------------------------------------------------------------------------------------------
+
+Case = tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout, list[LossShare]]
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout]:
-    """(teacher's plan, student's plan, teacher's layout, student's layout) over one world."""
+def plans(draw: st.DrawFn) -> Case:
+    """(teacher's plan, student's plan, teacher's layout, student's layout, loss tokens) over one world."""
     world = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
     divisors = [n for n in range(1, world + 1) if world % n == 0]
     layouts = []
@@ -72,7 +80,7 @@ def plans(draw: st.DrawFn) -> tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layo
         )
         for layout in layouts
     )
-    return teacher, student, layouts[0], layouts[1]
+    return teacher, student, layouts[0], layouts[1], whole(lengths)
 
 
 def replica_of(plan: MicroBatchPlan) -> dict[int, int]:
@@ -81,9 +89,9 @@ def replica_of(plan: MicroBatchPlan) -> dict[int, int]:
 
 @given(plans())
 def test_each_rank_that_trains_on_a_sample_receives_it_once_and_nobody_else(
-    case: tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout],
+    case: Case,
 ):
-    _, student_plan, _, student = case
+    _, student_plan, _, student, _ = case
     routes = plan_routes(*case)
     expected = Counter(
         (position, rank) for position, dp in replica_of(student_plan).items() for rank in student.last_stage_ranks(dp)
@@ -94,11 +102,12 @@ def test_each_rank_that_trains_on_a_sample_receives_it_once_and_nobody_else(
 
 @given(plans())
 def test_sources_have_the_signal_and_stay_at_home_where_they_can(
-    case: tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout],
+    case: Case,
 ):
-    teacher_plan, _, teacher, _ = case
+    teacher_plan, _, teacher, _, shares = case
     replicas = replica_of(teacher_plan)
-    for position, source, destination in plan_routes(*case):
+    for position, source, destination, share in plan_routes(*case):
+        assert share is shares[position]
         owners = teacher.last_stage_ranks(replicas[position])
         assert source in owners
         assert (source == destination) == (destination in owners)
@@ -106,7 +115,7 @@ def test_sources_have_the_signal_and_stay_at_home_where_they_can(
 
 @given(plans())
 def test_routes_are_in_the_order_in_which_the_teacher_makes_the_signals(
-    case: tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout],
+    case: Case,
 ):
     """So the messages of a pair of ranks match by order, without tags, and can be sent as they are made."""
     made = {
@@ -120,12 +129,10 @@ def test_routes_are_in_the_order_in_which_the_teacher_makes_the_signals(
 
 
 @given(plans(), st.integers(0, 40))
-def test_rounds_carry_every_route_once_in_order_within_the_limit(
-    case: tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout], limit: int
-):
-    routes = plan_routes(*case)
-    sizes = [(7 * position) % 20 for position in range(1 + max(route.position for route in routes))]
-    rounds = plan_rounds(routes, sizes, limit)
+def test_rounds_carry_every_route_once_in_order_within_the_limit(case: Case, limit: int):
+    sizes = [(7 * position) % 20 for position in range(len(case[4]))]
+    routes = plan_routes(*case[:4], whole(sizes))
+    rounds = plan_rounds(routes, 1, limit)
     assert [r for some in rounds for r in some] == [
         r for r in routes if r.source != r.destination and sizes[r.position]
     ]
@@ -143,16 +150,24 @@ def test_sources_take_turns():
     teacher_plan, student_plan = (
         plan_micro_batches(lengths, data_parallel_size=layout.data, micro_batch_size=2) for layout in (teacher, student)
     )
-    assert all(r.source == r.destination for r in plan_routes(teacher_plan, student_plan, teacher, student))
+    shares = whole(lengths)
+    assert all(r.source == r.destination for r in plan_routes(teacher_plan, student_plan, teacher, student, shares))
     offset = Layout(data=4, rank_offset=4)  # destinations that hold nothing of the teacher
-    sent = Counter(route.source for route in plan_routes(teacher_plan, student_plan, teacher, offset))
+    sent = Counter(route.source for route in plan_routes(teacher_plan, student_plan, teacher, offset, shares))
     assert sent == dict.fromkeys(range(4), 2)
+
+
+def test_the_rows_of_a_share():
+    columns = signal_of(3, "topk")
+    assert all(torch.equal(a, b) for a, b in zip(rows_of(columns, LossShare(((0, 7),))), columns, strict=True))
+    for spans, tokens in ((((1, 3),), [1, 2]), (((0, 2), (5, 7)), [0, 1, 5, 6]), ((), [])):
+        assert all(torch.equal(a, b[tokens]) for a, b in zip(rows_of(columns, LossShare(spans)), columns, strict=True))
 
 
 def test_two_plans_of_different_samples_are_a_fault():
     one, other = (plan_micro_batches([3] * n, data_parallel_size=1, micro_batch_size=1) for n in (2, 3))
     with pytest.raises(AssertionError, match="different samples"):
-        plan_routes(one, other, Layout(), Layout())
+        plan_routes(one, other, Layout(), Layout(), whole([3] * 3))
 
 
 # ---- the exchange ----------------------------------------------------------------------------------------------------
@@ -187,11 +202,11 @@ def exchange_all(
             )
             for layout in (teacher, student)
         )
-        routes = plan_routes(teacher_plan, student_plan, teacher, student)
+        routes = plan_routes(teacher_plan, student_plan, teacher, student, whole(NUM_TOKENS))
         mine = teacher.coordinate(rank)
         own = teacher_plan[mine.dp] if mine.pp == teacher.pipeline - 1 else ()
         local = {position: signal_of(position, kind) for batch in own for position in batch}
-        store, num_bytes = exchange(spec, routes, NUM_TOKENS, local, group, max_bytes=max_bytes)
+        store, num_bytes = exchange(spec, routes, local, group, max_bytes=max_bytes)
         planned = sum(
             NUM_TOKENS[r.position] * spec.bytes_per_token for r in routes if r.source == rank != r.destination
         )
@@ -237,7 +252,7 @@ def stream_all(cases: list[tuple[Layout, Layout]], max_bytes: int) -> list[dict[
             )
             for layout, size in ((teacher, 3), (student, 1))
         )
-        routes = plan_routes(teacher_plan, student_plan, teacher, student)
+        routes = plan_routes(teacher_plan, student_plan, teacher, student, whole(NUM_TOKENS))
         found: dict[str, Any] = {"wrong": [], "bytes": 0, "held": 0}
         if teacher.holds(rank):
             mine = teacher.coordinate(rank)
@@ -251,7 +266,7 @@ def stream_all(cases: list[tuple[Layout, Layout]], max_bytes: int) -> list[dict[
         elif student.holds(rank):
             mine = student.coordinate(rank)
             for _ in range(2):
-                incoming = Incoming(spec, routes, NUM_TOKENS, group, max_bytes=max_bytes)
+                incoming = Incoming(spec, routes, group, max_bytes=max_bytes)
                 store = SignalStore(spec, {}, incoming)
                 found["bytes"] += incoming.num_bytes
                 # The other way round than they are made: all of them wait somewhere.

@@ -17,26 +17,61 @@ ranks whose share of a batch is empty must still take part in every collective.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
 from megatron_gkd.errors import DataError
-from megatron_gkd.records import MicroBatch, Sample
+from megatron_gkd.records import SOURCES, LossShare, Sample
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a model is fed at once, and what its loss needs to know of each sample. Padded form: B sequences,
+    right-padded. Packed form: B = 1, segments end to end."""
+
+    positions: tuple[int, ...]  # the samples' positions in the global batch, in order
+    shares: tuple[LossShare, ...]  # which loss tokens of each sample are here, in order; T in all
+    tokens: torch.Tensor  # [B, S] int64
+    position_ids: torch.Tensor  # [B, S] int64, restarting in each segment
+    loss_index: torch.Tensor  # [T] int64, flat index b * S + s of the loss tokens, sample by sample
+    labels: torch.Tensor  # [T] int64
+    loss_sample: torch.Tensor  # [T] int64, index into `positions`
+    sample_source: torch.Tensor  # [len(positions)] int64, index into records.SOURCES
+    cu_seqlens: torch.Tensor | None = None  # [N + 1] int32, packed form only; the last segment may be padding
+    max_seqlen: int | None = None  # packed form only: the longest segment
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Loss tokens per sample, in order; sums to T."""
+        return tuple(share.num_tokens for share in self.shares)
+
+
+def without_loss(tokens: torch.Tensor) -> MicroBatch:
+    """A micro-batch of one sequence [1, S] none of whose tokens is a loss token."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return MicroBatch((), (), tokens, torch.arange(tokens.shape[1])[None], none, none, none, none)
 
 
 def collate(
-    samples: Sequence[Sample], *, pad_to_multiple_of: int = 1, packing: bool = False, pad_id: int = 0
+    samples: Sequence[Sample],
+    *,
+    pad_to_multiple_of: int = 1,
+    packing: bool = False,
+    pad_id: int = 0,
+    share_of: Callable[[Sample], LossShare] = LossShare.of,
 ) -> MicroBatch:
     """Collates `samples`, in order.
 
     Args:
         pad_to_multiple_of: S is a multiple of it (sequence parallelism needs the tensor-parallel size here).
         pad_id: any id of the vocabulary; no loss and no sample's hidden state depends on it.
+        share_of: which loss tokens of a sample this rank holds.
 
     Returns:
-        The micro-batch. Without samples: one sequence of padding, `positions` and `lengths` empty.
+        The micro-batch. Without samples: one sequence of padding, `positions` and `shares` empty.
     """
     assert pad_to_multiple_of >= 1
     positions = tuple(sample.position for sample in samples)
@@ -56,25 +91,21 @@ def collate(
         tokens, position_ids, starts, cu_seqlens, max_seqlen = _pack(inputs, pad_to_multiple_of, pad_id)
     else:
         tokens, position_ids, starts = _pad(inputs, pad_to_multiple_of, pad_id)
-    lengths = tuple(sample.num_loss_tokens for sample in samples)
+    shares = tuple(map(share_of, samples))
     first_loss = [start + len(sample.prompt_ids) - 1 for start, sample in zip(starts, samples, strict=True)]
-    micro_batch = MicroBatch(
+    held = [(n, token) for n, share in enumerate(shares) for token in share.tokens]
+    return MicroBatch(
         positions=positions,
-        lengths=lengths,
+        shares=shares,
         tokens=tokens,
         position_ids=position_ids,
-        loss_index=_int64(
-            [first + c for first, length in zip(first_loss, lengths, strict=True) for c in range(length)]
-        ),
-        labels=_int64([token for sample in samples for token in sample.completion_ids]),
-        loss_sample=_int64([index for index, length in enumerate(lengths) for _ in range(length)]),
+        loss_index=_int64([first_loss[n] + token for n, token in held]),
+        labels=_int64([samples[n].completion_ids[token] for n, token in held]),
+        loss_sample=_int64([n for n, _ in held]),
+        sample_source=_int64([SOURCES.index(sample.source) for sample in samples]),
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
     )
-    assert (
-        micro_batch.loss_index.numel() == micro_batch.labels.numel() == micro_batch.loss_sample.numel() == sum(lengths)
-    )
-    return micro_batch
 
 
 def _pad(inputs: Sequence[Sequence[int]], multiple: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

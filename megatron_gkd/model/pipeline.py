@@ -25,8 +25,8 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
+from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.parallel.layout import Layout, check_num_micro_batches
-from megatron_gkd.records import MicroBatch
 
 LossFunc = Callable[..., Any]
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[torch.Tensor, LossFunc]]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_gkd.data.collate import collate
+from megatron_gkd.data.collate import MicroBatch, collate
 from megatron_gkd.model.pipeline import common_shape
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import MicroBatch, MicroBatchPlan, Sample
+from megatron_gkd.records import MicroBatchPlan, Sample
 from megatron_gkd.schedule import plan_micro_batches
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_gkd.config import RunConfig
+from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.divergence import Divergence
 from megatron_gkd.errors import TrainingError
@@ -26,7 +27,6 @@ from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.no_effect import told, without_effect
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
-from megatron_gkd.records import MicroBatch
 from megatron_gkd.signals import Signal
 from megatron_gkd.train.inputs import teaches_nothing
 from megatron_gkd.train.plans import evaluation_plans
@@ -106,7 +106,7 @@ def _measure(
         chunk = slice(start, start + _CHUNK_TOKENS)
         for name, values in _measure_chunk(run, model, rows[chunk], labels[chunk], signal[chunk]).items():
             totals[name] = totals[name] + values.double().sum()
-    num_tokens = torch.tensor(rows.shape[0], dtype=torch.int, device=rows.device)
+    num_tokens = torch.tensor(sum(batch.lengths), dtype=torch.int, device=rows.device)
     report = {name: torch.stack([total, num_tokens.double()]) for name, total in totals.items()}
     return totals["forward_kl"], num_tokens, report
 

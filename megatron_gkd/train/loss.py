@@ -19,7 +19,7 @@ states in the backward (under sequence parallelism the reduce-scatter of `head_i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,11 +27,12 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch.nn.functional import linear
 
 from megatron_gkd.config import DistillationConfig
+from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.divergence import Divergence
 from megatron_gkd.fused_linear_jsd import HiddenTeacher, TokenLosses, TopKTeacher, fused_linear_distill
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
-from megatron_gkd.records import SOURCES, MicroBatch, Source
+from megatron_gkd.records import SOURCES
 from megatron_gkd.signals import HiddenSignal, Signal, TopKSignal
 from megatron_gkd.topk_jsd import topk_divergence, topk_masses
 from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
@@ -105,23 +106,20 @@ class DistillationLoss:
         hidden: torch.Tensor,
         batch: MicroBatch,
         signal: Signal,
-        sources: Mapping[int, Source],
     ) -> tuple[torch.Tensor, torch.Tensor, Report]:
         """The contract of the module docstring.
 
         Args:
             hidden: [S(/tp), B, H], output of the last stage.
-            sources: source of each sample, by position in the global batch.
         """
         rows = select_loss_tokens(model.head_input(hidden), batch)
-        of_sample = torch.tensor([SOURCES.index(sources[p]) for p in batch.positions], dtype=torch.int64)
-        of_sample = of_sample.to(rows.device)
+        of_sample = batch.sample_source.to(rows.device)
         loss_sample = batch.loss_sample.to(rows.device)
         token_source = of_sample[loss_sample]
         supervised = (token_source != SOURCES.index("student")).float()
         compute = self._fused if self.distillation.fuse_loss else self._from_logits
         losses = compute(model, rows, batch.labels.to(rows.device), self.teacher_side(signal), supervised)
-        num_tokens = torch.tensor(rows.shape[0], dtype=torch.int, device=rows.device)
+        num_tokens = torch.tensor(sum(batch.lengths), dtype=torch.int, device=rows.device)
         per_token = losses.per_token
         if losses.cross_entropy is not None:
             per_token = per_token + self.distillation.sft_alpha * losses.cross_entropy * supervised

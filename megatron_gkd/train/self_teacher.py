@@ -22,8 +22,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.platform import new_group
-from megatron_gkd.records import MicroBatch, StepPlan
+from megatron_gkd.records import StepPlan
 from megatron_gkd.signals import Columns, SignalStore, exchange, plan_routes
 from megatron_gkd.teacher_pipeline import forward_signals, signal_spec
 from megatron_gkd.train.student import Student
@@ -70,8 +71,8 @@ class SelfTeacher:
         finally:
             for model, training in zip(student.models, was_training, strict=True):
                 model.train(training)
-        routes = plan_routes(plan.teacher, plan.student, self.layout, self.layout)
-        return exchange(self.spec, routes, [s.num_loss_tokens for s in plan.samples], local, self.signal_group)
+        routes = plan_routes(plan.teacher, plan.student, self.layout, self.layout, plan.shares)
+        return exchange(self.spec, routes, local, self.signal_group)
 
     def head(self) -> torch.Tensor:
         """The current head [V/tp, H], without a graph; on the last stage. For DistillationLoss.teacher_head."""

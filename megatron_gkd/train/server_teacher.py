@@ -29,20 +29,21 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import new_group
-from megatron_gkd.records import MicroBatch, MicroBatchPlan, Sample, StepPlan
+from megatron_gkd.records import LossShare, MicroBatchPlan, Sample, StepPlan
 from megatron_gkd.signals import Route, SignalStore, TopKSpec, exchange, replicas
 from megatron_gkd.teacher_server.probes import Needs
 from megatron_gkd.teacher_server.servers import Asked, TeacherServers
 
 
-def server_routes(plan: MicroBatchPlan, student: Layout) -> list[Route]:
+def server_routes(plan: MicroBatchPlan, student: Layout, shares: Sequence[LossShare]) -> list[Route]:
     """From each replica's driver to its last stage, in order of sample and destination (S1, S2). Pure."""
     replica = replicas(plan)
     return [
-        Route(position, student.last_stage_ranks(replica[position])[0], destination)
+        Route(position, student.last_stage_ranks(replica[position])[0], destination, shares[position])
         for position in sorted(replica)
         for destination in student.last_stage_ranks(replica[position])
     ]
@@ -97,9 +98,8 @@ class ServerTeacher:
         """
         local: dict[int, tuple[torch.Tensor, ...]] = {}
         self._together(lambda: local.update(self._ask(plan)))
-        routes = server_routes(plan.student, self.layout)
-        num_tokens = [sample.num_loss_tokens for sample in plan.samples]
-        return exchange(self.spec, routes, num_tokens, local, self.signal_group)
+        routes = server_routes(plan.student, self.layout, plan.shares)
+        return exchange(self.spec, routes, local, self.signal_group)
 
     def prefetch(self, plan: StepPlan) -> None:
         """Ask for the samples of a later step now (see the module docstring). Not collective; never raises."""

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import ForwardStep, forward_hidden
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.timers import Timers
-from megatron_gkd.records import MicroBatch, StepPlan
+from megatron_gkd.records import StepPlan
 from megatron_gkd.signals import Signal, SignalStore
 from megatron_gkd.teacher_pipeline import Teacher
 from megatron_gkd.train.batches import Collator
@@ -76,15 +77,10 @@ def distill(
     with timers.phase("teacher"):
         signals, num_bytes = teacher_signals(teacher, plan, packing=packing)
     meanwhile()
-    sources = {sample.position: sample.source for sample in plan.samples}
-
-    def loss_of(model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Any:
-        return loss(model, hidden, batch, signal, sources)
-
     with timers.phase("student"):
         batches = student_batches(plan, student, packing=packing)
         result = student.train_step(
-            forward_step_with(loss_of, signals, device), batches, lambda reports: loss_is_finite(reports, num_bytes)
+            forward_step_with(loss, signals, device), batches, lambda reports: loss_is_finite(reports, num_bytes)
         )
     return result, num_bytes
 

@@ -29,10 +29,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gkd.config import TrainingConfig
+from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import ForwardStep, run_schedule
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import MicroBatch
 
 
 @dataclass(frozen=True)

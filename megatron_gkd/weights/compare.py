@@ -15,11 +15,11 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gkd.architecture import Architecture
+from megatron_gkd.data.collate import MicroBatch, without_loss
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import MicroBatch
 from megatron_gkd.weights.hf_files import side_files
 
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -76,10 +76,10 @@ def model_logits(
 
         return forward_hidden(chunk, next(batches), torch.device("cpu")), collect
 
-    none = torch.zeros(0, dtype=torch.int64)
-    batch = MicroBatch((0,), (0,), tokens, torch.arange(tokens.shape[1])[None], none, none, none)
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        out = run_schedule(chunks, layout, groups, forward_step, [batch], forward_only=True, collect=True)
+        out = run_schedule(
+            chunks, layout, groups, forward_step, [without_loss(tokens)], forward_only=True, collect=True
+        )
     return out[0][..., : arch.vocab_size] if out else None

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_gkd.data.collate import collate
 from megatron_gkd.errors import DataError
-from megatron_gkd.records import Sample
+from megatron_gkd.model.pipeline import select_loss_tokens
+from megatron_gkd.records import SOURCES, LossShare, Sample
 
 PAD = 7  # also a token of the samples: padding is told apart by place, never by value
 IDS = st.lists(st.integers(0, 12), min_size=1, max_size=9)
@@ -42,6 +43,56 @@ def check_loss_tokens(batch, samples):
         assert places == list(range(len(s.prompt_ids) - 1, len(s.prompt_ids) - 1 + len(s.completion_ids)))
     assert batch.loss_sample.tolist() == sorted(batch.loss_sample.tolist())
     assert {batch.tokens.dtype, batch.position_ids.dtype, batch.loss_index.dtype, batch.labels.dtype} == {torch.int64}
+
+
+# ---- which loss tokens a rank holds ----------------------------------------------------------------------------------
+
+
+def split_over(rank, num_ranks, sample):
+    """A share of a sequence that is cut into 2 R pieces, rank r being fed pieces r and 2 R - 1 - r (so that causal
+    attention costs all ranks alike)."""
+    size = -(-sample.num_inputs // (2 * num_ranks))
+    pieces = (rank, 2 * num_ranks - 1 - rank)
+    return LossShare.of(sample, [(piece * size, (piece + 1) * size) for piece in pieces])
+
+
+@given(sample_lists(), st.integers(1, 3))
+def test_the_shares_of_all_ranks_are_each_loss_token_exactly_once(samples, num_ranks):
+    for sample in samples:
+        shares = [split_over(rank, num_ranks, sample) for rank in range(num_ranks)]
+        assert sorted(token for share in shares for token in share.tokens) == list(range(sample.num_loss_tokens))
+        assert sum(share.num_tokens for share in shares) == sample.num_loss_tokens
+        assert all(len(share.spans) <= 2 for share in shares)
+        assert LossShare.of(sample).tokens == list(range(sample.num_loss_tokens))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_select_loss_tokens_honours_a_share(packing):
+    """The two ranks' rows together are the rows of a rank that holds all; labels, lengths and samples go with them."""
+    sizes = [(3, 6), (1, 4), (5, 0), (2, 1)]
+    samples = [Sample(n, n, (n,) * p, tuple(range(20 * n, 20 * n + c)), "dataset") for n, (p, c) in enumerate(sizes)]
+    whole = collate(samples, packing=packing)
+    hidden = torch.arange(whole.tokens.numel()).view(whole.tokens.shape).T[..., None]  # [S, B, 1]
+    found = []
+    for rank in range(2):
+        mine = collate(samples, packing=packing, share_of=lambda sample, rank=rank: split_over(rank, 2, sample))
+        rows = select_loss_tokens(hidden, mine)
+        assert len(rows) == sum(mine.lengths) == len(mine.labels) == len(mine.loss_sample) < sum(whole.lengths)
+        assert mine.lengths == tuple(split_over(rank, 2, sample).num_tokens for sample in samples)
+        found += zip(rows[:, 0].tolist(), mine.labels.tolist(), mine.loss_sample.tolist(), strict=True)
+    rows = select_loss_tokens(hidden, whole)
+    assert sorted(found) == list(
+        zip(rows[:, 0].tolist(), whole.labels.tolist(), whole.loss_sample.tolist(), strict=True)
+    )
+
+
+def test_a_micro_batch_knows_where_its_samples_come_from():
+    samples = [Sample(9 - n, n, (1,), (2,), source) for n, source in enumerate((*SOURCES, "dataset"))]
+    assert collate(samples).sample_source.tolist() == [0, 1, 2, 2]
+    assert collate([]).sample_source.shape == (0,)
+
+
+# ---- forms -----------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=150)

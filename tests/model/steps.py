@@ -17,9 +17,10 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
 from megatron_gkd.config import TrainingConfig
+from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.model.pipeline import forward_hidden, select_loss_tokens
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import MicroBatch, Sample
+from megatron_gkd.records import Sample
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.student import Student

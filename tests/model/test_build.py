@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
-from megatron_gkd.data.collate import collate
+from megatron_gkd.data.collate import MicroBatch, collate
 from megatron_gkd.errors import LayoutError, NotBuiltError
 from megatron_gkd.model.build import transformer_config
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import MicroBatch, Sample
+from megatron_gkd.records import Sample
 from tests.checkpoints import write_tiny_checkpoint
 from tests.model.steps import CPU, Cell, Step, samples, train, transformers_steps, worst
 from tests.ranks import run_ranks

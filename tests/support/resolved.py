@@ -209,12 +209,12 @@ def _note_start(note: Recorder, given: inputs.Inputs, plans: StepPlans, made: An
 
 def _loss(config: RunConfig, sources: Any) -> float:
     """Of eight samples with the sources of the step's first."""
-    samples = [Sample(p, p, (1,), tuple((p + k) % VOCAB for k in range(3)), "dataset") for p in range(8)]
+    samples = [Sample(p, p, (1,), tuple((p + k) % VOCAB for k in range(3)), sources[p]) for p in range(8)]
     batch = collate(samples)
     model, hidden, signal, head = _tensors(config, len(batch.labels), batch.tokens.T.shape)
     assert dist.group.WORLD is not None
     loss = DistillationLoss(config.distillation, tp_group=dist.group.WORLD, vocab_size=VOCAB, teacher_head=head)
-    total, _, _ = loss(model, hidden, batch, signal, dict(enumerate(sources[:8])))
+    total, _, _ = loss(model, hidden, batch, signal)
     return round(float(total), 4)
 
 

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.collate import collate
+from megatron_gkd.data.collate import MicroBatch, collate
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
-from megatron_gkd.records import MicroBatch, Sample
+from megatron_gkd.records import Sample
 from megatron_gkd.train.checkpoint import TrainerState, describe_run, load_checkpoint
 from megatron_gkd.train.checkpoint.saving import Save
 from megatron_gkd.train.loop import run_training

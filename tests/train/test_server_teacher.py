@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import LossShare
 from megatron_gkd.schedule import plan_micro_batches
 from megatron_gkd.train.checkpoint import find_checkpoint
 from megatron_gkd.train.server_teacher import server_routes
@@ -49,7 +50,7 @@ def test_each_last_stage_rank_receives_its_samples_once_from_its_driver(
 ) -> None:
     layout = Layout.for_world(data * tensor * pipeline, tensor=tensor, pipeline=pipeline)
     plan = plan_micro_batches(lengths, data_parallel_size=data, micro_batch_size=2, allow_partial=True)
-    routes = server_routes(plan, layout)
+    routes = server_routes(plan, layout, [LossShare(((0, length),)) for length in lengths])
     expected = Counter(
         (position, rank)
         for dp, batches in enumerate(plan)

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from megatron_gkd.architecture import Architecture, read_architecture
+from megatron_gkd.data.collate import MicroBatch, without_loss
 from megatron_gkd.model.build import build_model
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import cpu_adaptation
-from megatron_gkd.records import MicroBatch
 from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.hf_files import HFCheckpoint
@@ -100,17 +100,12 @@ def logits(model: Loaded) -> torch.Tensor | None:
 
     for chunk in model.chunks:
         chunk.eval()
-    batches = [micro_batch(row[None]) for row in token_ids(model.arch.vocab_size)]
+    batches = [without_loss(row[None]) for row in token_ids(model.arch.vocab_size)]
     with torch.no_grad():
         out = run_schedule(
             model.chunks, model.layout, model.groups, forward_step, batches, forward_only=True, collect=True
         )
     return torch.cat(out) if out else None
-
-
-def micro_batch(tokens: torch.Tensor) -> MicroBatch:
-    none = torch.zeros(0, dtype=torch.int64)
-    return MicroBatch((0,), (0,), tokens, torch.arange(tokens.shape[1])[None], none, none, none)
 
 
 def largest_difference(model: Loaded, expected: torch.Tensor) -> float | None:
