@@ -13,7 +13,6 @@ batch may be smaller.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -29,6 +28,7 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.signals import Signal
 from megatron_gkd.train.inputs import teaches_nothing
+from megatron_gkd.train.objective import DistillationLoss, Outcome
 from megatron_gkd.train.plans import evaluation_plans
 from megatron_gkd.train.setup import Run, TeacherRun, build, join, with_dtype
 from megatron_gkd.train.step import add_reports, forward_step_with, reduce_reports, student_batches, teacher_signals
@@ -38,7 +38,6 @@ from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
 logger = get_logger(__name__)
 
 DIVERGENCES = {"forward_kl": Divergence(0.0), "reverse_kl": Divergence(1.0), "jsd": Divergence(0.5)}
-NAMES = [*DIVERGENCES, "nll", "agreement"]
 _CHUNK_TOKENS = 256  # bounds the logits held at a time
 
 
@@ -80,43 +79,46 @@ def not_finite(values: dict[str, float]) -> str | None:
 
 def evaluate(run: Run, rows: Rows) -> dict[str, float]:
     """The numbers of the module docstring and `num_tokens`, the same on every rank. Collective over all ranks."""
-    metrics = Metrics(NAMES)
+    objective = HeldOut(run.loss)
+    metrics = Metrics(objective.names())
     for plan in evaluation_plans(run.config, rows, run.student.layout, run.teacher.layout):
         signals, _ = teacher_signals(run.teacher, plan, packing=run.config.data.packing)
-
-        def loss(model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Any:
-            return _measure(run, model, hidden, batch, signal)
-
-        step = forward_step_with(loss, signals, run.platform.device)
+        step = forward_step_with(objective, signals, run.platform.device)
         batches = student_batches(plan, run.student, packing=run.config.data.packing)
         add_reports(metrics, run.student.forward_only(step, batches), run.student)
     reduce_reports(metrics, run.student, run.platform.device)
     return {**metrics.means(), "num_tokens": metrics.counts()["nll"]}
 
 
-@torch.no_grad()
-def _measure(
-    run: Run, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The contract of train/loss.py, for evaluation: (sum, tokens, report), in chunks of tokens."""
-    rows = select_loss_tokens(model.head_input(hidden), batch)
-    labels = batch.labels.to(rows.device)
-    totals = dict.fromkeys(NAMES, torch.zeros((), dtype=torch.float64, device=rows.device))
-    for start in range(0, rows.shape[0], _CHUNK_TOKENS):
-        chunk = slice(start, start + _CHUNK_TOKENS)
-        for name, values in _measure_chunk(run, model, rows[chunk], labels[chunk], signal[chunk]).items():
-            totals[name] = totals[name] + values.double().sum()
-    num_tokens = torch.tensor(sum(batch.lengths), dtype=torch.int, device=rows.device)
-    report = {name: torch.stack([total, num_tokens.double()]) for name, total in totals.items()}
-    return totals["forward_kl"], num_tokens, report
+class HeldOut:
+    """The objective of evaluation: the numbers of the module docstring, in chunks of tokens; nothing is minimised."""
 
+    def __init__(self, training: DistillationLoss) -> None:
+        """Args: training: knows the teacher's side and how the two models are compared."""
+        self._training = training
 
-def _measure_chunk(
-    run: Run, model: HiddenStateGPTModel, rows: torch.Tensor, labels: torch.Tensor, signal: Signal
-) -> dict[str, torch.Tensor]:
-    """Per-token values [C]."""
-    logits = torch.nn.functional.linear(rows, model.head_weight())
-    divergences, agreement = run.loss.compare(logits, run.loss.teacher_side(signal), DIVERGENCES.values())
-    values = dict(zip(DIVERGENCES, divergences, strict=True))
-    nll = vocab_parallel_cross_entropy(logits, labels, tp_group=run.loss.tp_group, vocab_size=run.loss.vocab_size)
-    return values | {"nll": nll, "agreement": agreement}
+    def names(self) -> tuple[str, ...]:
+        return (*DIVERGENCES, "nll", "agreement")
+
+    @torch.no_grad()
+    def __call__(self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Outcome:
+        rows = select_loss_tokens(model.head_input(hidden), batch)
+        labels = batch.labels.to(rows.device)
+        totals = dict.fromkeys(self.names(), torch.zeros((), dtype=torch.float64, device=rows.device))
+        for start in range(0, rows.shape[0], _CHUNK_TOKENS):
+            chunk = slice(start, start + _CHUNK_TOKENS)
+            for name, values in self.measure(model, rows[chunk], labels[chunk], signal[chunk]).items():
+                totals[name] = totals[name] + values.double().sum()
+        num_tokens = torch.tensor(sum(batch.lengths), dtype=torch.int, device=rows.device)
+        report = {name: torch.stack([total, num_tokens.double()]) for name, total in totals.items()}
+        return totals["forward_kl"], num_tokens, report
+
+    def measure(
+        self, model: HiddenStateGPTModel, rows: torch.Tensor, labels: torch.Tensor, signal: Signal
+    ) -> dict[str, torch.Tensor]:
+        """Per-token values [C]."""
+        training = self._training
+        logits = torch.nn.functional.linear(rows, model.head_weight())
+        values, agreement = training.compare(logits, training.teacher_side(signal), DIVERGENCES.values())
+        nll = vocab_parallel_cross_entropy(logits, labels, tp_group=training.tp_group, vocab_size=training.vocab_size)
+        return dict(zip(self.names(), [*values, nll, agreement], strict=True))

@@ -163,7 +163,7 @@ def _train_step(
     timers = Timers(synchronize=run.platform.synchronize)
     assert run.plans is not None
     plan = run.plans.plan(state.step)
-    metrics = Metrics([*run.loss.report_names(), "signal_bytes", "stop_requests"])
+    metrics = Metrics([*run.loss.names(), "signal_bytes", "stop_requests"])
 
     def loss_is_finite(reports: list[Any], num_bytes: int) -> bool:
         add_reports(metrics, reports, run.student)

@@ -30,7 +30,7 @@ from megatron_gkd.teacher_pipeline import RemoteTeacher, Teacher, TeacherPipelin
 from megatron_gkd.teacher_server.probes import PROBE_TOKENS, Needs, probe_tokens
 from megatron_gkd.train.alike import row_facts, start_facts
 from megatron_gkd.train.inputs import Inputs, read_inputs
-from megatron_gkd.train.loss import DistillationLoss
+from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.plans import StepPlans
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import build_rollouts, check_servers, engine_length

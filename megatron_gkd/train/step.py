@@ -1,7 +1,7 @@
 """One distillation step: plan -> teacher signals -> student's forward and backward -> metrics.
 
 Walk: `distill` asks the teacher for the signals of all samples of the plan, then hands the student's schedule a
-forward step that (on the last stage) computes the loss of each micro-batch against its signals. `evaluate` in
+forward step that (on the last stage) hands each micro-batch and its signals to the objective. `evaluate` in
 train/evaluate.py is the same walk without gradients.
 """
 
@@ -14,21 +14,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.data.collate import MicroBatch
-from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import ForwardStep, forward_hidden
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.records import StepPlan
-from megatron_gkd.signals import Signal, SignalStore
+from megatron_gkd.signals import SignalStore
 from megatron_gkd.teacher_pipeline import Teacher
 from megatron_gkd.train.batches import Collator
-from megatron_gkd.train.loss import DistillationLoss
+from megatron_gkd.train.objective import Objective
 from megatron_gkd.train.student import StepResult, Student
 from megatron_gkd.weights.chunks import unwrap
-
-MicroBatchLoss = Callable[
-    [HiddenStateGPTModel, torch.Tensor, MicroBatch, Signal], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
-]
 
 
 def teacher_signals(teacher: Teacher, plan: StepPlan, *, packing: bool) -> tuple[SignalStore, int]:
@@ -37,14 +32,14 @@ def teacher_signals(teacher: Teacher, plan: StepPlan, *, packing: bool) -> tuple
     return teacher.signals(plan, Collator(samples, plan.teacher, teacher.layout, packing=packing))
 
 
-def forward_step_with(loss: MicroBatchLoss, signals: SignalStore, device: torch.device) -> ForwardStep:
-    """The `forward_step_func` that megatron-core's schedules call: hidden states, and a loss function bound to the
+def forward_step_with(objective: Objective, signals: SignalStore, device: torch.device) -> ForwardStep:
+    """The `forward_step_func` that megatron-core's schedules call: hidden states, and the objective bound to the
     micro-batch."""
 
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
         output = forward_hidden(model, batch, device)
-        return output, lambda hidden: loss(unwrap(model), hidden, batch, signals.gather(batch))
+        return output, lambda hidden: objective(unwrap(model), hidden, batch, signals.gather(batch))
 
     return forward_step
 
@@ -58,7 +53,7 @@ def student_batches(plan: StepPlan, student: Student, *, packing: bool) -> list[
 def distill(
     student: Student,
     teacher: Teacher,
-    loss: DistillationLoss,
+    objective: Objective,
     plan: StepPlan,
     *,
     packing: bool,
@@ -80,7 +75,7 @@ def distill(
     with timers.phase("student"):
         batches = student_batches(plan, student, packing=packing)
         result = student.train_step(
-            forward_step_with(loss, signals, device), batches, lambda reports: loss_is_finite(reports, num_bytes)
+            forward_step_with(objective, signals, device), batches, lambda reports: loss_is_finite(reports, num_bytes)
         )
     return result, num_bytes
 

@@ -35,7 +35,7 @@ from megatron_gkd.signals import HiddenSignal, Signal, TopKSignal
 from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling
 from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.faults import LossSpikes
-from megatron_gkd.train.loss import DistillationLoss
+from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.plans import StepPlans, evaluates_after, evaluation_plans, saves_after
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.student import _optimizer_config
@@ -222,8 +222,7 @@ def _measured(config: RunConfig, given: inputs.Inputs) -> list[float]:
     model, hidden, signal, head = _tensors(config, 24, (24, 1))
     assert dist.group.WORLD is not None
     loss = DistillationLoss(config.distillation, tp_group=dist.group.WORLD, vocab_size=VOCAB, teacher_head=head)
-    run: Any = SimpleNamespace(loss=loss)
-    found = evaluate._measure_chunk(run, model, hidden.view(24, -1), torch.arange(24), signal)
+    found = evaluate.HeldOut(loss).measure(model, hidden.view(24, -1), torch.arange(24), signal)
     return [round(float(values.float().sum()), 4) for values in found.values()]
 
 

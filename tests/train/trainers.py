@@ -20,7 +20,7 @@ from megatron_gkd.observe.timers import Timers
 from megatron_gkd.records import SOURCES, Sample, Source, StepPlan
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.teacher_pipeline import Teacher
-from megatron_gkd.train.loss import DistillationLoss
+from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.self_teacher import SelfTeacher
 from megatron_gkd.train.setup import Run, build
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
@@ -210,7 +210,7 @@ class Trainer:
         )
         device, timers = run.platform.device, Timers()
         result, _ = distill(run.student, teacher, loss, plan, packing=packing, device=device, timers=timers)
-        metrics = Metrics(loss.report_names())
+        metrics = Metrics(loss.names())
         add_reports(metrics, result.reports, run.student)
         reduce_reports(metrics, run.student, device)
         means = metrics.means()

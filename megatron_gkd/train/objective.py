@@ -1,17 +1,18 @@
-"""The loss contract: hidden states of the last stage in, `(loss_sum, num_tokens, report)` out.
+"""What is minimised or measured: hidden states of the last stage in, `(loss_sum, num_tokens, report)` out.
+
+An `Objective` sees one micro-batch at a time and divides nothing: megatron-core divides the summed gradient once, by
+the number of loss tokens of the global batch. Its report is a dict of `[2]` float64 tensors (sum, count); what a
+micro-batch has none of counts 0. Training minimises `DistillationLoss`; evaluation has an objective of its own
+(train/evaluate.py).
 
     loss_sum = sum_t D(P_t, Q_t)  +  sft_alpha * sum_{t: source != student} CE(y_t, Q_t)      over the T loss tokens,
     in nats
 
-Nothing is divided here: megatron-core divides the summed gradient once, by the number of loss tokens of the global
-batch. The cross entropy is divided by the same number, so `sft_alpha` weighs a token's cross entropy against a
-token's divergence.
+The cross entropy is divided by the same number, so `sft_alpha` weighs a token's cross entropy against a token's
+divergence. An empty micro-batch (T = 0) gives 0 with a graph.
 
 Two paths, equal results: `fused` (default) never holds logits of the micro-batch; `logits` does, [T, V/tp] of
 student and teacher, and is the one to read first or to debug with.
-
-The report is a dict of `[2]` float64 tensors (sum, count) with the same names on every rank and for every micro-batch
-(`report_names`); what a micro-batch has none of counts 0. An empty micro-batch (T = 0) gives 0 with a graph.
 
 Communication, over the student's TP group: that of the divergence, and one sum of the gradient of the T hidden
 states in the backward (under sequence parallelism the reduce-scatter of `head_input` does it).
@@ -20,7 +21,7 @@ states in the backward (under sequence parallelism the reduce-scatter of `head_i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
@@ -40,10 +41,21 @@ from megatron_gkd.vocab_parallel_jsd import vocab_parallel_divergence
 from megatron_gkd.vocab_parallel_topk import vocab_parallel_argmax
 
 Report = dict[str, torch.Tensor]
+Outcome = tuple[torch.Tensor, torch.Tensor, Report]  # loss_sum, num_tokens, report
+
+
+class Objective(Protocol):
+    """What stands at the end of the student's forward pass."""
+
+    def names(self) -> tuple[str, ...]:
+        """Of the report: the same on every rank and for every micro-batch."""
+
+    def __call__(self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Outcome:
+        """Of one micro-batch. Args: hidden: [S(/tp), B, H], output of the last stage."""
 
 
 class DistillationLoss:
-    """Divergence of a micro-batch between the teacher's signal and the student's distribution."""
+    """The objective of training: divergence from the teacher's signal, and cross entropy on request."""
 
     def __init__(
         self,
@@ -79,9 +91,7 @@ class DistillationLoss:
         if head is not None and not bool(torch.isfinite(head).all()):
             return "its output layer has weights that are not finite"
         known = [self._signal_is_finite[position] for position in positions if position in self._signal_is_finite]
-        if all(map(bool, known)):
-            return None
-        return "what it makes of the samples is not finite"
+        return None if all(map(bool, known)) else "what it makes of the samples is not finite"
 
     @property
     def teacher_head(self) -> torch.Tensor | None:
@@ -89,33 +99,19 @@ class DistillationLoss:
         head = self._teacher_head
         return head if head is None or isinstance(head, torch.Tensor) else head()
 
-    def report_names(self) -> list[str]:
-        """Names of the report, the same on every rank."""
-        names = ["loss", "divergence", "agreement"]
-        if self.distillation.sft_alpha:
-            names.append("cross_entropy")
-        if self.distillation.gkd_logits_topk:
-            names += ["teacher_mass", "student_mass"]
-        return names + [
-            f"source/{source}/{what}" for source in SOURCES for what in ("loss", "agreement", "num_samples")
-        ]
+    def names(self) -> tuple[str, ...]:
+        distillation = self.distillation
+        return (
+            *("loss", "divergence", "agreement"),
+            *(("cross_entropy",) if distillation.sft_alpha else ()),
+            *(("teacher_mass", "student_mass") if distillation.gkd_logits_topk else ()),
+            *(f"source/{source}/{what}" for source in SOURCES for what in ("loss", "agreement", "num_samples")),
+        )
 
-    def __call__(
-        self,
-        model: HiddenStateGPTModel,
-        hidden: torch.Tensor,
-        batch: MicroBatch,
-        signal: Signal,
-    ) -> tuple[torch.Tensor, torch.Tensor, Report]:
-        """The contract of the module docstring.
-
-        Args:
-            hidden: [S(/tp), B, H], output of the last stage.
-        """
+    def __call__(self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Outcome:
         rows = select_loss_tokens(model.head_input(hidden), batch)
-        of_sample = batch.sample_source.to(rows.device)
-        loss_sample = batch.loss_sample.to(rows.device)
-        token_source = of_sample[loss_sample]
+        sample_source, loss_sample = batch.sample_source.to(rows.device), batch.loss_sample.to(rows.device)
+        token_source = sample_source[loss_sample]
         supervised = (token_source != SOURCES.index("student")).float()
         compute = self._fused if self.distillation.fuse_loss else self._from_logits
         losses = compute(model, rows, batch.labels.to(rows.device), self.teacher_side(signal), supervised)
@@ -126,7 +122,7 @@ class DistillationLoss:
         sums = per_token.new_zeros(len(batch.positions)).index_add_(0, loss_sample, per_token)
         self._sample_losses.update((position, (sums, i)) for i, position in enumerate(batch.positions))
         self._signal_is_finite.update(dict.fromkeys(batch.positions, signal.is_finite()))
-        return losses.loss_sum, num_tokens, self._report(losses, num_tokens, supervised, token_source, of_sample)
+        return losses.loss_sum, num_tokens, _report(losses, num_tokens, supervised, token_source, sample_source)
 
     def _fused(
         self,
@@ -136,19 +132,12 @@ class DistillationLoss:
         teacher: HiddenTeacher | TopKTeacher,
         supervised: torch.Tensor,
     ) -> TokenLosses:
-        distillation = self.distillation
+        sft_alpha = self.distillation.sft_alpha
         return fused_linear_distill(
-            rows,
-            model.head_weight(),
-            teacher,
-            self.divergence,
-            tp_group=self.tp_group,
-            vocab_size=self.vocab_size,
-            labels=labels if distillation.sft_alpha else None,
-            label_weights=distillation.sft_alpha * supervised if distillation.sft_alpha else None,
-            reduce_hidden_grad=not model.head_grad_is_reduced,
-            report_agreement=True,
-        )
+            rows, model.head_weight(), teacher, self.divergence, tp_group=self.tp_group, vocab_size=self.vocab_size,
+            labels=labels if sft_alpha else None, label_weights=sft_alpha * supervised if sft_alpha else None,
+            reduce_hidden_grad=not model.head_grad_is_reduced, report_agreement=True,
+        )  # fmt: skip
 
     def _from_logits(
         self,
@@ -158,19 +147,17 @@ class DistillationLoss:
         teacher: HiddenTeacher | TopKTeacher,
         supervised: torch.Tensor,
     ) -> TokenLosses:
-        distillation, group, vocab_size = self.distillation, self.tp_group, self.vocab_size
+        shared: Any = dict(tp_group=self.tp_group, vocab_size=self.vocab_size)
         if not model.head_grad_is_reduced:
-            rows = copy_to_tensor_model_parallel_region(rows, group=group)
+            rows = copy_to_tensor_model_parallel_region(rows, group=self.tp_group)
         logits = linear(rows, model.head_weight())
         (divergence,), agreement = self.compare(logits, teacher, [self.divergence])
         losses = TokenLosses(divergence.sum(), divergence.detach(), agreement=agreement.float())
         if isinstance(teacher, TopKTeacher):
-            losses.teacher_mass, losses.student_mass = topk_masses(
-                logits, teacher.logprobs, teacher.indices, tp_group=group, vocab_size=vocab_size
-            )
-        if distillation.sft_alpha:
-            cross_entropy = vocab_parallel_cross_entropy(logits, labels, tp_group=group, vocab_size=vocab_size)
-            losses.loss_sum = losses.loss_sum + distillation.sft_alpha * (cross_entropy * supervised).sum()
+            losses.teacher_mass, losses.student_mass = topk_masses(logits, teacher.logprobs, teacher.indices, **shared)
+        if self.distillation.sft_alpha:
+            cross_entropy = vocab_parallel_cross_entropy(logits, labels, **shared)
+            losses.loss_sum = losses.loss_sum + self.distillation.sft_alpha * (cross_entropy * supervised).sum()
             losses.cross_entropy = cross_entropy.detach()
         return losses
 
@@ -203,34 +190,30 @@ class DistillationLoss:
                 values = [topk_divergence(logits, logprobs, indices, each, tail=tail, **shared) for each in divergences]
         return values, best == teacher_best
 
-    def _report(
-        self,
-        losses: TokenLosses,
-        num_tokens: torch.Tensor,
-        supervised: torch.Tensor,
-        token_source: torch.Tensor,
-        of_sample: torch.Tensor,
-    ) -> Report:
-        assert losses.agreement is not None
-        report = {
-            "loss": _pair(losses.loss_sum, num_tokens),
-            "divergence": _pair(losses.per_token.sum(), num_tokens),
-            "agreement": _pair(losses.agreement.sum(), num_tokens),
-        }
-        if losses.cross_entropy is not None:
-            report["cross_entropy"] = _pair((losses.cross_entropy * supervised).sum(), supervised.sum())
-        if losses.teacher_mass is not None and losses.student_mass is not None:
-            report["teacher_mass"] = _pair(losses.teacher_mass.sum(), num_tokens)
-            report["student_mass"] = _pair(losses.student_mass.sum(), num_tokens)
-        for index, source in enumerate(SOURCES):
-            mine = (token_source == index).float()
-            report[f"source/{source}/loss"] = _pair((losses.per_token * mine).sum(), mine.sum())
-            report[f"source/{source}/agreement"] = _pair((losses.agreement * mine).sum(), mine.sum())
-            num_samples = (of_sample == index).sum()
-            report[f"source/{source}/num_samples"] = _pair(num_samples, num_samples)
-        return report
 
-
-def _pair(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """(sum, count), detached; float64 so that the counts of a large batch stay exact."""
-    return torch.stack([total.detach().double(), count.detach().double()])
+def _report(
+    losses: TokenLosses,
+    num_tokens: torch.Tensor,
+    supervised: torch.Tensor,
+    token_source: torch.Tensor,
+    sample_source: torch.Tensor,
+) -> Report:
+    assert losses.agreement is not None
+    pairs = {
+        "loss": (losses.loss_sum, num_tokens),
+        "divergence": (losses.per_token.sum(), num_tokens),
+        "agreement": (losses.agreement.sum(), num_tokens),
+    }
+    if losses.cross_entropy is not None:
+        pairs["cross_entropy"] = (losses.cross_entropy * supervised).sum(), supervised.sum()
+    if losses.teacher_mass is not None and losses.student_mass is not None:
+        pairs["teacher_mass"] = losses.teacher_mass.sum(), num_tokens
+        pairs["student_mass"] = losses.student_mass.sum(), num_tokens
+    for index, source in enumerate(SOURCES):
+        mine = (token_source == index).float()
+        pairs[f"source/{source}/loss"] = (losses.per_token * mine).sum(), mine.sum()
+        pairs[f"source/{source}/agreement"] = (losses.agreement * mine).sum(), mine.sum()
+        num_samples = (sample_source == index).sum()
+        pairs[f"source/{source}/num_samples"] = num_samples, num_samples
+    # float64, so that the counts of a large batch stay exact
+    return {name: torch.stack([x.detach().double() for x in pair]) for name, pair in pairs.items()}
