@@ -40,13 +40,13 @@ import torch.distributed as dist
 
 from megatron_gkd.divergence import Divergence
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.fused_chunks import Products, run_chunks
+from megatron_gkd.fused_chunks import Gradients, run_chunks
 from megatron_gkd.fused_task import (
     HiddenTeacher,
     TokenLosses,
     TopKTeacher,
     default_chunk_tokens,
-    empty_results,
+    empty_values,
     make_task,
 )
 from megatron_gkd.parallel.collectives import all_reduce_sum_
@@ -148,22 +148,21 @@ def fused_linear_distill(
     grad_mode = torch.is_grad_enabled()
     want_hidden, want_head = grad_mode and student_hidden.requires_grad, grad_mode and student_head.requires_grad
     with torch.no_grad():
-        results = empty_results(task)
-        products = Products(task, chunk_tokens=chunk, want_hidden=want_hidden, want_head=want_head)
-        run_chunks(task, results, products, chunk, want_hidden or want_head)
-        total = (results.per_token.double() * task.token_weights.double()).sum()
-        if results.cross_entropy is not None and task.label_weights is not None:
-            total = total + (results.cross_entropy.double() * task.label_weights.double()).sum()
-        results.loss_sum = total.to(task.dtype)
-    if want_hidden or want_head:
+        values, gradients = empty_values(task), Gradients(task, want_hidden=want_hidden, want_head=want_head)
+        run_chunks(task, values, gradients, chunk)
+        total = (values["per_token"].double() * task.token_weights.double()).sum()
+        if task.labels is not None:
+            total = total + (values["cross_entropy"].double() * task.labels.weights.double()).sum()
+        loss_sum = total.to(task.dtype)
+    if gradients.wanted:
         group = task.group if reduce_hidden_grad else None
-        gradients = _Gradients(products.hidden_grad, products.head_grad, student_head, group)
-        results.loss_sum = _AttachGradients.apply(student_hidden, student_head, results.loss_sum, gradients)
-    return results
+        finished = _Finished(gradients.hidden, gradients.head, student_head, group)
+        loss_sum = _AttachGradients.apply(student_hidden, student_head, loss_sum, finished)
+    return TokenLosses(loss_sum, **values)
 
 
 @dataclass
-class _Gradients:
+class _Finished:
     """What the forward leaves for the backward; handed over (set to None) unless the graph is retained."""
 
     hidden: torch.Tensor | None  # [T, Hs], this rank's partial sum
@@ -177,7 +176,7 @@ class _AttachGradients(torch.autograd.Function):
     """Forward: the loss as it is. Backward: the finished gradients times grad_output."""
 
     @staticmethod
-    def forward(ctx, student_hidden, student_head, loss_sum, gradients: _Gradients):  # type: ignore[no-untyped-def]
+    def forward(ctx, student_hidden, student_head, loss_sum, gradients: _Finished):  # type: ignore[no-untyped-def]
         ctx.gradients = gradients
         return loss_sum.clone()
 
@@ -185,7 +184,7 @@ class _AttachGradients(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         """Communication: 1 all-reduce of [T, Hs] in the hidden dtype over the TP group, unless the caller reduces."""
-        gradients: _Gradients = ctx.gradients
+        gradients: _Finished = ctx.gradients
         if gradients.spent:
             raise RuntimeError(
                 "the fused loss was run backward a second time, but its gradients were handed over by the first; "

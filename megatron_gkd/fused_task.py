@@ -48,6 +48,19 @@ class TopKTeacher:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """Whose cross entropy is asked for."""
+
+    ids: torch.Tensor  # [T]; negative: ignored
+    weights: torch.Tensor  # [T] compute dtype, 0 where ignored
+
+    def cross_entropy(self, rows: slice, lse_C: torch.Tensor, label_logit_C: torch.Tensor) -> torch.Tensor:
+        """CE, [C], unweighted, from the logits' log-sum-exp (float64) and the label's logit."""
+        values_C = (lse_C - label_logit_C.double()).masked_fill(self.ids[rows] < 0, 0.0)
+        return values_C.to(self.weights.dtype)
+
+
+@dataclass(frozen=True)
 class FusedTask:
     """What is to be computed; alike for every chunk."""
 
@@ -58,8 +71,7 @@ class FusedTask:
     student_head: torch.Tensor  # [v, Hs]
     teacher: HiddenTeacher | TopKTeacher
     token_weights: torch.Tensor  # [T] compute dtype
-    labels: torch.Tensor | None  # [T]; negative: ignored
-    label_weights: torch.Tensor | None  # [T] compute dtype, 0 where ignored; with labels only
+    labels: Labels | None
     want_agreement: bool
     dtype: torch.dtype  # of the divergence: float32, or float64
 
@@ -78,21 +90,14 @@ class TokenLosses:
     student_mass: torch.Tensor | None = None
 
 
-def empty_results(task: FusedTask) -> TokenLosses:
-    """To be filled chunk by chunk."""
-    num_tokens, device = task.student_hidden.shape[0], task.student_hidden.device
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=task.dtype, device=device)
-
-    results = TokenLosses(empty(), empty(num_tokens))
-    if task.labels is not None:
-        results.cross_entropy = empty(num_tokens)
-    if task.want_agreement:
-        results.agreement = empty(num_tokens)
-    if isinstance(task.teacher, TopKTeacher):
-        results.teacher_mass, results.student_mass = empty(num_tokens), empty(num_tokens)
-    return results
+def empty_values(task: FusedTask) -> dict[str, torch.Tensor]:
+    """The fields of TokenLosses that the task asks for, [T] each, to be filled chunk by chunk."""
+    names = ["per_token"]
+    names += ["cross_entropy"] if task.labels is not None else []
+    names += ["agreement"] if task.want_agreement else []
+    names += ["teacher_mass", "student_mass"] if isinstance(task.teacher, TopKTeacher) else []
+    hidden = task.student_hidden
+    return {name: torch.empty(hidden.shape[0], dtype=task.dtype, device=hidden.device) for name in names}
 
 
 def make_task(
@@ -139,17 +144,16 @@ def make_task(
             "label_weights without labels was given: the cross entropy needs labels [T]; pass them or leave "
             "label_weights out"
         )
-    weights_T = torch.ones(num_tokens, dtype=dtype, device=student_hidden.device)
-    label_weights_T = None
+    weights_T, labelled = torch.ones(num_tokens, dtype=dtype, device=student_hidden.device), None
     if labels is not None:
         checks.check_ids("labels", labels, shard.vocab_size)
         given = weights_T if label_weights is None else label_weights.detach().to(dtype)
-        label_weights_T = given.masked_fill(labels < 0, 0.0)
+        labelled = Labels(labels, given.masked_fill(labels < 0, 0.0))
     return FusedTask(
         divergence=divergence, shard=shard, group=group, teacher=teacher, dtype=dtype,
         student_hidden=student_hidden.detach(), student_head=student_head.detach(),
         token_weights=weights_T if token_weights is None else token_weights.detach().to(dtype),
-        labels=labels, label_weights=label_weights_T, want_agreement=want_agreement,
+        labels=labelled, want_agreement=want_agreement,
     )  # fmt: skip
 
 
@@ -164,11 +168,10 @@ def _check_linear(hidden_name: str, hidden: torch.Tensor, head_name: str, head: 
         )
 
 
-def dense_setting(task: FusedTask) -> DenseSetting:
+def dense_setting(task: FusedTask, teacher: HiddenTeacher) -> DenseSetting:
     """What the [C, v] work needs to know of a task with a dense teacher."""
-    assert isinstance(task.teacher, HiddenTeacher)
     return DenseSetting(
-        student_dtype=task.student_hidden.dtype, teacher_dtype=task.teacher.hidden.dtype, dtype=task.dtype,
+        student_dtype=task.student_hidden.dtype, teacher_dtype=teacher.hidden.dtype, dtype=task.dtype,
         device=task.student_hidden.device, num_columns=task.shard.num_valid, first_id=task.shard.start,
         divergence=task.divergence, want_ids=task.want_agreement,
         label_softmax=task.labels is not None and task.divergence.inverse_temperature != 1.0,
@@ -189,7 +192,7 @@ def bytes_per_token(task: FusedTask) -> int:
         num_wide = 1 + int(task.student_hidden.dtype != task.dtype)
     else:
         size += task.teacher.hidden.dtype.itemsize
-        num_wide = num_wide_buffers(dense_setting(task), uses_kernels(task))
+        num_wide = num_wide_buffers(dense_setting(task, task.teacher), uses_kernels(task))
     return (size + num_wide * task.dtype.itemsize) * task.shard.max_columns
 
 
