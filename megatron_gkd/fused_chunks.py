@@ -23,8 +23,8 @@ import torch
 from megatron_gkd import sharded_softmax as sm
 from megatron_gkd import support as sp
 from megatron_gkd.divergence import Sums
-from megatron_gkd.fused_dense import KernelDense, LabelPart, TorchDense
-from megatron_gkd.fused_task import FusedTask, HiddenTeacher, TopKTeacher, dense_setting, uses_kernels
+from megatron_gkd.fused_dense import LabelPart, dense_work
+from megatron_gkd.fused_task import FusedTask, HiddenTeacher, TopKTeacher, dense_setting
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_
 from megatron_gkd.topk_jsd import support_masses
 from megatron_gkd.vocab_parallel_topk import merge_argmax, shard_argmax
@@ -104,7 +104,7 @@ class HiddenChunks:
 
     def __init__(self, task: FusedTask, teacher: HiddenTeacher, num_rows: int) -> None:
         self.task, self.teacher = task, teacher
-        self.dense = (KernelDense if uses_kernels(task) else TorchDense)(dense_setting(task, teacher), num_rows)
+        self.dense = dense_work(dense_setting(task, teacher), num_rows)
         self.student_Cv = self.dense.student_Cv
 
     def run_(self, rows: slice, student_Cv: torch.Tensor, values: Values, want_grad: bool) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_gkd import checks, kernels
+from megatron_gkd import checks
 from megatron_gkd import sharded_softmax as sm
 from megatron_gkd import support as sp
 from megatron_gkd.divergence import Divergence
@@ -178,13 +178,6 @@ def dense_setting(task: FusedTask, teacher: HiddenTeacher) -> DenseSetting:
     )  # fmt: skip
 
 
-def uses_kernels(task: FusedTask) -> bool:
-    """Whether the kernels compute the divergence; alike on every rank, because it decides the size of a chunk."""
-    if isinstance(task.teacher, TopKTeacher):
-        return False
-    return kernels.chosen(task.student_hidden.device, task.student_hidden.dtype, task.teacher.hidden.dtype)
-
-
 def bytes_per_token(task: FusedTask) -> int:
     """Of all [C, v] buffers; from numbers that are alike on every rank, because it decides the number of chunks."""
     size = task.student_hidden.dtype.itemsize
@@ -192,7 +185,7 @@ def bytes_per_token(task: FusedTask) -> int:
         num_wide = 1 + int(task.student_hidden.dtype != task.dtype)
     else:
         size += task.teacher.hidden.dtype.itemsize
-        num_wide = num_wide_buffers(dense_setting(task, task.teacher), uses_kernels(task))
+        num_wide = num_wide_buffers(dense_setting(task, task.teacher))
     return (size + num_wide * task.dtype.itemsize) * task.shard.max_columns
 
 

@@ -107,11 +107,7 @@ class TeacherPipeline:
         self.chunks, self.layout, self.groups, self.student_layout = list(chunks), layout, groups, student_layout
         self.device, self.topk, self.vocab_size, self.chunk_tokens = device, topk, vocab_size, chunk_tokens
         self.spec = signal_spec(
-            topk=topk,
-            vocab_size=vocab_size,
-            hidden_size=config.hidden_size,
-            dtype=config.params_dtype,
-            device=device,
+            topk=topk, vocab_size=vocab_size, hidden_size=config.hidden_size, dtype=config.params_dtype, device=device
         )
         self.separate, self.max_signal_bytes = placement == "separate", max_signal_bytes
         self.signal_group = new_group(range(dist.get_world_size()))
@@ -168,16 +164,9 @@ class TeacherPipeline:
         batches = [micro_batches(positions) for positions in plan.teacher[self.groups.dp.rank()]]
         with self._weights:
             forward_signals(
-                self.chunks,
-                self.layout,
-                self.groups,
-                batches,
-                deliver,
-                device=self.device,
-                topk=self.topk,
-                vocab_size=self.vocab_size,
-                chunk_tokens=self.chunk_tokens,
-            )
+                self.chunks, self.layout, self.groups, batches, deliver, device=self.device, topk=self.topk,
+                vocab_size=self.vocab_size, chunk_tokens=self.chunk_tokens,
+            )  # fmt: skip
 
 
 def topk_signal(

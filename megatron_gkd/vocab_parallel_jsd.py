@@ -34,9 +34,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_gkd import checks, kernels
+from megatron_gkd import checks
 from megatron_gkd import sharded_softmax as sm
 from megatron_gkd.divergence import Divergence, Sums
+from megatron_gkd.fused_dense import DenseSetting, dense_work
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_, require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
 from megatron_gkd.vocab_parallel_topk import vocab_parallel_argmax, vocab_parallel_topk
@@ -103,16 +104,20 @@ class _VocabParallelDivergence(torch.autograd.Function):
         chunk = sm.chunk_tokens_for(2 * shard.max_columns * dtype.itemsize)
         grad_Tv = torch.empty_like(student_Tv, memory_format=torch.contiguous_format) if keep_grad else None
         values_T = torch.empty(num_tokens, dtype=dtype, device=student_Tv.device)
-        work = None
-        if not kernels.chosen(student_Tv.device, student_Tv.dtype, teacher_Tv.dtype):
-            work = _Workspace(min(chunk, num_tokens), shard.num_valid, dtype, student_Tv.device, keep_grad)
+        setting = DenseSetting(
+            student_Tv.dtype, teacher_Tv.dtype, dtype, student_Tv.device, shard.num_valid, shard.start, divergence,
+            own_logits=False, keep=keep_grad,
+        )  # fmt: skip
+        dense = dense_work(setting, min(chunk, num_tokens))
         for rows in sm.token_chunks(num_tokens, chunk):
-            values_T[rows] = _chunk(
-                student_Tv[rows, : shard.num_valid],
-                teacher_Tv[rows, : shard.num_valid],
-                None if grad_Tv is None else grad_Tv[rows, : shard.num_valid],
-                work, divergence, group,
-            )  # fmt: skip
+            student_Cv, teacher_Cv = student_Tv[rows, : shard.num_valid], teacher_Tv[rows, : shard.num_valid]
+            # Communication: all-gather [5, C], then all-reduce [2, C], compute dtype, over `group`.
+            norm = divergence.norm(all_gather_stack(dense.stats(student_Cv, teacher_Cv), group), group.rank())
+            sums = Sums(*all_reduce_sum_(torch.stack(dense.sums(student_Cv, teacher_Cv, norm)), group))
+            values_T[rows] = divergence.value(sums, norm.anchor_C)
+            if grad_Tv is not None:
+                one_C, out_Cv = torch.ones_like(sums.centre_C), grad_Tv[rows, : shard.num_valid]
+                dense.gradient(student_Cv, teacher_Cv, norm, sums.centre_C, one_C, out_Cv=out_Cv)
         if grad_Tv is not None:
             grad_Tv[:, shard.num_valid :] = 0  # padding
             ctx.save_for_backward(grad_Tv)
@@ -127,75 +132,3 @@ class _VocabParallelDivergence(torch.autograd.Function):
         for rows in sm.token_chunks(saved_Tv.shape[0], ctx.chunk):  # one rounding, from the wider of the two dtypes
             torch.mul(saved_Tv[rows], grad_output_T[rows].unsqueeze(-1), out=grad_Tv[rows])
         return (grad_Tv,) + (None,) * 5
-
-
-class _Workspace:
-    """Buffers that every chunk reuses: g and Q [C, v] (one block of rows where no gradient is wanted) and 2 scratch
-    blocks.
-    """
-
-    def __init__(
-        self, num_tokens: int, num_columns: int, dtype: torch.dtype, device: torch.device, keep_grad: bool
-    ) -> None:
-        block = sm.block_tokens_for(num_tokens, num_columns, dtype, device)
-        self.keep_grad = keep_grad
-        rows = num_tokens if keep_grad else block
-        self.g_Cv = torch.empty(rows, num_columns, dtype=dtype, device=device)
-        self.q_Cv = torch.empty(rows, num_columns, dtype=dtype, device=device)
-        self.scratch_nBv = torch.empty(2, block, num_columns, dtype=dtype, device=device)
-
-
-def _chunk(
-    student_Cv: torch.Tensor,
-    teacher_Cv: torch.Tensor,
-    grad_out_Cv: torch.Tensor | None,
-    work: _Workspace | None,
-    divergence: Divergence,
-    group: dist.ProcessGroup,
-) -> torch.Tensor:
-    """Values [C] of one chunk; its gradient into `grad_out_Cv` (no gradient where None). `work` is None where the
-    kernels take over.
-
-    Communication: all-gather [5, C], then all-reduce [2, C], compute dtype, over `group`.
-    """
-    num_tokens = student_Cv.shape[0]
-    if work is None:
-        return _chunk_by_kernels(student_Cv, teacher_Cv, grad_out_Cv, divergence, group)
-    stats_5C = divergence.stats(student_Cv, teacher_Cv, work.scratch_nBv[0])
-    norm = divergence.norm(all_gather_stack(stats_5C, group), group.rank())
-
-    keep = slice(0, num_tokens if grad_out_Cv is not None else None)
-    g_Cv, q_Cv = work.g_Cv[keep], work.q_Cv[keep]
-    sums = divergence.dense_pass_(
-        student_Cv, teacher_Cv, norm,
-        g_out_Cv=g_Cv, q_out_Cv=q_Cv, scratch_nBv=work.scratch_nBv, keep=grad_out_Cv is not None,
-    )  # fmt: skip
-    sums = Sums(*all_reduce_sum_(torch.stack(sums), group))
-    if grad_out_Cv is not None:
-        factor_C = divergence.row_scale(norm) * divergence.gradient_factor
-        for rows in sm.token_chunks(num_tokens, work.scratch_nBv.shape[1]):
-            grad_Bv = divergence.add_centre_(g_Cv[rows], q_Cv[rows], sums.centre_C[rows].unsqueeze(-1))
-            torch.mul(grad_Bv, factor_C[rows].unsqueeze(-1), out=grad_out_Cv[rows])
-    return divergence.value(sums, norm.anchor_C)
-
-
-def _chunk_by_kernels(
-    student_Cv: torch.Tensor,
-    teacher_Cv: torch.Tensor,
-    grad_out_Cv: torch.Tensor | None,
-    divergence: Divergence,
-    group: dist.ProcessGroup,
-) -> torch.Tensor:
-    """`_chunk` with the same two collectives, and no [C, v] temporaries."""
-    from megatron_gkd.kernels import launch
-
-    stats_5C = launch.stats(student_Cv, teacher_Cv, divergence)
-    norm = divergence.norm(all_gather_stack(stats_5C, group), group.rank())
-    sums = launch.sums(student_Cv, teacher_Cv, norm, divergence)
-    sums = Sums(*all_reduce_sum_(torch.stack(sums), group))
-    if grad_out_Cv is not None:
-        launch.gradient_(
-            grad_out_Cv, student_Cv, teacher_Cv, norm, divergence,
-            centre_C=sums.centre_C, weight_C=torch.ones_like(sums.centre_C),
-        )  # fmt: skip
-    return divergence.value(sums, norm.anchor_C)

@@ -39,11 +39,7 @@ class SelfTeacher:
         self._vocab_size, self._device, self._topk = vocab_size, device, topk
         config = student.config
         self.spec = signal_spec(
-            topk=topk,
-            vocab_size=vocab_size,
-            hidden_size=config.hidden_size,
-            dtype=config.params_dtype,
-            device=device,
+            topk=topk, vocab_size=vocab_size, hidden_size=config.hidden_size, dtype=config.params_dtype, device=device
         )
         self.signal_group = new_group(range(dist.get_world_size()))
 
@@ -59,15 +55,9 @@ class SelfTeacher:
                 model.eval()
             # The chunks without their DDP wrappers: nothing here is to be reduced.
             forward_signals(
-                student.models,
-                self.layout,
-                student.groups,
-                batches,
-                local.__setitem__,
-                device=self._device,
-                topk=self._topk,
-                vocab_size=self._vocab_size,
-            )
+                student.models, self.layout, student.groups, batches, local.__setitem__, device=self._device,
+                topk=self._topk, vocab_size=self._vocab_size,
+            )  # fmt: skip
         finally:
             for model, training in zip(student.models, was_training, strict=True):
                 model.train(training)
