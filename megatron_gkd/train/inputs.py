@@ -31,12 +31,12 @@ from megatron_gkd.data.template_differences import differences
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.parallel.together import all_or_none
+from megatron_gkd.parallel.together import all_or_none, on_every_rank
 from megatron_gkd.reach import reach
 from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
 from megatron_gkd.train.run_clock import run_clock
-from megatron_gkd.train.shared_rows import on_every_rank, shared_rows
+from megatron_gkd.train.shared_rows import shared_rows
 from megatron_gkd.weights.plan import check_layout
 
 logger = get_logger(__name__)

@@ -10,7 +10,6 @@ ranks, and, where the teacher has ranks of its own, go from the first rank to al
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch.distributed as dist
 
@@ -19,6 +18,7 @@ from megatron_gkd.config import RunConfig
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.together import from_first
 from megatron_gkd.records import StepPlan
 from megatron_gkd.rollout.protocol import Completion, Request
 from megatron_gkd.rollout.requests import make_requests
@@ -114,9 +114,7 @@ class StepPlans:
         if self.rollouts is not None:
             sampled = _sampled(self.rollouts.for_step(step, self.requests))
         if self._everyone is not None:
-            told: list[Any] = [sampled]
-            dist.broadcast_object_list(told, src=0, group=self._everyone)
-            sampled = told[0]
+            sampled = from_first(sampled, self._everyone)
         if self.teacher_samples is not None:
             sampled |= {position: (ids, None) for position, ids in self.teacher_samples.for_step(step).items()}
         return sampled

@@ -48,6 +48,7 @@ from megatron_gkd.json_file import read_json
 from megatron_gkd.model.build import HiddenStateGPTModel, build_model
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.together import gathered
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, unwrap
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import check_manifest, fill, parameter_plan, stored_bytes
@@ -201,9 +202,8 @@ class MegatronCheckpoint:
                 parameter.tensor.copy_(self.read(parameter))
 
     def _check_unused(self, arch: Architecture, groups: ProcessGroupCollection) -> None:
-        used: list[Any] = [None] * groups.tp_ep_pp.size()
         mine = {self._place(shard).name for shards in self._shards.values() for shard in shards}
-        dist.all_gather_object(used, mine, group=groups.tp_ep_pp)
+        used = gathered(mine, groups.tp_ep_pp)
         unused = {key for name, key in self._names.items() if name.startswith(_MODEL_PREFIXES)}.difference(*used)
         if unused:
             raise CheckpointError(
