@@ -146,14 +146,3 @@ def evaluation_plans(config: RunConfig, rows: Rows, student: Layout, teacher: La
 def max_packed_tokens(config: RunConfig) -> int | None:
     """Tokens of a packed micro-batch; None without packing."""
     return config.data.max_length * config.training.micro_batch_size if config.data.packing else None
-
-
-def evaluates_after(config: RunConfig, step: int, train_iters: int) -> bool:
-    """Whether held-out rows are evaluated when `step` steps are done."""
-    every = config.logging.eval_steps
-    return step == train_iters or bool(every and step % every == 0)
-
-
-def saves_after(config: RunConfig, step: int, train_iters: int) -> bool:
-    """Whether a checkpoint is saved when `step` steps are done."""
-    return step == train_iters or step % config.checkpoint.save_steps == 0

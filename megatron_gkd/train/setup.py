@@ -60,6 +60,11 @@ class Run:
     stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation alone
 
     @property
+    def train_iters(self) -> int:
+        """Steps of the run."""
+        return self.student.train_iters
+
+    @property
     def is_writer(self) -> bool:
         """Whether this rank writes files and prints."""
         return dist.get_rank() == 0

@@ -36,9 +36,10 @@ from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, samp
 from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.faults import LossSpikes
 from megatron_gkd.train.loss import DistillationLoss
-from megatron_gkd.train.plans import StepPlans, evaluates_after, evaluation_plans, saves_after
+from megatron_gkd.train.plans import StepPlans, evaluation_plans
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.student import _optimizer_config
+from megatron_gkd.train.timeline import Span
 
 APART = ("logging_steps", "save_hf", "save_hf_dtype", "max_bad_steps")
 WORLD, VOCAB, NUM_ROWS, STEPS = 8, 40, 96, 40
@@ -183,9 +184,6 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
         asked = teacher_sampling.teacher_requests(config, draws[0], 0, length)
         note.note("teacher's requests", [(r.key, r.max_tokens, r.seed) for r in asked])
     note.note("loss", _loss(config, sources), distillation.fuse_loss)
-    note.note("saves", [saves_after(config, step, STEPS) for step in range(1, STEPS + 1)])
-    if given.eval_rows is not None:
-        note.note("evaluates", [evaluates_after(config, step, STEPS) for step in range(1, STEPS + 1)])
     _note_start(note, given, plans, made)
 
 
@@ -200,11 +198,25 @@ def _note_start(note: Recorder, given: inputs.Inputs, plans: StepPlans, made: An
             student=made,
             architecture=given.student_arch,
             platform=SimpleNamespace(kind="cpu"),
+            train_iters=STEPS,
+            eval_rows=given.eval_rows,
         )
-        state = resume.resume(run)
+        with (
+            patch.object(resume, "exports_at_end", lambda *args, **options: False),
+            patch.object(resume, "set_aside_later", lambda *args: None),
+        ):
+            state, span = resume.begin(run)
+        _note_span(note, span)
         resume.open_checkpoints(run)
         note.note("first step", auto_resume.first_step_to_write(config, state.step))
         loop._Writers(SimpleNamespace(config=config, is_writer=True), Path(config.checkpoint.save), first_step=0)  # type: ignore[arg-type]
+
+
+def _note_span(note: Recorder, span: Span) -> None:
+    steps = range(1, STEPS + 1)
+    note.note("saves", [span.saves_after(step) for step in steps])
+    if span.held_out:
+        note.note("evaluates", [span.evaluates_after(step) for step in steps])
 
 
 def _loss(config: RunConfig, sources: Any) -> float:
