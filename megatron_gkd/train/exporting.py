@@ -25,8 +25,7 @@ from megatron_gkd.train.export_record import check_replaceable, describe, is_see
 from megatron_gkd.train.faults import check_finite_weights
 from megatron_gkd.train.setup import Run
 from megatron_gkd.weights.export import save_hf
-from megatron_gkd.weights.hf_files import HFCheckpoint
-from megatron_gkd.weights.load import load_hf_weights
+from megatron_gkd.weights.source import ModelSource
 
 logger = get_logger(__name__)
 
@@ -84,9 +83,7 @@ def measure_export(run: Run, run_dir: Path, record: Mapping[str, Any], *, traine
     if not is_seen_by_all(out_dir):
         return
     assert run.eval_rows is not None
-    with HFCheckpoint(out_dir) as checkpoint:
-        groups, size = run.student.groups, run.student.layout.tensor
-        load_hf_weights(run.student.models, checkpoint, run.architecture, tp_rank=groups.tp.rank(), tp_size=size)
+    ModelSource(out_dir, run.architecture).load(run.student.models, run.student.groups)
     exported = evaluate(run, run.eval_rows)
     if run.is_writer:
         write_record(run_dir, {**record, "trained": dict(trained), "exported": exported})

@@ -35,6 +35,7 @@ from megatron_gkd.observe.advice import go_on
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import gathered
 from megatron_gkd.records import Sample, StepPlan
+from megatron_gkd.server_list import LocalTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.train.checkpoint import TrainerState
 from megatron_gkd.train.setup import Run
 from megatron_gkd.train.student import StepResult
@@ -98,14 +99,15 @@ class BadSteps:
         mine = self._run.loss.teacher_problem(p for batch in plan.student[groups.dp.rank()] for p in batch)
         everyone = gathered(mine, groups.intra_dist_opt)
         found = next((problem for problem in everyone if problem is not None), None)
-        if found is None or config.teacher.is_student:
+        match config.teacher.kind:
+            case ServerTeachers() as kind:
+                flag = f"--teacher_model_server {', '.join(kind.urls)}"
+            case LocalTeacher(path):
+                flag = f"--teacher_model {path}"
+            case SelfTeaching():
+                return None
+        if found is None:
             return None
-        server, path = config.teacher.teacher_model_server, config.teacher.teacher_model
-        flag = (
-            f"--teacher_model {path}"
-            if server is None
-            else f"--teacher_model_server {', '.join(config.teacher.servers)}"
-        )
         return f"it is the teacher, {flag}, and not the student: {found}; give a teacher whose numbers are finite"
 
     def _sample_losses(self, plan: StepPlan) -> dict[int, float]:

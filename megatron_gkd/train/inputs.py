@@ -33,6 +33,7 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none, on_every_rank
 from megatron_gkd.reach import reach
+from megatron_gkd.server_list import LocalTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
 from megatron_gkd.train.run_clock import run_clock
@@ -61,7 +62,7 @@ class Inputs:
     @property
     def separate(self) -> bool:
         """Whether the teacher has ranks of its own."""
-        return self.config.teacher.teacher_placement == "separate"
+        return self.teacher_layout.rank_offset > 0
 
     @property
     def train_iters(self) -> int:
@@ -109,13 +110,13 @@ def _models(
     student_layout, teacher_layout = layouts(config, world_size)
     student_arch, teacher_path = read_architecture(config.model.model), config.teacher.teacher_model
     teacher_arch = None if teacher_path is None else read_architecture(teacher_path)
-    urls = config.teacher.servers
-    for flag, arch in (("model", student_arch), ("teacher_model", None if urls else teacher_arch)):
+    built = teacher_arch if isinstance(config.teacher.kind, LocalTeacher) else None
+    for flag, arch in (("model", student_arch), ("teacher_model", built)):
         if arch is not None:
             refuse_experts(flag, arch)
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
-    if teacher_arch is not None and not urls:
-        check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
+    if built is not None:
+        check_layout(built, teacher_layout.tensor, teacher_layout.pipeline)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
     topk = config.distillation.gkd_logits_topk
     if topk is not None and topk > vocab_size:
@@ -215,7 +216,7 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
 
 def teaches_nothing(config: RunConfig, rows: Rows) -> bool:
     """A student alone, whose rows have no prompts for a teacher: it can be evaluated, but not compared with anybody."""
-    return config.teacher.is_student and not rows.has_teacher_prompts
+    return isinstance(config.teacher.kind, SelfTeaching) and not rows.has_teacher_prompts
 
 
 def _needs_completions(config: RunConfig) -> bool:
@@ -252,11 +253,9 @@ def _within(rows: RowDataset | StreamedRows, paths: Sequence[str], vocab_size: i
 
 def _check_teacher_of(config: RunConfig, purpose: str, rows: Rows) -> None:
     """Raises where rows have no teacher, or nothing to learn from it."""
-    teacher = config.teacher
-    if teacher.is_student:
-        rows.require_teacher_prompts(purpose)
-    if teacher.server_tags:
-        assert teacher.teacher_tag_key is not None, "RunConfig.validate refuses tags without their column"
-        tags = {tag for of_server in teacher.server_tags.values() for tag in of_server}
-        rest = any(not of_server for of_server in teacher.server_tags.values())
-        rows.require_tags(tags, rest=rest, column=teacher.teacher_tag_key)
+    match config.teacher.kind:
+        case SelfTeaching():
+            rows.require_teacher_prompts(purpose)
+        case ServerTeachers(entries) if (column := config.teacher.teacher_tag_key) is not None:
+            tags = {tag for entry in entries for tag in entry.tags}
+            rows.require_tags(tags, rest=any(not entry.tags for entry in entries), column=column)

@@ -39,7 +39,6 @@ from megatron_gkd.train.preflight import refuse_earlier_run
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import begin, open_checkpoints
 from megatron_gkd.train.run_lock import locked
-from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.setup import Run, TeacherRun, build, join, with_dtype
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
@@ -165,13 +164,11 @@ class StudentPart:
 
     def _ask_ahead(self, step: int) -> None:
         """Let teacher servers work on a later step's samples already, where these are known. Not collective."""
-        run = self.run
-        if not isinstance(run.teacher, ServerTeacher) or step > run.train_iters:
+        prefetch, plans = self.run.taught.prefetch, self.run.plans
+        if prefetch is None or plans is None or step > self.run.train_iters:
             return
-        assert run.plans is not None
-        plan = run.plans.plan_ahead(step - 1)
-        if plan is not None:
-            run.teacher.prefetch(plan)
+        if (plan := plans.plan_ahead(step - 1)) is not None:
+            prefetch(plan)
 
     def _account(
         self, plan: StepPlan, result: StepResult, metrics: Metrics, step_time_s: float, timers: Timers

@@ -12,7 +12,6 @@ from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.model.build import DTYPES
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import on_first
 from megatron_gkd.platform import Platform
@@ -24,8 +23,7 @@ from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.score import student_logprobs
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.delivery import Delivery
-from megatron_gkd.weights.export import HFTensorStream
-from megatron_gkd.weights.plan import hf_tensor_shapes
+from megatron_gkd.weights.source import ModelSource
 
 logger = get_logger(__name__)
 
@@ -69,17 +67,13 @@ def build_rollouts(
     group = student.groups.intra_dist_opt  # all ranks of the student's layout
     dtype = config.model.precision
     local = open_engines(sampling, model_path=config.model.model, dtype=dtype, max_model_len=length, group=group)
-    stream = HFTensorStream(
-        student.chunks,
-        arch,
-        student.groups,
-        bucket_bytes=sampling.weight_bucket_mb * 2**20,
-        dtypes=DTYPES[dtype],
-    )
+    source = ModelSource(config.model.model, arch)
+    bucket_bytes = sampling.weight_bucket_mb * 2**20
+    stream = source.stream(student.chunks, student.groups, dtype=dtype, bucket_bytes=bucket_bytes)
     bridge = RolloutBridge(
         local,
         buckets=Delivery(stream, group, to="everyone" if sampling.vllm_mode == "colocate" else "writer"),
-        manifest={name: (shape, DTYPES[dtype]) for name, shape in hf_tensor_shapes(arch).items()},
+        manifest=source.manifest(dtype),
         group=group,
         dtype=dtype,
         probes=probes(rows, length),

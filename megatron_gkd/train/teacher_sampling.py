@@ -36,6 +36,7 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.rollout.completion_cache import CompletionCache, prompt_seed
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.requests import make_requests
+from megatron_gkd.server_list import ServerTeachers
 from megatron_gkd.teacher_server.probes import Needs, Probed
 from megatron_gkd.teacher_server.servers import TeacherServers
 from megatron_gkd.teacher_server.wire import TopK, distance
@@ -84,10 +85,10 @@ def build_teacher_samples(
         cache = CompletionCache(place)
         logger.info("teacher's completions: %d in %s; stop tokens %s", len(cache), place, settings.stop_token_ids)
         sampler: Sampler
-        if needs is None:
-            sampler = EngineSampler(config, directory, length)
+        if isinstance(kind := config.teacher.kind, ServerTeachers) and needs is not None:
+            sampler = ServerSampler(kind.urls, needs, place)
         else:
-            sampler = ServerSampler(config.teacher.servers, needs, place)
+            sampler = EngineSampler(config, directory, length)
         return Store(
             sampler, cache, settings, lambda step: teacher_requests(config, draws[step], step, length), vocab_size
         )

@@ -46,6 +46,7 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.json_file import read_json
 from megatron_gkd.model.build import HiddenStateGPTModel, build_model
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import gathered
@@ -90,7 +91,7 @@ def build_skeleton(
     without_embedding_group = copy.copy(groups)
     without_embedding_group.embd = None  # GPTModel sums a tied embedding over it when it is made; there are no values
     with torch.device("meta"):
-        return build_model(arch, layout, without_embedding_group, dtype=dtype, use_cpu=True)
+        return build_model(arch, layout, without_embedding_group, ModelOptions.on("cpu"), dtype=dtype)
 
 
 def write_shards(

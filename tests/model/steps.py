@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
 from megatron_gkd.config import TrainingConfig
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.pipeline import forward_hidden, select_loss_tokens
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatch, Sample
@@ -84,6 +85,7 @@ def student_of(model: Loaded, *, distributed_optimizer: bool = False) -> Student
         model.layout,
         model.groups,
         TRAINING,
+        ModelOptions.on("cpu"),
         train_iters=100,
         use_distributed_optimizer=distributed_optimizer,
     )

@@ -31,8 +31,9 @@ from megatron_gkd.not_built import Command
 from megatron_gkd.records import Row, Sample
 from megatron_gkd.rollout import colocate, server
 from megatron_gkd.rollout import engines as engines_module
+from megatron_gkd.server_list import SelfTeaching, ServerTeachers
 from megatron_gkd.signals import Signal
-from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling
+from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling, teachers
 from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.faults import LossSpikes
 from megatron_gkd.train.loss import DistillationLoss
@@ -40,6 +41,7 @@ from megatron_gkd.train.plans import StepPlans, evaluation_plans
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.student import _optimizer_config
 from megatron_gkd.train.timeline import Span
+from megatron_gkd.weights import source
 
 APART = ("logging_steps", "save_hf", "save_hf_dtype", "max_bad_steps")
 WORLD, VOCAB, NUM_ROWS, STEPS = 8, 40, 96, 40
@@ -147,11 +149,10 @@ _TOKENIZER = _Tokenizer()
 
 
 def _note_teacher(note: Recorder, given: inputs.Inputs) -> None:
-    config, where, groups = given.config, SimpleNamespace(device=torch.device("cpu")), SimpleNamespace()
-    if config.teacher.servers:
-        setup._server_teacher(given, where, setup._server_needs(given))  # type: ignore[arg-type]
-    elif not config.teacher.is_student:
-        setup._local_teacher(given, where, groups)  # type: ignore[arg-type]
+    where: Any = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
+    reached = teachers.reach(given, where)
+    if not isinstance(given.config.teacher.kind, SelfTeaching):
+        reached.make(None)
 
 
 def _note_training(note: Recorder, given: inputs.Inputs) -> None:
@@ -169,7 +170,7 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
         sampling.build_rollouts(config, where, given.student_arch, made, tokenizer, rows, VOCAB)
     draws = Draws(config, rows)
     if distillation.samples_teacher:
-        needs = setup._server_needs(given) if config.teacher.servers else None
+        needs = teachers.server_needs(given) if isinstance(config.teacher.kind, ServerTeachers) else None
         assert dist.group.WORLD is not None
         teacher_sampling.build_teacher_samples(config, rows, draws, tokenizer, VOCAB, needs, group=dist.group.WORLD)
     length = sampling.engine_length(config, given.student_arch)
@@ -259,7 +260,7 @@ def _without_machines(note: Recorder) -> Iterator[None]:
     def rows(*args: Any, weights: Any = (), **kwargs: Any) -> FakeRows:
         return FakeRows(weights)
 
-    def student(chunks: Any, layout: Any, groups: Any, training: Any, **kwargs: Any) -> None:
+    def student(chunks: Any, layout: Any, groups: Any, training: Any, options: Any, **kwargs: Any) -> None:
         numbers = _optimizer_config(training, torch.float32, kwargs["use_distributed_optimizer"])
         warmup = int(training.lr_warmup_fraction * kwargs["train_iters"])
         note.note("student", numbers, training.lr_decay_style, warmup, sorted(kwargs.items()))
@@ -280,8 +281,11 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         (setup.platform, "init_distributed", None),
         (inputs, "shared_rows", rows),
         (inputs, "StreamedRows", rows),
-        *((setup, name, None) for name in ("load_model", "TeacherPipeline", "RemoteTeacher", "ServerTeacher")),
-        *((sampling, name, None) for name in ("RolloutBridge", "HFTensorStream", "Delivery", "Rollouts")),
+        (source, "build_model", []),
+        (source, "HFTensorStream", None),
+        *((teachers, name, None) for name in ("TeacherPipeline", "RemoteTeacher")),
+        (teachers, "ServerTeacher", SimpleNamespace(prefetch=None)),
+        *((sampling, name, None) for name in ("RolloutBridge", "Delivery", "Rollouts")),
         (colocate, "ColocatedEngine", engine),
         *((server, name, engine) for name in ("ServerEngine", "SubprocessEngine")),
         (engines_module, "_check_lengths", None),
@@ -296,11 +300,13 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         (setup, "require_same", lambda *a: None),
         (setup, "start_facts", lambda *a: {}),
         (setup, "Student", student),
-        (setup, "signal_spec", lambda **k: None),
+        (teachers, "signal_spec", lambda **k: None),
+        (teachers, "build_groups", lambda layout: None),
+        (source.ModelSource, "load", lambda *a: None),
+        (source.ModelSource, "manifest", lambda *a: {}),
         (inputs, "on_every_rank", lambda work, group: work()),
         (sampling, "stop_tokens", lambda *a: (0,)),
         (sampling, "ChatEncoder", lambda *a: None),
-        (sampling, "hf_tensor_shapes", lambda arch: {}),
         (teacher_sampling, "stop_tokens", lambda *a: (0,)),
         (teacher_sampling, "ChatEncoder", lambda *a: None),
         (teacher_sampling, "fingerprint", lambda path: path),
