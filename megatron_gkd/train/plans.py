@@ -116,12 +116,13 @@ class StepPlans:
         if self._everyone is not None:
             sampled = from_first(sampled, self._everyone)
         if self.teacher_samples is not None:
-            sampled |= {position: (ids, None) for position, ids in self.teacher_samples.for_step(step).items()}
+            # The cache does not keep log-probabilities.
+            sampled |= {position: Sampled(ids, None) for position, ids in self.teacher_samples.for_step(step).items()}
         return sampled
 
 
 def _sampled(completions: Mapping[int, Completion]) -> dict[int, Sampled]:
-    return {position: (c.token_ids, c.version) for position, c in completions.items()}
+    return {position: Sampled(c.token_ids, c.version, c.logprobs) for position, c in completions.items()}
 
 
 def evaluation_plans(config: RunConfig, rows: Rows, student: Layout, teacher: Layout) -> Iterator[StepPlan]:

@@ -98,6 +98,14 @@ def test_sampling_asks_for_the_same_draw(rows: CountedRows) -> None:
     assert set(rows.reads.values()) == {1}
 
 
+def test_what_the_sampler_said_of_its_tokens_arrives(rows: CountedRows) -> None:
+    of_run = config(lmbda=0.5, teacher_model="t", max_completion_length=20, max_length=100)
+    plans = step_plans(of_run, rows, Draws(of_run, rows), rollouts=Sampled())
+    samples = [sample for step in range(4) for sample in plans.plan(step).samples]
+    assert {(sample.source, sample.logprobs) for sample in samples} == {("student", (-1.0, -1.0)), ("dataset", None)}
+    assert all(sample.completion_mask is None for sample in samples)
+
+
 def test_draws_of_several_threads(rows: CountedRows) -> None:
     of_run = config(lmbda=0, teacher_model="t")
     draws, found = Draws(of_run, rows), []
