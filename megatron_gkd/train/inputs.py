@@ -78,9 +78,8 @@ class Inputs:
 
 def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool = True) -> Inputs:
     """Read and check (see the module docstring): on all ranks, or an error on all. Collective over the world."""
-    student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size = all_or_none(
-        lambda: _models(config, world_size)
-    )
+    models = all_or_none(lambda: _models(config, world_size))
+    _, _, student_layout, _, tokenizer, vocab_size = models
     stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if with_training_data else ())
     clock = run_clock(config)
     if seen := clock.told_to(tokenizer.chat_template):
@@ -88,24 +87,12 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     rows = _training_rows(config, tokenizer, vocab_size, clock) if with_training_data else None
     eval_rows = _eval_rows(config, tokenizer, vocab_size, clock)
     all_or_none(lambda: _check_rows(config, student_layout, rows, eval_rows))
-    return Inputs(
-        config,
-        student_arch,
-        teacher_arch,
-        student_layout,
-        teacher_layout,
-        tokenizer,
-        vocab_size,
-        rows,
-        eval_rows,
-        clock,
-        stop_ids,
-    )
+    return Inputs(config, *models, rows, eval_rows, clock, stop_ids)
 
 
 def _models(
     config: RunConfig, world_size: int
-) -> tuple[Layout, Layout, Architecture, Architecture | None, PreTrainedTokenizerBase, int]:
+) -> tuple[Architecture, Architecture | None, Layout, Layout, PreTrainedTokenizerBase, int]:
     """What is known without the data."""
     student_layout, teacher_layout = layouts(config, world_size)
     student_arch, teacher_path = read_architecture(config.model.model), config.teacher.teacher_model
@@ -125,7 +112,7 @@ def _models(
             "many, or leave it out for the full vocabulary"
         )
     _tell_reach(config, student_arch, teacher_arch)
-    return student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size
+    return student_arch, teacher_arch, student_layout, teacher_layout, tokenizer, vocab_size
 
 
 def _is_first() -> bool:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import from_first
@@ -25,8 +24,9 @@ from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.schedule import Sampled, make_samples, plan_step
 from megatron_gkd.train.batches import plan_forward
 from megatron_gkd.train.checkpoint import TrainerState
-from megatron_gkd.train.draws import Draws
+from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
+from megatron_gkd.train.sampling import engine_length
 from megatron_gkd.train.teacher_samples import TeacherSamples
 
 
@@ -36,14 +36,8 @@ class StepPlans:
 
     def __init__(
         self,
-        config: RunConfig,
-        rows: Rows,
-        draws: Draws,
-        student: Layout,
-        teacher: Layout,
+        inputs: Inputs,
         *,
-        clock: Clock,
-        max_model_len: int,
         rollouts: Rollouts | None = None,
         teacher_samples: TeacherSamples | None = None,
         everyone: dist.ProcessGroup | None = None,
@@ -51,33 +45,28 @@ class StepPlans:
         """Keep what all steps share.
 
         Args:
-            draws: of the steps of the run, from `rows`.
-            clock: what chat templates are told.
-            max_model_len: most tokens that the sampling engines take.
             rollouts: on the student's ranks, where it samples.
             teacher_samples: on all ranks, where the teacher samples.
             everyone: all ranks, where some have no student and it samples: they are told the completions.
         """
-        self.config, self.rows, self.student, self.teacher = config, rows, student, teacher
-        self._draws, self._clock = draws, clock
+        self._inputs, self._draws, self._everyone = inputs, inputs.draws, everyone
         self.rollouts, self.teacher_samples = rollouts, teacher_samples
-        self._max_model_len, self._everyone = max_model_len, everyone
 
     def before_training(self, student: Architecture) -> TrainerState:
         """The state that a run without a checkpoint begins with, and that a checkpoint's is held against."""
-        sharded = self.config.parallel.use_distributed_optimizer
-        return TrainerState(0, 0, self.rows.fingerprint(), repr(student), sharded, clock=self._clock.time)
+        sharded = self._inputs.config.parallel.use_distributed_optimizer
+        return TrainerState(0, 0, self._draws.rows.fingerprint(), repr(student), sharded, clock=self._inputs.clock.time)
 
     def requests(self, step: int) -> list[Request]:
         """What is asked of the sampling engines for a step."""
-        _, rows, sources = self._draws[step]
+        config, (_, rows, sources) = self._inputs.config, self._draws[step]
         return make_requests(
             {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
-            run_seed=self.config.training.seed,
+            run_seed=config.training.seed,
             step=step,
-            max_completion_length=self.config.sampling.max_completion_length,
-            max_length=self.config.data.max_length,
-            max_model_len=self._max_model_len,
+            max_completion_length=config.sampling.max_completion_length,
+            max_length=config.data.max_length,
+            max_model_len=engine_length(config, self._inputs.student_arch),
         )
 
     def plan(self, step: int) -> StepPlan:
@@ -94,15 +83,15 @@ class StepPlans:
         return None if waiting is None else self._with(step, _sampled(waiting))
 
     def _with(self, step: int, sampled: Mapping[int, Sampled]) -> StepPlan:
-        config, training = self.config, self.config.training
+        config, training = self._inputs.config, self._inputs.config.training
         indices, rows, sources = self._draws[step]
         samples = make_samples(indices, rows, sources, sampled=sampled)
         return plan_step(
             step,
             samples,
-            data_parallel_size=self.student.data,
+            data_parallel_size=self._inputs.student_layout.data,
             micro_batch_size=training.micro_batch_size,
-            teacher_data_parallel_size=self.teacher.data,
+            teacher_data_parallel_size=self._inputs.teacher_layout.data,
             teacher_micro_batch_size=config.teacher.teacher_micro_batch_size,
             teacher_max_tokens=config.teacher.teacher_micro_batch_tokens,
             packing=config.data.packing,

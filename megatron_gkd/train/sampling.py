@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import on_first
@@ -19,6 +15,7 @@ from megatron_gkd.records import Row
 from megatron_gkd.rollout.engines import open_engines, probe_servers
 from megatron_gkd.rollout.protocol import SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
+from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.score import student_logprobs
 from megatron_gkd.train.student import Student
@@ -36,9 +33,10 @@ def engine_length(config: RunConfig, arch: Architecture) -> int:
     return min(config.sampling.vllm_max_model_len or config.data.max_length, arch.max_position_embeddings)
 
 
-def check_servers(config: RunConfig, arch: Architecture, rows: Rows) -> None:
+def check_servers(inputs: Inputs, rows: Rows) -> None:
     """Before a weight is read: whether prompts leave room, and whether servers that run are such as the run needs. What
     the first rank finds wrong with a server is raised on all. Collective over the world."""
+    config, arch = inputs.config, inputs.student_arch
     sampling, length = config.sampling, engine_length(config, arch)
     check_prompts(rows, length)
     if sampling.vllm_mode == "server":
@@ -49,20 +47,9 @@ def check_servers(config: RunConfig, arch: Architecture, rows: Rows) -> None:
         )
 
 
-def build_rollouts(
-    config: RunConfig,
-    where: Platform,
-    arch: Architecture,
-    student: Student,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    vocab_size: int,
-) -> Rollouts:
-    """Start or reach the engines and tie them to the student. Collective over the world.
-
-    Args:
-        vocab_size: token ids that student and teacher both have.
-    """
+def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows) -> Rollouts:
+    """Start or reach the engines and tie them to the student. Collective over the world."""
+    config, arch = inputs.config, inputs.student_arch
     sampling, length = config.sampling, engine_length(config, arch)
     group = student.groups.intra_dist_opt  # all ranks of the student's layout
     dtype = config.model.precision
@@ -82,16 +69,14 @@ def build_rollouts(
         ),
         verify_every=sampling.verify_sync_every,
     )
-    settings = SamplingSettings(
-        sampling.temperature, sampling.top_p, sampling.top_k, stop_tokens(config.model.model, ChatEncoder(tokenizer))
-    )
+    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, inputs.stop_ids)
     logger.info(
         "sampling: %d engine(s), %s; stop tokens %s", local.num_engines, sampling.vllm_mode, settings.stop_token_ids
     )
     return Rollouts(
         bridge,
         settings,
-        vocab_size=vocab_size,
+        vocab_size=inputs.vocab_size,
         train_iters=student.train_iters,
         steps_per_generation=sampling.steps_per_generation,
         lag=sampling.rollout_lag,

@@ -25,13 +25,12 @@ from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import require_same
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
-from megatron_gkd.teacher_server.probes import Needs
 from megatron_gkd.train.alike import row_facts, start_facts
 from megatron_gkd.train.inputs import Inputs, read_inputs
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.plans import StepPlans
 from megatron_gkd.train.rollouts import Rollouts
-from megatron_gkd.train.sampling import build_rollouts, check_servers, engine_length
+from megatron_gkd.train.sampling import build_rollouts, check_servers
 from megatron_gkd.train.student import Student
 from megatron_gkd.train.teacher_samples import TeacherSamples
 from megatron_gkd.train.teacher_sampling import build_teacher_samples
@@ -127,10 +126,13 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     here = inputs.student_layout.holds(dist.get_rank())
     # Servers and the teacher's engine come first: an error within seconds, and the devices' memory is free.
     reached = reach(inputs, where)
-    samples = inputs.rows is not None and config.distillation.lmbda > 0
-    if inputs.rows is not None and samples:
-        check_servers(config, inputs.student_arch, inputs.rows)
-    teacher_samples = _teacher_samples(inputs, reached.needs)
+    rows, samples = inputs.rows, inputs.rows is not None and config.distillation.lmbda > 0
+    if rows is not None and samples:
+        check_servers(inputs, rows)
+    teacher_samples = None
+    if rows is not None and config.distillation.samples_teacher:
+        # What the first window of steps needs is sampled here.
+        teacher_samples = build_teacher_samples(inputs, reached.needs)
     # Ranks without a student have to be told what it samples.
     everyone = platform.new_group(range(dist.get_world_size())) if inputs.separate and samples else None
     torch.manual_seed(config.training.seed)
@@ -138,47 +140,22 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     tp_rank = groups.tp.rank() if here else 0
     model_parallel_cuda_manual_seed(config.training.seed, tp_rank=tp_rank, ep_rank=0, etp_rank=0)
     student = _build_student(inputs, where, groups) if here else None
-    taught = reached.make(student)
-    student_arch, layout = inputs.student_arch, inputs.student_layout
+    taught, arch, layout = reached.make(student), inputs.student_arch, inputs.student_layout
+    if student is not None:
+        logger.info("student %s, %s; teacher %s", arch.model_type, layout.describe(), reached.told)
+    rollouts = None
+    if rows is not None and samples and student is not None:
+        rollouts = build_rollouts(inputs, where, student, rows)
+    plans = None
+    if rows is not None:
+        plans = StepPlans(inputs, rollouts=rollouts, teacher_samples=teacher_samples, everyone=everyone)
     if student is None:
         assert isinstance(taught.teacher, TeacherPipeline)
-        plans = _plans(inputs, None, teacher_samples, everyone)
-        return TeacherRun(
-            config, where, student_arch, taught.teacher, plans, layout, inputs.eval_rows, inputs.train_iters
-        )
+        return TeacherRun(config, where, arch, taught.teacher, plans, layout, inputs.eval_rows, inputs.train_iters)
     loss = DistillationLoss(
         config.distillation, tp_group=groups.tp, vocab_size=inputs.vocab_size, teacher_head=taught.head
     )
-    logger.info("student %s, %s; teacher %s", student_arch.model_type, layout.describe(), reached.told)
-    rollouts = None
-    if inputs.rows is not None and samples:
-        rollouts = build_rollouts(
-            config, where, student_arch, student, inputs.tokenizer, inputs.rows, inputs.vocab_size
-        )
-    plans = _plans(inputs, rollouts, teacher_samples, everyone)
-    return Run(config, where, student_arch, student, taught, loss, plans, inputs.eval_rows, inputs.stop_ids)
-
-
-def _plans(
-    inputs: Inputs,
-    rollouts: Rollouts | None,
-    teacher_samples: TeacherSamples | None,
-    everyone: dist.ProcessGroup | None,
-) -> StepPlans | None:
-    if inputs.rows is None:
-        return None
-    return StepPlans(
-        inputs.config,
-        inputs.rows,
-        inputs.draws,
-        inputs.student_layout,
-        inputs.teacher_layout,
-        clock=inputs.clock,
-        max_model_len=engine_length(inputs.config, inputs.student_arch),
-        rollouts=rollouts,
-        teacher_samples=teacher_samples,
-        everyone=everyone,
-    )
+    return Run(config, where, arch, student, taught, loss, plans, inputs.eval_rows, inputs.stop_ids)
 
 
 def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection) -> Student:
@@ -195,20 +172,4 @@ def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGrou
         train_iters=inputs.train_iters,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         freeze_embeddings=config.model.freeze_embeddings,
-    )
-
-
-def _teacher_samples(inputs: Inputs, needs: Needs | None) -> TeacherSamples | None:
-    """Where the teacher samples: what the first window of steps needs is sampled here. Collective over all ranks."""
-    if inputs.rows is None or not inputs.config.distillation.samples_teacher:
-        return None
-    assert dist.group.WORLD is not None
-    return build_teacher_samples(
-        inputs.config,
-        inputs.rows,
-        inputs.draws,
-        inputs.tokenizer,
-        inputs.vocab_size,
-        needs,
-        group=dist.group.WORLD,
     )

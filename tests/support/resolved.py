@@ -34,7 +34,6 @@ from megatron_gkd.rollout import engines as engines_module
 from megatron_gkd.server_list import SelfTeaching, ServerTeachers
 from megatron_gkd.signals import Signal
 from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling, teachers
-from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.faults import LossSpikes
 from megatron_gkd.train.loss import DistillationLoss
 from megatron_gkd.train.plans import StepPlans, evaluation_plans
@@ -165,16 +164,15 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     made: Any = SimpleNamespace(layout=student, groups=groups, chunks=[], train_iters=given.train_iters)
     note.note("replicas", Replicas(made, config.parallel.check_replicas_steps)._every)
     note.note("spikes", LossSpikes(config.logging.loss_spike_factor)._factor)
-    distillation, tokenizer = config.distillation, given.tokenizer
+    distillation = config.distillation
     if distillation.lmbda > 0:
-        sampling.build_rollouts(config, where, given.student_arch, made, tokenizer, rows, VOCAB)
-    draws = Draws(config, rows)
+        sampling.build_rollouts(given, where, made, rows)
+    draws = given.draws
     if distillation.samples_teacher:
         needs = teachers.server_needs(given) if isinstance(config.teacher.kind, ServerTeachers) else None
-        assert dist.group.WORLD is not None
-        teacher_sampling.build_teacher_samples(config, rows, draws, tokenizer, VOCAB, needs, group=dist.group.WORLD)
+        teacher_sampling.build_teacher_samples(given, needs)
     length = sampling.engine_length(config, given.student_arch)
-    plans = StepPlans(config, rows, draws, student, given.teacher_layout, clock=CLOCK, max_model_len=length)
+    plans = StepPlans(given)
     indices, _, sources = draws[0]
     sampled: Any = {p: ((3,) * (1 + p % 5), 0) for p, source in enumerate(sources) if source != "dataset"}
     plan = plans._with(0, sampled)
@@ -305,13 +303,10 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         (source.ModelSource, "load", lambda *a: None),
         (source.ModelSource, "manifest", lambda *a: {}),
         (inputs, "on_every_rank", lambda work, group: work()),
-        (sampling, "stop_tokens", lambda *a: (0,)),
-        (sampling, "ChatEncoder", lambda *a: None),
         (teacher_sampling, "stop_tokens", lambda *a: (0,)),
         (teacher_sampling, "ChatEncoder", lambda *a: None),
         (teacher_sampling, "fingerprint", lambda path: path),
         (teacher_sampling, "TeacherSamples", teacher_samples),
-        (teacher_sampling, "read_architecture", lambda path: SimpleNamespace(max_position_embeddings=4096)),
         (teacher_sampling, "_first_step", lambda load: 0),
         (resume, "replace", lambda state, **k: state),
         (resume, "describe_run", lambda *a: None),

@@ -6,12 +6,12 @@ import json
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.parallel.layout import Layout
@@ -62,7 +62,11 @@ class Sampled:
 
 
 def step_plans(config: RunConfig, rows: CountedRows, draws: Draws, **options: Any) -> StepPlans:
-    return StepPlans(config, rows, draws, Layout(), Layout(), clock=Clock.now(), max_model_len=100, **options)
+    arch = SimpleNamespace(max_position_embeddings=100)
+    inputs: Any = SimpleNamespace(
+        config=config, draws=draws, student_arch=arch, student_layout=Layout(), teacher_layout=Layout()
+    )
+    return StepPlans(inputs, **options)
 
 
 def test_a_step_reads_its_rows_once(rows: CountedRows) -> None:
