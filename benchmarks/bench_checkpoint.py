@@ -119,6 +119,7 @@ class Bench:
         from megatron_gkd.architecture import read_architecture
         from megatron_gkd.config import RunConfig, TrainingConfig
         from megatron_gkd.model.build import build_model
+        from megatron_gkd.model.options import ModelOptions
         from megatron_gkd.parallel.groups import build_groups
         from megatron_gkd.parallel.layout import Layout
         from megatron_gkd.train.checkpoint import TrainerState, describe_run
@@ -128,8 +129,16 @@ class Bench:
         self.root = root
         arch, layout = read_architecture(root / "source"), Layout()
         groups = build_groups(layout)
-        chunks = build_model(arch, layout, groups, dtype="fp32", use_cpu=True)
-        self.student = Student(chunks, layout, groups, TrainingConfig(), train_iters=10, use_distributed_optimizer=True)
+        chunks = build_model(arch, layout, groups, ModelOptions.on("cpu"), dtype="fp32")
+        self.student = Student(
+            chunks,
+            layout,
+            groups,
+            TrainingConfig(),
+            ModelOptions.on("cpu"),
+            train_iters=10,
+            use_distributed_optimizer=True,
+        )
         description = describe_run(RunConfig.from_flat({"model": str(root / "source")}), self.student, "cpu")
         self.state = TrainerState(1, 8, "rows", "student", True)
         self.options: dict[str, Any] = {"description": description}

@@ -140,6 +140,7 @@ def methods(source: Path, files: list[Path], root: Path) -> dict[str, Method]:
     from megatron_gkd.architecture import read_architecture
     from megatron_gkd.convert import BUCKET_BYTES, ConvertConfig, memory_bound_bytes, run_convert
     from megatron_gkd.model.build import build_model
+    from megatron_gkd.model.options import ModelOptions
     from megatron_gkd.parallel.groups import build_groups
     from megatron_gkd.parallel.layout import Layout
     from megatron_gkd.weights.export import save_hf
@@ -148,7 +149,7 @@ def methods(source: Path, files: list[Path], root: Path) -> dict[str, Method]:
 
     arch = read_architecture(source)
     groups = build_groups(Layout())
-    chunks = build_model(arch, Layout(), groups, dtype="bf16", use_cpu=True)
+    chunks = build_model(arch, Layout(), groups, ModelOptions.on("cpu"), dtype="bf16")
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.zero_()  # its memory exists from here on

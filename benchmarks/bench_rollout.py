@@ -36,6 +36,7 @@ from benchmarks.measure import environment, quantiles
 from megatron_gkd import platform
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.model.build import DTYPES, build_model
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.rollout.colocate import ColocatedEngine
@@ -59,7 +60,7 @@ class Bench:
         self.options, self.where = options, where
         self.arch, self.layout = read_architecture(options.model), Layout()
         self.groups = build_groups(self.layout)
-        self.chunks = build_model(self.arch, self.layout, self.groups, dtype=options.dtype, use_cpu=where.kind == "cpu")
+        self.chunks = build_model(self.arch, self.layout, self.groups, ModelOptions.on(where.kind), dtype=options.dtype)
         with HFCheckpoint(options.model) as checkpoint:
             load_hf_weights(self.chunks, checkpoint, self.arch, tp_rank=0, tp_size=1)
         dtype = DTYPES[options.dtype]

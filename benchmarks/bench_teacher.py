@@ -44,6 +44,7 @@ import torch.distributed as dist
 from benchmarks.measure import Seconds, environment, quantiles
 from megatron_gkd import platform
 from megatron_gkd.architecture import read_architecture
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
@@ -54,7 +55,7 @@ from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.teacher_server.probes import Needs
 from megatron_gkd.teacher_server.servers import TeacherServers
 from megatron_gkd.train.batches import Collator
-from megatron_gkd.train.setup import load_model
+from megatron_gkd.weights.source import ModelSource
 
 TOPK = 64
 SIGNALS = ("forward", "hidden", "top64", "logits")
@@ -97,7 +98,9 @@ def plan_of(samples: Sequence[Sample], teacher: Layout, student: Layout) -> Step
 def make(kind: str, options: argparse.Namespace, layout: Layout, student: Layout, where: Any) -> TeacherPipeline:
     arch = read_architecture(options.teacher)
     groups = build_groups(layout)
-    chunks = load_model(options.teacher, arch, layout, groups, dtype=options.dtype, where=where)
+    source = ModelSource(options.teacher, arch)
+    chunks = source.build(layout, groups, ModelOptions.on(where.kind), dtype=options.dtype)
+    source.load(chunks, groups)
     pipeline = FullLogits if kind == "logits" else TeacherPipeline
     return pipeline(
         chunks,

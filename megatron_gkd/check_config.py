@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_gkd import environment
-from megatron_gkd.config import TeacherConfig
 from megatron_gkd.dtypes import Dtype, DtypeChoice
 from megatron_gkd.errors import ConfigError
+from megatron_gkd.server_list import parse_servers
 from megatron_gkd.settings import Section, setting
 from megatron_gkd.template_flags import kwargs_setting, template_kwargs, thinking_setting
 
@@ -51,7 +51,7 @@ class CheckConfig(Section):
     @property
     def servers(self) -> tuple[str, ...]:
         """The URLs of --teacher_model_server."""
-        return TeacherConfig(teacher_model_server=self.teacher_model_server).servers
+        return tuple(entry.url for entry in parse_servers(self.teacher_model_server))
 
     @property
     def tolerances(self) -> tuple[float, float]:
@@ -62,7 +62,7 @@ class CheckConfig(Section):
     def check(self) -> None:
         """What cannot work. Raises ConfigError."""
         _check_one_process()
-        if TeacherConfig(teacher_model_server=self.teacher_model_server).server_tags:
+        if any(entry.tags for entry in parse_servers(self.teacher_model_server)):
             raise ConfigError("check compares one teacher: give --teacher_model_server the URLs of its servers")
         if not os.path.isdir(self.teacher_model):
             raise ConfigError(

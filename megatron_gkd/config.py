@@ -23,7 +23,7 @@ from megatron_gkd.contradictions import refuse_contradictions
 from megatron_gkd.dtypes import Dtype, DtypeChoice
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import NOT_BUILT, Command, refuse_not_built
-from megatron_gkd.server_list import ServerEntry, parse_servers
+from megatron_gkd.server_list import LocalTeacher, SelfTeaching, ServerTeachers, TeacherKind, parse_servers
 from megatron_gkd.settings import Section, default_of, setting, show, type_hints
 from megatron_gkd.template_flags import kwargs_setting, template_kwargs, thinking_setting
 
@@ -121,23 +121,13 @@ class TeacherConfig(Section):
             parse_servers(self.teacher_model_server)
 
     @property
-    def servers(self) -> tuple[str, ...]:
-        """The URLs of --teacher_model_server."""
-        return tuple(entry.url for entry in self._entries)
-
-    @property
-    def server_tags(self) -> dict[str, tuple[str, ...]]:
-        """URL -> its tags, () for the rest; empty where no server has tags: then all are one teacher."""
-        return {entry.url: entry.tags for entry in self._entries} if any(e.tags for e in self._entries) else {}
-
-    @property
-    def _entries(self) -> tuple[ServerEntry, ...]:
-        return () if self.teacher_model_server is None else parse_servers(self.teacher_model_server)
-
-    @property
-    def is_student(self) -> bool:
-        """Self-distillation: the student's own current weights teach."""
-        return self.teacher_model is None and self.teacher_model_server is None
+    def kind(self) -> TeacherKind:
+        """Who teaches."""
+        if self.teacher_model_server is not None:
+            return ServerTeachers(parse_servers(self.teacher_model_server))
+        if self.teacher_model is not None:
+            return LocalTeacher(self.teacher_model, self.teacher_placement == "separate")
+        return SelfTeaching()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.not_built import Command
 from megatron_gkd.secret import Secret
+from megatron_gkd.server_list import LocalTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.settings import show
 
 if TYPE_CHECKING:
@@ -100,19 +101,19 @@ def _of_loss_temperature(cfg: RunConfig) -> Iterator[str]:
 
 
 def _of_teacher(cfg: RunConfig) -> Iterator[str]:
-    teacher = cfg.teacher
-    if teacher.teacher_model_server is None:
+    teacher, kind = cfg.teacher, cfg.teacher.kind
+    if not isinstance(kind, ServerTeachers):
         for flag in SERVER_TEACHER:
             if not cfg.is_default(flag):
                 yield f"--{flag} is for teacher servers, and --teacher_model_server is not given; leave it out"
     elif cfg.distillation.gkd_logits_topk is None:
         yield "--teacher_model_server needs --gkd_logits_topk: a server tells only its most probable tokens"
-    elif teacher.server_tags and teacher.teacher_tag_key is None:
+    elif kind.tags and teacher.teacher_tag_key is None:
         yield (
             "--teacher_model_server has tags and --teacher_tag_key is missing: name the column of the data that holds "
             "each row's tag"
         )
-    elif teacher.teacher_tag_key is not None and not teacher.server_tags:
+    elif teacher.teacher_tag_key is not None and not kind.tags:
         yield "--teacher_tag_key chooses among servers by their tags, and none has any; leave it out, or give them tags"
     most_s = 60 * cfg.parallel.distributed_timeout_minutes
     if teacher.teacher_timeout_s is not None and teacher.teacher_timeout_s >= most_s:
@@ -121,12 +122,14 @@ def _of_teacher(cfg: RunConfig) -> Iterator[str]:
             f"{cfg.parallel.distributed_timeout_minutes:g} ({most_s:g} s), after which the ranks that wait for the "
             "answers give up; change one of them"
         )
-    other = "--teacher_model_server is given" if teacher.teacher_model_server is not None else None
-    if teacher.is_student:
-        other = "without --teacher_model the student teaches itself"
-    if other is None:
-        yield from _of_local_teacher(cfg)
-        return
+    match kind:
+        case LocalTeacher():
+            yield from _of_local_teacher(cfg)
+            return
+        case ServerTeachers():
+            other = "--teacher_model_server is given"
+        case SelfTeaching():
+            other = "without --teacher_model the student teaches itself"
     for flag in LOCAL_TEACHER:
         if not cfg.is_default(flag):
             yield f"--{flag} is for a local teacher, but {other}; leave it out"
@@ -203,7 +206,8 @@ def _of_sampling(cfg: RunConfig) -> Iterator[str]:
 
 
 def _of_teacher_sampling(cfg: RunConfig) -> Iterator[str]:
-    sampling, server = cfg.sampling, cfg.teacher.teacher_model_server is not None
+    sampling, kind = cfg.sampling, cfg.teacher.kind
+    server = isinstance(kind, ServerTeachers)
     for flag in ("teacher_samples_cache", *TEACHERS_ENGINE):
         if not cfg.distillation.seq_kd and not cfg.is_default(flag):
             yield f"--{flag} is for completions that the teacher samples: it needs --seq_kd true"
@@ -212,9 +216,9 @@ def _of_teacher_sampling(cfg: RunConfig) -> Iterator[str]:
     if not cfg.distillation.samples_teacher:
         return
     asked, instead = "--seq_kd true samples from the teacher", "or give --seq_kd false"
-    if cfg.teacher.server_tags:
+    if isinstance(kind, ServerTeachers) and kind.tags:
         yield f"{asked}, and --teacher_model_server names several by tags: give the servers of one, {instead}"
-    if cfg.teacher.teacher_model is None and not server:
+    if isinstance(kind, SelfTeaching):
         yield f"{asked}, and there is none: give --teacher_model or --teacher_model_server, {instead}"
     if not sampling.use_vllm:
         yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, {instead}"

@@ -212,6 +212,7 @@ def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
     """Load the Megatron side of the conversion and compare it with transformers on the Hugging Face side."""
 
     from megatron_gkd.model.build import build_model
+    from megatron_gkd.model.options import ModelOptions
     from megatron_gkd.parallel.groups import build_groups
     from megatron_gkd.parallel.together import gathered, on_first
     from megatron_gkd.weights.chunks import ExpertRank, check_chunks
@@ -220,7 +221,7 @@ def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
 
     hf_dir, megatron_dir = (cfg.model, cfg.save) if cfg.to == "megatron" else (cfg.save, cfg.model)
     groups = build_groups(layout)
-    chunks = build_model(arch, layout, groups, dtype="fp32", use_cpu=True)
+    chunks = build_model(arch, layout, groups, ModelOptions.on("cpu"), dtype="fp32")
     MegatronCheckpoint(megatron_dir, chunks, arch, groups).fill(check_chunks(chunks, arch, ExpertRank.of(groups)))
     tokens = sample_tokens(hf_dir, arch)
     logits = model_logits(chunks, layout, groups, arch, tokens)

@@ -63,6 +63,8 @@ class Sample:
     policy_version: int | None = None  # of the student that sampled it; None for the other sources
     teacher_prompt_ids: tuple[int, ...] | None = None  # the teacher's prompt; None: prompt_ids
     tag: str | None = None  # which of several teachers scores it
+    completion_mask: tuple[bool, ...] | None = None  # [C], which tokens the model wrote; None: all
+    logprobs: tuple[float, ...] | None = None  # [C], the sampler's of each token; None: not known
 
     @property
     def num_inputs(self) -> int:

@@ -32,7 +32,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +39,7 @@ import torch.distributed as dist
 from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.parallel.together import first_problem, gathered
 from megatron_gkd.rollout.engines import LocalEngines
 from megatron_gkd.rollout.protocol import Completion, Engine, Request, SamplingSettings
 from megatron_gkd.rollout.requests import assign
@@ -168,9 +168,9 @@ class RolloutBridge:
             del tensors
         if engines and failure is None and unseen:
             failure = f"{len(unseen)} tensors of the model were not sent, the first is {next(iter(unseen))}"
-        if self._worst(failure) is None:
+        if first_problem(failure, self._group) is None:
             attempt_to(lambda engine: engine.end(version))
-        if text := self._worst(failure):
+        if text := first_problem(failure, self._group):
             self._abort()
             raise RolloutError(f"the weights of version {version} did not reach the engines: {text}")
         whole_s = time.perf_counter() - start_s
@@ -183,7 +183,7 @@ class RolloutBridge:
                 engine.abort()
             except RolloutError as error:
                 failure = str(error)
-        if text := self._worst(failure):
+        if text := first_problem(failure, self._group):
             raise RolloutError(f"a failed push could not be rolled back: {text}; start the run again from a checkpoint")
 
     def verify(self) -> Agreement:
@@ -197,14 +197,13 @@ class RolloutBridge:
                     differences += [(abs(a - b), index, sequence) for a, b in zip(ours, theirs, strict=True)]
             except RolloutError as error:
                 failure = str(error)
-        gathered: list[Any] = [None] * dist.get_world_size(self._group)
         mine = (failure, sum(d for d, _, _ in differences), max(differences, default=None), len(differences))
-        dist.all_gather_object(gathered, mine, group=self._group)
-        if failures := [item[0] for item in gathered if item[0]]:
+        everyone = gathered(mine, self._group)
+        if failures := [item[0] for item in everyone if item[0]]:
             raise RolloutError(f"the engines' weights could not be verified: {failures[0]}")
-        num_tokens = sum(item[3] for item in gathered)
-        mean = sum(item[1] for item in gathered) / max(num_tokens, 1)
-        largest, index, sequence = max(item[2] for item in gathered if item[2] is not None)
+        num_tokens = sum(item[3] for item in everyone)
+        mean = sum(item[1] for item in everyone) / max(num_tokens, 1)
+        largest, index, sequence = max(item[2] for item in everyone if item[2] is not None)
         mean_limit, largest_limit = TOLERANCES[self._dtype]
         if not (mean <= mean_limit and largest <= largest_limit):  # a NaN is a mismatch
             self.version = None
@@ -238,9 +237,7 @@ class RolloutBridge:
                     if there is None or tuple(there[0]) != sums[name]:
                         distance = float("inf") if there is None else abs(there[1] - norm) / max(norm, 1e-30)
                         worst = max(worst or (-1.0, "", 0), (distance, name, index))
-        gathered: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(gathered, worst, group=self._group)
-        found = [item for item in gathered if item is not None]
+        found = [item for item in gathered(worst, self._group) if item is not None]
         if not found:
             return (
                 "Every tensor arrived as it was sent, so the fault is in how the engine loads or computes; compare the "
@@ -279,11 +276,10 @@ class RolloutBridge:
         """
         failure = str(generated) if isinstance(generated, RolloutError) else None
         mine = generated if self._local.reports and not isinstance(generated, RolloutError) else []
-        gathered: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(gathered, (failure, mine), group=self._group)
-        if failures := [text for text, _ in gathered if text]:
+        everyone = gathered((failure, mine), self._group)
+        if failures := [text for text, _ in everyone if text]:
             raise RolloutError(f"sampling failed: {failures[0]}")
-        completions = [completion for _, part in gathered for completion in part]
+        completions = [completion for _, part in everyone for completion in part]
         by_key = {completion.key: completion for completion in completions}
         asked = {request.key: request for request in requests}
         if by_key.keys() != asked.keys() or len(completions) != len(asked):
@@ -315,14 +311,8 @@ class RolloutBridge:
                 action(engine)
         except RolloutError as error:
             failure = str(error)
-        if text := self._worst(failure):
+        if text := first_problem(failure, self._group):
             raise RolloutError(f"the engines could not {what}: {text}")
-
-    def _worst(self, failure: str | None) -> str | None:
-        """The first failure of any rank, on every rank; None where all is well. One all_gather_object."""
-        gathered: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(gathered, failure, group=self._group)
-        return next((f"rank {rank}: {text}" for rank, text in enumerate(gathered) if text), None)
 
 
 def _check_off(tensors: Tensors, unseen: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str | None:

@@ -37,13 +37,19 @@ import hashlib
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.records import MicroBatchPlan, Row, Sample, Source, StepPlan
 
-Sampled = tuple[
-    Sequence[int], int | None
-]  # completion ids, and the version of the student that sampled them (None: the teacher)
+
+class Sampled(NamedTuple):
+    """A completion that a model sampled."""
+
+    token_ids: Sequence[int]
+    version: int | None  # of the student that sampled it; None: the teacher's
+    logprobs: Sequence[float] | None = None  # the sampler's, of each token; None: not known
+    mask: Sequence[bool] | None = None  # which tokens the model wrote; None: all
 
 
 def sample_sources(seed: int, step: int, num_samples: int, *, lmbda: float, seq_kd: bool) -> list[Source]:
@@ -124,7 +130,7 @@ def make_samples(
     """Joins rows, sources and sampled completions into the samples of a step; sample i is (row_indices[i], rows[i],
     sources[i]).
 
-    `sampled` maps a position to the token ids that the student or the teacher sampled there. Its keys must be exactly
+    `sampled` maps a position to what the student or the teacher sampled there. Its keys must be exactly
     the positions whose source is not the data set: a completion too few or too many means that lists were built from
     different plans.
     """
@@ -138,10 +144,14 @@ def make_samples(
         )
     samples = []
     for position, (index, row, source) in enumerate(zip(row_indices, rows, sources, strict=True)):
-        completion: Sequence[int] | None
-        completion, version = (row.completion_ids, None) if source == "dataset" else sampled[position]
-        if completion is None:
+        found = Sampled(row.completion_ids or (), None) if source == "dataset" else Sampled(*sampled[position])
+        if source == "dataset" and row.completion_ids is None:
             raise DataError(f"row {index} has a prompt only, and its source is the data set; it needs a completion")
+        length, version = len(found.token_ids), found.version
+        if any(of_tokens is not None and len(of_tokens) != length for of_tokens in (found.logprobs, found.mask)):
+            raise DataError(
+                f"sample {position} has {length} completion tokens, and not as many log-probabilities or marks"
+            )
         if (source == "student") != (version is not None):
             raise DataError(
                 f"sample {position} comes from the {source}, policy version {version}; only the student's carry one"
@@ -151,11 +161,13 @@ def make_samples(
                 position,
                 index,
                 row.prompt_ids,
-                tuple(completion),
+                tuple(found.token_ids),
                 source,
                 version,
                 teacher_prompt_ids=row.teacher_prompt_ids,
                 tag=row.tag,
+                completion_mask=None if found.mask is None else tuple(found.mask),
+                logprobs=None if found.logprobs is None else tuple(found.logprobs),
             )
         )
     return tuple(samples)

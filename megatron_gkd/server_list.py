@@ -1,4 +1,6 @@
-"""What `--teacher_model_server` says: the servers of one teacher, or of several that share the rows by a tag.
+"""Who teaches, decided once (config.py, `TeacherConfig.kind`): a `LocalTeacher`, `ServerTeachers`, or `SelfTeaching`.
+
+`--teacher_model_server` names the servers of one teacher, or of several that share the rows by a tag:
 
     http://a:8000,http://b:8000                              one teacher, two servers of it
     [{"url": "http://a:8000", "tags": ["math"]},
@@ -12,6 +14,7 @@ different models with one tokenizer. Text in, frozen records out; nothing is rea
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -25,6 +28,38 @@ class ServerEntry(NamedTuple):
 
     url: str
     tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LocalTeacher:
+    """A model of this run, in its own parallel layout."""
+
+    path: str
+    separate: bool  # on ranks of its own
+
+
+@dataclass(frozen=True)
+class ServerTeachers:
+    """Servers of one teacher, or of several."""
+
+    entries: tuple[ServerEntry, ...]
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return tuple(entry.url for entry in self.entries)
+
+    @property
+    def tags(self) -> dict[str, tuple[str, ...]]:
+        """URL -> its tags, () for the rest; empty where no server has tags: then all are one teacher."""
+        return {e.url: e.tags for e in self.entries} if any(e.tags for e in self.entries) else {}
+
+
+@dataclass(frozen=True)
+class SelfTeaching:
+    """Self-distillation: the student's own current weights teach."""
+
+
+TeacherKind = LocalTeacher | ServerTeachers | SelfTeaching
 
 
 def is_json(text: str) -> bool:

@@ -15,6 +15,7 @@ from megatron_gkd import contradictions
 from megatron_gkd.config import DataConfig, DistillationConfig, ModelConfig, RunConfig, TrainingConfig, flags
 from megatron_gkd.errors import ConfigError, NotBuiltError
 from megatron_gkd.not_built import NOT_BUILT, Command
+from megatron_gkd.server_list import LocalTeacher, SelfTeaching, ServerEntry, ServerTeachers
 from megatron_gkd.settings import Range
 
 
@@ -165,8 +166,8 @@ def test_local_teacher_flags_are_refused_without_one(
 def test_the_student_may_be_its_own_teacher(accepted: dict[str, Any]) -> None:
     config = RunConfig.from_flat(accepted | {"teacher_model": None})
     config.validate()
-    assert config.teacher.is_student
-    assert not RunConfig.from_flat(accepted).teacher.is_student
+    assert config.teacher.kind == SelfTeaching()
+    assert RunConfig.from_flat(accepted).teacher.kind == LocalTeacher(accepted["teacher_model"], separate=False)
     with pytest.raises(ConfigError, match="--seq_kd true samples from the teacher, and there is none"):
         validate(accepted | {"teacher_model": None, "seq_kd": True})
 
@@ -174,8 +175,10 @@ def test_the_student_may_be_its_own_teacher(accepted: dict[str, Any]) -> None:
 def test_several_teachers_by_tags(accepted: dict[str, Any]) -> None:
     config = RunConfig.from_flat(accepted | TAGGED)
     config.validate()
-    assert config.teacher.servers == ("http://a:1", "http://b:2")
-    assert config.teacher.server_tags == {"http://a:1": ("math", "code"), "http://b:2": ()}
+    kind = config.teacher.kind
+    assert isinstance(kind, ServerTeachers)
+    assert kind.urls == ("http://a:1", "http://b:2")
+    assert kind.tags == {"http://a:1": ("math", "code"), "http://b:2": ()}
 
 
 @pytest.mark.parametrize(
@@ -226,9 +229,10 @@ def test_several_servers(accepted: dict[str, Any]) -> None:
     given = {"teacher_model": None, "teacher_model_server": "http://a:1, https://b:2/v1", "gkd_logits_topk": 4}
     config = RunConfig.from_flat(accepted | given)
     config.validate()
-    assert config.teacher.servers == ("http://a:1", "https://b:2/v1")
+    assert config.teacher.kind == ServerTeachers((ServerEntry("http://a:1"), ServerEntry("https://b:2/v1")))
     with_local = RunConfig.from_flat(accepted | given | {"teacher_model": accepted["teacher_model"]})
     with_local.validate()
+    assert with_local.teacher.kind == config.teacher.kind
 
 
 def test_report_to_none_stands_alone(accepted: dict[str, Any]) -> None:

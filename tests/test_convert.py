@@ -26,6 +26,7 @@ from megatron_gkd.architecture import read_architecture
 from megatron_gkd.convert import ConvertConfig, _set_aside, memory_bound_bytes, parse_convert_config, run_convert
 from megatron_gkd.errors import CheckpointError, ConfigError
 from megatron_gkd.model.build import build_model
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.compare import sample_tokens
 from megatron_gkd.weights.hf_files import HFCheckpoint
@@ -106,7 +107,7 @@ def run_own_loader(source: str, converted: str, layout: Layout) -> list[str]:
     with megatron():
         expected = load_model(Path(source), layout)
         groups = groups_of(layout)
-        chunks = build_model(expected.arch, layout, groups, dtype="fp32", use_cpu=True)
+        chunks = build_model(expected.arch, layout, groups, ModelOptions.on("cpu"), dtype="fp32")
         metadata = {"dp_cp_group": groups.dp_cp}
         state = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
         loaded = dist_checkpointing.load(state, converted)

@@ -35,7 +35,7 @@ THROUGH = {
     "train_iters": (r"training\.(num_steps\(|train_iters\b)", None),
     "loss_path": (r"distillation\.fuse_loss\b", None),
     "use_liger_kernel": (r"distillation\.fuse_loss\b", None),
-    "teacher_model_server": (r"teacher\.servers\b", None),
+    "teacher_model_server": (r"teacher\.kind\b", None),
     "chat_template_kwargs": (r"data\.template_kwargs\b", None),
     "enable_thinking": (r"data\.template_kwargs\b", None),
     "use_vllm": (r"sampling\.use_vllm", ["contradictions.py"]),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.records import Row, Sample
-from megatron_gkd.schedule import make_samples, plan_micro_batches, plan_step, sample_sources
+from megatron_gkd.schedule import Sampled, make_samples, plan_micro_batches, plan_step, sample_sources
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=48)
 
@@ -282,6 +282,21 @@ def test_make_samples_takes_the_completion_of_each_source():
         Sample(1, 10, (5,), (9, 9, 9), "student", 4),
         Sample(2, 20, (6, 7), (), "teacher"),
     )
+
+
+def test_make_samples_keeps_what_the_sampler_said():
+    rows = [Row((1, 2), (3, 4)), Row((5,), None, teacher_prompt_ids=(6, 6))]
+    said = Sampled([9, 8, 7], 4, logprobs=[-0.5, -1.0, -2.0], mask=[True, False, True])
+    of_data, of_student = make_samples([0, 1], rows, ["dataset", "student"], sampled={1: said})
+    assert (of_data.logprobs, of_data.completion_mask) == (None, None)
+    assert (of_student.logprobs, of_student.completion_mask) == ((-0.5, -1.0, -2.0), (True, False, True))
+    assert of_student.for_teacher.logprobs == of_student.logprobs, "the same completion after another prompt"
+
+
+@pytest.mark.parametrize("wrong", [{"logprobs": [-1.0]}, {"mask": [True] * 3}])
+def test_make_samples_refuses_what_is_not_of_each_token(wrong):
+    with pytest.raises(DataError, match="sample 0 has 2 completion tokens, and not as many"):
+        make_samples([0], [Row((1,), None)], ["student"], sampled={0: Sampled([9, 8], 0, **wrong)})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.flags import parse_run_config, to_yaml
-from megatron_gkd.server_list import EXAMPLE, ServerEntry, parse_servers
+from megatron_gkd.server_list import EXAMPLE, ServerEntry, ServerTeachers, parse_servers
 
 A, B = "http://a:1", "https://b:2/v1"
 
@@ -63,5 +63,6 @@ def test_a_password_is_refused_and_not_shown(text: str) -> None:
 def test_from_the_command_line_and_back() -> None:
     """A JSON list stays text: the parser of flags must not take it for a list of its own."""
     config = parse_run_config(["--model", "S", "--teacher_model_server", EXAMPLE, "--teacher_tag_key", "subject"])
-    assert config.teacher.server_tags == {"http://localhost:8000": ("math",), "http://localhost:8001": ()}
+    assert isinstance(config.teacher.kind, ServerTeachers)
+    assert config.teacher.kind.tags == {"http://localhost:8000": ("math",), "http://localhost:8001": ()}
     assert EXAMPLE in to_yaml(config)

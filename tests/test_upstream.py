@@ -23,6 +23,7 @@ import pytest
 import megatron_gkd
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.model.build import build_model
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
 from tests.checkpoints import write_tiny_checkpoint
 from tests.ranks import run_ranks
@@ -254,7 +255,9 @@ def run_attention_factor(path: str) -> list[tuple[float, float]]:
         arch = read_architecture(Path(path))
         factors = []
         for rope in (replace(arch.rope, attention_factor=1.25), replace(arch.rope, attention_factor=1.0)):
-            model = build_model(replace(arch, rope=rope), Layout(), groups_of(Layout()), dtype="fp32", use_cpu=True)[0]
+            model = build_model(
+                replace(arch, rope=rope), Layout(), groups_of(Layout()), ModelOptions.on("cpu"), dtype="fp32"
+            )[0]
             factors.append([attention_factor(layer.self_attention) for layer in model.decoder.layers])
         return list(zip(*factors, strict=True))
 

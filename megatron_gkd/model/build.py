@@ -32,6 +32,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.model.layers import local_block_spec, use_own_self_attention
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.plan import check_layout
 
@@ -95,8 +96,8 @@ class HiddenStateGPTModel(GPTModel):
         return bool(self.config.sequence_parallel)
 
 
-def transformer_config(arch: Architecture, layout: Layout, *, dtype: str, use_cpu: bool) -> TransformerConfig:
-    """The TransformerConfig of `arch` in `layout`. Fusions that need CUDA or Transformer Engine are off on a CPU."""
+def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions, *, dtype: str) -> TransformerConfig:
+    """The TransformerConfig of `arch` in `layout`."""
     params_dtype = DTYPES[dtype]
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -132,16 +133,10 @@ def transformer_config(arch: Architecture, layout: Layout, *, dtype: str, use_cp
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor_size,
         moe_token_dispatcher_type="alltoall",  # checked for variable_seq_lengths even in a dense model
-        **_expert_options(arch, use_cpu=use_cpu),
+        **_expert_options(arch, use_cpu=options.use_cpu_initialization),
         calculate_per_token_loss=True,
         perform_initialization=False,
-        use_cpu_initialization=use_cpu,
-        bias_dropout_fusion=not use_cpu,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        **options.of_transformer(),
     )
 
 
@@ -169,9 +164,9 @@ def build_model(
     arch: Architecture,
     layout: Layout,
     groups: ProcessGroupCollection,
+    options: ModelOptions,
     *,
     dtype: Dtype,
-    use_cpu: bool,
     max_sequence_length: int = 0,
 ) -> list[HiddenStateGPTModel]:
     """This rank's model chunks (one, or `layout.virtual_pipeline`), with uninitialised weights.
@@ -186,7 +181,7 @@ def build_model(
         ep=layout.expert,
         etp=layout.expert_tensor_size,
     )
-    config = transformer_config(arch, layout, dtype=dtype, use_cpu=use_cpu)
+    config, use_cpu = transformer_config(arch, layout, options, dtype=dtype), options.use_cpu_initialization
     _set_attention_factor(config, arch)
     pp_rank = groups.pp.rank()
     chunks = []

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.errors import ConfigError, RolloutError
+from megatron_gkd.parallel.together import from_first
 from megatron_gkd.rollout.guard import EngineGuard, keep_process_groups, own_shared_memory
 from megatron_gkd.rollout.local_server import WORKER_EXTENSION
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
@@ -96,7 +97,7 @@ class ColocatedEngine:
             }
         else:
             options["kv_cache_memory_bytes"] = _cpu_kv_bytes(arch, dtype, tensor_parallel_size, length)
-        token = _same_on_all_ranks(f"gkd-{secrets.token_hex(8)}")
+        token = from_first(f"gkd-{secrets.token_hex(8)}")
         with self._guard():
             for name, value in (_QUIET | _as_torchrun()).items():
                 os.environ.setdefault(name, value)
@@ -240,13 +241,6 @@ def _check_start(tensor_parallel_size: int) -> None:
             f"--vllm_tensor_parallel_size {tensor_parallel_size} does not divide the world of {dist.get_world_size()} "
             "ranks, over which the engines are laid out"
         )
-
-
-def _same_on_all_ranks(text: str) -> str:
-    """Rank 0's, on every rank."""
-    texts: list[Any] = [text]
-    dist.broadcast_object_list(texts, src=0)
-    return str(texts[0])
 
 
 def _as_torchrun() -> dict[str, str]:

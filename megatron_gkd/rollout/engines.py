@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from megatron_gkd.config import SamplingConfig
 from megatron_gkd.dtypes import Dtype
-from megatron_gkd.errors import ConfigError, GKDError, RolloutError
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.parallel.together import on_first
 from megatron_gkd.rollout.protocol import Engine
 
 
@@ -100,32 +101,30 @@ def _servers_on_rank_0(
     """Rank 0 opens them; a failure there is raised on every rank."""
     urls = server_urls(sampling.vllm_server_host, sampling.vllm_server_port) if sampling.vllm_server_host else []
     engines: list[Engine] = []
-    failure: GKDError | None = None
-    if dist.get_rank(group) == 0:
+
+    def open_all() -> None:
         from megatron_gkd.rollout.server import ServerEngine, SubprocessEngine
 
-        try:
-            for url in urls:
-                engines.append(ServerEngine(url, model_path=model_path, dtype=dtype))  # noqa: PERF401 - kept on failure
-            if sampling.vllm_mode == "subprocess":
-                engines.append(
-                    SubprocessEngine(
-                        model_path,
-                        dtype=dtype,
-                        max_model_len=max_model_len + 1,  # a server takes prompts up to one token less
-                        tensor_parallel_size=sampling.vllm_tensor_parallel_size,
-                        gpu_memory_utilization=sampling.vllm_gpu_memory_utilization,
-                    )
+        for url in urls:
+            engines.append(ServerEngine(url, model_path=model_path, dtype=dtype))  # noqa: PERF401 - kept on failure
+        if sampling.vllm_mode == "subprocess":
+            engines.append(
+                SubprocessEngine(
+                    model_path,
+                    dtype=dtype,
+                    max_model_len=max_model_len + 1,  # a server takes prompts up to one token less
+                    tensor_parallel_size=sampling.vllm_tensor_parallel_size,
+                    gpu_memory_utilization=sampling.vllm_gpu_memory_utilization,
                 )
-            _check_lengths(engines, urls, max_model_len)
-        except GKDError as error:
-            failure = error
-    outcome: list[object] = [(str(failure) if failure else None)]
-    dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
-    if outcome[0] is not None:
+            )
+        _check_lengths(engines, urls, max_model_len)
+
+    try:
+        on_first(open_all, group)
+    except BaseException:
         for engine in engines:
             engine.close()
-        raise failure or RolloutError(str(outcome[0]))
+        raise
     return LocalEngines(dict(enumerate(engines)), max(1, len(urls)), reports=bool(engines))
 
 

@@ -26,6 +26,7 @@ from megatron_gkd import environment
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.errors import GKDError
+from megatron_gkd.server_list import LocalTeacher
 from megatron_gkd.settings import show
 from megatron_gkd.weights.fingerprint import fingerprint
 from megatron_gkd.weights.hf_files import INDEX_FILE, has_safetensors, side_files
@@ -54,7 +55,7 @@ def start_facts(config: RunConfig) -> dict[str, str]:
     teacher, load = config.teacher.teacher_model, config.checkpoint.load
     facts |= model_facts("--model", config.model.model)
     if teacher is not None:
-        facts |= model_facts("--teacher_model", teacher, weights=not config.teacher.servers)
+        facts |= model_facts("--teacher_model", teacher, weights=isinstance(config.teacher.kind, LocalTeacher))
     if load is not None and has_safetensors(Path(load)):
         facts |= model_facts("--load", load)
     for flag, paths in (("--dataset", config.data.dataset), ("--eval_dataset", config.data.eval_dataset)):

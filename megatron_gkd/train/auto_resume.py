@@ -12,12 +12,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from megatron_gkd import platform
 from megatron_gkd.config import RunConfig
 from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.parallel.together import on_first
 
 logger = get_logger(__name__)
 
@@ -26,18 +24,15 @@ def choose_start(config: RunConfig) -> RunConfig:
     """The configuration with `--load` set to the run directory where `--auto_resume` finds a checkpoint there, and
     away from it where there is none.
 
-    Communication: with --auto_resume, one broadcast of one integer from rank 0 over WORLD, which is made if need be.
+    Communication: with --auto_resume, one object broadcast from rank 0 over WORLD, which is made if need be.
     """
     if not config.checkpoint.auto_resume:
         return config
     where = platform.setup(config.parallel.device)
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
     # A directory of this name is complete: it was renamed when every rank had written its part.
-    found = dist.get_rank() == 0 and any((Path(config.checkpoint.save) / "checkpoints").glob("step_*"))
-    answer = torch.tensor([int(found)], device=where.device)
-    dist.broadcast(answer, src=0, group=dist.group.WORLD)
     save, load = config.checkpoint.save, config.checkpoint.load
-    if answer.item():
+    if on_first(lambda: any((Path(save) / "checkpoints").glob("step_*"))):
         return replace(config, checkpoint=replace(config.checkpoint, load=save))
     logger.info("--auto_resume: no checkpoint in %s yet, the run begins", save)
     if load is not None and Path(load).resolve() == Path(save).resolve():

@@ -30,6 +30,7 @@ from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.dtypes import chosen
 from megatron_gkd.errors import CheckFailedError, DataError, NotBuiltError
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
@@ -40,7 +41,7 @@ from megatron_gkd.teacher_server.probes import Needs, probe_tokens
 from megatron_gkd.topk_jsd import topk_jsd
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.server_teacher import ServerTeacher
-from megatron_gkd.train.setup import load_model
+from megatron_gkd.weights.source import ModelSource
 
 logger = get_logger(__name__)
 
@@ -124,7 +125,9 @@ def compare(config: CheckConfig) -> Comparison:
         remote, _ = server.signals(plan, collate)
     finally:
         server.close()
-    chunks = load_model(config.teacher_model, arch, layout, groups, dtype=config.precision, where=where)
+    source = ModelSource(config.teacher_model, arch)
+    chunks = source.build(layout, groups, ModelOptions.on(where.kind), dtype=config.precision)
+    source.load(chunks, groups)
     head = chunks[-1].head_weight().detach()[: arch.vocab_size]
     teacher = TeacherPipeline(chunks, layout, groups, layout, vocab_size=arch.vocab_size, device=where.device)
     local, _ = teacher.signals(plan, collate)

@@ -30,14 +30,14 @@ class Draws:
     """The draws of a run's steps, counted from 0. For several threads at once."""
 
     def __init__(self, config: RunConfig, rows: Rows) -> None:
-        self._config, self._rows = config, rows
+        self._config, self.rows = config, rows
         self._kept: OrderedDict[int, Draw] = OrderedDict()  # the latest asked for last
         self._lock = threading.Lock()
 
     def __getitem__(self, step: int) -> Draw:
         with self._lock:
             if step not in self._kept:
-                self._kept[step] = draw_step(self._config, self._rows, step)
+                self._kept[step] = draw_step(self._config, self.rows, step)
             self._kept.move_to_end(step)
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)

@@ -25,8 +25,7 @@ from megatron_gkd.train.export_record import check_replaceable, describe, is_see
 from megatron_gkd.train.faults import check_finite_weights
 from megatron_gkd.train.setup import Run
 from megatron_gkd.weights.export import save_hf
-from megatron_gkd.weights.hf_files import HFCheckpoint
-from megatron_gkd.weights.load import load_hf_weights
+from megatron_gkd.weights.source import ModelSource
 
 logger = get_logger(__name__)
 
@@ -44,20 +43,13 @@ def warn_of_rounding(config: RunConfig) -> None:
         )
 
 
-def export(run: Run, run_dir: Path, *, trained: Mapping[str, float] | None) -> None:
-    """Write SAVE/hf and its record, then measure it. Afterwards the student has the weights that were written.
-
-    Args:
-        trained: the evaluation after the last step; None: it has still to be made, where there are held-out rows.
-
-    Collective over the student's ranks; with held-out rows over WORLD (teacher_ranks.serve_export).
+def export(run: Run, run_dir: Path) -> dict[str, Any]:
+    """Write SAVE/hf and its record, which is returned. Collective over the student's ranks.
 
     Raises:
         TrainingError: a weight is not finite.
-        CheckpointError: it cannot be written, or read back.
+        CheckpointError: it cannot be written.
     """
-    if run.eval_rows is not None and trained is None:
-        trained = evaluate(run, run.eval_rows)
     check_finite_weights(run, run_dir)
     if run.is_writer:
         check_replaceable(run_dir)  # once more: hours have passed
@@ -72,20 +64,30 @@ def export(run: Run, run_dir: Path, *, trained: Mapping[str, float] | None) -> N
         stop_ids=run.stop_ids,
         replace=True,
     )
-    record: dict[str, Any] = {"step": run.student.train_iters, "dtype": chosen}
+    record: dict[str, Any] = {"step": run.train_iters, "dtype": chosen}
     if run.is_writer:
         record |= describe(out_dir)
         write_record(run_dir, record)
-    if run.eval_rows is None or not is_seen_by_all(out_dir):
+    return record
+
+
+def measure_export(run: Run, run_dir: Path, record: Mapping[str, Any], *, trained: Mapping[str, float]) -> None:
+    """Read SAVE/hf back into the student, evaluate it, and add both numbers to the record. Collective over all ranks.
+
+    Args:
+        trained: the evaluation of the student as it was trained.
+
+    Raises CheckpointError where it cannot be read back.
+    """
+    out_dir = run_dir / "hf"
+    if not is_seen_by_all(out_dir):
         return
-    assert trained is not None
-    with HFCheckpoint(out_dir) as checkpoint:
-        groups, size = run.student.groups, run.student.layout.tensor
-        load_hf_weights(run.student.models, checkpoint, run.architecture, tp_rank=groups.tp.rank(), tp_size=size)
+    assert run.eval_rows is not None
+    ModelSource(out_dir, run.architecture).load(run.student.models, run.student.groups)
     exported = evaluate(run, run.eval_rows)
     if run.is_writer:
-        write_record(run_dir, record | {"trained": dict(trained), "exported": exported})
-        _say(chosen, trained, exported)
+        write_record(run_dir, {**record, "trained": dict(trained), "exported": exported})
+        _say(record["dtype"], trained, exported)
 
 
 def _say(dtype: str, trained: Mapping[str, float], exported: Mapping[str, float]) -> None:

@@ -33,7 +33,9 @@ from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.errors import GKDError, TrainingError
 from megatron_gkd.observe.advice import go_on
 from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.parallel.together import gathered
 from megatron_gkd.records import Sample, StepPlan
+from megatron_gkd.server_list import LocalTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.train.checkpoint import TrainerState
 from megatron_gkd.train.setup import Run
 from megatron_gkd.train.student import StepResult
@@ -95,17 +97,17 @@ class BadSteps:
         """That the numbers are the teacher's, on all of the student's ranks; None: they are not, or nobody can tell."""
         groups, config = self._run.student.groups, self._run.config
         mine = self._run.loss.teacher_problem(p for batch in plan.student[groups.dp.rank()] for p in batch)
-        everyone: list[Any] = [None] * groups.intra_dist_opt.size()
-        dist.all_gather_object(everyone, mine, group=groups.intra_dist_opt)
+        everyone = gathered(mine, groups.intra_dist_opt)
         found = next((problem for problem in everyone if problem is not None), None)
-        if found is None or config.teacher.is_student:
+        match config.teacher.kind:
+            case ServerTeachers() as kind:
+                flag = f"--teacher_model_server {', '.join(kind.urls)}"
+            case LocalTeacher(path):
+                flag = f"--teacher_model {path}"
+            case SelfTeaching():
+                return None
+        if found is None:
             return None
-        server, path = config.teacher.teacher_model_server, config.teacher.teacher_model
-        flag = (
-            f"--teacher_model {path}"
-            if server is None
-            else f"--teacher_model_server {', '.join(config.teacher.servers)}"
-        )
         return f"it is the teacher, {flag}, and not the student: {found}; give a teacher whose numbers are finite"
 
     def _sample_losses(self, plan: StepPlan) -> dict[int, float]:
@@ -113,9 +115,8 @@ class BadSteps:
         groups, mine = self._run.student.groups, dict[int, float]()
         if groups.tp.rank() == 0:
             mine = self._run.loss.sample_losses(p for batch in plan.student[groups.dp.rank()] for p in batch)
-        everyone: list[Any] = [None] * groups.intra_dist_opt.size()
-        dist.all_gather_object(everyone, mine, group=groups.intra_dist_opt)
-        return {position: loss for part in everyone for position, loss in part.items()}
+        parts = gathered(mine, groups.intra_dist_opt)
+        return {position: loss for part in parts for position, loss in part.items()}
 
     def _write(
         self, step: int, plan: StepPlan, result: StepResult, loss: float, sample_losses: dict[int, float]
@@ -212,9 +213,7 @@ def check_finite_weights(run: Run, run_dir: Path) -> None:
         ),
         None,
     )
-    group = run.student.groups.intra_dist_opt
-    names: list[Any] = [None] * group.size()
-    dist.all_gather_object(names, mine, group=group)
+    names = gathered(mine, run.student.groups.intra_dist_opt)
     if found := next((f"{name} (rank {rank})" for rank, name in enumerate(names) if name is not None), None):
         raise TrainingError(
             f"the student has weights that are not finite, the first is {found}: it is not exported. Train again with "

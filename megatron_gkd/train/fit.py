@@ -43,7 +43,7 @@ def _teacher_ranks(config: RunConfig, world_size: int, ranks_per_node: int | Non
         return 0
     count, asked = teacher.teacher_world_size, f"--teacher_world_size {teacher.teacher_world_size}"
     if count is None:
-        assert teacher.teacher_nodes is not None, "RunConfig.validate refuses separate ranks without their number"
+        assert teacher.teacher_nodes is not None, "contradictions.py refuses separate ranks without their number"
         local = ranks_per_node or environment.number("LOCAL_WORLD_SIZE", least=1)
         if local is None:
             raise ConfigError(

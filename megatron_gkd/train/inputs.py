@@ -31,12 +31,13 @@ from megatron_gkd.data.template_differences import differences
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.parallel.together import all_or_none
+from megatron_gkd.parallel.together import all_or_none, on_every_rank
 from megatron_gkd.reach import reach
+from megatron_gkd.server_list import LocalTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
 from megatron_gkd.train.run_clock import run_clock
-from megatron_gkd.train.shared_rows import on_every_rank, shared_rows
+from megatron_gkd.train.shared_rows import shared_rows
 from megatron_gkd.weights.plan import check_layout
 
 logger = get_logger(__name__)
@@ -61,7 +62,7 @@ class Inputs:
     @property
     def separate(self) -> bool:
         """Whether the teacher has ranks of its own."""
-        return self.config.teacher.teacher_placement == "separate"
+        return self.teacher_layout.rank_offset > 0
 
     @property
     def train_iters(self) -> int:
@@ -77,9 +78,8 @@ class Inputs:
 
 def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool = True) -> Inputs:
     """Read and check (see the module docstring): on all ranks, or an error on all. Collective over the world."""
-    student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size = all_or_none(
-        lambda: _models(config, world_size)
-    )
+    models = all_or_none(lambda: _models(config, world_size))
+    _, _, student_layout, _, tokenizer, vocab_size = models
     stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if with_training_data else ())
     clock = run_clock(config)
     if seen := clock.told_to(tokenizer.chat_template):
@@ -87,35 +87,23 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     rows = _training_rows(config, tokenizer, vocab_size, clock) if with_training_data else None
     eval_rows = _eval_rows(config, tokenizer, vocab_size, clock)
     all_or_none(lambda: _check_rows(config, student_layout, rows, eval_rows))
-    return Inputs(
-        config,
-        student_arch,
-        teacher_arch,
-        student_layout,
-        teacher_layout,
-        tokenizer,
-        vocab_size,
-        rows,
-        eval_rows,
-        clock,
-        stop_ids,
-    )
+    return Inputs(config, *models, rows, eval_rows, clock, stop_ids)
 
 
 def _models(
     config: RunConfig, world_size: int
-) -> tuple[Layout, Layout, Architecture, Architecture | None, PreTrainedTokenizerBase, int]:
+) -> tuple[Architecture, Architecture | None, Layout, Layout, PreTrainedTokenizerBase, int]:
     """What is known without the data."""
     student_layout, teacher_layout = layouts(config, world_size)
     student_arch, teacher_path = read_architecture(config.model.model), config.teacher.teacher_model
     teacher_arch = None if teacher_path is None else read_architecture(teacher_path)
-    urls = config.teacher.servers
-    for flag, arch in (("model", student_arch), ("teacher_model", None if urls else teacher_arch)):
+    built = teacher_arch if isinstance(config.teacher.kind, LocalTeacher) else None
+    for flag, arch in (("model", student_arch), ("teacher_model", built)):
         if arch is not None:
             refuse_experts(flag, arch)
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
-    if teacher_arch is not None and not urls:
-        check_layout(teacher_arch, teacher_layout.tensor, teacher_layout.pipeline)
+    if built is not None:
+        check_layout(built, teacher_layout.tensor, teacher_layout.pipeline)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
     topk = config.distillation.gkd_logits_topk
     if topk is not None and topk > vocab_size:
@@ -124,7 +112,7 @@ def _models(
             "many, or leave it out for the full vocabulary"
         )
     _tell_reach(config, student_arch, teacher_arch)
-    return student_layout, teacher_layout, student_arch, teacher_arch, tokenizer, vocab_size
+    return student_arch, teacher_arch, student_layout, teacher_layout, tokenizer, vocab_size
 
 
 def _is_first() -> bool:
@@ -215,7 +203,7 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
 
 def teaches_nothing(config: RunConfig, rows: Rows) -> bool:
     """A student alone, whose rows have no prompts for a teacher: it can be evaluated, but not compared with anybody."""
-    return config.teacher.is_student and not rows.has_teacher_prompts
+    return isinstance(config.teacher.kind, SelfTeaching) and not rows.has_teacher_prompts
 
 
 def _needs_completions(config: RunConfig) -> bool:
@@ -252,11 +240,9 @@ def _within(rows: RowDataset | StreamedRows, paths: Sequence[str], vocab_size: i
 
 def _check_teacher_of(config: RunConfig, purpose: str, rows: Rows) -> None:
     """Raises where rows have no teacher, or nothing to learn from it."""
-    teacher = config.teacher
-    if teacher.is_student:
-        rows.require_teacher_prompts(purpose)
-    if teacher.server_tags:
-        assert teacher.teacher_tag_key is not None, "RunConfig.validate refuses tags without their column"
-        tags = {tag for of_server in teacher.server_tags.values() for tag in of_server}
-        rest = any(not of_server for of_server in teacher.server_tags.values())
-        rows.require_tags(tags, rest=rest, column=teacher.teacher_tag_key)
+    match config.teacher.kind:
+        case SelfTeaching():
+            rows.require_teacher_prompts(purpose)
+        case ServerTeachers(entries) if (column := config.teacher.teacher_tag_key) is not None:
+            tags = {tag for entry in entries for tag in entry.tags}
+            rows.require_tags(tags, rest=any(not entry.tags for entry in entries), column=column)

@@ -1,15 +1,17 @@
-"""The training loop, to be read from top to bottom.
+"""A training run on the student's ranks.
 
     for each step:  plan (plans.py) -> teacher signals -> student update -> metrics
 
-The run directory (`--save`) is described in docs/run_directory.md. Ranks that the teacher has to itself run the loop of
-teacher_ranks.py beside this one: the same plans, evaluations and checkpoints in the same order.
+The order of steps, evaluations and checkpoints is timeline.py's; `StudentPart` is what these ranks do at each. The run
+directory (`--save`) is described in docs/run_directory.md.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,22 +28,23 @@ from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, open_trackers, told_apart
 from megatron_gkd.parallel.together import all_or_none
+from megatron_gkd.records import StepPlan
 from megatron_gkd.train.auto_resume import choose_start, first_step_to_write, goes_on_with_itself, resumes_itself
-from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory, set_aside_later
+from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory
 from megatron_gkd.train.evaluate import evaluate, not_finite
-from megatron_gkd.train.export_record import check_replaceable, exports_at_end
-from megatron_gkd.train.exporting import export, warn_of_rounding
+from megatron_gkd.train.export_record import check_replaceable
+from megatron_gkd.train.exporting import export, measure_export, warn_of_rounding
 from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
-from megatron_gkd.train.plans import evaluates_after, saves_after
 from megatron_gkd.train.preflight import refuse_earlier_run
 from megatron_gkd.train.replicas import Replicas
-from megatron_gkd.train.resume import open_checkpoints, resume
+from megatron_gkd.train.resume import begin, open_checkpoints
 from megatron_gkd.train.run_lock import locked
-from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.setup import Run, TeacherRun, build, join, with_dtype
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
+from megatron_gkd.train.student import StepResult
 from megatron_gkd.train.teacher_ranks import serve_training
+from megatron_gkd.train.timeline import carry_out
 from megatron_gkd.weights.hf_writer import check_destination
 
 logger = get_logger(__name__)
@@ -76,20 +79,16 @@ def run_training(config: RunConfig) -> None:
 
 
 def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, asked: RunConfig) -> None:
-    config, state = run.config, resume(run)
-    exports = exports_at_end(config, done_steps=state.step, train_iters=run.student.train_iters)
-    set_aside_later(run_dir, state.step)
+    state, span = begin(run)
     if run.is_writer:
         with told_apart(run_dir / "config.yaml"):
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.yaml").write_text(to_yaml(asked))
-        warn_of_rounding(config)
+        warn_of_rounding(run.config)
         _warn_of_a_low_peak(run)
-    writers = _Writers(run, run_dir, first_step=first_step_to_write(config, state.step))
+    writers = _Writers(run, run_dir, first_step=first_step_to_write(run.config, state.step))
     try:
-        trained = _train(run, state, writers, agreement)
-        if exports:
-            export(run, run_dir, trained=trained)
+        carry_out(span, StudentPart(run, run_dir, agreement, state, writers))
     except RunStoppedError:
         writers.close()
         raise
@@ -101,104 +100,97 @@ def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, as
             run.teacher_samples.close()
     writers.close()
     if run.is_writer:
-        logger.info("done: %d steps; run directory %s", run.student.train_iters, run_dir)
+        logger.info("done: %d steps; run directory %s", run.train_iters, run_dir)
 
 
-def _train(
-    run: Run, state: TrainerState, writers: _Writers, agreement: StopAgreement | None
-) -> dict[str, float] | None:
-    """All steps, with evaluations and checkpoints. Returns the evaluation after the last step, if it was made here."""
-    evaluation: dict[str, float] | None = None
-    config, train_iters, checkpoints = run.config, run.student.train_iters, open_checkpoints(run)
-    watch = _Watch(run, agreement, state)
-    watch.replicas.check(state.step, now=True)
-    if state.step == 0:
-        _evaluate(run, writers, step=0)
-    with watch.signals, Progress(train_iters, done_steps=state.step, enabled=run.is_writer) as progress:
-        while state.step < train_iters:
-            state, stop = _train_step(run, state, writers, progress, watch)
-            watch.replicas.check(state.step)
-            checkpoints.poll()
-            if not stop and evaluates_after(config, state.step, train_iters):
-                evaluation = _evaluate(run, writers, step=state.step)
-            if stop or saves_after(config, state.step, train_iters):
-                rollouts = None if run.rollouts is None else run.rollouts.state()
-                checkpoints.save(run.student, state, rollouts=rollouts)
-            if stop:  # nobody knows how much time is left: the checkpoint comes first
-                checkpoints.finish()
-                if evaluates_after(config, state.step, train_iters):
-                    _evaluate(run, writers, step=state.step)
-                raise stopped(state.step, config.checkpoint.save, watch.signals.received)
-    checkpoints.finish()
-    if agreement is not None:
-        agreement.close()
-    return evaluation
+class StudentPart:
+    """What a rank of the student does at the events of timeline.py."""
 
+    def __init__(
+        self, run: Run, run_dir: Path, agreement: StopAgreement | None, state: TrainerState, writers: _Writers
+    ) -> None:
+        """`state`: where the run begins, or goes on. Collective over the student's ranks: replicas are compared."""
+        self.run, self._run_dir, self._writers = run, run_dir, writers
+        self._state, self._done_steps = state, state.step
+        self._signals, self._agreement = StopSignals(), agreement
+        self._bad_steps = BadSteps(run, run_dir, state)
+        self._spikes = LossSpikes(run.config.logging.loss_spike_factor)
+        self._replicas = Replicas(run.student, run.config.parallel.check_replicas_steps)
+        self.checkpoints = open_checkpoints(run)
+        self._progress: Progress | None = None
+        self._evaluation: dict[str, float] = {}  # the last one
+        self._record: dict[str, Any] = {}  # of the export
+        self._replicas.check(state.step, now=True)
 
-class _Watch:
-    """What looks for faults and for requests to stop between two steps."""
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        run = self.run
+        with self._signals, Progress(run.train_iters, done_steps=self._done_steps, enabled=run.is_writer) as progress:
+            self._progress = progress
+            yield
 
-    def __init__(self, run: Run, agreement: StopAgreement | None, state: TrainerState) -> None:
-        self.signals, self.agreement = StopSignals(), agreement
-        self.bad_steps = BadSteps(run, Path(run.config.checkpoint.save), state)
-        self.spikes = LossSpikes(run.config.logging.loss_spike_factor)
-        self.replicas = Replicas(run.student, run.config.parallel.check_replicas_steps)
+    def train(self, step: int) -> bool:
+        run, start_s = self.run, time.perf_counter()
+        timers = Timers(synchronize=run.platform.synchronize)
+        assert run.plans is not None
+        plan = run.plans.plan(step - 1)
+        metrics = Metrics([*run.loss.names(), "signal_bytes", "stop_requests"])
 
+        def loss_is_finite(reports: list[Any], num_bytes: int) -> bool:
+            add_reports(metrics, reports, run.student)
+            metrics.add("signal_bytes", num_bytes, 1)
+            metrics.add("stop_requests", float(self._signals.received is not None), 1)
+            reduce_reports(metrics, run.student, run.platform.device)
+            return math.isfinite(metrics.sums()["loss"])
 
-def _ask_ahead(run: Run, step: int) -> None:
-    """Let teacher servers work on a later step's samples already, where these are known. Not collective."""
-    if not isinstance(run.teacher, ServerTeacher) or step >= run.student.train_iters:
-        return
-    assert run.plans is not None
-    plan = run.plans.plan_ahead(step)
-    if plan is not None:
-        run.teacher.prefetch(plan)
+        result, _ = distill(
+            run.student,
+            run.teacher,
+            run.loss,
+            plan,
+            packing=run.config.data.packing,
+            device=run.platform.device,
+            timers=timers,
+            meanwhile=lambda: self._ask_ahead(step + 1),
+            loss_is_finite=loss_is_finite,
+        )
+        step_time_s = time.perf_counter() - start_s
+        self._account(plan, result, metrics, step_time_s, timers)
+        stop = metrics.sums()["stop_requests"] > 0
+        if self._agreement is not None:
+            stop = self._agreement.after_step(self._signals.received is not None)
+        self._replicas.check(step)
+        return stop
 
+    def _ask_ahead(self, step: int) -> None:
+        """Let teacher servers work on a later step's samples already, where these are known. Not collective."""
+        prefetch, plans = self.run.taught.prefetch, self.run.plans
+        if prefetch is None or plans is None or step > self.run.train_iters:
+            return
+        if (plan := plans.plan_ahead(step - 1)) is not None:
+            prefetch(plan)
 
-def _train_step(
-    run: Run, state: TrainerState, writers: _Writers, progress: Progress, watch: _Watch
-) -> tuple[TrainerState, bool]:
-    """The state after the step, and whether the run is to stop with it; the same on every rank."""
-    start_s = time.perf_counter()
-    timers = Timers(synchronize=run.platform.synchronize)
-    assert run.plans is not None
-    plan = run.plans.plan(state.step)
-    metrics = Metrics([*run.loss.names(), "signal_bytes", "stop_requests"])
-
-    def loss_is_finite(reports: list[Any], num_bytes: int) -> bool:
-        add_reports(metrics, reports, run.student)
-        metrics.add("signal_bytes", num_bytes, 1)
-        metrics.add("stop_requests", float(watch.signals.received is not None), 1)
-        reduce_reports(metrics, run.student, run.platform.device)
-        return math.isfinite(metrics.sums()["loss"])
-
-    result, _ = distill(
-        run.student,
-        run.teacher,
-        run.loss,
-        plan,
-        packing=run.config.data.packing,
-        device=run.platform.device,
-        timers=timers,
-        meanwhile=lambda: _ask_ahead(run, state.step + 1),
-        loss_is_finite=loss_is_finite,
-    )
-    step_time_s = time.perf_counter() - start_s
-    means, sums, num_tokens = metrics.means(), metrics.sums(), metrics.counts()["loss"]
-    step, loss = state.step + 1, means.get("loss", 0.0)
-    is_bad = watch.bad_steps.after_step(step, plan, result, loss)
-    if result.skipped and not is_bad:
-        logger.warning("step %d: gradient overflow, no update was made", step)
-    if (ratio := watch.spikes.ratio(loss)) is not None:
-        logger.warning("step %d: the loss, %.4g, is %.1f times the median of the last steps", step, loss, ratio)
-    state = replace(
-        state,
-        step=step,
-        consumed_samples=state.consumed_samples + len(plan.samples),
-        bad_steps=state.bad_steps + is_bad,
-        bad_steps_in_a_row=watch.bad_steps.in_a_row,
-    )
-    if step % run.config.logging.logging_steps == 0 or step == run.student.train_iters:
+    def _account(
+        self, plan: StepPlan, result: StepResult, metrics: Metrics, step_time_s: float, timers: Timers
+    ) -> None:
+        """Look for faults of the step, count it and write its metrics."""
+        run, step = self.run, plan.step + 1
+        means, sums, num_tokens = metrics.means(), metrics.sums(), metrics.counts()["loss"]
+        loss = means.get("loss", 0.0)
+        is_bad = self._bad_steps.after_step(step, plan, result, loss)
+        if result.skipped and not is_bad:
+            logger.warning("step %d: gradient overflow, no update was made", step)
+        if (ratio := self._spikes.ratio(loss)) is not None:
+            logger.warning("step %d: the loss, %.4g, is %.1f times the median of the last steps", step, loss, ratio)
+        self._state = replace(
+            self._state,
+            step=step,
+            consumed_samples=self._state.consumed_samples + len(plan.samples),
+            bad_steps=self._state.bad_steps + is_bad,
+            bad_steps_in_a_row=self._bad_steps.in_a_row,
+        )
+        if step % run.config.logging.logging_steps and step != run.train_iters:
+            return
         left_out = ("num_samples", "signal_bytes", "stop_requests")
         values = {name: value for name, value in means.items() if not name.endswith(left_out)}
         values |= {name: value for name, value in sums.items() if name.endswith("num_samples")}
@@ -209,30 +201,45 @@ def _train_step(
             "tokens_per_s": num_tokens / step_time_s,
             "step_time_s": step_time_s,
             "signal_bytes": sums["signal_bytes"],
-            "consumed_samples": state.consumed_samples,
-            "bad_steps": state.bad_steps,
+            "consumed_samples": self._state.consumed_samples,
+            "bad_steps": self._state.bad_steps,
             **timers.seconds(),
             **({} if run.rollouts is None else run.rollouts.metrics),
             **({} if run.teacher_samples is None else run.teacher_samples.metrics),
         }
-        writers.metrics(step, values)
-        progress.update(step, loss=means.get("loss"), tokens_per_step=num_tokens)
-    stop = sums["stop_requests"] > 0
-    if watch.agreement is not None:
-        stop = watch.agreement.after_step(watch.signals.received is not None)
-    return state, stop and step < run.student.train_iters  # after the last step there is nothing to stop
+        self._writers.metrics(step, values)
+        assert self._progress is not None
+        self._progress.update(step, loss=means.get("loss"), tokens_per_step=num_tokens)
 
+    def evaluate(self, step: int) -> None:
+        run = self.run
+        assert run.eval_rows is not None
+        self._evaluation = values = evaluate(run, run.eval_rows)
+        if 0 < step <= self._done_steps:
+            return  # an earlier start has recorded it
+        self._writers.evaluation(step, values)
+        if run.is_writer:
+            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            logger.info("step %d, held-out: %s", step, text)
+            if (problem := not_finite(values)) is not None:
+                logger.warning("step %d, held-out: %s", step, problem)
 
-def _evaluate(run: Run, writers: _Writers, *, step: int) -> dict[str, float] | None:
-    if run.eval_rows is None:
-        return None
-    values = evaluate(run, run.eval_rows)
-    writers.evaluation(step, values)
-    if run.is_writer:
-        logger.info("step %d, held-out: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        if (problem := not_finite(values)) is not None:
-            logger.warning("step %d, held-out: %s", step, problem)
-    return values
+    def save(self, step: int) -> None:
+        rollouts = None if self.run.rollouts is None else self.run.rollouts.state()
+        self.checkpoints.save(self.run.student, self._state, rollouts=rollouts)
+
+    def stopped(self, step: int) -> RunStoppedError:
+        return stopped(step, self.run.config.checkpoint.save, self._signals.received)
+
+    def trained(self) -> None:
+        if self._agreement is not None:
+            self._agreement.close()
+
+    def export(self) -> None:
+        self._record = export(self.run, self._run_dir)
+
+    def measure_export(self) -> None:
+        measure_export(self.run, self._run_dir, self._record, trained=self._evaluation)
 
 
 def _warn_of_a_low_peak(run: Run) -> None:
@@ -243,7 +250,7 @@ def _warn_of_a_low_peak(run: Run) -> None:
             "--lr %g is never reached: %d steps of --lr_decay_style %s without a warm-up begin at %.3g; for a run this "
             "short, --lr_decay_style constant keeps it",
             training.lr,
-            run.student.train_iters,
+            run.train_iters,
             training.lr_decay_style,
             highest,
         )
@@ -256,12 +263,8 @@ def _check_run_dir(config: RunConfig, run_dir: Path) -> None:
     if is_new and not checkpoint.auto_resume:
         refuse_earlier_run(run_dir)
     if config.checkpoint.save_hf and not resumes_itself(config):  # there its steps decide
-        (check_replaceable if goes_on_with_itself(config) else _check_no_export)(run_dir)
+        check_replaceable(run_dir) if goes_on_with_itself(config) else check_destination(run_dir / "hf")
     check_writable(run_dir / "checkpoints")
-
-
-def _check_no_export(run_dir: Path) -> None:
-    check_destination(run_dir / "hf")
 
 
 class _Writers:

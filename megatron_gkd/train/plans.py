@@ -10,23 +10,23 @@ ranks, and, where the teacher has ranks of its own, go from the first rank to al
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.together import from_first
 from megatron_gkd.records import StepPlan
 from megatron_gkd.rollout.protocol import Completion, Request
 from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.schedule import Sampled, make_samples, plan_step
 from megatron_gkd.train.batches import plan_forward
 from megatron_gkd.train.checkpoint import TrainerState
-from megatron_gkd.train.draws import Draws
+from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
+from megatron_gkd.train.sampling import engine_length
 from megatron_gkd.train.teacher_samples import TeacherSamples
 
 
@@ -36,14 +36,8 @@ class StepPlans:
 
     def __init__(
         self,
-        config: RunConfig,
-        rows: Rows,
-        draws: Draws,
-        student: Layout,
-        teacher: Layout,
+        inputs: Inputs,
         *,
-        clock: Clock,
-        max_model_len: int,
         rollouts: Rollouts | None = None,
         teacher_samples: TeacherSamples | None = None,
         everyone: dist.ProcessGroup | None = None,
@@ -51,33 +45,28 @@ class StepPlans:
         """Keep what all steps share.
 
         Args:
-            draws: of the steps of the run, from `rows`.
-            clock: what chat templates are told.
-            max_model_len: most tokens that the sampling engines take.
             rollouts: on the student's ranks, where it samples.
             teacher_samples: on all ranks, where the teacher samples.
             everyone: all ranks, where some have no student and it samples: they are told the completions.
         """
-        self.config, self.rows, self.student, self.teacher = config, rows, student, teacher
-        self._draws, self._clock = draws, clock
+        self._inputs, self._draws, self._everyone = inputs, inputs.draws, everyone
         self.rollouts, self.teacher_samples = rollouts, teacher_samples
-        self._max_model_len, self._everyone = max_model_len, everyone
 
     def before_training(self, student: Architecture) -> TrainerState:
         """The state that a run without a checkpoint begins with, and that a checkpoint's is held against."""
-        sharded = self.config.parallel.use_distributed_optimizer
-        return TrainerState(0, 0, self.rows.fingerprint(), repr(student), sharded, clock=self._clock.time)
+        sharded = self._inputs.config.parallel.use_distributed_optimizer
+        return TrainerState(0, 0, self._draws.rows.fingerprint(), repr(student), sharded, clock=self._inputs.clock.time)
 
     def requests(self, step: int) -> list[Request]:
         """What is asked of the sampling engines for a step."""
-        _, rows, sources = self._draws[step]
+        config, (_, rows, sources) = self._inputs.config, self._draws[step]
         return make_requests(
             {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
-            run_seed=self.config.training.seed,
+            run_seed=config.training.seed,
             step=step,
-            max_completion_length=self.config.sampling.max_completion_length,
-            max_length=self.config.data.max_length,
-            max_model_len=self._max_model_len,
+            max_completion_length=config.sampling.max_completion_length,
+            max_length=config.data.max_length,
+            max_model_len=engine_length(config, self._inputs.student_arch),
         )
 
     def plan(self, step: int) -> StepPlan:
@@ -94,15 +83,15 @@ class StepPlans:
         return None if waiting is None else self._with(step, _sampled(waiting))
 
     def _with(self, step: int, sampled: Mapping[int, Sampled]) -> StepPlan:
-        config, training = self.config, self.config.training
+        config, training = self._inputs.config, self._inputs.config.training
         indices, rows, sources = self._draws[step]
         samples = make_samples(indices, rows, sources, sampled=sampled)
         return plan_step(
             step,
             samples,
-            data_parallel_size=self.student.data,
+            data_parallel_size=self._inputs.student_layout.data,
             micro_batch_size=training.micro_batch_size,
-            teacher_data_parallel_size=self.teacher.data,
+            teacher_data_parallel_size=self._inputs.teacher_layout.data,
             teacher_micro_batch_size=config.teacher.teacher_micro_batch_size,
             teacher_max_tokens=config.teacher.teacher_micro_batch_tokens,
             packing=config.data.packing,
@@ -114,16 +103,15 @@ class StepPlans:
         if self.rollouts is not None:
             sampled = _sampled(self.rollouts.for_step(step, self.requests))
         if self._everyone is not None:
-            told: list[Any] = [sampled]
-            dist.broadcast_object_list(told, src=0, group=self._everyone)
-            sampled = told[0]
+            sampled = from_first(sampled, self._everyone)
         if self.teacher_samples is not None:
-            sampled |= {position: (ids, None) for position, ids in self.teacher_samples.for_step(step).items()}
+            # The cache does not keep log-probabilities.
+            sampled |= {position: Sampled(ids, None) for position, ids in self.teacher_samples.for_step(step).items()}
         return sampled
 
 
 def _sampled(completions: Mapping[int, Completion]) -> dict[int, Sampled]:
-    return {position: (c.token_ids, c.version) for position, c in completions.items()}
+    return {position: Sampled(c.token_ids, c.version, c.logprobs) for position, c in completions.items()}
 
 
 def evaluation_plans(config: RunConfig, rows: Rows, student: Layout, teacher: Layout) -> Iterator[StepPlan]:
@@ -148,14 +136,3 @@ def evaluation_plans(config: RunConfig, rows: Rows, student: Layout, teacher: La
 def max_packed_tokens(config: RunConfig) -> int | None:
     """Tokens of a packed micro-batch; None without packing."""
     return config.data.max_length * config.training.micro_batch_size if config.data.packing else None
-
-
-def evaluates_after(config: RunConfig, step: int, train_iters: int) -> bool:
-    """Whether held-out rows are evaluated when `step` steps are done."""
-    every = config.logging.eval_steps
-    return step == train_iters or bool(every and step % every == 0)
-
-
-def saves_after(config: RunConfig, step: int, train_iters: int) -> bool:
-    """Whether a checkpoint is saved when `step` steps are done."""
-    return step == train_iters or step % config.checkpoint.save_steps == 0

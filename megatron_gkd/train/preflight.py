@@ -24,6 +24,7 @@ from megatron_gkd.errors import CheckpointError, ConfigError, GKDError
 from megatron_gkd.not_built import Command
 from megatron_gkd.observe.advice import go_on
 from megatron_gkd.sample_config import SampleConfig
+from megatron_gkd.server_list import LocalTeacher
 from megatron_gkd.settings import Section
 from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
 
@@ -105,8 +106,8 @@ def run_preflight(asked: CheckTrainConfig, config: RunConfig) -> None:
         from megatron_gkd.weights.plan import check_layout
 
         named = [("model", config.model.model, student, student.virtual_pipeline)]
-        if config.teacher.teacher_model is not None and not config.teacher.servers:
-            named.append(("teacher_model", config.teacher.teacher_model, teacher, None))
+        if isinstance(kind := config.teacher.kind, LocalTeacher):
+            named.append(("teacher_model", kind.path, teacher, None))
         for flag, path, layout, chunks in named:
             try:
                 arch = read_architecture(path)

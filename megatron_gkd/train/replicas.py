@@ -16,10 +16,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_gkd.errors import TrainingError
-from megatron_gkd.parallel.together import name_ranks
+from megatron_gkd.parallel.together import gathered, name_ranks
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.checksum import checksum
 
@@ -40,9 +38,9 @@ class Replicas:
             return
         sums = weight_sums(self._student)
         mine = hashlib.blake2b(repr(sorted(sums.items())).encode(), digest_size=16).digest()
-        if not self._differing(self._gathered(mine)):
+        if not self._differing(gathered(mine, self._group)):
             return
-        everyone = self._gathered((socket.gethostname(), dict(sums)))
+        everyone = gathered((socket.gethostname(), dict(sums)), self._group)
         hosts, by_rank = [host for host, _ in everyone], [found for _, found in everyone]
         parts = [self._describe(ranks, hosts, by_rank) for ranks in self._differing(by_rank)]
         raise TrainingError(
@@ -70,11 +68,6 @@ class Replicas:
         if most * 2 > len(ranks):
             return f"the weights of {name_ranks(odd, hosts)} differ from those of {name_ranks(rest, hosts)} in {first}"
         return f"the weights of {name_ranks(rest, hosts)} and {name_ranks(odd, hosts)} differ in {first}"
-
-    def _gathered(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(values, value, group=self._group)
-        return values
 
 
 def weight_sums(student: Student) -> dict[str, tuple[int, int]]:

@@ -19,10 +19,22 @@ from megatron_gkd.train.checkpoint import (
     load_checkpoint,
     load_initial_weights,
     read_rollouts,
+    set_aside_later,
 )
+from megatron_gkd.train.export_record import exports_at_end
 from megatron_gkd.train.setup import Run, TeacherRun
+from megatron_gkd.train.timeline import Span
 
 logger = get_logger(__name__)
+
+
+def begin(run: Run | TeacherRun) -> tuple[TrainerState, Span]:
+    """The state to start from, and what is left to do. Collective over all ranks."""
+    state = resume(run)
+    exports = exports_at_end(run.config, done_steps=state.step, train_iters=run.train_iters)
+    set_aside_later(run.config.checkpoint.save, state.step)
+    save_steps, eval_steps = run.config.checkpoint.save_steps, run.config.logging.eval_steps
+    return state, Span(state.step, run.train_iters, save_steps, eval_steps, run.eval_rows is not None, exports)
 
 
 def resume(run: Run | TeacherRun) -> TrainerState:

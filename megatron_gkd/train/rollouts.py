@@ -22,7 +22,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from megatron_gkd.errors import CheckpointError, RolloutError
-from megatron_gkd.parallel.first_rank import InThread
+from megatron_gkd.parallel.together import InThread
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
 

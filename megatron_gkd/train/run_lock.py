@@ -17,7 +17,7 @@ WATCH_S, ends at once, so that two never write. By hand: delete the file of a jo
 Then every rank looks for a file that the first one has just written: `--save` that is another directory on another node
 is an error now, and not at the first checkpoint.
 
-Communication: `locked` is collective over WORLD (parallel/first_rank.py's signs of life, one all_gather_object).
+Communication: `locked` is collective over WORLD (parallel/together.py: `on_first_rank`, one all_gather_object).
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ import torch.distributed as dist
 
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.observe.logging import get_logger
-from megatron_gkd.parallel.first_rank import on_first_rank
-from megatron_gkd.parallel.together import gathered
+from megatron_gkd.parallel.together import gathered, on_first_rank
 from megatron_gkd.train.checkpoint import check_writable
 
 logger = get_logger(__name__)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.model.build import DTYPES
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import on_first
 from megatron_gkd.platform import Platform
@@ -20,12 +15,12 @@ from megatron_gkd.records import Row
 from megatron_gkd.rollout.engines import open_engines, probe_servers
 from megatron_gkd.rollout.protocol import SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
+from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.score import student_logprobs
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.delivery import Delivery
-from megatron_gkd.weights.export import HFTensorStream
-from megatron_gkd.weights.plan import hf_tensor_shapes
+from megatron_gkd.weights.source import ModelSource
 
 logger = get_logger(__name__)
 
@@ -38,9 +33,10 @@ def engine_length(config: RunConfig, arch: Architecture) -> int:
     return min(config.sampling.vllm_max_model_len or config.data.max_length, arch.max_position_embeddings)
 
 
-def check_servers(config: RunConfig, arch: Architecture, rows: Rows) -> None:
+def check_servers(inputs: Inputs, rows: Rows) -> None:
     """Before a weight is read: whether prompts leave room, and whether servers that run are such as the run needs. What
     the first rank finds wrong with a server is raised on all. Collective over the world."""
+    config, arch = inputs.config, inputs.student_arch
     sampling, length = config.sampling, engine_length(config, arch)
     check_prompts(rows, length)
     if sampling.vllm_mode == "server":
@@ -51,35 +47,20 @@ def check_servers(config: RunConfig, arch: Architecture, rows: Rows) -> None:
         )
 
 
-def build_rollouts(
-    config: RunConfig,
-    where: Platform,
-    arch: Architecture,
-    student: Student,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    vocab_size: int,
-) -> Rollouts:
-    """Start or reach the engines and tie them to the student. Collective over the world.
-
-    Args:
-        vocab_size: token ids that student and teacher both have.
-    """
+def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows) -> Rollouts:
+    """Start or reach the engines and tie them to the student. Collective over the world."""
+    config, arch = inputs.config, inputs.student_arch
     sampling, length = config.sampling, engine_length(config, arch)
     group = student.groups.intra_dist_opt  # all ranks of the student's layout
     dtype = config.model.precision
     local = open_engines(sampling, model_path=config.model.model, dtype=dtype, max_model_len=length, group=group)
-    stream = HFTensorStream(
-        student.chunks,
-        arch,
-        student.groups,
-        bucket_bytes=sampling.weight_bucket_mb * 2**20,
-        dtypes=DTYPES[dtype],
-    )
+    source = ModelSource(config.model.model, arch)
+    bucket_bytes = sampling.weight_bucket_mb * 2**20
+    stream = source.stream(student.chunks, student.groups, dtype=dtype, bucket_bytes=bucket_bytes)
     bridge = RolloutBridge(
         local,
         buckets=Delivery(stream, group, to="everyone" if sampling.vllm_mode == "colocate" else "writer"),
-        manifest={name: (shape, DTYPES[dtype]) for name, shape in hf_tensor_shapes(arch).items()},
+        manifest=source.manifest(dtype),
         group=group,
         dtype=dtype,
         probes=probes(rows, length),
@@ -88,16 +69,14 @@ def build_rollouts(
         ),
         verify_every=sampling.verify_sync_every,
     )
-    settings = SamplingSettings(
-        sampling.temperature, sampling.top_p, sampling.top_k, stop_tokens(config.model.model, ChatEncoder(tokenizer))
-    )
+    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, inputs.stop_ids)
     logger.info(
         "sampling: %d engine(s), %s; stop tokens %s", local.num_engines, sampling.vllm_mode, settings.stop_token_ids
     )
     return Rollouts(
         bridge,
         settings,
-        vocab_size=vocab_size,
+        vocab_size=inputs.vocab_size,
         train_iters=student.train_iters,
         steps_per_generation=sampling.steps_per_generation,
         lag=sampling.rollout_lag,

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.platform import new_group
 from megatron_gkd.records import LossShare, MicroBatchPlan, Sample, StepPlan
 from megatron_gkd.signals import Route, SignalStore, TopKSpec, exchange, replicas
@@ -154,16 +155,8 @@ class ServerTeacher:
 
     def _together(self, work: Callable[[], None]) -> None:
         """Do this rank's part; raise on every rank if it failed on one (S3). Communication: 1 all_gather_object."""
-        failure: Exception | None = None
         try:
-            work()
-        except Exception as error:
-            failure = error
-        outcomes: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, None if failure is None else str(failure), group=self.signal_group)
-        first = next((outcome for outcome in outcomes if outcome is not None), None)
-        if first is not None:
+            all_or_none(work, self.signal_group, elsewhere=RolloutError)
+        except Exception:
             self.close()
-            if failure is not None:
-                raise failure
-            raise RolloutError(first)
+            raise

@@ -12,7 +12,7 @@ name and cannot be written is an error before anything is tokenised.
 All ranks return or all raise the same. They also compare the fingerprints of their rows: nodes with copies of the data
 that differ would train on different rows.
 
-Communication: `on_some_ranks` (parallel/first_rank.py) over the group, twice, and one all_gather_object.
+Communication: `on_some_ranks` (parallel/together.py) over the group, twice, and one all_gather_object.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -38,14 +38,13 @@ from megatron_gkd.data.rows import RowDataset, check_sets, tokenise
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.progress import Progress
-from megatron_gkd.parallel.first_rank import on_some_ranks
+from megatron_gkd.parallel.together import gathered, on_some_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
 
-T = TypeVar("T")
 VARIABLE = "GKD_DATA_CACHE_DIR"
 NONE = "none"  # of --data_cache_dir
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -70,8 +69,7 @@ def shared_rows(
     paths = check_sets(paths, weights)
     mine = _OfThisRank(paths, tokenizer, policy, find_directory(cache_dir), shows=dist.get_rank() == 0)
     rank = dist.get_rank(group)
-    nodes: list[tuple[object, ...] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(nodes, mine.node(), group=group)
+    nodes = gathered(mine.node(), group)
     first = [other if node is None else nodes.index(node) for other, node in enumerate(nodes)]  # rank -> who tokenises
     made = on_some_ranks(mine.make if first[rank] == rank else None, group)
     opened = on_some_ranks(None if first[rank] == rank else lambda: mine.open(made[first[rank]], first[rank]), group)
@@ -88,13 +86,6 @@ def shared_rows(
     mine.rows.weights = tuple(weights)
     mine.rows.require_usable()
     return mine.rows
-
-
-def on_every_rank(work: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """What `work` returns on this rank; all ranks return, or all raise. Collective over `group`."""
-    kept: list[T] = []
-    on_some_ranks(lambda: kept.append(work()), group)
-    return kept[0]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_gkd.config import TrainingConfig
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.model.build import HiddenStateGPTModel
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.pipeline import ForwardStep, run_schedule
 from megatron_gkd.parallel.layout import Layout
 
@@ -55,6 +56,7 @@ class Student:
         layout: Layout,
         groups: ProcessGroupCollection,
         training: TrainingConfig,
+        options: ModelOptions,
         *,
         train_iters: int,
         use_distributed_optimizer: bool = False,
@@ -64,12 +66,7 @@ class Student:
             _freeze_embeddings(chunks)
         self.layout, self.groups, self.train_iters = layout, groups, train_iters
         self.config = chunks[0].config
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=use_distributed_optimizer,
-            check_for_nan_in_grad=False,  # the optimizer step reports the norm; the loop decides
-        )
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer, **options.of_ddp())
         self.chunks = [DistributedDataParallel(self.config, ddp, chunk, pg_collection=groups) for chunk in chunks]
         for chunk in self.chunks:
             chunk.broadcast_params()

@@ -15,7 +15,7 @@ began, so that a resumed run samples at the same steps. Completions that were cu
 and trained on as they are; nothing is put at their end.
 
 The first rank of the group has the sampler and the cache. Communication: `begin` and `for_step` each make one
-`on_first_rank` (parallel/first_rank.py) over the group: all ranks have the completions, or all raise.
+`on_first_rank` (parallel/together.py) over the group: all ranks have the completions, or all raise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.observe.logging import get_logger
-from megatron_gkd.parallel.first_rank import InThread, on_first_rank
+from megatron_gkd.parallel.together import InThread, on_first_rank
 from megatron_gkd.rollout.completion_cache import CompletionCache, Kept, completion_key
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 

@@ -23,12 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config import RunConfig
 from megatron_gkd.data.chat import ChatEncoder
-from megatron_gkd.data.dataset import Rows
 from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import CheckpointError, RolloutError
@@ -36,11 +33,13 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.rollout.completion_cache import CompletionCache, prompt_seed
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.requests import make_requests
+from megatron_gkd.server_list import ServerTeachers
 from megatron_gkd.teacher_server.probes import Needs, Probed
 from megatron_gkd.teacher_server.servers import TeacherServers
 from megatron_gkd.teacher_server.wire import TopK, distance
 from megatron_gkd.train.checkpoint import find_checkpoint, is_hf_directory, read_state
-from megatron_gkd.train.draws import Draw, Draws
+from megatron_gkd.train.draws import Draw
+from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.sampling import check_prompts, engine_length
 from megatron_gkd.train.teacher_samples import Sampler, Store, TeacherSamples
 from megatron_gkd.weights.fingerprint import fingerprint
@@ -53,29 +52,19 @@ _CONCURRENCY = 256  # requests under way at each server of an external teacher, 
 _SAME = 0.01  # mean total variation between canaries; what another rounding puts above it is sampled again
 
 
-def build_teacher_samples(
-    config: RunConfig,
-    rows: Rows,
-    draws: Draws,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    needs: Needs | None,
-    *,
-    group: dist.ProcessGroup,
-) -> TeacherSamples:
-    """Check the prompts, and sample for the first window of steps. Collective over `group`.
+def build_teacher_samples(inputs: Inputs, needs: Needs | None) -> TeacherSamples:
+    """Check the prompts, and sample for the first window of steps. Collective over all ranks.
 
     Args:
-        draws: of the steps of the run, from `rows`.
-        vocab_size: token ids that student and teacher both have.
         needs: what the run asks of its teacher servers; None for a local teacher.
-        group: all ranks of the run.
     """
+    config, draws, world = inputs.config, inputs.draws, dist.group.WORLD
+    assert world is not None
     sampling = config.sampling
     directory = config.teacher.teacher_model or config.model.model
-    length = min(engine_length(config, read_architecture(path)) for path in (config.model.model, directory))
-    check_prompts(rows, length, of_teacher=True)
-    stop_ids = stop_tokens(directory, ChatEncoder(tokenizer))
+    length = min(engine_length(config, arch) for arch in (inputs.student_arch, inputs.teacher_arch) if arch is not None)
+    check_prompts(draws.rows, length, of_teacher=True)
+    stop_ids = stop_tokens(directory, ChatEncoder(inputs.tokenizer))
     settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, stop_ids)
     own = config.teacher_sampling.teacher_samples_cache
     place = Path(own) if own is not None else Path(config.checkpoint.save) / "teacher_samples"
@@ -84,18 +73,22 @@ def build_teacher_samples(
         cache = CompletionCache(place)
         logger.info("teacher's completions: %d in %s; stop tokens %s", len(cache), place, settings.stop_token_ids)
         sampler: Sampler
-        if needs is None:
-            sampler = EngineSampler(config, directory, length)
+        if isinstance(kind := config.teacher.kind, ServerTeachers) and needs is not None:
+            sampler = ServerSampler(kind.urls, needs, place)
         else:
-            sampler = ServerSampler(config.teacher.servers, needs, place)
+            sampler = EngineSampler(config, directory, length)
         return Store(
-            sampler, cache, settings, lambda step: teacher_requests(config, draws[step], step, length), vocab_size
+            sampler,
+            cache,
+            settings,
+            lambda step: teacher_requests(config, draws[step], step, length),
+            inputs.vocab_size,
         )
 
     samples = TeacherSamples(
         open_store,
-        group=group,
-        train_iters=config.training.num_steps(len(rows)),
+        group=world,
+        train_iters=inputs.train_iters,
         window=config.teacher_sampling.teacher_sampling_steps if needs is None else 1,
     )
     samples.begin(_first_step(config.checkpoint.load))

@@ -20,11 +20,12 @@ between is found, by name.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.parallel.together import gathered
 from megatron_gkd.weights.checksum import Sums, Tensors, checksum
 from megatron_gkd.weights.export import Bucket, HFTensorStream, Owner, views
 
@@ -37,11 +38,10 @@ class Delivery:
         self._stream, self._group, self._to = stream, group, to
         owners = {bucket.owner for bucket in stream.buckets}
         led = [owner for owner in sorted(owners) if stream.leads(owner)]
-        gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, (led, stream.is_writer), group=group)
-        ranks = [dist.get_global_rank(group, index) for index in range(len(gathered))]
-        self._leader: dict[Owner, int] = {owner: r for r, (o, _) in zip(ranks, gathered, strict=True) for owner in o}
-        (self._writer,) = (r for r, (_, is_writer) in zip(ranks, gathered, strict=True) if is_writer)
+        everyone = gathered((led, stream.is_writer), group)
+        ranks = [dist.get_global_rank(group, index) for index in range(len(everyone))]
+        self._leader: dict[Owner, int] = {owner: r for r, (o, _) in zip(ranks, everyone, strict=True) for owner in o}
+        (self._writer,) = (r for r, (_, is_writer) in zip(ranks, everyone, strict=True) if is_writer)
         assert self._leader.keys() == owners, (self._leader, owners)
 
     def __iter__(self) -> Iterator[tuple[Tensors, Sums]]:

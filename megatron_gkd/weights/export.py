@@ -40,6 +40,7 @@ from megatron_gkd.data.stop_tokens import generation_changes
 from megatron_gkd.dtypes import LONG_NAMES
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.observe.transfer import Transfer
+from megatron_gkd.parallel.together import gathered
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
 from megatron_gkd.weights.dtypes import read_dtypes, stored_dtypes
 from megatron_gkd.weights.hf_files import HFCheckpoint, copy_checked, has_safetensors
@@ -210,10 +211,8 @@ class HFTensorStream:
             if (p.unit.expert is not None or self._coordinate.expert_rank == 0)
             and not (p.unit.role == "head" and self._arch.tied_embeddings)
         ]
-        everyone: list[Any] = [None] * self._model.size()
-        dist.all_gather_object(everyone, (self._coordinate, mine), group=self._model)
         owners: dict[Unit, tuple[Owner, torch.dtype]] = {}
-        for owner, held in everyone:
+        for owner, held in gathered((self._coordinate, mine), self._model):
             for unit, dtype in held:
                 if unit in owners:
                     raise CheckpointError(f"{unit} is on pipeline stages {owners[unit][0].stage} and {owner.stage}")

@@ -46,8 +46,10 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.json_file import read_json
 from megatron_gkd.model.build import HiddenStateGPTModel, build_model
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.together import gathered
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, unwrap
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import check_manifest, fill, parameter_plan, stored_bytes
@@ -89,7 +91,7 @@ def build_skeleton(
     without_embedding_group = copy.copy(groups)
     without_embedding_group.embd = None  # GPTModel sums a tied embedding over it when it is made; there are no values
     with torch.device("meta"):
-        return build_model(arch, layout, without_embedding_group, dtype=dtype, use_cpu=True)
+        return build_model(arch, layout, without_embedding_group, ModelOptions.on("cpu"), dtype=dtype)
 
 
 def write_shards(
@@ -201,9 +203,8 @@ class MegatronCheckpoint:
                 parameter.tensor.copy_(self.read(parameter))
 
     def _check_unused(self, arch: Architecture, groups: ProcessGroupCollection) -> None:
-        used: list[Any] = [None] * groups.tp_ep_pp.size()
         mine = {self._place(shard).name for shards in self._shards.values() for shard in shards}
-        dist.all_gather_object(used, mine, group=groups.tp_ep_pp)
+        used = gathered(mine, groups.tp_ep_pp)
         unused = {key for name, key in self._names.items() if name.startswith(_MODEL_PREFIXES)}.difference(*used)
         if unused:
             raise CheckpointError(

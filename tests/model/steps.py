@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 
 from megatron_gkd.config import TrainingConfig
 from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.pipeline import forward_hidden, select_loss_tokens
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample
@@ -85,6 +86,7 @@ def student_of(model: Loaded, *, distributed_optimizer: bool = False) -> Student
         model.layout,
         model.groups,
         TRAINING,
+        ModelOptions.on("cpu"),
         train_iters=100,
         use_distributed_optimizer=distributed_optimizer,
     )

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron_gkd.data.collate import MicroBatch, collate
 from megatron_gkd.errors import LayoutError, NotBuiltError
 from megatron_gkd.model.build import transformer_config
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample
@@ -253,7 +254,7 @@ def test_the_last_stage_returns_hidden_states_and_alone_has_a_head(tmp_path: Pat
 @pytest.mark.parametrize("layout", [Layout(pipeline=2), Layout(pipeline=2, virtual_pipeline=2)])
 def test_communication_of_the_pipeline(layout: Layout):
     """1F1B exchanges shapes in batches; the interleaved schedule must do neither (see test_platform.py)."""
-    config = transformer_config(small(), layout, dtype="fp32", use_cpu=True)
+    config = transformer_config(small(), layout, ModelOptions.on("cpu"), dtype="fp32")
     interleaved = layout.virtual_pipeline is not None
     assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (interleaved, not interleaved)
     assert config.variable_seq_lengths is not interleaved

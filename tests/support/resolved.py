@@ -31,14 +31,16 @@ from megatron_gkd.not_built import Command
 from megatron_gkd.records import Row, Sample
 from megatron_gkd.rollout import colocate, server
 from megatron_gkd.rollout import engines as engines_module
+from megatron_gkd.server_list import SelfTeaching, ServerTeachers
 from megatron_gkd.signals import HiddenSignal, Signal, TopKSignal
-from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling
-from megatron_gkd.train.draws import Draws
+from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling, teachers
 from megatron_gkd.train.faults import LossSpikes
 from megatron_gkd.train.objective import DistillationLoss
-from megatron_gkd.train.plans import StepPlans, evaluates_after, evaluation_plans, saves_after
+from megatron_gkd.train.plans import StepPlans, evaluation_plans
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.student import _optimizer_config
+from megatron_gkd.train.timeline import Span
+from megatron_gkd.weights import source
 
 APART = ("logging_steps", "save_hf", "save_hf_dtype", "max_bad_steps")
 WORLD, VOCAB, NUM_ROWS, STEPS = 8, 40, 96, 40
@@ -146,11 +148,10 @@ _TOKENIZER = _Tokenizer()
 
 
 def _note_teacher(note: Recorder, given: inputs.Inputs) -> None:
-    config, where, groups = given.config, SimpleNamespace(device=torch.device("cpu")), SimpleNamespace()
-    if config.teacher.servers:
-        setup._server_teacher(given, where, setup._server_needs(given))  # type: ignore[arg-type]
-    elif not config.teacher.is_student:
-        setup._local_teacher(given, where, groups)  # type: ignore[arg-type]
+    where: Any = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
+    reached = teachers.reach(given, where)
+    if not isinstance(given.config.teacher.kind, SelfTeaching):
+        reached.make(None)
 
 
 def _note_training(note: Recorder, given: inputs.Inputs) -> None:
@@ -163,16 +164,15 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     made: Any = SimpleNamespace(layout=student, groups=groups, chunks=[], train_iters=given.train_iters)
     note.note("replicas", Replicas(made, config.parallel.check_replicas_steps)._every)
     note.note("spikes", LossSpikes(config.logging.loss_spike_factor)._factor)
-    distillation, tokenizer = config.distillation, given.tokenizer
+    distillation = config.distillation
     if distillation.lmbda > 0:
-        sampling.build_rollouts(config, where, given.student_arch, made, tokenizer, rows, VOCAB)
-    draws = Draws(config, rows)
+        sampling.build_rollouts(given, where, made, rows)
+    draws = given.draws
     if distillation.samples_teacher:
-        needs = setup._server_needs(given) if config.teacher.servers else None
-        assert dist.group.WORLD is not None
-        teacher_sampling.build_teacher_samples(config, rows, draws, tokenizer, VOCAB, needs, group=dist.group.WORLD)
+        needs = teachers.server_needs(given) if isinstance(config.teacher.kind, ServerTeachers) else None
+        teacher_sampling.build_teacher_samples(given, needs)
     length = sampling.engine_length(config, given.student_arch)
-    plans = StepPlans(config, rows, draws, student, given.teacher_layout, clock=CLOCK, max_model_len=length)
+    plans = StepPlans(given)
     indices, _, sources = draws[0]
     sampled: Any = {p: ((3,) * (1 + p % 5), 0) for p, source in enumerate(sources) if source != "dataset"}
     plan = plans._with(0, sampled)
@@ -183,9 +183,6 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
         asked = teacher_sampling.teacher_requests(config, draws[0], 0, length)
         note.note("teacher's requests", [(r.key, r.max_tokens, r.seed) for r in asked])
     note.note("loss", _loss(config, sources), distillation.fuse_loss)
-    note.note("saves", [saves_after(config, step, STEPS) for step in range(1, STEPS + 1)])
-    if given.eval_rows is not None:
-        note.note("evaluates", [evaluates_after(config, step, STEPS) for step in range(1, STEPS + 1)])
     _note_start(note, given, plans, made)
 
 
@@ -200,11 +197,25 @@ def _note_start(note: Recorder, given: inputs.Inputs, plans: StepPlans, made: An
             student=made,
             architecture=given.student_arch,
             platform=SimpleNamespace(kind="cpu"),
+            train_iters=STEPS,
+            eval_rows=given.eval_rows,
         )
-        state = resume.resume(run)
+        with (
+            patch.object(resume, "exports_at_end", lambda *args, **options: False),
+            patch.object(resume, "set_aside_later", lambda *args: None),
+        ):
+            state, span = resume.begin(run)
+        _note_span(note, span)
         resume.open_checkpoints(run)
         note.note("first step", auto_resume.first_step_to_write(config, state.step))
         loop._Writers(SimpleNamespace(config=config, is_writer=True), Path(config.checkpoint.save), first_step=0)  # type: ignore[arg-type]
+
+
+def _note_span(note: Recorder, span: Span) -> None:
+    steps = range(1, STEPS + 1)
+    note.note("saves", [span.saves_after(step) for step in steps])
+    if span.held_out:
+        note.note("evaluates", [span.evaluates_after(step) for step in steps])
 
 
 def _loss(config: RunConfig, sources: Any) -> float:
@@ -246,7 +257,7 @@ def _without_machines(note: Recorder) -> Iterator[None]:
     def rows(*args: Any, weights: Any = (), **kwargs: Any) -> FakeRows:
         return FakeRows(weights)
 
-    def student(chunks: Any, layout: Any, groups: Any, training: Any, **kwargs: Any) -> None:
+    def student(chunks: Any, layout: Any, groups: Any, training: Any, options: Any, **kwargs: Any) -> None:
         numbers = _optimizer_config(training, torch.float32, kwargs["use_distributed_optimizer"])
         warmup = int(training.lr_warmup_fraction * kwargs["train_iters"])
         note.note("student", numbers, training.lr_decay_style, warmup, sorted(kwargs.items()))
@@ -267,8 +278,11 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         (setup.platform, "init_distributed", None),
         (inputs, "shared_rows", rows),
         (inputs, "StreamedRows", rows),
-        *((setup, name, None) for name in ("load_model", "TeacherPipeline", "RemoteTeacher", "ServerTeacher")),
-        *((sampling, name, None) for name in ("RolloutBridge", "HFTensorStream", "Delivery", "Rollouts")),
+        (source, "build_model", []),
+        (source, "HFTensorStream", None),
+        *((teachers, name, None) for name in ("TeacherPipeline", "RemoteTeacher")),
+        (teachers, "ServerTeacher", SimpleNamespace(prefetch=None)),
+        *((sampling, name, None) for name in ("RolloutBridge", "Delivery", "Rollouts")),
         (colocate, "ColocatedEngine", engine),
         *((server, name, engine) for name in ("ServerEngine", "SubprocessEngine")),
         (engines_module, "_check_lengths", None),
@@ -283,16 +297,15 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         (setup, "require_same", lambda *a: None),
         (setup, "start_facts", lambda *a: {}),
         (setup, "Student", student),
-        (setup, "signal_spec", lambda **k: None),
+        (teachers, "signal_spec", lambda **k: None),
+        (teachers, "build_groups", lambda layout: None),
+        (source.ModelSource, "load", lambda *a: None),
+        (source.ModelSource, "manifest", lambda *a: {}),
         (inputs, "on_every_rank", lambda work, group: work()),
-        (sampling, "stop_tokens", lambda *a: (0,)),
-        (sampling, "ChatEncoder", lambda *a: None),
-        (sampling, "hf_tensor_shapes", lambda arch: {}),
         (teacher_sampling, "stop_tokens", lambda *a: (0,)),
         (teacher_sampling, "ChatEncoder", lambda *a: None),
         (teacher_sampling, "fingerprint", lambda path: path),
         (teacher_sampling, "TeacherSamples", teacher_samples),
-        (teacher_sampling, "read_architecture", lambda path: SimpleNamespace(max_position_embeddings=4096)),
         (teacher_sampling, "_first_step", lambda load: 0),
         (resume, "replace", lambda state, **k: state),
         (resume, "describe_run", lambda *a: None),

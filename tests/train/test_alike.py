@@ -233,22 +233,22 @@ def test_a_replica_that_drifts_by_one_bit_is_named(flags: dict[str, Any], layout
 
 def train_and_drift(argv: list[str]) -> str:
     """A run whose second rank goes astray in its first step."""
-    step = loop._train_step
+    distill = loop.distill
 
-    def astray(run: Any, *args: Any) -> Any:
-        result = step(run, *args)
+    def astray(student: Any, *args: Any, **options: Any) -> Any:
+        result = distill(student, *args, **options)
         if dist.get_rank() == 1:
             with torch.no_grad():
-                next(run.student.chunks[0].parameters()).view(-1)[0] += 1
+                next(student.chunks[0].parameters()).view(-1)[0] += 1
         return result
 
-    loop._train_step = astray
+    loop.distill = astray
     try:
         train_on_this_rank(argv)
     except TrainingError as error:
         return str(error)
     finally:
-        loop._train_step = step
+        loop.distill = distill
     return "trained"
 
 

@@ -50,20 +50,20 @@ def test_a_run_whose_steps_are_all_bad(inputs: dict[str, Any], tmp_path: Path) -
 
 def train_to_a_bad_weight(argv: list[str], value: float, rank: int) -> str | None:
     """One weight of one rank is `value` when all steps are done."""
-    train = loop._train
+    trained = loop.StudentPart.trained
 
-    def spoilt(run: Any, *args: Any) -> None:
-        train(run, *args)
+    def spoilt(self: loop.StudentPart) -> None:
+        trained(self)
         if dist.get_rank() == rank:
-            list(run.student.models[0].parameters())[-1].data.view(-1)[0] = value
+            list(self.run.student.models[0].parameters())[-1].data.view(-1)[0] = value
 
-    loop._train = spoilt
+    loop.StudentPart.trained = spoilt  # type: ignore[method-assign]
     try:
         train_on_this_rank(argv)
     except TrainingError as error:
         return str(error)
     finally:
-        loop._train = train
+        loop.StudentPart.trained = trained  # type: ignore[method-assign]
     return None
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from megatron_gkd.config import TrainingConfig
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train.faults import MOST_SAMPLES, LossSpikes, describe_bad_step
 from megatron_gkd.train.student import StepResult, Student
@@ -89,7 +90,9 @@ def spoilt_gradient(inputs: dict[str, Any], value: float, finite_loss: bool) -> 
     with megatron():
         layout = Layout()
         chunks = load_model(inputs["model"], layout).chunks
-        student = Student(chunks, layout, groups_of(layout), TrainingConfig(lr=1e-2), train_iters=4)
+        student = Student(
+            chunks, layout, groups_of(layout), TrainingConfig(lr=1e-2), ModelOptions.on("cpu"), train_iters=4
+        )
         student.scheduler.step(increment=1)
         for parameter in student.chunks[0].parameters():
             parameter.main_grad.fill_(1e-3)

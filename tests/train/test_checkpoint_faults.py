@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_gkd.config import RunConfig, TrainingConfig, flags
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train.checkpoint import (
     TrainerState,
@@ -337,7 +338,15 @@ def save_and_load_without_students(model: str, run_dir: str) -> tuple[bool, bool
         student = None
         if dist.get_rank() < 2:
             chunks = load_model(Path(model), layout).chunks
-            student = Student(chunks, layout, groups, TrainingConfig(), train_iters=4, use_distributed_optimizer=True)
+            student = Student(
+                chunks,
+                layout,
+                groups,
+                TrainingConfig(),
+                ModelOptions.on("cpu"),
+                train_iters=4,
+                use_distributed_optimizer=True,
+            )
         parameters = [] if student is None else [p for chunk in student.models for p in chunk.parameters()]
         state = TrainerState(2, 16, "rows", "student", True)
         description = describe_run(config, student, "cpu")

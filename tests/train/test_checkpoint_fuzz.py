@@ -18,6 +18,7 @@ import torch
 
 from megatron_gkd.config import RunConfig, TrainingConfig
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train.checkpoint import (
     TrainerState,
@@ -64,7 +65,7 @@ def load_damaged(model: str, root: str) -> list[tuple[int, str, str, str]]:
     config = RunConfig.from_flat({"model": model, "device": "cpu"})
     with megatron():
         chunks = load_model(Path(model), layout).chunks
-        student = Student(chunks, layout, groups_of(layout), TrainingConfig(), train_iters=4)
+        student = Student(chunks, layout, groups_of(layout), TrainingConfig(), ModelOptions.on("cpu"), train_iters=4)
         description = describe_run(config, student, "cpu")
         state, expected = (TrainerState(*numbers, "rows", "student", False) for numbers in ((2, 16), (0, 0)))
         saved = Save(whole, student, state, description=description).finish()

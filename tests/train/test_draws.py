@@ -6,12 +6,12 @@ import json
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_gkd.config import RunConfig
-from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.parallel.layout import Layout
@@ -62,7 +62,11 @@ class Sampled:
 
 
 def step_plans(config: RunConfig, rows: CountedRows, draws: Draws, **options: Any) -> StepPlans:
-    return StepPlans(config, rows, draws, Layout(), Layout(), clock=Clock.now(), max_model_len=100, **options)
+    arch = SimpleNamespace(max_position_embeddings=100)
+    inputs: Any = SimpleNamespace(
+        config=config, draws=draws, student_arch=arch, student_layout=Layout(), teacher_layout=Layout()
+    )
+    return StepPlans(inputs, **options)
 
 
 def test_a_step_reads_its_rows_once(rows: CountedRows) -> None:
@@ -96,6 +100,14 @@ def test_sampling_asks_for_the_same_draw(rows: CountedRows) -> None:
         assert draws[step] == draw_step(of_run, CountedRows([rows._paths[0]], chat_tokenizer(), max_length=100), step)
     assert sum(rows.reads.values()) == BATCH * 5
     assert set(rows.reads.values()) == {1}
+
+
+def test_what_the_sampler_said_of_its_tokens_arrives(rows: CountedRows) -> None:
+    of_run = config(lmbda=0.5, teacher_model="t", max_completion_length=20, max_length=100)
+    plans = step_plans(of_run, rows, Draws(of_run, rows), rollouts=Sampled())
+    samples = [sample for step in range(4) for sample in plans.plan(step).samples]
+    assert {(sample.source, sample.logprobs) for sample in samples} == {("student", (-1.0, -1.0)), ("dataset", None)}
+    assert all(sample.completion_mask is None for sample in samples)
 
 
 def test_draws_of_several_threads(rows: CountedRows) -> None:

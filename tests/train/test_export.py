@@ -109,7 +109,7 @@ def state_of(run: Run, config: RunConfig, step: int | None = 0) -> TrainerState:
     assert run.plans is not None
     assert step is not None
     sharded = config.parallel.use_distributed_optimizer
-    return TrainerState(step, 0, run.plans.rows.fingerprint(), repr(run.architecture), sharded)
+    return TrainerState(step, 0, run.plans._draws.rows.fingerprint(), repr(run.architecture), sharded)
 
 
 def side_files(path: Path) -> dict[str, bytes]:

@@ -14,9 +14,10 @@ from megatron_gkd.dtypes import chosen
 from megatron_gkd.errors import NotBuiltError, RolloutError
 from megatron_gkd.flags import parse_run_config
 from megatron_gkd.sample_config import SampleConfig
-from megatron_gkd.train import sampling, setup
+from megatron_gkd.train import sampling
 from megatron_gkd.train.fit import layouts
 from megatron_gkd.train.setup import with_dtype
+from megatron_gkd.weights import source
 from tests.checkpoints import MOE_FAMILIES, write_tiny_checkpoint
 from tests.ranks import run_ranks
 from tests.train.runs import command_line
@@ -83,7 +84,7 @@ def refused_by_a_server(argv: list[str]) -> str:
 
     with pytest.MonkeyPatch.context() as patch, megatron():
         patch.setattr(sampling, "probe_servers", refuse)
-        patch.setattr(setup, "load_model", load)
+        patch.setattr(source, "build_model", load)
         try:
             build_run(parse_run_config(argv, command="train"))
         except RolloutError as error:

@@ -19,6 +19,7 @@ from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.records import SOURCES, Sample, Source, StepPlan
 from megatron_gkd.schedule import plan_step
+from megatron_gkd.server_list import SelfTeaching
 from megatron_gkd.teacher_pipeline import Teacher
 from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.self_teacher import SelfTeacher
@@ -157,7 +158,7 @@ class Trainer:
         if topk == self.config.distillation.gkd_logits_topk:
             return self.run.teacher
         assert topk is not None
-        if topk not in self._topk_teacher and self.config.teacher.is_student:
+        if topk not in self._topk_teacher and isinstance(self.config.teacher.kind, SelfTeaching):
             run = self.run
             self._topk_teacher[topk] = SelfTeacher(
                 run.student, vocab_size=run.loss.vocab_size, device=run.platform.device, topk=topk

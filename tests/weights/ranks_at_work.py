@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_par
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.data.collate import MicroBatch, without_loss
 from megatron_gkd.model.build import build_model
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
@@ -62,7 +63,7 @@ def groups_of(layout: Layout) -> Any:
 
 def load_model(path: Path, layout: Layout, dtype: Any = "fp32") -> Loaded:
     arch, groups = read_architecture(path), groups_of(layout)
-    chunks = build_model(arch, layout, groups, dtype=dtype, use_cpu=True)
+    chunks = build_model(arch, layout, groups, ModelOptions.on("cpu"), dtype=dtype)
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():

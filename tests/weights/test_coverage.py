@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import LayoutError
 from megatron_gkd.model.build import transformer_config
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.naming import ROLES, Unit, layer_units
@@ -29,7 +30,7 @@ SIZES = range(1, 9)
 
 def stage_layers(arch: Architecture, layout: Layout) -> list[list[int]]:
     """Global layers of every stage, over its chunks, as megatron-core numbers them."""
-    config = transformer_config(arch, layout, dtype="fp32", use_cpu=True)
+    config = transformer_config(arch, layout, ModelOptions.on("cpu"), dtype="fp32")
     stages = []
     for rank in range(layout.pipeline):
         held: list[int] = []

@@ -37,9 +37,8 @@ from megatron_gkd.train.checkpoint.state import (
     refuse_changed_flags,
 )
 from megatron_gkd.train.student import Student
-from megatron_gkd.weights.hf_files import HFCheckpoint
-from megatron_gkd.weights.load import load_hf_weights
 from megatron_gkd.weights.safe_files import COMMON_FILE, load_plain, read_metadata
+from megatron_gkd.weights.source import ModelSource
 
 Verify = Literal["full", "sizes"]
 logger = get_logger(__name__)
@@ -194,11 +193,7 @@ def load_initial_weights(path: str | Path, student: Student | None, architecture
         )
     if student is None:
         return
-    groups = student.groups
-    with HFCheckpoint(path) as checkpoint:
-        load_hf_weights(
-            student.models, checkpoint, architecture, tp_rank=groups.tp.rank(), tp_size=student.layout.tensor
-        )
+    ModelSource(path, architecture).load(student.models, student.groups)
     student.optimizer.reload_model_params()
     if dist.get_rank() == 0:
         logger.info("starting at step 0 from the weights of %s", path)

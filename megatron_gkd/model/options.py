@@ -1,0 +1,41 @@
+"""What megatron-core is told of a model beside its architecture, layout and type: fusions, overlap, accumulation.
+
+One field is one field of megatron-core's, under its name: of its TransformerConfig, or (`DDP`) of its
+DistributedDataParallelConfig. A new lever is a field here, with what was done before as its default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+DDP: Final = frozenset({"grad_reduce_in_fp32", "overlap_grad_reduce", "check_for_nan_in_grad"})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """See the module docstring. Of a model that is not trained, the fields of DDP mean nothing."""
+
+    use_cpu_initialization: bool
+    bias_dropout_fusion: bool
+    bias_activation_fusion: bool = False
+    masked_softmax_fusion: bool = False
+    gradient_accumulation_fusion: bool = False
+    apply_rope_fusion: bool = False
+    persist_layer_norm: bool = False
+    grad_reduce_in_fp32: bool = True
+    overlap_grad_reduce: bool = False
+    check_for_nan_in_grad: bool = False  # the optimizer step reports the norm; the loop decides
+
+    @classmethod
+    def on(cls, device: Literal["cpu", "cuda"]) -> ModelOptions:
+        """Fusions that need CUDA are off on a CPU."""
+        return cls(use_cpu_initialization=device == "cpu", bias_dropout_fusion=device == "cuda")
+
+    def of_transformer(self) -> dict[str, Any]:
+        """Fields of TransformerConfig."""
+        return {name: value for name, value in asdict(self).items() if name not in DDP}
+
+    def of_ddp(self) -> dict[str, Any]:
+        """Fields of DistributedDataParallelConfig."""
+        return {name: value for name, value in asdict(self).items() if name in DDP}

@@ -1,0 +1,40 @@
+"""What megatron-core is told: every field is one of its own, and arrives there."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_gkd.model import build
+from megatron_gkd.model.options import DDP, ModelOptions
+from megatron_gkd.parallel.layout import Layout
+from tests.weights.models import small
+
+NAMES = [item.name for item in fields(ModelOptions)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_field_is_one_of_megatrons(name: str) -> None:
+    upstream = DistributedDataParallelConfig if name in DDP else TransformerConfig
+    assert name in {item.name for item in fields(upstream)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_field_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them ask for what is not installed here, so the TransformerConfig is not made."""
+    monkeypatch.setattr(build, "TransformerConfig", dict)
+    options = ModelOptions.on("cpu")
+    options = replace(options, **{name: not getattr(options, name)})
+    if name in DDP:
+        assert getattr(DistributedDataParallelConfig(**options.of_ddp()), name) is getattr(options, name)
+    else:
+        told: Any = build.transformer_config(small(), Layout(), options, dtype="bf16")
+        assert told[name] is getattr(options, name)
+
+
+def test_fusions_are_for_cuda() -> None:
+    assert (ModelOptions.on("cpu").bias_dropout_fusion, ModelOptions.on("cuda").bias_dropout_fusion) == (False, True)
