@@ -9,10 +9,11 @@ export OMP_NUM_THREADS := 1
 .PHONY: help env check format test test-fast test-nightly test-kernels bench docs
 
 # Tests whose numbers come from float32 arithmetic, and settings under which the CPU's libraries take other kernels.
-KERNEL_TESTS := tests/model tests/weights/test_logits.py tests/test_platform.py tests/test_teacher_pipeline.py \
-	tests/test_vocab_parallel_jsd.py tests/test_vocab_parallel_ce.py tests/test_topk_jsd.py tests/test_fused_linear_jsd.py \
-	tests/test_convert.py tests/examples/test_gguf_to_hf.py $(addprefix tests/train/test_,$(addsuffix .py,step_exact \
-	privileged layout_pairs pitfalls evaluate export golden checkpoint separate_runs server_teacher))
+KERNEL_TESTS := tests/model tests/weights/test_logits.py tests/test_platform.py tests/teacher/test_teacher_pipeline.py \
+	$(addprefix tests/loss/test_,$(addsuffix .py,vocab_parallel_jsd vocab_cross_entropy topk_jsd fused_linear_jsd)) \
+	tests/commands/test_convert.py tests/examples/test_gguf_to_hf.py tests/teacher/test_served.py \
+	$(addprefix tests/train/test_,$(addsuffix .py,step_exact privileged layout_pairs pitfalls evaluate export golden \
+	checkpoint separate_runs))
 KERNELS := ATEN_CPU_CAPABILITY=default,MKL_CBWR=COMPATIBLE,ONEDNN_MAX_CPU_ISA=SSE41 \
 	ATEN_CPU_CAPABILITY=avx2,MKL_CBWR=AVX2,ONEDNN_MAX_CPU_ISA=AVX2
 

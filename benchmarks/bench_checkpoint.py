@@ -117,7 +117,7 @@ class Bench:
 
     def __init__(self, root: Path) -> None:
         from megatron_gkd.architecture import read_architecture
-        from megatron_gkd.config import RunConfig, TrainingConfig
+        from megatron_gkd.config.run import RunConfig, TrainingConfig
         from megatron_gkd.model.build import build_model
         from megatron_gkd.model.options import ModelOptions
         from megatron_gkd.parallel.groups import build_groups

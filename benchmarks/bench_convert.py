@@ -138,7 +138,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
 def methods(source: Path, files: list[Path], root: Path) -> dict[str, Method]:
     """Name -> what is measured; to_hf reads what the first call of to_megatron wrote."""
     from megatron_gkd.architecture import read_architecture
-    from megatron_gkd.convert import BUCKET_BYTES, ConvertConfig, memory_bound_bytes, run_convert
+    from megatron_gkd.commands.convert import BUCKET_BYTES, ConvertConfig, memory_bound_bytes, run_convert
     from megatron_gkd.model.build import build_model
     from megatron_gkd.model.options import ModelOptions
     from megatron_gkd.parallel.groups import build_groups

@@ -39,9 +39,9 @@ from megatron_gkd.model.build import DTYPES, build_model
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.rollout.colocate import ColocatedEngine
 from megatron_gkd.rollout.engines import LocalEngines
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
+from megatron_gkd.rollout.vllm.colocate import ColocatedEngine
 from megatron_gkd.rollout_bridge import RolloutBridge
 from megatron_gkd.train.score import student_logprobs
 from megatron_gkd.weights.delivery import Delivery
@@ -132,7 +132,7 @@ class Bench:
         with self.engine._guard():
             from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-            from megatron_gkd.rollout.worker import _drop_expert_kernels, _repack_heads
+            from megatron_gkd.rollout.vllm.worker import _drop_expert_kernels, _repack_heads
 
             with worker._in_vllm() as model, torch.no_grad():
                 if self.where.kind == "cpu":

@@ -48,12 +48,12 @@ from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
-from megatron_gkd.rollout.local_server import LocalServer
+from megatron_gkd.rollout.vllm.local_server import LocalServer
 from megatron_gkd.schedule import plan_step
-from megatron_gkd.signals import Columns
+from megatron_gkd.teacher.servers.probes import Needs
+from megatron_gkd.teacher.servers.servers import TeacherServers
+from megatron_gkd.teacher.signals import Columns
 from megatron_gkd.teacher_pipeline import TeacherPipeline
-from megatron_gkd.teacher_server.probes import Needs
-from megatron_gkd.teacher_server.servers import TeacherServers
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.weights.source import ModelSource
 
@@ -275,7 +275,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _quick(options: argparse.Namespace, directory: str) -> None:
-    from tests.checkpoints import write_tiny_checkpoint
+    from tests.support.checkpoints import write_tiny_checkpoint
 
     for name, layers in (("teacher", 4), ("student", 2)):
         path = write_tiny_checkpoint(Path(directory, name), "qwen3", tied=True, head_dim=32, layers=layers)

@@ -114,7 +114,7 @@ start_training() {
         # torch 2.13 keeps one store for all attempts: restarted ranks would find the addresses of the dead ones there
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     )
-    command=("$python" -m megatron_gkd.launcher "${@:2}" -m megatron_gkd train "${train_flags[@]}")
+    command=("$python" -m megatron_gkd.commands.launcher "${@:2}" -m megatron_gkd train "${train_flags[@]}")
     check=("$python" -m megatron_gkd check train --world_size "$1" --ranks_per_node "$nproc" "${train_flags[@]}")
     export "${environment[@]}"
     if $dry_run; then

@@ -137,7 +137,7 @@ else
         mkdir -p "$out"
         printf '%s\n' "$settings" >"$marker"
     fi
-    run "$python" -m megatron_gkd.launcher --standalone --nproc-per-node 2 \
+    run "$python" -m megatron_gkd.commands.launcher --standalone --nproc-per-node 2 \
         -m megatron_gkd train "${train_flags[@]}" "${resume_flags[@]}"
 fi
 

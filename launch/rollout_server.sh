@@ -49,7 +49,7 @@ environment_is_there
 # The worker extension takes the weights; sampling defaults of a generation_config.json must not change a run.
 rollout_flags=(
     --load-format "$load_format"
-    --worker-extension-cls megatron_gkd.rollout.worker.RolloutWorker --middleware megatron_gkd.rollout.gate.Gate
+    --worker-extension-cls megatron_gkd.rollout.vllm.worker.RolloutWorker --middleware megatron_gkd.rollout.gate.Gate
     --generation-config vllm --logprobs-mode raw_logprobs --enable-prompt-tokens-details
 )
 export VLLM_SERVER_DEV_MODE=1 # pause, weights, versions

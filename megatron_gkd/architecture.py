@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from megatron_gkd.config.json_file import read_json, shown, whole_number
+from megatron_gkd.data.git_lfs import refuse_lfs_pointer
 from megatron_gkd.errors import CheckpointError, NotBuiltError
-from megatron_gkd.git_lfs import refuse_lfs_pointer
-from megatron_gkd.json_file import read_json, shown, whole_number
-from megatron_gkd.known_options import refuse_unknown_options
+from megatron_gkd.model.known_options import refuse_unknown_options
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pkgutil import resolve_name
 from typing import Any, Literal
 
 import megatron_gkd
-from megatron_gkd import environment
+from megatron_gkd.config import environment
 from megatron_gkd.errors import CheckFailedError, ConfigError, GKDError, NotBuiltError, RunStoppedError
 from megatron_gkd.observe.text import visible
 
@@ -33,11 +33,10 @@ EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75  # os.EX_TEMPFAIL
 EXIT_INTERRUPTED = 130
-LAST_WORDS = "GKD_LAST_WORDS"  # names the directory that a rank leaves its last line in (launcher.py)
 SILENT_RANK_WAITS_S = 20.0
 SAME_MOMENT_S = 2.0  # the ranks that have met raise the same error at nearly the same time
 
-_ON_MEGATRON = ("train.", "convert:")  # work that imports megatron-core
+_ON_MEGATRON = ("train.", "commands.convert:", "commands.check_teacher:")  # work that imports megatron-core
 
 Action = Callable[[], None]
 Command = Callable[[list[str]], Action]
@@ -121,7 +120,7 @@ def _run_command(name: Literal["train", "eval"], work: str) -> Command:
     """A command with the flags of a run."""
 
     def command(argv: list[str]) -> Action:
-        from megatron_gkd.flags import parse_run_config
+        from megatron_gkd.config.flags import parse_run_config
         from megatron_gkd.train.preflight import check_paths
 
         cfg = parse_run_config(argv, command=name)
@@ -136,7 +135,7 @@ def _own_command(name: str, section: str, work: str) -> Command:
     """A command with flags of its own: those of `section`, named "module:class"."""
 
     def command(argv: list[str]) -> Action:
-        from megatron_gkd.flags import parse_section
+        from megatron_gkd.config.flags import parse_section
         from megatron_gkd.train.preflight import check_own_paths
 
         cfg = parse_section(argv, resolve_name(f"megatron_gkd.{section}"), command=name)
@@ -148,15 +147,15 @@ def _own_command(name: str, section: str, work: str) -> Command:
 
 
 def _convert(argv: list[str]) -> Action:
-    from megatron_gkd.convert import parse_convert_config
+    from megatron_gkd.commands.convert import parse_convert_config
 
     cfg = parse_convert_config(argv)
-    return _later("convert:run_convert", cfg, cfg.log_level)
+    return _later("commands.convert:run_convert", cfg, cfg.log_level)
 
 
 def _report(argv: list[str]) -> Action:
     def action() -> None:
-        from megatron_gkd.report import main as report
+        from megatron_gkd.commands.report import main as report
 
         report(argv)
 
@@ -175,7 +174,7 @@ def _check(argv: list[str]) -> Action:
 
 
 def _check_train(argv: list[str]) -> Action:
-    from megatron_gkd.flags import parse_check_train
+    from megatron_gkd.config.flags import parse_check_train
     from megatron_gkd.train.preflight import run_preflight
 
     asked, config = parse_check_train(argv)
@@ -183,8 +182,8 @@ def _check_train(argv: list[str]) -> Action:
 
 
 CHECKS: dict[str, Command] = {
-    "teacher": _own_command("check teacher", "check_config:CheckConfig", "train.check_teacher:run_check_teacher"),
-    "data": _own_command("check data", "check_config:CheckDataConfig", "data.check:run_check_data"),
+    "teacher": _own_command("check teacher", "config.checks:CheckConfig", "commands.check_teacher:run_check_teacher"),
+    "data": _own_command("check data", "config.checks:CheckDataConfig", "commands.check_data:run_check_data"),
     "train": _check_train,
 }
 
@@ -200,7 +199,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("distil a teacher into a student", _run_command("train", "train.loop:run_training")),
     "sample": (
         "sample completions of a data set's prompts to a file",
-        _own_command("sample", "sample_config:SampleConfig", "sample:run_sample"),
+        _own_command("sample", "config.sample:SampleConfig", "commands.sample:run_sample"),
     ),
     "convert": ("convert checkpoints between Hugging Face and Megatron", _convert),
     "eval": (
@@ -249,7 +248,7 @@ def _tell_launcher(text: str, code: int) -> None:
     ranks, in which the line stands; and launcher.py."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE", ""):
         _leave(path, {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}})
-    if words := os.environ.get(LAST_WORDS, ""):
+    if words := os.environ.get(environment.LAST_WORDS, ""):
         _leave(
             os.path.join(words, f"{environment.rank_told()}.json"),
             {"text": text, "code": code, "attempt": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")},

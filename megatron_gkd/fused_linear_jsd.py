@@ -12,7 +12,7 @@ Shapes: student_hidden [T, Hs], student_head [V/tp, Hs], teacher_hidden [T, Ht],
 global columns), or topk_logprobs and topk_indices [T, K]; loss_sum scalar, per-token values [T] detached, float32
 (float64 if an input is). Hs and Ht may differ.
 
-Communication over tp_group: per chunk 1 all-gather and 1 all-reduce of a few numbers a token (fused_chunks.py); in
+Communication over tp_group: per chunk 1 all-gather and 1 all-reduce of a few numbers a token (loss/fused/chunks.py); in
 the backward ONE all-reduce of the hidden states' gradient [T, Hs] for the whole micro-batch. With
 reduce_hidden_grad=False there is none: the gradient is this rank's partial sum, for a caller whose gather of
 sequence-parallel shards reduce-scatters it in its own backward.
@@ -38,10 +38,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.divergence import Divergence
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.fused_chunks import Gradients, run_chunks
-from megatron_gkd.fused_task import (
+from megatron_gkd.loss.divergence import Divergence
+from megatron_gkd.loss.fused.chunks import Gradients, run_chunks
+from megatron_gkd.loss.fused.task import (
     HiddenTeacher,
     TokenLosses,
     TopKTeacher,
@@ -49,8 +49,8 @@ from megatron_gkd.fused_task import (
     empty_values,
     make_task,
 )
+from megatron_gkd.loss.outcomes import Tail
 from megatron_gkd.parallel.collectives import all_reduce_sum_
-from megatron_gkd.support import Tail
 
 __all__ = [
     "HiddenTeacher",

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
-from megatron_gkd import environment
+from megatron_gkd.config import environment
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel.rendezvous import meet, read_start
 

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.dtypes import Dtype
+from megatron_gkd.config.dtypes import Dtype
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import first_problem, gathered

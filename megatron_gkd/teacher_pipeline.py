@@ -1,5 +1,5 @@
 """The frozen teacher: a megatron-core model on process groups of its own, whose last stage turns each sequence of a
-step into a signal (signals.py) and hands it to the ranks of the student's last stage that train on it.
+step into a signal (teacher/signals.py) and hands it to the ranks of the student's last stage that train on it.
 
 Each sequence is forwarded once a step, whatever the student's layout, without autograd, through megatron-core's
 forward-only schedule. Nothing of size [T, V] is ever held: hidden states leave as they are, the top K are found in
@@ -12,7 +12,7 @@ Who is who on a rank:
     RemoteTeacher       on the student's ranks, where the teacher has ranks of its own: receives.
 
 `Teacher` is the face that both have, and teachers of other kinds (servers). Not here: what a signal is and how it
-travels (signals.py), weights in host memory between passes (model/host_weights.py).
+travels (teacher/signals.py), weights in host memory between passes (model/host_weights.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_los
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import new_group
 from megatron_gkd.records import StepPlan
-from megatron_gkd.signals import (
+from megatron_gkd.teacher.signals import (
     Columns,
     HiddenSpec,
     Incoming,
@@ -115,7 +115,7 @@ class TeacherPipeline:
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)
             if topk is None and chunk.post_process:
-                # The head lives on the student's last stage (see signals.py); of a tied one this frees the last
+                # The head lives on the student's last stage (see teacher/signals.py); of a tied one this frees the last
                 # stage's copy.
                 chunk.output_layer = None
         self._weights = HostWeights(self.chunks, device) if offload else contextlib.nullcontext()

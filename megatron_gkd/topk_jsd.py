@@ -8,7 +8,7 @@ The end points are a definition, not the limit (see vocab_parallel_jsd.py).
 
 Both are divergences between two distributions: >= 0, and 0 only if equal. `renormalize` does not see the mass that
 the student puts outside the support, `bucket` does, and is never above the divergence over the full vocabulary.
-`topk_masses` tells both models' mass inside. Formulas and numerics: support.py and divergence.py.
+`topk_masses` tells both models' mass inside. Formulas and numerics: loss/outcomes.py and divergence.py.
 
 Temperature: `topk_logprobs` are the teacher's log-probabilities at temperature 1. `renormalize` divides them and the
 student's logits by `temperature` and renormalises on the support, which equals renormalising the two tempered
@@ -34,10 +34,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_gkd import checks
-from megatron_gkd import sharded_softmax as sm
-from megatron_gkd import support as sp
-from megatron_gkd.divergence import Divergence
+from megatron_gkd.loss import arguments as checks
+from megatron_gkd.loss import outcomes as sp
+from megatron_gkd.loss import sharded_softmax as sm
+from megatron_gkd.loss.divergence import Divergence
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_, require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
 

@@ -34,13 +34,13 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_gkd import checks
-from megatron_gkd import sharded_softmax as sm
-from megatron_gkd.divergence import Divergence, Sums
-from megatron_gkd.fused_dense import DenseSetting, dense_work
+from megatron_gkd.loss import arguments as checks
+from megatron_gkd.loss import sharded_softmax as sm
+from megatron_gkd.loss.divergence import Divergence, Sums
+from megatron_gkd.loss.fused.dense import DenseSetting, dense_work
+from megatron_gkd.loss.vocab_topk import vocab_parallel_argmax, vocab_parallel_topk
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_, require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
-from megatron_gkd.vocab_parallel_topk import vocab_parallel_argmax, vocab_parallel_topk
 
 __all__ = ["vocab_parallel_argmax", "vocab_parallel_jsd", "vocab_parallel_topk"]
 

@@ -52,9 +52,9 @@ tests=(
     tests/train/test_checkpoint.py::test_a_resumed_run_is_the_same_run
     tests/train/test_checkpoint.py::test_a_run_goes_on_in_another_layout
     tests/train/test_checkpoint_safety.py::test_training_refuses_a_malicious_checkpoint
-    tests/test_convert.py::test_there_and_back_bit_for_bit
-    tests/test_convert.py::test_megatron_core_loads_it_in_another_layout
-    tests/test_convert.py::test_a_checkpoint_of_a_training_run_with_another_config
+    tests/commands/test_convert.py::test_there_and_back_bit_for_bit
+    tests/commands/test_convert.py::test_megatron_core_loads_it_in_another_layout
+    tests/commands/test_convert.py::test_a_checkpoint_of_a_training_run_with_another_config
     # sampling: weights into a real vLLM, and a run of the plain command line
     "tests/rollout/test_bridge.py::test_ranks[1]"
     tests/train/test_on_policy.py::test_the_command_line_of_the_readme_with_defaults

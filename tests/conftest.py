@@ -1,5 +1,5 @@
-"""What every test shares: one thread per process, rank pools that end with the session (ranks.py), and how tests are
-divided between the workers of pytest-xdist (`-n 2`).
+"""What every test shares: one thread per process, rank pools that end with the session (support/ranks.py), and how
+tests are divided between the workers of pytest-xdist (`-n 2`).
 
 A file is carried out by one worker, since its tests share fixtures and rank pools. Files that may not run side by side,
 or that share something for the session, are one unit of work (TOGETHER). Units begin in the order of FIRST, longest
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_gkd.platform import import_megatron
-from tests.ranks import close_pools
+from tests.support.ranks import close_pools
 
 import_megatron()  # before a test module imports megatron-core
 
@@ -25,17 +25,22 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     # What imports vLLM, from one process that has (support/vllm_zygote.py): it takes 17 CPU-seconds and 600 MB.
     "vllm": (
         *("tests/rollout/test_bridge", "tests/rollout/test_engine_life", "tests/rollout/test_server"),
-        *(
-            "tests/rollout/test_rollout_server_script",
-            "tests/teacher_server/test_vllm",
-            "tests/teacher_server/test_swift.",
-        ),
+        *("tests/rollout/test_rollout_server_script", "tests/teacher/servers/test_vllm"),
+        "tests/teacher/servers/test_swift.",
         *("tests/train/test_on_policy", "tests/train/test_teacher_samples_runs", "tests/train/test_separate_runs"),
-        *("tests/test_sample", "tests/test_benchmarks", "tests/test_vllm_zygote"),
+        *("tests/commands/test_sample", "tests/test_benchmarks", "tests/test_vllm_zygote"),
     ),
 }
 # What takes minutes, measured; everything else follows.
-FIRST = ("tests/rollout", "tests/teacher_server", "tests/train", "tests/test_", "tests/weights", "tests/kernels")
+FIRST = (
+    "tests/rollout",
+    "tests/teacher",
+    "tests/train",
+    "tests/test_",
+    "tests/weights",
+    "tests/commands",
+    "tests/loss",
+)
 
 
 def unit_of(nodeid: str) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from megatron_gkd.architecture import SUPPORTED_MODEL_TYPES, Architecture, MixtureOfExperts, read_architecture
 from megatron_gkd.errors import CheckpointError, NotBuiltError
-from tests.checkpoints import FAMILIES, ROPES
+from tests.support.checkpoints import FAMILIES, ROPES
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -1,6 +1,7 @@
 """The command line as a user meets it: texts, exit codes, ranks, what is imported.
 
-Does not cover: what the commands do (tests of train/ and report.py) and the parsing of single flags (test_flags.py).
+Does not cover: what the commands do (tests of train/ and report.py) and the parsing of single flags
+(config/test_flags.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import pytest
 
 import megatron_gkd
 from megatron_gkd import cli
-from megatron_gkd.config import RunConfig, flags
+from megatron_gkd.config import environment
+from megatron_gkd.config.run import RunConfig, flags
 from megatron_gkd.errors import DataError
 from tests.support.effort import LIMIT_S
 
@@ -200,7 +202,7 @@ def test_train_and_eval_get_the_configuration(run_dir: Path, monkeypatch: pytest
 
 def test_report_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    stub(monkeypatch, "megatron_gkd.report", main=seen.append)
+    stub(monkeypatch, "megatron_gkd.commands.report", main=seen.append)
     assert cli.main(["report", "runs/gkd", "--num_answers", "2"]) == 0
     assert seen == [["runs/gkd", "--num_answers", "2"]]
 
@@ -264,7 +266,7 @@ def test_a_launcher_is_told_the_line(
 
     error_file = run_dir / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
-    monkeypatch.setenv(cli.LAST_WORDS, str(run_dir))
+    monkeypatch.setenv(environment.LAST_WORDS, str(run_dir))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
     assert cli.main([*TRAIN, *MISSING]) == 2
     line = capsys.readouterr().err.strip()

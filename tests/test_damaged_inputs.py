@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_gkd.architecture import read_architecture
+from megatron_gkd.config.json_file import parse_json, read_json, shown, whole_number
 from megatron_gkd.errors import CheckpointError, GKDError
-from megatron_gkd.json_file import parse_json, read_json, shown, whole_number
 from megatron_gkd.train.checkpoint.files import read_manifest
 from megatron_gkd.weights import hf_files, safetensors_format
 from megatron_gkd.weights.hf_files import INDEX_FILE, SINGLE_FILE, HFCheckpoint
-from tests.checkpoints import write_tiny_checkpoint
+from tests.support.checkpoints import write_tiny_checkpoint
 
 DEEP = "[" * 100_000
 # As JSON texts: what Python's json takes and what it does not.

@@ -1,6 +1,6 @@
 """The documentation against the repository: links, file map, command lines, flags.
 
-Elsewhere: the configuration page (test_flags.py), the examples of docs/data.md (data/test_docs.py). Not covered:
+Elsewhere: the configuration page (config/test_flags.py), the examples of docs/data.md (data/test_docs.py). Not covered:
 whether the prose is true.
 """
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.check_config import CheckConfig, CheckDataConfig, CheckTrainConfig
 from megatron_gkd.cli import COMMANDS
-from megatron_gkd.config import flags, flags_of
-from megatron_gkd.convert import ConvertConfig
-from megatron_gkd.sample_config import SampleConfig
+from megatron_gkd.commands.convert import ConvertConfig
+from megatron_gkd.config.checks import CheckConfig, CheckDataConfig, CheckTrainConfig
+from megatron_gkd.config.run import flags, flags_of
+from megatron_gkd.config.sample import SampleConfig
 from tests.support import metrics_page
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,10 +25,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
+from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import LIMIT_S
 from tests.support.program import TORCHRUN, run
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TRAIN, NUM_HELD_OUT = 24, 7

@@ -2,7 +2,7 @@
 what the reader promises. Never another exception, never a hang, never a number that is not one.
 
 The answers go the whole way: bytes of a response, the client, the reader, the caller. Those of a real vLLM server are
-tested in rollout/test_server.py and teacher_server/test_vllm.py; of ms-swift, in teacher_server/test_swift.py.
+tested in rollout/test_server.py and teacher/servers/test_vllm.py; of ms-swift, in teacher/servers/test_swift.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.client import ServerClient
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.wire import read_cached_tokens, read_completion, read_scores
-from megatron_gkd.teacher_server.probes import Needs
-from megatron_gkd.teacher_server.servers import TeacherServers
-from megatron_gkd.teacher_server.swift import Swift
-from megatron_gkd.teacher_server.wire import VLLM, TopK
-from tests.mutations import damaged, mutated
+from megatron_gkd.teacher.servers.probes import Needs
+from megatron_gkd.teacher.servers.servers import TeacherServers
+from megatron_gkd.teacher.servers.swift import Swift
+from megatron_gkd.teacher.servers.wire import VLLM, TopK
 from tests.support.effort import count
-from tests.teacher_server.fake import VOCAB, FakeServer, FakeSwift
+from tests.support.fake_teacher_server import VOCAB, FakeServer, FakeSwift
+from tests.support.mutations import damaged, mutated
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -21,7 +21,7 @@ import torch
 
 from megatron_gkd.architecture import _REAL, _TRUTH, _WHOLE, Architecture, read_architecture
 from megatron_gkd.errors import GKDError
-from megatron_gkd.known_options import _HARMLESS, _JUDGED, _JUDGED_OF, _ONLY
+from megatron_gkd.model.known_options import _HARMLESS, _JUDGED, _JUDGED_OF, _ONLY
 from tests.support.effort import count
 from tests.test_architecture import LLAMA, of_family
 

@@ -24,9 +24,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.effort import LIMIT_S
+from tests.support.runs import command_line, exported, metrics
+from tests.support.trainers import write_pair, write_rows
 from tests.test_launch import ROOT
-from tests.train.runs import command_line, exported, metrics
-from tests.train.trainers import write_pair, write_rows
 
 pytestmark = pytest.mark.slow
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.flags import parse_check_train, parse_run_config, parse_section
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.sample import SampleConfig
 from megatron_gkd.errors import LayoutError
-from megatron_gkd.flags import parse_check_train, parse_run_config, parse_section
-from megatron_gkd.sample_config import SampleConfig
 from megatron_gkd.train.preflight import run_preflight
 from tests.support.effort import LIMIT_S
 from tests.test_launch import ROOT, Result, bash

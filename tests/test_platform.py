@@ -23,11 +23,11 @@ from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import adapt_megatron_to_cpu, cpu_adaptation, init_distributed, setup
 from megatron_gkd.train.student import Student
-from tests.checkpoints import write_tiny_checkpoint
-from tests.model.steps import Cell, Expected, Step, train, transformers_steps, worst
-from tests.ranks import run_ranks
+from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import FULL, LIMIT_S
-from tests.weights.ranks_at_work import megatron
+from tests.support.model_steps import Cell, Expected, Step, train, transformers_steps, worst
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import megatron
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA requests are answered by CUDA here")
@@ -106,7 +106,7 @@ import pkgutil, importlib, sys, torch
 from megatron_gkd.platform import import_megatron
 compiler = torch.compile
 import_megatron()
-import megatron_gkd.convert, megatron_gkd.train.evaluate, megatron_gkd.train.loop
+import megatron_gkd.commands.convert, megatron_gkd.train.evaluate, megatron_gkd.train.loop
 assert torch.compile is compiler
 assert torch.cuda.is_available() or "torch._inductor" not in sys.modules
 import megatron.core.tensor_parallel.random as megatron_random

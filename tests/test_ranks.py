@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RankFailureError, one_rank_group, run_ranks, tp_group
+from tests.support.ranks import RankFailureError, one_rank_group, run_ranks, tp_group
 
 
 def _pid_and_draw() -> tuple[int, float]:

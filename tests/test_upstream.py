@@ -25,9 +25,9 @@ from megatron_gkd.architecture import read_architecture
 from megatron_gkd.model.build import build_model
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
-from tests.weights.ranks_at_work import groups_of, megatron
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import groups_of, megatron
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(megatron_gkd.__file__).parent
@@ -145,7 +145,7 @@ self._mine = state._asdict()
     tree = ast.parse(text)
     found = list(uses(tree, own_names({"x.py": tree})))
     assert sorted(found) == ["VLLM_X", "_get_param_groups", "_secret", "_timeout", "api", "get_rank"]
-    assert not_in_the_table("rollout/group.py", iter(found)) == {*found} - {"_timeout"}
+    assert not_in_the_table("rollout/weight_group.py", iter(found)) == {*found} - {"_timeout"}
 
 
 # ---- what is installed against the table ----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.support.vllm_zygote import ForkedProgram, forked_programs
 
 pytest.importorskip("vllm")

@@ -36,10 +36,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_gkd.data.clock import Clock
+from megatron_gkd.data.git_lfs import refuse_lfs_pointer
 from megatron_gkd.data.time_limit import TimeLimitError, time_limit
 from megatron_gkd.data.turns import Arguments, with_text_arguments
 from megatron_gkd.errors import CheckpointError, DataError
-from megatron_gkd.git_lfs import refuse_lfs_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

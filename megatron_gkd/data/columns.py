@@ -17,8 +17,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from megatron_gkd.config.template_flags import RESERVED
 from megatron_gkd.errors import DataError
-from megatron_gkd.template_flags import RESERVED
 
 MARKS: Final = ("loss", "loss_mask", "loss_scale", "weight", "train")
 _TOOLS: Final = ("tools", "functions", "tool_defs")

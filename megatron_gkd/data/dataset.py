@@ -1,7 +1,7 @@
 """What a run asks of its training rows, whether they were read before (rows.py) or are read on access (streaming.py).
 
 Rows have an index, the same on every rank and in every run on the same data, and the stream of a run's rows is drawn
-over the indices (sampler.py). What a run cannot use is said by a check, `check(row, place)` that raises: rows in memory
+over the indices (order.py). What a run cannot use is said by a check, `check(row, place)` that raises: rows in memory
 are checked at once, streamed ones where they are used.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 
-from megatron_gkd.data.sampler import mixed_row_indices, row_indices
+from megatron_gkd.data.order import mixed_row_indices, row_indices
 from megatron_gkd.errors import DataError
 from megatron_gkd.records import Row
 

@@ -30,11 +30,11 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.dtypes import LONG_NAMES, Dtype
+from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
+from megatron_gkd.model.divisible import check_layout
 from megatron_gkd.model.layers import local_block_spec, use_own_self_attention
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.weights.plan import check_layout
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, long) for name, long in LONG_NAMES.items()}
 

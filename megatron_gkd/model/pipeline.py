@@ -5,7 +5,7 @@ rank. `forward_hidden` is the first half of every such function here: a MicroBat
 states; on the last stage the final ones).
 
 Lengths: micro-batches of a step differ in length. 1F1B exchanges shapes between stages (`variable_seq_lengths`). The
-interleaved schedule cannot (see model/build.py), so its micro-batches are collated to one common shape [B, S]:
+interleaved schedule cannot (see build.py), so its micro-batches are collated to one common shape [B, S]:
 `common_shape` says whether a layout needs that.
 """
 

@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import TextIO
 
-from megatron_gkd.environment import rank_told
+from megatron_gkd.config.environment import rank_told
 from megatron_gkd.observe.text import visible
 
 PACKAGE = "megatron_gkd"

@@ -32,7 +32,7 @@ from typing import Any, Final
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported, not by name
 
-from megatron_gkd import environment
+from megatron_gkd.config import environment
 from megatron_gkd.errors import ConfigError
 
 NEEDED: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

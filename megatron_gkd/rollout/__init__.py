@@ -2,10 +2,8 @@
 
 requests.py       what is asked of an engine in a step: seeds, lengths, balance over engines          (pure)
 state.py          what an engine may be asked in which state                                         (pure)
-worker.py         runs inside vLLM's worker: takes buckets of weights, checks them, loads them
 engines.py        which engines a configuration asks for, and which rank drives them
-guard.py          what an engine in the trainer's process changes globally, and its restoration
-colocate.py       an engine in the torchrun ranks
-server.py         engines behind HTTP: client.py sends, wire.py words, transfer.py carries weights (group.py: afar)
-local_server.py   a server as a child of this process; supervisor.py sees that it does not outlive it
+client.py         requests to a server; wire.py their wording, gate.py who may send which
+weight_transfer.py  weights to a server, through files or a group of their own (weight_group.py)
+vllm/             the adapters: engines in the trainer's ranks, in a child process, behind HTTP; vLLM's side of them
 """

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import httpx
 
-from megatron_gkd.secret import Secret
+from megatron_gkd.config.secret import Secret
 
 MOST_REFUSAL_BYTES: Final = 2**16
 SHOWN_CHARACTERS: Final = 500

@@ -7,9 +7,9 @@ answer of 500 and above, with growing pauses, for at most `retry_s`; others neve
 
 Answers may come compressed (gzip): the client says that it takes them so. They are read up to a length that follows
 from the request (answers.py). What an answer has to hold is taken out of it by the caller's `read`; an answer of
-another form is an error like any other. The key of the API (secret.py) is sent as a header, and appears in no message,
-also where the server repeats it; an address that holds a password is refused. Proxies of the environment are not used:
-what passes here are weights, samples and a teacher's log-probabilities, between machines of one run.
+another form is an error like any other. The key of the API (config/secret.py) is sent as a header, and appears in no
+message, also where the server repeats it; an address that holds a password is refused. Proxies of the environment are
+not used: what passes here are weights, samples and a teacher's log-probabilities, between machines of one run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from megatron_gkd.config.secret import Secret
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.rollout.answers import (
     MOST_REFUSAL_BYTES,
@@ -39,7 +40,6 @@ from megatron_gkd.rollout.answers import (
 )
 from megatron_gkd.rollout.gate import HEADER
 from megatron_gkd.rollout.wire import OTHER_FORM
-from megatron_gkd.secret import Secret
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
-from megatron_gkd.config import SamplingConfig
-from megatron_gkd.dtypes import Dtype
+from megatron_gkd.config.dtypes import Dtype
+from megatron_gkd.config.run import SamplingConfig
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel.together import on_first
 from megatron_gkd.rollout.protocol import Engine
@@ -39,7 +39,7 @@ def open_engines(
     """Collective over `group`, all ranks of the run. Raises ConfigError or RolloutError."""
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if sampling.vllm_mode == "colocate":
-        from megatron_gkd.rollout.colocate import ColocatedEngine
+        from megatron_gkd.rollout.vllm.colocate import ColocatedEngine
 
         tensor = sampling.vllm_tensor_parallel_size
         engine = ColocatedEngine(
@@ -79,7 +79,7 @@ def probe_servers(sampling: SamplingConfig, *, model_path: str, dtype: Dtype, ma
 
     Raises ConfigError or RolloutError: it cannot be reached, or has another type, model or length than is needed.
     """
-    from megatron_gkd.rollout.server import ServerEngine
+    from megatron_gkd.rollout.vllm.server import ServerEngine
 
     assert sampling.vllm_server_host is not None, "RunConfig.validate refuses --vllm_mode server without a host"
     for url in server_urls(sampling.vllm_server_host, sampling.vllm_server_port):
@@ -103,7 +103,7 @@ def _servers_on_rank_0(
     engines: list[Engine] = []
 
     def open_all() -> None:
-        from megatron_gkd.rollout.server import ServerEngine, SubprocessEngine
+        from megatron_gkd.rollout.vllm.server import ServerEngine, SubprocessEngine
 
         for url in urls:
             engines.append(ServerEngine(url, model_path=model_path, dtype=dtype))  # noqa: PERF401 - kept on failure

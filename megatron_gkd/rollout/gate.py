@@ -2,7 +2,7 @@
 asks for.
 
     open to all                    OPEN: health, name of the model, completions (with vLLM's own key, if it has one)
-    with the secret alone          CONTROL: pause, sleep, versions, and /collective_rpc for METHODS, worker.py's
+    with the secret alone          CONTROL: pause, sleep, versions, and /collective_rpc for METHODS of vllm/worker.py
     for nobody                     everything else: vLLM's development endpoints run any method of its workers, one of
                                    which writes a file wherever it is told
 
@@ -20,8 +20,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any, Final
 
+from megatron_gkd.config.secret import Secret
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.secret import Secret
 
 SECRET_FILE_ENV: Final = "GKD_ROLLOUT_SECRET_FILE"
 SECRET_FILE: Final = "~/.megatron_gkd/rollout_secret"

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Final
 
 import megatron_gkd
-from megatron_gkd import environment
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config import environment
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.schema import show
+from megatron_gkd.config.servers import LocalTeacher
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.errors import GKDError
-from megatron_gkd.server_list import LocalTeacher
-from megatron_gkd.settings import show
 from megatron_gkd.weights.fingerprint import fingerprint
 from megatron_gkd.weights.hf_files import INDEX_FILE, has_safetensors, side_files
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_gkd import platform
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import on_first
 

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from typing import NamedTuple
 
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.records import Row, Source
 from megatron_gkd.schedule import sample_sources

@@ -16,24 +16,24 @@ import math
 
 import torch
 
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.no_effect import told, without_effect
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.divergence import Divergence
 from megatron_gkd.errors import TrainingError
+from megatron_gkd.loss.divergence import Divergence
+from megatron_gkd.loss.vocab_cross_entropy import vocab_parallel_cross_entropy
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
-from megatron_gkd.no_effect import told, without_effect
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
-from megatron_gkd.signals import Signal
+from megatron_gkd.teacher.signals import Signal
 from megatron_gkd.train.inputs import teaches_nothing
 from megatron_gkd.train.objective import DistillationLoss, Outcome
 from megatron_gkd.train.plans import evaluation_plans
 from megatron_gkd.train.setup import Run, TeacherRun, build, join, with_dtype
 from megatron_gkd.train.step import add_reports, forward_step_with, reduce_reports, student_batches, teacher_signals
 from megatron_gkd.train.teacher_ranks import serve_evaluation
-from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
 
 logger = get_logger(__name__)
 

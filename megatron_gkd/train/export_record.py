@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import torch.distributed as dist
 
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.json_file import read_object
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import CheckpointError, GKDError
-from megatron_gkd.json_file import read_object
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import all_true, on_first
 from megatron_gkd.platform import new_group

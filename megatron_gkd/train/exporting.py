@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_gkd.config import RunConfig
-from megatron_gkd.dtypes import LONG_NAMES
+from megatron_gkd.config.dtypes import LONG_NAMES
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.model.build import DTYPES
 from megatron_gkd.observe.compare import differing, side_by_side
 from megatron_gkd.observe.logging import get_logger

@@ -1,6 +1,6 @@
 """What a run does about numbers that are not finite, losses that jump and ranks that are lost (docs/faults.md).
 
-A bad step is one whose loss or gradient norm is not finite. It makes no update (train/student.py); here it is counted,
+A bad step is one whose loss or gradient norm is not finite. It makes no update (student.py); here it is counted,
 its samples are written to SAVE/bad_steps/step_00000010.json, and after `--max_bad_steps` of them in a row the run ends.
 So it does when its last step is bad, when no step of it made an update, and when a weight is not finite at its end:
 a run that has trained nothing, or NaN, is none that has ended well, and its student is not exported.
@@ -29,13 +29,13 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.errors import GKDError, TrainingError
 from megatron_gkd.observe.advice import go_on
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import gathered
 from megatron_gkd.records import Sample, StepPlan
-from megatron_gkd.server_list import LocalTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.train.checkpoint import TrainerState
 from megatron_gkd.train.setup import Run
 from megatron_gkd.train.student import StepResult

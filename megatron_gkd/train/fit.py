@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-from megatron_gkd import environment
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config import environment
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.parallel.layout import Layout, check_num_micro_batches
 
@@ -43,7 +43,7 @@ def _teacher_ranks(config: RunConfig, world_size: int, ranks_per_node: int | Non
         return 0
     count, asked = teacher.teacher_world_size, f"--teacher_world_size {teacher.teacher_world_size}"
     if count is None:
-        assert teacher.teacher_nodes is not None, "contradictions.py refuses separate ranks without their number"
+        assert teacher.teacher_nodes is not None, "config/validate.py refuses separate ranks without their number"
         local = ranks_per_node or environment.number("LOCAL_WORLD_SIZE", least=1)
         if local is None:
             raise ConfigError(

@@ -18,27 +18,27 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.architecture import Architecture, read_architecture
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.data.chat import ChatEncoder, check_same_tokenizer, load_tokenizer
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.data.policy import RowPolicy
 from megatron_gkd.data.rows import RowDataset
-from megatron_gkd.data.stop_tokens import stop_tokens
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.data.suspicions import told
 from megatron_gkd.data.template_differences import differences
 from megatron_gkd.errors import ConfigError
+from megatron_gkd.model.divisible import check_layout
+from megatron_gkd.model.reach import reach
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none, on_every_rank
-from megatron_gkd.reach import reach
-from megatron_gkd.server_list import LocalTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
 from megatron_gkd.train.run_clock import run_clock
 from megatron_gkd.train.shared_rows import shared_rows
-from megatron_gkd.weights.plan import check_layout
+from megatron_gkd.weights.stop_tokens import stop_tokens
 
 logger = get_logger(__name__)
 

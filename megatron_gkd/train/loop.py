@@ -18,10 +18,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.flags import to_yaml
+from megatron_gkd.config.no_effect import told, without_effect
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import RunStoppedError
-from megatron_gkd.flags import to_yaml
-from megatron_gkd.no_effect import told, without_effect
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress

@@ -3,7 +3,7 @@
 An `Objective` sees one micro-batch at a time and divides nothing: megatron-core divides the summed gradient once, by
 the number of loss tokens of the global batch. Its report is a dict of `[2]` float64 tensors (sum, count); what a
 micro-batch has none of counts 0. Training minimises `DistillationLoss`; evaluation has an objective of its own
-(train/evaluate.py).
+(evaluate.py).
 
     loss_sum = sum_t D(P_t, Q_t)  +  sft_alpha * sum_{t: source != student} CE(y_t, Q_t)      over the T loss tokens,
     in nats
@@ -27,18 +27,18 @@ import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch.nn.functional import linear
 
-from megatron_gkd.config import DistillationConfig
+from megatron_gkd.config.run import DistillationConfig
 from megatron_gkd.data.collate import MicroBatch
-from megatron_gkd.divergence import Divergence
 from megatron_gkd.fused_linear_jsd import HiddenTeacher, TokenLosses, TopKTeacher, fused_linear_distill
+from megatron_gkd.loss.divergence import Divergence
+from megatron_gkd.loss.vocab_cross_entropy import vocab_parallel_cross_entropy
+from megatron_gkd.loss.vocab_topk import vocab_parallel_argmax
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.records import SOURCES
-from megatron_gkd.signals import HiddenSignal, Signal, TopKSignal
+from megatron_gkd.teacher.signals import HiddenSignal, Signal, TopKSignal
 from megatron_gkd.topk_jsd import topk_divergence, topk_masses
-from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_divergence
-from megatron_gkd.vocab_parallel_topk import vocab_parallel_argmax
 
 Report = dict[str, torch.Tensor]
 Outcome = tuple[torch.Tensor, torch.Tensor, Report]  # loss_sum, num_tokens, report

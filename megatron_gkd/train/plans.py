@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import from_first
@@ -22,12 +22,12 @@ from megatron_gkd.records import StepPlan
 from megatron_gkd.rollout.protocol import Completion, Request
 from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.schedule import Sampled, make_samples, plan_step
+from megatron_gkd.teacher.completions import TeacherSamples
 from megatron_gkd.train.batches import plan_forward
 from megatron_gkd.train.checkpoint import TrainerState
 from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import engine_length
-from megatron_gkd.train.teacher_samples import TeacherSamples
 
 
 class StepPlans:

@@ -8,7 +8,7 @@
 The launch scripts ask it before they start a rank, and with --dry-run. So a wrong path is one line, within two seconds,
 once a machine, and the last one on the screen. A rank that is started without them looks at its paths as well.
 
-Not here: contradictions of flags (contradictions.py), and whatever has to be read to be judged: rows, tokenizers,
+Not here: contradictions of flags (config/validate.py), and whatever has to be read to be judged: rows, tokenizers,
 weights, checkpoints. Another machine's files are that machine's to look at.
 """
 
@@ -17,15 +17,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_gkd.check_config import CheckTrainConfig
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.checks import CheckTrainConfig
+from megatron_gkd.config.not_built import Command
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.sample import SampleConfig
+from megatron_gkd.config.schema import Section
+from megatron_gkd.config.servers import LocalTeacher
 from megatron_gkd.data.files import check_supported
 from megatron_gkd.errors import CheckpointError, ConfigError, GKDError
-from megatron_gkd.not_built import Command
 from megatron_gkd.observe.advice import go_on
-from megatron_gkd.sample_config import SampleConfig
-from megatron_gkd.server_list import LocalTeacher
-from megatron_gkd.settings import Section
 from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
 
 _BY_NAME = "nothing is fetched by its name on a hub: download it, and give the directory"
@@ -103,7 +103,7 @@ def run_preflight(asked: CheckTrainConfig, config: RunConfig) -> None:
     check_batch(config, student)
     if asked.read_models:
         from megatron_gkd.architecture import read_architecture
-        from megatron_gkd.weights.plan import check_layout
+        from megatron_gkd.model.divisible import check_layout
 
         named = [("model", config.model.model, student, student.virtual_pipeline)]
         if isinstance(kind := config.teacher.kind, LocalTeacher):

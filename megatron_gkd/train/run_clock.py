@@ -9,7 +9,7 @@ Communication: one object from rank 0 over WORLD.
 
 from __future__ import annotations
 
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.parallel.together import on_first

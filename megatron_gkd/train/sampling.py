@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.observe.logging import get_logger

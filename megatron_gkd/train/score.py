@@ -15,12 +15,12 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.loss.vocab_cross_entropy import vocab_parallel_cross_entropy
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample
 from megatron_gkd.train.batches import Collator, plan_forward
-from megatron_gkd.vocab_parallel_ce import vocab_parallel_cross_entropy
 from megatron_gkd.weights.chunks import unwrap
 
 

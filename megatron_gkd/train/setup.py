@@ -16,14 +16,15 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.dtypes import chosen
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.dtypes import chosen
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import require_same
+from megatron_gkd.teacher.completions import TeacherSamples
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
 from megatron_gkd.train.alike import row_facts, start_facts
 from megatron_gkd.train.inputs import Inputs, read_inputs
@@ -32,7 +33,6 @@ from megatron_gkd.train.plans import StepPlans
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import build_rollouts, check_servers
 from megatron_gkd.train.student import Student
-from megatron_gkd.train.teacher_samples import TeacherSamples
 from megatron_gkd.train.teacher_sampling import build_teacher_samples
 from megatron_gkd.train.teachers import Taught, reach
 from megatron_gkd.weights.source import ModelSource

@@ -2,7 +2,7 @@
 
 Walk: `distill` asks the teacher for the signals of all samples of the plan, then hands the student's schedule a
 forward step that (on the last stage) hands each micro-batch and its signals to the objective. `evaluate` in
-train/evaluate.py is the same walk without gradients.
+evaluate.py is the same walk without gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_gkd.model.pipeline import ForwardStep, forward_hidden
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.records import StepPlan
-from megatron_gkd.signals import SignalStore
+from megatron_gkd.teacher.signals import SignalStore
 from megatron_gkd.teacher_pipeline import Teacher
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.objective import Objective

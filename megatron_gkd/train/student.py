@@ -28,7 +28,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_gkd.config import TrainingConfig
+from megatron_gkd.config.run import TrainingConfig
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.options import ModelOptions

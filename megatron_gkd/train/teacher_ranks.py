@@ -1,7 +1,7 @@
 """The part in a run of a rank that the teacher has to itself (`--teacher_placement separate`).
 
 It makes the same plans as the student's ranks, in the order of timeline.py, and has no other contact with them than the
-signals that it sends, checkpoints, and requests to stop (train/stopping.py). So it works ahead: while the student
+signals that it sends, checkpoints, and requests to stop (stopping.py). So it works ahead: while the student
 trains on a step, the teacher forwards the next one, unless that has to be sampled from the student first.
 """
 

@@ -6,7 +6,7 @@ Two samplers:
                     something is missing, and ends when it is sampled. Identity: the fingerprint of the model's
                     directory (weights/fingerprint.py) and the precision.
     ServerSampler   the servers of an external teacher, beside the training. Identity: the name of the model and its
-                    canary, the distribution of a probe (teacher_server/probes.py), which is kept with the completions.
+                    canary, the distribution of a probe (teacher/servers/probes.py), which is kept with the completions.
 
 A canary is the same up to rounding when it is asked again, so it is compared, not hashed: a server whose canary is
 nearer than `_SAME` to one that is kept is that teacher.
@@ -24,25 +24,25 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.dtypes import Dtype
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import ServerTeachers
 from megatron_gkd.data.chat import ChatEncoder
-from megatron_gkd.data.stop_tokens import stop_tokens
-from megatron_gkd.dtypes import Dtype
 from megatron_gkd.errors import CheckpointError, RolloutError
 from megatron_gkd.observe.logging import get_logger
-from megatron_gkd.rollout.completion_cache import CompletionCache, prompt_seed
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.requests import make_requests
-from megatron_gkd.server_list import ServerTeachers
-from megatron_gkd.teacher_server.probes import Needs, Probed
-from megatron_gkd.teacher_server.servers import TeacherServers
-from megatron_gkd.teacher_server.wire import TopK, distance
+from megatron_gkd.teacher.completion_cache import CompletionCache, prompt_seed
+from megatron_gkd.teacher.completions import Sampler, Store, TeacherSamples
+from megatron_gkd.teacher.servers.probes import Needs, Probed
+from megatron_gkd.teacher.servers.servers import TeacherServers
+from megatron_gkd.teacher.servers.wire import TopK, distance
 from megatron_gkd.train.checkpoint import find_checkpoint, is_hf_directory, read_state
 from megatron_gkd.train.draws import Draw
 from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.sampling import check_prompts, engine_length
-from megatron_gkd.train.teacher_samples import Sampler, Store, TeacherSamples
 from megatron_gkd.weights.fingerprint import fingerprint
+from megatron_gkd.weights.stop_tokens import stop_tokens
 
 logger = get_logger(__name__)
 
@@ -149,7 +149,7 @@ class EngineSampler:
         self.identity = f"directory {fingerprint(path)} {self._dtype}"
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> Iterator[list[Completion]]:
-        from megatron_gkd.rollout.server import SubprocessEngine
+        from megatron_gkd.rollout.vllm.server import SubprocessEngine
 
         logger.info("teacher's completions: starting a vLLM engine to sample %d", len(requests))
         with SubprocessEngine(

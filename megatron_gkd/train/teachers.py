@@ -1,4 +1,4 @@
-"""The teacher of a run, by its kind (config.py, `TeacherConfig.kind`): the one place that makes it.
+"""The teacher of a run, by its kind (config/run.py, `TeacherConfig.kind`): the one place that makes it.
 
     LocalTeacher      TeacherPipeline on the ranks that hold a part of it, RemoteTeacher where all of it is elsewhere
     ServerTeachers    ServerTeacher
@@ -19,17 +19,17 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gkd.architecture import Architecture
+from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.model.build import DTYPES
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.platform import Platform
 from megatron_gkd.records import StepPlan
-from megatron_gkd.server_list import LocalTeacher, SelfTeaching, ServerTeachers
+from megatron_gkd.teacher.itself import SelfTeacher
+from megatron_gkd.teacher.served import ServerTeacher
+from megatron_gkd.teacher.servers.probes import PROBE_TOKENS, Needs, probe_tokens
 from megatron_gkd.teacher_pipeline import RemoteTeacher, Teacher, TeacherPipeline, signal_spec
-from megatron_gkd.teacher_server.probes import PROBE_TOKENS, Needs, probe_tokens
 from megatron_gkd.train.inputs import Inputs
-from megatron_gkd.train.self_teacher import SelfTeacher
-from megatron_gkd.train.server_teacher import ServerTeacher
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_vocab_shard
@@ -154,7 +154,7 @@ def server_needs(inputs: Inputs) -> Needs:
     """What the run asks of its teacher servers."""
     config, distillation, tokenizer = inputs.config, inputs.config.distillation, inputs.tokenizer
     topk = distillation.gkd_logits_topk
-    assert topk is not None, "contradictions.py refuses servers without it"
+    assert topk is not None, "config/validate.py refuses servers without it"
     data = [dataset for dataset in (inputs.rows, inputs.eval_rows) if dataset is not None]
     longest = max((dataset.longest for dataset in data), default=2)
     if inputs.rows is not None and (distillation.lmbda > 0 or distillation.samples_teacher):

@@ -6,7 +6,7 @@ hf_files.py  safetensors directories, read lazily                hf_writer.py  t
 chunks.py    a model's parameters by role and global layer
 megatron_files.py   Megatron distributed checkpoints, a parameter at a time
 safe_files.py       reading such checkpoints without running what is in them
-dtypes.py    dtypes of HF tensors, on record       compare.py    logits against transformers
+config/dtypes.py    dtypes of HF tensors, on record       compare.py    logits against transformers
 megatron_bridge.py  another library's conversion, for other families
 load.py      HF -> model, each rank its rectangles               export.py     model -> HF, in bounded buckets
 """

@@ -13,8 +13,8 @@ Communication of a pass: the stream's gathering, then per bucket of B tensors an
 Memory beyond the model: on a leader the bucket and one shard; elsewhere the bucket. Each bucket is a new buffer, never
 written again, so that its tensors may be referred to as long as they are needed.
 
-A checksum is of the tensor as it left its owner; whoever loads it verifies it (rollout/worker.py), so damage anywhere
-between is found, by name.
+A checksum is of the tensor as it left its owner; whoever loads it verifies it (rollout/vllm/worker.py), so damage
+anywhere between is found, by name.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import Final
 import torch
 
 from megatron_gkd.architecture import Architecture
+from megatron_gkd.config.json_file import read_json
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.json_file import read_json
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.plan import hf_tensor_shapes
 from megatron_gkd.weights.safetensors_format import FLOATS

@@ -36,8 +36,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture, read_architecture, read_config_json
-from megatron_gkd.data.stop_tokens import generation_changes
-from megatron_gkd.dtypes import LONG_NAMES
+from megatron_gkd.config.dtypes import LONG_NAMES
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.parallel.together import gathered
@@ -48,6 +47,7 @@ from megatron_gkd.weights.hf_writer import DEFAULT_SHARD_BYTES, HFWriter, check_
 from megatron_gkd.weights.naming import ROLES, Unit, hf_names
 from megatron_gkd.weights.plan import plan, unit_shapes, units
 from megatron_gkd.weights.safetensors_format import TensorSpec
+from megatron_gkd.weights.stop_tokens import generation_changes
 
 log = logging.getLogger(__name__)
 

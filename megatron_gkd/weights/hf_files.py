@@ -18,9 +18,9 @@ from typing import Any, Final, Self
 
 import torch
 
+from megatron_gkd.config.json_file import read_json, shown
+from megatron_gkd.data.git_lfs import refuse_lfs_pointer
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.git_lfs import refuse_lfs_pointer
-from megatron_gkd.json_file import read_json, shown
 from megatron_gkd.weights.plan import Span
 from megatron_gkd.weights.safetensors_format import FLOATS, MOST_TENSORS, Entry, read_header
 

@@ -18,7 +18,6 @@ from typing import IO, Any, Final, Self
 
 import torch
 
-from megatron_gkd.data.stop_tokens import GENERATION_CONFIG
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.weights.hf_files import (
     INDEX_FILE,
@@ -28,6 +27,7 @@ from megatron_gkd.weights.hf_files import (
     side_files,
 )
 from megatron_gkd.weights.safetensors_format import TensorSpec, write_header
+from megatron_gkd.weights.stop_tokens import GENERATION_CONFIG
 
 DEFAULT_SHARD_BYTES: Final = 5 * 10**9
 

@@ -43,8 +43,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
 from megatron_gkd.architecture import Architecture
+from megatron_gkd.config.json_file import read_json
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.json_file import read_json
 from megatron_gkd.model.build import HiddenStateGPTModel, build_model
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.observe.transfer import Transfer

@@ -18,7 +18,7 @@ or permuted within a head):
     gated        [2I/n, H]: chunk r of gate, then chunk r of up; NOT chunk r of [gate; up].
 
 An expert is cut over the expert-tensor-parallel ranks; which experts a rank has, expert parallelism says: rank r of n
-has experts r*E/n .. (r+1)*E/n, whole or in part (weights/chunks.py).
+has experts r*E/n .. (r+1)*E/n, whole or in part (chunks.py).
 
 A wrong transform survives a round trip bit for bit, since export inverts import; only logits tell. Hence tests/weights
 compares logits with transformers for every family and layout.
@@ -121,54 +121,6 @@ def shard_shape(unit: Unit, arch: Architecture, rectangles: tuple[Rectangle, ...
     columns = rectangles[0].columns
     rest = full[1:] if columns is None else (columns[1] - columns[0],)
     return (sum(rectangle.num_rows for rectangle in rectangles), *rest)
-
-
-def check_layout(
-    arch: Architecture, tp: int, pp: int, vpp: int | None = None, *, ep: int = 1, etp: int | None = None
-) -> None:
-    """Raise LayoutError, with the reason and the sizes that would do, unless the model divides over this layout."""
-    chunks = vpp or 1
-    etp = tp if etp is None else etp
-    if min(tp, pp, chunks, ep, etp) < 1:
-        raise LayoutError(
-            f"parallel sizes must be at least 1; given tensor {tp}, pipeline {pp}, virtual pipeline {vpp}, "
-            f"expert {ep}, expert tensor {etp}"
-        )
-    _check_experts(arch, ep, etp)
-    if arch.num_heads % tp != 0:
-        raise LayoutError(_does_not_divide("tensor", tp, arch.num_heads, "attention heads"))
-    if arch.num_kv_heads % tp != 0 and tp % arch.num_kv_heads != 0:
-        raise LayoutError(
-            f"tensor-parallel size {tp} neither divides the {arch.num_kv_heads} key/value heads nor is their multiple"
-        )
-    dense = arch.moe is None or len(arch.moe.layers) < arch.num_layers
-    if dense and arch.ffn_hidden_size % tp != 0:
-        raise LayoutError(_does_not_divide("tensor", tp, arch.ffn_hidden_size, "rows of the MLP (intermediate_size)"))
-    if (arch.query_size + 2 * arch.kv_size) % tp != 0:
-        raise LayoutError(_does_not_divide("tensor", tp, arch.query_size + 2 * arch.kv_size, "rows of q, k and v"))
-    if chunks > 1 and pp == 1:
-        raise LayoutError(f"virtual pipeline size {vpp} needs a pipeline-parallel size of at least 2")
-    if arch.num_layers % (pp * chunks) != 0:
-        what = "pipeline" if chunks == 1 else f"virtual pipeline ({pp} stages x {chunks} chunks)"
-        raise LayoutError(_does_not_divide(what, pp * chunks, arch.num_layers, "decoder layers"))
-
-
-def _check_experts(arch: Architecture, ep: int, etp: int) -> None:
-    if arch.moe is None:
-        if ep > 1:
-            raise LayoutError(f"expert-parallel size {ep}: a {arch.model_type} model has no experts; use 1")
-    elif arch.moe.num_experts % ep != 0:
-        raise LayoutError(_does_not_divide("expert", ep, arch.moe.num_experts, "experts"))
-    elif arch.moe.ffn_hidden_size % etp != 0:
-        what = "rows of an expert (moe_intermediate_size)"
-        raise LayoutError(_does_not_divide("expert-tensor", etp, arch.moe.ffn_hidden_size, what))
-
-
-def _does_not_divide(kind: str, size: int, total: int, what: str) -> str:
-    fitting = [n for n in range(1, min(total, 64) + 1) if total % n == 0]
-    return (
-        f"{kind}-parallel size {size} does not divide the {total} {what}; sizes that do: {', '.join(map(str, fitting))}"
-    )
 
 
 def _chunk(role: str, total: int, rank: int, size: int) -> Span:

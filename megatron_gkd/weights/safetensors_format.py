@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from megatron_gkd.config.json_file import parse_json, whole_number
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.json_file import parse_json, whole_number
 
 FLOATS: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES: Final = FLOATS | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}

@@ -20,7 +20,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.dtypes import Dtype
+from megatron_gkd.config.dtypes import Dtype
 from megatron_gkd.model.build import DTYPES, HiddenStateGPTModel, build_model
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout

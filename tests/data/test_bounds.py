@@ -16,7 +16,7 @@ from megatron_gkd.data.random_access import open_records
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.data.time_limit import TimeLimitError, time_limit
 from megatron_gkd.errors import CheckpointError, DataError
-from tests.data.tiny_tokenizers import CHATML, chat_tokenizer
+from tests.support.tiny_tokenizers import CHATML, chat_tokenizer
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 

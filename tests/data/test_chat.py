@@ -7,7 +7,7 @@ import pytest
 
 from megatron_gkd.data.chat import ChatEncoder, check_same_tokenizer, load_tokenizer
 from megatron_gkd.errors import CheckpointError, DataError
-from tests.data.tiny_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
+from tests.support.tiny_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.check_config import CheckDataConfig
+from megatron_gkd.commands.check_data import run_check_data
+from megatron_gkd.config.checks import CheckDataConfig
 from megatron_gkd.data import clock as clock_module
 from megatron_gkd.data.chat import ChatEncoder
-from megatron_gkd.data.check import run_check_data
 from megatron_gkd.data.clock import Clock
-from tests.data.tiny_tokenizers import CHATML, chat_tokenizer
+from tests.support.tiny_tokenizers import CHATML, chat_tokenizer
 
 TIME = "2026-11-27T23:59:58"
 LLAMA = (  # as Llama 3.2 asks

@@ -15,16 +15,16 @@ import pyarrow.parquet
 import pytest
 
 from megatron_gkd import cli
-from megatron_gkd.config import RunConfig
+from megatron_gkd.commands.check_data import check_rows
+from megatron_gkd.config.flags import parse_run_config
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.chat import ChatEncoder
-from megatron_gkd.data.check import check_rows
 from megatron_gkd.data.prompts import Prompt, make_row, read_prompts
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.errors import ConfigError, DataError
-from megatron_gkd.flags import parse_run_config
-from tests.data.saved import write_saved
-from tests.data.tiny_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
+from tests.support.saved_rows import write_saved
+from tests.support.tiny_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
 
 END = "<|im_end|>"
 # Renders tools, calls, reasoning and enable_thinking; refuses nothing.

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_gkd.data.files import read_records
 from megatron_gkd.errors import DataError, NotBuiltError
-from tests.data.saved import write_saved
+from tests.support.saved_rows import write_saved
 
 
 def test_jsonl_counts_lines_skips_blank_ones_and_hands_on_bad_ones(tmp_path):

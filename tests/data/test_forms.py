@@ -12,7 +12,7 @@ import pytest
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.forms import form_columns, prompt_and_completion
 from megatron_gkd.errors import DataError
-from tests.data.tiny_tokenizers import chat_tokenizer, plain_tokenizer
+from tests.support.tiny_tokenizers import chat_tokenizer, plain_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER, ASSISTANT = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I am well."}

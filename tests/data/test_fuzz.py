@@ -19,16 +19,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_gkd.config import flags
+from megatron_gkd.config.flags import parse_run_config, to_yaml
+from megatron_gkd.config.run import flags
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.errors import ConfigError, DataError
-from megatron_gkd.flags import parse_run_config, to_yaml
 from megatron_gkd.records import Row
-from tests.data.saved import write_saved
-from tests.data.tiny_tokenizers import chat_tokenizer
-from tests.mutations import ASSISTANT, USER, damaged, odd_value, pick
 from tests.support.effort import count
+from tests.support.mutations import ASSISTANT, USER, damaged, odd_value, pick
+from tests.support.saved_rows import write_saved
+from tests.support.tiny_tokenizers import chat_tokenizer
 
 pytestmark = pytest.mark.timeout(240)
 

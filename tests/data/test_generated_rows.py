@@ -24,16 +24,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_gkd.commands.check_data import check_rows
 from megatron_gkd.data.chat import ChatEncoder
-from megatron_gkd.data.check import check_rows
 from megatron_gkd.data.prompts import Prompt, read_prompts
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.errors import DataError
-from tests.data.saved import write_saved
 from tests.data.test_columns import FULL, TEXT_CALLS, THINKS
-from tests.data.tiny_tokenizers import CHATML, chat_tokenizer
 from tests.support.effort import count
+from tests.support.saved_rows import write_saved
+from tests.support.tiny_tokenizers import CHATML, chat_tokenizer
 
 NUM_ROWS, ROWS_PER_FILE = count(150, 2600), 6
 END = "<|im_end|>"

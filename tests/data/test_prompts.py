@@ -15,7 +15,7 @@ from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.prompts import Prompt, completion_text, make_row, read_back, read_prompts
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.errors import DataError
-from tests.data.tiny_tokenizers import chat_tokenizer, plain_tokenizer
+from tests.support.tiny_tokenizers import chat_tokenizer, plain_tokenizer
 
 RECORDS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "What is 2 + 3?"}], "id": 7},

@@ -32,9 +32,9 @@ from megatron_gkd.data.row_file import DamagedRowsError, read_rows, write_rows
 from megatron_gkd.data.row_key import read_content, rows_key
 from megatron_gkd.data.rows import BATCH_ROWS, RowArrays, RowDataset, load_rows
 from megatron_gkd.errors import DataError
-from tests.data.corpus import TOKENIZERS, write_corpus
-from tests.data.saved import write_saved
-from tests.data.tiny_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
+from tests.support.corpus import TOKENIZERS, write_corpus
+from tests.support.saved_rows import write_saved
+from tests.support.tiny_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
 
 OPTIONS: dict[str, Any] = dict(max_length=48, on_bad_row="skip", tag_key="tag")
 

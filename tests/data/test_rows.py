@@ -12,7 +12,7 @@ from megatron_gkd.data.rows import load_rows, tokenise
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.records import Row
-from tests.data.tiny_tokenizers import chat_tokenizer, plain_tokenizer
+from tests.support.tiny_tokenizers import chat_tokenizer, plain_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I am well."}
 TOKENIZER = chat_tokenizer()

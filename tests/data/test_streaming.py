@@ -20,8 +20,8 @@ from megatron_gkd.data.random_access import open_records
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.errors import ConfigError, DataError
-from tests.data.saved import write_saved
-from tests.data.tiny_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
+from tests.support.saved_rows import write_saved
+from tests.support.tiny_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
 
 TOKENIZER = plain_tokenizer()
 RECORDS = [{"prompt": f"{i} + 3 =", "completion": f" {i + 3}"} for i in range(40)]

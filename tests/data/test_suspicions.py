@@ -17,7 +17,7 @@ from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.data.suspicions import CONTROL, TWICE, Suspicions, told
 from megatron_gkd.data.template_differences import differences
 from megatron_gkd.records import Row
-from tests.data.tiny_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
+from tests.support.tiny_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
 
 IN_CHATML = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
 RECORDS: list[dict[str, Any]] = [

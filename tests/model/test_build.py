@@ -23,9 +23,10 @@ from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample
-from tests.checkpoints import write_tiny_checkpoint
-from tests.model.steps import CPU, Cell, Step, samples, train, transformers_steps, worst
-from tests.ranks import run_ranks
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.dense_step import completion_logits
+from tests.support.model_steps import CPU, Cell, Step, samples, train, transformers_steps, worst
+from tests.support.models import small
 from tests.support.numerics import (
     EPS,
     FACTOR,
@@ -38,9 +39,8 @@ from tests.support.numerics import (
     transformers_model,
     within_reference_error,
 )
-from tests.train.dense_step import completion_logits
-from tests.weights.models import small
-from tests.weights.ranks_at_work import Loaded, load_model, logits, megatron, token_ids
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import Loaded, load_model, logits, megatron, token_ids
 
 # ---- more tensor-parallel ranks than KV heads ------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_gkd.model import build
 from megatron_gkd.model.options import DDP, ModelOptions
 from megatron_gkd.parallel.layout import Layout
-from tests.weights.models import small
+from tests.support.models import small
 
 NAMES = [item.name for item in fields(ModelOptions)]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_gkd import cli, report
+from megatron_gkd import cli
+from megatron_gkd.commands import report
 from megatron_gkd.errors import CheckFailedError, RolloutError, RunStoppedError
 from megatron_gkd.observe.logging import PACKAGE, get_logger, setup_logging
 from megatron_gkd.observe.text import visible
@@ -66,7 +67,7 @@ def test_the_report_of_a_models_answers(
     monkeypatch.setattr(report, "read_run", lambda directory: run)
     monkeypatch.setattr(report, "summarise", lambda run: {"answer": "x"})
     monkeypatch.setattr(report, "to_text", lambda summary: f"answer: {ACTS}")
-    monkeypatch.setattr("megatron_gkd.report.curve.draw_curve", lambda run, path: None)
+    monkeypatch.setattr("megatron_gkd.commands.report.curve.draw_curve", lambda run, path: None)
     report.write_report(tmp_path, num_answers=0)
     assert not (BAD - {"\n"}) & set("".join(capsys.readouterr()))
     assert r"\x1b[2J" in (tmp_path / "report/summary.txt").read_text()

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_, require_group
-from tests.loss_helpers import count_collectives
-from tests.ranks import one_rank_group, run_ranks, tp_group
+from tests.support.losses import count_collectives
+from tests.support.ranks import one_rank_group, run_ranks, tp_group
 
 
 def _both(size: int) -> tuple[list[float], list[list[float]], list[float], int]:

@@ -20,7 +20,7 @@ from megatron_gkd.errors import LayoutError
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import new_group
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 SHAPES = {
     "DP4": Layout(data=4),

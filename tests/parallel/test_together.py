@@ -32,7 +32,7 @@ from megatron_gkd.parallel.together import (
     on_some_ranks,
     require_same,
 )
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_gkd"
 OBJECTS = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list"}

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gkd.config.servers import parse_servers
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.rollout.client import ServerClient
 from megatron_gkd.rollout.engines import server_urls
-from megatron_gkd.server_list import parse_servers
 
 NONE = ["http://127.0.0.1:99999", "http://[::1", "http://a:b", "http://a:0", "http://]", "http://a:-1", "http://[x]:1"]
 

@@ -14,14 +14,14 @@ from typing import Any
 import httpx
 import pytest
 
+from megatron_gkd.config.secret import Secret
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.rollout.answers import MOST_REFUSAL_BYTES, most_bytes
 from megatron_gkd.rollout.client import ServerClient
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.rollout.wire import completion_body, read_completion, read_scores, score_body
-from megatron_gkd.secret import Secret
-from megatron_gkd.teacher_server.swift import Swift
-from megatron_gkd.teacher_server.wire import VLLM
+from megatron_gkd.teacher.servers.swift import Swift
+from megatron_gkd.teacher.servers.wire import VLLM
 
 KEY = 'sk-4f"9\\a/2<c&5d%77'  # with all that the forms of text escape
 REQUEST = Request(key=1, prompt_ids=(1, 2, 3), max_tokens=4, seed=0)

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from megatron_gkd.parallel.layout import Layout
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
-from tests.rollout.bridging import PROMPTS, Cell, Pushed, push_everywhere
+from tests.support.bridging import PROMPTS, Cell, Pushed, push_everywhere
+from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import FULL
+from tests.support.ranks import run_ranks
 
 TIMEOUT_S = 1500
 pytestmark = pytest.mark.slow

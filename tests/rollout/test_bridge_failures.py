@@ -19,9 +19,7 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.rollout.protocol import Completion, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
 from megatron_gkd.train.rollouts import Rollouts
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
-from tests.rollout.bridging import (
+from tests.support.bridging import (
     GREEDY,
     PROBES,
     bridge_for,
@@ -32,6 +30,8 @@ from tests.rollout.bridging import (
     requests,
     set_weights,
 )
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.rollout.engines import LocalEngines
-from megatron_gkd.rollout.local_server import LocalServer
-from megatron_gkd.rollout.server import ServerEngine
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
-from tests.rollout.bridging import MAX_MODEL_LEN, Pushed, megatron, push_all
+from megatron_gkd.rollout.vllm.local_server import LocalServer
+from megatron_gkd.rollout.vllm.server import ServerEngine
 from tests.rollout.test_bridge import check_all
+from tests.support.bridging import MAX_MODEL_LEN, Pushed, megatron, push_all
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.ranks import run_ranks
 from tests.support.vllm_zygote import forked_programs
 
 pytestmark = pytest.mark.slow

@@ -20,10 +20,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.rollout import colocate, guard
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
-from tests.rollout.bridging import (
+from megatron_gkd.rollout.vllm import colocate, guard
+from tests.support.bridging import (
     BUCKET_BYTES,
     GREEDY,
     SAMPLED,
@@ -34,6 +32,8 @@ from tests.rollout.bridging import (
     megatron,
     requests,
 )
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -20,12 +20,13 @@ import pytest
 import torch
 
 from megatron_gkd.errors import ConfigError, RolloutError
-from megatron_gkd.rollout import gate, server
+from megatron_gkd.rollout import gate
 from megatron_gkd.rollout.gate import CONTROL, GATE, HEADER, METHODS, OPEN, SECRET_FILE_ENV, Gate, read_secret
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
-from megatron_gkd.rollout.server import ServerEngine
-from megatron_gkd.rollout.worker import MODEL_FIELDS, RolloutWorker
-from tests.checkpoints import write_tiny_checkpoint
+from megatron_gkd.rollout.vllm import server
+from megatron_gkd.rollout.vllm.server import ServerEngine
+from megatron_gkd.rollout.vllm.worker import MODEL_FIELDS, RolloutWorker
+from tests.support.checkpoints import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECRET = "5ec4e7" * 8

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.rollout.local_server import port_is_free, server_command, server_environment
-from tests.rollout.serving import members
+from megatron_gkd.rollout.vllm.local_server import port_is_free, server_command, server_environment
 from tests.support.effort import LIMIT_S
 from tests.support.ports import reserve_port
+from tests.support.serving import members
 
-SUPERVISED = [sys.executable, "-m", "megatron_gkd.rollout.supervisor"]
+SUPERVISED = [sys.executable, "-m", "megatron_gkd.rollout.vllm.supervisor"]
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
 )
@@ -102,7 +102,7 @@ def test_the_command_is_complete() -> None:
         "--tensor-parallel-size 2",
         "--max-model-len 99",
         "--gpu-memory-utilization 0.9",
-        "--worker-extension-cls megatron_gkd.rollout.worker.RolloutWorker",
+        "--worker-extension-cls megatron_gkd.rollout.vllm.worker.RolloutWorker",
         "--generation-config vllm",
         "--logprobs-mode raw_logprobs",
         "--load-format auto",
@@ -130,7 +130,7 @@ def test_the_environment_is_the_servers_own() -> None:
     assert found["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert not {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & found.keys()
     root, mine = found["PYTHONPATH"].split(os.pathsep)
-    assert (Path(root) / "megatron_gkd/rollout/worker.py").is_file()
+    assert (Path(root) / "megatron_gkd/rollout/vllm/worker.py").is_file()
     assert mine == "/mine"
     assert "OMP_NUM_THREADS" not in server_environment({}, on_cpu=False)
 

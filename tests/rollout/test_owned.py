@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_gkd.rollout import owned, worker
+from megatron_gkd.rollout import owned
 from megatron_gkd.rollout.owned import open_private, owner, private_directory, remove_leftovers
-from megatron_gkd.rollout.transfer import SHM_PREFIX, ShmTransfer
+from megatron_gkd.rollout.vllm import worker
+from megatron_gkd.rollout.weight_transfer import SHM_PREFIX, ShmTransfer
 
 
 @pytest.fixture

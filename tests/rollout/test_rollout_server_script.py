@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.rollout.local_server import WORKER_EXTENSION, server_command, server_environment
-from tests.rollout.serving import GREEDY, assert_greedy, connect, members, push, requests, weights, write_model
+from megatron_gkd.rollout.vllm.local_server import WORKER_EXTENSION, server_command, server_environment
 from tests.support.effort import LIMIT_S
 from tests.support.ports import reserve_port
+from tests.support.serving import GREEDY, assert_greedy, connect, members, push, requests, weights, write_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "launch/rollout_server.sh"

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.rollout import transfer
-from megatron_gkd.rollout.local_server import LocalServer
+from megatron_gkd.rollout import weight_transfer as transfer
 from megatron_gkd.rollout.owned import private_directory
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
-from megatron_gkd.rollout.server import ServerEngine
+from megatron_gkd.rollout.vllm.local_server import LocalServer
+from megatron_gkd.rollout.vllm.server import ServerEngine
 from megatron_gkd.weights.checksum import checksum
-from tests.rollout.serving import (
+from tests.support.serving import (
     BLOCK,
     GREEDY,
     MAX_MODEL_LEN,
@@ -101,7 +101,7 @@ def test_the_way_is_chosen_by_what_the_workers_see(
     engine = new_engine()
     push(engine, weights(models[1]), 1)
     assert isinstance(engine._transfer, transfer.ShmTransfer)
-    monkeypatch.setattr("megatron_gkd.rollout.server.can_be_read_by", lambda call: False)
+    monkeypatch.setattr("megatron_gkd.rollout.vllm.server.can_be_read_by", lambda call: False)
     elsewhere = new_engine()
     push(elsewhere, weights(models[2]), 1)
     assert isinstance(elsewhere._transfer, transfer.GroupTransfer)

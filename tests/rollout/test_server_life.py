@@ -19,10 +19,11 @@ import pytest
 import torch
 
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.rollout.local_server import LocalServer
 from megatron_gkd.rollout.protocol import Completion, Request
-from megatron_gkd.rollout.server import SubprocessEngine
-from tests.rollout.serving import (
+from megatron_gkd.rollout.vllm.local_server import LocalServer
+from megatron_gkd.rollout.vllm.server import SubprocessEngine
+from tests.support.effort import LIMIT_S
+from tests.support.serving import (
     GREEDY,
     assert_greedy,
     connect,
@@ -34,7 +35,6 @@ from tests.rollout.serving import (
     write_model,
     write_moe_model,
 )
-from tests.support.effort import LIMIT_S
 from tests.support.vllm_zygote import ForkedProgram, forked_programs
 
 pytestmark = pytest.mark.slow
@@ -92,7 +92,7 @@ def test_experts_in_an_engine_with_a_server_of_its_own(tmp_path: Path) -> None:
 def test_weights_of_the_directory_and_the_end_of_the_starter(tmp_path: Path) -> None:
     """A server started by a process that is then killed: it serves what the directory holds, and ends by itself."""
     model = write_model(tmp_path / "model", 5)
-    command = [sys.executable, "-m", "tests.rollout.serving:serve_and_wait", str(model)]
+    command = [sys.executable, "-m", "tests.support.serving:serve_and_wait", str(model)]
     starter = ForkedProgram(command, stdout=subprocess.PIPE, text=True)
     try:
         assert starter.stdout is not None

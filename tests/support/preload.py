@@ -21,11 +21,11 @@ import transformers.models.llama.modeling_llama
 import transformers.models.qwen3.modeling_qwen3
 
 import megatron_gkd.cli
-import megatron_gkd.convert
-import megatron_gkd.data.check
-import megatron_gkd.report
-import megatron_gkd.rollout.server
-import megatron_gkd.sample
-import megatron_gkd.train.check_teacher
+import megatron_gkd.commands.check_data
+import megatron_gkd.commands.check_teacher
+import megatron_gkd.commands.convert
+import megatron_gkd.commands.report
+import megatron_gkd.commands.sample
+import megatron_gkd.rollout.vllm.server
 import megatron_gkd.train.evaluate
 import megatron_gkd.train.loop

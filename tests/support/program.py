@@ -9,7 +9,7 @@ A process has its own session, working directory, environment and output, calls 
 its exit code. `Program` is the same for tests that send signals or look at a run while it goes on.
 
 Not covered: the start of an interpreter, torchrun and the entry points. One test each runs them for real
-(test_end_to_end.py, test_cli.py, test_stopping.py, test_convert.py).
+(test_end_to_end.py, test_cli.py, test_stopping.py, commands/test_convert.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from tests import ranks
+from tests.support import ranks
 from tests.support.effort import LIMIT_S
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

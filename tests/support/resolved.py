@@ -4,7 +4,8 @@ with recorders in place of what is slow or needs other machines (models, optimiz
     resolved(config, "train", place) == resolved(other, "train", place)    two flags' values mean the same run
 
 On one gloo rank; the layouts are those of WORLD ranks. Rows are fake and long, so that micro-batches differ. Not here,
-because they are read inside the loop itself: `APART` (tests/test_every_flag_has_an_effect.py says who reads them).
+because they are read inside the loop itself: `APART` (tests/config/test_every_flag_has_an_effect.py says who reads
+them).
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.dtypes import chosen
+from megatron_gkd.config.not_built import Command
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import SelfTeaching, ServerTeachers
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.collate import collate
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.dtypes import chosen
-from megatron_gkd.not_built import Command
 from megatron_gkd.records import Row, Sample
-from megatron_gkd.rollout import colocate, server
 from megatron_gkd.rollout import engines as engines_module
-from megatron_gkd.server_list import SelfTeaching, ServerTeachers
-from megatron_gkd.signals import HiddenSignal, Signal, TopKSignal
+from megatron_gkd.rollout.vllm import colocate, server
+from megatron_gkd.teacher.signals import HiddenSignal, Signal, TopKSignal
 from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling, teachers
 from megatron_gkd.train.faults import LossSpikes
 from megatron_gkd.train.objective import DistillationLoss

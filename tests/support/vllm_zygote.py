@@ -16,7 +16,7 @@ else: no torch operation, no thread, so that forking is safe. One constant of vL
 workers that wait would otherwise take a core that another test needs.
 
 Not covered: the start of an interpreter. Each entry point has a test that starts a real one: the scripts in
-test_rollout_server_script.py and teacher_server/test_vllm.py; in the nightly run also the command, and a server of its
+test_rollout_server_script.py and teacher/servers/test_vllm.py; in the nightly run also the command, and a server of its
 own, in test_sample.py.
 """
 
@@ -45,12 +45,12 @@ from types import SimpleNamespace
 from typing import Any, Final, NoReturn
 
 ADDRESS: Final = "GKD_TEST_VLLM_ZYGOTE"
-SUPERVISOR: Final = "megatron_gkd.rollout.supervisor"
+SUPERVISOR: Final = "megatron_gkd.rollout.vllm.supervisor"
 PRELOAD: Final = (
-    *("tests.support.preload", "tests.ranks", SUPERVISOR, "megatron_gkd.rollout.colocate"),
+    *("tests.support.preload", "tests.support.ranks", SUPERVISOR, "megatron_gkd.rollout.vllm.colocate"),
     *("vllm", "vllm.entrypoints.openai.api_server", "vllm.v1.engine.async_llm", "vllm.v1.engine.core"),
     *("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen3"),
-    "megatron_gkd.rollout.worker",
+    "megatron_gkd.rollout.vllm.worker",
 )
 _TORCHRUN: Final = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
 _PREPARED_FOR_FORKS: Final = {"jemalloc_bg_thd"}  # of pyarrow's allocator
@@ -133,7 +133,7 @@ class ForkedProgram(subprocess.Popen[Any]):
 
 
 class ForkedRank:
-    """What tests/ranks.py needs of multiprocessing.Process."""
+    """What tests/support/ranks.py needs of multiprocessing.Process."""
 
     def __init__(self, rank: int, world: int, tmp: str, connection: Connection) -> None:
         command = [sys.executable, "-m", f"{__name__}:_rank", str(rank), str(world), tmp]
@@ -299,15 +299,15 @@ def _run_module(argv: list[str]) -> object:
         sys.argv = ["", *argv[1:]]
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
         return 0
-    from megatron_gkd.rollout import supervisor
+    from megatron_gkd.rollout.vllm import supervisor
 
     supervisor.subprocess = SimpleNamespace(Popen=_Child, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]
     return supervisor.main(argv[1:])
 
 
 def _rank(rank: str, world: str, tmp: str) -> None:
-    """A rank of tests/ranks.py; its connection is standard input. Ends with the process at the other end."""
-    from tests.ranks import rank_main
+    """A rank of tests/support/ranks.py; its connection is standard input. Ends with the process at the other end."""
+    from tests.support.ranks import rank_main
 
     connection = Connection(os.dup(0))
 

@@ -18,16 +18,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.errors import CheckpointError, GKDError, TrainingError
-from megatron_gkd.flags import parse_run_config
 from megatron_gkd.train import alike, inputs, loop, setup
 from megatron_gkd.train.replicas import Replicas, weight_sums
 from megatron_gkd.train.setup import join
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
-from tests.train.runs import command_line, train_on_this_rank
-from tests.train.trainers import build_run, run_config, write_pair, write_rows
-from tests.weights.ranks_at_work import megatron
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.runs import command_line, train_on_this_rank
+from tests.support.trainers import build_run, run_config, write_pair, write_rows
 
 pytestmark = pytest.mark.slow
 

@@ -16,9 +16,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_gkd.train.auto_resume import choose_start
-from tests.ranks import RankFailureError, run_ranks
-from tests.train.runs import exported, metrics, train
-from tests.train.trainers import run_config, write_pair, write_rows
+from tests.support.ranks import RankFailureError, run_ranks
+from tests.support.runs import exported, metrics, train
+from tests.support.trainers import run_config, write_pair, write_rows
 
 pytestmark = pytest.mark.slow
 

@@ -21,10 +21,10 @@ from megatron_gkd.train import loop
 from megatron_gkd.train.checkpoint import TrainerState
 from megatron_gkd.train.faults import BadSteps, lost_rank
 from megatron_gkd.train.student import StepResult
-from tests.ranks import run_ranks
-from tests.train.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
-from tests.train.faulty_runs import train_with_nan
-from tests.train.runs import command_line, train_on_this_rank
+from tests.support.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
+from tests.support.faulty_runs import train_with_nan
+from tests.support.ranks import run_ranks
+from tests.support.runs import command_line, train_on_this_rank
 
 RUN = FLAGS | dict(train_iters=2, save_steps=1, eval_steps=9, micro_batch_size=4, save_hf=True, tensor=2)
 

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_gkd.config import TrainingConfig
+from megatron_gkd.config.run import TrainingConfig
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train.faults import MOST_SAMPLES, LossSpikes, describe_bad_step
 from megatron_gkd.train.student import StepResult, Student
-from tests.ranks import run_ranks
-from tests.train.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
-from tests.train.faulty_runs import everything, train_with_nan
-from tests.train.runs import command_line, exported, metrics
-from tests.train.trainers import make_samples
-from tests.weights.ranks_at_work import groups_of, load_model, megatron
+from tests.support.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
+from tests.support.faulty_runs import everything, train_with_nan
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import groups_of, load_model, megatron
+from tests.support.runs import command_line, exported, metrics
+from tests.support.trainers import make_samples
 
 pytestmark = pytest.mark.slow
 

@@ -20,11 +20,11 @@ import torch
 
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.train.checkpoint import complete_checkpoints, files, find_checkpoint, read_state
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import RankFailureError, run_ranks
-from tests.train.checkpoint_runs import FLAGS, SAVED_AT, STEPS, assert_same_bits, checkpoint_of, write_inputs
-from tests.train.runs import command_line, exported, metrics, train, train_on_this_rank
-from tests.train.trainers import write_rows
+from tests.support.checkpoint_runs import FLAGS, SAVED_AT, STEPS, assert_same_bits, checkpoint_of, write_inputs
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.ranks import RankFailureError, run_ranks
+from tests.support.runs import command_line, exported, metrics, train, train_on_this_rank
+from tests.support.trainers import write_rows
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_gkd.config import RunConfig, TrainingConfig, flags
+from megatron_gkd.config.run import RunConfig, TrainingConfig, flags
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
@@ -36,10 +36,10 @@ from megatron_gkd.train.checkpoint.rng import pack, read_rng, reseed, restore_rn
 from megatron_gkd.train.checkpoint.saving import Save
 from megatron_gkd.train.checkpoint.state import changed_flags, describe_changes, is_free, read_run
 from megatron_gkd.train.student import Student
-from tests.ranks import RankFailureError, run_ranks
-from tests.train.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
-from tests.train.runs import command_line, exported, metrics, train, train_on_this_rank
-from tests.weights.ranks_at_work import groups_of, load_model, megatron
+from tests.support.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
+from tests.support.ranks import RankFailureError, run_ranks
+from tests.support.ranks_at_work import groups_of, load_model, megatron
+from tests.support.runs import command_line, exported, metrics, train, train_on_this_rank
 
 pytestmark = pytest.mark.slow
 

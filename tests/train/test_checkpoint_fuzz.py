@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_gkd.config import RunConfig, TrainingConfig
+from megatron_gkd.config.run import RunConfig, TrainingConfig
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
@@ -30,11 +30,11 @@ from megatron_gkd.train.checkpoint.files import MANIFEST, hash_file, write_manif
 from megatron_gkd.train.checkpoint.saving import Save
 from megatron_gkd.train.checkpoint.state import read_rollouts
 from megatron_gkd.train.student import Student
-from tests.checkpoints import write_tiny_checkpoint
-from tests.mutations import damaged, mutated
-from tests.ranks import run_ranks
+from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import count
-from tests.weights.ranks_at_work import groups_of, load_model, megatron
+from tests.support.mutations import damaged, mutated
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import groups_of, load_model, megatron
 
 NUM_CHECKPOINTS = count(150, 600)
 WAYS = ("as it was", "sizes", "written for it")

@@ -2,9 +2,9 @@
 stopped.
 
 Each layout has its own series: a run is started, one of its four ranks kills itself with SIGKILL at a random event
-(tests/train/zygote.py), the others are ended, everything on disk is looked at, and the same command line is started
-again, until the run ends; then a new run begins, until as many kills have happened as KILLS says. Every other start
-saves in the background.
+(tests/support/run_zygote.py), the others are ended, everything on disk is looked at, and the same command line is
+started again, until the run ends; then a new run begins, until as many kills have happened as KILLS says. Every other
+start saves in the background.
 
 Not covered: a machine that goes down with all its ranks and what it had not yet written.
 """
@@ -23,11 +23,11 @@ from typing import Any
 import pytest
 
 from megatron_gkd.train.checkpoint import files
-from tests.checkpoints import write_tiny_checkpoint
+from tests.support.checkpoint_runs import FLAGS
+from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import LIMIT_S, count
-from tests.train.checkpoint_runs import FLAGS
-from tests.train.runs import command_line, metrics
-from tests.train.trainers import write_rows
+from tests.support.runs import command_line, metrics
+from tests.support.trainers import write_rows
 
 KILLS = count(3, 20)
 WORLD = 4
@@ -36,13 +36,13 @@ RUN: dict[str, Any] = FLAGS | dict(train_iters=4, global_batch_size=4, save_step
 
 
 class Zygote:
-    """tests/train/zygote.py as a child."""
+    """tests/support/run_zygote.py as a child."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.errors = open(directory / "zygote", "w")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.train.zygote"],
+            [sys.executable, "-m", "tests.support.run_zygote"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -20,14 +20,14 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 import megatron_gkd
-from megatron_gkd.convert import ConvertConfig, run_convert
+from megatron_gkd.commands.convert import ConvertConfig, run_convert
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.train.checkpoint import files
 from megatron_gkd.weights.safe_files import load_plain, read_metadata
-from tests.ranks import RankFailureError, run_ranks
-from tests.train.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
-from tests.train.runs import train
-from tests.weights.ranks_at_work import megatron
+from tests.support.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
+from tests.support.ranks import RankFailureError, run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.runs import train
 
 SHORT: dict[str, Any] = FLAGS | dict(train_iters=2, save_steps=1, eval_steps=2, save_hf=False)
 

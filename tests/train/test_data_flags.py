@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from megatron_gkd.observe.writers import read_rows
-from tests.ranks import RankFailureError
 from tests.support.metrics_page import EVALUATION, names_of_a_step, names_under
-from tests.train.runs import metrics, train
-from tests.train.trainers import write_pair, write_rows
+from tests.support.ranks import RankFailureError
+from tests.support.runs import metrics, train
+from tests.support.trainers import write_pair, write_rows
 
 FLAGS: dict[str, Any] = dict(
     lmbda=0,

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.flags import parse_run_config
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.streaming import StreamedRows
-from megatron_gkd.flags import parse_run_config
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.rollout.protocol import Completion, Request
 from megatron_gkd.train.draws import Draws, draw_step
 from megatron_gkd.train.plans import StepPlans
 from megatron_gkd.train.teacher_sampling import teacher_requests
-from tests.data.tiny_tokenizers import chat_tokenizer
-from tests.train.runs import command_line
+from tests.support.runs import command_line
+from tests.support.tiny_tokenizers import chat_tokenizer
 
 BATCH = 4
 

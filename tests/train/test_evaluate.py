@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_gkd.config import RunConfig
-from megatron_gkd.flags import parse_run_config
+from megatron_gkd.config.flags import parse_run_config
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.train.evaluate import evaluate, run_evaluation
-from tests.ranks import run_ranks
+from tests.support.dense_step import all_logits, divergence
 from tests.support.numerics import EPS, FLOOR, Float64, within_reference_error
-from tests.train.dense_step import all_logits, divergence
-from tests.train.runs import command_line, metrics, train
-from tests.train.trainers import PAIRS, build_run, write_pair, write_rows
-from tests.weights.ranks_at_work import megatron
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.runs import command_line, metrics, train
+from tests.support.trainers import PAIRS, build_run, write_pair, write_rows
 
 pytestmark = pytest.mark.slow
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.config import RunConfig
+from megatron_gkd.config.flags import parse_run_config
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.collate import MicroBatch, collate
-from megatron_gkd.flags import parse_run_config
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule, select_loss_tokens
 from megatron_gkd.records import Sample
 from megatron_gkd.train.checkpoint import TrainerState, describe_run, load_checkpoint
@@ -27,13 +27,13 @@ from megatron_gkd.train.checkpoint.saving import Save
 from megatron_gkd.train.loop import run_training
 from megatron_gkd.train.setup import Run
 from megatron_gkd.weights.hf_files import HFCheckpoint
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.dense_step import all_logits, load
 from tests.support.numerics import Float64, within_reference_error
-from tests.train.dense_step import all_logits, load
-from tests.train.runs import command_line, exported, train
-from tests.train.trainers import PAIRS, build_run, make_samples, write_pair, write_rows
-from tests.weights.ranks_at_work import megatron
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.runs import command_line, exported, train
+from tests.support.trainers import PAIRS, build_run, make_samples, write_pair, write_rows
 
 pytestmark = pytest.mark.slow
 

@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_gkd.commands.report.run_record import read_run
+from megatron_gkd.commands.report.summary import summarise, to_text
+from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.flags import parse_run_config
 from megatron_gkd.observe.compare import differing
 from megatron_gkd.observe.writers import read_rows
-from megatron_gkd.report.run_record import read_run
-from megatron_gkd.report.summary import summarise, to_text
 from megatron_gkd.train.evaluate import run_evaluation
 from megatron_gkd.train.export_record import check_replaceable
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import RankFailureError, run_ranks
-from tests.train.runs import command_line, exported, train
-from tests.train.trainers import build_run, write_rows
-from tests.weights.ranks_at_work import megatron
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.ranks import RankFailureError, run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.runs import command_line, exported, train
+from tests.support.trainers import build_run, write_rows
 
 pytestmark = pytest.mark.slow
 

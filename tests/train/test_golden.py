@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.numerics import EPS, FACTOR, FLOOR
-from tests.train.runs import metrics, train
-from tests.train.trainers import write_pair, write_rows
+from tests.support.runs import metrics, train
+from tests.support.trainers import write_pair, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -152,7 +152,7 @@ def write() -> None:
 
 if __name__ == "__main__":
     assert sys.argv[1:] == ["--write"], "the one option is --write"
-    from tests.ranks import close_pools
+    from tests.support.ranks import close_pools
 
     write()
     close_pools()

@@ -5,7 +5,7 @@ Student TP1, TP2, PP2, TP2 x PP2, DP2 against teacher TP1, TP2, PP2, TP4, PP4, D
 the same ranks the data-parallel sizes fill the world. Student and teacher differ in hidden size, depth and padded
 vocabulary. The teacher's micro-batches are of other sizes than the student's (in half of the cells sized in tokens).
 A pair of layouts has one of the two signals, in turn, and both in the nightly run: by then a signal's route is a pure
-function of the layouts, which test_signals.py tests for all of them.
+function of the layouts, which teacher/test_signals.py tests for all of them.
 
 Not covered: more than one step (test_separate_runs.py), CUDA.
 """
@@ -17,16 +17,16 @@ from typing import Any
 
 import pytest
 
-from megatron_gkd.config import RunConfig, TrainingConfig
+from megatron_gkd.config.run import RunConfig, TrainingConfig
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.train.setup import TeacherRun, build
 from megatron_gkd.train.step import teacher_signals
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.dense_step import DenseStep, Objective, dense_step, differences
 from tests.support.effort import FULL
-from tests.train.dense_step import DenseStep, Objective, dense_step, differences
-from tests.train.trainers import StepOutcome, T, Trainer, make_samples, run_config, write_rows
-from tests.weights.ranks_at_work import megatron
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.trainers import StepOutcome, T, Trainer, make_samples, run_config, write_rows
 
 pytestmark = pytest.mark.slow
 

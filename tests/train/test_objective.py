@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_gkd.config import DistillationConfig
+from megatron_gkd.config.run import DistillationConfig
 from megatron_gkd.data.collate import collate
 from megatron_gkd.records import SOURCES, LossShare, Sample
-from megatron_gkd.signals import HiddenSignal, Signal, TopKSignal
+from megatron_gkd.teacher.signals import HiddenSignal, Signal, TopKSignal
 from megatron_gkd.train.evaluate import HeldOut
 from megatron_gkd.train.objective import DistillationLoss, Objective
-from tests.ranks import one_rank_group, run_ranks
+from tests.support.ranks import one_rank_group, run_ranks
 
 VOCAB, HIDDEN, TOPK = 20, 6, 4
 SIZES = ((3, 5), (1, 4), (4, 0), (2, 3))

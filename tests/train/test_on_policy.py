@@ -21,17 +21,17 @@ import torch
 
 from megatron_gkd.platform import cpu_adaptation
 from megatron_gkd.records import StepPlan
+from megatron_gkd.teacher.served import ServerTeacher
 from megatron_gkd.train.loop import run_training
 from megatron_gkd.train.rollouts import Rollouts
-from megatron_gkd.train.server_teacher import ServerTeacher
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.fake_teacher_server import FakeServer, serve
 from tests.support.metrics_page import ROLLOUT, names_of_a_step
 from tests.support.program import run
+from tests.support.ranks import run_ranks
+from tests.support.trainers import T, run_config, write_rows
 from tests.support.vllm_zygote import forked_programs
-from tests.teacher_server.fake import FakeServer, serve
 from tests.test_end_to_end import records
-from tests.train.trainers import T, run_config, write_rows
 
 pytestmark = pytest.mark.slow
 

@@ -20,16 +20,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.config import DistillationConfig
+from megatron_gkd.config.run import DistillationConfig
 from megatron_gkd.records import StepPlan
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.train.step import teacher_signals
-from tests.loss_helpers import Counter, count_collectives
-from tests.ranks import RankFailureError, run_ranks
+from tests.support.dense_step import Objective, dense_steps, wrong_numbers
 from tests.support.effort import FULL
-from tests.train.dense_step import Objective, dense_steps, wrong_numbers
-from tests.train.trainers import StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
-from tests.weights.ranks_at_work import megatron
+from tests.support.losses import Counter, count_collectives
+from tests.support.ranks import RankFailureError, run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.trainers import StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
 
 pytestmark = pytest.mark.slow
 

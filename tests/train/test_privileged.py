@@ -1,12 +1,12 @@
 """Teachers with a prompt of their own, and the student as its own teacher: steps equal the dense ones in every layout.
 
-The truth is dense_step.py: transformers models, one process, the teacher's logits at its own prompt and without a
-graph. For self-distillation teacher and student are one checkpoint there. Every sample but two has a teacher's prompt,
-some longer, some shorter than its own, so the two plans order the samples differently. A second step from the weights
-that the first one left shows that the teacher follows.
+The truth is support/dense_step.py: transformers models, one process, the teacher's logits at its own prompt and without
+a graph. For self-distillation teacher and student are one checkpoint there. Every sample but two has a teacher's
+prompt, some longer, some shorter than its own, so the two plans order the samples differently. A second step from the
+weights that the first one left shows that the teacher follows.
 
 Also whole runs: refusals, evaluation. Not covered: bf16, CUDA; teacher servers with such prompts
-(test_server_teacher.py); sampling (test_on_policy.py).
+(teacher/test_served.py); sampling (test_on_policy.py).
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_gkd.config import TrainingConfig
+from megatron_gkd.config.run import TrainingConfig
 from megatron_gkd.records import Sample
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.train.evaluate import evaluate
 from megatron_gkd.train.step import teacher_signals
-from tests.ranks import RankFailureError, run_ranks
-from tests.support.numerics import Float64, within_reference_error
-from tests.train.dense_step import (
+from tests.support.dense_step import (
     DenseStep,
     Fault,
     Objective,
@@ -37,9 +35,11 @@ from tests.train.dense_step import (
     load,
     wrong_numbers,
 )
+from tests.support.numerics import Float64, within_reference_error
+from tests.support.ranks import RankFailureError, run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.trainers import StepOutcome, T, Trainer, build_run, make_samples, run_config, write_pair, write_rows
 from tests.train.test_step_exact import OPTIMIZER, TOPK, Cell
-from tests.train.trainers import StepOutcome, T, Trainer, build_run, make_samples, run_config, write_pair, write_rows
-from tests.weights.ranks_at_work import megatron
 
 pytestmark = pytest.mark.slow
 

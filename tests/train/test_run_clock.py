@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.data.clock import Clock
-from tests.ranks import run_ranks
-from tests.train.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
-from tests.train.runs import command_line, metrics, train_on_this_rank
+from tests.support.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
+from tests.support.ranks import run_ranks
+from tests.support.runs import command_line, metrics, train_on_this_rank
 
 RUN: dict[str, Any] = FLAGS | dict(
     train_iters=2, save_steps=1, micro_batch_size=4, save_hf=False, streaming=True, pipeline=2, sft_alpha=0

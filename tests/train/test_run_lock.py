@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron_gkd.errors import ConfigError, GKDError
 from megatron_gkd.train import run_lock
 from megatron_gkd.train.run_lock import LOCK, RunLock, describe_process, locked
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(autouse=True)

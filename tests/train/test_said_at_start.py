@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.checkpoint_runs import FLAGS, write_inputs
 from tests.support.program import run
-from tests.train.checkpoint_runs import FLAGS, write_inputs
-from tests.train.runs import command_line
+from tests.support.runs import command_line
 
 RUN: dict[str, Any] = FLAGS | dict(train_iters=1, micro_batch_size=4, sft_alpha=0, save_hf=True, max_length=4096)
 

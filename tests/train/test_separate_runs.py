@@ -15,11 +15,11 @@ import pytest
 from megatron_gkd.observe.writers import read_rows
 from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.train.student import Student
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.ranks import run_ranks
+from tests.support.runs import command_line, exported, metrics, train, train_on_this_rank
+from tests.support.trainers import write_rows
 from tests.support.vllm_zygote import forked_programs
-from tests.train.runs import command_line, exported, metrics, train, train_on_this_rank
-from tests.train.trainers import write_rows
 
 pytestmark = pytest.mark.slow
 

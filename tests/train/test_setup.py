@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 
-from megatron_gkd.check_config import CheckConfig
-from megatron_gkd.config import ModelConfig
-from megatron_gkd.dtypes import chosen
+from megatron_gkd.config.checks import CheckConfig
+from megatron_gkd.config.dtypes import chosen
+from megatron_gkd.config.flags import parse_run_config
+from megatron_gkd.config.run import ModelConfig
+from megatron_gkd.config.sample import SampleConfig
 from megatron_gkd.errors import NotBuiltError, RolloutError
-from megatron_gkd.flags import parse_run_config
-from megatron_gkd.sample_config import SampleConfig
 from megatron_gkd.train import sampling
 from megatron_gkd.train.fit import layouts
 from megatron_gkd.train.setup import with_dtype
 from megatron_gkd.weights import source
-from tests.checkpoints import MOE_FAMILIES, write_tiny_checkpoint
-from tests.ranks import run_ranks
-from tests.train.runs import command_line
-from tests.train.trainers import build_run, write_rows
-from tests.weights.ranks_at_work import megatron
+from tests.support.checkpoints import MOE_FAMILIES, write_tiny_checkpoint
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.runs import command_line
+from tests.support.trainers import build_run, write_rows
 
 
 def refusal(argv: list[str]) -> str:

@@ -22,10 +22,10 @@ from megatron_gkd.data.policy import RowPolicy
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.train import shared_rows as module
 from megatron_gkd.train.shared_rows import find_directory, shared_rows
-from tests.checkpoints import tiny_tokenizer
-from tests.data.corpus import write_corpus
-from tests.ranks import one_rank_group
-from tests.ranks import run_ranks as run_on_ranks
+from tests.support.checkpoints import tiny_tokenizer
+from tests.support.corpus import write_corpus
+from tests.support.ranks import one_rank_group
+from tests.support.ranks import run_ranks as run_on_ranks
 
 POLICY = RowPolicy(200, on_bad_row="skip", tag_key="tag")
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import pytest
 
-from megatron_gkd.config import DistillationConfig, TrainingConfig
+from megatron_gkd.config.run import DistillationConfig, TrainingConfig
 from megatron_gkd.records import SOURCES
-from tests.ranks import run_ranks
-from tests.train.dense_step import DenseStep, Fault, Objective, dense_step, differences
-from tests.train.trainers import PAIRS, StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
-from tests.weights.ranks_at_work import megatron
+from tests.support.dense_step import DenseStep, Fault, Objective, dense_step, differences
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.trainers import PAIRS, StepOutcome, T, Trainer, make_samples, run_config, write_pair, write_rows
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,7 @@
 """A run that is told to stop by a signal to one of its ranks, and a run that loses a rank: what is saved, with which
 code the ranks end, what they say, and that the resumed run is the one that never stopped, bit for bit.
 
-Real commands on real processes (tests/train/faulty_runs.py), each step held until the signal is there. Not covered:
+Real commands on real processes (tests/support/faulty_runs.py), each step held until the signal is there. Not covered:
 several machines; a scheduler.
 """
 
@@ -26,17 +26,17 @@ from megatron_gkd.observe.writers import JsonlWriter
 from megatron_gkd.train import stopping
 from megatron_gkd.train.faults import lost_rank
 from megatron_gkd.train.stopping import EXIT_AT_ONCE, LAG, SAME_PRESS_S, SIGNALS, StopAgreement, StopSignals
-from tests.ranks import run_ranks
+from tests.support.checkpoint_runs import FLAGS, assert_same_bits, checkpoint_of, write_inputs
 from tests.support.effort import LIMIT_S
+from tests.support.faulty_runs import hold_step
 from tests.support.program import Program
-from tests.train.checkpoint_runs import FLAGS, assert_same_bits, checkpoint_of, write_inputs
-from tests.train.faulty_runs import hold_step
-from tests.train.runs import command_line, metrics, train, train_on_this_rank
+from tests.support.ranks import run_ranks
+from tests.support.runs import command_line, metrics, train, train_on_this_rank
 
 pytestmark = pytest.mark.slow
 
 RUN: dict[str, Any] = FLAGS | dict(save_steps=100, micro_batch_size=4, train_iters=8)
-LAUNCH = [sys.executable, "-m", "megatron_gkd.launcher", "--standalone", "--nproc-per-node", "2"]
+LAUNCH = [sys.executable, "-m", "megatron_gkd.commands.launcher", "--standalone", "--nproc-per-node", "2"]
 TP2: dict[str, Any] = RUN | dict(tensor=2)
 OWN: dict[str, Any] = RUN | dict(tensor=2, teacher_placement="separate", teacher_world_size=1)
 

@@ -19,15 +19,15 @@ import pytest
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.observe.writers import read_rows
 from megatron_gkd.platform import cpu_adaptation
-from megatron_gkd.rollout.server import SubprocessEngine
+from megatron_gkd.rollout.vllm.server import SubprocessEngine
 from megatron_gkd.train.loop import run_training
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
-from tests.rollout.serving import logprobs_of
+from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.metrics_page import ROLLOUT, TEACHER_SAMPLES, names_of_a_step
+from tests.support.ranks import run_ranks
+from tests.support.runs import metrics, recorded_teacher_samples
+from tests.support.serving import logprobs_of
+from tests.support.trainers import WORDS, T, run_config
 from tests.support.vllm_zygote import forked_programs
-from tests.train.runs import metrics, recorded_teacher_samples
-from tests.train.trainers import WORDS, T, run_config
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow

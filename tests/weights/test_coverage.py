@@ -23,7 +23,7 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.naming import ROLES, Unit, layer_units
 from megatron_gkd.weights.plan import check_layout, hf_tensor_shapes, plan, unit_shapes
-from tests.weights.models import REAL_MODELS
+from tests.support.models import REAL_MODELS
 
 SIZES = range(1, 9)
 

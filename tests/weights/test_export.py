@@ -25,10 +25,10 @@ from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.naming import Unit
 from megatron_gkd.weights.plan import hf_tensor_shapes, unit_shapes, units
 from megatron_gkd.weights.safetensors_format import TensorSpec
-from tests.checkpoints import write_tiny_checkpoint
-from tests.ranks import run_ranks
-from tests.weights.models import REAL_MODELS, fake_chunk, small
-from tests.weights.ranks_at_work import export_fault, groups_of, load_model, megatron
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.models import REAL_MODELS, fake_chunk, small
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import export_fault, groups_of, load_model, megatron
 
 # ---- the schedule ----------------------------------------------------------------------------------------------------
 

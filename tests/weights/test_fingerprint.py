@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.weights.fingerprint import _pieces, fingerprint
-from tests.checkpoints import write_tiny_checkpoint
+from tests.support.checkpoints import write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")

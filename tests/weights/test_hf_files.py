@@ -15,7 +15,7 @@ from megatron_gkd.errors import CheckpointError
 from megatron_gkd.weights.hf_files import INDEX_FILE, SINGLE_FILE, HFCheckpoint, cast_checked, has_safetensors
 from megatron_gkd.weights.hf_writer import HFWriter, plan_shards
 from megatron_gkd.weights.safetensors_format import TensorSpec
-from tests.checkpoints import write_tiny_checkpoint
+from tests.support.checkpoints import write_tiny_checkpoint
 
 A, B = torch.arange(12.0).reshape(4, 3), torch.arange(5.0, dtype=torch.bfloat16)
 

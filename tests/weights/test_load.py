@@ -20,7 +20,7 @@ from megatron_gkd.weights.chunks import ExpertRank, check_chunks
 from megatron_gkd.weights.hf_files import SINGLE_FILE, HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights, load_vocab_shard
 from megatron_gkd.weights.plan import hf_tensor_shapes
-from tests.weights.models import Spec, fake_chunk, put, small
+from tests.support.models import Spec, fake_chunk, put, small
 
 Tensors = dict[str, torch.Tensor]
 

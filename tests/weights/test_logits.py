@@ -22,10 +22,10 @@ import torch
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights import load as load_module
 from megatron_gkd.weights.plan import Rectangle
-from tests.checkpoints import FAMILIES, MOE_FAMILIES, ROPES, write_tiny_checkpoint
-from tests.ranks import run_ranks
+from tests.support.checkpoints import FAMILIES, MOE_FAMILIES, ROPES, write_tiny_checkpoint
 from tests.support.numerics import allowed_error, reference_and_truth
-from tests.weights.ranks_at_work import largest_difference, load_model, load_run_and_export, logits, megatron, token_ids
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import largest_difference, load_model, load_run_and_export, logits, megatron, token_ids
 
 LAYOUTS = {
     "TP1": Layout(),

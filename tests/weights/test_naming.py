@@ -24,7 +24,7 @@ from megatron_gkd.weights.naming import (
     layer_roles,
     parse,
 )
-from tests.weights.models import fake_chunk, small
+from tests.support.models import fake_chunk, small
 
 BOTH = {
     "embedding.word_embeddings.weight": ("embedding", None),

@@ -14,12 +14,13 @@ import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import LayoutError
+from megatron_gkd.model.divisible import check_layout
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights import plan as plan_module
 from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.naming import ROLES, Unit, layer_roles, layer_units
-from megatron_gkd.weights.plan import Rectangle, check_layout, hf_tensor_shapes, plan, shard_shape, unit_shapes, units
-from tests.weights.models import REAL_MODELS, small
+from megatron_gkd.weights.plan import Rectangle, hf_tensor_shapes, plan, shard_shape, unit_shapes, units
+from tests.support.models import REAL_MODELS, small
 
 Plan = Callable[..., tuple[Rectangle, ...]]
 

@@ -29,9 +29,9 @@ import torch.distributed as dist
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule
 from megatron_gkd.parallel.layout import Layout
-from tests.ranks import run_ranks
 from tests.support.effort import FULL, LIMIT_S
-from tests.weights.ranks_at_work import load_model, megatron, micro_batch
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import load_model, megatron, micro_batch
 
 pytestmark = pytest.mark.slow
 

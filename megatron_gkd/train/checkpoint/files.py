@@ -26,8 +26,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from megatron_gkd.config.json_file import read_json, shown, whole_number
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.json_file import read_json, shown, whole_number
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest"

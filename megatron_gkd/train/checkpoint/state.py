@@ -19,11 +19,11 @@ from typing import Any, Final
 import torch.distributed as dist
 
 import megatron_gkd
-from megatron_gkd.config import RunConfig, flags
-from megatron_gkd.dtypes import chosen
+from megatron_gkd.config.dtypes import chosen
+from megatron_gkd.config.json_file import read_json
+from megatron_gkd.config.run import RunConfig, flags
+from megatron_gkd.config.schema import show
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.json_file import read_json
-from megatron_gkd.settings import show
 from megatron_gkd.train.student import Student
 
 STATE_FILE: Final = "state.json"

@@ -1,0 +1,1 @@
+"""The commands but train and eval: one file each."""

@@ -1,0 +1,71 @@
+"""A run directory as data: configuration, metrics, evaluations, and where the exported student is.
+
+Written by train/:
+
+    config.yaml        every flag's value
+    metrics.jsonl      {"step", "loss", "num_tokens", "step_time_s", ...} per logged step
+    evaluation.jsonl   {"step", "forward_kl", "reverse_kl", "jsd", "nll", "agreement", "num_tokens"} per evaluation;
+                       step 0 is before training
+    hf/                the exported student, once training is over
+    export.json        {"trained": {...}, "exported": {...}}: the last evaluation, and that of the files in hf/
+
+A last line that is cut off (the run is writing it, or was killed while it did) is left out; other damage is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_gkd.config.flags import parse_run_config
+from megatron_gkd.config.json_file import read_object
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.observe.writers import read_rows
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run left behind; `metrics` and `evaluations` are in the order of their steps and may be empty."""
+
+    directory: Path
+    config: RunConfig
+    metrics: tuple[Record, ...]
+    evaluations: tuple[Record, ...]
+    exported: Path | None
+    export: Record  # empty where there is none
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged; 0 before the first."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @property
+    def finished(self) -> bool | None:
+        """The student is exported, which is the last thing that training does. Without export: all steps are logged, or
+        None where --num_train_epochs says how many and the rows are not at hand to count them."""
+        if self.config.checkpoint.save_hf:
+            return self.exported is not None
+        planned = self.config.training.train_iters
+        return None if planned is None else self.last_step == planned
+
+
+def read_run(directory: Path) -> RunRecord:
+    """Raises a GKDError where `directory` is no run."""
+    config_file = directory / "config.yaml"
+    if not config_file.is_file():
+        problem = "it has no config.yaml" if directory.is_dir() else "there is no such directory"
+        raise ConfigError(f"{directory} is not a run directory: {problem}; give the --save of a `megatron-gkd train`")
+    config = parse_run_config(["--config", str(config_file)])
+    exported = directory / "hf"
+    return RunRecord(
+        directory=directory,
+        config=config,
+        metrics=tuple(read_rows(directory / "metrics.jsonl", strict=True)),
+        evaluations=tuple(read_rows(directory / "evaluation.jsonl", strict=True)),
+        exported=exported if (exported / "config.json").is_file() else None,
+        export=read_object(directory / "export.json", ConfigError) or {},
+    )

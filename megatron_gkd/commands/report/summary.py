@@ -1,0 +1,175 @@
+"""The numbers of a report, and their text.
+
+`summarise` gives a plain dictionary (summary.json as it stands); `to_text` lays it out. Divergences are means over
+completion tokens, in nats; agreement is the share of tokens for which teacher and student have the same most probable
+token.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_gkd.commands.report.run_record import RunRecord
+from megatron_gkd.config.run import DistillationConfig
+from megatron_gkd.observe.compare import differing
+
+QUANTITIES = {  # key in evaluation.jsonl -> how the table calls it
+    "forward_kl": "forward KL, nats/token",
+    "reverse_kl": "reverse KL, nats/token",
+    "jsd": "JSD, nats/token",
+    "nll": "NLL of the text, nats/token",
+    "agreement": "top-1 agreement",
+}
+WIDTH = 100
+
+
+def summarise(run: RunRecord) -> dict[str, Any]:
+    """Everything but the sample answers."""
+    time_s = sum(row.get("step_time_s") or 0.0 for row in run.metrics)
+    num_tokens = sum(row.get("num_tokens") or 0 for row in run.metrics)
+    # --logging_steps n logs every n-th step: what was logged stands for the others
+    scale = run.last_step / len(run.metrics) if run.metrics else 0.0
+    return {
+        "run": str(run.directory),
+        "finished": run.finished,
+        "steps": run.last_step,
+        "planned_steps": run.config.training.train_iters,
+        "teacher_model": run.config.teacher.teacher_model or run.config.teacher.teacher_model_server,
+        "model": run.config.model.model,
+        "exported_model": str(run.exported) if run.exported else None,
+        "loss": describe_loss(run.config.distillation),
+        "layout": _describe_layout(run),
+        "training_s": round(time_s * scale, 3) if time_s else None,
+        "num_tokens": round(num_tokens * scale) if num_tokens else None,
+        "tokens_per_s": round(num_tokens / time_s, 3) if time_s else None,
+        "first_loss": run.metrics[0].get("loss") if run.metrics else None,
+        "last_loss": run.metrics[-1].get("loss") if run.metrics else None,
+        "eval_dataset": list(run.config.data.eval_dataset),
+        "before": run.evaluations[0] if run.evaluations and run.evaluations[0]["step"] == 0 else None,
+        "after": run.evaluations[-1] if run.evaluations and run.evaluations[-1]["step"] > 0 else None,
+        "exported": run.export.get("exported"),
+        "export_differs_in": _differences(run),
+        "export_dtype": run.export.get("dtype"),
+    }
+
+
+def _differences(run: RunRecord) -> list[str]:
+    """In which numbers the files of the export are not the student that was trained."""
+    trained, exported = run.export.get("trained"), run.export.get("exported")
+    return differing(trained, exported) if trained and exported else []
+
+
+def describe_loss(loss: DistillationConfig) -> str:
+    """What was minimised, in words."""
+    names = {0.0: "forward KL (beta 0)", 1.0: "reverse KL (beta 1)"}
+    text = names.get(loss.beta, f"generalized JSD (beta {loss.beta:g})")
+    text += f", teacher's top {loss.gkd_logits_topk}" if loss.gkd_logits_topk else ", full vocabulary"
+    if loss.sft_alpha:
+        text += f", + {loss.sft_alpha:g} x cross entropy"
+    rest = "the teacher's samples" if loss.seq_kd else "the data set's"
+    sources = {0.0: f"completions: {rest}", 1.0: "completions: the student's samples"}
+    return f"{text}; {sources.get(loss.lmbda, f'completions: {loss.lmbda:.0%} student samples, else {rest}')}"
+
+
+def _describe_layout(run: RunRecord) -> str:
+    student, teacher = run.config.parallel, run.config.teacher
+    tp, pp = student.tensor_model_parallel_size, student.pipeline_model_parallel_size
+    teacher_tp = teacher.teacher_tensor_model_parallel_size or tp
+    teacher_pp = teacher.teacher_pipeline_model_parallel_size or pp
+    return f"student TP {tp} x PP {pp}, teacher TP {teacher_tp} x PP {teacher_pp}, {run.config.model.dtype}"
+
+
+def to_text(summary: Mapping[str, Any]) -> str:
+    """summary.txt."""
+    return "\n".join([*_head(summary), "", *_table(summary), *_answers(summary)])
+
+
+def _head(summary: Mapping[str, Any]) -> Iterator[str]:
+    planned = f" of {summary['planned_steps']}" if summary["planned_steps"] else ""
+    states = {True: "finished", False: "NOT FINISHED (still training, or interrupted)", None: "no export asked for"}
+    state = states[summary["finished"]]
+    yield f"Run {summary['run']}: {state}, {summary['steps']}{planned} steps"
+    yield f"  teacher   {summary['teacher_model']}"
+    yield f"  student   {summary['model']}  ->  {summary['exported_model'] or '(not exported)'}"
+    yield f"  loss      {summary['loss']}"
+    yield f"  layout    {summary['layout']}"
+    if summary["training_s"]:
+        yield (
+            f"  training  {_duration(summary['training_s'])}, {summary['num_tokens'] or 0:,} completion tokens, "
+            f"{summary['tokens_per_s'] or 0:,.1f} tokens/s"
+        )
+    if summary["first_loss"] is not None and summary["last_loss"] is not None:
+        yield f"            loss {summary['first_loss']:.4f} at first, {summary['last_loss']:.4f} at last"
+
+
+def _table(summary: Mapping[str, Any]) -> Iterator[str]:
+    before, after = summary["before"], summary["after"]
+    if not before and not after:
+        yield "No evaluation: the run had no --eval_dataset, or has not reached its first evaluation."
+        return
+    num_tokens = (after or before).get("num_tokens")
+    tokens = f"{num_tokens:,.0f} completion tokens of " if num_tokens else ""
+    yield f"Held-out text: {tokens}{', '.join(summary['eval_dataset'])}"
+    exported = summary.get("exported")
+    head = f"{'exported':>12}" if exported else ""
+    yield f"  {'':<30}{'before':>12}{'after':>12}{head}   change"
+    for key, name in QUANTITIES.items():
+        old, new = (before or {}).get(key), (after or {}).get(key)
+        if old is not None or new is not None:
+            cell = f"{_cell(key, exported.get(key)):>12}" if exported else ""
+            yield f"  {name:<30}{_cell(key, old):>12}{_cell(key, new):>12}{cell}   {_change(key, old, new)}".rstrip()
+    yield from _export(summary)
+
+
+def _export(summary: Mapping[str, Any]) -> Iterator[str]:
+    if not summary.get("exported"):
+        return
+    if summary["export_differs_in"]:
+        yield (
+            f"  THE EXPORTED STUDENT, in {summary['export_dtype']}, IS NOT THE TRAINED ONE: its files were read back "
+            "and give other numbers"
+        )
+    else:
+        yield f"  exported: the files of hf/ ({summary['export_dtype']}), read back: the numbers of the trained student"
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if key == "agreement" else f"{value:.4f}"
+
+
+def _change(key: str, old: float | None, new: float | None) -> str:
+    if old is None or new is None:
+        return ""
+    if key == "agreement":
+        return f"{(new - old) * 100:+.1f} points"
+    return f"x {new / old:.2f}" if old > 0 else ""
+
+
+def _answers(summary: Mapping[str, Any]) -> Iterator[str]:
+    for number, answer in enumerate(summary.get("answers", ()), start=1):
+        yield ""
+        yield f"Sample {number}, greedy, at most {summary['max_new_tokens']} tokens"
+        for who in ("prompt", "reference", "teacher", "student before", "student after"):
+            if who in answer:
+                yield from _labelled(who, answer[who])
+    for note in summary.get("answer_notes", ()):
+        yield f"  note: {note}"
+
+
+def _labelled(label: str, text: str) -> Iterator[str]:
+    text = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text.strip())
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, WIDTH - 18) or [""]]
+    for i, line in enumerate(lines):
+        yield f"  {label if i == 0 else '':<16}{line}".rstrip()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

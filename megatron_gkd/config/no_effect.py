@@ -1,0 +1,107 @@
+"""Flags that are given and change nothing beside the others: said at the start by name, in one line.
+
+    without_effect(cfg, "train") -> {"nothing is sampled: --lmbda 0 without --seq_kd true": ["temperature", "top_p"]}
+
+Nothing is accepted and ignored: a flag away from its default has an effect, or is refused (validate.py), or is
+named here. Refused is what the user can only have made by mistake; named is what a shared file or a command line that
+is used with another --lmbda holds for good reason. A value that says what the default comes to anyway
+(`--loss_path fused`) is neither.
+
+To `eval` belong the flags of `EVALUATION`; all others are of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from megatron_gkd.config.not_built import Command
+
+if TYPE_CHECKING:
+    from megatron_gkd.config.run import RunConfig
+
+HOW_DRAWN: Final = ("temperature", "top_p", "top_k", "max_completion_length", "vllm_max_model_len", "use_vllm")
+STUDENTS_ENGINES: Final = (
+    *("vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level", "vllm_server_host"),
+    *("vllm_server_port", "steps_per_generation", "rollout_lag", "weight_bucket_mb", "verify_sync_every"),
+)
+TEACHERS_COMPLETIONS: Final = (
+    *("seq_kd", "teacher_samples_cache", "teacher_sampling_steps"),
+    *("teacher_vllm_tensor_parallel_size", "teacher_vllm_gpu_memory_utilization"),
+)
+# What `eval` reads, beside the sections of the teacher and of the layout.
+EVALUATION: Final = frozenset(
+    {
+        *("model", "dtype", "gkd_logits_topk", "topk_tail", "micro_batch_size", "global_batch_size", "log_level"),
+        *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
+        *("loss_scale", "chat_template_kwargs", "enable_thinking", "prompt_only"),
+    }
+)
+_OF_TRAINING_ALONE: Final = frozenset({"check_replicas_steps", "use_distributed_optimizer"})  # of the layout's section
+
+
+def without_effect(cfg: RunConfig, command: Command = "train") -> dict[str, list[str]]:
+    """Why -> the flags away from their defaults that change nothing; every flag once."""
+    found: dict[str, list[str]] = {}
+    named: set[str] = set()
+    for why, names in _of_training(cfg) if command == "train" else _of_evaluation(cfg):
+        given = [name for name in names if not cfg.is_default(name) and name not in named]
+        if given:
+            found[why] = given
+            named |= set(given)
+    return found
+
+
+def told(found: dict[str, list[str]]) -> str:
+    """`--temperature, --top_p (why); --seed (why)`."""
+    return "; ".join(f"{', '.join(f'--{name}' for name in names)} ({why})" for why, names in found.items())
+
+
+def _of_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    distillation, sampling, data, lmbda = cfg.distillation, cfg.sampling, cfg.data, cfg.distillation.lmbda
+    if not (lmbda > 0 or distillation.samples_teacher):
+        yield "nothing is sampled with --lmbda 0, but for --seq_kd true", HOW_DRAWN
+    if lmbda == 0:
+        yield "the student samples nothing with --lmbda 0", STUDENTS_ENGINES
+    if lmbda == 1:
+        why = "every completion is the student's own with --lmbda 1"
+        yield why, ("sft_alpha", *TEACHERS_COMPLETIONS)
+    if sampling.vllm_mode != "server":
+        yield f"it is of --vllm_mode server, and the mode is {sampling.vllm_mode}", ("vllm_server_port",)
+    else:
+        yield "the servers' own matter with --vllm_mode server", ("vllm_gpu_memory_utilization",)
+        if _every_host_has_a_port(sampling.vllm_server_host or ""):
+            yield "every --vllm_server_host has a port", ("vllm_server_port",)
+    if not (data.shuffle or data.dataset_weights or lmbda > 0 or distillation.samples_teacher):
+        yield "nothing is drawn with --shuffle false and without sampling", ("seed",)
+    if data.streaming and not data.eval_dataset:
+        yield "nothing is kept with --streaming true and without --eval_dataset", ("data_cache_dir",)
+    if data.packing and not data.eval_dataset:
+        yield "--packing sizes the teacher's micro-batches too", ("teacher_micro_batch_size",)
+    if (lmbda == 1 or distillation.seq_kd) and not data.eval_dataset:
+        yield "no completion of the data is needed", ("prompt_only",)
+    if not cfg.checkpoint.save_hf:
+        yield "nothing is exported with --save_hf false", ("save_hf_dtype",)
+    if cfg.checkpoint.load is None and not cfg.checkpoint.auto_resume:
+        yield "no checkpoint is loaded without --load or --auto_resume", ("verify_checkpoint", "allow_changed_config")
+
+
+def _of_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    from megatron_gkd.config.run import flags
+
+    others = tuple(
+        name
+        for name, flag in flags().items()
+        if name in _OF_TRAINING_ALONE or (flag.section not in ("teacher", "parallel") and name not in EVALUATION)
+    )
+    yield "of training, and not of eval", others
+
+
+def _every_host_has_a_port(hosts: str) -> bool:
+    """As `rollout.engines.server_urls` reads them."""
+    from urllib.parse import urlsplit
+
+    try:
+        return all(urlsplit(name if "//" in name else f"//{name.strip()}").port for name in hosts.split(","))
+    except ValueError:  # refused there
+        return False

@@ -1,0 +1,64 @@
+"""What the settings name and this version does not have: one table, and the refusal.
+
+Each entry names a flag, says when the flag asks for something that is missing, and what to do instead. All that apply
+are raised in one `NotBuiltError`, before any work is done. Building a feature means deleting its entries here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from megatron_gkd.config.schema import show
+from megatron_gkd.errors import NotBuiltError
+
+if TYPE_CHECKING:
+    from megatron_gkd.config.run import RunConfig
+
+Command = Literal["train", "eval"]
+BOTH: tuple[Command, ...] = ("train", "eval")
+TRAIN: tuple[Command, ...] = ("train",)
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """One thing that is missing."""
+
+    flag: str
+    applies: Callable[[RunConfig], bool]
+    advice: str
+    commands: tuple[Command, ...] = BOTH
+
+
+def refuse_not_built(cfg: RunConfig, command: Command = "train") -> None:
+    """Raise a NotBuiltError that names every flag that asks for something missing."""
+    found = [entry for entry in NOT_BUILT if command in entry.commands and entry.applies(cfg)]
+    if found:
+        raise NotBuiltError(
+            "not built yet: "
+            + "; ".join(f"--{entry.flag} {show(cfg.get(entry.flag))} ({entry.advice})" for entry in found)
+        )
+
+
+def _above_one(flag: str) -> Callable[[RunConfig], bool]:
+    """Applies when a size is set above 1."""
+    return lambda cfg: (cfg.get(flag) or 1) > 1
+
+
+NOT_BUILT: tuple[NotBuilt, ...] = (
+    NotBuilt(
+        "teacher_context_parallel_size",
+        _above_one("teacher_context_parallel_size"),
+        "use tensor and pipeline parallelism",
+    ),
+    NotBuilt(
+        "teacher_expert_model_parallel_size",
+        _above_one("teacher_expert_model_parallel_size"),
+        "use tensor and pipeline parallelism",
+    ),
+    NotBuilt("context_parallel_size", _above_one("context_parallel_size"), "use tensor and pipeline parallelism"),
+    NotBuilt(
+        "expert_model_parallel_size", _above_one("expert_model_parallel_size"), "use tensor and pipeline parallelism"
+    ),
+)

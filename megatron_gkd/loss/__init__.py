@@ -1,0 +1,1 @@
+"""The divergences and their gradients, dense, sparse and fused; truth, kernels."""

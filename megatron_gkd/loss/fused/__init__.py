@@ -1,0 +1,1 @@
+"""The loss from hidden states, in chunks of tokens."""

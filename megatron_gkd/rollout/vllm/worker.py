@@ -1,0 +1,209 @@
+"""Runs inside vLLM's worker processes, mixed into its Worker class (`worker_extension_cls`): a complete update of the
+weights from Hugging Face named tensors, in buckets.
+
+    gkd_begin() ; gkd_bucket(items)* or gkd_bucket_file(name, ...)* or gkd_bucket_group(...)* ; gkd_end() | gkd_abort()
+
+`gkd_info` says what this worker holds; `gkd_read_token` and `gkd_group_join` find and make a way for the weights.
+
+It goes through vLLM's layerwise reload (`initialize_layerwise_reload`, `model.load_weights`,
+`finalize_layerwise_reload`), the one way that is right on CPU and GPU, for dense and mixture-of-experts models: a plain
+`load_weights` fails on CPU, where linear weights are packed away after loading, and silently corrupts experts on
+some GPU kernels. Each rank takes what it needs of the full tensors; nothing is communicated here.
+
+The reload keeps references to incoming tensors until a fused layer (q, k and v; gate and up; all experts) is complete:
+a bucket's memory must not be written again before `gkd_end`. Tensors received into a re-used buffer are cloned first.
+
+Two faults of vLLM (0.28 - 0.32) on CPU, undone here: (A) experts skip their packing on every reload, because the kernel
+object of the first load is still there; (B) a tied head has a packed copy of its own, which a reload of the embedding
+leaves as it was.
+
+Nothing of vLLM is imported with this module; it must be importable in vLLM's own processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_gkd.rollout.owned import open_private
+from megatron_gkd.rollout.weight_group import Backend, join_store, make_group, own_address, start_broadcast, unflatten
+from megatron_gkd.weights.checksum import Sums, checksum
+
+MODEL_FIELDS = (  # of config.json: two models that differ in none of these have the same tensors, nearly always
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
+)
+
+
+class DamagedTransferError(RuntimeError):
+    """A tensor arrived that is not the one that was sent. (RuntimeError: it crosses process borders by its text.)"""
+
+
+class RolloutWorker:
+    """Methods that `LLM.collective_rpc` and the server's `/collective_rpc` call by name."""
+
+    if TYPE_CHECKING:
+        device: torch.device
+        vllm_config: Any
+        model_config: Any
+        model_runner: Any
+        rank: int
+
+    def gkd_begin(self) -> None:
+        """Prepare every layer for new weights. From here to `gkd_end` the model must not run."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        with self._in_vllm() as model:
+            if self.device.type == "cpu":
+                _drop_expert_kernels(model)
+            self._gkd_updating = True
+            self._gkd_num_updates = getattr(self, "_gkd_num_updates", 0) + 1
+            initialize_layerwise_reload(model)
+        self._gkd_received: dict[str, tuple[tuple[int, int], float]] = {}
+
+    @torch.no_grad()
+    def gkd_bucket(self, items: Sequence[tuple[str, torch.Tensor]], sums: Sums | None = None) -> int:
+        """Load full tensors by their Hugging Face names; `sums`, where given, are checked first. Returns the number
+        loaded so far.
+        """
+        self._check_updating()
+        for name, tensor in items:
+            found = checksum(tensor)
+            if sums is not None and found != tuple(sums[name]):
+                raise DamagedTransferError(f"{name} was damaged on the way: checksum {found}, sent {tuple(sums[name])}")
+            self._gkd_received[name] = (found, float(tensor.float().norm()))
+        with self._in_vllm() as model:
+            model.load_weights(iter(items))
+        return len(self._gkd_received)
+
+    def gkd_bucket_file(self, name: str, sums: Sums) -> int:
+        """The same from a safetensors file of the pusher's in shared memory (owned.py); the caller removes it
+        afterwards.
+        """
+        from safetensors import safe_open
+
+        descriptor = open_private(name)
+        try:
+            with safe_open(f"/proc/self/fd/{descriptor}", "pt", device=str(self.device)) as file:
+                # Copies: the file's memory goes away before the reload may be done with the tensors.
+                items = [(key, file.get_tensor(key).clone()) for key in file.keys()]  # noqa: SIM118 - not a dict
+        finally:
+            os.close(descriptor)
+        if missing := set(sums) - {key for key, _ in items}:
+            raise DamagedTransferError(f"{min(missing)} was sent and is not in {os.path.basename(name)}")
+        return self.gkd_bucket(items, sums)
+
+    @torch.no_grad()
+    def gkd_end(self) -> int:
+        """Finish layers that are incomplete and make the model runnable; returns the number of tensors loaded."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        self._check_updating()
+        with self._in_vllm() as model:
+            finalize_layerwise_reload(model, self.model_config)
+            if self.device.type == "cpu":
+                _repack_heads(model)
+        self._gkd_updating = False
+        return len(self._gkd_received)
+
+    def gkd_received(self) -> dict[str, tuple[tuple[int, int], float]]:
+        """Checksum and norm of every tensor of the last update, as it was handed to the model's loader."""
+        return self._gkd_received
+
+    @torch.no_grad()
+    def gkd_abort(self) -> None:
+        """Leave an unfinished update: layers not yet complete get their old weights again, complete ones keep the new.
+        The weights are a mixture, so a complete update has to follow before the model is of use.
+        """
+        from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, get_layerwise_info
+
+        with self._in_vllm() as model:
+            for module in model.modules():
+                info = get_layerwise_info(module)
+                if info.can_load():
+                    info.loaded_weights.clear()
+                    info.load_numel = 0
+            finalize_layerwise_reload(model, self.model_config)
+        for module in model.modules():
+            method = getattr(module, "quant_method", None)
+            if getattr(method, "moe_kernel", 0) is None and hasattr(method, "_gkd_kernel"):
+                method.moe_kernel = method._gkd_kernel  # type: ignore[union-attr]
+        self._gkd_updating = False
+
+    def _check_updating(self) -> None:
+        """So that no weight changes without a new number of updates."""
+        if not getattr(self, "_gkd_updating", False):
+            raise RuntimeError("no update has begun")
+
+    def gkd_info(self) -> dict[str, Any]:
+        """What a pusher on the other side of a connection cannot see: the model, and an update that was left open."""
+        config = self.model_config.hf_text_config
+        return {
+            "rank": self.rank,
+            "device": self.device.type,
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
+            "model": str(self.model_config.model),
+            "config": {name: getattr(config, name, None) for name in MODEL_FIELDS},
+            "updating": getattr(self, "_gkd_updating", False),
+            "updates": getattr(self, "_gkd_num_updates", 0),  # begun since the server was started, by whomever
+        }
+
+    def gkd_read_token(self, name: str) -> str:
+        """The text of a pusher's small file, where this worker sees it: is shared memory shared? Reads nothing else."""
+        try:
+            with os.fdopen(open_private(name), encoding="ascii") as file:
+                return file.read(64)
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    def gkd_group_join(self, host: str, port: int, key: str, size: int, backend: Backend, timeout_s: float) -> None:
+        """Become rank 1 + `rank` of the group that the pusher makes (rollout/weight_group.py)."""
+        self._gkd_group = None
+        store = join_store(host, port, timeout_s)
+        self._gkd_group = make_group(
+            store,
+            rank=1 + self.rank,
+            size=size,
+            backend=backend,
+            address=own_address(host, port),
+            key=key,
+            timeout_s=timeout_s,
+        )
+        self._gkd_store = store  # the group lives no longer than it
+        self._gkd_group_device = self.device if backend == "nccl" else torch.device("cpu")
+
+    def gkd_bucket_group(self, layout: Sequence[Sequence[Any]], num_bytes: int, sums: Sums) -> int:
+        """`gkd_bucket` with tensors that come as one buffer.
+
+        Communication: one broadcast of `num_bytes` bytes from rank 0 over that group.
+        """
+        flat = torch.empty(num_bytes, dtype=torch.uint8, device=self._gkd_group_device)  # new: the reload keeps views
+        start_broadcast(self._gkd_group, flat).wait()
+        return self.gkd_bucket(unflatten(flat, layout), sums)
+
+    @contextlib.contextmanager
+    def _in_vllm(self) -> Iterator[Any]:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config), torch.device(self.device):
+            yield self.model_runner.get_model()
+
+
+def _drop_expert_kernels(model: torch.nn.Module) -> None:
+    """Fault A: without the kernel object the reload goes through the packing of the first load."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None and hasattr(module, "w13_weight"):
+            method._gkd_kernel = method.moe_kernel  # type: ignore[union-attr]
+            method.moe_kernel = None  # type: ignore[union-attr]
+
+
+def _repack_heads(model: torch.nn.Module) -> None:
+    """Fault B: pack the head's weights again from the parameter, which it shares with the embedding when tied."""
+    for module in model.modules():
+        if hasattr(module, "cpu_linear") and type(module).__name__ in ("ParallelLMHead", "VocabParallelEmbedding"):
+            module.quant_method.process_weights_after_loading(module)  # type: ignore[operator, union-attr]

@@ -1,0 +1,1 @@
+"""Who teaches: signals and their routes, the student itself, servers, sampled completions."""

@@ -1,0 +1,87 @@
+"""The student as its own teacher: its current weights, on the teacher's prompt, give the signals of a step.
+
+Without `--teacher_model` and `--teacher_model_server` there is one model. Before each update its chunks forward the
+step's teacher sequences (records.py, `Sample.for_teacher`: the same completions after another prompt), without autograd
+and in eval mode, through the student's own schedule, layout and process groups. What the last stage keeps travels as
+any teacher's does (signals.py): the two plans order the samples by different lengths, so a sample may have
+been forwarded by another data-parallel replica than the one that trains on it.
+
+    loss = D(P, Q),   P = softmax(stop_gradient(logits(teacher's prompt))),   Q = softmax(logits(prompt))
+
+The teacher's head is the student's own, read anew for each micro-batch and detached: it always is the current one, and
+no gradient reaches it, or anything else, through the teacher's side. Where a row's two prompts are equal its divergence
+is 0; so data without any `teacher_prompt` are refused (data/rows.py).
+
+Costs one more forward pass and no memory for weights. Not here: a teacher of older weights, or of their average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.model.build import HiddenStateGPTModel
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.platform import new_group
+from megatron_gkd.records import StepPlan
+from megatron_gkd.teacher.signals import Columns, SignalStore, exchange, plan_routes
+from megatron_gkd.teacher_pipeline import forward_signals, signal_spec
+
+
+class Student(Protocol):
+    """What is needed of a student (train/student.py)."""
+
+    layout: Layout
+    groups: ProcessGroupCollection
+    config: TransformerConfig
+
+    @property
+    def models(self) -> list[HiddenStateGPTModel]: ...
+
+
+class SelfTeacher:
+    """`signals(plan, ...)`, with the face of TeacherPipeline."""
+
+    def __init__(self, student: Student, *, vocab_size: int, device: torch.device, topk: int | None = None) -> None:
+        """Collective over all ranks: it makes a process group."""
+        self.layout, self._student = student.layout, student
+        self._vocab_size, self._device, self._topk = vocab_size, device, topk
+        config = student.config
+        self.spec = signal_spec(
+            topk=topk, vocab_size=vocab_size, hidden_size=config.hidden_size, dtype=config.params_dtype, device=device
+        )
+        self.signal_group = new_group(range(dist.get_world_size()))
+
+    @torch.no_grad()
+    def signals(self, plan: StepPlan, micro_batches: Callable[[Sequence[int]], MicroBatch]) -> tuple[SignalStore, int]:
+        """See TeacherPipeline.signals. The student's weights, gradients and mode are as before."""
+        student = self._student
+        batches = [micro_batches(positions) for positions in plan.teacher[student.groups.dp.rank()]]
+        local: dict[int, Columns] = {}
+        was_training = [model.training for model in student.models]
+        try:
+            for model in student.models:
+                model.eval()
+            # The chunks without their DDP wrappers: nothing here is to be reduced.
+            forward_signals(
+                student.models, self.layout, student.groups, batches, local.__setitem__, device=self._device,
+                topk=self._topk, vocab_size=self._vocab_size,
+            )  # fmt: skip
+        finally:
+            for model, training in zip(student.models, was_training, strict=True):
+                model.train(training)
+        routes = plan_routes(plan.teacher, plan.student, self.layout, self.layout, plan.shares)
+        return exchange(self.spec, routes, local, self.signal_group)
+
+    def head(self) -> torch.Tensor:
+        """The current head [V/tp, H], without a graph; on the last stage. For DistillationLoss.teacher_head."""
+        return self._student.models[-1].head_weight().detach()
+
+    def close(self) -> None:
+        """Nothing: it lives and ends with its process."""

@@ -1,0 +1,162 @@
+"""A teacher server in the place of a local teacher: the same signals (teacher_pipeline.py), asked for over HTTP.
+
+Who asks: of each of the student's data-parallel replicas the first rank of the last stage, the DRIVER, for that
+replica's samples, all at once. It hands the [T, K] log-probabilities (float32) and ids (int32) of its samples to the
+other tensor-parallel ranks of the last stage, and those are all that hold them:
+
+    S1  every last-stage rank receives each sample that it trains on exactly once, nobody else does;
+    S2  every sample is asked for exactly once, by its driver;
+    S3  either all ranks return signals or all raise: nobody trains on a step of which a part failed.
+
+The plan's split for the teacher is the student's: a server has no layout. With several teachers each sample goes to
+that of its tag (teacher/servers/servers.py).
+
+Overlap: `prefetch(plan)` asks for a later step's samples and returns at once; the threads of the connections carry the
+requests while this step trains. It makes no collective and never raises: what goes wrong, there or on the way, is
+raised where the step's `signals` are asked for, on all ranks (S3), after the same checks. One plan is asked ahead;
+`signals` of other samples (an evaluation) in between leave it alone.
+
+Communication, per step: one all_gather_object of outcomes (a line of text or None), then `exchange`; bytes on the
+wire = sum over samples of T * 8 K * (tensor parallel size - 1). The last stage holds the step's signals, nothing else;
+a driver also holds its share, [T, K], of those asked ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.errors import ConfigError, RolloutError
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.together import all_or_none
+from megatron_gkd.platform import new_group
+from megatron_gkd.records import LossShare, MicroBatchPlan, Sample, StepPlan
+from megatron_gkd.teacher.servers.probes import Needs
+from megatron_gkd.teacher.servers.servers import Asked, TeacherServers
+from megatron_gkd.teacher.signals import Route, SignalStore, TopKSpec, exchange, replicas
+
+
+def server_routes(plan: MicroBatchPlan, student: Layout, shares: Sequence[LossShare]) -> list[Route]:
+    """From each replica's driver to its last stage, in order of sample and destination (S1, S2). Pure."""
+    replica = replicas(plan)
+    return [
+        Route(position, student.last_stage_ranks(replica[position])[0], destination, shares[position])
+        for position in sorted(replica)
+        for destination in student.last_stage_ranks(replica[position])
+    ]
+
+
+class _Ahead(NamedTuple):
+    """Samples that were asked for before their step, or why they could not be."""
+
+    samples: list[Sample]
+    asked: Asked | Exception
+
+
+class ServerTeacher:
+    """`signals(plan, ...)`, with the face of TeacherPipeline, and `prefetch`."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        needs: Needs,
+        student_layout: Layout,
+        *,
+        device: torch.device,
+        timeout_s: float,
+        tags: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        """Connect and probe. Collective over all ranks; raises on all of them what any of them found.
+
+        Args:
+            timeout_s: of a step's requests; less than the time after which a collective fails, where others wait.
+            tags: URL -> the tags that it is for; None (or none at all): all are servers of one teacher.
+        """
+        if needs.topk > needs.vocab_size:
+            raise ConfigError(
+                f"gkd_logits_topk {needs.topk} is outside 1..{needs.vocab_size}, the size of the vocabulary"
+            )
+        self.layout = student_layout
+        self.spec = TopKSpec(needs.topk, device)
+        self.signal_group = new_group(range(dist.get_world_size()))
+        drivers = [student_layout.last_stage_ranks(dp)[0] for dp in range(student_layout.data)]
+        rank = dist.get_rank()
+        self._replica = drivers.index(rank) if rank in drivers else None
+        self._servers: TeacherServers | None = None
+        self._ahead: _Ahead | None = None
+        self._together(lambda: self._connect(urls, needs, timeout_s, tags))
+
+    @torch.no_grad()
+    def signals(self, plan: StepPlan, micro_batches: Callable[[Sequence[int]], MicroBatch]) -> tuple[SignalStore, int]:
+        """The step's signals, and the bytes that this rank sent to other ranks. Collective over all ranks.
+
+        Args:
+            micro_batches: not used: a server is sent sequences, not batches.
+        """
+        local: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._together(lambda: local.update(self._ask(plan)))
+        routes = server_routes(plan.student, self.layout, plan.shares)
+        return exchange(self.spec, routes, local, self.signal_group)
+
+    def prefetch(self, plan: StepPlan) -> None:
+        """Ask for the samples of a later step now (see the module docstring). Not collective; never raises."""
+        if self._ahead is not None and isinstance(self._ahead.asked, Asked):
+            self._ahead.asked.cancel()
+        samples = self._mine(plan)
+        try:
+            self._ahead = _Ahead(samples, self._start(samples))
+        except Exception as error:  # alone, this rank would leave the others waiting
+            self._ahead = _Ahead(samples, error)
+
+    def close(self) -> None:
+        """Let go of the servers. Idempotent, not collective."""
+        if self._servers is not None:
+            self._servers.close()
+
+    def _connect(
+        self, urls: Sequence[str], needs: Needs, timeout_s: float, tags: Mapping[str, tuple[str, ...]] | None
+    ) -> None:
+        if self._replica is not None:
+            self._servers = TeacherServers(urls, needs, timeout_s=timeout_s, first=self._replica, tags=tags)
+
+    def _mine(self, plan: StepPlan) -> list[Sample]:
+        """The samples that this rank asks for."""
+        if self._replica is None:
+            return []
+        return [plan.samples[position] for batch in plan.student[self._replica] for position in batch]
+
+    def _start(self, samples: Sequence[Sample]) -> Asked:
+        assert self._servers is not None, "only drivers ask"
+        sequences = [(sample.for_teacher.prompt_ids, sample.completion_ids) for sample in samples]
+        return self._servers.start(sequences, [sample.tag for sample in samples])
+
+    def _ask(self, plan: StepPlan) -> dict[int, tuple[torch.Tensor, ...]]:
+        samples = self._mine(plan)
+        if not samples:
+            return {}
+        if self._ahead is not None and self._ahead.samples == samples:
+            (_, asked), self._ahead = self._ahead, None
+            if isinstance(asked, Exception):
+                raise asked
+        else:
+            asked = self._start(samples)
+        found = asked.result()
+        return {
+            sample.position: (
+                torch.from_numpy(topk.logprobs).to(self.spec.device),
+                torch.from_numpy(topk.ids).to(self.spec.device),
+            )
+            for sample, topk in zip(samples, found, strict=True)
+        }
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do this rank's part; raise on every rank if it failed on one (S3). Communication: 1 all_gather_object."""
+        try:
+            all_or_none(work, self.signal_group, elsewhere=RolloutError)
+        except Exception:
+            self.close()
+            raise

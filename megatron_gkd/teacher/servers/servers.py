@@ -1,0 +1,267 @@
+"""The servers of a teacher, or of several: the top K of sequences, asked for at once and balanced.
+
+    servers = TeacherServers(urls, needs, timeout_s=480)         # probes each (probes.py)
+    servers.topk([(prompt_ids, completion_ids), ...])            # -> [TopK [C, K], ...], in order
+    asked = servers.start(sequences, tags)                       # the same, while the caller goes on
+    asked.result()
+    servers.generate(requests, settings)                         # completions of one teacher, in order
+
+With `tags` a sequence goes to the servers of its tag, else to those without tags, "the rest". Servers that share a tag
+(or the rest) are one teacher; others may be different models. The sequences of a tag are dealt to its servers by length
+(rollout/requests.py, `assign`); every server has at most `max_concurrency` requests under way, and each answer is
+checked and reduced to its [C, K] arrays as it comes. A request that fails with the connection or with 500 and above is
+repeated, with growing pauses, until `retry_s` have passed; all of a call ends within `timeout_s` of its start. A
+refusal or a wrong answer ends the call at once: the same question has the same answer.
+
+The weights of a server are the same at all times, and on all servers of a teacher: at the start their canaries are
+compared with each other, and after every call each server's canary with what it was, BEFORE the result is handed out.
+So what a server answered that was restarted with another model is never used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import httpx
+
+from megatron_gkd.errors import RolloutError
+from megatron_gkd.rollout.client import ServerClient
+from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
+from megatron_gkd.rollout.requests import assign
+from megatron_gkd.teacher.servers.probes import TOLERANCE, Needs, Probed, ask_canary, probe_server
+from megatron_gkd.teacher.servers.wire import TopK, distance, empty_topk
+
+API_KEY_ENV = "TEACHER_API_KEY"
+RETRY_S = 60.0
+MAX_CONCURRENCY = 16
+
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt ids, completion ids
+
+
+@dataclass(frozen=True, eq=False)
+class _Server:
+    client: ServerClient
+    probed: Probed
+    tags: tuple[str, ...]
+
+
+class _Part(NamedTuple):
+    """What one server was asked."""
+
+    server: _Server
+    indices: list[int]  # into the call's sequences
+    future: Future[list[TopK]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call that is under way; the threads of the connections carry it."""
+
+    found: list[TopK]  # of sequences without loss tokens already
+    parts: tuple[_Part, ...]
+    check_unchanged: Callable[[_Server], None]
+
+    def result(self) -> list[TopK]:
+        """Wait for all answers, and check that they came from the teachers of the start. Raises RolloutError."""
+        found = list(self.found)
+        try:
+            for part in self.parts:
+                for index, topk in zip(part.indices, part.future.result(), strict=True):
+                    found[index] = topk
+        finally:
+            self.cancel()
+        for part in self.parts:
+            self.check_unchanged(part.server)
+        return found
+
+    def cancel(self) -> None:
+        """What is not answered yet is not waited for."""
+        for part in self.parts:
+            part.future.cancel()
+
+
+class TeacherServers:
+    """One rank's connections to all servers of the teacher, or teachers."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        needs: Needs,
+        *,
+        timeout_s: float,
+        retry_s: float = RETRY_S,
+        max_concurrency: int = MAX_CONCURRENCY,
+        first: int = 0,
+        transport: httpx.AsyncBaseTransport | None = None,
+        tags: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        """Connect and probe.
+
+        Args:
+            tags: URL -> the tags whose sequences it scores, () for the rest; None: all servers are one teacher.
+            timeout_s: of each call of this class; retry_s: how long a server that fails is tried again.
+            first: the server that is dealt the first and longest sequence; ranks that differ in it load them evenly.
+        """
+        self.needs, self._first, self._has_tags = needs, first, bool(tags)
+        self._clients = [
+            ServerClient(
+                url,
+                api_key=os.environ.get(API_KEY_ENV),
+                api_key_env=API_KEY_ENV,
+                timeout_s=timeout_s,
+                retry_s=retry_s,
+                max_concurrency=max_concurrency,
+                transport=transport,
+                role="teacher server",
+                script="launch/teacher_server.sh",
+            )
+            for url in urls
+        ]
+        try:
+            self._servers = [
+                _Server(client, probe_server(client, needs), (tags or {}).get(url, ()))
+                for url, client in zip(urls, self._clients, strict=True)
+            ]
+            for tag in dict.fromkeys(tag for server in self._servers for tag in server.tags or (None,)):
+                self._check_one_teacher(self._of_tag(tag))
+        except BaseException:
+            self.close()
+            raise
+
+    def topk(self, sequences: Sequences, tags: Sequence[str | None] | None = None) -> list[TopK]:
+        """The teacher's top K at the loss tokens of (prompt, completion) sequences: [C, K] each, in order.
+
+        Args:
+            tags: of each sequence; None where the servers have none.
+        """
+        return self.start(sequences, tags).result()
+
+    def start(self, sequences: Sequences, tags: Sequence[str | None] | None = None) -> Asked:
+        """`topk`, while the caller goes on. Every answer waits in its [C, K] form."""
+        found = [empty_topk(self.needs.topk) for _ in sequences]
+        by_tag: dict[str | None, list[int]] = {}
+        for index, (_, completion) in enumerate(sequences):
+            if len(completion):
+                by_tag.setdefault(None if tags is None else tags[index], []).append(index)
+        mine: list[list[int]] = [[] for _ in self._servers]
+        for tag, asked in by_tag.items():
+            servers = self._of_tag(tag)
+            costs = [len(sequences[index][0]) + len(sequences[index][1]) for index in asked]
+            for server, dealt in zip(servers, assign(costs, len(servers)), strict=True):
+                mine[self._servers.index(server)] += [asked[i] for i in dealt]
+        parts: list[_Part] = []
+        try:
+            for server, indices in zip(self._servers, mine, strict=True):
+                if indices:
+                    parts.append(_Part(server, indices, self._start(server, [sequences[i] for i in indices])))
+        except BaseException:
+            for part in parts:
+                part.future.cancel()
+            raise
+        return Asked(found, tuple(parts), self._check_unchanged)
+
+    def generate(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion]:
+        """Completions that the teacher samples (that without tags), in the order of the requests. They end at the stop
+        tokens of the settings alone, and at the longest sequence that was asked about at the start.
+        """
+        servers, found = self._of_tag(None), dict[int, Completion]()
+        costs = [len(request.prompt_ids) + request.max_tokens for request in requests]
+        work: list[tuple[_Server, list[int], Future[list[Completion]]]] = []
+        try:
+            for server, dealt in zip(servers, assign(costs, len(servers)), strict=True):
+                if dealt:
+                    work.append((server, dealt, self._sample(server, [requests[i] for i in dealt], settings)))
+            for _, dealt, future in work:
+                found.update(zip(dealt, future.result(), strict=True))
+        finally:
+            for *_, future in work:
+                future.cancel()
+        for server, *_ in work:
+            self._check_unchanged(server)
+        return [found[index] for index in range(len(requests))]
+
+    @property
+    def probed(self) -> Probed:
+        """What the first of the servers was found to be; the others without tags are the same teacher."""
+        return self._of_tag(None)[0].probed
+
+    def close(self) -> None:
+        """Let go of the servers; they keep running. Idempotent."""
+        for client in self._clients:
+            client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _of_tag(self, tag: str | None) -> list[_Server]:
+        """The servers that score a tag's sequences, the one that is dealt to first in front."""
+        servers = [server for server in self._servers if tag in server.tags]
+        servers = servers or [server for server in self._servers if not server.tags]
+        if not servers:
+            raise RolloutError(f"no teacher server has the tag {tag!r}, and none is without tags, to take the rest")
+        first = self._first % len(servers)
+        return servers[first:] + servers[:first]
+
+    def _sample(
+        self, server: _Server, requests: Sequence[Request], settings: SamplingSettings
+    ) -> Future[list[Completion]]:
+        client, dialect, model = server.client, server.probed.dialect, server.probed.model
+        for request in requests:
+            self._check_length(client, len(request.prompt_ids) + 1)
+        bodies = [dialect.completion_body(model, request, settings, self.needs.longest) for request in requests]
+
+        def read(index: int, answer: Any) -> Completion:
+            return dialect.read_completion(requests[index], settings, answer, client.name)
+
+        return client.start_all(dialect.path, f"sample {len(bodies)} completions", bodies, read)
+
+    def _check_length(self, client: ServerClient, num_tokens: int) -> None:
+        if num_tokens > self.needs.longest:
+            raise RolloutError(
+                f"a sequence of {num_tokens} tokens is longer than the {self.needs.longest} that {client.name} was "
+                "asked about at the start"
+            )
+
+    def _start(self, server: _Server, sequences: Sequences) -> Future[list[TopK]]:
+        client, dialect = server.client, server.probed.dialect
+        whole = [[*prompt, *completion] for prompt, completion in sequences]
+        for ids in whole:
+            self._check_length(client, len(ids))
+        bodies = [dialect.topk_body(server.probed.model, ids, self.needs.topk) for ids in whole]
+
+        def read(index: int, answer: Any) -> TopK:
+            num_prompt, needs = len(sequences[index][0]), self.needs
+            return dialect.read_topk(answer, whole[index], num_prompt, needs.topk, needs.vocab_size, client.name)
+
+        return client.start_all(dialect.path, f"score {len(bodies)} sequences", bodies, read)
+
+    def _check_one_teacher(self, servers: Sequence[_Server]) -> None:
+        """Of servers that are dealt the same sequences."""
+        for other in servers[1:]:
+            apart = distance(servers[0].probed.canary, other.probed.canary)
+            if not apart <= TOLERANCE:
+                same = "one model" if not self._has_tags else "one model, or give them different tags"
+                raise RolloutError(
+                    f"{servers[0].client.name} and {other.client.name} are different teachers: their distributions of "
+                    f"a probe differ by {apart:.2g} (mean total variation); start all servers of a teacher with {same}"
+                )
+
+    def _check_unchanged(self, server: _Server) -> None:
+        client, probed = server.client, server.probed
+        apart = distance(probed.canary, ask_canary(client, probed.dialect, probed.model, self.needs))
+        if not apart <= TOLERANCE:
+            raise RolloutError(
+                f"{client.name} is another teacher than at the start of the run: its distribution of a probe has moved "
+                f"by {apart:.2g} (mean total variation); its answers were not used. Start it with the model of the run "
+                "and resume"
+            )

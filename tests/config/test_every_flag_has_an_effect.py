@@ -1,0 +1,76 @@
+"""No flag is declared and used nowhere: each is read by the code that it steers, or refused by name.
+
+The rule is textual: some file of the package, outside the configuration's own and the report, says `<section>.<flag>`
+(as in `cfg.training.lr`, or `training.lr` after `training = cfg.training`). The few flags that are read another way, or
+are only refused, stand in the tables below. Does not cover: that the effect is the right one, which the tests of the
+reader show.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import megatron_gkd
+from megatron_gkd.config.not_built import NOT_BUILT
+from megatron_gkd.config.run import flags
+
+PACKAGE = Path(megatron_gkd.__file__).parent
+CONFIGURATION = {
+    "config/run.py",
+    "config/no_effect.py",
+    "config/schema.py",
+    "config/flags.py",
+    "cli.py",
+    "config/validate.py",
+    "config/not_built.py",
+}
+
+# Refused whenever they are away from their default, and read by nothing: what they steer is not built.
+REFUSED = {
+    "teacher_context_parallel_size",
+    "teacher_expert_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+}
+
+# Read through another name: a pattern, and where.
+THROUGH = {
+    "log_level": (r"cfg, cfg\.logging\.log_level\)", ["cli.py"]),
+    "train_iters": (r"training\.(num_steps\(|train_iters\b)", None),
+    "loss_path": (r"distillation\.fuse_loss\b", None),
+    "use_liger_kernel": (r"distillation\.fuse_loss\b", None),
+    "teacher_model_server": (r"teacher\.kind\b", None),
+    "chat_template_kwargs": (r"data\.template_kwargs\b", None),
+    "enable_thinking": (r"data\.template_kwargs\b", None),
+    "use_vllm": (r"sampling\.use_vllm", ["config/validate.py"]),
+    "num_train_epochs": (r"training\.(num_steps\(|num_train_epochs\b)", None),
+}
+
+
+@cache
+def sources() -> dict[str, str]:
+    return {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
+
+
+def readers(flag: str) -> list[str]:
+    """The files that read a flag."""
+    pattern, where = THROUGH.get(flag, (rf"\b{flags()[flag].section}\.{flag}\b", None))
+    steered = [file for file in sorted(sources()) if file not in CONFIGURATION and not file.startswith("report/")]
+    files = steered if where is None else where
+    return [file for file in files if re.search(pattern, sources()[file])]
+
+
+@pytest.mark.parametrize("flag", [flag for flag in flags() if flag not in REFUSED])
+def test_every_flag_has_an_effect(flag: str) -> None:
+    assert readers(flag), f"no file reads cfg.{flags()[flag].section}.{flag}: give it an effect or refuse it by name"
+
+
+@pytest.mark.parametrize("flag", sorted(REFUSED))
+def test_refused_flags_are_refused_and_unread(flag: str) -> None:
+    """Once built, a flag leaves both tables: the refusal goes and a reader comes."""
+    assert flag in {entry.flag for entry in NOT_BUILT}
+    assert not readers(flag), f"{flag} is read by {readers(flag)}: take it out of NOT_BUILT and of this table"
