@@ -149,8 +149,8 @@ def test_a_job_whose_lock_was_taken_ends(tmp_path: Path, monkeypatch: pytest.Mon
         time.sleep(0.01)
     assert not ended.is_set()
     (tmp_path / LOCK).unlink()
-    while not (tmp_path / LOCK).exists():
-        time.sleep(0.01)  # it is written again
+    while (held := run_lock.read_lock(tmp_path / LOCK)) is None or not held.owner:
+        time.sleep(0.01)  # it is written again, and to its end
     write_lock(tmp_path, token="another")
     assert ended.wait(60)
     lock.release()
