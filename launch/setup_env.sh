@@ -106,6 +106,8 @@ if ((${#compiled[@]})); then
     install --no-deps --no-build-isolation "${compiled[@]}"
 fi
 say "installing megatron-gkd itself (editable)"
+exec {lock}<"$root/pyproject.toml"
+flock "$lock" # another environment may be made at the same time, and both write into the checkout
 install --no-deps --no-build-isolation --editable "$root"
 $dry_run || printf '%s\n' "$wanted" >"$stamp"
 say "environment ready: $venv"

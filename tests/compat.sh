@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run the part of the suite that touches megatron-core, on Python 3.12 with the newest megatron-core that is supported.
 #
-#   bash tests/compat.sh        # .ci/run calls it before the whole suite; arguments go to pytest
+#   bash tests/compat.sh                # .ci/run calls it before the whole suite; arguments go to pytest
+#   bash tests/compat.sh --setup-only   # the environment alone
 #
 # The suite itself runs on .venv: Python 3.11, whose newest megatron-core is 0.16.1. Here a few of the same tests run in
 # an environment of their own, .venv/compat (requirements/cpu-py312.txt): weights, model, exact step, checkpoint and
@@ -73,6 +74,7 @@ left_out=(
 
 export GKD_VENV=$venv/compat
 GKD_PYTHON=$python bash "$root/launch/setup_env.sh"
+[[ ${1:-} != --setup-only ]] || exit 0
 cd "$root"
 export OMP_NUM_THREADS=1
 "$GKD_VENV/bin/python" -c 'import importlib.metadata as m, sys
