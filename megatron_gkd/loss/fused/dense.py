@@ -53,6 +53,8 @@ class LabelPart(NamedTuple):
 
 def uses_kernels(setting: DenseSetting) -> bool:
     """Whether the kernels do the work; alike on every rank, because it decides the size of a chunk."""
+    if setting.divergence.form not in kernels.FORMS:
+        return False
     return kernels.chosen(setting.device, setting.student_dtype, setting.teacher_dtype)
 
 

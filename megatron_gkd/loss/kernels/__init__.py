@@ -3,10 +3,10 @@
     dense.py     the three kernels: softmax statistics, divergence sums, gradient
     launch.py    their launches: tensors in, tensors out, the same values as loss/divergence.py
 
-Chosen where the tensors are on a CUDA device, triton can be imported, and the divergence is computed in float32 from
-logits in float32, bfloat16 or float16; float64 and everything on CPU take the torch path. The rule reads only what
-is alike on all ranks of a group, because it also decides the chunk size. An error inside a kernel is an error: there
-is no second attempt on the torch path.
+Chosen where the tensors are on a CUDA device, triton can be imported, and the divergence is one of `FORMS`, computed in
+float32 from logits in float32, bfloat16 or float16; float64, everything on CPU, and a formula that the kernels do not
+have take the torch path. The rule reads only what is alike on all ranks of a group, because it also decides the chunk
+size. An error inside a kernel is an error: there is no second attempt on the torch path.
 
 `forced` is for tests: with True the kernels run wherever they can, Triton's interpreter on CPU included; with False
 they never do. This file imports neither triton nor the kernels.
@@ -22,6 +22,9 @@ from functools import cache
 import torch
 
 from megatron_gkd.errors import ConfigError
+from megatron_gkd.loss.divergence import Form
+
+FORMS = (Form.FORWARD_KL, Form.REVERSE_KL, Form.SYMMETRIC, Form.GENERAL)  # what the MODE of dense.py may be
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _forced: bool | None = None

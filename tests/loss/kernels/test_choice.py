@@ -8,6 +8,8 @@ import torch
 
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.loss import kernels
+from megatron_gkd.loss.divergence import Divergence, Form
+from megatron_gkd.loss.fused.dense import DenseSetting, uses_kernels
 from tests.support.effort import LIMIT_S
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)  # a name only: no device is needed
@@ -31,6 +33,17 @@ def _with_triton(monkeypatch):
 )
 def test_the_rule(device, dtypes, expected):
     assert kernels.chosen(device, *dtypes) is expected
+
+
+@pytest.mark.usefixtures("_with_triton")
+def test_a_formula_that_the_kernels_do_not_have_takes_the_torch_path(monkeypatch):
+    """They would take it for the last of those that they have."""
+    setting = DenseSetting(torch.bfloat16, torch.bfloat16, torch.float32, CUDA, 8, 0, Divergence(0.3))
+    assert uses_kernels(setting)
+    monkeypatch.setattr(kernels, "FORMS", tuple(form for form in Form if form is not Form.GENERAL))
+    assert not uses_kernels(setting)
+    with kernels.forced(True):
+        assert not uses_kernels(setting)
 
 
 def test_without_triton_the_torch_path_is_taken(monkeypatch):
