@@ -25,6 +25,7 @@ from tests.support.effort import LIMIT_S
 
 ROOT = Path(megatron_gkd.__file__).parent.parent
 TRAIN = ["train", "--model", "S", "--teacher_model", "T", "--dataset", "d.jsonl"]
+TOP_0 = ["--gkd_logits_topk", "0"]
 MISSING = ["--context_parallel_size", "2"]  # a flag that is not built
 
 
@@ -125,6 +126,10 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
         (["check"], "check alone is not a check; give `check teacher` or `check data`"),
         (["check", "data", "--model", "S"], "--dataset is missing; Data to be checked"),
         (["check", "data", "--model", "N", "--dataset", "d"], "--model N: there is no such directory"),
+        (
+            [*("check", "teacher", "--teacher_model", "T", "--teacher_model_server", "u", "--dataset", "d"), *TOP_0],
+            "--gkd_logits_topk is 0; it must be > 0",
+        ),
         (["check", "student"], "check student is not a check"),
         (["check", "data", "--model", "S", "--dataset", "x.jsonl"], "--dataset x.jsonl: there is no such file"),
         (["sample", "--model", "N", "--dataset", "d.jsonl", "--result_path", "r.jsonl"], "--model N: there is no such"),

@@ -47,6 +47,12 @@ def ids(path: Path) -> str:
     return path.name
 
 
+def words(page: Path) -> str:
+    """Without changes that the page shows (```diff): what they name is not there before they are applied.
+    test_extending.py applies them."""
+    return re.sub(r"^```diff\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
 def prose(page: Path) -> str:
     """Without code blocks and code spans, where brackets and parentheses mean other things."""
     return re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S))
@@ -59,7 +65,7 @@ def anchors(page: Path) -> set[str]:
 
 def commands(page: Path) -> list[str]:
     """Command lines in code blocks, fenced or indented, continuation lines joined."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = words(page).replace("\\\n", " ")
     lines = [line.strip() for line in re.findall(r"^ {4}\S.*$", text, flags=re.M)]
     lines += [
         line.strip()
@@ -180,7 +186,7 @@ def unknown_flags(text: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_flags_exist(page: Path):
     """In prose, tables and code alike."""
-    assert unknown_flags(page.read_text(encoding="utf-8")) == set()
+    assert unknown_flags(words(page)) == set()
 
 
 def unknown_metrics(text: str) -> set[str]:
@@ -192,7 +198,7 @@ def unknown_metrics(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_metrics_exist(page: Path):
-    assert unknown_metrics(page.read_text(encoding="utf-8")) == set()
+    assert unknown_metrics(words(page)) == set()
 
 
 def test_the_package_writes_every_metric_of_the_page():
@@ -219,7 +225,7 @@ def missing_paths(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=ids)
 def test_paths_exist(page: Path):
-    assert missing_paths(page.read_text(encoding="utf-8")) == set()
+    assert missing_paths(words(page)) == set()
 
 
 def too_long(text: str) -> list[str]:
@@ -229,10 +235,15 @@ def too_long(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_lines_are_short(page: Path):
-    assert too_long(page.read_text(encoding="utf-8")) == []
+    assert too_long(words(page)) == []
 
 
-def test_planted_faults_are_found():
+def test_planted_faults_are_found(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text("See `none.py`.\n\n```diff\n+see `new.py`, --no_such_flag\n```\n\n```bash\nmake nothing\n```\n")
+    assert missing_paths(words(page)) == {"none.py"}
+    assert unknown_flags(words(page)) == set()
+    assert commands(page) == ["make nothing"]
     text = "Give `--no_such_flag 1` to `launch/none.sh`; then `rollout/shortened` and `wait_s` in `nowhere.py` fall.\n"
     assert unknown_flags(text) == {"--no_such_flag"}
     assert unknown_flags("`sbatch --nodes=3`, and --nproc-per-node") == {"--nproc-per-node"}

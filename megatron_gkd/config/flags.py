@@ -72,7 +72,7 @@ def parse_section(argv: Sequence[str], cls: type[S], *, command: str) -> S:
     headings, aliases = {command: str(cls.__doc__)}, _ALIASES.get(command)
     values = parse(argv, table, prog=f"megatron-gkd {command}", headings=headings, aliases=aliases)
     for name, flag in table.items():
-        if flag.required and not values.get(name):
+        if flag.required and values.get(name) in (None, "", []):
             raise ConfigError(f"--{name} is missing; {flag.item.metadata['help']}")
     return cls(**values)
 
