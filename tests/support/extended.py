@@ -219,7 +219,7 @@ def output_of(*argv: str) -> tuple[int | str | None, str, str]:
 
 
 def check_command(folder: Path) -> None:
-    path = write_tiny_checkpoint(folder / "command", "llama", layers=4, heads=4, kv_heads=2)
+    path = write_tiny_checkpoint(folder / "command", "llama", layers=4, heads=8, kv_heads=2)
 
     def check_lines() -> None:
         code, out, _ = output_of("layouts", "--model", str(path), "--world_size", "12")
