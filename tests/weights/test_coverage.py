@@ -18,11 +18,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import LayoutError
 from megatron_gkd.model.build import transformer_config
+from megatron_gkd.model.divisible import check_layout
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.naming import ROLES, Unit, layer_units
-from megatron_gkd.weights.plan import check_layout, hf_tensor_shapes, plan, unit_shapes
+from megatron_gkd.weights.plan import hf_tensor_shapes, plan, unit_shapes
 from tests.support.models import REAL_MODELS
 
 SIZES = range(1, 9)

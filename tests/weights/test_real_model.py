@@ -26,12 +26,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.data.collate import MicroBatch, without_loss
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule
 from megatron_gkd.parallel.layout import Layout
 from tests.support.effort import FULL, LIMIT_S
 from tests.support.ranks import run_ranks
-from tests.support.ranks_at_work import load_model, megatron, micro_batch
+from tests.support.ranks_at_work import load_model, megatron
 
 pytestmark = pytest.mark.slow
 
@@ -112,7 +112,7 @@ def run_model(path: Path, layout: Layout, sequences: list[torch.Tensor]) -> list
 
             return forward_hidden(chunk, next(batches), torch.device("cpu")), collect
 
-        batches = [micro_batch(sequence[None]) for sequence in sequences]
+        batches = [without_loss(sequence[None]) for sequence in sequences]
         with torch.no_grad():
             out = run_schedule(
                 model.chunks, layout, model.groups, forward_step, batches, forward_only=True, collect=True
