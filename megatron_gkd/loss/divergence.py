@@ -72,6 +72,10 @@ class Sums(NamedTuple):
     centre_C: torch.Tensor  # -sum Q (w - anchor); 0 at beta = 0
 
 
+# What the MODE of kernels/dense.py may be: a closed list, so that a form without a kernel takes the torch path.
+KERNEL_FORMS = (Form.FORWARD_KL, Form.REVERSE_KL, Form.SYMMETRIC, Form.GENERAL)
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Which divergence, and at which temperature of both models. Raises ConfigError for one that does not exist."""

@@ -22,9 +22,9 @@ from functools import cache
 import torch
 
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.loss.divergence import Form
+from megatron_gkd.loss import divergence
 
-FORMS = (Form.FORWARD_KL, Form.REVERSE_KL, Form.SYMMETRIC, Form.GENERAL)  # what the MODE of dense.py may be
+FORMS = divergence.KERNEL_FORMS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _forced: bool | None = None
