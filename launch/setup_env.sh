@@ -4,9 +4,8 @@
 #   bash launch/setup_env.sh           # CPU set: requirements/cpu.txt; on Python 3.12 what cpu-py312.txt says instead
 #   bash launch/setup_env.sh --gpu     # CUDA set: requirements/gpu.txt (compiles transformer-engine's torch extension)
 #
-# Hardware: any x86-64 Linux; about 2 GB of disk for the CPU set (7 GB with the CUDA build of torch). Needs Python 3.11
-# or
-#           3.12 with the venv module.
+# Hardware: any x86-64 Linux; about 2 GB of disk for the CPU set (7 GB with the CUDA build of torch).
+#           Needs Python 3.11 or 3.12 with the venv module.
 # Time:     1 to 5 minutes, most of it download; a second run compares a stamp and returns at once.
 # Expect:   one line per stage; the last line is "environment ready: <path>".
 #
@@ -71,8 +70,7 @@ fi
 pip=("$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off --quiet)
 read -r -a extra <<<"${GKD_PIP_ARGS:-}"
 pip+=("${extra[@]}")
-# torch alone, with its own dependencies at the pinned versions; then the complete set as it stands, without the
-# resolver
+# torch alone, with its own dependencies at the pinned versions; then the complete set without the resolver
 mapfile -t first < <(grep -E '^(torch|setuptools)==' "$requirements")
 mapfile -t compiled < <(grep -E '^transformer_engine_torch==' "$requirements" || true)
 

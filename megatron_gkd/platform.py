@@ -286,9 +286,8 @@ def adapt_megatron_to_cpu() -> Callable[[], None]:
     if not hasattr(moe_utils, "te_general_gemm"):
         replacements.append((moe_utils, "te_general_gemm", None))
     replacements += _tensor_requests()
-    originals = [
-        (owner, name, vars(owner).get(name, _ABSENT)) for owner, name, _ in replacements
-    ]  # not what is inherited
+    # what the owner has itself, not what a class inherits
+    originals = [(owner, name, vars(owner).get(name, _ABSENT)) for owner, name, _ in replacements]
 
     def install() -> None:
         global _undo, _install

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.errors import ConfigError, ShapeError
 from megatron_gkd.loss import reference as ref
 from megatron_gkd.loss import sharded_softmax as sm
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
@@ -27,6 +26,7 @@ from tests.support.losses import (
     gradient_error,
     peak_bytes,
     record_saved,
+    refusals,
     relative_error,
     worst,
 )
@@ -554,14 +554,7 @@ def _messages():
         "device": lambda: vocab_parallel_jsd(x, x.to("meta"), beta=0.5, tp_group=group),
         "vocabulary": lambda: vocab_parallel_jsd(x, x, beta=0.5, tp_group=group, vocab_size=9),
     }
-    messages = {}
-    for name, call in calls.items():
-        try:
-            call()
-            messages[name] = "no error"
-        except (ConfigError, ShapeError) as error:
-            messages[name] = str(error)
-    return messages
+    return refusals(calls)
 
 
 def test_bad_input_is_refused_with_what_was_given_and_needed():

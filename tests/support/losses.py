@@ -7,13 +7,14 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.errors import ConfigError, ShapeError
 from tests.support.numerics import EPS, FLOOR
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -158,3 +159,15 @@ class GatherWithoutReduction(torch.autograd.Function):
         total_TK = grad_TK.contiguous().clone()
         dist.all_reduce(total_TK, group=ctx.group)  # the ranks hold replicas of one loss, not parts of it
         return total_TK.chunk(ctx.group.size(), dim=-1)[ctx.group.rank()], None
+
+
+def refusals(calls: Mapping[str, Callable[[], object]]) -> dict[str, str]:
+    """What each call is refused with; "no error" for one that is accepted."""
+    messages = {}
+    for name, call in calls.items():
+        try:
+            call()
+            messages[name] = "no error"
+        except (ConfigError, ShapeError) as error:
+            messages[name] = str(error)
+    return messages
