@@ -50,7 +50,7 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
 from megatron_gkd.rollout.vllm.local_server import LocalServer
 from megatron_gkd.schedule import plan_step
-from megatron_gkd.teacher.servers.probes import Needs
+from megatron_gkd.teacher.servers.probes import ServerRequirements
 from megatron_gkd.teacher.servers.servers import TeacherServers
 from megatron_gkd.teacher.signals import Columns
 from megatron_gkd.teacher_pipeline import TeacherPipeline
@@ -216,7 +216,7 @@ def server_rounds(options: argparse.Namespace) -> list[dict[str, Any]]:
     pipeline = make("top64", options, layout, layout, where)
     asked = [(sample.prompt_ids, sample.completion_ids) for sample in plan.samples]
     longest = options.prompt_tokens + options.completion_tokens
-    needs = Needs(TOPK, arch.vocab_size, arch.vocab_size - 1, longest, plan.samples[0].prompt_ids)
+    needs = ServerRequirements(TOPK, arch.vocab_size, arch.vocab_size - 1, longest, plan.samples[0].prompt_ids)
     seconds: dict[str, list[float]] = {"local": [], "server": []}
     extra = ["--max-logprobs", str(TOPK)]
     with (

@@ -67,7 +67,8 @@ else
 fi
 
 # ---- packages --------------------------------------------------------------------------------------------------------
-pip=("$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off --quiet)
+# not compiled: Python compiles a module when it is first imported, and most of the 25,000 never are
+pip=("$venv/bin/python" -m pip install --no-compile --no-input --disable-pip-version-check --progress-bar off --quiet)
 read -r -a extra <<<"${GKD_PIP_ARGS:-}"
 pip+=("${extra[@]}")
 # torch alone, with its own dependencies at the pinned versions; then the complete set without the resolver

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         action()
     except RunStoppedError as stop:
-        text = visible(f"{PROG}: rank {environment.rank_told()}: {stop}")
+        text = visible(f"{PROG}: rank {environment.rank_in_messages()}: {stop}")
         sys.stderr.write(f"{text}\n")
         _tell_launcher(text, EXIT_STOPPED)
         return EXIT_STOPPED
@@ -229,11 +229,11 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
     A rank that is not to speak waits for the one that is: a launcher ends every rank when the first has ended, and it
     must not be the only one with the message.
     """
-    rank = environment.rank_told()
+    rank = environment.rank_in_messages()
     several = every_rank and os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1")
     text = f"{PROG}: {f'rank {rank}: ' if several else ''}error: {visible(' '.join(str(error).split()))}"
     _tell_launcher(text, EXIT_USAGE)
-    alone = every_rank and not error.told_elsewhere
+    alone = every_rank and not error.reported_elsewhere
     if alone or os.environ.get("LOCAL_RANK", str(rank)).strip() in ("", "0"):
         if _wants_traceback(argv):
             sys.stderr.write(visible("".join(traceback.format_exception(error))))
@@ -250,7 +250,7 @@ def _tell_launcher(text: str, code: int) -> None:
         _leave(path, {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}})
     if words := os.environ.get(environment.LAST_WORDS, ""):
         _leave(
-            os.path.join(words, f"{environment.rank_told()}.json"),
+            os.path.join(words, f"{environment.rank_in_messages()}.json"),
             {"text": text, "code": code, "attempt": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")},
         )
 

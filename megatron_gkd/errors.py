@@ -11,10 +11,10 @@ from __future__ import annotations
 class GKDError(Exception):
     """Root of all errors that are the input's fault, not the program's.
 
-    `told_elsewhere` is set on an instance that another rank says as well: then one rank of a machine is enough.
+    `reported_elsewhere` is set on an instance that another rank says as well: then one rank of a machine is enough.
     """
 
-    told_elsewhere = False
+    reported_elsewhere = False
 
 
 class ConfigError(GKDError, ValueError):

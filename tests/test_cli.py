@@ -236,7 +236,7 @@ def test_what_another_rank_says_as_well_is_said_once_per_machine(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error, waited = DataError("d.jsonl:3: bad row"), list[float]()
-    error.told_elsewhere = True
+    error.reported_elsewhere = True
     stub(monkeypatch, "megatron_gkd.train.loop", run_training=fail(error))
     monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=waited.append, time=lambda: 0))
     for rank, local_rank, said in (("1", "1", False), ("8", "0", True)):

@@ -27,6 +27,7 @@ import torch
 
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import LIMIT_S
+from tests.support.launched import forked_ranks
 from tests.support.program import TORCHRUN, run
 from tests.support.ranks import run_ranks
 
@@ -87,9 +88,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def torchrun(args: list[str]) -> subprocess.CompletedProcess[str]:
+def torchrun(args: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """`megatron-gkd ARGS` on two ranks, as a user starts it. A hang is a TimeoutExpired."""
-    environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    environment |= {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     return subprocess.run(
         [
             sys.executable,
@@ -420,7 +421,8 @@ def test_bad_input_is_exit_code_2_and_one_clear_line(
 @pytest.mark.parametrize("name", ["batch", "unknown flag"])
 def test_bad_input_under_torchrun(inputs: Inputs, bad_paths: dict[str, Path], tmp_path: Path, name: str):
     """Found after the ranks have met, and before: torchrun ends and reports exit code 2 of a rank."""
-    result = torchrun(bad_arguments(inputs, bad_paths, BAD[name], tmp_path))
+    with forked_ranks() as environment:
+        result = torchrun(bad_arguments(inputs, bad_paths, BAD[name], tmp_path), **environment)
     assert result.returncode != 0
     assert "exitcode  : 2" in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("megatron-gkd: ")]

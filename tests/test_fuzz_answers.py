@@ -22,7 +22,7 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.client import ServerClient
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.wire import read_cached_tokens, read_completion, read_scores
-from megatron_gkd.teacher.servers.probes import Needs
+from megatron_gkd.teacher.servers.probes import ServerRequirements
 from megatron_gkd.teacher.servers.servers import TeacherServers
 from megatron_gkd.teacher.servers.swift import Swift
 from megatron_gkd.teacher.servers.wire import VLLM, TopK
@@ -177,7 +177,7 @@ def test_mutated_answers(reader: str) -> None:
 @pytest.mark.parametrize("kind", [FakeServer, FakeSwift])
 def test_a_server_whose_answers_are_mutated_now_and_then(kind: type[FakeServer]) -> None:
     """Probes, scores, samples and canaries: each run ends with what the teacher says, or with an error."""
-    needs = Needs(topk=K, vocab_size=VOCAB, largest_id=VOCAB - 1, longest=24, probe=tuple(range(3, 12)))
+    needs = ServerRequirements(topk=K, vocab_size=VOCAB, largest_id=VOCAB - 1, longest=24, probe=tuple(range(3, 12)))
     sequences = [((1, 2), (3, 4, 5)), ((9, 8, 7), (1,))]
     fake, ends = kind(), {"whole": 0, "refused": 0}
     for seed in range(NUM_RUNS):

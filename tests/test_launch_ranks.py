@@ -1,6 +1,8 @@
 """The launch scripts with real ranks: one node; two nodes with an agent and one rank each, which share 127.0.0.1 or,
 where this user may make network namespaces, have a network of their own each and a cable between them (veth).
 
+The ranks of all but the first run are forked (support/launched.py), everything else is as users have it.
+
 Every run distils the same tiny models on two data parallel ranks, so every run has to leave the same record, bit for
 bit: that of `train_single_node.sh`, which is never stopped. In the run with restarts first a rank of one node is
 killed, later a whole node (agent and rank), which is then started again with the same command line.
@@ -24,6 +26,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.effort import LIMIT_S
+from tests.support.launched import forked_ranks
 from tests.support.runs import command_line, exported, metrics
 from tests.support.trainers import write_pair, write_rows
 from tests.test_launch import ROOT
@@ -91,12 +94,14 @@ class Nodes:
 
     logs: Path
     flags: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, script: str, save: Path, *, host: Host | None = None, **env: str) -> subprocess.Popen[bytes]:
         job = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ENDPOINT", "NNODES", "RANK", "WORLD_SIZE", "LOCAL_RANK")
         environment = {name: value for name, value in os.environ.items() if name not in job}
-        environment |= {"GKD_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"} | env
+        environment |= {"GKD_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+        environment |= self.environment | env
         command = ["bash", str(ROOT / "launch" / script), *self.flags, "--save", str(save)]
         if host is not None:
             environment |= {"GLOO_SOCKET_IFNAME": host.interface, "LOCAL_ADDR": host.address}
@@ -139,9 +144,10 @@ class Nodes:
 
 @pytest.fixture
 def nodes(tmp_path: Path, flags: list[str]) -> Iterator[Nodes]:
-    nodes = Nodes(tmp_path, flags)
-    yield nodes
-    nodes.close()
+    with forked_ranks() as environment:
+        nodes = Nodes(tmp_path, flags, environment)
+        yield nodes
+        nodes.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ What must hold at the end: held-out forward KL fell by the factor stated here, t
 and gives finite logits, the report and the TensorBoard files are there, and a second call does nothing twice. The real
 model's variant is run at night, and left out, by name, where its package cannot be fetched.
 
+The ranks are forked (support/launched.py); with the real model they start as a user's do.
+
 Needs the environment that launch/setup_env.sh makes (else the script would install into a foreign one). Not covered:
 the numbers of the full run; those are measured, and stand in README.md.
 """
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 from tests.support.effort import FULL, LIMIT_S
+from tests.support.launched import forked_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_CANNOT_FETCH = 3
@@ -31,8 +34,8 @@ pytestmark = [
 ]
 
 
-def quickstart(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "GKD_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
+def quickstart(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    env |= {**os.environ, "GKD_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", str(ROOT / "launch/quickstart.sh"), *map(str, args)]
     return subprocess.run(
         command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL, timeout=LIMIT_S, check=False
@@ -65,7 +68,8 @@ def check_run(out: Path, *, at_most: float) -> None:
 
 def test_offline_variant(tmp_path: Path):
     out = tmp_path / "run"
-    first = quickstart("--offline", "--out", out)
+    with forked_ranks() as environment:
+        first = quickstart("--offline", "--out", out, **environment)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     assert "forward KL" in first.stdout
     check_run(out, at_most=0.7)

@@ -38,7 +38,7 @@ from megatron_gkd.data.files import Columns, read_records
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.data.second_reading import Conversation, read_again, teachers_turns
 from megatron_gkd.data.show import show_row
-from megatron_gkd.data.suspicions import told
+from megatron_gkd.data.suspicions import describe
 from megatron_gkd.errors import CheckFailedError
 from megatron_gkd.observe.text import visible
 from megatron_gkd.records import Row, Sample
@@ -83,7 +83,7 @@ class Account:
         lines += [f"ignored column           {name} ({n})" for name, n in sorted(rows.summary.ignored.items())]
         lines += [f"LOST in the template     {name} ({n})" for name, n in sorted(rows.summary.lost.items())]
         lines += [f"first {why}: {text}" for why, text in sorted(rows.summary.first_dropped.items())]
-        return lines + [f"LOOK AT {text}" for text in told(rows.summary.suspicious, rows.summary.first_suspicious)]
+        return lines + [f"LOOK AT {text}" for text in describe(rows.summary.suspicious, rows.summary.first_suspicious)]
 
 
 def run_check_data(config: CheckDataConfig) -> None:

@@ -36,7 +36,7 @@ from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
 from megatron_gkd.teacher.served import ServerTeacher
-from megatron_gkd.teacher.servers.probes import Needs, probe_tokens
+from megatron_gkd.teacher.servers.probes import ServerRequirements, probe_tokens
 from megatron_gkd.teacher.signals import HiddenSignal, TopKSignal
 from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.topk_jsd import topk_jsd
@@ -109,7 +109,7 @@ def compare(config: CheckConfig) -> Comparison:
     samples = _samples(rows)
     plan = StepPlan(0, samples, *[(tuple((s.position,) for s in samples),)] * 2)
     sequences = [(*s.prompt_ids, *s.completion_ids) for s in samples]  # the teacher's prompts
-    needs = Needs(
+    needs = ServerRequirements(
         config.gkd_logits_topk,
         arch.vocab_size,
         len(tokenizer) - 1,

@@ -77,7 +77,7 @@ def run_sample(config: SampleConfig) -> None:
         )
     stop_ids = stop_tokens(config.model, encoder)
     survey = _Survey(config, encoder, longest)
-    result = ResultFile(config.result_path, _asked(config, survey, encoder.clock))
+    result = ResultFile(config.result_path, _fingerprint(config, survey, encoder.clock))
     if result.complete:
         logger.info("%s is complete: %s", config.result_path, _account(result.counts))
         return
@@ -275,7 +275,7 @@ def earlier_clock(result_path: str) -> Clock | None:
         return None
 
 
-def _asked(config: SampleConfig, survey: _Survey, clock: Clock) -> dict[str, Any]:
+def _fingerprint(config: SampleConfig, survey: _Survey, clock: Clock) -> dict[str, Any]:
     """What the result depends on. The model is its directory and the date of its newest file."""
     values = {name: asdict(config)[name] for name in _DECIDE}
     values["model"] = str(Path(config.model).resolve())

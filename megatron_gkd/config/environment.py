@@ -30,7 +30,7 @@ def number(name: str, *, least: int = 0, most: int | None = None) -> int | None:
     return int(text)
 
 
-def rank_told() -> int:
+def rank_in_messages() -> int:
     """RANK for messages: 0 where it is not set, or malformed (whoever needs it says so)."""
     text = os.environ.get("RANK", "").strip()
     return int(text) if re.fullmatch(r"\d{1,9}", text) else 0

@@ -44,7 +44,7 @@ def without_effect(cfg: RunConfig, command: Command = "train") -> dict[str, list
     """Why -> the flags away from their defaults that change nothing; every flag once."""
     found: dict[str, list[str]] = {}
     named: set[str] = set()
-    for why, names in _of_training(cfg) if command == "train" else _of_evaluation(cfg):
+    for why, names in _unused_in_training(cfg) if command == "train" else _unused_in_evaluation(cfg):
         given = [name for name in names if not cfg.is_default(name) and name not in named]
         if given:
             found[why] = given
@@ -52,12 +52,12 @@ def without_effect(cfg: RunConfig, command: Command = "train") -> dict[str, list
     return found
 
 
-def told(found: dict[str, list[str]]) -> str:
+def describe(found: dict[str, list[str]]) -> str:
     """`--temperature, --top_p (why); --seed (why)`."""
     return "; ".join(f"{', '.join(f'--{name}' for name in names)} ({why})" for why, names in found.items())
 
 
-def _of_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     distillation, sampling, data, lmbda = cfg.distillation, cfg.sampling, cfg.data, cfg.distillation.lmbda
     if not (lmbda > 0 or distillation.samples_teacher):
         yield "nothing is sampled with --lmbda 0, but for --seq_kd true", HOW_DRAWN
@@ -86,7 +86,7 @@ def _of_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "no checkpoint is loaded without --load or --auto_resume", ("verify_checkpoint", "allow_changed_config")
 
 
-def _of_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     from megatron_gkd.config.run import flags
 
     others = tuple(

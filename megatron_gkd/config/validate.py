@@ -51,15 +51,15 @@ def refuse_contradictions(cfg: RunConfig, command: Command) -> None:
 
 
 def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
-    yield from _of_distillation(cfg)
-    yield from _of_parallel(cfg)
+    yield from _distillation_problems(cfg)
+    yield from _parallel_problems(cfg)
     if command == "train":
-        yield from _of_loss_temperature(cfg)
-        yield from _of_training(cfg)
-        yield from _of_lengths(cfg)
+        yield from _loss_temperature_problems(cfg)
+        yield from _training_problems(cfg)
+        yield from _lengths_problems(cfg)
         if cfg.distillation.lmbda > 0:
-            yield from _of_sampling(cfg)
-        yield from _of_teacher_sampling(cfg)
+            yield from _sampling_problems(cfg)
+        yield from _teacher_sampling_problems(cfg)
     elif cfg.checkpoint.load is not None:
         yield (
             "--load is of training, and eval measures the weights of --model: give the run's export as --model "
@@ -72,7 +72,7 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield "--report_to wandb needs the package wandb, which is not installed; install it, or leave wandb out"
 
 
-def _of_distillation(cfg: RunConfig) -> Iterator[str]:
+def _distillation_problems(cfg: RunConfig) -> Iterator[str]:
     loss, topk = cfg.distillation, cfg.distillation.gkd_logits_topk
     if loss.use_liger_kernel and topk is not None:
         yield (
@@ -88,10 +88,10 @@ def _of_distillation(cfg: RunConfig) -> Iterator[str]:
             "--gkd_logits_topk 1 with --topk_tail renormalize compares one token of probability 1 with itself: the "
             "divergence is 0 whatever the student does, and nothing is learnt; give a larger K, or --topk_tail bucket"
         )
-    yield from _of_teacher(cfg)
+    yield from _teacher_problems(cfg)
 
 
-def _of_loss_temperature(cfg: RunConfig) -> Iterator[str]:
+def _loss_temperature_problems(cfg: RunConfig) -> Iterator[str]:
     loss = cfg.distillation
     if loss.topk_tail == "bucket" and loss.loss_temperature != 1:
         yield (
@@ -100,7 +100,7 @@ def _of_loss_temperature(cfg: RunConfig) -> Iterator[str]:
         )
 
 
-def _of_teacher(cfg: RunConfig) -> Iterator[str]:
+def _teacher_problems(cfg: RunConfig) -> Iterator[str]:
     teacher, kind = cfg.teacher, cfg.teacher.kind
     if not isinstance(kind, ServerTeachers):
         for flag in SERVER_TEACHER:
@@ -124,7 +124,7 @@ def _of_teacher(cfg: RunConfig) -> Iterator[str]:
         )
     match kind:
         case LocalTeacher():
-            yield from _of_local_teacher(cfg)
+            yield from _local_teacher_problems(cfg)
             return
         case ServerTeachers():
             other = "--teacher_model_server is given"
@@ -135,7 +135,7 @@ def _of_teacher(cfg: RunConfig) -> Iterator[str]:
             yield f"--{flag} is for a local teacher, but {other}; leave it out"
 
 
-def _of_local_teacher(cfg: RunConfig) -> Iterator[str]:
+def _local_teacher_problems(cfg: RunConfig) -> Iterator[str]:
     teacher = cfg.teacher
     if teacher.teacher_micro_batch_size is not None and teacher.teacher_micro_batch_tokens is not None:
         yield "--teacher_micro_batch_size and --teacher_micro_batch_tokens both size a micro-batch; give one of them"
@@ -150,7 +150,7 @@ def _of_local_teacher(cfg: RunConfig) -> Iterator[str]:
         yield "--offload_teacher_model frees memory for a student on the same ranks; with separate ones leave it out"
 
 
-def _of_parallel(cfg: RunConfig) -> Iterator[str]:
+def _parallel_problems(cfg: RunConfig) -> Iterator[str]:
     layout = cfg.parallel
     if layout.sequence_parallel and layout.tensor_model_parallel_size == 1:
         yield "--sequence_parallel splits over the tensor parallel ranks: it needs --tensor_model_parallel_size above 1"
@@ -158,7 +158,7 @@ def _of_parallel(cfg: RunConfig) -> Iterator[str]:
         yield "--virtual_pipeline_model_parallel_size needs --pipeline_model_parallel_size above 1"
 
 
-def _of_lengths(cfg: RunConfig) -> Iterator[str]:
+def _lengths_problems(cfg: RunConfig) -> Iterator[str]:
     """Sampled completions have to leave room for a prompt; who did not ask for them is told why there are any."""
     most, longest = cfg.sampling.max_completion_length, cfg.data.max_length
     if most < longest or not (cfg.distillation.lmbda > 0 or cfg.distillation.samples_teacher):
@@ -175,7 +175,7 @@ def _of_lengths(cfg: RunConfig) -> Iterator[str]:
     )
 
 
-def _of_sampling(cfg: RunConfig) -> Iterator[str]:
+def _sampling_problems(cfg: RunConfig) -> Iterator[str]:
     sampling, asked = cfg.sampling, f"--lmbda {cfg.distillation.lmbda:g} samples from the student"
     if not sampling.use_vllm:
         yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, or give --lmbda 0"
@@ -205,7 +205,7 @@ def _of_sampling(cfg: RunConfig) -> Iterator[str]:
         yield f"--sleep_level is for colocated engines; give 0 with --vllm_mode {sampling.vllm_mode}"
 
 
-def _of_teacher_sampling(cfg: RunConfig) -> Iterator[str]:
+def _teacher_sampling_problems(cfg: RunConfig) -> Iterator[str]:
     sampling, kind = cfg.sampling, cfg.teacher.kind
     server = isinstance(kind, ServerTeachers)
     for flag in ("teacher_samples_cache", *TEACHERS_ENGINE):
@@ -228,7 +228,7 @@ def _of_teacher_sampling(cfg: RunConfig) -> Iterator[str]:
         yield f"--temperature {sampling.temperature:g} is above 2, the highest that vLLM samples at"
 
 
-def _of_training(cfg: RunConfig) -> Iterator[str]:
+def _training_problems(cfg: RunConfig) -> Iterator[str]:
     training = cfg.training
     if training.train_iters is not None and training.num_train_epochs is not None:
         yield "--train_iters and --num_train_epochs both say how long to train; give one of them"

@@ -5,8 +5,9 @@ a run that goes past midnight would train on different rows, and a run that is r
 ones than it left. So every rendering is given a `Clock`; train/run_clock.py tells it to all ranks and takes it from the
 checkpoint that a run goes on from.
 
-`told_to` says what of the time a template sees, which is what tokenised rows depend on: `["27 Nov 2026"]`, the same all
-day, where every format stands in the template; the whole time where one is computed there; `[]` for most templates.
+`time_variables` says what of the time a template sees, which is what tokenised rows depend on: `["27 Nov 2026"]`, the
+same all day, where every format stands in the template; the whole time where one is computed there; `[]` for most
+templates.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Clock:
         """What a template is told."""
         return datetime.fromisoformat(self.time).strftime(format)
 
-    def told_to(self, template: str | Mapping[str, str] | None) -> list[str]:
+    def time_variables(self, template: str | Mapping[str, str] | None) -> list[str]:
         """What a tokenizer's chat template, or its templates by name, can see of the time."""
         found: set[str] = set()
         for text in template.values() if isinstance(template, Mapping) else [template or ""]:
@@ -53,4 +54,4 @@ class Clock:
 
     def options(self, template: str | Mapping[str, str] | None) -> dict[str, Any]:
         """What `apply_chat_template` is given, so that the template is told this time."""
-        return {NAME: self.strftime_now} if self.told_to(template) else {}
+        return {NAME: self.strftime_now} if self.time_variables(template) else {}

@@ -101,9 +101,9 @@ class RowSummary:
             text += f", {self.num_truncated} with their prompt cut at the left"
         for reason, count in sorted(self.dropped.items()):
             text += f"; {count} dropped as {reason} (first: {self.first_dropped[reason]})"
-        return text + self.told_ignored()
+        return text + self.describe_ignored()
 
-    def told_ignored(self) -> str:
+    def describe_ignored(self) -> str:
         """`; columns that mean nothing here, ignored: id (5)`, or nothing."""
         return f"; {IGNORED.format(_counted(self.ignored))}" if self.ignored else ""
 

@@ -66,7 +66,7 @@ def read_content(path: str | Path) -> Content:
 
 def rows_key(contents: Sequence[Content], tokenizer: PreTrainedTokenizerBase, policy: RowPolicy) -> str:
     """A name for a file. Raises OSError where the tokenizer cannot be written to a temporary directory."""
-    told = (policy.clock or Clock.now()).told_to(tokenizer.chat_template)
+    told = (policy.clock or Clock.now()).time_variables(tokenizer.chat_template)
     settings = asdict(replace(policy, clock=None))
     parts = [_code_digest(), _tokenizer_digest(tokenizer), told, settings, [content.digest for content in contents]]
     text = json.dumps(parts, sort_keys=True)

@@ -34,7 +34,7 @@ def read_again(
 ) -> list[Conversation]:
     """The rows that a record stands for; turns have marks no more, and tool calls their arguments as the template wants
     them, as text or as objects."""
-    said, text_only = _said(record, text_arguments)
+    said, text_only = _turns_and_form(record, text_arguments)
     if _mark(record) == 0:
         return []
     is_answered = said[-1]["role"] == "assistant"
@@ -59,7 +59,7 @@ def teachers_turns(prompt: Any, *, text_arguments: bool) -> list[dict[str, Any]]
     return [{name: value for name, value in turn.items() if name not in _MARKS} for turn in turns]
 
 
-def _said(record: Mapping[str, Any], as_text: bool) -> tuple[list[dict[str, Any]], bool]:
+def _turns_and_form(record: Mapping[str, Any], as_text: bool) -> tuple[list[dict[str, Any]], bool]:
     before = [{"role": "system", "content": record[n]} for n in ("system", "system_prompt") if record.get(n)]
     if "messages" in record:
         return [*before, *(_message(turn, as_text) for turn in record["messages"])], False

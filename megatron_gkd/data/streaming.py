@@ -150,7 +150,7 @@ class StreamedRows(Rows):
             f"{len(self)} records, read while training; of {min(NUM_CHECKED, len(self))} that were checked "
             f"{len(self._checked)} are usable{self._why()}. The others are checked when their turn comes, and what is "
             f"dropped then is reported then{large if unit_bytes > _LARGE_UNIT_BYTES else ''}"
-            f"{self.summary.told_ignored()}"
+            f"{self.summary.describe_ignored()}"
         )
 
     def warnings(self) -> list[str]:

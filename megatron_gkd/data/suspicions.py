@@ -58,7 +58,7 @@ class Suspicions:
         yield from (text for name in form_columns(record) for text in _strings(record.get(name)))
 
 
-def told(counts: Mapping[str, int], first: Mapping[str, str]) -> Iterator[str]:
+def describe(counts: Mapping[str, int], first: Mapping[str, str]) -> Iterator[str]:
     """One sentence for each kind."""
     for kind, count in sorted(counts.items()):
         yield f"{count} rows {MEANING[kind]} (first: {first[kind]})"

@@ -136,7 +136,7 @@ def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions
         **_expert_options(arch, use_cpu=options.use_cpu_initialization),
         calculate_per_token_loss=True,
         perform_initialization=False,
-        **options.of_transformer(),
+        **options.transformer_fields(),
     )
 
 

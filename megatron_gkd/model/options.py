@@ -32,10 +32,10 @@ class ModelOptions:
         """Fusions that need CUDA are off on a CPU."""
         return cls(use_cpu_initialization=device == "cpu", bias_dropout_fusion=device == "cuda")
 
-    def of_transformer(self) -> dict[str, Any]:
+    def transformer_fields(self) -> dict[str, Any]:
         """Fields of TransformerConfig."""
         return {name: value for name, value in asdict(self).items() if name not in DDP}
 
-    def of_ddp(self) -> dict[str, Any]:
+    def ddp_fields(self) -> dict[str, Any]:
         """Fields of DistributedDataParallelConfig."""
         return {name: value for name, value in asdict(self).items() if name in DDP}

@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import TextIO
 
-from megatron_gkd.config.environment import rank_told
+from megatron_gkd.config.environment import rank_in_messages
 from megatron_gkd.observe.text import visible
 
 PACKAGE = "megatron_gkd"
@@ -30,7 +30,7 @@ def setup_logging(level: str = "info", *, rank: int | None = None, stream: TextI
 
     rank: of this process; None takes the RANK that torchrun sets, 0 without it.
     """
-    rank = rank_told() if rank is None else rank
+    rank = rank_in_messages() if rank is None else rank
     threshold = logging.getLevelNamesMapping()[level.upper()]
     logger = logging.getLogger(PACKAGE)
     for old in [handler for handler in logger.handlers if isinstance(handler, _LineHandler)]:

@@ -63,7 +63,7 @@ class JsonlWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": step} | {name: _finite(value) for name, value in values.items()}
         rest = (json.dumps(row, allow_nan=False) + "\n").encode()
-        with told_apart(self._path):
+        with explain_write_errors(self._path):
             while rest:  # a nearly full disk takes a part, then nothing
                 rest = rest[self._file.write(rest) :]
 
@@ -78,17 +78,17 @@ class TensorBoardWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         self._directory = directory
-        with told_apart(directory):
+        with explain_write_errors(directory):
             self._writer: Any = SummaryWriter(str(directory), purge_step=first_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        with told_apart(self._directory):
+        with explain_write_errors(self._directory):
             for name, value in values.items():
                 self._writer.add_scalar(name, float(value), step)
             self._writer.flush()
 
     def close(self) -> None:
-        with told_apart(self._directory):
+        with explain_write_errors(self._directory):
             self._writer.close()
 
 
@@ -118,7 +118,7 @@ class WandbWriter:
 
 
 @contextlib.contextmanager
-def told_apart(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """A full disk, or a directory that is gone, as an error that names the file and says what to do."""
     try:
         yield

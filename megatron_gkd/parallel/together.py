@@ -125,13 +125,13 @@ def all_or_none(
     if mine is not None:
         same = others[speaker or 0]
         if isinstance(mine, GKDError) and told is not None and same is not None:
-            mine.told_elsewhere = speaker != _ranks(group).rank() and same[1] == told[1]
+            mine.reported_elsewhere = speaker != _ranks(group).rank() and same[1] == told[1]
         raise mine
     if speaker is not None:
         host, problem = others[speaker] or ("", "")
         where = f"rank {speaker} ({host}) cannot go on: "
         repeated = ConfigError(where + problem) if elsewhere is None else elsewhere(problem)
-        repeated.told_elsewhere = True
+        repeated.reported_elsewhere = True
         raise repeated
     return value  # type: ignore[return-value]
 

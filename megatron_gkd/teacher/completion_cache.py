@@ -32,7 +32,7 @@ from megatron_gkd.rollout.protocol import FinishReason, Request, SamplingSetting
 _START = b'{"key":"'
 
 
-class Kept(NamedTuple):
+class CachedCompletion(NamedTuple):
     """A completion, as far as training needs it."""
 
     token_ids: tuple[int, ...]  # up to and including the stop token
@@ -89,7 +89,7 @@ class CompletionCache:
     def __contains__(self, key: str) -> bool:
         return key in self._where
 
-    def __getitem__(self, key: str) -> Kept:
+    def __getitem__(self, key: str) -> CachedCompletion:
         path, start, length = self._where[key]
         try:
             if path not in self._readers:
@@ -102,7 +102,7 @@ class CompletionCache:
             raise RolloutError(f"{path} was changed after it was read; start the run again")
         return _read(line)
 
-    def add(self, completions: Mapping[str, Kept]) -> None:
+    def add(self, completions: Mapping[str, CachedCompletion]) -> None:
         """Write them durably. A key that is there already is left as it is."""
         new = {key: kept for key, kept in completions.items() if key not in self._where}
         if not new:
@@ -162,7 +162,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         yield from file
 
 
-def _line(key: str, kept: Kept) -> bytes:
+def _line(key: str, kept: CachedCompletion) -> bytes:
     record = {"key": key, "ids": list(kept.token_ids), "end": kept.finish_reason}
     body = json.dumps(record, separators=(",", ":")).encode()[:-1]
     return body + _tail(body)
@@ -184,6 +184,6 @@ def _key(line: bytes) -> str | None:
     return body[len(_START) : body.index(b'"', len(_START))].decode()
 
 
-def _read(line: bytes) -> Kept:
+def _read(line: bytes) -> CachedCompletion:
     record = json.loads(line)
-    return Kept(tuple(record["ids"]), record["end"])
+    return CachedCompletion(tuple(record["ids"]), record["end"])

@@ -31,7 +31,7 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import InThread, on_first_rank
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
-from megatron_gkd.teacher.completion_cache import CompletionCache, Kept, completion_key
+from megatron_gkd.teacher.completion_cache import CachedCompletion, CompletionCache, completion_key
 
 logger = get_logger(__name__)
 
@@ -59,7 +59,7 @@ class Sampler(Protocol):
 
 
 @dataclass
-class Store:
+class CompletionStore:
     """The sampler with its cache: completions of steps, each sampled once."""
 
     sampler: Sampler
@@ -87,7 +87,7 @@ class Store:
             end = done + len(part)
             for request, completion in zip(requests[done:end], part, strict=True):
                 self._check(request, completion)
-            kept = [Kept(completion.token_ids, completion.finish_reason) for completion in part]
+            kept = [CachedCompletion(completion.token_ids, completion.finish_reason) for completion in part]
             self.cache.add(dict(zip(keys[done:end], kept, strict=True)))
             self.sampled.update(keys[done:end])
             done = end
@@ -97,7 +97,7 @@ class Store:
         if done != len(missing):
             raise RolloutError(f"{len(missing)} completions were asked for, and {done} came back")
 
-    def take(self, step: int) -> tuple[dict[int, Kept], dict[str, float]]:
+    def take(self, step: int) -> tuple[dict[int, CachedCompletion], dict[str, float]]:
         """The step's completions, by position, and what there is to say of them. They have been fetched."""
         found, num_new = {}, 0
         for request in self.requests_of(step):
@@ -139,7 +139,12 @@ class TeacherSamples:
     """One per run, on every rank of `group`; every method but `close` is collective over it."""
 
     def __init__(
-        self, open_store: Callable[[], Store], *, group: dist.ProcessGroup, train_iters: int, window: int | None
+        self,
+        open_store: Callable[[], CompletionStore],
+        *,
+        group: dist.ProcessGroup,
+        train_iters: int,
+        window: int | None,
     ) -> None:
         """
         Args:
@@ -148,7 +153,7 @@ class TeacherSamples:
         """
         self._open_store, self._group = open_store, group
         self._train_iters, self._window = train_iters, window
-        self._store: Store | None = None  # on the first rank
+        self._store: CompletionStore | None = None  # on the first rank
         self._under_way: tuple[int, InThread] | None = None  # likewise: step, and its sampling
         self._fetched = range(0)  # likewise
         self.metrics: dict[str, float] = {}
@@ -179,7 +184,7 @@ class TeacherSamples:
         """The completions that step `step` trains on. Raises what went wrong, on every rank."""
         start_s = time.perf_counter()
 
-        def work() -> tuple[dict[int, Kept], dict[str, float]]:
+        def work() -> tuple[dict[int, CachedCompletion], dict[str, float]]:
             assert self._store is not None, "begin comes first"
             self._fetch(step)
             taken = self._store.take(step)

@@ -35,8 +35,8 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.platform import new_group
 from megatron_gkd.records import LossShare, MicroBatchPlan, Sample, StepPlan
-from megatron_gkd.teacher.servers.probes import Needs
-from megatron_gkd.teacher.servers.servers import Asked, TeacherServers
+from megatron_gkd.teacher.servers.probes import ServerRequirements
+from megatron_gkd.teacher.servers.servers import PendingAnswers, TeacherServers
 from megatron_gkd.teacher.signals import Route, SignalStore, TopKSpec, exchange, replicas
 
 
@@ -54,7 +54,7 @@ class _Ahead(NamedTuple):
     """Samples that were asked for before their step, or why they could not be."""
 
     samples: list[Sample]
-    asked: Asked | Exception
+    asked: PendingAnswers | Exception
 
 
 class ServerTeacher:
@@ -63,7 +63,7 @@ class ServerTeacher:
     def __init__(
         self,
         urls: Sequence[str],
-        needs: Needs,
+        needs: ServerRequirements,
         student_layout: Layout,
         *,
         device: torch.device,
@@ -104,7 +104,7 @@ class ServerTeacher:
 
     def prefetch(self, plan: StepPlan) -> None:
         """Ask for the samples of a later step now (see the module docstring). Not collective; never raises."""
-        if self._ahead is not None and isinstance(self._ahead.asked, Asked):
+        if self._ahead is not None and isinstance(self._ahead.asked, PendingAnswers):
             self._ahead.asked.cancel()
         samples = self._mine(plan)
         try:
@@ -118,7 +118,11 @@ class ServerTeacher:
             self._servers.close()
 
     def _connect(
-        self, urls: Sequence[str], needs: Needs, timeout_s: float, tags: Mapping[str, tuple[str, ...]] | None
+        self,
+        urls: Sequence[str],
+        needs: ServerRequirements,
+        timeout_s: float,
+        tags: Mapping[str, tuple[str, ...]] | None,
     ) -> None:
         if self._replica is not None:
             self._servers = TeacherServers(urls, needs, timeout_s=timeout_s, first=self._replica, tags=tags)
@@ -129,7 +133,7 @@ class ServerTeacher:
             return []
         return [plan.samples[position] for batch in plan.student[self._replica] for position in batch]
 
-    def _start(self, samples: Sequence[Sample]) -> Asked:
+    def _start(self, samples: Sequence[Sample]) -> PendingAnswers:
         assert self._servers is not None, "only drivers ask"
         sequences = [(sample.for_teacher.prompt_ids, sample.completion_ids) for sample in samples]
         return self._servers.start(sequences, [sample.tag for sample in samples])

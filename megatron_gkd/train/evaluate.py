@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from megatron_gkd.config.no_effect import told, without_effect
+from megatron_gkd.config.no_effect import describe, without_effect
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.data.dataset import Rows
@@ -47,7 +47,7 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
     config = with_dtype(config)
     join(config)
     if unused := without_effect(config, "eval"):
-        logger.info("without effect: %s", told(unused))
+        logger.info("without effect: %s", describe(unused))
     run = build(config, with_training_data=False)
     if isinstance(run, TeacherRun):
         serve_evaluation(run)

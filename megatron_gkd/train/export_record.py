@@ -42,10 +42,10 @@ def exports_at_end(config: RunConfig, *, done_steps: int, train_iters: int) -> b
     """
     if not (config.checkpoint.save_hf and resumes_itself(config)):
         return config.checkpoint.save_hf
-    return not on_first(lambda: _ended_before(Path(config.checkpoint.save), done_steps, train_iters))
+    return not on_first(lambda: _is_exported(Path(config.checkpoint.save), done_steps, train_iters))
 
 
-def _ended_before(run_dir: Path, done_steps: int, train_iters: int) -> bool:
+def _is_exported(run_dir: Path, done_steps: int, train_iters: int) -> bool:
     exported = run_dir / "hf"
     if not exported.exists():
         return False

@@ -26,7 +26,7 @@ from megatron_gkd.data.dataset import Rows
 from megatron_gkd.data.policy import RowPolicy
 from megatron_gkd.data.rows import RowDataset
 from megatron_gkd.data.streaming import StreamedRows
-from megatron_gkd.data.suspicions import told
+from megatron_gkd.data.suspicions import describe
 from megatron_gkd.data.template_differences import differences
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.divisible import check_layout
@@ -82,7 +82,7 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     _, _, student_layout, _, tokenizer, vocab_size = models
     stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if with_training_data else ())
     clock = run_clock(config)
-    if seen := clock.told_to(tokenizer.chat_template):
+    if seen := clock.time_variables(tokenizer.chat_template):
         logger.info("the chat template is told the time, in this run and where it is resumed: %s", ", ".join(seen))
     rows = _training_rows(config, tokenizer, vocab_size, clock) if with_training_data else None
     eval_rows = _eval_rows(config, tokenizer, vocab_size, clock)
@@ -233,7 +233,7 @@ def _within(rows: RowDataset | StreamedRows, paths: Sequence[str], vocab_size: i
     rows.require_ids_below(vocab_size)
     logger.info("%s: %s", ", ".join(paths), rows.account())
     if _is_first():
-        for text in (*rows.warnings(), *told(rows.summary.suspicious, rows.summary.first_suspicious)):
+        for text in (*rows.warnings(), *describe(rows.summary.suspicious, rows.summary.first_suspicious)):
             logger.warning("%s: %s", ", ".join(paths), text)
     return rows
 

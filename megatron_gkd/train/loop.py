@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch.distributed as dist
 
 from megatron_gkd.config.flags import to_yaml
-from megatron_gkd.config.no_effect import told, without_effect
+from megatron_gkd.config.no_effect import describe, without_effect
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import RunStoppedError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.observe.timers import Timers
-from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, open_trackers, told_apart
+from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, explain_write_errors, open_trackers
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.records import StepPlan
 from megatron_gkd.train.auto_resume import choose_start, first_step_to_write, goes_on_with_itself, resumes_itself
@@ -43,7 +43,7 @@ from megatron_gkd.train.setup import Run, TeacherRun, build, join, with_dtype
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
 from megatron_gkd.train.student import StepResult
-from megatron_gkd.train.teacher_ranks import serve_training
+from megatron_gkd.train.teacher_ranks import TeacherPart
 from megatron_gkd.train.timeline import carry_out
 from megatron_gkd.weights.hf_writer import check_destination
 
@@ -60,17 +60,14 @@ def run_training(config: RunConfig) -> None:
         config = asked = with_dtype(config)
         join(config)
         if (unused := without_effect(config)) and dist.get_rank() == 0:
-            logger.warning("without effect: %s", told(unused))
+            logger.warning("without effect: %s", describe(unused))
         with locked(run_dir):
             config = choose_start(config)
             all_or_none(lambda: _check_run_dir(config, run_dir))
             run = build(config)
-            agreement = StopAgreement() if config.teacher.teacher_placement == "separate" else None
-            if isinstance(run, TeacherRun):
-                assert agreement is not None
-                serve_training(run, agreement)
-            else:
-                _run_student(run, run_dir, agreement, asked=asked)
+            state, span = begin(run)
+            with TeacherPart(run, state) if isinstance(run, TeacherRun) else StudentPart(run, state, asked) as part:
+                carry_out(span, part)
     except RuntimeError as error:
         lost = lost_rank(error, config.checkpoint.save, config.parallel.distributed_timeout_minutes)
         if lost is None:
@@ -78,53 +75,51 @@ def run_training(config: RunConfig) -> None:
         raise lost from error
 
 
-def _run_student(run: Run, run_dir: Path, agreement: StopAgreement | None, *, asked: RunConfig) -> None:
-    state, span = begin(run)
-    if run.is_writer:
-        with told_apart(run_dir / "config.yaml"):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(to_yaml(asked))
-        warn_of_rounding(run.config)
-        _warn_of_a_low_peak(run)
-    writers = _Writers(run, run_dir, first_step=first_step_to_write(run.config, state.step))
-    try:
-        carry_out(span, StudentPart(run, run_dir, agreement, state, writers))
-    except RunStoppedError:
-        writers.close()
-        raise
-    finally:
-        run.teacher.close()
-        if run.rollouts is not None:
-            run.rollouts.close()
-        if run.teacher_samples is not None:
-            run.teacher_samples.close()
-    writers.close()
-    if run.is_writer:
-        logger.info("done: %d steps; run directory %s", run.train_iters, run_dir)
-
-
 class StudentPart:
-    """What a rank of the student does at the events of timeline.py."""
+    """What a rank of the student does at the events of timeline.py; as a context, it closes what the run holds."""
 
-    def __init__(
-        self, run: Run, run_dir: Path, agreement: StopAgreement | None, state: TrainerState, writers: _Writers
-    ) -> None:
-        """`state`: where the run begins, or goes on. Collective over the student's ranks: replicas are compared."""
-        self.run, self._run_dir, self._writers = run, run_dir, writers
+    def __init__(self, run: Run, state: TrainerState, asked: RunConfig) -> None:
+        """Begin the run's record.
+
+        Args:
+            state: where the run begins, or goes on.
+            asked: the configuration as it was given, for config.yaml.
+        """
+        self.run, self._run_dir = run, Path(run.config.checkpoint.save)
         self._state, self._done_steps = state, state.step
-        self._signals, self._agreement = StopSignals(), agreement
-        self._bad_steps = BadSteps(run, run_dir, state)
+        if run.is_writer:
+            with explain_write_errors(self._run_dir / "config.yaml"):
+                self._run_dir.mkdir(parents=True, exist_ok=True)
+                (self._run_dir / "config.yaml").write_text(to_yaml(asked))
+            warn_of_rounding(run.config)
+            _warn_of_a_low_peak(run)
+        self._writers = _Writers(run, self._run_dir, first_step=first_step_to_write(run.config, state.step))
+        self._signals = StopSignals()
+        self._agreement = StopAgreement() if run.config.teacher.teacher_placement == "separate" else None
+        self._bad_steps = BadSteps(run, self._run_dir, state)
         self._spikes = LossSpikes(run.config.logging.loss_spike_factor)
         self._replicas = Replicas(run.student, run.config.parallel.check_replicas_steps)
         self.checkpoints = open_checkpoints(run)
         self._progress: Progress | None = None
         self._evaluation: dict[str, float] = {}  # the last one
         self._record: dict[str, Any] = {}  # of the export
-        self._replicas.check(state.step, now=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for held in (self.run.teacher, self.run.rollouts, self.run.teacher_samples):
+            if held is not None:
+                held.close()
+        if kind is None or kind is RunStoppedError:
+            self._writers.close()
+        if kind is None and self.run.is_writer:
+            logger.info("done: %d steps; run directory %s", self.run.train_iters, self._run_dir)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         run = self.run
+        self._replicas.check(self._done_steps, now=True)
         with self._signals, Progress(run.train_iters, done_steps=self._done_steps, enabled=run.is_writer) as progress:
             self._progress = progress
             yield

@@ -66,7 +66,7 @@ class Student:
             _freeze_embeddings(chunks)
         self.layout, self.groups, self.train_iters = layout, groups, train_iters
         self.config = chunks[0].config
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer, **options.of_ddp())
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer, **options.ddp_fields())
         self.chunks = [DistributedDataParallel(self.config, ddp, chunk, pg_collection=groups) for chunk in chunks]
         for chunk in self.chunks:
             chunk.broadcast_params()

@@ -9,33 +9,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 from megatron_gkd.errors import RunStoppedError
 from megatron_gkd.train.checkpoint import TrainerState
 from megatron_gkd.train.export_record import is_seen_by_all
 from megatron_gkd.train.plans import evaluation_plans
-from megatron_gkd.train.resume import begin, open_checkpoints
+from megatron_gkd.train.resume import open_checkpoints
 from megatron_gkd.train.setup import TeacherRun
 from megatron_gkd.train.step import teacher_signals
 from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
-from megatron_gkd.train.timeline import carry_out
-
-
-def serve_training(run: TeacherRun, agreement: StopAgreement) -> None:
-    """All steps of the run, from the one that `--load` resumes at, and the export. Collective over all ranks. Raises
-    RunStoppedError where a signal ended it early."""
-    state, span = begin(run)
-    carry_out(span, TeacherPart(run, agreement, state))
-    run.teacher.close()
 
 
 class TeacherPart:
-    """What such a rank does at the events of timeline.py."""
+    """What such a rank does at the events of timeline.py; as a context, it closes the teacher."""
 
-    def __init__(self, run: TeacherRun, agreement: StopAgreement, state: TrainerState) -> None:
+    def __init__(self, run: TeacherRun, state: TrainerState) -> None:
         """`state`: where the run begins, or goes on."""
         self.run, self._state = run, state
-        self._signals, self._agreement, self.checkpoints = StopSignals(), agreement, open_checkpoints(run)
+        self._signals, self._agreement, self.checkpoints = StopSignals(), StopAgreement(), open_checkpoints(run)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or kind is RunStoppedError:  # it waits for what was sent to arrive
+            self.run.teacher.close()
 
     def listening(self) -> StopSignals:
         return self._signals
@@ -55,7 +54,6 @@ class TeacherPart:
         self.checkpoints.save(None, self._state)
 
     def stopped(self, step: int) -> RunStoppedError:
-        self.run.teacher.close()
         return stopped(step, self.run.config.checkpoint.save, self._signals.received)
 
     def trained(self) -> None:

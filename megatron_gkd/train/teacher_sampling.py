@@ -33,8 +33,8 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.teacher.completion_cache import CompletionCache, prompt_seed
-from megatron_gkd.teacher.completions import Sampler, Store, TeacherSamples
-from megatron_gkd.teacher.servers.probes import Needs, Probed
+from megatron_gkd.teacher.completions import CompletionStore, Sampler, TeacherSamples
+from megatron_gkd.teacher.servers.probes import Probed, ServerRequirements
 from megatron_gkd.teacher.servers.servers import TeacherServers
 from megatron_gkd.teacher.servers.wire import TopK, distance
 from megatron_gkd.train.checkpoint import find_checkpoint, is_hf_directory, read_state
@@ -52,7 +52,7 @@ _CONCURRENCY = 256  # requests under way at each server of an external teacher, 
 _SAME = 0.01  # mean total variation between canaries; what another rounding puts above it is sampled again
 
 
-def build_teacher_samples(inputs: Inputs, needs: Needs | None) -> TeacherSamples:
+def build_teacher_samples(inputs: Inputs, needs: ServerRequirements | None) -> TeacherSamples:
     """Check the prompts, and sample for the first window of steps. Collective over all ranks.
 
     Args:
@@ -69,7 +69,7 @@ def build_teacher_samples(inputs: Inputs, needs: Needs | None) -> TeacherSamples
     own = config.teacher_sampling.teacher_samples_cache
     place = Path(own) if own is not None else Path(config.checkpoint.save) / "teacher_samples"
 
-    def open_store() -> Store:
+    def open_store() -> CompletionStore:
         cache = CompletionCache(place)
         logger.info("teacher's completions: %d in %s; stop tokens %s", len(cache), place, settings.stop_token_ids)
         sampler: Sampler
@@ -77,7 +77,7 @@ def build_teacher_samples(inputs: Inputs, needs: Needs | None) -> TeacherSamples
             sampler = ServerSampler(kind.urls, needs, place)
         else:
             sampler = EngineSampler(config, directory, length)
-        return Store(
+        return CompletionStore(
             sampler,
             cache,
             settings,
@@ -174,7 +174,7 @@ class ServerSampler:
 
     beside_training = True
 
-    def __init__(self, urls: Sequence[str], needs: Needs, place: Path) -> None:
+    def __init__(self, urls: Sequence[str], needs: ServerRequirements, place: Path) -> None:
         """Connect and probe.
 
         Args:

@@ -27,7 +27,7 @@ from megatron_gkd.platform import Platform
 from megatron_gkd.records import StepPlan
 from megatron_gkd.teacher.itself import SelfTeacher
 from megatron_gkd.teacher.served import ServerTeacher
-from megatron_gkd.teacher.servers.probes import PROBE_TOKENS, Needs, probe_tokens
+from megatron_gkd.teacher.servers.probes import PROBE_TOKENS, ServerRequirements, probe_tokens
 from megatron_gkd.teacher_pipeline import RemoteTeacher, Teacher, TeacherPipeline, signal_spec
 from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.student import Student
@@ -49,7 +49,7 @@ class Reached(NamedTuple):
     """What there is of a teacher before a weight is read."""
 
     told: str  # for the log
-    needs: Needs | None  # what the run asks of teacher servers
+    needs: ServerRequirements | None  # what the run asks of teacher servers
     make: Callable[[Student | None], Taught]  # collective over all ranks, each with its student
 
 
@@ -85,7 +85,7 @@ def _itself(inputs: Inputs, where: Platform, student: Student | None) -> Taught:
     return Taught(teacher, teacher.head if _has_head(inputs, student) else None)
 
 
-def _at_servers(inputs: Inputs, where: Platform, servers: ServerTeachers, needs: Needs) -> Taught:
+def _at_servers(inputs: Inputs, where: Platform, servers: ServerTeachers, needs: ServerRequirements) -> Taught:
     config = inputs.config
     # The ranks that do not ask wait in a collective, so the requests have to end before it does.
     timeout_s = config.teacher.teacher_timeout_s or 0.8 * 60 * config.parallel.distributed_timeout_minutes
@@ -150,7 +150,7 @@ def _local(
     return Taught(teacher, head.to(where.device))
 
 
-def server_needs(inputs: Inputs) -> Needs:
+def server_needs(inputs: Inputs) -> ServerRequirements:
     """What the run asks of its teacher servers."""
     config, distillation, tokenizer = inputs.config, inputs.config.distillation, inputs.tokenizer
     topk = distillation.gkd_logits_topk
@@ -163,4 +163,4 @@ def server_needs(inputs: Inputs) -> Needs:
     first = [dataset[index] for dataset in data for index in range(min(len(dataset), PROBE_TOKENS))]
     probe = probe_tokens([(*row.prompt_ids_for_teacher, *(row.completion_ids or ())) for row in first], largest_id)
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    return Needs(topk, inputs.vocab_size, largest_id, longest, probe, encode)
+    return ServerRequirements(topk, inputs.vocab_size, largest_id, longest, probe, encode)

@@ -46,7 +46,8 @@ class Part(Protocol):
     checkpoints: Checkpoints
 
     def listening(self) -> AbstractContextManager[object]:
-        """Entered for the length of the steps: signals are heard. Not collective."""
+        """Entered for the length of the steps: signals are heard. Collective over the ranks of its kind: the
+        student's are compared."""
 
     def train(self, step: int) -> bool:
         """A step; whether the run is asked to stop with it, the same on all ranks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_gkd import cli
-from megatron_gkd.config.environment import num_threads, number, rank_told
+from megatron_gkd.config.environment import num_threads, number, rank_in_messages
 from megatron_gkd.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def test_a_rank_that_is_no_number_does_not_hide_the_error(
     monkeypatch.setenv("RANK", "a")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(cli, "SILENT_RANK_WAITS_S", 0.0)
-    assert rank_told() == 0
+    assert rank_in_messages() == 0
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.main(command) == 2
     assert capsys.readouterr().err.startswith("megatron-gkd: error: ")

@@ -39,7 +39,7 @@ LLAMA = (  # as Llama 3.2 asks
     ],
 )
 def test_what_of_the_time_a_template_sees(template: str | dict[str, str] | None, told: list[str]) -> None:
-    assert Clock(TIME).told_to(template) == told
+    assert Clock(TIME).time_variables(template) == told
     assert bool(Clock(TIME).options(template)) == bool(told)
 
 

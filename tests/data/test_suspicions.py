@@ -14,7 +14,7 @@ from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.row_file import read_rows, write_rows
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.data.streaming import StreamedRows
-from megatron_gkd.data.suspicions import CONTROL, TWICE, Suspicions, told
+from megatron_gkd.data.suspicions import CONTROL, TWICE, Suspicions, describe
 from megatron_gkd.data.template_differences import differences
 from megatron_gkd.records import Row
 from tests.support.tiny_tokenizers import CHATML, chat_tokenizer, plain_tokenizer
@@ -43,7 +43,7 @@ def test_control_tokens_in_the_text_of_turns(data: str, tmp_path: Path) -> None:
     streamed = StreamedRows([data], chat_tokenizer(), max_length=200)
     for found, path in ((rows.summary, data), (kept.summary, "moved.jsonl"), (streamed.summary, data)):
         assert found.suspicious == {CONTROL: 3}
-        (text,) = told(found.suspicious, found.first_suspicious)
+        (text,) = describe(found.suspicious, found.first_suspicious)
         assert text.startswith("3 rows have the text of a special token inside a turn")
         assert text.endswith(f"(first: {path}:2)")
     longest = len(rows[1].prompt_ids) + len(rows[1].completion_ids or ())

@@ -30,7 +30,7 @@ def test_a_field_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ModelOptions.on("cpu")
     options = replace(options, **{name: not getattr(options, name)})
     if name in DDP:
-        assert getattr(DistributedDataParallelConfig(**options.of_ddp()), name) is getattr(options, name)
+        assert getattr(DistributedDataParallelConfig(**options.ddp_fields()), name) is getattr(options, name)
     else:
         told: Any = build.transformer_config(small(), Layout(), options, dtype="bf16")
         assert told[name] is getattr(options, name)

@@ -87,7 +87,7 @@ def who_says_it(on_ranks: list[int]) -> bool:
     try:
         all_or_none(action)
     except (ConfigError, DataError) as error:
-        return error.told_elsewhere
+        return error.reported_elsewhere
     raise AssertionError("nobody failed")
 
 
@@ -158,7 +158,7 @@ def told_as_another() -> str:
     try:
         all_or_none(fail, elsewhere=RolloutError)
     except (DataError, RolloutError) as error:
-        return f"{type(error).__name__}: {error} {error.told_elsewhere}"
+        return f"{type(error).__name__}: {error} {error.reported_elsewhere}"
     return "went on"
 
 

@@ -40,9 +40,8 @@ TP2_PP2, TP2_EP2 = Layout(tensor=2, pipeline=2), Layout(tensor=2, data=2, expert
 CELLS = {
     1: [Cell("qwen3", Layout(), 1), Cell("qwen3_moe", Layout(), 1)],
     2: [
-        *(Cell("qwen3", TP2, 1), Cell("qwen3", PP2, 2)),
-        *(Cell("llama_tied", PP2, 1), Cell("llama_tied", VPP2, 1), Cell("llama_untied", TP2, 2)),
-        *(Cell("qwen3_moe", EP2, 1), Cell("qwen3_moe", EP2, 2), Cell("qwen3_moe", TP2, 2)),
+        *(Cell("qwen3", PP2, 2), Cell("llama_tied", VPP2, 1), Cell("llama_untied", TP2, 2)),
+        *(Cell("qwen3_moe", EP2, 1), Cell("qwen3_moe", TP2, 1)),
     ],
     4: [Cell("qwen3", TP2_PP2, 1), Cell("qwen3_moe", TP2_EP2, 2)],
 }

@@ -2,7 +2,8 @@
 
 Collected by loss/kernels/test_interpreter.py only, in a process of its own where TRITON_INTERPRET=1 was set before
 triton was imported: the choice is made once per process. Blocks of 16 columns and chunks that do not divide, so that
-every loop and every mask is used; vocabulary 61 in 64 columns, so that the last shard is ragged.
+every loop and every mask is used; vocabulary 61 in 64 columns, so that the last shard is ragged. Half precisions and
+extreme logits are tried on two ranks; on one as well with GKD_TEST_FULL=1.
 
 The limits of bfloat16 allow for the interpreter, which cuts its digits off where a GPU rounds.
 
@@ -21,6 +22,7 @@ from megatron_gkd.loss import kernels
 from megatron_gkd.loss import reference as ref
 from megatron_gkd.loss.divergence import Divergence
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
+from tests.support.effort import FULL
 from tests.support.losses import BETAS, columns, count_collectives, gradient_error, relative_error, rows, worst
 from tests.support.ranks import run_ranks, tp_group
 
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TOKENS, PADDED, VOCAB, HIDDEN = 5, 64, 61, 12
+WORLDS = [1, 2] if FULL else [2]
 SETTINGS = [(beta, 1.0) for beta in BETAS] + [(0.5, 2.0), (0.9, 0.5), (0.0, 2.0)]
 
 
@@ -73,8 +76,15 @@ def _against_truth(dtype):
     return cases
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 5e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "limit", "world"),
+    [
+        (torch.float32, 1e-6, 1),
+        (torch.float32, 1e-6, 2),
+        *((torch.bfloat16, 8e-3, world) for world in WORLDS),
+        *((torch.float16, 5e-4, world) for world in WORLDS),
+    ],
+)
 def test_against_truth(dtype, limit, world):
     error, name = worst(run_ranks(_against_truth, dtype, world=world))
     assert error <= limit, name
@@ -114,7 +124,7 @@ def _extremes():
     return out
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", WORLDS)
 def test_extreme_logits(world):
     for result in run_ranks(_extremes, world=world):
         for name, error, limit in result:
@@ -195,8 +205,10 @@ def _fused_against_torch(dtype):
     return cases
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "limit", "world"),
+    [(torch.float32, 2e-6, 1), (torch.float32, 2e-6, 2), *((torch.bfloat16, 1e-2, world) for world in WORLDS)],
+)
 def test_fused_against_the_torch_path(dtype, limit, world):
     error, name = worst(run_ranks(_fused_against_torch, dtype, world=world))
     assert error <= limit, name

@@ -145,21 +145,27 @@ def _carry_out(
     cwd: Path,
     prepare: Callable[[int], None] | None,
 ) -> None:
-    """The process: a session and a parent's life of its own, then what `python -m megatron_gkd` does."""
-    os.setsid()
-    threading.Thread(target=ranks.end_with_parent, daemon=True).start()
-    gc.freeze()
     for descriptor, stream in ((1, "out"), (2, "err")):
         output = os.open(directory / f"{stream}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, descriptor)
         os.close(output)
+    call_the_package(argv, environment, cwd, None if prepare is None else lambda: prepare(rank))
+
+
+def call_the_package(
+    argv: list[str], environment: dict[str, str], cwd: Path, prepare: Callable[[], None] | None = None
+) -> None:
+    """In a forked process: a session and a parent's life of its own, then what `python -m megatron_gkd ARGV` does."""
+    os.setsid()
+    threading.Thread(target=ranks.end_with_parent, daemon=True).start()
+    gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = ["megatron-gkd", *argv]
     torch.set_num_threads(1)
     if prepare is not None:
-        prepare(rank)
+        prepare()
     from megatron_gkd.cli import main
 
     try:

@@ -22,7 +22,7 @@ import torch
 from megatron_gkd.data.order import row_indices
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.teacher.servers.probes import Needs
+from megatron_gkd.teacher.servers.probes import ServerRequirements
 from megatron_gkd.teacher.servers.servers import TeacherServers
 from tests.support.checkpoints import tiny_tokenizer, write_tiny_checkpoint
 from tests.support.effort import LIMIT_S
@@ -74,11 +74,11 @@ class Served:
         self.process.wait()
 
 
-def needs(**changes: Any) -> Needs:
+def needs(**changes: Any) -> ServerRequirements:
     tokenizer = tiny_tokenizer()
     values: dict[str, Any] = dict(topk=TOPK, vocab_size=300, largest_id=299, longest=100, probe=tuple(range(40, 80)))
     values["encode"] = lambda text: tokenizer.encode(text, add_special_tokens=False)
-    return Needs(**(values | changes))
+    return ServerRequirements(**(values | changes))
 
 
 def assert_topk_is_that_of_transformers(served: Served) -> None:

@@ -14,11 +14,11 @@ import pytest
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
-from megatron_gkd.teacher.completion_cache import CompletionCache, Kept, completion_key, prompt_seed
+from megatron_gkd.teacher.completion_cache import CachedCompletion, CompletionCache, completion_key, prompt_seed
 
 REQUEST = Request(3, (5, 6, 7), 20, seed=11)
 SETTINGS = SamplingSettings(0.9, 0.95, 40, (2, 258))
-KEPT = {f"{i:032x}": Kept(tuple(range(i + 1)), "stop" if i % 2 else "length") for i in range(5)}
+KEPT = {f"{i:032x}": CachedCompletion(tuple(range(i + 1)), "stop" if i % 2 else "length") for i in range(5)}
 
 
 def filled(path: Path) -> Path:
@@ -31,7 +31,7 @@ def filled(path: Path) -> Path:
     return file
 
 
-def contents(cache: CompletionCache) -> dict[str, Kept]:
+def contents(cache: CompletionCache) -> dict[str, CachedCompletion]:
     return {key: cache[key] for key in KEPT if key in cache}
 
 
@@ -83,7 +83,7 @@ def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
     file = filled(tmp_path)
     before = file.read_bytes()
     cache = CompletionCache(tmp_path)
-    cache.add({**KEPT, next(iter(KEPT)): Kept((9,), "stop")})
+    cache.add({**KEPT, next(iter(KEPT)): CachedCompletion((9,), "stop")})
     assert contents(cache) == KEPT
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
@@ -129,10 +129,10 @@ def test_reading_beside_a_writer_that_is_killed(tmp_path: Path) -> None:
     """At every moment a reader finds whole completions, more and more of them."""
     code = (
         "import sys\n"
-        "from megatron_gkd.teacher.completion_cache import CompletionCache, Kept\n"
+        "from megatron_gkd.teacher.completion_cache import CompletionCache, CachedCompletion\n"
         "cache, i = CompletionCache(sys.argv[1]), 0\n"
         "while True:\n"
-        "    cache.add({f'{i + j:032x}': Kept((i + j,) * 200, 'stop') for j in range(20)})\n"
+        "    cache.add({f'{i + j:032x}': CachedCompletion((i + j,) * 200, 'stop') for j in range(20)})\n"
         "    i += 20\n"
         "    print(i, flush=True)\n"
     )
@@ -144,7 +144,7 @@ def test_reading_beside_a_writer_that_is_killed(tmp_path: Path) -> None:
             cache = CompletionCache(tmp_path)
             assert len(cache) >= said, "what the writer says is on disk"
             for i in range(len(cache)):
-                assert cache[f"{i:032x}"] == Kept((i,) * 200, "stop")
+                assert cache[f"{i:032x}"] == CachedCompletion((i,) * 200, "stop")
             cache.close()
     finally:
         writer.kill()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.teacher.completion_cache import CompletionCache, prompt_seed
-from megatron_gkd.teacher.completions import Store, TeacherSamples
+from megatron_gkd.teacher.completions import CompletionStore, TeacherSamples
 from megatron_gkd.teacher.servers.probes import Probed
 from megatron_gkd.teacher.servers.wire import TopK
 from megatron_gkd.train.teacher_sampling import known_teacher
@@ -65,8 +65,8 @@ def samples(place: str, sampler: Scripted, window: int | None) -> TeacherSamples
     assert dist.group.WORLD is not None
     settings = SamplingSettings(0.9)
 
-    def open_store() -> Store:
-        return Store(sampler, CompletionCache(place), settings, requests_of, VOCAB)
+    def open_store() -> CompletionStore:
+        return CompletionStore(sampler, CompletionCache(place), settings, requests_of, VOCAB)
 
     return TeacherSamples(open_store, group=dist.group.WORLD, train_iters=STEPS, window=window)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_gkd.errors import TrainingError
 from megatron_gkd.observe.advice import go_on
-from megatron_gkd.observe.writers import told_apart
+from megatron_gkd.observe.writers import explain_write_errors
 from megatron_gkd.train import loop
 from megatron_gkd.train.checkpoint import TrainerState
 from megatron_gkd.train.faults import BadSteps, lost_rank
@@ -144,6 +144,6 @@ def test_nobody_is_sent_to_a_checkpoint_that_is_not_there(monkeypatch: pytest.Mo
 
 
 def written(path: Path) -> str:
-    with pytest.raises(TrainingError) as error, told_apart(path):
+    with pytest.raises(TrainingError) as error, explain_write_errors(path):
         raise OSError(28, "No space left on device")
     return str(error.value)

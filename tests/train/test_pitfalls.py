@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,9 @@ def test_pitfall_14_the_cross_entropy_term_leaves_the_divergence_alone(root: Pat
     """The divergence is the same to the last bit with and without it, and the gradient is the sum of two terms."""
     cells = [
         DistillationConfig(beta=beta, gkd_logits_topk=topk, loss_path=path)  # type: ignore[arg-type]
-        for beta in (0.0, 0.5, 1.0)
-        for topk in (None, 10)
-        for path in ("fused", "logits")
+        for number, beta in enumerate((0.0, 0.5, 1.0))
+        for turn, (topk, path) in enumerate(product((None, 10), ("fused", "logits")))
+        if FULL or turn in ((0, 3) if number % 2 else (1, 2))
     ]
     # Without clipping, which would scale the gradient buffers that are compared.
     config = config_of(root, tensor=2, clip_grad=1e9, sharded=False)

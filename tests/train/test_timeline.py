@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -122,9 +121,11 @@ def collectives(patch: pytest.MonkeyPatch, kind: str, span: Span, stop_at: int |
         noted.append("agreement")
         return stop_at is not None and noted[-2] == f"signals {stop_at}"
 
+    agreement = SimpleNamespace(after_step=after_step, close=note("agreement ends"))
     saves = SimpleNamespace(save=note("save"), poll=note("poll"), finish=note("finish"))
     for module in (loop, teacher_ranks):
         patch.setattr(module, "open_checkpoints", lambda run: saves)
+        patch.setattr(module, "StopAgreement", lambda: agreement)
     for name in ("BadSteps", "LossSpikes", "Replicas", "Metrics", "Progress", "Timers", "stopped"):
         patch.setattr(loop, name, MagicMock())
     loop.Metrics.return_value.sums.return_value = {"stop_requests": 0}  # type: ignore[attr-defined]
@@ -137,13 +138,12 @@ def collectives(patch: pytest.MonkeyPatch, kind: str, span: Span, stop_at: int |
     patch.setattr(teacher_ranks, "is_seen_by_all", note("seen", answer=True))
     patch.setattr(teacher_ranks, "serve_evaluation", note("evaluate"))
     patch.setattr(teacher_ranks, "teacher_signals", note())
-    run, agreement = MagicMock(), SimpleNamespace(after_step=after_step, close=note("agreement ends"))
+    run = MagicMock(is_writer=False)
     run.plans.plan, run.loss.names.return_value, run.config.checkpoint.save = plan, [], "run"
+    run.config.teacher.teacher_placement = "separate"
     state: Any = TrainerState(span.done_steps, 0, "", "", False)
     part: Any = (
-        loop.StudentPart(run, Path("run"), agreement, state, MagicMock())  # type: ignore[arg-type]
-        if kind == "student"
-        else teacher_ranks.TeacherPart(run, agreement, state)  # type: ignore[arg-type]
+        loop.StudentPart(run, state, MagicMock()) if kind == "student" else teacher_ranks.TeacherPart(run, state)
     )
     try:
         carry_out(span, part)

@@ -23,6 +23,7 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights import load as load_module
 from megatron_gkd.weights.plan import Rectangle
 from tests.support.checkpoints import FAMILIES, MOE_FAMILIES, ROPES, write_tiny_checkpoint
+from tests.support.effort import FULL
 from tests.support.numerics import allowed_error, reference_and_truth
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import largest_difference, load_model, load_run_and_export, logits, megatron, token_ids
@@ -40,10 +41,10 @@ LAYOUTS = {
 
 
 def ropes_of(family: str, world: int) -> tuple[str, ...]:
-    """Ranks on few cores are slow, and RoPE is the same on every one: some kinds on four ranks, all on one."""
-    if family in MOE_FAMILIES and world > 1:
-        return ("yarn",)
-    return ("default", "yarn") if world == 4 else tuple(ROPES)
+    """RoPE is the same on every rank: all kinds on one, some on several (all on two with GKD_TEST_FULL=1)."""
+    if world == 1 or (FULL and world == 2):
+        return tuple(ROPES)
+    return ("yarn",) if family in MOE_FAMILIES else ("default", "yarn")
 
 
 MODELS = [(family, tied, rope) for family in FAMILIES for tied in (False, True) for rope in ROPES]

@@ -42,7 +42,7 @@ _START = "start it with launch/teacher_server.sh"
 
 
 @dataclass(frozen=True)
-class Needs:
+class ServerRequirements:
     """What a run needs of each of its servers."""
 
     topk: int
@@ -62,7 +62,7 @@ class Probed:
     dialect: Dialect = field(default_factory=VLLM)
 
 
-def probe_server(client: ServerClient, needs: Needs) -> Probed:
+def probe_server(client: ServerClient, needs: ServerRequirements) -> Probed:
     """All checks of the module docstring. Raises RolloutError with the first that fails."""
     model, length = _model(client)
     dialect = _dialect(client) if length is None else VLLM()
@@ -74,7 +74,9 @@ def probe_server(client: ServerClient, needs: Needs) -> Probed:
     return Probed(model, canary, dialect)
 
 
-def ask_canary(client: ServerClient, dialect: Dialect, model: str, needs: Needs, *, again: bool = True) -> TopK:
+def ask_canary(
+    client: ServerClient, dialect: Dialect, model: str, needs: ServerRequirements, *, again: bool = True
+) -> TopK:
     """The probe's top K at all positions but the first, [len(probe) - 1, K]."""
 
     def read(answer: Any) -> TopK:
@@ -118,7 +120,9 @@ def _dialect(client: ServerClient) -> Dialect:
     return Swift()
 
 
-def _check_length(client: ServerClient, dialect: Dialect, model: str, length: int | None, needs: Needs) -> None:
+def _check_length(
+    client: ServerClient, dialect: Dialect, model: str, length: int | None, needs: ServerRequirements
+) -> None:
     """P1."""
 
     def refuse(error: ServerAnswerError) -> NoReturn:
@@ -137,7 +141,7 @@ def _check_length(client: ServerClient, dialect: Dialect, model: str, length: in
         )
 
 
-def _check_vocabulary(client: ServerClient, dialect: Dialect, model: str, needs: Needs) -> None:
+def _check_vocabulary(client: ServerClient, dialect: Dialect, model: str, needs: ServerRequirements) -> None:
     """P2."""
 
     def refuse(error: ServerAnswerError) -> NoReturn:
@@ -165,7 +169,7 @@ def _check_vocabulary(client: ServerClient, dialect: Dialect, model: str, needs:
         )
 
 
-def _check_topk(client: ServerClient, dialect: Dialect, model: str, needs: Needs) -> TopK:
+def _check_topk(client: ServerClient, dialect: Dialect, model: str, needs: ServerRequirements) -> TopK:
     """P3, and the canary."""
     try:
         return ask_canary(client, dialect, model, needs, again=dialect.refuses_with < 500)
@@ -178,7 +182,9 @@ def _check_topk(client: ServerClient, dialect: Dialect, model: str, needs: Needs
         ) from error
 
 
-def _check_alignment(client: ServerClient, dialect: Dialect, model: str, needs: Needs, canary: TopK) -> None:
+def _check_alignment(
+    client: ServerClient, dialect: Dialect, model: str, needs: ServerRequirements, canary: TopK
+) -> None:
     """P4."""
     positions = np.unique(np.linspace(1, len(needs.probe) - 1, _NUM_POSITIONS).astype(int)).tolist()
     scored, sampled = list[TopK](), list[TopK]()
@@ -207,7 +213,7 @@ def _ask(
     model: str,
     what: str,
     ids: Sequence[int],
-    needs: Needs,
+    needs: ServerRequirements,
     refuse: Callable[[ServerAnswerError], NoReturn],
 ) -> None:
     """Score a sequence; `refuse` words the refusal of it. A refusal that reads as a failure is not asked for again."""

@@ -33,7 +33,7 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.client import ServerClient
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.requests import assign
-from megatron_gkd.teacher.servers.probes import TOLERANCE, Needs, Probed, ask_canary, probe_server
+from megatron_gkd.teacher.servers.probes import TOLERANCE, Probed, ServerRequirements, ask_canary, probe_server
 from megatron_gkd.teacher.servers.wire import TopK, distance, empty_topk
 
 API_KEY_ENV = "TEACHER_API_KEY"
@@ -59,7 +59,7 @@ class _Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class PendingAnswers:
     """A call that is under way; the threads of the connections carry it."""
 
     found: list[TopK]  # of sequences without loss tokens already
@@ -91,7 +91,7 @@ class TeacherServers:
     def __init__(
         self,
         urls: Sequence[str],
-        needs: Needs,
+        needs: ServerRequirements,
         *,
         timeout_s: float,
         retry_s: float = RETRY_S,
@@ -141,7 +141,7 @@ class TeacherServers:
         """
         return self.start(sequences, tags).result()
 
-    def start(self, sequences: Sequences, tags: Sequence[str | None] | None = None) -> Asked:
+    def start(self, sequences: Sequences, tags: Sequence[str | None] | None = None) -> PendingAnswers:
         """`topk`, while the caller goes on. Every answer waits in its [C, K] form."""
         found = [empty_topk(self.needs.topk) for _ in sequences]
         by_tag: dict[str | None, list[int]] = {}
@@ -163,7 +163,7 @@ class TeacherServers:
             for part in parts:
                 part.future.cancel()
             raise
-        return Asked(found, tuple(parts), self._check_unchanged)
+        return PendingAnswers(found, tuple(parts), self._check_unchanged)
 
     def generate(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion]:
         """Completions that the teacher samples (that without tags), in the order of the requests. They end at the stop

@@ -19,11 +19,11 @@ import pytest
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
-from megatron_gkd.teacher.servers.probes import PROBE_TOKENS, Needs, probe_tokens
+from megatron_gkd.teacher.servers.probes import PROBE_TOKENS, ServerRequirements, probe_tokens
 from megatron_gkd.teacher.servers.servers import API_KEY_ENV, TeacherServers
 from tests.support.fake_teacher_server import VOCAB, FakeServer, behind_urls, random_teacher, serve
 
-NEEDS = Needs(topk=8, vocab_size=VOCAB, largest_id=VOCAB - 1, longest=40, probe=tuple(range(3, 35)))
+NEEDS = ServerRequirements(topk=8, vocab_size=VOCAB, largest_id=VOCAB - 1, longest=40, probe=tuple(range(3, 35)))
 SEQUENCES = [((1, 2), (3, 4, 5)), ((9,), ()), ((8, 8, 8), (1,)), ((4,), (5,) * 30), ((VOCAB - 1,), (0, 1))]
 Connect = Callable[..., TeacherServers]
 
@@ -32,7 +32,7 @@ Connect = Callable[..., TeacherServers]
 def connect() -> Iterator[Connect]:
     opened = []
 
-    def make(*fakes: FakeServer, needs: Needs = NEEDS, **options: Any) -> TeacherServers:
+    def make(*fakes: FakeServer, needs: ServerRequirements = NEEDS, **options: Any) -> TeacherServers:
         urls, transport = behind_urls(*fakes)
         settings = {"timeout_s": 20.0, "retry_s": 1.0, "transport": transport} | options
         servers = TeacherServers(urls, needs, **settings)
