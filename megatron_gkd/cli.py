@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import megatron_gkd
 from megatron_gkd.config import environment
-from megatron_gkd.errors import CheckFailedError, ConfigError, GKDError, NotBuiltError, RunStoppedError
+from megatron_gkd.errors import CheckFailedError, ConfigError, GKDError, RunStoppedError
 from megatron_gkd.observe.text import visible
 
 PROG = "megatron-gkd"
@@ -36,7 +36,8 @@ EXIT_INTERRUPTED = 130
 SILENT_RANK_WAITS_S = 20.0
 SAME_MOMENT_S = 2.0  # the ranks that have met raise the same error at nearly the same time
 
-_ON_MEGATRON = ("train.", "commands.convert:", "commands.check_teacher:")  # work that imports megatron-core
+# work that imports megatron-core
+_ON_MEGATRON = ("train.", "commands.convert:", "commands.check_teacher:", "commands.plan:")
 
 Action = Callable[[], None]
 Command = Callable[[list[str]], Action]
@@ -174,11 +175,23 @@ def _check(argv: list[str]) -> Action:
 
 
 def _check_train(argv: list[str]) -> Action:
-    from megatron_gkd.config.flags import parse_check_train
+    from megatron_gkd.config.checks import CheckTrainConfig
+    from megatron_gkd.config.flags import parse_beside_train
     from megatron_gkd.train.preflight import run_preflight
 
-    asked, config = parse_check_train(argv)
+    asked, config = parse_beside_train(argv, CheckTrainConfig, command="check train")
     return lambda: run_preflight(asked, config)
+
+
+def _plan(argv: list[str]) -> Action:
+    from megatron_gkd.config.flags import parse_beside_train
+    from megatron_gkd.config.plan import PlanConfig
+    from megatron_gkd.train.preflight import check_models
+
+    asked, config = parse_beside_train(argv, PlanConfig, command="plan", defaults={"dataset": ["(not read)"]})
+    config.validate("train")
+    check_models(config)
+    return _later("commands.plan:run_plan", (asked, config), config.logging.log_level)
 
 
 CHECKS: dict[str, Command] = {
@@ -186,13 +199,6 @@ CHECKS: dict[str, Command] = {
     "data": _own_command("check data", "config.checks:CheckDataConfig", "commands.check_data:run_check_data"),
     "train": _check_train,
 }
-
-
-def _not_built(name: str, advice: str) -> Command:
-    def command(argv: list[str]) -> Action:
-        raise NotBuiltError(f"not built yet: {name} ({advice})")
-
-    return command
 
 
 COMMANDS: dict[str, tuple[str, Command]] = {
@@ -206,10 +212,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
         "compare a student with its teacher on held-out data",
         _run_command("eval", "train.evaluate:run_evaluation"),
     ),
-    "plan": (
-        "estimate memory and time of a layout (not built yet)",
-        _not_built("plan", "try the layout on a few steps"),
-    ),
+    "plan": ("what each rank would hold and send: a step rehearsed without a GPU", _plan),
     "report": ("summarise a run directory: text, JSON, curve", _report),
     "check": ("`check data`: what rows train on; `check train`: would it start; `check teacher`: a server", _check),
 }

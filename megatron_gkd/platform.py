@@ -146,8 +146,8 @@ def world_timeout() -> timedelta:
     """The time limit of WORLD's collectives."""
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     assert dist.group.WORLD is not None
-    limit: timedelta = dist.group.WORLD._get_backend(device).options._timeout
-    return limit
+    options = dist.group.WORLD._get_backend(device).options
+    return timedelta(minutes=10) if options is None else options._timeout  # None: of a world without peers
 
 
 def new_group(

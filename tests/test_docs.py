@@ -14,6 +14,7 @@ import pytest
 from megatron_gkd.cli import COMMANDS
 from megatron_gkd.commands.convert import ConvertConfig
 from megatron_gkd.config.checks import CheckConfig, CheckDataConfig, CheckTrainConfig
+from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import flags, flags_of
 from megatron_gkd.config.sample import SampleConfig
 from tests.support import metrics_page
@@ -27,6 +28,7 @@ CHECK_FLAGS = (
     flags_of(CheckConfig, "check")
     | flags_of(CheckDataConfig, "check_data")
     | flags_of(CheckTrainConfig, "check_train")
+    | flags_of(PlanConfig, "plan")
     | flags()
 )
 OTHER_PROGRAMS = {
@@ -164,7 +166,7 @@ def test_command_lines_name_what_exists(page: Path, line: str):
     if "megatron-gkd" in words or "megatron_gkd" in words or "launch/quickstart.sh" in words:
         used = {word.split("=")[0] for word in words if word.startswith("--")} - {"--nproc-per-node", "--nnodes"}
         report = {"--num_answers", "--max_new_tokens"} if "report" in words else set()
-        of_command = {"convert": CONVERT_FLAGS, "sample": SAMPLE_FLAGS, "check": CHECK_FLAGS}
+        of_command = {"convert": CONVERT_FLAGS, "sample": SAMPLE_FLAGS, "check": CHECK_FLAGS, "plan": CHECK_FLAGS}
         known = of_command.get(command_of(words), flags())
         unknown = {flag for flag in used - SCRIPT_OPTIONS - report if flag.removeprefix("--") not in known}
         assert not unknown - {"--markdown"}, f"{page.name}: {sorted(unknown)} in {line}"

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd.config.flags import parse_check_train, parse_run_config, parse_section
+from megatron_gkd.config.checks import CheckTrainConfig
+from megatron_gkd.config.flags import parse_beside_train, parse_run_config, parse_section
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.sample import SampleConfig
 from megatron_gkd.errors import LayoutError
@@ -263,7 +264,8 @@ def fits(command: list[str]) -> str:
     per_node = int(options["--nproc-per-node"])
     world = int(options.get("--nnodes", "1")) * per_node
     flags = ["--world_size", str(world), "--ranks_per_node", str(per_node)]
-    asked, config = parse_check_train([*flags, *command[command.index("train") + 1 :]])
+    argv = [*flags, *command[command.index("train") + 1 :]]
+    asked, config = parse_beside_train(argv, CheckTrainConfig, command="check train")
     run_preflight(asked, config)
     return str(config.training.global_batch_size)
 
@@ -306,7 +308,7 @@ def test_the_models_are_held_against_the_layout(given: dict[str, str]):
     flags = ["--model", given["STUDENT"], "--teacher_model", given["TEACHER"], "--dataset", given["DATASET"]]
     flags += ["--lmbda", "0", "--tensor_model_parallel_size", "8", "--world_size", "8"]
     with pytest.raises(LayoutError, match="--model: tensor-parallel size 8 does not divide the 28 attention heads"):
-        run_preflight(*parse_check_train(flags))
+        run_preflight(*parse_beside_train(flags, CheckTrainConfig, command="check train"))
 
 
 # ---- Slurm -----------------------------------------------------------------------------------------------------------

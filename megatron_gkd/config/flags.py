@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from megatron_gkd.config.checks import CheckConfig, CheckDataConfig, CheckTrainConfig
 from megatron_gkd.config.not_built import NOT_BUILT
+from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import Flag, RunConfig, flags, flags_of
 from megatron_gkd.config.sample import SampleConfig
 from megatron_gkd.config.schema import Section, check, fits, optional, setting, show, type_hints, type_text
@@ -56,14 +57,20 @@ def parse_run_config(argv: Sequence[str], *, command: str = "train") -> RunConfi
     return RunConfig.from_flat({name: value for name, value in values.items() if name in flags()})
 
 
-def parse_check_train(argv: Sequence[str]) -> tuple[CheckTrainConfig, RunConfig]:
-    """The flags of `check train`: its own, and those of `train`."""
-    own, command = flags_of(CheckTrainConfig, "check_train"), "check train"
+def parse_beside_train(
+    argv: Sequence[str], cls: type[S], *, command: str, defaults: Mapping[str, Any] | None = None
+) -> tuple[S, RunConfig]:
+    """The flags of a command that takes those of `train` as well: its own, and the run's.
+
+    Args:
+        defaults: for flags of `train` that are not given and that the command does not need.
+    """
+    own = flags_of(cls, command)
     table = own | flags() | flags_of(CompatibilityConfig, "compatibility")
-    headings = {"check_train": str(CheckTrainConfig.__doc__)} | _headings()
-    values = parse(argv, table, prog=f"megatron-gkd {command}", headings=headings)
-    asked = CheckTrainConfig(**{name: values[name] for name in own})
-    return asked, RunConfig.from_flat({name: value for name, value in values.items() if name in flags()})
+    values = parse(argv, table, prog=f"megatron-gkd {command}", headings={command: str(cls.__doc__)} | _headings())
+    run = {name: value for name, value in values.items() if name in flags()}
+    run |= {name: value for name, value in (defaults or {}).items() if not run.get(name)}
+    return cls(**{name: values[name] for name in own}), RunConfig.from_flat(run)
 
 
 def parse_section(argv: Sequence[str], cls: type[S], *, command: str) -> S:
@@ -231,6 +238,7 @@ def to_markdown() -> str:
         "check teacher": CheckConfig,
         "check data": CheckDataConfig,
         "check train": CheckTrainConfig,
+        "plan": PlanConfig,
     }
     for command, cls in own.items():
         tables.append((f"`megatron-gkd {command}`: flags of its own", list(flags_of(cls, command).values())))

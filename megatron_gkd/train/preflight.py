@@ -33,14 +33,19 @@ _BY_NAME = "nothing is fetched by its name on a hub: download it, and give the d
 
 def check_paths(config: RunConfig, command: Command) -> None:
     """Raise ConfigError or DataError for the first path that cannot work."""
-    _check_model("model", config.model.model)
-    if config.teacher.teacher_model is not None:
-        _check_model("teacher_model", config.teacher.teacher_model)
+    check_models(config)
     for flag, paths in (("dataset", config.data.dataset), ("eval_dataset", config.data.eval_dataset)):
         for path in paths if command == "train" or flag == "eval_dataset" else []:
             _check_data(flag, path)
     if command == "train":
         check_save(config)
+
+
+def check_models(config: RunConfig) -> None:
+    """Raise ConfigError for a model that is no directory with a config.json."""
+    _check_model("model", config.model.model)
+    if config.teacher.teacher_model is not None:
+        _check_model("teacher_model", config.teacher.teacher_model)
 
 
 def check_own_paths(config: Section) -> None:

@@ -104,6 +104,12 @@ def with_dtype(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, dtype=dtype))
 
 
+def planned_dtype(config: RunConfig) -> RunConfig:
+    """The same for a run that is planned: on the device that `--device` names, a GPU where it names none."""
+    kind = "cuda" if config.parallel.device == "auto" else config.parallel.device
+    return replace(config, model=replace(config.model, dtype=chosen(config.model.dtype, kind)))
+
+
 def join(config: RunConfig) -> platform.Platform:
     """Meet the other ranks, and find that all were started alike. Collective over all ranks of the world.
 

@@ -1,0 +1,124 @@
+"""`megatron-gkd plan [flags of train]`: what each kind of rank of a run would hold and send, before there is a machine.
+
+One rank of each kind is rehearsed (train/rehearsal.py): the run's own code, on tensors without memory. Ranks are of one
+kind where student and teacher have the same stage on them; they differ in nothing that is counted but a few elements of
+the optimizer's shards. Models are known by their config.json; weights and rows are not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from megatron_gkd.architecture import read_architecture
+from megatron_gkd.config.plan import PlanConfig
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import LocalTeacher
+from megatron_gkd.errors import NotBuiltError
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
+
+if TYPE_CHECKING:
+    from megatron_gkd.train.rehearsal import Rehearsed
+
+GB = 1e9
+_ASSUMED = (
+    "layers are those of a run without Transformer Engine, and the loss is torch's: with Transformer Engine and the "
+    "Triton kernels activations are smaller",
+    "counted are tensors; --reserved_gb stands for everything else",
+)
+
+
+def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
+    """Rehearse and print. Raises LayoutError or ConfigError for what `train` would refuse, NotBuiltError for what is
+    not rehearsed yet."""
+    from megatron_gkd.train.rehearsal import rehearse
+    from megatron_gkd.train.setup import planned_dtype
+
+    asked, config = asked_and_config
+    config = planned_dtype(config)
+    student, teacher = layouts(config, asked.world_size, ranks_per_node=asked.ranks_per_node)
+    check_batch(config, student)
+    _refuse(config)
+    batch = [asked.lengths(config.data.max_length)] * config.training.global_batch_size
+    found = [
+        rehearse(config, world_size=asked.world_size, rank=rank, lengths=batch, lines=asked.lines > 0)
+        for rank in kinds(student, teacher)
+    ]
+    sampler = sampler_bytes(asked, config)
+    if asked.output == "json":
+        print(json.dumps([_record(asked, one, student, teacher, sampler) for one in found], indent=1))
+        return
+    print(f"student {student.describe()}; teacher {teacher.describe()}; {config.model.dtype}")
+    prompt, completion = batch[0]
+    print(f"{len(batch)} samples a step of {prompt} + {completion} tokens; GB are 10^9 bytes\n")
+    for one in found:
+        print("\n".join(_lines(asked, one, student, teacher, sampler)), end="\n\n")
+    print("\n".join(f"assumed: {text}" for text in _ASSUMED))
+
+
+def kinds(student: Layout, teacher: Layout) -> list[int]:
+    """A rank of each kind, the lowest."""
+    first: dict[tuple[int, int], int] = {}
+    for rank in range(student.world_size):
+        first.setdefault((student.coordinate(rank).pp, teacher.coordinate(rank).pp), rank)
+    return list(first.values())
+
+
+def sampler_bytes(asked: PlanConfig, config: RunConfig) -> int:
+    """What a colocated vLLM takes of the GPU, beside the run."""
+    if config.distillation.lmbda == 0 or config.sampling.vllm_mode != "colocate":
+        return 0
+    return round(asked.gpu_memory_gb * GB * config.sampling.vllm_gpu_memory_utilization)
+
+
+def _refuse(config: RunConfig) -> None:
+    if not isinstance(kind := config.teacher.kind, LocalTeacher) or kind.separate:
+        raise NotBuiltError(
+            "not built yet: plan with a teacher that is not on the student's ranks (give --teacher_model alone, "
+            "without --teacher_placement separate: the student's ranks hold at most as much)"
+        )
+    for flag, path in (("model", config.model.model), ("teacher_model", kind.path)):
+        refuse_experts(flag, read_architecture(path))
+
+
+def _record(asked: PlanConfig, one: Rehearsed, student: Layout, teacher: Layout, sampler: int) -> dict[str, Any]:
+    peak = max(one.peaks, key=lambda alive: alive.total)
+    needed = peak.total + sampler + round(asked.reserved_gb * GB)
+    return {
+        "rank": one.rank,
+        "student_stage": student.coordinate(one.rank).pp,
+        "teacher_stage": teacher.coordinate(one.rank).pp,
+        "student_parameters": one.num_parameters,
+        "between_steps_bytes": one.built.by_category,
+        "peak_bytes": [alive.by_category for alive in one.peaks],
+        "lines": {name: peak.lines(name)[: asked.lines] for name in peak.by_category} if asked.lines else {},
+        "sampler_bytes": sampler,
+        "reserved_bytes": round(asked.reserved_gb * GB),
+        "needed_bytes": needed,
+        "fits": needed <= asked.gpu_memory_gb * GB,
+        "sent_bytes_a_step": one.traffic,
+    }
+
+
+def _lines(asked: PlanConfig, one: Rehearsed, student: Layout, teacher: Layout, sampler: int) -> Iterator[str]:
+    record = _record(asked, one, student, teacher, sampler)
+    peak = max(one.peaks, key=lambda alive: alive.total)
+    yield (
+        f"rank {one.rank}: stage {record['student_stage']} of the student ({one.num_parameters / 1e9:.3f} G parameters)"
+        f", stage {record['teacher_stage']} of the teacher"
+    )
+    rows = dict(peak.by_category)
+    if sampler:
+        rows["vLLM (--vllm_gpu_memory_utilization)"] = sampler
+    rows["reserved (--reserved_gb)"] = record["reserved_bytes"]
+    for name, num_bytes in rows.items():
+        yield f"  {name:<40}{num_bytes / GB:>10.3f} GB"
+        for line, of_line in peak.lines(name)[: asked.lines]:
+            yield f"    {line:<58}{of_line / GB:>10.3f}"
+    verdict = f"GB of {asked.gpu_memory_gb:g}: {'fits' if record['fits'] else 'does NOT fit'}"
+    yield f"  {'at the peak of a step':<40}{record['needed_bytes'] / GB:>10.3f} {verdict}"
+    if one.traffic:
+        sent = ", ".join(f"{name} {num_bytes / GB:.3f}" for name, num_bytes in sorted(one.traffic.items()))
+        yield f"  GB handed to collectives in a step, by group: {sent}"

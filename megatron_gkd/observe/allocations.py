@@ -1,0 +1,134 @@
+"""Bytes of tensors that are alive, by what they are for, counted operation by operation: on any device, and on fake
+tensors, which have sizes and no memory.
+
+    with AllocationCounter() as counter:
+        with counter.category("student weights"):
+            ...
+    counter.peak.total, counter.peak.by_category
+
+Every tensor that an operation returns is looked at; its storage is counted once, from its birth to its end, under the
+category of its birth. Not counted: what a kernel needs inside (its workspace), what an allocator holds unused, a
+storage that is resized later, and tensors that were there before.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+_PACKAGES = ("megatron_gkd/", "megatron/core/")  # whose lines are named
+_BETWEEN = ("observe/allocations.py", "megatron_gkd/platform.py", "train/rehearsal.py")  # they stand between
+
+
+class _Kind(NamedTuple):
+    category: str
+    line: str  # "" where lines are not told apart
+
+
+class Alive:
+    """Bytes that are alive at once."""
+
+    def __init__(self, by_kind: Mapping[_Kind, int]) -> None:
+        self._by_kind = {kind: num_bytes for kind, num_bytes in by_kind.items() if num_bytes}
+
+    @property
+    def total(self) -> int:
+        """Of all categories."""
+        return sum(self._by_kind.values())
+
+    @property
+    def by_category(self) -> dict[str, int]:
+        """The largest first."""
+        found: Counter[str] = Counter()
+        for kind, num_bytes in self._by_kind.items():
+            found[kind.category] += num_bytes
+        return dict(found.most_common())
+
+    def lines(self, category: str) -> list[tuple[str, int]]:
+        """(file:line, bytes) of a category, the largest first."""
+        found = Counter({kind.line: num for kind, num in self._by_kind.items() if kind.category == category})
+        return found.most_common()
+
+
+class AllocationCounter(TorchDispatchMode):
+    """See the module docstring."""
+
+    def __init__(self, *, lines: bool = False) -> None:
+        """Args: lines: tell lines of code apart as well."""
+        super().__init__()
+        self._lines, self._category = lines, "other"
+        self._now: Counter[_Kind] = Counter()
+        self._now_bytes = self._peak_bytes = 0
+        self._at_peak: dict[_Kind, int] = {}
+        self._alive: dict[int, tuple[_Kind, int, object]] = {}  # by storage
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
+
+    @contextmanager
+    def category(self, name: str) -> Iterator[None]:
+        """What is made in the block is counted under this name."""
+        before, self._category = self._category, name
+        try:
+            yield
+        finally:
+            self._category = before
+
+    @property
+    def now(self) -> Alive:
+        """What is alive."""
+        return Alive(self._now)
+
+    @property
+    def peak(self) -> Alive:
+        """What was alive when it was most, since the last `restart`, or since the beginning."""
+        return Alive(self._at_peak)
+
+    def restart(self) -> None:
+        """Look for a new peak, from what is alive now."""
+        self._peak_bytes, self._at_peak = self._now_bytes, dict(self._now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor)
+        return result
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        kind, num_bytes = _Kind(self._category, _line() if self._lines else ""), storage.nbytes()
+        self._alive[key] = kind, num_bytes, weakref.ref(storage, lambda _: self._forget(key))
+        self._now[kind] += num_bytes
+        self._now_bytes += num_bytes
+        if self._now_bytes > self._peak_bytes:
+            self.restart()
+
+    def _forget(self, key: int) -> None:
+        kind, num_bytes, _ = self._alive.pop(key)
+        self._now[kind] -= num_bytes
+        self._now_bytes -= num_bytes
+
+
+def _line() -> str:
+    """The innermost line of the package or of megatron-core that is being carried out."""
+    frame = sys._getframe(3)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        for package in _PACKAGES:
+            if package in path and not path.endswith(_BETWEEN):
+                return f"{package}{path.rpartition(package)[2]}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "elsewhere"

@@ -1,0 +1,282 @@
+"""A training step of one rank of a job that does not exist: the run's own code on fake tensors, which have shapes and
+no memory, over process groups without peers. What it would allocate is counted, operation by operation.
+
+    found = rehearse(config, world_size=16, rank=0, lengths=[(512, 1536)] * 32)
+    found.built.by_category, found.steps[1].peak.by_category, found.traffic
+
+Real: models, DDP, the distributed optimizer, the schedule with its micro-batches in flight, the teacher's pass, the
+fused loss, the student's step. Two steps, since what is born in the first one may be alive at the peak of the second.
+
+Different from a run on that machine, on purpose:
+
+* Fake tensors are on a "cpu", so layers are those of a run without Transformer Engine: activations are an upper bound
+  for a run with it. The loss takes the chunks of a GPU, but torch's operations in place of the Triton kernels.
+* All micro-batches of the rehearsal have lengths that are told; pipelines exchange no shapes.
+* A number that is read from a tensor is 1 (there are no values): the norm of the gradient, for instance.
+
+`Communication`: none. What would be sent is counted by the group that it would be sent over (`traffic`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Final
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as megatron_random
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from megatron_gkd import platform
+from megatron_gkd.architecture import Architecture, read_architecture
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.loss import sharded_softmax
+from megatron_gkd.loss.fused import task as fused_task
+from megatron_gkd.model.build import DTYPES, build_model
+from megatron_gkd.model.options import ModelOptions
+from megatron_gkd.observe.allocations import Alive, AllocationCounter
+from megatron_gkd.parallel.groups import build_groups
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import Sample, StepPlan
+from megatron_gkd.schedule import plan_step
+from megatron_gkd.teacher_pipeline import TeacherPipeline
+from megatron_gkd.train.fit import layouts
+from megatron_gkd.train.objective import DistillationLoss
+from megatron_gkd.train.step import distill
+from megatron_gkd.train.student import Student
+
+NUM_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What one rank would hold and send. Bytes."""
+
+    rank: int
+    num_parameters: int  # of the student, on this rank
+    built: Alive  # between steps, before the first
+    peaks: list[Alive]  # of each step
+    traffic: dict[str, int]  # of the last step: by the group's name, e.g. "tp"
+
+
+def rehearse(
+    config: RunConfig, *, world_size: int, rank: int, lengths: Sequence[tuple[int, int]], lines: bool = False
+) -> Rehearsed:
+    """See the module docstring. Not collective; no process group may exist yet in this process.
+
+    Args:
+        lengths: (prompt, completion) tokens of the samples of a global batch.
+        lines: tell the lines of code apart that hold memory.
+
+    Raises LayoutError or ConfigError for what `train` would refuse.
+    """
+    student_layout, teacher_layout = layouts(config, world_size)
+    assert teacher_layout.rank_offset == 0, "a teacher on ranks of its own is rehearsed apart"
+    student_arch, teacher_path = read_architecture(config.model.model), config.teacher.teacher_model
+    assert teacher_path is not None
+    teacher_arch = read_architecture(teacher_path)
+    counter = AllocationCounter(lines=lines)
+    with _without_peers(world_size, rank) as peers, FakeTensorMode(allow_non_fake_inputs=True), counter, peers:
+        parts = _Parts.build(config, student_arch, teacher_arch, student_layout, teacher_layout, counter)
+        peers.name_groups(parts.teacher.groups, "teacher's ")
+        peers.name_groups(parts.student.groups)
+        built, peaks = counter.now, []
+        for step in range(NUM_STEPS):
+            counter.restart()
+            peers.sent.clear()
+            parts.step(_plan(step, config, lengths, student_layout, teacher_layout), counter)
+            peaks.append(counter.peak)
+        num_parameters = sum(p.numel() for chunk in parts.student.chunks for p in chunk.parameters())
+        return Rehearsed(rank, num_parameters, built, peaks, dict(peers.sent))
+
+
+@dataclass
+class _Parts:
+    """What a rank of a run has, as train/setup.py makes it, without weights, rows or servers."""
+
+    config: RunConfig
+    student: Student
+    teacher: TeacherPipeline
+    loss: DistillationLoss
+
+    @classmethod
+    def build(
+        cls,
+        config: RunConfig,
+        student_arch: Architecture,
+        teacher_arch: Architecture,
+        student_layout: Layout,
+        teacher_layout: Layout,
+        counter: AllocationCounter,
+    ) -> _Parts:
+        """Made in the order of a run."""
+        options, dtype = ModelOptions.on("cpu"), config.model.precision
+        vocab_size = min(student_arch.vocab_size, teacher_arch.vocab_size)
+        groups = build_groups(student_layout)
+        with counter.category("student: weights, gradients, optimizer"):
+            chunks = build_model(student_arch, student_layout, groups, options, dtype=dtype)
+            student = Student(
+                chunks,
+                student_layout,
+                groups,
+                config.training,
+                options,
+                train_iters=NUM_STEPS,
+                use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+                freeze_embeddings=config.model.freeze_embeddings,
+            )
+        with counter.category("teacher: weights"):
+            teacher_groups = build_groups(teacher_layout)
+            of_teacher = build_model(teacher_arch, teacher_layout, teacher_groups, options, dtype=dtype)
+            teacher = TeacherPipeline(
+                of_teacher,
+                teacher_layout,
+                teacher_groups,
+                student_layout,
+                vocab_size=vocab_size,
+                device=torch.device("cpu"),
+                topk=config.distillation.gkd_logits_topk,
+                max_signal_bytes=None,
+            )
+            head = None
+            if config.distillation.gkd_logits_topk is None and groups.pp.rank() == student_layout.pipeline - 1:
+                columns = student_arch.padded_vocab_size(student_layout.tensor) // student_layout.tensor
+                head = torch.empty(columns, teacher_arch.hidden_size, dtype=DTYPES[dtype])
+        loss = DistillationLoss(config.distillation, tp_group=groups.tp, vocab_size=vocab_size, teacher_head=head)
+        for model in (student.config, of_teacher[0].config):
+            model.variable_seq_lengths = False  # shapes are values, and there are none
+        return cls(config, student, teacher, loss)
+
+    def step(self, plan: StepPlan, counter: AllocationCounter) -> None:
+        """`distill`, with what it does told apart."""
+        optimizer: Any = self.student.optimizer
+        for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+            member.get_grad_norm = lambda: 1.0
+        with patch.object(optimizer, "step", _under(counter, "update", optimizer.step)):
+            distill(
+                self.student,
+                self.teacher,
+                _Counted(self.loss, counter),
+                plan,
+                packing=self.config.data.packing,
+                device=torch.device("cpu"),
+                timers=_Phases(counter),  # type: ignore[arg-type]
+            )
+
+
+def _plan(
+    step: int, config: RunConfig, lengths: Sequence[tuple[int, int]], student: Layout, teacher: Layout
+) -> StepPlan:
+    samples = tuple(
+        Sample(i, i, (0,) * prompt, (0,) * rest, "dataset", None) for i, (prompt, rest) in enumerate(lengths)
+    )
+    return plan_step(
+        step,
+        samples,
+        data_parallel_size=student.data,
+        micro_batch_size=config.training.micro_batch_size,
+        teacher_data_parallel_size=teacher.data,
+        teacher_micro_batch_size=config.teacher.teacher_micro_batch_size,
+        packing=config.data.packing,
+        max_tokens=config.data.max_length * config.training.micro_batch_size if config.data.packing else None,
+    )
+
+
+def _under(counter: AllocationCounter, category: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with counter.category(category):
+            return function(*args, **kwargs)
+
+    return counted
+
+
+class _Counted:
+    """An objective whose memory is the loss's."""
+
+    def __init__(self, loss: DistillationLoss, counter: AllocationCounter) -> None:
+        self._loss, self._counter = loss, counter
+
+    def names(self) -> tuple[str, ...]:
+        return self._loss.names()
+
+    def __call__(self, *args: Any) -> Any:
+        with self._counter.category("loss"):
+            return self._loss(*args)
+
+
+class _Phases:
+    """Phases of a step as categories."""
+
+    NAMES: Final = {"teacher": "teacher: activations, signals", "student": "student: activations"}
+
+    def __init__(self, counter: AllocationCounter) -> None:
+        self._counter = counter
+
+    def phase(self, name: str) -> Any:
+        return self._counter.category(self.NAMES[name])
+
+
+class _NoPeers(TorchDispatchMode):
+    """Answers what a fake tensor cannot: numbers, and collectives that torch's fake ones leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+        self._names: dict[str, str] = {}
+
+    def name_groups(self, groups: Any, owner: str = "") -> None:
+        """What the report calls the groups of a model."""
+        for name in ("pp", "dp_cp", "cp", "tp"):
+            if (group := getattr(groups, name, None)) is not None:
+                self._names[group.group_name] = owner + name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return (args[0].dtype.is_floating_point and 1.0) or 0
+        if func.namespace == "c10d":
+            self._count(func, args)
+            if "coalesced" in func.__name__:
+                return FakeWork().boxed()
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, func: Any, args: Any) -> None:
+        group = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
+        name = "other"
+        if group is not None:
+            name = self._names.get(dist.ProcessGroup.unbox(group).group_name, "other")
+        self.sent[name] += sum(t.nbytes for t in tree_iter(args) if isinstance(t, torch.Tensor))
+
+
+@contextmanager
+def _without_peers(world_size: int, rank: int) -> Iterator[_NoPeers]:
+    """A world in which every collective returns at once, and what a fake world cannot do is left out."""
+
+    def gather(found: list[Any], mine: Any, group: Any = None) -> None:
+        found[:] = [mine] * len(found)
+
+    assert not dist.is_initialized(), "a rehearsal needs a process of its own"
+    platform.setup("cpu")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        with ExitStack() as stack:
+            for owner, name, value in (
+                (dist, "all_gather_object", gather),
+                (parallel_state, "_GLOBAL_MEMORY_BUFFER", None),  # scratch, which each rank has for itself
+                (megatron_random.CudaRNGStatesTracker, "fork", lambda self, name="": nullcontext()),
+                (fused_task, "CHUNK_BYTES", fused_task.CHUNK_BYTES_CUDA),
+                (fused_task, "MOST_TOKENS", fused_task.MOST_TOKENS_CUDA),
+                (sharded_softmax, "_BLOCK_BYTES_CPU", 2**40),
+            ):
+                stack.enter_context(patch.object(owner, name, value))
+            yield _NoPeers()
+    finally:
+        dist.destroy_process_group()

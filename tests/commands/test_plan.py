@@ -1,0 +1,64 @@
+"""`megatron-gkd plan`: what it prints is what a rehearsal finds; what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_gkd import cli
+from megatron_gkd.commands.plan import kinds
+from megatron_gkd.parallel.layout import Layout
+from tests.support.trainers import write_pair
+from tests.train.test_rehearsal import config_of, rehearsed
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plan")
+
+
+def test_a_rank_of_each_kind() -> None:
+    assert kinds(Layout(tensor=2, pipeline=2, data=2), Layout(tensor=4, data=2)) == [0, 4]
+    assert kinds(Layout(pipeline=4), Layout(pipeline=2, data=2)) == [0, 1, 2, 3]
+    assert kinds(Layout(data=8), Layout(tensor=8)) == [0]
+
+
+@pytest.mark.slow
+def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student, teacher = write_pair(root, "llama")
+    argv = (
+        f"plan --model {student} --teacher_model {teacher} --save {root / 'run'} --world_size 2 --lmbda 0 --dtype fp32"
+    )
+    argv += " --pipeline_model_parallel_size 2 --global_batch_size 8 --micro_batch_size 2 --train_iters 2"
+    argv += " --max_length 45 --prompt_tokens 5 --gpu_memory_gb 0.0025 --reserved_gb 0 --lines 1"
+    assert cli.main([*argv.split(), "--output", "json"]) == 0, capsys.readouterr().err
+    ranks = json.loads(capsys.readouterr().out)
+    found = rehearsed(config_of(root, pipeline=2), 2)
+    assert [one["rank"] for one in ranks] == [0, 1]
+    for one, expected in zip(ranks, found, strict=True):
+        assert one["needed_bytes"] == max(peak.total for peak in expected.peaks)
+        assert one["fits"] == (one["needed_bytes"] <= 2.5e6)
+        assert sum(one["sent_bytes_a_step"].values()) > 0
+        assert all(line.split(":")[0].endswith(".py") for lines in one["lines"].values() for line, _ in lines)
+    assert cli.main(argv.split()) == 0
+    text = capsys.readouterr().out
+    assert "rank 1: stage 1 of the student" in text
+    assert "reserved (--reserved_gb)" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--teacher_placement separate --teacher_world_size 1", "not built yet: plan with a teacher that is not on"),
+        ("--tensor_model_parallel_size 3", "3"),
+        ("--global_batch_size 7 --micro_batch_size 2", "global_batch_size 7"),
+    ],
+)
+def test_what_it_refuses(root: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:
+    student, teacher = write_pair(root, "llama")
+    argv = f"plan --model {student} --teacher_model {teacher} --save {root / 'run'} --world_size 2 --lmbda 0 {flags}"
+    assert cli.main(argv.split()) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert message in line

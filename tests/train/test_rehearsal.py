@@ -1,0 +1,103 @@
+"""A rehearsed rank holds what a real one does: the same counter on real gloo ranks and on fake tensors, by category.
+
+Not covered: CUDA, whose kernels and allocator a counter of tensors does not see.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.observe.allocations import AllocationCounter
+from megatron_gkd.train.rehearsal import _Counted, _Phases, _plan, rehearse
+from megatron_gkd.train.step import distill
+from tests.support.effort import FULL
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.trainers import T, build_run, run_config, write_pair, write_rows
+
+pytestmark = pytest.mark.slow
+
+LENGTHS = [(5, 40)] * 8
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plan")
+
+
+def config_of(root: Path, **flags: Any) -> RunConfig:
+    student, teacher = write_pair(root, "llama")
+    named = {T.get(name, name): value for name, value in flags.items()}
+    common: dict[str, Any] = dict(micro_batch_size=2, global_batch_size=8, train_iters=2, dtype="fp32")
+    return run_config(student, teacher, write_rows(root / "rows.jsonl", 8), **(common | named))
+
+
+def real(config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """(built, at the peak of the second step) of this rank, by category."""
+    with megatron():
+        counter = AllocationCounter()
+        with counter, counter.category("built"):
+            run = build_run(config)
+            built = counter.now.by_category
+            student, teacher = run.student.layout, run.teacher.layout
+            for step in range(2):
+                counter.restart()
+                distill(
+                    run.student,
+                    run.teacher,
+                    _Counted(run.loss, counter),  # type: ignore[arg-type]
+                    _plan(step, config, LENGTHS, student, teacher),
+                    packing=config.data.packing,
+                    device=run.platform.device,
+                    timers=_Phases(counter),  # type: ignore[arg-type]
+                )
+            return built, counter.peak.by_category
+
+
+def rehearsed(config: RunConfig, world: int) -> list[Any]:
+    with megatron():
+        return [rehearse(config, world_size=world, rank=rank, lengths=LENGTHS) for rank in range(world)]
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, dict(micro_batch_size=1)),
+    "TP2 SP": (2, dict(tensor=2, sequence=True)),
+    "PP2": (2, dict(pipeline=2)),
+    "DP2, packed": (2, dict(sharded=True, packing=True, max_length=96)),
+}
+if FULL:
+    LAYOUTS |= {
+        "one, top K": (1, dict(gkd_logits_topk=7)),
+        "TP2": (2, dict(tensor=2, teacher_tensor=1, teacher_pipeline=2)),
+        "DP2": (2, dict(sharded=False)),
+        "PP2 VPP2": (2, dict(pipeline=2, virtual=2)),
+        "TP2 PP2": (4, dict(tensor=2, pipeline=2)),
+        "PP2 DP2": (4, dict(pipeline=2, sharded=True)),
+        "TP2 SP DP2": (4, dict(tensor=2, sequence=True, sharded=True)),
+        "PP4": (4, dict(pipeline=4, teacher_pipeline=2)),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rehearsed_rank_holds_what_a_real_one_does(root: Path, layout: str) -> None:
+    """To the byte, by category: the two differ in nothing that is counted."""
+    world, flags = LAYOUTS[layout]
+    config = config_of(root, **flags)
+    for (built, peak), of_rank in zip(run_ranks(real, config, world=world), rehearsed(config, world), strict=True):
+        rehearsed_peak = of_rank.peaks[1].by_category
+        assert of_rank.built.total == sum(built.values())
+        for category in ("loss", "student: activations", "teacher: activations, signals"):
+            assert rehearsed_peak.get(category) == peak.get(category), (of_rank.rank, category)
+        assert of_rank.peaks[1].total == sum(peak.values())
+
+
+def test_it_depends_on_what_is_asked(root: Path) -> None:
+    """A larger micro-batch holds more, a longer completion sends more."""
+    (small,) = rehearsed(config_of(root, micro_batch_size=1), 1)
+    (large,) = rehearsed(config_of(root, micro_batch_size=4), 1)
+    assert large.peaks[1].total > 1.3 * small.peaks[1].total
+    assert large.built.total == small.built.total
