@@ -48,16 +48,10 @@ def _above_one(flag: str) -> Callable[[RunConfig], bool]:
 
 NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt(
-        "teacher_context_parallel_size",
-        _above_one("teacher_context_parallel_size"),
-        "use tensor and pipeline parallelism",
-    ),
-    NotBuilt(
         "teacher_expert_model_parallel_size",
         _above_one("teacher_expert_model_parallel_size"),
         "use tensor and pipeline parallelism",
     ),
-    NotBuilt("context_parallel_size", _above_one("context_parallel_size"), "use tensor and pipeline parallelism"),
     NotBuilt(
         "expert_model_parallel_size", _above_one("expert_model_parallel_size"), "use tensor and pipeline parallelism"
     ),

@@ -31,8 +31,9 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
+from megatron_gkd.model.context_attention import ContextAttention
 from megatron_gkd.model.divisible import check_layout
-from megatron_gkd.model.layers import local_block_spec, use_own_self_attention
+from megatron_gkd.model.layers import SDPAttention, local_block_spec, use_own_self_attention
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
 
@@ -122,6 +123,8 @@ def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        cp_comm_type="p2p",  # read by Transformer Engine's attention alone; it has the zigzag split of ours
         sequence_parallel=layout.sequence_parallel,
         # With PP = 2 the interleaved schedule exchanges activations and gradients with the same peer at the same time.
         # Batched P2P matches messages of a pair by order alone and would swap them (Megatron-LM's argument check
@@ -221,7 +224,8 @@ def _block_spec(
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     has_experts = [arch.has_experts(layer) for layer in range(first, first + num_layers)]
-    return local_block_spec(has_experts, qk_norm=arch.qk_norm)
+    core_attention = ContextAttention if config.context_parallel_size > 1 else SDPAttention
+    return local_block_spec(has_experts, qk_norm=arch.qk_norm, core_attention=core_attention)
 
 
 def _have_transformer_engine() -> bool:

@@ -87,7 +87,8 @@ def run_schedule(
     common: dict[str, Any] = dict(
         forward_step_func=forward_step,
         num_microbatches=len(micro_batches),
-        seq_length=shape[1],  # read by the interleaved schedule only; 1F1B exchanges shapes
+        # Read by the interleaved schedule only, which divides it by CP; 1F1B exchanges shapes.
+        seq_length=shape[1] * layout.context,
         micro_batch_size=shape[0],
         forward_only=forward_only,
         collect_non_loss_data=collect,

@@ -23,6 +23,7 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         world_size - teacher_ranks,
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
         virtual_pipeline=_virtual_pipeline(parallel.virtual_pipeline_model_parallel_size),
         sequence_parallel=parallel.sequence_parallel,
     )
@@ -30,6 +31,7 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         teacher_ranks or world_size,
         tensor=teacher.teacher_tensor_model_parallel_size or parallel.tensor_model_parallel_size,
         pipeline=teacher.teacher_pipeline_model_parallel_size or parallel.pipeline_model_parallel_size,
+        context=teacher.teacher_context_parallel_size or parallel.context_parallel_size,
         rank_offset=world_size - teacher_ranks if teacher_ranks else 0,
         name="teacher",
     )
@@ -52,7 +54,9 @@ def _teacher_ranks(config: RunConfig, world_size: int, ranks_per_node: int | Non
             )
         count, asked = teacher.teacher_nodes * local, f"--teacher_nodes {teacher.teacher_nodes} of {local} ranks"
     if count >= world_size:
-        least = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+        parallel = config.parallel
+        least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        least *= parallel.context_parallel_size
         raise LayoutError(
             f"{asked} leaves none of the world's {world_size} ranks for the student, which needs {least} or a "
             f"multiple: start {count + least} ranks, or give the teacher fewer"

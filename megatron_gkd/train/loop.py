@@ -143,7 +143,6 @@ class StudentPart:
             run.teacher,
             run.loss,
             plan,
-            packing=run.config.data.packing,
             device=run.platform.device,
             timers=timers,
             meanwhile=lambda: self._ask_ahead(step + 1),

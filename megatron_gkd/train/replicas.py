@@ -1,4 +1,5 @@
 """Data parallel replicas hold the same weights, bit for bit; where one does not, it is named, before it trains on.
+Ranks that share a sequence (context parallelism) are replicas too.
 
 Every replica makes the same update from the same sum of gradients, so a difference is a fault: of a device, of a
 collective, or of weights that were not the same to begin with. Compared before the first step and every
@@ -30,7 +31,7 @@ class Replicas:
     def __init__(self, student: Student, every: int) -> None:
         """`every`: steps between two comparisons; 0: none."""
         self._student, self._group = student, student.groups.intra_dist_opt
-        self._every = every if student.layout.data > 1 else 0
+        self._every = every if student.layout.data * student.layout.context > 1 else 0
 
     def check(self, step: int, *, now: bool = False) -> None:
         """After a step: compare, if it is time (or `now`). Raises TrainingError on all of the student's ranks."""

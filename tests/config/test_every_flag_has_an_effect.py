@@ -31,9 +31,7 @@ CONFIGURATION = {
 
 # Refused whenever they are away from their default, and read by nothing: what they steer is not built.
 REFUSED = {
-    "teacher_context_parallel_size",
     "teacher_expert_model_parallel_size",
-    "context_parallel_size",
     "expert_model_parallel_size",
 }
 

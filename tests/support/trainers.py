@@ -49,6 +49,8 @@ T = dict(
     virtual="virtual_pipeline_model_parallel_size",
     sequence="sequence_parallel",
     sharded="use_distributed_optimizer",
+    context="context_parallel_size",
+    teacher_context="teacher_context_parallel_size",
     teacher_tensor="teacher_tensor_model_parallel_size",
     teacher_pipeline="teacher_pipeline_model_parallel_size",
 )
@@ -191,16 +193,14 @@ class Trainer:
             packing=packing,
             max_tokens=max_tokens,
         )
-        return self.carry_out(plan, distillation, packing=packing, with_weights=with_weights)
+        return self.carry_out(plan, distillation, with_weights=with_weights)
 
-    def carry_out(
-        self, plan: StepPlan, distillation: DistillationConfig, *, packing: bool = False, with_weights: bool = True
-    ) -> StepOutcome:
+    def carry_out(self, plan: StepPlan, distillation: DistillationConfig, *, with_weights: bool = True) -> StepOutcome:
         """One update on a plan."""
-        outcome = self.outcome(plan, distillation, packing=packing)
+        outcome = self.outcome(plan, distillation)
         return replace(outcome, weights=self.weights() if with_weights else None)
 
-    def outcome(self, plan: StepPlan, distillation: DistillationConfig, *, packing: bool = False) -> StepOutcome:
+    def outcome(self, plan: StepPlan, distillation: DistillationConfig) -> StepOutcome:
         """`carry_out` without the weights. A batch without a loss token has loss 0."""
         run, teacher = self.run, self.teacher(distillation.gkd_logits_topk)
         loss = DistillationLoss(
@@ -210,7 +210,7 @@ class Trainer:
             teacher_head=run.loss.teacher_head,
         )
         device, timers = run.platform.device, Timers()
-        result, _ = distill(run.student, teacher, loss, plan, packing=packing, device=device, timers=timers)
+        result, _ = distill(run.student, teacher, loss, plan, device=device, timers=timers)
         metrics = Metrics(loss.names())
         add_reports(metrics, result.reports, run.student)
         reduce_reports(metrics, run.student, device)

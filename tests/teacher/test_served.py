@@ -22,8 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.model.sequences import loss_shares
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import LossShare
+from megatron_gkd.records import Sample
 from megatron_gkd.schedule import plan_micro_batches
 from megatron_gkd.teacher.served import server_routes
 from megatron_gkd.train.checkpoint import find_checkpoint
@@ -43,25 +44,32 @@ TOPK = 8
     st.sampled_from([1, 2, 4, 8]),
     st.sampled_from([1, 2]),
     st.sampled_from([1, 2]),
+    st.sampled_from([1, 2, 3]),
     st.lists(st.integers(1, 20), min_size=1, max_size=20),
 )
 def test_each_last_stage_rank_receives_its_samples_once_from_its_driver(
-    data: int, tensor: int, pipeline: int, lengths: list[int]
+    data: int, tensor: int, pipeline: int, context: int, lengths: list[int]
 ) -> None:
-    layout = Layout.for_world(data * tensor * pipeline, tensor=tensor, pipeline=pipeline)
+    world = data * tensor * pipeline * context
+    layout = Layout.for_world(world, tensor=tensor, pipeline=pipeline, context=context)
     plan = plan_micro_batches(lengths, data_parallel_size=data, micro_batch_size=2, allow_partial=True)
-    routes = server_routes(plan, layout, [LossShare(((0, length),)) for length in lengths])
+    samples = [Sample(i, i, (1,), (2,) * length, "dataset") for i, length in enumerate(lengths)]
+    shares = loss_shares(samples, plan, layout, packing=False)
+    routes = server_routes(plan, layout, shares)
     expected = Counter(
         (position, rank)
         for dp, batches in enumerate(plan)
         for batch in batches
         for position in batch
-        for rank in layout.last_stage_ranks(dp)
+        for cp in range(context)
+        for rank in layout.last_stage_ranks(dp, cp)
     )
     assert Counter((route.position, route.destination) for route in routes) == expected
     assert [(route.position, route.destination) for route in routes] == sorted(expected)
     for route in routes:
-        assert layout.coordinate(route.source).dp == layout.coordinate(route.destination).dp
+        here = layout.coordinate(route.destination)
+        assert layout.coordinate(route.source).dp == here.dp
+        assert route.share == route.rows == shares[route.position][here.cp], "the driver has the whole sample"
     assert len({(route.position, route.source) for route in routes}) == len(lengths), "one driver for each"
 
 

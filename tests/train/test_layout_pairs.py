@@ -114,7 +114,7 @@ def one_step_each(configs: list[RunConfig]) -> list[StepOutcome | None]:
                 teacher_max_tokens=30 if index % 2 else None,
             )
             if teacher_run:
-                teacher_signals(run.teacher, plan, packing=False)
+                teacher_signals(run.teacher, plan)
                 outcomes.append(None)
             else:
                 outcomes.append(Trainer(config, run).carry_out(plan, config.distillation))

@@ -158,7 +158,7 @@ def run_one_sided(config: Any, cells: list[DistillationConfig], packing: bool) -
             trainer.rewind()
             # A pipeline's point-to-point operations are compared by identity with torch's own: they cannot be counted.
             with count_collectives() if trainer.run.student.layout.pipeline == 1 else nullcontext(Counter()) as counter:
-                outcome = trainer.carry_out(plan, cell, packing=packing, with_weights=False)
+                outcome = trainer.carry_out(plan, cell, with_weights=False)
             finite = all(torch.isfinite(p).all() for c in trainer.run.student.chunks for p in c.parameters())
             results.append(([name for name, _ in counter.calls], outcome.loss, bool(finite) and outcome.grad_norm > 0))
     return results
@@ -216,8 +216,8 @@ def run_mismatch(config: Any, what: str) -> None:
         )
         if what == "dropped by the teacher":
             teacher = tuple(tuple(batch for batch in batches if 3 not in batch) for batches in plan.teacher)
-            teacher_signals(run.teacher, replace(plan, teacher=teacher), packing=False)
-        signals, _ = teacher_signals(run.teacher, plan, packing=False)
+            teacher_signals(run.teacher, replace(plan, teacher=teacher))
+        signals, _ = teacher_signals(run.teacher, plan)
         changed = list(SAMPLES)
         if what == "another length":
             changed[2] = replace(changed[2], completion_ids=changed[2].completion_ids[:-1])

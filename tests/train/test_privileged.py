@@ -218,7 +218,7 @@ def look_at_a_self_teacher(config: Any) -> list[str]:
             for model in run.student.models:
                 model.train(training)
             before = [p.detach().clone() for chunk in run.student.chunks for p in chunk.parameters()]
-            signals, _ = teacher_signals(run.teacher, plan, packing=False)
+            signals, _ = teacher_signals(run.teacher, plan)
             after = [p for chunk in run.student.chunks for p in chunk.parameters()]
             if any(module.training != training for model in run.student.models for module in model.modules()):
                 changed.append(f"mode, was training {training}")

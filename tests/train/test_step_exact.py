@@ -98,6 +98,12 @@ PACKED = [
     Cell(Objective(1.0, "bucket", 0.0), 1, "logits", packing=True),
 ]
 MAX_PACKED_TOKENS = 24
+# Context parallelism changes who holds which tokens, and attention; not what is made of a token.
+OF_CONTEXT = [
+    Cell(Objective(0.0, "bucket", 0.5), 4, "fused"),
+    Cell(Objective(0.5, "full", 0.5), 1, "logits"),
+    *PACKED,
+]
 
 # name -> (ranks, layout of student and teacher). The optimizer is sharded (or not) where it makes a difference.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -109,7 +115,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 SP": (2, dict(tensor=2, sequence=True, teacher_tensor=1)),
     "PP2 VPP2": (2, dict(pipeline=2, virtual=2, teacher_pipeline=2)),
     "TP2 PP2": (4, dict(tensor=2, pipeline=2, teacher_tensor=2, teacher_pipeline=1)),
+    "CP2": (2, dict(context=2)),
+    "CP2, teacher TP2 CP1": (2, dict(context=2, teacher_tensor=2, teacher_context=1, sharded=False)),
+    "CP1, teacher CP2": (2, dict(teacher_context=2)),
+    "TP2 SP CP2": (4, dict(tensor=2, sequence=True, context=2, teacher_tensor=1, teacher_context=4)),
+    "CP2 PP2": (4, dict(context=2, pipeline=2, teacher_pipeline=1, teacher_context=2)),
 }
+if FULL:
+    LAYOUTS |= {
+        "TP2 CP2": (4, dict(tensor=2, context=2)),
+        "CP4": (4, dict(context=4)),
+        "CP2 DP2": (4, dict(context=2, teacher_context=1)),
+        "CP2 PP2 VPP2": (4, dict(context=2, pipeline=2, virtual=2)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +186,8 @@ def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> N
     config = config_of(root, family, options)
     # The interleaved pipeline needs a multiple of PP micro-batches, which packing does not promise.
     grid = of_family(cells(list(LAYOUTS).index(layout)) + ([] if "virtual" in options else PACKED), family)
+    if "CP" in layout and not FULL:
+        grid = OF_CONTEXT
     results = run_ranks(run_cells, config, grid, world=world)
     student, teacher = config.model.model, config.teacher.teacher_model
     faults = {}
