@@ -51,9 +51,9 @@ class MicroBatch:
 
 
 def without_loss(tokens: torch.Tensor) -> MicroBatch:
-    """A micro-batch of one sequence [1, S] none of whose tokens is a loss token."""
-    none = torch.zeros(0, dtype=torch.int64)
-    return MicroBatch((), (), tokens, torch.arange(tokens.shape[1])[None], none, none, none, none)
+    """A micro-batch of sequences [B, S] none of whose tokens is a loss token."""
+    none, places = torch.zeros(0, dtype=torch.int64), torch.arange(tokens.shape[1]).expand_as(tokens)
+    return MicroBatch((), (), tokens, places, none, none, none, none)
 
 
 def collate(

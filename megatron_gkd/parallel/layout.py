@@ -166,13 +166,3 @@ class Layout:
         if self.virtual_pipeline:
             text += f", VPP {self.virtual_pipeline}"
         return text + (", sequence parallel" if self.sequence_parallel else "")
-
-
-def check_num_micro_batches(layout: Layout, num_micro_batches: int) -> None:
-    """The interleaved schedule needs a multiple of PP micro-batches per step. Raises LayoutError."""
-    if layout.virtual_pipeline and num_micro_batches % layout.pipeline:
-        raise LayoutError(
-            f"{num_micro_batches} micro-batches per data-parallel rank and step: the interleaved pipeline "
-            f"({layout.describe()}) needs a multiple of "
-            f"{layout.pipeline}; change global_batch_size or micro_batch_size"
-        )

@@ -19,21 +19,16 @@ def plan_forward(
     """Micro-batches of any number of samples for a forward pass alone: the last ones may be smaller, or empty.
     `max_tokens` sizes them in tokens, as in schedule.py.
 
-    The interleaved pipeline wants one shape [B, S] and a multiple of PP micro-batches: there they are single samples,
-    filled up with empty ones.
+    The interleaved pipeline wants one shape [B, S]: there they are single samples.
     """
     one_shape = common_shape(layout)
-    plan = plan_micro_batches(
+    return plan_micro_batches(
         lengths,
         data_parallel_size=layout.data,
         micro_batch_size=1 if one_shape else micro_batch_size,
         max_tokens=None if max_tokens is None or one_shape else max(max_tokens, *lengths),
         allow_partial=True,
     )
-    if one_shape:
-        missing = -len(plan[0]) % layout.pipeline
-        plan = tuple((*batches, *[()] * missing) for batches in plan)
-    return plan
 
 
 class Collator:

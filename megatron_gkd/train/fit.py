@@ -8,7 +8,7 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import environment
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
-from megatron_gkd.parallel.layout import Layout, check_num_micro_batches
+from megatron_gkd.parallel.layout import Layout
 
 
 def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:
@@ -74,12 +74,6 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
     training = config.training
     per_pass = layout.data * training.micro_batch_size
     if config.data.packing:
-        # The interleaved schedule wants a multiple of PP micro-batches; packing makes as many as the rows need.
-        if layout.virtual_pipeline:
-            raise NotBuiltError(
-                f"packing is not built for a virtual pipeline ({layout.describe()}): leave out --packing or "
-                "--virtual_pipeline_model_parallel_size"
-            )
         if training.global_batch_size < layout.data:
             raise ConfigError(
                 f"global_batch_size {training.global_batch_size} cannot be packed for {layout.data} data parallel "
@@ -94,7 +88,6 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
             f"{training.micro_batch_size} = {per_pass}: the nearest are "
             f"{' and '.join(str(n) for n in (below, below + per_pass) if n)}"
         )
-    check_num_micro_batches(layout, training.global_batch_size // per_pass)
 
 
 def refuse_experts(flag: str, arch: Architecture) -> None:

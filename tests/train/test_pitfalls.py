@@ -90,8 +90,7 @@ def test_pitfall_8_the_gradient_norm_is_that_of_one_process(root: Path, family: 
     expected = dense_steps(student, teacher, SAMPLES, objective, training, topk=1, num_steps=3)
     for name, (world, flags, sizes) in WAYS.items():
         batches: list[dict[str, Any]] = [dict(micro_batch_size=size) for size in sizes]
-        if "virtual" not in flags:
-            batches.append(dict(micro_batch_size=1, packing=True, max_tokens=30))
+        batches.append(dict(micro_batch_size=1, packing=True, max_tokens=30))
         for result in run_ranks(run_steps, config_of(root, family, **flags), batches, 3, world=world):
             for options, steps in zip(batches, result, strict=True):
                 for numbers, step in zip(steps, expected, strict=True):

@@ -171,7 +171,7 @@ def save_with(path: Path, source: str, weights: dict[str, torch.Tensor]) -> str:
 def test_a_step_equals_the_dense_step(root: Path, tmp_path: Path, family: str, layout: str) -> None:
     world, own, flags = LAYOUTS[layout]
     config = config_of(root, family, own=own, **flags)
-    cells = CELLS + ([] if "virtual" in flags else PACKED)
+    cells = CELLS + PACKED
     results = run_ranks(run_cells, config, cells, world=world)
     student, other = write_pair(root, family)
     teacher = student if own else other
