@@ -128,8 +128,9 @@ def url(served: Served) -> Iterator[str]:
         (4, {"tensor": 2, "pipeline": 2, "topk_tail": "bucket", "sequence": True}),
         (4, {"pipeline": 2, "micro_batch_size": 2, "loss_path": "logits"}),
         (2, {"privileged": True}),
+        (2, {"context": 2}),
     ],
-    ids=["one", "TP2", "TP2-PP2", "PP2-DP2", "DP2, prompts of the teacher's own"],
+    ids=["one", "TP2", "TP2-PP2", "PP2-DP2", "DP2, prompts of the teacher's own", "CP2"],
 )
 def test_training_is_that_of_the_local_teacher(
     served: Served, url: str, tmp_path: Path, world: int, layout: dict[str, Any]

@@ -92,6 +92,7 @@ LAYOUTS: dict[str, tuple[int, bool, dict[str, Any]]] = {
     "self, PP2": (2, True, dict(pipeline=2)),
     "self, PP2 VPP2": (2, True, dict(pipeline=2, virtual=2)),
     "self, DP2": (2, True, dict(sharded=True)),
+    "self, CP2": (2, True, dict(context=2)),
 }
 # Each layout with one of the two models, by turns; with GKD_TEST_FULL=1 with both.
 FAMILY_AND_LAYOUT = [

@@ -18,14 +18,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_gkd.config.run import DistillationConfig, TrainingConfig
+from megatron_gkd.data import cut
+from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.model import sequences
+from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.records import SOURCES
+from megatron_gkd.train import setup
+from megatron_gkd.train.objective import DistillationLoss
 from tests.support.dense_step import DenseStep, Fault, Objective, dense_step, differences
 from tests.support.effort import FULL
 from tests.support.ranks import run_ranks
@@ -195,8 +203,16 @@ def counts(num_samples: int) -> dict[str, int]:
     return {"tokens": sum(sample.num_loss_tokens for sample in samples), **of_sources}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", PAIRS)
+# Of context parallelism the gate has one family, and the other one where the two ends of a pipeline share an embedding.
+CASES = [
+    (family, layout)
+    for family in PAIRS
+    for layout in LAYOUTS
+    if FULL or "CP" not in layout or family == "llama" or layout == "CP2 PP2"
+]
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
 def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> None:
     world, options = LAYOUTS[layout]
     config = config_of(root, family, options)
@@ -239,6 +255,82 @@ WRONG_STEPS: dict[str, tuple[Objective, Fault | None, set[str]]] = {
     "tail for none": (replace(CONTROL, signal="bucket"), None, {"loss", "grad_norm", "metric divergence"}),
     "alpha 1e-4 off": (replace(CONTROL, sft_alpha=0.50005), None, {"loss", "grad_norm"}),
 }
+
+
+def counts_samples_whole(patch: pytest.MonkeyPatch) -> None:
+    """The number of loss tokens CP times too large: each rank says those of whole samples."""
+    original = DistillationLoss.__call__
+
+    def call(self: DistillationLoss, model: Any, hidden: Any, batch: MicroBatch, signal: Any) -> Any:
+        loss_sum, _, report = original(self, model, hidden, batch, signal)
+        whole = sum(SAMPLES[position].num_loss_tokens for position in batch.positions)
+        return loss_sum, torch.tensor(whole, dtype=torch.int), report
+
+    patch.setattr(DistillationLoss, "__call__", call)
+
+
+def cuts_contiguous_chunks(patch: pytest.MonkeyPatch) -> None:
+    """Tokens, labels and shares without the zigzag that attention and rotary positions have."""
+
+    def spans(length: int, size: int, rank: int) -> list[tuple[int, int]]:
+        return [(length // size * rank, length // size * (rank + 1))]
+
+    def of_pack(lengths: list[int], size: int, rank: int) -> list[tuple[int, int]]:
+        borders = pairwise(accumulate(lengths, initial=0))
+        return [(a + first, a + end) for a, b in borders for first, end in spans(b - a, size, rank)]
+
+    patch.setattr(cut, "held_spans_of_pack", of_pack)
+    patch.setattr(sequences, "held_spans", spans)
+
+
+def drops_the_sum_of_the_backward(patch: pytest.MonkeyPatch) -> None:
+    """Each rank keeps the gradient of its own keys and values from its own queries."""
+    patch.setattr(dist, "reduce_scatter_tensor", lambda out, x, group: out.copy_(x.chunk(2)[group.rank()]))
+
+
+def sums_over_replicas_alone(patch: pytest.MonkeyPatch) -> None:
+    """Gradients and the number of tokens over `dp`, as without context parallelism."""
+
+    def groups_of(layout: Any) -> Any:
+        groups = build_groups(layout)
+        groups.dp_cp = groups.intra_dp_cp = groups.dp
+        return groups
+
+    patch.setattr(setup, "build_groups", groups_of)
+
+
+KEYS = "model.layers.0.self_attn.k_proj.weight"
+FAULTS_OF_CONTEXT = {
+    counts_samples_whole: {"grad_norm"},  # a scale of the whole gradient is clipped away before the update
+    cuts_contiguous_chunks: {"loss", "grad_norm", KEYS},
+    drops_the_sum_of_the_backward: {"grad_norm", KEYS},
+    sums_over_replicas_alone: {"grad_norm", KEYS},
+}
+
+
+def run_with_faults(config: Any) -> list[StepOutcome]:
+    """One step with each of them, and one without."""
+    outcomes = []
+    for fault in (*FAULTS_OF_CONTEXT, None):
+        with pytest.MonkeyPatch.context() as patch:
+            if fault is not None:
+                fault(patch)
+            outcomes += run_cells(config, [Cell(CONTROL, 4, "fused")])
+    return outcomes
+
+
+def test_faults_of_context_parallelism_are_told_apart(root: Path) -> None:
+    config = config_of(root, "llama", dict(context=2, sharded=False))
+    student, teacher = config.model.model, config.teacher.teacher_model
+    outcomes, _ = run_ranks(run_with_faults, config, world=2)
+    for fault, outcome in zip((*FAULTS_OF_CONTEXT, None), outcomes, strict=True):
+        assert outcome.weights is not None
+        dense = truth(student, teacher, CONTROL)
+        found = differences(outcome.loss, outcome.grad_norm, outcome.metrics, outcome.weights, dense)
+        if fault is None:
+            assert not found
+        else:
+            assert FAULTS_OF_CONTEXT[fault] <= found.keys(), fault.__name__
 
 
 @pytest.fixture(scope="module")
