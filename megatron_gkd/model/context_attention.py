@@ -21,7 +21,7 @@ Not here: dropout, windows, overlap of communication and arithmetic (Transformer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import torch
@@ -63,18 +63,18 @@ class ContextAttention(SDPAttention):
         assert attention_mask is None, "padding is on the right and attention is causal: no mask is used"
         assert attention_bias is None
         if packed_seq_params is None:
-            return self._attend_sequences(query, key, value, [query.shape[0] * self.cp.size()])
+            return self._attend_sequences(query, key, value, (query.shape[0] * self.cp.size(),))
         borders = packed_seq_params.cu_seqlens_q
         query, key, value = (t.unsqueeze(1) for t in (query, key, value))
-        return self._attend_sequences(query, key, value, (borders[1:] - borders[:-1]).tolist()).squeeze(1)
+        return self._attend_sequences(query, key, value, tuple((borders[1:] - borders[:-1]).tolist())).squeeze(1)
 
     def _attend_sequences(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...]
     ) -> torch.Tensor:
         """`lengths`: of the whole sequences that lie end to end."""
         size, rank = self.cp.size(), self.cp.rank()
         gathered = gather_sequence(torch.cat((key, value), dim=-1), self.cp)
-        keys, values = gathered[places_of(lengths, size).to(query.device)].chunk(2, dim=-1)
+        keys, values = gathered[places_of(lengths, size, query.device)].chunk(2, dim=-1)
         outputs, here, start = [], 0, 0
         for length in lengths:
             for first, end in held_spans(length, size, rank):
@@ -92,10 +92,11 @@ class ContextAttention(SDPAttention):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def places_of(lengths: Sequence[int], size: int) -> torch.Tensor:
+@functools.lru_cache(maxsize=4)  # all layers of a micro-batch ask for the same
+def places_of(lengths: tuple[int, ...], size: int, device: torch.device) -> torch.Tensor:
     """[S]: where each token of the whole row lies in the ranks' rows, gathered one after the other."""
     order = [span for rank in range(size) for span in held_spans_of_pack(lengths, size, rank)]
-    return torch.cat([torch.arange(first, end) for first, end in order]).argsort()
+    return torch.cat([torch.arange(first, end) for first, end in order]).argsort().to(device)
 
 
 def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -38,7 +38,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "teacher_timeout_s": (7.0,),
     "teacher_tensor_model_parallel_size": (1, 2),
     "teacher_pipeline_model_parallel_size": (1, 2),
-    "teacher_context_parallel_size": (2,),
+    "teacher_context_parallel_size": (1, 2),
     "teacher_expert_model_parallel_size": (2,),
     "teacher_placement": ("separate",),
     "teacher_world_size": (2, 4),
@@ -160,6 +160,7 @@ def says_the_default(flag: str, config: RunConfig) -> bool:
     if flag in (
         "teacher_tensor_model_parallel_size",
         "teacher_pipeline_model_parallel_size",
+        "teacher_context_parallel_size",
         "teacher_micro_batch_size",
     ):
         return bool(value == config.get(student))

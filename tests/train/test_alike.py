@@ -220,6 +220,10 @@ def drifting(argv: tuple[Any, ...], flags: dict[str, Any], odd: int) -> tuple[st
     ("layout", "wanted"),
     [
         ({}, f"the weights of rank 2 ({HOST}) differ from those of ranks 0, 1, 3 ({HOST}) in decoder.layers.0.mlp."),
+        (
+            dict(context_parallel_size=4),
+            f"the weights of rank 2 ({HOST}) differ from those of ranks 0, 1, 3 ({HOST}) in",
+        ),
         (dict(tensor_model_parallel_size=2), f"the weights of rank 0 ({HOST}) and rank 2 ({HOST}) differ in decoder."),
     ],
 )

@@ -75,10 +75,18 @@ def describe_loss(loss: DistillationConfig) -> str:
 
 def _describe_layout(run: RunRecord) -> str:
     student, teacher = run.config.parallel, run.config.teacher
-    tp, pp = student.tensor_model_parallel_size, student.pipeline_model_parallel_size
-    teacher_tp = teacher.teacher_tensor_model_parallel_size or tp
-    teacher_pp = teacher.teacher_pipeline_model_parallel_size or pp
-    return f"student TP {tp} x PP {pp}, teacher TP {teacher_tp} x PP {teacher_pp}, {run.config.model.dtype}"
+    sizes = student.tensor_model_parallel_size, student.context_parallel_size, student.pipeline_model_parallel_size
+    asked = (
+        teacher.teacher_tensor_model_parallel_size,
+        teacher.teacher_context_parallel_size,
+        teacher.teacher_pipeline_model_parallel_size,
+    )
+    of_teacher = (own or size for own, size in zip(asked, sizes, strict=True))
+    return f"student {_sizes(*sizes)}, teacher {_sizes(*of_teacher)}, {run.config.model.dtype}"
+
+
+def _sizes(tensor: int, context: int, pipeline: int) -> str:
+    return f"TP {tensor}{f' x CP {context}' if context > 1 else ''} x PP {pipeline}"
 
 
 def to_text(summary: Mapping[str, Any]) -> str:
