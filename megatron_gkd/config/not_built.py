@@ -48,17 +48,16 @@ def _above_one(flag: str) -> Callable[[RunConfig], bool]:
 
 NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt(
+        "moe_router_load_balancing_type",
+        lambda cfg: cfg.training.moe_router_load_balancing_type != "aux_loss",
+        "its weight under a loss per token is not known to be right; use aux_loss",
+        TRAIN,
+    ),
+    NotBuilt("moe_z_loss_coeff", lambda cfg: cfg.training.moe_z_loss_coeff > 0, "use --moe_aux_loss_coeff", TRAIN),
+    NotBuilt(
         "teacher_context_parallel_size",
         _above_one("teacher_context_parallel_size"),
         "use tensor and pipeline parallelism",
     ),
-    NotBuilt(
-        "teacher_expert_model_parallel_size",
-        _above_one("teacher_expert_model_parallel_size"),
-        "use tensor and pipeline parallelism",
-    ),
     NotBuilt("context_parallel_size", _above_one("context_parallel_size"), "use tensor and pipeline parallelism"),
-    NotBuilt(
-        "expert_model_parallel_size", _above_one("expert_model_parallel_size"), "use tensor and pipeline parallelism"
-    ),
 )

@@ -49,7 +49,11 @@ def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch, device: torc
             max_seqlen_q=micro_batch.max_seqlen,
             max_seqlen_kv=micro_batch.max_seqlen,
         )
-    return model(micro_batch.tokens.to(device), micro_batch.position_ids.to(device), None, packed_seq_params=packed)
+    options: dict[str, Any] = {}
+    if get_model_config(model).num_moe_experts is not None and micro_batch.padding is not None:
+        options["padding_mask"] = micro_batch.padding.to(device)  # routers count without it
+    tokens, position_ids = micro_batch.tokens.to(device), micro_batch.position_ids.to(device)
+    return model(tokens, position_ids, None, packed_seq_params=packed, **options)
 
 
 def select_loss_tokens(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:

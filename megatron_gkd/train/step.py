@@ -75,7 +75,10 @@ def distill(
     with timers.phase("student"):
         batches = student_batches(plan, student, packing=packing)
         result = student.train_step(
-            forward_step_with(objective, signals, device), batches, lambda reports: loss_is_finite(reports, num_bytes)
+            forward_step_with(objective, signals, device),
+            batches,
+            lambda reports: loss_is_finite(reports, num_bytes),
+            num_loss_tokens=sum(share.num_tokens for share in plan.shares),
         )
     return result, num_bytes
 
