@@ -356,7 +356,7 @@ BAD = {
     "nothing to resume": Bad("--load {root}", "no complete checkpoint"),
     "top K": Bad("--gkd_logits_topk 301", "--gkd_logits_topk 301 is more than the 300 tokens that both models have"),
     "beta": Bad("--beta 1.5", "beta"),
-    "not built": Bad("--expert_model_parallel_size 2", "not built yet: --expert_model_parallel_size 2"),
+    "not built": Bad("--moe_z_loss_coeff 0.1", "not built yet: --moe_z_loss_coeff 0.1"),
     "no room to sample": Bad(
         "--lmbda 0.5", "--max_completion_length 512 (its default) leaves no room for a prompt in --max_length 64"
     ),

@@ -10,9 +10,10 @@ records).
              `pad_to_multiple_of`, one more segment of padding follows, so that attention never mixes padding with a
              sample. With `pad_segments_to` each sample is padded to a multiple of it, inside its own segment
 
-Padding needs no mask: in a causal model nothing to the left of it can see it, in the packed form it is a segment of its
-own (or the end of one), and `loss_index` never points at it. A micro-batch without loss tokens (T = 0), or without
-samples, is a valid one: ranks whose share of a batch is empty must still take part in every collective.
+Attention needs no mask of the padding: in a causal model nothing to the left of it can see it, in the packed form it is
+a segment of its own (or the end of one), and `loss_index` never points at it. `padding` is for what counts tokens. A
+micro-batch without loss tokens (T = 0), or without samples, is a valid one: ranks whose share of a batch is empty must
+still take part in every collective.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor | None = None  # [N + 1] int32, packed form only; the last segment may be padding
     max_seqlen: int | None = None  # packed form only: the longest segment
     counts_samples: bool = True  # False where another rank has another part of the same samples, and counts them
+    padding: torch.Tensor | None = None  # [B, S] bool, True where no sample has a token; None: nowhere
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -109,7 +111,16 @@ def collate(
         sample_source=_int64([SOURCES.index(sample.source) for sample in samples]),
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
+        padding=_padding(tokens, starts, samples),
     )
+
+
+def _padding(tokens: torch.Tensor, starts: Sequence[int], samples: Sequence[Sample]) -> torch.Tensor:
+    """[B, S] bool; `starts` are the flat indices of the samples' first tokens."""
+    padding = torch.ones(tokens.numel(), dtype=torch.bool)
+    for start, sample in zip(starts, samples, strict=True):
+        padding[start : start + sample.num_inputs] = False
+    return padding.view_as(tokens)
 
 
 def _pad(inputs: Sequence[Sequence[int]], multiple: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

@@ -36,6 +36,7 @@ def cut(batch: MicroBatch, size: int, rank: int) -> MicroBatch:
         batch,
         tokens=batch.tokens[:, index],
         position_ids=batch.position_ids[:, index],
+        padding=None if batch.padding is None else batch.padding[:, index],
         loss_index=batch.loss_index // length * len(index) + local,
         counts_samples=rank == 0,
     )

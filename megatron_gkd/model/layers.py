@@ -40,6 +40,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_gkd.errors import NotBuiltError
+from megatron_gkd.model.router import Router
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -158,12 +159,16 @@ class SelfAttention(CoreSelfAttention):
         return query, key, value
 
 
-def use_own_self_attention(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """Put `SelfAttention` in the place of megatron-core's in a block spec that megatron-core made; changes `spec`."""
+def use_own_modules(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """Put `SelfAttention` and `Router` in the place of megatron-core's in a block spec that megatron-core made; changes
+    `spec`.
+    """
     for layer in spec.layer_specs or []:
-        attention = layer.submodules.self_attention
+        attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
         if attention.module is CoreSelfAttention:
             attention.module = SelfAttention
+        if mlp.module is MoELayer:
+            mlp.submodules.router = Router
     return spec
 
 
@@ -186,7 +191,8 @@ def _layer_spec(*, qk_norm: bool, experts: bool, core_attention: type[SDPAttenti
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if experts:
         mlp = ModuleSpec(
-            module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linear))
+            module=MoELayer,
+            submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linear), router=Router),
         )
     else:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

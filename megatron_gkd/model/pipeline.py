@@ -15,6 +15,7 @@ as there are stages: where there are fewer, micro-batches of padding without a l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,11 @@ def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch, device: torc
             max_seqlen_q=micro_batch.max_seqlen,
             max_seqlen_kv=micro_batch.max_seqlen,
         )
-    return model(micro_batch.tokens.to(device), micro_batch.position_ids.to(device), None, packed_seq_params=packed)
+    options: dict[str, Any] = {}
+    if get_model_config(model).num_moe_experts is not None and micro_batch.padding is not None:
+        options["padding_mask"] = micro_batch.padding.to(device)  # routers count without it
+    tokens, position_ids = micro_batch.tokens.to(device), micro_batch.position_ids.to(device)
+    return model(tokens, position_ids, None, packed_seq_params=packed, **options)
 
 
 def select_loss_tokens(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
@@ -97,7 +102,8 @@ def run_schedule(
     assert micro_batches, "a schedule needs at least one micro-batch; an empty one is a valid one"
     shape, given = tuple(micro_batches[0].tokens.shape), len(micro_batches)
     if layout.virtual_pipeline is not None:
-        empty = without_loss(torch.zeros_like(micro_batches[0].tokens))
+        padding = torch.zeros_like(micro_batches[0].tokens)
+        empty = replace(without_loss(padding), padding=torch.ones_like(padding, dtype=torch.bool))
         micro_batches = [*micro_batches, *[empty] * (layout.pipeline - given)]
     common: dict[str, Any] = dict(
         forward_step_func=forward_step,

@@ -53,6 +53,7 @@ class Layout:
             raise LayoutError(
                 f"expert tensor parallel size {self.expert_tensor_size} x expert parallel size {self.expert} does not "
                 f"divide the {stage} ranks of a pipeline stage (tp {self.tensor} x cp {self.context} x dp {self.data})"
+                "; give smaller ones (by itself the expert tensor parallel size is the tensor parallel size)"
             )
         if self.virtual_pipeline is not None:
             if self.virtual_pipeline < 2:
@@ -98,17 +99,20 @@ class Layout:
                 f"the {name}'s layout needs a multiple of tp {tensor} x cp {context} x pp {pipeline} = {model_size} "
                 f"ranks, but it has {world_size}: give it {nearest} ranks, or change the {name}'s parallel sizes"
             )
-        return cls(
-            tensor,
-            pipeline,
-            world_size // model_size,
-            context,
-            expert,
-            virtual_pipeline,
-            sequence_parallel,
-            rank_offset=rank_offset,
-            expert_tensor=expert_tensor,
-        )
+        try:
+            return cls(
+                tensor,
+                pipeline,
+                world_size // model_size,
+                context,
+                expert,
+                virtual_pipeline,
+                sequence_parallel,
+                rank_offset=rank_offset,
+                expert_tensor=expert_tensor,
+            )
+        except LayoutError as error:
+            raise LayoutError(f"the {name}'s layout: {error}") from error
 
     @property
     def expert_tensor_size(self) -> int:
@@ -146,6 +150,12 @@ class Layout:
         index, cp = divmod(index, self.context)
         pp, dp = divmod(index, self.data)
         return Coordinate(tp, cp, dp, pp)
+
+    def expert_part(self, rank: int) -> tuple[int, int, int]:
+        """(expert tensor rank, expert rank, stage) of a global rank: which part of the experts it holds."""
+        stage, index = divmod(rank - self.rank_offset, self.tensor * self.context * self.data)
+        index, etp = divmod(index, self.expert_tensor_size)
+        return etp, index % self.expert, stage
 
     def rank(self, coordinate: Coordinate) -> int:
         """Global rank at a coordinate; the inverse of `coordinate`."""

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import environment
 from megatron_gkd.config.run import RunConfig
@@ -24,6 +26,8 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         context=parallel.context_parallel_size,
+        expert=parallel.expert_model_parallel_size,
+        expert_tensor=parallel.expert_tensor_parallel_size,
         virtual_pipeline=_virtual_pipeline(parallel.virtual_pipeline_model_parallel_size),
         sequence_parallel=parallel.sequence_parallel,
     )
@@ -32,6 +36,8 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         tensor=teacher.teacher_tensor_model_parallel_size or parallel.tensor_model_parallel_size,
         pipeline=teacher.teacher_pipeline_model_parallel_size or parallel.pipeline_model_parallel_size,
         context=teacher.teacher_context_parallel_size or parallel.context_parallel_size,
+        expert=teacher.teacher_expert_model_parallel_size or parallel.expert_model_parallel_size,
+        expert_tensor=teacher.teacher_expert_tensor_parallel_size or parallel.expert_tensor_parallel_size,
         rank_offset=world_size - teacher_ranks if teacher_ranks else 0,
         name="teacher",
     )
@@ -90,10 +96,32 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
         )
 
 
-def refuse_experts(flag: str, arch: Architecture) -> None:
-    """Raise NotBuiltError for a mixture of experts."""
-    if arch.moe is not None:
-        raise NotBuiltError(
-            f"--{flag}: distillation with a mixture of experts ({arch.model_type}) is not built yet; it can be "
-            "converted"
+def refuse_student(config: RunConfig, arch: Architecture, layout: Layout) -> None:
+    """Raise ConfigError for flags of routers that the student does not have, and LayoutError for a mixture of experts
+    in a layout in which megatron-core does not train it: it demands that tensor-parallel ranks route different tokens.
+    (A teacher may have it.)
+    """
+    for flag in ("moe_aux_loss_coeff", "freeze_router"):
+        if arch.moe is None and not config.is_default(flag):
+            raise ConfigError(
+                f"--{flag} is for a mixture of experts, and a {arch.model_type} model has no router; leave it out"
+            )
+    if arch.moe is not None and layout.tensor > 1 and not layout.sequence_parallel:
+        raise LayoutError(
+            f"--tensor_model_parallel_size {layout.tensor} without --sequence_parallel: megatron-core trains a mixture "
+            f"of experts ({arch.model_type}) only with both; give --sequence_parallel true, or tensor parallel size 1"
         )
+
+
+def without_borrowed_experts(config: RunConfig, arch: Architecture, layout: Layout) -> Layout:
+    """The teacher's layout: a dense teacher does not take the student's split of experts where it has no flags of its
+    own.
+    """
+    if arch.moe is not None:
+        return layout
+    teacher = config.teacher
+    if teacher.teacher_expert_model_parallel_size is None:
+        layout = replace(layout, expert=1)
+    if teacher.teacher_expert_tensor_parallel_size is None:
+        layout = replace(layout, expert_tensor=None)
+    return layout

@@ -76,7 +76,10 @@ def distill(
     with timers.phase("student"):
         batches = student_batches(plan, student)
         result = student.train_step(
-            forward_step_with(objective, signals, device), batches, lambda reports: loss_is_finite(reports, num_bytes)
+            forward_step_with(objective, signals, device),
+            batches,
+            lambda reports: loss_is_finite(reports, num_bytes),
+            num_loss_tokens=sum(sample.num_loss_tokens for sample in plan.samples),
         )
     return result, num_bytes
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -105,3 +107,15 @@ def test_description_and_chunks():
     assert Layout(tensor=2, context=4).describe() == "TP 2 x CP 4 x PP 1 x DP 1"
     full = Layout(tensor=2, pipeline=2, virtual_pipeline=3, sequence_parallel=True)
     assert (full.describe(), full.num_chunks) == ("TP 2 x PP 2 x DP 1, VPP 3, sequence parallel", 3)
+
+
+def test_parts_of_experts_cover_the_ranks_of_a_stage():
+    """Each part as often as there are copies of the experts."""
+    for layout in (
+        Layout(tensor=2, data=2, expert=4, expert_tensor=1),
+        Layout(tensor=2, pipeline=2, data=2, expert=2, expert_tensor=1, rank_offset=3),
+        Layout(data=4, expert_tensor=2),
+    ):
+        parts = [layout.expert_part(layout.rank_offset + rank) for rank in range(layout.world_size)]
+        sizes = layout.expert_tensor_size, layout.expert, layout.pipeline
+        assert Counter(parts) == dict.fromkeys(product(*map(range, sizes)), layout.expert_data)

@@ -76,10 +76,10 @@ def test_each_last_stage_rank_receives_its_samples_once_from_its_driver(
 class Served:
     """Models, data, and the teacher behind a server."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, family: str = "qwen3") -> None:
         from transformers import AutoModelForCausalLM
 
-        self.student, self.teacher = write_pair(root, "qwen3")
+        self.student, self.teacher = write_pair(root, family)
         self.rows = write_rows(root / "rows.jsonl", 12)
         self.privileged = write_rows(root / "privileged.jsonl", 12, teacher_prompts=True)
         self.tagged = write_rows(root / "tagged.jsonl", 12, tags=("math", "code", None))
