@@ -57,6 +57,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 SP EP2": (2, dict(**SPREAD, sharded=False, teacher_tensor=1, teacher_expert=2, teacher_expert_tensor=1)),
     "TP2 SP ETP1": (2, dict(**SPREAD | dict(expert=1), sharded=False, teacher_expert_tensor=2)),
     "PP2 EP2": (4, dict(pipeline=2, expert=2, sharded=False, teacher_pipeline=1, teacher_expert=4)),
+    "CP2 EP2": (2, dict(context=2, expert=2, sharded=False, teacher_context=1)),
 }
 MORE: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, dict(sharded=False)),
@@ -81,6 +82,12 @@ MORE: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2 VPP2 EP2": (4, dict(pipeline=2, virtual=2, expert=2, sharded=False)),
     "PP2 TP2 SP EP2": (4, SPREAD | dict(pipeline=2, sharded=False)),
     "PP2 TP2 SP EP2, sharded optimizer": (4, SPREAD | dict(pipeline=2)),
+    "CP2": (2, dict(context=2, sharded=False)),
+    "CP2 DP2 EP4": (4, dict(context=2, expert=4, sharded=False)),
+    "CP2 DP2 EP2, sharded optimizer": (4, dict(context=2, expert=2)),
+    "TP2 SP CP2 EP2": (4, SPREAD | dict(context=2, sharded=False)),
+    "TP2 SP CP2 EP2 ETP2": (4, SPREAD | dict(context=2, expert_tensor=2, sharded=False)),
+    "CP2 PP2 EP2": (4, dict(context=2, pipeline=2, expert=2, sharded=False)),
 }
 
 
@@ -165,8 +172,7 @@ def faults_of(config: RunConfig, results: list[list[StepOutcome]]) -> dict[int, 
 def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> None:
     world, options = (LAYOUTS | MORE)[layout]
     config = config_of(root, family, options)
-    cells = CELLS[:2] if "virtual" in options else CELLS
-    results = run_ranks(run_cells, config, cells, world=world)
+    results = run_ranks(run_cells, config, CELLS, world=world)
     faults = faults_of(config, results)
     assert not faults, "\n".join(f"{CELLS[index]}\n    {wrong}" for index, wrong in faults.items())
 
