@@ -46,6 +46,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], Steps]] = {  # ranks, flags, steps
     "EP2": (2, dict(expert=2), [(SAMPLES, PADDED), (SAMPLES, PACKED), (THREE, PACKED)]),
     "TP2 SP EP2": (2, SPREAD, [(SAMPLES, LARGER), (SAMPLES, PACKED)]),
     "PP2 TP2 SP EP2": (4, SPREAD | dict(pipeline=2, teacher_pipeline=1), [(SAMPLES, PADDED)]),
+    "CP2 EP2": (2, dict(context=2, expert=2), [(SAMPLES, LARGER), (SAMPLES, PACKED)]),
 }
 
 
@@ -146,7 +147,7 @@ def wrong_in(
 
 
 def replicas_of(layout: dict[str, Any], world: int) -> int:
-    return world // (layout.get("tensor", 1) * layout.get("pipeline", 1))
+    return world // (layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
