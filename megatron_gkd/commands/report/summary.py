@@ -40,7 +40,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "model": run.config.model.model,
         "exported_model": str(run.exported) if run.exported else None,
         "loss": describe_loss(run.config.distillation),
-        "layout": _describe_layout(run),
+        "layout": describe_layout(run),
         "training_s": round(time_s * scale, 3) if time_s else None,
         "num_tokens": round(num_tokens * scale) if num_tokens else None,
         "tokens_per_s": round(num_tokens / time_s, 3) if time_s else None,
@@ -73,7 +73,8 @@ def describe_loss(loss: DistillationConfig) -> str:
     return f"{text}; {sources.get(loss.lmbda, f'completions: {loss.lmbda:.0%} student samples, else {rest}')}"
 
 
-def _describe_layout(run: RunRecord) -> str:
+def describe_layout(run: RunRecord) -> str:
+    """Of both models, and the precision."""
     student, teacher = run.config.parallel, run.config.teacher
     sizes = student.tensor_model_parallel_size, student.context_parallel_size, student.pipeline_model_parallel_size
     asked = (
