@@ -2,7 +2,7 @@
 
 As test_checkpoint.py. A run of expert-parallel ranks saves after half of its steps; what goes on from there is the same
 run to the last bit in the same layout, and to 1e-6 in another one: other expert parallelism, experts cut otherwise than
-the dense layers, a pipeline stage without experts, the teacher on ranks of its own with an expert parallelism of its
+the dense layers, no pipeline stage without experts, the teacher on ranks of its own with an expert parallelism of its
 own. Only a part of it runs in the gate.
 """
 
@@ -22,20 +22,20 @@ from tests.support.trainers import write_rows
 
 pytestmark = pytest.mark.slow
 
-HOME: dict[str, Any] = dict(expert=2)  # of two ranks
+HOME: dict[str, Any] = dict(pipeline=2, expert=2)  # of four ranks; the first stage has no experts
 OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, dict(expert=1)),
     "DP2": (2, dict(expert=1)),
     "TP2 SP EP2": (2, dict(tensor=2, sequence=True, expert=2, expert_tensor=1)),
     "TP2 SP ETP1": (2, dict(tensor=2, sequence=True, expert=1, expert_tensor=1)),
-    "PP2 EP2": (4, dict(pipeline=2, expert=2)),
+    "EP2": (2, dict(expert=2)),
     "DP2 beside a teacher of EP2": (
         4,
         dict(expert=1, teacher_placement="separate", teacher_world_size=2, teacher_expert=2),
     ),
     "PP2 VPP2 EP2": (4, dict(pipeline=2, virtual=2, expert=2)),
 }
-GATE = [(True, "TP2 SP ETP1"), (False, "PP2 EP2"), (True, "DP2 beside a teacher of EP2")]
+RESUMED = [(True, "EP2"), (True, "DP2 beside a teacher of EP2")]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def inputs(root: Path) -> dict[str, Any]:
 def whole(root: Path, inputs: dict[str, Any]) -> dict[bool, Path]:
     """Run directories of uninterrupted runs, by use_distributed_optimizer."""
     return {
-        sharded: train(world=2, **inputs, **FLAGS, **HOME, sharded=sharded, save=root / f"whole_{sharded}")
-        for sharded in (True, False)
+        sharded: train(world=4, **inputs, **FLAGS, **HOME, sharded=sharded, save=root / f"whole_{sharded}")
+        for sharded in ((True, False) if FULL else (True,))
     }
 
 
@@ -73,14 +73,14 @@ def test_a_resumed_run_is_the_same_run(
     tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool
 ) -> None:
     source = checkpoint_of(whole[sharded])
-    resumed = train(world=2, **inputs, **FLAGS, **HOME, sharded=sharded, save=tmp_path / "run", load=source)
+    resumed = train(world=4, **inputs, **FLAGS, **HOME, sharded=sharded, save=tmp_path / "run", load=source)
     assert_same_bits(resumed, whole[sharded], SAVED_AT + 1)
 
 
-CASES = [(sharded, layout) for sharded in (True, False) for layout in OTHERS] if FULL else GATE
+ALL = [(sharded, layout) for sharded in (True, False) for layout in OTHERS]
 
 
-@pytest.mark.parametrize(("sharded", "layout"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("sharded", "layout"), ALL if FULL else RESUMED, ids=lambda value: str(value))
 def test_a_run_goes_on_in_another_layout(
     tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool, layout: str
 ) -> None:
@@ -97,7 +97,8 @@ def test_a_run_goes_on_in_another_layout(
         assert (weights[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
 
 
-@pytest.mark.parametrize(("sharded", "layout"), CASES if FULL else GATE[:1], ids=lambda value: str(value))
+@pytest.mark.skipif(not FULL, reason="at night: tests/weights/test_logits.py exports from these layouts in the gate")
+@pytest.mark.parametrize(("sharded", "layout"), ALL, ids=lambda value: str(value))
 def test_every_layout_exports_the_same_bits(
     tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool, layout: str
 ) -> None:
