@@ -173,8 +173,7 @@ def faults_of(config: RunConfig, results: list[list[StepOutcome]]) -> dict[int, 
 def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> None:
     world, options = (LAYOUTS | MORE)[layout]
     config = config_of(root, family, options)
-    cells = CELLS[:-1] if "virtual" in options else CELLS  # packs of any number
-    results = run_ranks(run_cells, config, cells, world=world)
+    results = run_ranks(run_cells, config, CELLS, world=world)
     faults = faults_of(config, results)
     assert not faults, "\n".join(f"{CELLS[index]}\n    {wrong}" for index, wrong in faults.items())
 
