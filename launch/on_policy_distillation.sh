@@ -59,7 +59,8 @@ model_directory TEACHER
 model_directory STUDENT
 data_file DATASET
 
-model_parallel=$(($(value_of tensor_model_parallel_size "$@") * $(value_of pipeline_model_parallel_size "$@")))
+model_parallel=$(($(value_of tensor_model_parallel_size "$@") * $(value_of pipeline_model_parallel_size "$@") *
+    $(value_of context_parallel_size "$@")))
 samples=$(batch_near "$batch" $((nnodes * nproc / model_parallel)))
 
 model_flags=(--model "$STUDENT" --teacher_model "$TEACHER" --dtype bf16)

@@ -11,6 +11,8 @@ order);
 restores);
 * the router's optional GEMM of Transformer Engine, whose name 0.16.1 leaves undefined without it, is None;
 * token counts of the expert dispatcher become numbers where they are asked for as such;
+* gathers and reduce-scatters of uneven numbers of rows, which gloo does not have and experts that are cut need, go
+  through its all-to-all;
 * what makes and moves tensors takes `device="cuda"` for "cpu" and drops `pin_memory`, and `Tensor.type()` names a CPU
   tensor as its CUDA twin ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py,
   distrib_optimizer.py, clip_grads.py).
@@ -228,6 +230,36 @@ def _tensor_requests() -> Iterator[tuple[Any, str, Any]]:
     yield from ((tensor, "cuda", lambda self, *a, **k: self), (tensor, "to", to), (tensor, "type", type_of))
 
 
+def _uneven_collectives() -> Iterator[tuple[Any, str, Any]]:
+    """(owner, name, replacement) of the gather and the reduce-scatter along the first dimension that megatron-core
+    makes with a number of rows per rank. With equal numbers they stay its own.
+    """
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_rows(input_: Any, group: Any, output_split_sizes: Any = None, *rest: Any, **options: Any) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, *rest, **options)
+        sizes, ranks = [int(size) for size in output_split_sizes], group.size()
+        output = input_.new_empty((sum(sizes), *input_.shape[1:]))
+        same = torch.cat([input_] * ranks)  # to every rank
+        dist.all_to_all_single(output, same, sizes, [input_.shape[0]] * ranks, group=group)
+        return output
+
+    def scatter_rows(input_: Any, group: Any, input_split_sizes: Any = None, *rest: Any, **options: Any) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, *rest, **options)
+        sizes, ranks = [int(size) for size in input_split_sizes], group.size()
+        mine = sizes[group.rank()]
+        parts = input_.new_empty((mine * ranks, *input_.shape[1:]))
+        dist.all_to_all_single(parts, input_.contiguous(), [mine] * ranks, sizes, group=group)
+        return parts.view(ranks, mine, *input_.shape[1:]).sum(0)
+
+    yield mappings, "_gather_along_first_dim", gather_rows
+    yield mappings, "_reduce_scatter_along_first_dim", scatter_rows
+
+
 _ABSENT = object()  # an attribute that its owner does not define itself
 _undo: Callable[[], None] | None = None
 _install: Callable[[], None] | None = None
@@ -285,6 +317,7 @@ def adapt_megatron_to_cpu() -> Callable[[], None]:
     # Without Transformer Engine 0.16.1 leaves this name undefined and then asks for it (moe_utils.py, the router).
     if not hasattr(moe_utils, "te_general_gemm"):
         replacements.append((moe_utils, "te_general_gemm", None))
+    replacements += _uneven_collectives()
     replacements += _tensor_requests()
     # what the owner has itself, not what a class inherits
     originals = [(owner, name, vars(owner).get(name, _ABSENT)) for owner, name, _ in replacements]

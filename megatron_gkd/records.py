@@ -102,6 +102,19 @@ class LossShare:
         spans = ((max(first - offset, 0), min(end - offset, sample.num_loss_tokens)) for first, end in fed)
         return LossShare(tuple((first, end) for first, end in spans if first < end))
 
+    def __and__(self, other: LossShare) -> LossShare:
+        """What both hold."""
+        spans = ((max(a, c), min(b, d)) for a, b in self.spans for c, d in other.spans)
+        return LossShare(tuple((first, end) for first, end in spans if first < end))
+
+    def within(self, held: LossShare) -> LossShare:
+        """The places of its tokens among those of `held`, which has them all."""
+        spans, before = [], 0
+        for first, end in held.spans:
+            spans += [(a - first + before, b - first + before) for a, b in (self & LossShare(((first, end),))).spans]
+            before += end - first
+        return LossShare(tuple(spans))
+
     @property
     def num_tokens(self) -> int:
         return sum(end - first for first, end in self.spans)
@@ -125,8 +138,4 @@ class StepPlan:
     student: MicroBatchPlan
     # the same samples, split for the teacher's own data-parallel size and micro-batch size, by its own prompts' lengths
     teacher: MicroBatchPlan
-
-    @property
-    def shares(self) -> tuple[LossShare, ...]:
-        """Of every sample, in order."""
-        return tuple(map(LossShare.of, self.samples))
+    packing: bool = False  # samples of a micro-batch lie end to end

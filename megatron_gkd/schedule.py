@@ -221,7 +221,7 @@ def plan_step(
         max_tokens=teacher_max_tokens or max_tokens,
         allow_partial=True,
     )
-    return StepPlan(step, tuple(samples), student, teacher)
+    return StepPlan(step, tuple(samples), student, teacher, packing)
 
 
 def _uniform(seed: int, step: int, index: int) -> float:

@@ -43,7 +43,7 @@ from megatron_gkd.teacher.signals import (
     TopKSpec,
     exchange,
     in_host_memory,
-    plan_routes,
+    step_routes,
 )
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_topk
 
@@ -132,17 +132,18 @@ class TeacherPipeline:
         Returns:
             The store (empty on ranks outside the student's last stage) and the bytes that this rank sent.
         """
-        routes = plan_routes(plan.teacher, plan.student, self.layout, self.student_layout, plan.shares)
+        routes = step_routes(plan, self.layout, self.student_layout)
+        batches = [micro_batches(positions) for positions in plan.teacher[self.groups.dp.rank()]]
         if self.separate:
             before, self._outgoing = self._outgoing, Outgoing(routes, self.signal_group)
-            self._forward(plan, micro_batches, self._outgoing.send)
+            self._forward(batches, self._outgoing.send)
             if before is not None:
                 before.wait()
             rank = dist.get_rank()
             sent = sum(route.share.num_tokens for route in routes if route.source == rank)
             return SignalStore(self.spec, {}), sent * self.spec.bytes_per_token
         local: dict[int, Columns] = {}
-        self._forward(plan, micro_batches, self._keeper(plan, local))
+        self._forward(batches, self._keeper(batches, local))
         return exchange(self.spec, routes, local, self.signal_group, max_bytes=self.max_signal_bytes)
 
     def close(self) -> None:
@@ -151,17 +152,16 @@ class TeacherPipeline:
             self._outgoing.wait()
             self._outgoing = None
 
-    def _keeper(self, plan: StepPlan, local: dict[int, Columns]) -> Callable[[int, Columns], None]:
+    def _keeper(self, batches: Sequence[MicroBatch], local: dict[int, Columns]) -> Callable[[int, Columns], None]:
         """Puts signals into `local`; in host memory where this rank's are too many for the device."""
-        own = sum(plan.samples[p].num_loss_tokens for batch in plan.teacher[self.groups.dp.rank()] for p in batch)
+        own = sum(sum(batch.lengths) for batch in batches)
         limit = self.max_signal_bytes
         if limit is None or own * self.spec.bytes_per_token <= limit:
             return local.__setitem__
         return lambda position, columns: local.__setitem__(position, in_host_memory(columns))
 
-    def _forward(self, plan: StepPlan, micro_batches: Collate, deliver: Callable[[int, Columns], None]) -> None:
+    def _forward(self, batches: Sequence[MicroBatch], deliver: Callable[[int, Columns], None]) -> None:
         """One pass over this replica's micro-batches; `deliver` is called on the last stage, as each one ends."""
-        batches = [micro_batches(positions) for positions in plan.teacher[self.groups.dp.rank()]]
         with self._weights:
             forward_signals(
                 self.chunks, self.layout, self.groups, batches, deliver, device=self.device, topk=self.topk,
@@ -244,7 +244,7 @@ class RemoteTeacher:
             micro_batches: not used: the teacher's ranks collate.
         """
         assert self._incoming is None or self._incoming.done, "signals of the step before were not used"
-        routes = plan_routes(plan.teacher, plan.student, self.layout, self.student_layout, plan.shares)
+        routes = step_routes(plan, self.layout, self.student_layout)
         self._incoming = Incoming(self.spec, routes, self.signal_group, max_bytes=self.max_signal_bytes)
         return SignalStore(self.spec, {}, self._incoming), self._incoming.num_bytes
 

@@ -26,7 +26,7 @@ from tests.support.effort import LIMIT_S
 ROOT = Path(megatron_gkd.__file__).parent.parent
 TRAIN = ["train", "--model", "S", "--teacher_model", "T", "--dataset", "d.jsonl"]
 TOP_0 = ["--gkd_logits_topk", "0"]
-MISSING = ["--context_parallel_size", "2"]  # a flag that is not built
+MISSING = ["--moe_z_loss_coeff", "0.1"]  # a flag that is not built
 
 
 @pytest.fixture
@@ -64,9 +64,7 @@ def test_an_error_is_one_line_and_exit_code_2(run_dir: Path) -> None:
 def test_what_is_not_built_is_one_line(run_dir: Path) -> None:
     done = run(*TRAIN, *MISSING, cwd=run_dir)
     assert done.returncode == 2
-    assert done.stderr == (
-        "megatron-gkd: error: not built yet: --context_parallel_size 2 (use tensor and pipeline parallelism)\n"
-    )
+    assert done.stderr == ("megatron-gkd: error: not built yet: --moe_z_loss_coeff 0.1 (use --moe_aux_loss_coeff)\n")
 
 
 def test_debug_adds_the_traceback(run_dir: Path) -> None:
@@ -74,7 +72,7 @@ def test_debug_adds_the_traceback(run_dir: Path) -> None:
         done = run(*TRAIN, *MISSING, *words, cwd=run_dir)
         assert done.returncode == 2
         assert "Traceback" in done.stderr
-        assert done.stderr.splitlines()[-1].startswith("megatron-gkd: error: not built yet: --context_parallel_size")
+        assert done.stderr.splitlines()[-1].startswith("megatron-gkd: error: not built yet: --moe_z_loss_coeff")
 
 
 def test_help_is_complete_and_imports_nothing_heavy(run_dir: Path) -> None:

@@ -343,15 +343,7 @@ BAD = {
     "heads": Bad("--tensor_model_parallel_size 3", "3", ranks=3),
     "layers": Bad("--pipeline_model_parallel_size 3", "3", ranks=3),
     "batch": Bad("--global_batch_size 6", "global_batch_size 6 is not a multiple of data parallel size 2 x"),
-    "interleaved batch": Bad(
-        "--pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2 --global_batch_size 6",
-        "3 micro-batches per data-parallel rank and step: the interleaved pipeline",
-    ),
     "packed batch": Bad("--packing true --global_batch_size 1", "global_batch_size 1 cannot be packed for 2"),
-    "packed interleaved": Bad(
-        "--packing true --pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2",
-        "packing is not built for a virtual pipeline",
-    ),
     "tokenizers": Bad("--teacher_model {other_tokenizer}", "tokenizer"),
     "no data set": Bad("--dataset {root}/missing.jsonl", "missing.jsonl"),
     "malformed row": Bad("--dataset {malformed}", "malformed.jsonl:2"),
@@ -364,7 +356,7 @@ BAD = {
     "nothing to resume": Bad("--load {root}", "no complete checkpoint"),
     "top K": Bad("--gkd_logits_topk 301", "--gkd_logits_topk 301 is more than the 300 tokens that both models have"),
     "beta": Bad("--beta 1.5", "beta"),
-    "not built": Bad("--context_parallel_size 2", "not built yet: --context_parallel_size 2"),
+    "not built": Bad("--moe_z_loss_coeff 0.1", "not built yet: --moe_z_loss_coeff 0.1"),
     "no room to sample": Bad(
         "--lmbda 0.5", "--max_completion_length 512 (its default) leaves no room for a prompt in --max_length 64"
     ),

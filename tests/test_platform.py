@@ -234,6 +234,24 @@ def test_rng_tracker_saves_and_restores():
             tracker.reset()
 
 
+def uneven_rows(sizes: list[int]) -> tuple[bool, bool]:
+    """Whether the gather of so many rows per rank, and the sum of such parts, is what all rows say."""
+    from megatron.core.tensor_parallel import mappings
+
+    with cpu_adaptation():
+        rank, group = dist.get_rank(), dist.group.WORLD
+        rows = torch.randn(sum(sizes), 3)  # the same on every rank
+        mine = rows.split(sizes)[rank]
+        gathered = mappings._gather_along_first_dim(mine, group, sizes)
+        scattered = mappings._reduce_scatter_along_first_dim(rows * (rank + 1), group, sizes)
+    return torch.equal(gathered, rows), torch.allclose(scattered, mine * sum(range(1, len(sizes) + 1)))
+
+
+@pytest.mark.parametrize("sizes", [[2, 5], [0, 3], [4, 4]])
+def test_uneven_rows_are_gathered_and_scattered(sizes: list[int]):
+    assert run_ranks(uneven_rows, sizes, world=2) == [(True, True)] * 2
+
+
 # ---- setup -----------------------------------------------------------------------------------------------------------
 
 

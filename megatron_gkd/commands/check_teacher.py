@@ -29,7 +29,7 @@ from megatron_gkd.config.checks import CheckConfig
 from megatron_gkd.config.dtypes import chosen
 from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.data.rows import RowDataset, load_rows
-from megatron_gkd.errors import CheckFailedError, DataError, NotBuiltError
+from megatron_gkd.errors import CheckFailedError, DataError
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
@@ -99,15 +99,12 @@ def compare(config: CheckConfig) -> Comparison:
     where = platform.setup(config.device)
     platform.init_distributed(where)
     arch = read_architecture(config.teacher_model)
-    if arch.moe is not None:
-        raise NotBuiltError(
-            f"--teacher_model: a local teacher with a mixture of experts ({arch.model_type}) is missing"
-        )
     tokenizer = load_tokenizer(config.teacher_model)
     rows = load_rows(config.dataset, tokenizer, max_length=config.max_length, max_rows=config.num_rows)
     rows.require_completions("check teacher")
     samples = _samples(rows)
-    plan = StepPlan(0, samples, *[(tuple((s.position,) for s in samples),)] * 2)
+    micro_batches = (tuple((s.position,) for s in samples),)
+    plan = StepPlan(0, samples, micro_batches, micro_batches)
     sequences = [(*s.prompt_ids, *s.completion_ids) for s in samples]  # the teacher's prompts
     needs = ServerRequirements(
         config.gkd_logits_topk,

@@ -41,24 +41,12 @@ def refuse_not_built(cfg: RunConfig, command: Command = "train") -> None:
         )
 
 
-def _above_one(flag: str) -> Callable[[RunConfig], bool]:
-    """Applies when a size is set above 1."""
-    return lambda cfg: (cfg.get(flag) or 1) > 1
-
-
 NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt(
-        "teacher_context_parallel_size",
-        _above_one("teacher_context_parallel_size"),
-        "use tensor and pipeline parallelism",
+        "moe_router_load_balancing_type",
+        lambda cfg: cfg.training.moe_router_load_balancing_type != "aux_loss",
+        "its weight under a loss per token is not known to be right; use aux_loss",
+        TRAIN,
     ),
-    NotBuilt(
-        "teacher_expert_model_parallel_size",
-        _above_one("teacher_expert_model_parallel_size"),
-        "use tensor and pipeline parallelism",
-    ),
-    NotBuilt("context_parallel_size", _above_one("context_parallel_size"), "use tensor and pipeline parallelism"),
-    NotBuilt(
-        "expert_model_parallel_size", _above_one("expert_model_parallel_size"), "use tensor and pipeline parallelism"
-    ),
+    NotBuilt("moe_z_loss_coeff", lambda cfg: cfg.training.moe_z_loss_coeff > 0, "use --moe_aux_loss_coeff", TRAIN),
 )

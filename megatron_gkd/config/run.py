@@ -43,6 +43,7 @@ class ModelConfig(Section):
     freeze_embeddings: bool = setting(
         False, "Keep the student's embedding as it is; with tied embeddings that is its head too."
     )
+    freeze_router: bool = setting(False, "Keep the routers of a mixture-of-experts student as they are.")
 
     @property
     def precision(self) -> Dtype:
@@ -87,7 +88,13 @@ class TeacherConfig(Section):
         None, "Context parallel size of the teacher; null: the student's.", ge=1
     )
     teacher_expert_model_parallel_size: int | None = setting(
-        None, "Expert parallel size of the teacher; null: the student's.", ge=1
+        None, "Expert parallel size of the teacher; null: the student's, and 1 for a dense teacher.", ge=1
+    )
+    teacher_expert_tensor_parallel_size: int | None = setting(
+        None,
+        "Ranks that share one expert of the teacher; null: --expert_tensor_parallel_size, and without it the teacher's "
+        "tensor parallel size.",
+        ge=1,
     )
     teacher_placement: Literal["colocate", "separate"] = setting(
         "colocate",
@@ -257,6 +264,9 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: int = setting(1, "Pipeline stages.", ge=1)
     context_parallel_size: int = setting(1, "Ranks that share each sequence.", ge=1)
     expert_model_parallel_size: int = setting(1, "Ranks that share the experts of a mixture-of-experts model.", ge=1)
+    expert_tensor_parallel_size: int | None = setting(
+        None, "Ranks that share one expert; null: --tensor_model_parallel_size.", ge=1
+    )
     virtual_pipeline_model_parallel_size: int | None = setting(
         None, "Model chunks per pipeline stage (interleaved schedule); null: 1.", ge=1
     )
@@ -342,6 +352,13 @@ class TrainingConfig(Section):
         0.05, "Share of the steps in which the learning rate rises linearly from 0.", ge=0, le=1
     )
     weight_decay: float = setting(0.1, "AdamW weight decay.", ge=0)
+    moe_aux_loss_coeff: float = setting(
+        0.0, "Coefficient of the load-balancing loss of a mixture-of-experts student's routers; 0: none.", ge=0
+    )
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss"] = setting(
+        "aux_loss", "What loads are balanced over: the tokens of a micro-batch (aux_loss)."
+    )
+    moe_z_loss_coeff: float = setting(0.0, "Coefficient of the routers' z-loss; 0: none.", ge=0)
     clip_grad: float = setting(1.0, "Largest gradient norm; 0: no clipping.", ge=0)
     adam_beta1: float = setting(0.9, "AdamW beta 1.", ge=0, lt=1)
     adam_beta2: float = setting(0.95, "AdamW beta 2.", ge=0, lt=1)

@@ -24,6 +24,7 @@ LOCAL_TEACHER = (
     "teacher_pipeline_model_parallel_size",
     "teacher_context_parallel_size",
     "teacher_expert_model_parallel_size",
+    "teacher_expert_tensor_parallel_size",
     "teacher_placement",
     "teacher_world_size",
     "teacher_nodes",
@@ -232,6 +233,8 @@ def _training_problems(cfg: RunConfig) -> Iterator[str]:
     training = cfg.training
     if training.train_iters is not None and training.num_train_epochs is not None:
         yield "--train_iters and --num_train_epochs both say how long to train; give one of them"
+    if training.moe_aux_loss_coeff > 0 and cfg.model.freeze_router:
+        yield "--moe_aux_loss_coeff trains the routers and --freeze_router true keeps them; leave out one of them"
     if training.min_lr > training.lr:
         yield f"--min_lr {training.min_lr} is above --lr {training.lr}; it is where the decay ends"
     if training.lr_decay_style == "constant" and training.min_lr > 0:

@@ -8,11 +8,12 @@ records).
     padded   [B, S]: a sample a row, padded on the right; S is the longest sample rounded up to `pad_to_multiple_of`
     packed   [1, S]: samples end to end, `cu_seqlens` at their borders; where S is not a multiple of
              `pad_to_multiple_of`, one more segment of padding follows, so that attention never mixes padding with a
-             sample
+             sample. With `pad_segments_to` each sample is padded to a multiple of it, inside its own segment
 
-Padding needs no mask: in a causal model nothing to the left of it can see it, in the packed form it is a segment of its
-own, and `loss_index` never points at it. A micro-batch without loss tokens (T = 0), or without samples, is a valid one:
-ranks whose share of a batch is empty must still take part in every collective.
+Attention needs no mask of the padding: in a causal model nothing to the left of it can see it, in the packed form it is
+a segment of its own (or the end of one), and `loss_index` never points at it. `padding` is for what counts tokens. A
+micro-batch without loss tokens (T = 0), or without samples, is a valid one: ranks whose share of a batch is empty must
+still take part in every collective.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class MicroBatch:
     sample_source: torch.Tensor  # [len(positions)] int64, index into records.SOURCES
     cu_seqlens: torch.Tensor | None = None  # [N + 1] int32, packed form only; the last segment may be padding
     max_seqlen: int | None = None  # packed form only: the longest segment
+    counts_samples: bool = True  # False where another rank has another part of the same samples, and counts them
+    padding: torch.Tensor | None = None  # [B, S] bool, True where no sample has a token; None: nowhere
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -50,15 +53,16 @@ class MicroBatch:
 
 
 def without_loss(tokens: torch.Tensor) -> MicroBatch:
-    """A micro-batch of one sequence [1, S] none of whose tokens is a loss token."""
-    none = torch.zeros(0, dtype=torch.int64)
-    return MicroBatch((), (), tokens, torch.arange(tokens.shape[1])[None], none, none, none, none)
+    """A micro-batch of sequences [B, S] none of whose tokens is a loss token."""
+    none, places = torch.zeros(0, dtype=torch.int64), torch.arange(tokens.shape[1]).expand_as(tokens)
+    return MicroBatch((), (), tokens, places, none, none, none, none)
 
 
 def collate(
     samples: Sequence[Sample],
     *,
     pad_to_multiple_of: int = 1,
+    pad_segments_to: int = 1,
     packing: bool = False,
     pad_id: int = 0,
     share_of: Callable[[Sample], LossShare] = LossShare.of,
@@ -67,6 +71,7 @@ def collate(
 
     Args:
         pad_to_multiple_of: S is a multiple of it (sequence parallelism needs the tensor-parallel size here).
+        pad_segments_to: of a pack, so is the length of each sample's segment (context parallelism cuts each of them).
         pad_id: any id of the vocabulary; no loss and no sample's hidden state depends on it.
         share_of: which loss tokens of a sample this rank holds.
 
@@ -84,10 +89,11 @@ def collate(
                 f"{sample.num_loss_tokens} completion tokens; a model needs at least one input, "
                 "so one prompt token and one more of either kind"
             )
-    inputs = [(*sample.prompt_ids, *sample.completion_ids)[:-1] for sample in samples]
+    inputs: list[Sequence[int]] = [(*sample.prompt_ids, *sample.completion_ids)[:-1] for sample in samples]
     cu_seqlens: torch.Tensor | None = None
     max_seqlen: int | None = None
     if packing:
+        inputs = [[*row, *[pad_id] * (_round_up(len(row), pad_segments_to) - len(row))] for row in inputs]
         tokens, position_ids, starts, cu_seqlens, max_seqlen = _pack(inputs, pad_to_multiple_of, pad_id)
     else:
         tokens, position_ids, starts = _pad(inputs, pad_to_multiple_of, pad_id)
@@ -105,7 +111,16 @@ def collate(
         sample_source=_int64([SOURCES.index(sample.source) for sample in samples]),
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
+        padding=_padding(tokens, starts, samples),
     )
+
+
+def _padding(tokens: torch.Tensor, starts: Sequence[int], samples: Sequence[Sample]) -> torch.Tensor:
+    """[B, S] bool; `starts` are the flat indices of the samples' first tokens."""
+    padding = torch.ones(tokens.numel(), dtype=torch.bool)
+    for start, sample in zip(starts, samples, strict=True):
+        padding[start : start + sample.num_inputs] = False
+    return padding.view_as(tokens)
 
 
 def _pad(inputs: Sequence[Sequence[int]], multiple: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

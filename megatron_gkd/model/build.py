@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -31,8 +32,9 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
+from megatron_gkd.model.context_attention import ContextAttention
 from megatron_gkd.model.divisible import check_layout
-from megatron_gkd.model.layers import local_block_spec, use_own_self_attention
+from megatron_gkd.model.layers import SDPAttention, local_block_spec, use_own_modules
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
 
@@ -46,6 +48,15 @@ class HiddenStateGPTModel(GPTModel):
         # GPTModel.forward (0.16 - 0.19) ends with `return self._postprocess(hidden_states=..., ...)`: the head and
         # the loss are all it adds.
         return hidden_states
+
+    def _preprocess(self, *args: Any, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        # `padding_mask` [B, S] (True: padding) is for the routers. Under sequence parallelism GPTModel (0.16 - 0.19)
+        # cuts it on the first stage alone, over the TP group of the global parallel_state.
+        inputs = super()._preprocess(*args, **kwargs)
+        if padding_mask is not None and self.config.sequence_parallel:
+            tp = self.pg_collection.tp
+            padding_mask = padding_mask.chunk(tp.size(), dim=1)[tp.rank()]
+        return (*inputs[:5], padding_mask, *inputs[6:])
 
     def head_weight(self) -> torch.Tensor:
         """The head's shard [V/tp, H]; the embedding's where tied on one stage. Last stage only."""
@@ -122,6 +133,8 @@ def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        cp_comm_type="p2p",  # read by Transformer Engine's attention alone; it has the zigzag split of ours
         sequence_parallel=layout.sequence_parallel,
         # With PP = 2 the interleaved schedule exchanges activations and gradients with the same peer at the same time.
         # Batched P2P matches messages of a pair by order alone and would swap them (Megatron-LM's argument check
@@ -133,15 +146,15 @@ def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor_size,
         moe_token_dispatcher_type="alltoall",  # checked for variable_seq_lengths even in a dense model
-        **_expert_options(arch, use_cpu=options.use_cpu_initialization),
+        **_expert_options(arch, options, dtype=dtype),
         calculate_per_token_loss=True,
         perform_initialization=False,
         **options.transformer_fields(),
     )
 
 
-def _expert_options(arch: Architecture, *, use_cpu: bool) -> dict[str, Any]:
-    """Routing as transformers has it; no auxiliary loss, no capacity."""
+def _expert_options(arch: Architecture, options: ModelOptions, *, dtype: str) -> dict[str, Any]:
+    """Routing as transformers has it, in fp32 whatever the model's type; no capacity."""
     if arch.moe is None:
         return {}
     moe = arch.moe
@@ -154,9 +167,10 @@ def _expert_options(arch: Architecture, *, use_cpu: bool) -> dict[str, Any]:
         moe_router_pre_softmax=not moe.normalise_top_k,
         # A list also makes megatron-core number the layers in the keys of its checkpoints, as it must for mixed ones.
         moe_layer_freq=1 if all_layers else [int(arch.has_experts(layer)) for layer in range(arch.num_layers)],
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-        moe_grouped_gemm=not use_cpu and _have_transformer_engine(),
+        moe_router_load_balancing_type="aux_loss" if options.moe_aux_loss_coeff else "none",
+        moe_aux_loss_coeff=options.moe_aux_loss_coeff,
+        moe_router_dtype=None if dtype == "fp32" else "fp32",
+        moe_grouped_gemm=not options.use_cpu_initialization and _have_transformer_engine(),
     )
 
 
@@ -202,6 +216,7 @@ def build_model(
         )
         _set_frequencies(model, arch)
         _mark_tensor_parallel(model)
+        _mark_experts(model)
         if not use_cpu:
             model.cuda(torch.cuda.current_device())
         chunks.append(model)
@@ -217,11 +232,12 @@ def _block_spec(
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
         )
-        return use_own_self_attention(spec)
+        return use_own_modules(spec)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     has_experts = [arch.has_experts(layer) for layer in range(first, first + num_layers)]
-    return local_block_spec(has_experts, qk_norm=arch.qk_norm)
+    core_attention = ContextAttention if config.context_parallel_size > 1 else SDPAttention
+    return local_block_spec(has_experts, qk_norm=arch.qk_norm, core_attention=core_attention)
 
 
 def _have_transformer_engine() -> bool:
@@ -240,6 +256,18 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
         dim = dims.get(type(module))
         if dim is not None and module.weight is not None and not getattr(module.weight, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+
+
+def _mark_experts(model: GPTModel) -> None:
+    """Mark the experts' weights as reduced over their own groups. megatron-core (0.16) marks them with expert
+    parallelism alone: without it, an expert that is cut over fewer (or more) ranks than the dense layers had the
+    gradient of one data-parallel replica of its group, or another expert's added. In every layout, so that the
+    optimizer has the same two parts in all of them, and a checkpoint of one is loaded in another.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            for weight in module.experts.parameters():
+                weight.allreduce = False
 
 
 def _set_frequencies(model: GPTModel, arch: Architecture) -> None:

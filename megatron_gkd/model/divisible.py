@@ -4,6 +4,22 @@ from __future__ import annotations
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import LayoutError
+from megatron_gkd.parallel.layout import Layout
+
+
+def check_fit(flag: str, arch: Architecture, layout: Layout) -> None:
+    """`check_layout` of the model that `--flag` names."""
+    try:
+        check_layout(
+            arch,
+            layout.tensor,
+            layout.pipeline,
+            layout.virtual_pipeline,
+            ep=layout.expert,
+            etp=layout.expert_tensor_size,
+        )
+    except LayoutError as error:
+        raise LayoutError(f"--{flag}: {error}") from error
 
 
 def check_layout(
@@ -17,7 +33,7 @@ def check_layout(
             f"parallel sizes must be at least 1; given tensor {tp}, pipeline {pp}, virtual pipeline {vpp}, "
             f"expert {ep}, expert tensor {etp}"
         )
-    _check_experts(arch, ep, etp)
+    _check_experts(arch, tp, ep, etp)
     if arch.num_heads % tp != 0:
         raise LayoutError(_does_not_divide("tensor", tp, arch.num_heads, "attention heads"))
     if arch.num_kv_heads % tp != 0 and tp % arch.num_kv_heads != 0:
@@ -36,10 +52,14 @@ def check_layout(
         raise LayoutError(_does_not_divide(what, pp * chunks, arch.num_layers, "decoder layers"))
 
 
-def _check_experts(arch: Architecture, ep: int, etp: int) -> None:
+def _check_experts(arch: Architecture, tp: int, ep: int, etp: int) -> None:
     if arch.moe is None:
         if ep > 1:
             raise LayoutError(f"expert-parallel size {ep}: a {arch.model_type} model has no experts; use 1")
+        if etp != tp:
+            raise LayoutError(
+                f"expert-tensor-parallel size {etp}: a {arch.model_type} model has no experts; leave it out"
+            )
     elif arch.moe.num_experts % ep != 0:
         raise LayoutError(_does_not_divide("expert", ep, arch.moe.num_experts, "experts"))
     elif arch.moe.ffn_hidden_size % etp != 0:

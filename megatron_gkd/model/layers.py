@@ -11,7 +11,8 @@ megatron-core's local spec:
   query never sees a later position.
 * `SelfAttention`: megatron-core's, but with more tensor-parallel ranks than KV heads it uses the model's own TP group.
 
-Not here: dropout (distillation runs with 0; anything else is refused), sliding windows, context parallelism.
+Not here: dropout (distillation runs with 0; anything else is refused), sliding windows. Under context parallelism
+`ContextAttention` (context_attention.py) stands in the place of `SDPAttention`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_gkd.errors import NotBuiltError
+from megatron_gkd.model.router import Router
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -61,6 +63,8 @@ class SDPAttention(torch.nn.Module):
     packed:  query [t, heads/tp, d], key and value [t, groups/tp, d], cu_seqlens [n + 1] -> [t, heads/tp * d].
     """
 
+    sees_other_ranks = False
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -76,8 +80,11 @@ class SDPAttention(torch.nn.Module):
             raise NotBuiltError(
                 f"attention_dropout {config.attention_dropout}: this attention has none; distillation runs with 0"
             )
-        if config.context_parallel_size > 1:
-            raise NotBuiltError("context parallelism is not built in this attention yet: use context_parallel_size 1")
+        if config.context_parallel_size > 1 and not self.sees_other_ranks:
+            raise NotBuiltError(
+                f"context_parallel_size {config.context_parallel_size}: this attention sees the keys of its own rank "
+                "alone; use ContextAttention"
+            )
         if attn_mask_type != AttnMaskType.causal or config.window_size is not None:
             raise NotBuiltError(
                 f"attention mask {attn_mask_type}, window {config.window_size}: only full causal attention is built"
@@ -104,13 +111,18 @@ class SDPAttention(torch.nn.Module):
         return torch.cat([self._attend(q, k, v) for q, k, v in segments]).squeeze(1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        s, b, heads, dim = query.shape
-        repeats = heads // key.shape[2]
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
+        q, k, v = self._heads(query, key, value)
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    @staticmethod
+    def _heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Each [s, b, heads, d] -> [b, heads, s, d], keys and values repeated for the queries of their group."""
+        repeats = query.shape[2] // key.shape[2]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         if repeats > 1:
             k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
-        return out.permute(2, 0, 1, 3).reshape(s, b, heads * dim)
+        return q, k, v
 
 
 class SelfAttention(CoreSelfAttention):
@@ -147,22 +159,30 @@ class SelfAttention(CoreSelfAttention):
         return query, key, value
 
 
-def use_own_self_attention(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """Put `SelfAttention` in the place of megatron-core's in a block spec that megatron-core made; changes `spec`."""
+def use_own_modules(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """Put `SelfAttention` and `Router` in the place of megatron-core's in a block spec that megatron-core made; changes
+    `spec`.
+    """
     for layer in spec.layer_specs or []:
-        attention = layer.submodules.self_attention
+        attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
         if attention.module is CoreSelfAttention:
             attention.module = SelfAttention
+        if mlp.module is MoELayer:
+            mlp.submodules.router = Router
     return spec
 
 
-def local_block_spec(has_experts: Sequence[bool], *, qk_norm: bool) -> TransformerBlockSubmodules:
+def local_block_spec(
+    has_experts: Sequence[bool], *, qk_norm: bool, core_attention: type[SDPAttention] = SDPAttention
+) -> TransformerBlockSubmodules:
     """Spec of one model chunk, layer by layer; parameter names are those of megatron-core's local spec."""
-    dense, routed = (_layer_spec(qk_norm=qk_norm, experts=experts) for experts in (False, True))
+    dense, routed = (
+        _layer_spec(qk_norm=qk_norm, experts=experts, core_attention=core_attention) for experts in (False, True)
+    )
     return TransformerBlockSubmodules(layer_specs=[routed if e else dense for e in has_experts], layer_norm=RMSNorm)
 
 
-def _layer_spec(*, qk_norm: bool, experts: bool) -> ModuleSpec:
+def _layer_spec(*, qk_norm: bool, experts: bool, core_attention: type[SDPAttention]) -> ModuleSpec:
     head_norm = RMSNorm if qk_norm else IdentityOp
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     mlp = ModuleSpec(module=MLP, submodules=linear)
@@ -171,7 +191,8 @@ def _layer_spec(*, qk_norm: bool, experts: bool) -> ModuleSpec:
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if experts:
         mlp = ModuleSpec(
-            module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linear))
+            module=MoELayer,
+            submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linear), router=Router),
         )
     else:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
@@ -184,7 +205,7 @@ def _layer_spec(*, qk_norm: bool, experts: bool) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=SDPAttention,
+                    core_attention=core_attention,
                     linear_proj=RowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,

@@ -11,6 +11,8 @@ from typing import Any, Final, Literal
 
 DDP: Final = frozenset({"grad_reduce_in_fp32", "overlap_grad_reduce", "check_for_nan_in_grad"})
 
+EXPERTS: Final = frozenset({"moe_aux_loss_coeff"})
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -23,6 +25,7 @@ class ModelOptions:
     gradient_accumulation_fusion: bool = False
     apply_rope_fusion: bool = False
     persist_layer_norm: bool = False
+    moe_aux_loss_coeff: float = 0.0  # of the routers' load-balancing loss (model/router.py)
     grad_reduce_in_fp32: bool = True
     overlap_grad_reduce: bool = False
     check_for_nan_in_grad: bool = False  # the optimizer step reports the norm; the loop decides
@@ -33,8 +36,8 @@ class ModelOptions:
         return cls(use_cpu_initialization=device == "cpu", bias_dropout_fusion=device == "cuda")
 
     def transformer_fields(self) -> dict[str, Any]:
-        """Fields of TransformerConfig."""
-        return {name: value for name, value in asdict(self).items() if name not in DDP}
+        """Fields of TransformerConfig, but for those of a mixture of experts."""
+        return {name: value for name, value in asdict(self).items() if name not in DDP | EXPERTS}
 
     def ddp_fields(self) -> dict[str, Any]:
         """Fields of DistributedDataParallelConfig."""

@@ -7,11 +7,15 @@ states; on the last stage the final ones).
 Lengths: micro-batches of a step differ in length. 1F1B exchanges shapes between stages (`variable_seq_lengths`). The
 interleaved schedule cannot (see build.py), so its micro-batches are collated to one common shape [B, S]:
 `common_shape` says whether a layout needs that.
+
+Numbers: any. The interleaved schedule goes through its micro-batches in groups (`micro_batch_group`), and needs as many
+as there are stages: where there are fewer, micro-batches of padding without a loss token follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +29,8 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
-from megatron_gkd.data.collate import MicroBatch
-from megatron_gkd.parallel.layout import Layout, check_num_micro_batches
+from megatron_gkd.data.collate import MicroBatch, without_loss
+from megatron_gkd.parallel.layout import Layout
 
 LossFunc = Callable[..., Any]
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[torch.Tensor, LossFunc]]
@@ -35,6 +39,16 @@ ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[torch.Tens
 def common_shape(layout: Layout) -> bool:
     """Whether all micro-batches of a step must have one shape [B, S]."""
     return layout.virtual_pipeline is not None
+
+
+def micro_batch_group(num_micro_batches: int, pipeline: int) -> int:
+    """Micro-batches that go through one chunk of a stage before the next chunk's turn, N: the fewest that megatron-core
+    accepts (0.16 - 0.19, `forward_backward_pipelining_with_interleaving`), since (chunks - 1) * N of them are alive.
+
+    PP <= N <= M, and M mod N is 0 or at least PP. So N is PP where PP divides M, as by default; N = M always does.
+    """
+    sizes = range(pipeline, num_micro_batches + 1)
+    return next(n for n in sizes if not num_micro_batches % n or num_micro_batches % n >= pipeline)
 
 
 def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:
@@ -49,7 +63,11 @@ def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch, device: torc
             max_seqlen_q=micro_batch.max_seqlen,
             max_seqlen_kv=micro_batch.max_seqlen,
         )
-    return model(micro_batch.tokens.to(device), micro_batch.position_ids.to(device), None, packed_seq_params=packed)
+    options: dict[str, Any] = {}
+    if get_model_config(model).num_moe_experts is not None and micro_batch.padding is not None:
+        options["padding_mask"] = micro_batch.padding.to(device)  # routers count without it
+    tokens, position_ids = micro_batch.tokens.to(device), micro_batch.position_ids.to(device)
+    return model(tokens, position_ids, None, packed_seq_params=packed, **options)
 
 
 def select_loss_tokens(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
@@ -82,12 +100,16 @@ def run_schedule(
     what `config.finalize_model_grads_func` does, once.
     """
     assert micro_batches, "a schedule needs at least one micro-batch; an empty one is a valid one"
-    check_num_micro_batches(layout, len(micro_batches))
-    shape = tuple(micro_batches[0].tokens.shape)
+    shape, given = tuple(micro_batches[0].tokens.shape), len(micro_batches)
+    if layout.virtual_pipeline is not None:
+        padding = torch.zeros_like(micro_batches[0].tokens)
+        empty = replace(without_loss(padding), padding=torch.ones_like(padding, dtype=torch.bool))
+        micro_batches = [*micro_batches, *[empty] * (layout.pipeline - given)]
     common: dict[str, Any] = dict(
         forward_step_func=forward_step,
         num_microbatches=len(micro_batches),
-        seq_length=shape[1],  # read by the interleaved schedule only; 1F1B exchanges shapes
+        # Read by the interleaved schedule only, which divides it by CP; 1F1B exchanges shapes.
+        seq_length=shape[1] * layout.context,
         micro_batch_size=shape[0],
         forward_only=forward_only,
         collect_non_loss_data=collect,
@@ -103,6 +125,9 @@ def run_schedule(
     assert all(tuple(m.tokens.shape) == shape for m in micro_batches), (
         "the interleaved schedule needs one shape for all micro-batches"
     )
-    return forward_backward_pipelining_with_interleaving(
+    config: Any = get_model_config(chunks[0])  # that of all chunks
+    config.microbatch_group_size_per_vp_stage = micro_batch_group(len(micro_batches), layout.pipeline)
+    found = forward_backward_pipelining_with_interleaving(
         data_iterator=[iter(micro_batches) for _ in chunks], model=list(chunks), p2p_communicator=communicator, **common
     )
+    return found[:given]

@@ -23,8 +23,9 @@ from megatron_gkd.platform import new_group, world_timeout
 def build_groups(layout: Layout) -> ProcessGroupCollection:
     """All groups that megatron-core's model, schedules, DDP, optimizer and checkpointing read, for one layout.
 
-    The context size is 1 (see layout.py), so its groups hold one rank and data x context equals data; without expert
-    parallelism the expert groups equal the dense ones. Equal groups share one communicator instead of opening another.
+    Gradients, the optimizer's shards and the number of loss tokens are summed over `dp_cp`: the context-parallel ranks
+    hold the same weights and different tokens. Without expert parallelism the expert groups equal the dense ones. Equal
+    groups share one communicator instead of opening another.
     """
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         # Scratch for the all-gathers of sequence parallelism (tensor_parallel/layers.py). It belongs to no group,
@@ -37,8 +38,8 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
             f"has {world}"
         )
     grid = HyperCommGrid(
-        [layout.tensor, layout.context, layout.data, layout.pipeline],
-        ["tp", "cp", "dp", "pp"],
+        [layout.tensor, layout.context, 1, layout.data, layout.pipeline],
+        ["tp", "cp", "ep", "dp", "pp"],
         rank_offset=layout.rank_offset,
     )
     group_over = _Partitions(grid)
@@ -48,10 +49,11 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
     groups.dp = group_over("dp")
     groups.pp = group_over("pp")
     groups.mp = group_over("tp", "pp")
-    groups.dp_cp = groups.dp
-    groups.tp_cp = groups.tp
-    groups.tp_dp_cp = group_over("tp", "dp")
-    groups.intra_dp_cp = groups.dp
+    groups.dp_cp = group_over("cp", "dp")
+    groups.tp_cp = group_over("tp", "cp")
+    groups.tp_dp_cp = group_over("tp", "cp", "dp")
+    groups.intra_dp_cp = groups.dp_cp
+    groups.ep = group_over("ep")
     _add_expert_groups(groups, layout)
     # One distributed-optimizer instance: its gradient statistics span the whole layout (optimizer/__init__.py,
     # grad_stats_parallel_group).
@@ -64,9 +66,8 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
 
 def _add_expert_groups(groups: ProcessGroupCollection, layout: Layout) -> None:
     if layout.expert == 1 and layout.expert_tensor_size == layout.tensor:
-        groups.ep = groups.cp
         groups.expt_tp = groups.tp
-        groups.expt_dp = groups.dp
+        groups.expt_dp = groups.dp_cp
         groups.tp_ep = groups.tp
         groups.tp_ep_pp = groups.mp
     else:

@@ -8,9 +8,7 @@ The experts of a mixture are cut over the same ranks of a stage in another way, 
 
     rank = rank_offset + etp_rank + etp * (ep_rank + ep * (edp_rank + edp * pp_rank)),   etp * ep * edp = tp * cp * dp
 
-Student and teacher each have a `Layout` of their own, over the same ranks or over ranks of their own. Context
-parallelism is a field already, because every size check has to know of it, but a size above 1 is refused until the
-attention for it is built.
+Student and teacher each have a `Layout` of their own, over the same ranks or over ranks of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_gkd.errors import LayoutError, NotBuiltError
+from megatron_gkd.errors import LayoutError
 
 
 class Coordinate(NamedTuple):
@@ -48,8 +46,6 @@ class Layout:
         for name in ("tensor", "pipeline", "data", "context", "expert"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"{name} parallel size is {getattr(self, name)}; it must be at least 1")
-        if self.context > 1:
-            raise NotBuiltError(f"context_parallel_size {self.context}: context parallelism is not built yet; use 1")
         if self.expert_tensor is not None and self.expert_tensor < 1:
             raise LayoutError(f"expert tensor parallel size is {self.expert_tensor}; it must be at least 1")
         stage = self.tensor * self.context * self.data
@@ -57,6 +53,7 @@ class Layout:
             raise LayoutError(
                 f"expert tensor parallel size {self.expert_tensor_size} x expert parallel size {self.expert} does not "
                 f"divide the {stage} ranks of a pipeline stage (tp {self.tensor} x cp {self.context} x dp {self.data})"
+                "; give smaller ones (by itself the expert tensor parallel size is the tensor parallel size)"
             )
         if self.virtual_pipeline is not None:
             if self.virtual_pipeline < 2:
@@ -102,17 +99,20 @@ class Layout:
                 f"the {name}'s layout needs a multiple of tp {tensor} x cp {context} x pp {pipeline} = {model_size} "
                 f"ranks, but it has {world_size}: give it {nearest} ranks, or change the {name}'s parallel sizes"
             )
-        return cls(
-            tensor,
-            pipeline,
-            world_size // model_size,
-            context,
-            expert,
-            virtual_pipeline,
-            sequence_parallel,
-            rank_offset=rank_offset,
-            expert_tensor=expert_tensor,
-        )
+        try:
+            return cls(
+                tensor,
+                pipeline,
+                world_size // model_size,
+                context,
+                expert,
+                virtual_pipeline,
+                sequence_parallel,
+                rank_offset=rank_offset,
+                expert_tensor=expert_tensor,
+            )
+        except LayoutError as error:
+            raise LayoutError(f"the {name}'s layout: {error}") from error
 
     @property
     def expert_tensor_size(self) -> int:
@@ -151,30 +151,28 @@ class Layout:
         pp, dp = divmod(index, self.data)
         return Coordinate(tp, cp, dp, pp)
 
+    def expert_part(self, rank: int) -> tuple[int, int, int]:
+        """(expert tensor rank, expert rank, stage) of a global rank: which part of the experts it holds."""
+        stage, index = divmod(rank - self.rank_offset, self.tensor * self.context * self.data)
+        index, etp = divmod(index, self.expert_tensor_size)
+        return etp, index % self.expert, stage
+
     def rank(self, coordinate: Coordinate) -> int:
         """Global rank at a coordinate; the inverse of `coordinate`."""
         tp, cp, dp, pp = coordinate
         return self.rank_offset + tp + self.tensor * (cp + self.context * (dp + self.data * pp))
 
-    def last_stage_ranks(self, dp: int) -> tuple[int, ...]:
-        """Global ranks (in TP order) of the last pipeline stage of one data-parallel replica."""
-        return tuple(self.rank(Coordinate(tp, 0, dp, self.pipeline - 1)) for tp in range(self.tensor))
+    def last_stage_ranks(self, dp: int, cp: int = 0) -> tuple[int, ...]:
+        """Global ranks (in TP order) of the last pipeline stage of one data-parallel replica, those that hold part `cp`
+        of its sequences."""
+        return tuple(self.rank(Coordinate(tp, cp, dp, self.pipeline - 1)) for tp in range(self.tensor))
 
     def describe(self) -> str:
-        """For messages, e.g. `TP 2 x PP 2 x DP 1, VPP 2, sequence parallel`."""
-        text = f"TP {self.tensor} x PP {self.pipeline} x DP {self.data}"
+        """For messages, e.g. `TP 2 x PP 2 x DP 1, VPP 2, sequence parallel`, `TP 2 x CP 2 x PP 1 x DP 1`."""
+        context = f" x CP {self.context}" if self.context > 1 else ""
+        text = f"TP {self.tensor}{context} x PP {self.pipeline} x DP {self.data}"
         if self.expert > 1 or self.expert_tensor_size != self.tensor:
             text += f", EP {self.expert} x ETP {self.expert_tensor_size}"
         if self.virtual_pipeline:
             text += f", VPP {self.virtual_pipeline}"
         return text + (", sequence parallel" if self.sequence_parallel else "")
-
-
-def check_num_micro_batches(layout: Layout, num_micro_batches: int) -> None:
-    """The interleaved schedule needs a multiple of PP micro-batches per step. Raises LayoutError."""
-    if layout.virtual_pipeline and num_micro_batches % layout.pipeline:
-        raise LayoutError(
-            f"{num_micro_batches} micro-batches per data-parallel rank and step: the interleaved pipeline "
-            f"({layout.describe()}) needs a multiple of "
-            f"{layout.pipeline}; change global_batch_size or micro_batch_size"
-        )

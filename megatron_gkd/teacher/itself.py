@@ -30,7 +30,7 @@ from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import new_group
 from megatron_gkd.records import StepPlan
-from megatron_gkd.teacher.signals import Columns, SignalStore, exchange, plan_routes
+from megatron_gkd.teacher.signals import Columns, SignalStore, exchange, step_routes
 from megatron_gkd.teacher_pipeline import forward_signals, signal_spec
 
 
@@ -76,8 +76,7 @@ class SelfTeacher:
         finally:
             for model, training in zip(student.models, was_training, strict=True):
                 model.train(training)
-        routes = plan_routes(plan.teacher, plan.student, self.layout, self.layout, plan.shares)
-        return exchange(self.spec, routes, local, self.signal_group)
+        return exchange(self.spec, step_routes(plan, self.layout, self.layout), local, self.signal_group)
 
     def head(self) -> torch.Tensor:
         """The current head [V/tp, H], without a graph; on the last stage. For DistillationLoss.teacher_head."""

@@ -2,9 +2,9 @@
 
 Who asks: of each of the student's data-parallel replicas the first rank of the last stage, the DRIVER, for that
 replica's samples, all at once. It hands the [T, K] log-probabilities (float32) and ids (int32) of its samples to the
-other tensor-parallel ranks of the last stage, and those are all that hold them:
+other ranks of the last stage, to each those of the loss tokens that it holds, and those are all that hold them:
 
-    S1  every last-stage rank receives each sample that it trains on exactly once, nobody else does;
+    S1  every last-stage rank receives each loss token that it trains on exactly once, nobody else does;
     S2  every sample is asked for exactly once, by its driver;
     S3  either all ranks return signals or all raise: nobody trains on a step of which a part failed.
 
@@ -17,7 +17,8 @@ raised where the step's `signals` are asked for, on all ranks (S3), after the sa
 `signals` of other samples (an evaluation) in between leave it alone.
 
 Communication, per step: one all_gather_object of outcomes (a line of text or None), then `exchange`; bytes on the
-wire = sum over samples of T * 8 K * (tensor parallel size - 1). The last stage holds the step's signals, nothing else;
+wire = sum over samples of T * 8 K * (tensor parallel size - 1), and under context parallelism once more those of the
+tokens that the driver does not hold. The last stage holds the step's signals, nothing else;
 a driver also holds its share, [T, K], of those asked ahead.
 """
 
@@ -31,23 +32,26 @@ import torch.distributed as dist
 
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.errors import ConfigError, RolloutError
+from megatron_gkd.model.sequences import Shares, student_shares
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.platform import new_group
 from megatron_gkd.records import LossShare, MicroBatchPlan, Sample, StepPlan
 from megatron_gkd.teacher.servers.probes import ServerRequirements
 from megatron_gkd.teacher.servers.servers import PendingAnswers, TeacherServers
-from megatron_gkd.teacher.signals import Route, SignalStore, TopKSpec, exchange, replicas
+from megatron_gkd.teacher.signals import Route, SignalStore, TopKSpec, destinations, exchange, replicas
 
 
-def server_routes(plan: MicroBatchPlan, student: Layout, shares: Sequence[LossShare]) -> list[Route]:
-    """From each replica's driver to its last stage, in order of sample and destination (S1, S2). Pure."""
-    replica = replicas(plan)
-    return [
-        Route(position, student.last_stage_ranks(replica[position])[0], destination, shares[position])
-        for position in sorted(replica)
-        for destination in student.last_stage_ranks(replica[position])
-    ]
+def server_routes(plan: MicroBatchPlan, student: Layout, shares: Shares) -> list[Route]:
+    """From each replica's driver, which has whole samples, to its last stage, in order of sample and destination (S1,
+    S2). Pure."""
+    routes = []
+    for position, dp in sorted(replicas(plan).items()):
+        whole = LossShare(((0, sum(share.num_tokens for share in shares[position])),))
+        driver = student.last_stage_ranks(dp)[0]
+        for share, _, destination in destinations(student, dp, shares[position]):
+            routes.append(Route(position, driver, destination, share, whole))
+    return routes
 
 
 class _Ahead(NamedTuple):
@@ -99,7 +103,7 @@ class ServerTeacher:
         """
         local: dict[int, tuple[torch.Tensor, ...]] = {}
         self._together(lambda: local.update(self._ask(plan)))
-        routes = server_routes(plan.student, self.layout, plan.shares)
+        routes = server_routes(plan.student, self.layout, student_shares(plan, self.layout))
         return exchange(self.spec, routes, local, self.signal_group)
 
     def prefetch(self, plan: StepPlan) -> None:

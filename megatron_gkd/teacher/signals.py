@@ -8,10 +8,15 @@ A SIGNAL belongs to a sample of the step (T loss tokens, in completion order). T
     top-K    [T, K] log-probabilities (float32, of the teacher's full vocabulary at temperature 1) and global token
              ids (int32).
 
-Routing (`plan_routes`) is pure: for each sample, one source for each destination. Invariants, each asserted by a test:
-    R1  every student last-stage rank that trains on a sample receives its signal exactly once, nobody else does;
-    R2  the source is a last-stage rank of the teacher replica that forwarded the sample, and the destination itself
-        where that is possible;
+Under context parallelism a rank holds a share of a sample's loss tokens (records.LossShare): the teacher's ranks those
+of its sequence's chunks, the student's those of its own, which may lie elsewhere.
+
+Routing (`plan_routes`) is pure: for each sample and destination, one source for each share of the teacher's that has
+tokens of it. Invariants, each asserted by a test:
+    R1  every student last-stage rank that trains on a sample receives the signal of each loss token that it holds
+        exactly once, nobody else does; a rank that holds none of them has one route without tokens;
+    R2  the source is a last-stage rank of the teacher replica that forwarded the sample, one that holds those tokens,
+        and the destination itself where that is possible;
     R3  all ranks list the routes in the same order, the one in which the teacher makes the signals (micro-batch,
         replica, sample, destination): sends and receives of a pair of ranks match untagged.
 
@@ -30,7 +35,7 @@ source != destination of T * bytes_per_token.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,19 +43,26 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.model.sequences import Shares, student_shares, teacher_shares
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import LossShare, MicroBatchPlan
+from megatron_gkd.records import LossShare, MicroBatchPlan, StepPlan
 
 Columns = tuple[torch.Tensor, ...]  # of one sample: (hidden,) or (log-probabilities, ids)
 
 
 class Route(NamedTuple):
-    """The signal of the loss tokens of one sample that a rank holds, from a global rank to a global rank."""
+    """The signal of loss tokens of one sample, from a global rank to a global rank."""
 
     position: int
     source: int
     destination: int
-    share: LossShare
+    share: LossShare  # what travels
+    held: LossShare  # what the source has: the rows of its columns
+
+    @property
+    def rows(self) -> LossShare:
+        """What travels, as rows of the source's columns."""
+        return self.share.within(self.held)
 
 
 def replicas(plan: MicroBatchPlan) -> dict[int, int]:
@@ -63,23 +75,38 @@ def plan_routes(
     student_plan: MicroBatchPlan,
     teacher: Layout,
     student: Layout,
-    shares: Sequence[LossShare],
+    teacher_shares: Shares,
+    student_shares: Shares,
 ) -> list[Route]:
-    """Who sends which sample's signal to whom (see the module docstring for the invariants).
-
-    Args:
-        shares: of every sample, by position: what each rank that trains on it holds.
-    """
+    """Who sends which sample's signal to whom (see the module docstring for the invariants)."""
     teacher_replica, student_replica = replicas(teacher_plan), replicas(student_plan)
     assert teacher_replica.keys() == student_replica.keys(), "teacher and student plan different samples"
     routes = []
     for row in zip(*teacher_plan, strict=True):  # the i-th micro-batch of every replica
         for position in (position for batch in row for position in batch):
-            sources = teacher.last_stage_ranks(teacher_replica[position])
-            for index, destination in enumerate(student.last_stage_ranks(student_replica[position])):
-                source = destination if destination in sources else sources[(position + index) % len(sources)]
-                routes.append(Route(position, source, destination, shares[position]))
+            sources = [teacher.last_stage_ranks(teacher_replica[position], cp) for cp in range(teacher.context)]
+            holders = list(zip(teacher_shares[position], sources, strict=True))
+            to = destinations(student, student_replica[position], student_shares[position])
+            for wanted, index, destination in to:
+                parts = [(held & wanted, held, ranks) for held, ranks in holders]
+                for share, held, ranks in [part for part in parts if part[0].spans] or parts[:1]:
+                    source = destination if destination in ranks else ranks[(position + index) % len(ranks)]
+                    routes.append(Route(position, source, destination, share, held))
     return routes
+
+
+def destinations(student: Layout, dp: int, shares: Sequence[LossShare]) -> Iterator[tuple[LossShare, int, int]]:
+    """(what it holds of a sample with these shares, a number, global rank) of the last-stage ranks of a replica, in
+    order of rank."""
+    for cp, share in enumerate(shares):
+        for tp, rank in enumerate(student.last_stage_ranks(dp, cp)):
+            yield share, tp + student.tensor * cp, rank
+
+
+def step_routes(plan: StepPlan, teacher: Layout, student: Layout) -> list[Route]:
+    """Of a step's plan, from a local teacher."""
+    shares = teacher_shares(plan, teacher), student_shares(plan, student)
+    return plan_routes(plan.teacher, plan.student, teacher, student, *shares)
 
 
 def plan_rounds(routes: Sequence[Route], bytes_per_token: int, max_bytes: int | None) -> list[list[Route]]:
@@ -216,7 +243,8 @@ def exchange(
     """Carry out the routes. Returns this rank's store and the bytes that it sent.
 
     Args:
-        local: signals of whole samples that this rank computed, by position; on the device or in host memory.
+        local: signals that this rank computed, of the tokens that its routes say, by position; on the device or in host
+            memory.
         group: a group of all ranks, of its own (its messages must not interleave with the pipeline's).
         max_bytes: of a round, and of the device memory that this rank's store may take; None: no limit.
     """
@@ -224,28 +252,30 @@ def exchange(
     mine = [route for route in routes if route.destination == rank]
     num_bytes = sum(route.share.num_tokens for route in mine) * spec.bytes_per_token
     to_host = max_bytes is not None and num_bytes > max_bytes
-    received: dict[int, Columns] = {}
-    for position, source, _, share in mine:
-        if source == rank:
-            received[position] = rows_of(local[position], share)
-        elif not share.num_tokens:
-            received[position] = spec.empty(0)
+    received: dict[int, list[tuple[LossShare, Columns]]] = {route.position: [] for route in mine}
+    for route in mine:
+        if route.source == rank:
+            received[route.position].append((route.share, rows_of(local[route.position], route.rows)))
+        elif not route.share.num_tokens:
+            received[route.position].append((route.share, spec.empty(0)))
     sent = 0
     for some in plan_rounds(routes, spec.bytes_per_token, max_bytes):
         operations = []
-        arriving: dict[int, Columns] = {}
-        for position, source, destination, share in some:
-            if rank == source:
-                columns = tuple(t.to(spec.device).contiguous() for t in rows_of(local[position], share))
-                operations += [dist.P2POp(dist.isend, t, destination, group) for t in columns]
-                sent += share.num_tokens * spec.bytes_per_token
-            elif rank == destination:
-                arriving[position] = spec.empty(share.num_tokens)
-                operations += [dist.P2POp(dist.irecv, t, source, group) for t in arriving[position]]
+        arriving: list[tuple[Route, Columns]] = []
+        for route in some:
+            if rank == route.source:
+                columns = tuple(t.to(spec.device).contiguous() for t in rows_of(local[route.position], route.rows))
+                operations += [dist.P2POp(dist.isend, t, route.destination, group) for t in columns]
+                sent += route.share.num_tokens * spec.bytes_per_token
+            elif rank == route.destination:
+                columns = spec.empty(route.share.num_tokens)
+                arriving.append((route, columns))
+                operations += [dist.P2POp(dist.irecv, t, route.source, group) for t in columns]
         for request in dist.batch_isend_irecv(operations) if operations else []:
             request.wait()
-        received |= {p: in_host_memory(columns) for p, columns in arriving.items()} if to_host else arriving
-    return SignalStore(spec, received), sent
+        for route, columns in arriving:
+            received[route.position].append((route.share, in_host_memory(columns) if to_host else columns))
+    return SignalStore(spec, {position: joined(parts) for position, parts in received.items()}), sent
 
 
 class Outgoing:
@@ -262,7 +292,7 @@ class Outgoing:
     def send(self, position: int, columns: Columns) -> None:
         """Start to send one sample's signal. The calls come in the order of the routes."""
         for route in self._routes.pop(position, []):
-            for column in rows_of(columns, route.share) if route.share.num_tokens else ():
+            for column in rows_of(columns, route.rows) if route.share.num_tokens else ():
                 column = column.contiguous()
                 request = dist.isend(column, route.destination, group=self._group)
                 self._under_way.append((request, column))  # sending reads the tensor until it is done
@@ -293,13 +323,15 @@ class Incoming:
         """Keep the routes to this rank."""
         self._spec, self._group, self._max_bytes = spec, group, max_bytes
         mine = [route for route in routes if route.destination == dist.get_rank()]
-        self._num_tokens = {route.position: route.share.num_tokens for route in mine}
-        self._empty = {route.position for route in mine if not route.share.num_tokens}
-        self._to_come = deque((route.position, route.source) for route in mine if route.share.num_tokens)
-        self._here: dict[int, tuple[Columns, list[Any]]] = {}  # on the device, with the requests that fill them
-        self._staged: dict[int, Columns] = {}  # in host memory
+        self._parts: dict[int, list[Route]] = {route.position: [] for route in mine}
+        for route in mine:
+            if route.share.num_tokens:
+                self._parts[route.position].append(route)
+        self._to_come = deque(route for route in mine if route.share.num_tokens)
+        self._here: dict[Route, tuple[Columns, list[Any]]] = {}  # on the device, with the requests that fill them
+        self._staged: dict[Route, Columns] = {}  # in host memory
         self._held = 0
-        self.num_bytes = sum(self._size(position) for position, _ in self._to_come)
+        self.num_bytes = sum(map(self._size, self._to_come))
         self.most_held_bytes = 0
 
     @property
@@ -309,49 +341,61 @@ class Incoming:
 
     def take(self, position: int) -> Columns:
         """The signal of a sample; waits for it, and starts to receive what comes next."""
-        if position in self._empty:
-            return self._spec.empty(0)
-        while position not in self._here and position not in self._staged:
-            assert self._to_come, f"no signal of sample {position} is to come"
+        assert position in self._parts, f"no signal of sample {position} is to come"
+        parts = [(route.share, self._take(route)) for route in self._parts.pop(position)]
+        return joined(parts) if parts else self._spec.empty(0)
+
+    def _take(self, route: Route) -> Columns:
+        while route not in self._here and route not in self._staged:
             self._post(making_room=True)
-        if position in self._staged:
-            columns = self._staged.pop(position)
+        if route in self._staged:
+            columns = self._staged.pop(route)
         else:
-            columns, requests = self._here.pop(position)
-            self._held -= self._size(position)
+            columns, requests = self._here.pop(route)
+            self._held -= self._size(route)
             for request in requests:
                 request.wait()
-        while self._to_come and self._held + self._size(self._to_come[0][0]) <= self._max_bytes:
+        while self._to_come and self._held + self._size(self._to_come[0]) <= self._max_bytes:
             self._post()
-        return columns
+        return tuple(column.to(self._spec.device, non_blocking=True) for column in columns)
 
-    def _size(self, position: int) -> int:
-        return self._num_tokens[position] * self._spec.bytes_per_token
+    def _size(self, route: Route) -> int:
+        return route.share.num_tokens * self._spec.bytes_per_token
 
     def _post(self, *, making_room: bool = False) -> None:
         """Start to receive the next one."""
-        position, source = self._to_come.popleft()
-        while making_room and self._here and self._held + self._size(position) > self._max_bytes:
+        route = self._to_come.popleft()
+        while making_room and self._here and self._held + self._size(route) > self._max_bytes:
             self._stage(next(iter(self._here)))
-        columns = self._spec.empty(self._num_tokens[position])
-        self._here[position] = columns, [dist.irecv(t, source, group=self._group) for t in columns]
-        self._held += self._size(position)
+        columns = self._spec.empty(route.share.num_tokens)
+        self._here[route] = columns, [dist.irecv(t, route.source, group=self._group) for t in columns]
+        self._held += self._size(route)
         self.most_held_bytes = max(self.most_held_bytes, self._held)
 
-    def _stage(self, position: int) -> None:
-        columns, requests = self._here.pop(position)
+    def _stage(self, route: Route) -> None:
+        columns, requests = self._here.pop(route)
         for request in requests:
             request.wait()
-        self._staged[position] = in_host_memory(columns)
-        self._held -= self._size(position)
+        self._staged[route] = in_host_memory(columns)
+        self._held -= self._size(route)
 
 
 def rows_of(columns: Columns, share: LossShare) -> Columns:
-    """The loss tokens of a share, out of those of the whole sample; views where they are in one piece."""
+    """Some rows of the columns; views where they are in one piece."""
     spans = share.spans or ((0, 0),)
     if len(spans) == 1:
         return tuple(t[spans[0][0] : spans[0][1]] for t in columns)
     return tuple(torch.cat([t[first:end] for first, end in spans]) for t in columns)
+
+
+def joined(parts: Sequence[tuple[LossShare, Columns]]) -> Columns:
+    """The columns of disjoint shares of one sample as one, in the order of the tokens."""
+    if len(parts) == 1:
+        return parts[0][1]
+    order = torch.tensor([token for share, _ in parts for token in share.tokens]).argsort()
+    device = parts[0][1][0].device  # some may wait in host memory
+    columns = zip(*(part for _, part in parts), strict=True)
+    return tuple(torch.cat([t.to(device) for t in column])[order.to(device)] for column in columns)
 
 
 def in_host_memory(columns: Columns) -> Columns:

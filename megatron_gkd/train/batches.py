@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_gkd.data.collate import MicroBatch, collate
+from megatron_gkd.data.cut import cut
 from megatron_gkd.model.pipeline import common_shape
+from megatron_gkd.model.sequences import Sequences
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatchPlan, Sample
 from megatron_gkd.schedule import plan_micro_batches
@@ -17,46 +19,46 @@ def plan_forward(
     """Micro-batches of any number of samples for a forward pass alone: the last ones may be smaller, or empty.
     `max_tokens` sizes them in tokens, as in schedule.py.
 
-    The interleaved pipeline wants one shape [B, S] and a multiple of PP micro-batches: there they are single samples,
-    filled up with empty ones.
+    The interleaved pipeline wants one shape [B, S]: there they are single samples.
     """
     one_shape = common_shape(layout)
-    plan = plan_micro_batches(
+    return plan_micro_batches(
         lengths,
         data_parallel_size=layout.data,
         micro_batch_size=1 if one_shape else micro_batch_size,
         max_tokens=None if max_tokens is None or one_shape else max(max_tokens, *lengths),
         allow_partial=True,
     )
-    if one_shape:
-        missing = -len(plan[0]) % layout.pipeline
-        plan = tuple((*batches, *[()] * missing) for batches in plan)
-    return plan
 
 
 class Collator:
-    """Collates samples, by position in the global batch, for one model's layout.
-
-    Sequence parallelism needs lengths that divide by TP. The interleaved pipeline needs one length for all
-    micro-batches of a data-parallel rank's step (model/pipeline.py): the longest of the plan.
-    """
+    """Collates samples, by position in the global batch, for one rank of a model's layout: its part of each sequence,
+    of a length that suits the layout (model/sequences.py)."""
 
     def __init__(
-        self, samples: Sequence[Sample], plan: MicroBatchPlan, layout: Layout, *, packing: bool, pad_id: int = 0
+        self,
+        samples: Sequence[Sample],
+        plan: MicroBatchPlan,
+        layout: Layout,
+        *,
+        packing: bool,
+        cp_rank: int | None = None,
+        pad_id: int = 0,
     ) -> None:
-        self.samples, self.packing, self.pad_id = samples, packing, pad_id
-        self.multiple = layout.tensor if layout.sequence_parallel else 1
-        if common_shape(layout):
-            join = sum if packing else max
-            longest = max(
-                join(samples[p].num_inputs for p in batch) if batch else 1 for batches in plan for batch in batches
-            )
-            self.multiple = -(-longest // self.multiple) * self.multiple
+        """Args: cp_rank: of this rank; needed under context parallelism."""
+        assert layout.context == 1 or cp_rank is not None, "each context-parallel rank has its own part of a sequence"
+        self.sequences = Sequences(samples, plan, layout, packing=packing)
+        self.size, self.rank, self.pad_id = layout.context, cp_rank or 0, pad_id
 
     def __call__(self, positions: Sequence[int]) -> MicroBatch:
-        return collate(
-            [self.samples[p] for p in positions],
-            pad_to_multiple_of=self.multiple,
-            packing=self.packing,
+        sequences = self.sequences
+        lengths = dict(zip(positions, sequences.lengths(positions), strict=True)) if positions else {}
+        batch = collate(
+            [sequences.samples[p] for p in positions],
+            pad_to_multiple_of=sequences.row_multiple,
+            pad_segments_to=sequences.segment_multiple,
+            packing=sequences.packing,
             pad_id=self.pad_id,
+            share_of=lambda sample: sequences.share(sample.position, lengths[sample.position], self.rank),
         )
+        return cut(batch, self.size, self.rank)

@@ -82,9 +82,9 @@ def evaluate(run: Run, rows: Rows) -> dict[str, float]:
     objective = HeldOut(run.loss)
     metrics = Metrics(objective.names())
     for plan in evaluation_plans(run.config, rows, run.student.layout, run.teacher.layout):
-        signals, _ = teacher_signals(run.teacher, plan, packing=run.config.data.packing)
+        signals, _ = teacher_signals(run.teacher, plan)
         step = forward_step_with(objective, signals, run.platform.device)
-        batches = student_batches(plan, run.student, packing=run.config.data.packing)
+        batches = student_batches(plan, run.student)
         add_reports(metrics, run.student.forward_only(step, batches), run.student)
     reduce_reports(metrics, run.student, run.platform.device)
     return {**metrics.means(), "num_tokens": metrics.counts()["nll"]}

@@ -116,7 +116,10 @@ class BadSteps:
         if groups.tp.rank() == 0:
             mine = self._run.loss.sample_losses(p for batch in plan.student[groups.dp.rank()] for p in batch)
         parts = gathered(mine, groups.intra_dist_opt)
-        return {position: loss for part in parts for position, loss in part.items()}
+        losses: dict[int, float] = {}
+        for position, loss in (item for part in parts for item in part.items()):
+            losses[position] = losses.get(position, 0.0) + loss  # context-parallel ranks each have a part of it
+        return losses
 
     def _write(
         self, step: int, plan: StepPlan, result: StepResult, loss: float, sample_losses: dict[int, float]

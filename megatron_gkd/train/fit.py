@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import environment
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
-from megatron_gkd.parallel.layout import Layout, check_num_micro_batches
+from megatron_gkd.errors import ConfigError, LayoutError
+from megatron_gkd.parallel.layout import Layout
 
 
 def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:
@@ -23,6 +25,9 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         world_size - teacher_ranks,
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
+        expert=parallel.expert_model_parallel_size,
+        expert_tensor=parallel.expert_tensor_parallel_size,
         virtual_pipeline=_virtual_pipeline(parallel.virtual_pipeline_model_parallel_size),
         sequence_parallel=parallel.sequence_parallel,
     )
@@ -30,6 +35,9 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         teacher_ranks or world_size,
         tensor=teacher.teacher_tensor_model_parallel_size or parallel.tensor_model_parallel_size,
         pipeline=teacher.teacher_pipeline_model_parallel_size or parallel.pipeline_model_parallel_size,
+        context=teacher.teacher_context_parallel_size or parallel.context_parallel_size,
+        expert=teacher.teacher_expert_model_parallel_size or parallel.expert_model_parallel_size,
+        expert_tensor=teacher.teacher_expert_tensor_parallel_size or parallel.expert_tensor_parallel_size,
         rank_offset=world_size - teacher_ranks if teacher_ranks else 0,
         name="teacher",
     )
@@ -52,7 +60,9 @@ def _teacher_ranks(config: RunConfig, world_size: int, ranks_per_node: int | Non
             )
         count, asked = teacher.teacher_nodes * local, f"--teacher_nodes {teacher.teacher_nodes} of {local} ranks"
     if count >= world_size:
-        least = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+        parallel = config.parallel
+        least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        least *= parallel.context_parallel_size
         raise LayoutError(
             f"{asked} leaves none of the world's {world_size} ranks for the student, which needs {least} or a "
             f"multiple: start {count + least} ranks, or give the teacher fewer"
@@ -70,12 +80,6 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
     training = config.training
     per_pass = layout.data * training.micro_batch_size
     if config.data.packing:
-        # The interleaved schedule wants a multiple of PP micro-batches; packing makes as many as the rows need.
-        if layout.virtual_pipeline:
-            raise NotBuiltError(
-                f"packing is not built for a virtual pipeline ({layout.describe()}): leave out --packing or "
-                "--virtual_pipeline_model_parallel_size"
-            )
         if training.global_batch_size < layout.data:
             raise ConfigError(
                 f"global_batch_size {training.global_batch_size} cannot be packed for {layout.data} data parallel "
@@ -90,13 +94,34 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
             f"{training.micro_batch_size} = {per_pass}: the nearest are "
             f"{' and '.join(str(n) for n in (below, below + per_pass) if n)}"
         )
-    check_num_micro_batches(layout, training.global_batch_size // per_pass)
 
 
-def refuse_experts(flag: str, arch: Architecture) -> None:
-    """Raise NotBuiltError for a mixture of experts."""
-    if arch.moe is not None:
-        raise NotBuiltError(
-            f"--{flag}: distillation with a mixture of experts ({arch.model_type}) is not built yet; it can be "
-            "converted"
+def refuse_student(config: RunConfig, arch: Architecture, layout: Layout) -> None:
+    """Raise ConfigError for flags of routers that the student does not have, and LayoutError for a mixture of experts
+    in a layout in which megatron-core does not train it: it demands that tensor-parallel ranks route different tokens.
+    (A teacher may have it.)
+    """
+    for flag in ("moe_aux_loss_coeff", "freeze_router"):
+        if arch.moe is None and not config.is_default(flag):
+            raise ConfigError(
+                f"--{flag} is for a mixture of experts, and a {arch.model_type} model has no router; leave it out"
+            )
+    if arch.moe is not None and layout.tensor > 1 and not layout.sequence_parallel:
+        raise LayoutError(
+            f"--tensor_model_parallel_size {layout.tensor} without --sequence_parallel: megatron-core trains a mixture "
+            f"of experts ({arch.model_type}) only with both; give --sequence_parallel true, or tensor parallel size 1"
         )
+
+
+def without_borrowed_experts(config: RunConfig, arch: Architecture, layout: Layout) -> Layout:
+    """The teacher's layout: a dense teacher does not take the student's split of experts where it has no flags of its
+    own.
+    """
+    if arch.moe is not None:
+        return layout
+    teacher = config.teacher
+    if teacher.teacher_expert_model_parallel_size is None:
+        layout = replace(layout, expert=1)
+    if teacher.teacher_expert_tensor_parallel_size is None:
+        layout = replace(layout, expert_tensor=None)
+    return layout

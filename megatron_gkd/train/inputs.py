@@ -29,13 +29,13 @@ from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.data.suspicions import describe
 from megatron_gkd.data.template_differences import differences
 from megatron_gkd.errors import ConfigError
-from megatron_gkd.model.divisible import check_layout
+from megatron_gkd.model.divisible import check_fit
 from megatron_gkd.model.reach import reach
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none, on_every_rank
 from megatron_gkd.train.draws import Draws
-from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
+from megatron_gkd.train.fit import check_batch, layouts, refuse_student, without_borrowed_experts
 from megatron_gkd.train.run_clock import run_clock
 from megatron_gkd.train.shared_rows import shared_rows
 from megatron_gkd.weights.stop_tokens import stop_tokens
@@ -98,12 +98,11 @@ def _models(
     student_arch, teacher_path = read_architecture(config.model.model), config.teacher.teacher_model
     teacher_arch = None if teacher_path is None else read_architecture(teacher_path)
     built = teacher_arch if isinstance(config.teacher.kind, LocalTeacher) else None
-    for flag, arch in (("model", student_arch), ("teacher_model", built)):
-        if arch is not None:
-            refuse_experts(flag, arch)
-    check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
+    check_fit("model", student_arch, student_layout)
+    refuse_student(config, student_arch, student_layout)
     if built is not None:
-        check_layout(built, teacher_layout.tensor, teacher_layout.pipeline)
+        teacher_layout = without_borrowed_experts(config, built, teacher_layout)
+        check_fit("teacher_model", built, teacher_layout)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
     topk = config.distillation.gkd_logits_topk
     if topk is not None and topk > vocab_size:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -143,14 +143,14 @@ class StudentPart:
             run.teacher,
             run.loss,
             plan,
-            packing=run.config.data.packing,
             device=run.platform.device,
             timers=timers,
             meanwhile=lambda: self._ask_ahead(step + 1),
             loss_is_finite=loss_is_finite,
         )
+        loads = run.student.routers.loads(run.platform.device)
         step_time_s = time.perf_counter() - start_s
-        self._account(plan, result, metrics, step_time_s, timers)
+        self._account(plan, result, metrics, step_time_s, timers, loads)
         stop = metrics.sums()["stop_requests"] > 0
         if self._agreement is not None:
             stop = self._agreement.after_step(self._signals.received is not None)
@@ -166,7 +166,13 @@ class StudentPart:
             prefetch(plan)
 
     def _account(
-        self, plan: StepPlan, result: StepResult, metrics: Metrics, step_time_s: float, timers: Timers
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        metrics: Metrics,
+        step_time_s: float,
+        timers: Timers,
+        loads: Mapping[str, float],
     ) -> None:
         """Look for faults of the step, count it and write its metrics."""
         run, step = self.run, plan.step + 1
@@ -198,6 +204,7 @@ class StudentPart:
             "signal_bytes": sums["signal_bytes"],
             "consumed_samples": self._state.consumed_samples,
             "bad_steps": self._state.bad_steps,
+            **loads,
             **timers.seconds(),
             **({} if run.rollouts is None else run.rollouts.metrics),
             **({} if run.teacher_samples is None else run.teacher_samples.metrics),

@@ -122,7 +122,8 @@ class DistillationLoss:
         sums = per_token.new_zeros(len(batch.positions)).index_add_(0, loss_sample, per_token)
         self._sample_losses.update((position, (sums, i)) for i, position in enumerate(batch.positions))
         self._signal_is_finite.update(dict.fromkeys(batch.positions, signal.is_finite()))
-        return losses.loss_sum, num_tokens, _report(losses, num_tokens, supervised, token_source, sample_source)
+        counted = sample_source[: len(sample_source) if batch.counts_samples else 0]
+        return losses.loss_sum, num_tokens, _report(losses, num_tokens, supervised, token_source, counted)
 
     def _fused(
         self,
@@ -196,8 +197,9 @@ def _report(
     num_tokens: torch.Tensor,
     supervised: torch.Tensor,
     token_source: torch.Tensor,
-    sample_source: torch.Tensor,
+    counted: torch.Tensor,
 ) -> Report:
+    """Args: counted: sources of the samples that this rank counts."""
     assert losses.agreement is not None
     pairs = {
         "loss": (losses.loss_sum, num_tokens),
@@ -213,7 +215,7 @@ def _report(
         mine = (token_source == index).float()
         pairs[f"source/{source}/loss"] = (losses.per_token * mine).sum(), mine.sum()
         pairs[f"source/{source}/agreement"] = (losses.agreement * mine).sum(), mine.sum()
-        num_samples = (sample_source == index).sum()
+        num_samples = (counted == index).sum()
         pairs[f"source/{source}/num_samples"] = num_samples, num_samples
     # float64, so that the counts of a large batch stay exact
     return {name: torch.stack([x.detach().double() for x in pair]) for name, pair in pairs.items()}

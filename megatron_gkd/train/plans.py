@@ -130,6 +130,7 @@ def evaluation_plans(config: RunConfig, rows: Rows, student: Layout, teacher: La
                 micro_batch_size=config.teacher.teacher_micro_batch_size or training.micro_batch_size,
                 max_tokens=config.teacher.teacher_micro_batch_tokens,
             ),
+            config.data.packing,
         )
 
 

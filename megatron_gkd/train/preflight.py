@@ -26,7 +26,7 @@ from megatron_gkd.config.servers import LocalTeacher
 from megatron_gkd.data.files import check_supported
 from megatron_gkd.errors import CheckpointError, ConfigError, GKDError
 from megatron_gkd.observe.advice import go_on
-from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
+from megatron_gkd.train.fit import check_batch, layouts, refuse_student, without_borrowed_experts
 
 _BY_NAME = "nothing is fetched by its name on a hub: download it, and give the directory"
 
@@ -108,16 +108,19 @@ def run_preflight(asked: CheckTrainConfig, config: RunConfig) -> None:
     check_batch(config, student)
     if asked.read_models:
         from megatron_gkd.architecture import read_architecture
-        from megatron_gkd.model.divisible import check_layout
+        from megatron_gkd.model.divisible import check_fit
 
-        named = [("model", config.model.model, student, student.virtual_pipeline)]
+        named = [("model", config.model.model, student)]
         if isinstance(kind := config.teacher.kind, LocalTeacher):
-            named.append(("teacher_model", kind.path, teacher, None))
-        for flag, path, layout, chunks in named:
+            named.append(("teacher_model", kind.path, teacher))
+        for flag, path, layout in named:
             try:
                 arch = read_architecture(path)
-                refuse_experts(flag, arch)
-                check_layout(arch, layout.tensor, layout.pipeline, chunks)
+                if flag == "model":
+                    refuse_student(config, arch, layout)
+                else:
+                    layout = teacher = without_borrowed_experts(config, arch, layout)
+                check_fit(flag, arch, layout)
             except GKDError as error:
                 raise type(error)(f"--{flag}: {str(error).removeprefix(f'--{flag}: ')}") from error
     print(f"fits {asked.world_size} ranks: student {student.describe()}; teacher {teacher.describe()}", flush=True)

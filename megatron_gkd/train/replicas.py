@@ -1,11 +1,13 @@
 """Data parallel replicas hold the same weights, bit for bit; where one does not, it is named, before it trains on.
+Ranks that share a sequence (context parallelism) are replicas too.
 
 Every replica makes the same update from the same sum of gradients, so a difference is a fault: of a device, of a
 collective, or of weights that were not the same to begin with. Compared before the first step and every
-`--check_replicas_steps`: a checksum of every parameter (weights/checksum.py), hashed to 16 bytes a rank. Reads the
-weights once, changes nothing, draws no random number.
+`--check_replicas_steps`: a checksum of every parameter (weights/checksum.py), hashed to 32 bytes a rank. Experts have
+replicas of their own: the ranks that hold the same part of the same experts. Reads the weights once, changes nothing,
+draws no random number.
 
-Communication: one all_gather_object of 16 bytes over the student's ranks; where they differ one more of the checksums.
+Communication: one all_gather_object of 32 bytes over the student's ranks; where they differ one more of the checksums.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_gkd.errors import TrainingError
@@ -22,6 +24,7 @@ from megatron_gkd.train.student import Student
 from megatron_gkd.weights.checksum import checksum
 
 Sums = Mapping[str, tuple[int, int]]  # parameter -> its checksum
+Place = Callable[[int], tuple[int, ...]]  # of a global rank
 
 
 class Replicas:
@@ -30,32 +33,49 @@ class Replicas:
     def __init__(self, student: Student, every: int) -> None:
         """`every`: steps between two comparisons; 0: none."""
         self._student, self._group = student, student.groups.intra_dist_opt
-        self._every = every if student.layout.data > 1 else 0
+        copies = max(student.layout.data * student.layout.context, student.layout.expert_data)
+        self._every = every if copies > 1 else 0
 
     def check(self, step: int, *, now: bool = False) -> None:
         """After a step: compare, if it is time (or `now`). Raises TrainingError on all of the student's ranks."""
         if not self._every or not (now or step % self._every == 0):
             return
-        sums = weight_sums(self._student)
-        mine = hashlib.blake2b(repr(sorted(sums.items())).encode(), digest_size=16).digest()
-        if not self._differing(gathered(mine, self._group)):
+        dense, experts = _split(weight_sums(self._student))
+        mine = tuple(
+            hashlib.blake2b(repr(sorted(s.items())).encode(), digest_size=16).digest() for s in (dense, experts)
+        )
+        digests = zip(*gathered(mine, self._group), strict=True)
+        if not any(self._differing(values, place) for values, place in zip(digests, self._places(), strict=True)):
             return
-        everyone = gathered((socket.gethostname(), dict(sums)), self._group)
-        hosts, by_rank = [host for host, _ in everyone], [found for _, found in everyone]
-        parts = [self._describe(ranks, hosts, by_rank) for ranks in self._differing(by_rank)]
+        everyone = gathered((socket.gethostname(), dense, experts), self._group)
+        hosts, *of_kind = zip(*everyone, strict=True)
+        parts = [
+            self._describe(ranks, hosts, by_rank)
+            for by_rank, place in zip(of_kind, self._places(), strict=True)
+            for ranks in self._differing(by_rank, place)
+        ]
         raise TrainingError(
             f"step {step}: {'; '.join(parts)}. Replicas make the same updates of the same weights, so a device or a "
             "connection is faulty, or the models were not the same: look at that machine, and go on from a checkpoint "
             "of an earlier step"
         )
 
-    def _differing(self, values: Sequence[Any]) -> list[list[int]]:
+    def _places(self) -> tuple[Place, Place]:
+        """Which part of the dense layers a rank holds, and which part of the experts."""
+        layout = self._student.layout
+
+        def of_dense_layers(rank: int) -> tuple[int, ...]:
+            place = layout.coordinate(rank)
+            return place.tp, place.pp
+
+        return of_dense_layers, layout.expert_part
+
+    def _differing(self, values: Sequence[Any], place: Place) -> list[list[int]]:
         """Ranks of the student (from 0) that hold the same part and not the same value."""
         layout = self._student.layout
-        same_part: dict[tuple[int, int], list[int]] = {}
+        same_part: dict[tuple[int, ...], list[int]] = {}
         for rank in range(layout.world_size):
-            place = layout.coordinate(rank + layout.rank_offset)
-            same_part.setdefault((place.tp, place.pp), []).append(rank)
+            same_part.setdefault(place(rank + layout.rank_offset), []).append(rank)
         return [ranks for ranks in same_part.values() if any(values[r] != values[ranks[0]] for r in ranks)]
 
     def _describe(self, ranks: list[int], hosts: Sequence[str], by_rank: Sequence[Sums]) -> str:
@@ -77,3 +97,13 @@ def weight_sums(student: Student) -> dict[str, tuple[int, int]]:
         for index, chunk in enumerate(student.chunks)
         for name, parameter in chunk.named_parameters()
     }
+
+
+def _split(sums: Sums) -> tuple[Sums, Sums]:
+    """Of the dense layers, of the experts."""
+    experts = {name: value for name, value in sums.items() if ".experts." in name}
+    return {name: value for name, value in sums.items() if name not in experts}, experts
+
+
+def _digest(sums: Sums) -> bytes:
+    return hashlib.blake2b(repr(sorted(sums.items())).encode(), digest_size=16).digest()

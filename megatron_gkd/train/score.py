@@ -36,7 +36,7 @@ def student_logprobs(
     """log Q(token | tokens before it) in nats for each token but the first of each sequence (of at least two tokens);
     the same on every rank.
 
-    Communication: a forward pass per sequence over the student's layout (each data-parallel rank computes its share),
+    Communication: a forward pass per sequence over the student's layout (each rank computes its share),
     then one all-reduce of [number of tokens] float64 over all its ranks.
     """
     samples = [Sample(i, i, tuple(ids[:1]), tuple(ids[1:]), "dataset") for i, ids in enumerate(sequences)]
@@ -56,14 +56,12 @@ def student_logprobs(
         values = -vocab_parallel_cross_entropy(
             logits, batch.labels.to(logits.device), tp_group=groups.tp, vocab_size=vocab_size
         ).double()
-        done = 0
-        for position in batch.positions:
-            count = starts[position + 1] - starts[position]
-            logprobs[starts[position] : starts[position + 1]] = values[done : done + count]
-            done += count
-        return values.sum(), torch.tensor(done, dtype=torch.int, device=device), {}
+        shares = zip(batch.positions, batch.shares, strict=True)
+        places = [starts[position] + token for position, share in shares for token in share.tokens]
+        logprobs[torch.tensor(places, dtype=torch.int64, device=device)] = values
+        return values.sum(), torch.tensor(len(places), dtype=torch.int, device=device), {}
 
-    collate = Collator(samples, plan, layout, packing=False)
+    collate = Collator(samples, plan, layout, packing=False, cp_rank=groups.cp.rank())
     batches = [collate(positions) for positions in plan[groups.dp.rank()]]
     for chunk in chunks:
         chunk.eval()

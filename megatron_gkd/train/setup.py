@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture
@@ -27,6 +26,7 @@ from megatron_gkd.parallel.together import require_same
 from megatron_gkd.teacher.completions import TeacherSamples
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
 from megatron_gkd.train.alike import row_facts, start_facts
+from megatron_gkd.train.checkpoint.rng import seed_tracker
 from megatron_gkd.train.inputs import Inputs, read_inputs
 from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.plans import StepPlans
@@ -143,8 +143,7 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     everyone = platform.new_group(range(dist.get_world_size())) if inputs.separate and samples else None
     torch.manual_seed(config.training.seed)
     # The tracker's states are only drawn from with dropout, which is 0; sequence parallelism demands that they exist.
-    tp_rank = groups.tp.rank() if here else 0
-    model_parallel_cuda_manual_seed(config.training.seed, tp_rank=tp_rank, ep_rank=0, etp_rank=0)
+    seed_tracker(config.training.seed, groups if here else None)
     student = _build_student(inputs, where, groups) if here else None
     taught, arch, layout = reached.make(student), inputs.student_arch, inputs.student_layout
     if student is not None:
@@ -166,7 +165,8 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
 
 def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection) -> Student:
     config, layout = inputs.config, inputs.student_layout
-    source, options = ModelSource(config.model.model, inputs.student_arch), ModelOptions.on(where.kind)
+    source = ModelSource(config.model.model, inputs.student_arch)
+    options = replace(ModelOptions.on(where.kind), moe_aux_loss_coeff=config.training.moe_aux_loss_coeff)
     chunks = source.build(layout, groups, options, dtype=config.model.precision)
     source.load(chunks, groups)
     return Student(
@@ -178,4 +178,5 @@ def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGrou
         train_iters=inputs.train_iters,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         freeze_embeddings=config.model.freeze_embeddings,
+        freeze_router=config.model.freeze_router,
     )

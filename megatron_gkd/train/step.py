@@ -26,10 +26,11 @@ from megatron_gkd.train.student import StepResult, Student
 from megatron_gkd.weights.chunks import unwrap
 
 
-def teacher_signals(teacher: Teacher, plan: StepPlan, *, packing: bool) -> tuple[SignalStore, int]:
+def teacher_signals(teacher: Teacher, plan: StepPlan) -> tuple[SignalStore, int]:
     """Signals of every sample of the plan, and the bytes that this rank sent. Collective over all ranks."""
-    samples = [sample.for_teacher for sample in plan.samples]
-    return teacher.signals(plan, Collator(samples, plan.teacher, teacher.layout, packing=packing))
+    samples, layout, rank = [sample.for_teacher for sample in plan.samples], teacher.layout, dist.get_rank()
+    cp_rank = layout.coordinate(rank).cp if layout.holds(rank) else 0  # a rank without a part of it collates nothing
+    return teacher.signals(plan, Collator(samples, plan.teacher, layout, packing=plan.packing, cp_rank=cp_rank))
 
 
 def forward_step_with(objective: Objective, signals: SignalStore, device: torch.device) -> ForwardStep:
@@ -44,10 +45,11 @@ def forward_step_with(objective: Objective, signals: SignalStore, device: torch.
     return forward_step
 
 
-def student_batches(plan: StepPlan, student: Student, *, packing: bool) -> list[MicroBatch]:
-    """The micro-batches of this data-parallel rank."""
-    collate = Collator(plan.samples, plan.student, student.layout, packing=packing)
-    return [collate(positions) for positions in plan.student[student.groups.dp.rank()]]
+def student_batches(plan: StepPlan, student: Student) -> list[MicroBatch]:
+    """This rank's part of the micro-batches of its data-parallel replica."""
+    layout, groups = student.layout, student.groups
+    collate = Collator(plan.samples, plan.student, layout, packing=plan.packing, cp_rank=groups.cp.rank())
+    return [collate(positions) for positions in plan.student[groups.dp.rank()]]
 
 
 def distill(
@@ -56,7 +58,6 @@ def distill(
     objective: Objective,
     plan: StepPlan,
     *,
-    packing: bool,
     device: torch.device,
     timers: Timers,
     meanwhile: Callable[[], None] = lambda: None,
@@ -70,19 +71,22 @@ def distill(
             is made.
     """
     with timers.phase("teacher"):
-        signals, num_bytes = teacher_signals(teacher, plan, packing=packing)
+        signals, num_bytes = teacher_signals(teacher, plan)
     meanwhile()
     with timers.phase("student"):
-        batches = student_batches(plan, student, packing=packing)
+        batches = student_batches(plan, student)
         result = student.train_step(
-            forward_step_with(objective, signals, device), batches, lambda reports: loss_is_finite(reports, num_bytes)
+            forward_step_with(objective, signals, device),
+            batches,
+            lambda reports: loss_is_finite(reports, num_bytes),
+            num_loss_tokens=sum(sample.num_loss_tokens for sample in plan.samples),
         )
     return result, num_bytes
 
 
 def add_reports(metrics: Metrics, reports: Sequence[dict[str, torch.Tensor]], student: Student) -> None:
     """Add the (sum, count) pairs of this rank's micro-batches. TP rank 0 of the last stage alone contributes: the
-    other TP ranks computed the same numbers, the other stages have none.
+    other TP ranks computed the same numbers, the other stages have none. Context-parallel ranks each add their tokens.
     """
     if student.groups.tp.rank() == 0:
         for report in reports:

@@ -33,6 +33,7 @@ from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.pipeline import ForwardStep, run_schedule
+from megatron_gkd.model.router import Routers
 from megatron_gkd.parallel.layout import Layout
 
 
@@ -61,9 +62,13 @@ class Student:
         train_iters: int,
         use_distributed_optimizer: bool = False,
         freeze_embeddings: bool = False,
+        freeze_router: bool = False,
     ) -> None:
         if freeze_embeddings:
             _freeze_embeddings(chunks)
+        self.routers = Routers(chunks, groups)
+        if freeze_router:
+            self.routers.freeze()
         self.layout, self.groups, self.train_iters = layout, groups, train_iters
         self.config = chunks[0].config
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer, **options.ddp_fields())
@@ -118,13 +123,17 @@ class Student:
         forward_step: ForwardStep,
         micro_batches: Sequence[MicroBatch],
         loss_is_finite: Callable[[list[Any]], bool] = lambda reports: True,
+        *,
+        num_loss_tokens: int | None = None,
     ) -> StepResult:
         """One update from this data-parallel rank's micro-batches. Collective over all ranks of the layout.
 
         Args:
             loss_is_finite: given this rank's reports, between the backward pass and the update; the same answer on
                 every rank, so it may make collectives.
+            num_loss_tokens: of the step, over all replicas; needed where routers have a load-balancing loss.
         """
+        self.routers.begin(num_loss_tokens, len(micro_batches) * self.layout.data)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()

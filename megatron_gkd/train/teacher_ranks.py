@@ -42,7 +42,7 @@ class TeacherPart:
     def train(self, step: int) -> bool:
         assert self.run.plans is not None
         plan = self.run.plans.plan(step - 1)
-        teacher_signals(self.run.teacher, plan, packing=self.run.config.data.packing)
+        teacher_signals(self.run.teacher, plan)
         consumed = self._state.consumed_samples + len(plan.samples)
         self._state = replace(self._state, step=step, consumed_samples=consumed)
         return self._agreement.after_step(self._signals.received is not None)
@@ -72,4 +72,4 @@ def serve_evaluation(run: TeacherRun) -> None:
     if run.eval_rows is None:
         return
     for plan in evaluation_plans(run.config, run.eval_rows, run.student_layout, run.teacher.layout):
-        teacher_signals(run.teacher, plan, packing=run.config.data.packing)
+        teacher_signals(run.teacher, plan)

@@ -24,6 +24,7 @@ from megatron_gkd.config.dtypes import Dtype
 from megatron_gkd.model.build import DTYPES, HiddenStateGPTModel, build_model
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_hf_weights
@@ -46,7 +47,14 @@ class ModelSource:
     def load(self, chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> None:
         """Fill this rank's chunks. Raises CheckpointError."""
         with HFCheckpoint(self.path) as checkpoint:
-            load_hf_weights(chunks, checkpoint, self.arch, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
+            load_hf_weights(
+                chunks,
+                checkpoint,
+                self.arch,
+                tp_rank=groups.tp.rank(),
+                tp_size=groups.tp.size(),
+                expert_rank=ExpertRank.of(groups),
+            )
 
     def stream(
         self, chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection, *, dtype: Dtype, bucket_bytes: int

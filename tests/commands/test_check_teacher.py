@@ -53,6 +53,16 @@ def test_what_is_compared() -> None:
     assert max(rest, other) <= ROUNDING
 
 
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    served = Served(tmp_path, "qwen3_moe")
+    flags = dict(teacher_model=served.teacher, gkd_logits_topk=TOPK, dataset=served.rows, dtype="fp32", device="cpu")
+    with serve(served.fake) as url:
+        argv = ["check", "teacher", *command_line(**flags, teacher_model_server=url)]
+        ((code, out, err),) = run_ranks(check, argv, world=1)
+    assert code == 0, err
+    assert float(out.splitlines()[2].split()[-1]) < 1e-4
+
+
 def test_the_command(tmp_path: Path) -> None:
     served = Served(tmp_path)
     flags = dict(teacher_model=served.teacher, gkd_logits_topk=TOPK, dataset=served.rows, dtype="fp32", device="cpu")

@@ -31,10 +31,8 @@ CONFIGURATION = {
 
 # Refused whenever they are away from their default, and read by nothing: what they steer is not built.
 REFUSED = {
-    "teacher_context_parallel_size",
-    "teacher_expert_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
+    "moe_router_load_balancing_type",
+    "moe_z_loss_coeff",
 }
 
 # Read through another name: a pattern, and where.

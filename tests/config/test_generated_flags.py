@@ -27,19 +27,21 @@ from tests.test_architecture import read
 
 pytestmark = pytest.mark.timeout(900)
 
-NUM = count(80, 2000)  # of train; a quarter as many of eval
+NUM = count(80, 2000)  # of train; half as many of eval
 SERVERS = '[{"url": "http://a:1", "tags": ["math"]}, {"url": "http://b:2"}]'
 VALUES: dict[str, tuple[Any, ...]] = {
     "teacher_model": ("T",),
     "dtype": ("bf16", "fp16"),
     "freeze_embeddings": (True,),
+    "freeze_router": (True,),
     "teacher_model_server": ("http://a:1", "http://a:1,http://b:2", SERVERS),
     "teacher_tag_key": ("subject",),
     "teacher_timeout_s": (7.0,),
     "teacher_tensor_model_parallel_size": (1, 2),
     "teacher_pipeline_model_parallel_size": (1, 2),
-    "teacher_context_parallel_size": (2,),
+    "teacher_context_parallel_size": (1, 2),
     "teacher_expert_model_parallel_size": (2,),
+    "teacher_expert_tensor_parallel_size": (2,),
     "teacher_placement": ("separate",),
     "teacher_world_size": (2, 4),
     "teacher_nodes": (1,),
@@ -80,6 +82,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "pipeline_model_parallel_size": (2,),
     "context_parallel_size": (2,),
     "expert_model_parallel_size": (2,),
+    "expert_tensor_parallel_size": (2,),
     "virtual_pipeline_model_parallel_size": (1, 2),
     "sequence_parallel": (True,),
     "use_distributed_optimizer": (False,),
@@ -109,6 +112,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "lr_decay_style": ("constant", "linear"),
     "lr_warmup_fraction": (0.75,),
     "weight_decay": (0.0,),
+    "moe_aux_loss_coeff": (0.01,),
+    "moe_router_load_balancing_type": ("seq_aux_loss", "global_aux_loss"),
+    "moe_z_loss_coeff": (0.001,),
     "clip_grad": (0.0,),
     "adam_beta1": (0.5,),
     "adam_beta2": (0.5,),
@@ -160,9 +166,15 @@ def says_the_default(flag: str, config: RunConfig) -> bool:
     if flag in (
         "teacher_tensor_model_parallel_size",
         "teacher_pipeline_model_parallel_size",
+        "teacher_context_parallel_size",
         "teacher_micro_batch_size",
+        "teacher_expert_model_parallel_size",
     ):
         return bool(value == config.get(student))
+    if flag in ("expert_tensor_parallel_size", "teacher_expert_tensor_parallel_size"):
+        tensor = flag.replace("expert_tensor", "tensor_model")
+        others = [config.get(student) if flag != student else None, config.get(tensor)]
+        return value == next((size for size in others if size is not None), config.get("tensor_model_parallel_size"))
     explicit: dict[str, Any] = dict(
         loss_path="fused", use_liger_kernel=True, virtual_pipeline_model_parallel_size=1, device="cpu"
     )
@@ -235,6 +247,6 @@ def test_every_flag_has_values() -> None:
 def test_no_flag_is_silent(tmp_path: Path, command: Command) -> None:
     (tmp_path / "S").mkdir()
     (tmp_path / "T").mkdir()
-    ((ends, wrong),) = run_ranks(judge_all, command, str(tmp_path), NUM if command == "train" else NUM // 4, world=1)
+    ((ends, wrong),) = run_ranks(judge_all, command, str(tmp_path), NUM if command == "train" else NUM // 2, world=1)
     assert wrong == []
     assert min(ends.values()) > 3, ends

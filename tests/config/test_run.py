@@ -277,10 +277,8 @@ def test_wandb_needs_its_package(accepted: dict[str, Any], monkeypatch: pytest.M
 
 # One value per entry of NOT_BUILT, in its order: what a user would write to ask for it.
 ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("teacher_context_parallel_size", {"teacher_context_parallel_size": 2}),
-    ("teacher_expert_model_parallel_size", {"teacher_expert_model_parallel_size": 2}),
-    ("context_parallel_size", {"context_parallel_size": 2}),
-    ("expert_model_parallel_size", {"expert_model_parallel_size": 2}),
+    ("moe_router_load_balancing_type", {"moe_router_load_balancing_type": "global_aux_loss"}),
+    ("moe_z_loss_coeff", {"moe_z_loss_coeff": 0.001}),
 )
 
 
@@ -298,8 +296,8 @@ def test_what_is_not_built_is_refused_by_name(accepted: dict[str, Any], flag: st
 
 
 def test_all_that_is_missing_is_named_at_once(accepted: dict[str, Any]) -> None:
-    with pytest.raises(NotBuiltError, match=r"--context_parallel_size 2 .*; --expert_model_parallel_size 2"):
-        validate(accepted | {"context_parallel_size": 2, "expert_model_parallel_size": 2})
+    with pytest.raises(NotBuiltError, match=r"--moe_router_load_balancing_type \S+ .*; --moe_z_loss_coeff"):
+        validate(accepted | {"moe_router_load_balancing_type": "global_aux_loss", "moe_z_loss_coeff": 0.001})
 
 
 def test_contradictions_come_before_what_is_missing(accepted: dict[str, Any]) -> None:

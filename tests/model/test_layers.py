@@ -13,10 +13,12 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gkd.errors import NotBuiltError
-from megatron_gkd.model.layers import RMSNorm, SDPAttention, SelfAttention, use_own_self_attention
+from megatron_gkd.model.layers import RMSNorm, SDPAttention, SelfAttention, use_own_modules
+from megatron_gkd.model.router import Router
 from tests.support.numerics import error_ratio, within_reference_error
 
 
@@ -105,7 +107,7 @@ def test_right_padding_is_not_seen_and_gets_no_gradient():
         (dict(attention_dropout=0.1), AttnMaskType.causal, "attention_dropout 0.1"),
         (dict(), AttnMaskType.padding, "mask AttnMaskType.padding"),
         (dict(window_size=(4, 0)), AttnMaskType.causal, r"window \(4, 0\)"),
-        (dict(context_parallel_size=2), AttnMaskType.causal, "context parallelism is not built"),
+        (dict(context_parallel_size=2), AttnMaskType.causal, "context_parallel_size 2: .* use ContextAttention"),
     ],
 )
 def test_what_it_does_not_do_is_refused(options: dict[str, Any], mask: AttnMaskType, message: str):
@@ -119,11 +121,13 @@ def test_a_mask_is_never_ignored():
         attention()(*tensors, torch.zeros(1, 1, 3, 3, dtype=torch.bool))
 
 
-def test_own_self_attention_takes_megatrons_place_in_a_spec():
+def test_own_modules_take_megatrons_place_in_a_spec():
     """The spec of Transformer Engine's layers goes the same way; it cannot be made without that library."""
-    spec = get_gpt_decoder_block_spec(config(), use_transformer_engine=False, pp_rank=0)
-    modules = {layer.submodules.self_attention.module for layer in use_own_self_attention(spec).layer_specs}
-    assert modules == {SelfAttention}
+    mixed = config(num_moe_experts=4, moe_layer_freq=[0, 1], num_layers=2)
+    spec = use_own_modules(get_gpt_decoder_block_spec(mixed, use_transformer_engine=False, pp_rank=0))
+    assert {layer.submodules.self_attention.module for layer in spec.layer_specs} == {SelfAttention}
+    dense, routed = (layer.submodules.mlp for layer in spec.layer_specs)
+    assert (dense.module, routed.submodules.router) == (MLP, Router)
 
 
 # ---- RMSNorm ---------------------------------------------------------------------------------------------------------

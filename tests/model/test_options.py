@@ -32,7 +32,7 @@ def test_a_field_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in DDP:
         assert getattr(DistributedDataParallelConfig(**options.ddp_fields()), name) is getattr(options, name)
     else:
-        told: Any = build.transformer_config(small(), Layout(), options, dtype="bf16")
+        told: Any = build.transformer_config(small("qwen3_moe"), Layout(), options, dtype="bf16")
         assert told[name] is getattr(options, name)
 
 

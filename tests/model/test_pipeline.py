@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from megatron_gkd.data.collate import collate
-from megatron_gkd.errors import LayoutError
-from megatron_gkd.model.pipeline import common_shape, select_loss_tokens
-from megatron_gkd.parallel.layout import Layout, check_num_micro_batches
+from megatron_gkd.model.pipeline import common_shape, micro_batch_group, select_loss_tokens
+from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample
 
 
@@ -18,12 +17,20 @@ def test_only_the_interleaved_schedule_wants_one_shape():
     assert not common_shape(Layout())
 
 
-def test_the_interleaved_schedule_wants_a_multiple_of_pp_micro_batches():
-    layout = Layout(pipeline=4, virtual_pipeline=2)
-    check_num_micro_batches(layout, 8)
-    check_num_micro_batches(Layout(pipeline=4), 3)
-    with pytest.raises(LayoutError, match=r"^6 micro-batches .* needs a multiple of 4; change global_batch_size"):
-        check_num_micro_batches(layout, 6)
+@pytest.mark.parametrize(
+    ("number", "pipeline", "group"), [(2, 2, 2), (3, 2, 3), (5, 2, 3), (6, 2, 2), (8, 4, 4), (6, 4, 6), (9, 4, 5)]
+)
+def test_the_interleaved_schedule_takes_any_number_of_micro_batches(number: int, pipeline: int, group: int):
+    assert micro_batch_group(number, pipeline) == group
+
+
+def test_megatrons_conditions_on_the_groups_hold():
+    for pipeline in range(2, 7):
+        for number in range(pipeline, 40):
+            group = micro_batch_group(number, pipeline)
+            assert pipeline <= group <= number
+            assert number % group == 0 or number % group >= pipeline
+            assert number % pipeline or group == pipeline, "megatron-core's default, where it will do"
 
 
 @pytest.mark.parametrize("packing", [False, True])

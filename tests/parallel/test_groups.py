@@ -30,25 +30,29 @@ SHAPES = {
     "TP2-PP2": Layout(tensor=2, pipeline=2),
     "DP2-PP2": Layout(data=2, pipeline=2),
     "DP2-PP2-VPP2": Layout(data=2, pipeline=2, virtual_pipeline=2),
+    "CP4": Layout(context=4),
+    "TP2-CP2": Layout(tensor=2, context=2),
+    "CP2-DP2": Layout(context=2, data=2),
+    "CP2-PP2": Layout(context=2, pipeline=2),
 }
 # Coordinates that vary within a group; all others are this rank's own.
 VARYING = {
     "tp": ("tp",),
-    "cp": (),
+    "cp": ("cp",),
     "dp": ("dp",),
     "pp": ("pp",),
     "mp": ("tp", "pp"),
-    "dp_cp": ("dp",),
-    "tp_cp": ("tp",),
-    "tp_dp_cp": ("tp", "dp"),
+    "dp_cp": ("cp", "dp"),
+    "tp_cp": ("tp", "cp"),
+    "tp_dp_cp": ("tp", "cp", "dp"),
     "ep": (),
     "expt_tp": ("tp",),
-    "expt_dp": ("dp",),
+    "expt_dp": ("cp", "dp"),
     "tp_ep": ("tp",),
     "tp_ep_pp": ("tp", "pp"),
-    "intra_dp_cp": ("dp",),
-    "intra_expt_dp": ("dp",),
-    "intra_dist_opt": ("tp", "dp", "pp"),
+    "intra_dp_cp": ("cp", "dp"),
+    "intra_expt_dp": ("cp", "dp"),
+    "intra_dist_opt": ("tp", "cp", "dp", "pp"),
 }
 
 

@@ -60,6 +60,7 @@ class DenseStep:
     grad_norm: float
     metrics: dict[str, float]
     weights: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]  # before clipping
     reference: DenseStep | None = None  # of a step in float64: the same step in float32
 
 
@@ -128,10 +129,12 @@ def _dense_steps(
         optimizer.zero_grad()
         loss, metrics = loss_and_metrics(student, teacher_logits, samples, objective, topk, fault)
         loss.backward()
+        gradients = by_checkpoint_name(student, {name: p.grad.clone() for name, p in student.named_parameters()})
         grad_norm = torch.nn.utils.clip_grad_norm_(list(student.parameters()), max_norm)
         optimizer.step()
         weights = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
-        steps.append(DenseStep(float(loss.detach()), float(grad_norm), metrics, weights))
+        weights = by_checkpoint_name(student, weights)
+        steps.append(DenseStep(float(loss.detach()), float(grad_norm), metrics, weights, gradients))
     return steps
 
 
@@ -228,6 +231,27 @@ def load(path: str, dtype: torch.dtype = torch.float32) -> Any:
     return transformers_model(path, dtype)
 
 
+def by_checkpoint_name(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by parameter of transformers' model, by the names of its checkpoint: the model holds the experts of a
+    layer in two tensors (gate and up [E, 2 I, H], down [E, H, I]), the checkpoint three matrices of each.
+    """
+    mixtral = model.config.model_type == "mixtral"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    named = {}
+    for name, tensor in tensors.items():
+        name = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
+        if name.endswith("experts.gate_up_proj"):
+            for expert, matrix in enumerate(tensor):
+                prefix = f"{name.removesuffix('gate_up_proj')}{expert}."
+                named[f"{prefix}{gate}.weight"], named[f"{prefix}{up}.weight"] = matrix.chunk(2)
+        elif name.endswith("experts.down_proj"):
+            for expert, matrix in enumerate(tensor):
+                named[f"{name.removesuffix('down_proj')}{expert}.{down}.weight"] = matrix
+        else:
+            named[name] = tensor
+    return named
+
+
 def completion_logits(model: Any, sample: Sample, *, shift: bool = False) -> torch.Tensor:
     """[C, V]: the logits that predict the completion tokens. `shift` is a fault: those one position further left."""
     ids = torch.tensor([[*sample.prompt_ids, *sample.completion_ids]])
@@ -244,7 +268,12 @@ def all_logits(path: str, samples: tuple[Sample, ...], dtype: torch.dtype = torc
 
 
 def differences(
-    loss: float, grad_norm: float, metrics: Mapping[str, float], weights: Mapping[str, torch.Tensor], truth: DenseStep
+    loss: float,
+    grad_norm: float,
+    metrics: Mapping[str, float],
+    weights: Mapping[str, torch.Tensor],
+    truth: DenseStep,
+    gradients: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """What is further from the truth than rounding explains, by name: how many times as far. Empty for equal steps."""
     reference = truth.reference
@@ -256,6 +285,9 @@ def differences(
         ratios[f"metric {name}"] = error_ratio(metrics[name], reference.metrics[name], truth.metrics[name])
     for name, expected in truth.weights.items():
         ratios[name] = error_ratio(weights[name], reference.weights[name], expected)
+    for name, expected in truth.gradients.items() if gradients is not None else ():
+        assert gradients is not None
+        ratios[f"gradient of {name}"] = error_ratio(gradients[name], reference.gradients[name], expected)
     return wrong_numbers(loss, grad_norm, truth) | {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
 
 

@@ -12,7 +12,8 @@ SOURCES = ("student", "teacher", "dataset")
 EVERY_STEP, EVALUATION = "Every step", "Evaluation"
 ROLLOUT, TEACHER_SAMPLES = "With `--lmbda` above 0", "With `--seq_kd true`"
 TOPK, CROSS_ENTROPY = "With `--gkd_logits_topk`", "With `--sft_alpha`"
-OF_A_STEP = (EVERY_STEP, CROSS_ENTROPY, TOPK, ROLLOUT, TEACHER_SAMPLES)
+EXPERTS = "With a mixture of experts"
+OF_A_STEP = (EVERY_STEP, EXPERTS, CROSS_ENTROPY, TOPK, ROLLOUT, TEACHER_SAMPLES)
 
 
 @cache

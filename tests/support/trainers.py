@@ -7,7 +7,7 @@ sources, lengths and an empty completion can be chosen freely.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_gkd.teacher_pipeline import Teacher
 from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.setup import Run, build
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
+from megatron_gkd.weights.chunks import Parameter
 from megatron_gkd.weights.export import HFTensorStream
 from tests.support.checkpoints import write_tiny_checkpoint
 
@@ -42,22 +43,42 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
+# The same with mixtures of experts. Two layers of the first student have none, so that a pipeline stage has none.
+MOE_PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen3_moe": (
+        dict(family="qwen3_moe", vocab_size=340, layers=4, hidden_size=32, ffn_hidden_size=48, seed=5)
+        | dict(mlp_only_layers=[0, 1], moe_intermediate_size=24, tied=True),
+        dict(family="qwen3_moe", vocab_size=300, layers=2, hidden_size=48, ffn_hidden_size=64, seed=6)
+        | dict(norm_topk_prob=False, moe_intermediate_size=40),
+    ),
+    "mixtral": (
+        dict(family="mixtral", vocab_size=300, layers=2, hidden_size=32, ffn_hidden_size=48, seed=7),
+        dict(family="mixtral", vocab_size=390, layers=2, hidden_size=48, ffn_hidden_size=64, seed=8),
+    ),
+}
+
 # Short names of flags.
 T = dict(
     tensor="tensor_model_parallel_size",
     pipeline="pipeline_model_parallel_size",
     virtual="virtual_pipeline_model_parallel_size",
     sequence="sequence_parallel",
+    expert="expert_model_parallel_size",
+    expert_tensor="expert_tensor_parallel_size",
     sharded="use_distributed_optimizer",
+    context="context_parallel_size",
+    teacher_context="teacher_context_parallel_size",
     teacher_tensor="teacher_tensor_model_parallel_size",
     teacher_pipeline="teacher_pipeline_model_parallel_size",
+    teacher_expert="teacher_expert_model_parallel_size",
+    teacher_expert_tensor="teacher_expert_tensor_parallel_size",
 )
 
 
 def write_pair(root: Path, family: str) -> tuple[str, str]:
     """Student and teacher directories below `root`."""
     paths = []
-    for name, options in zip(("student", "teacher"), PAIRS[family], strict=True):
+    for name, options in zip(("student", "teacher"), (PAIRS | MOE_PAIRS)[family], strict=True):
         path = root / f"{family}_{name}"
         if not path.exists():
             write_tiny_checkpoint(path, **options)
@@ -120,6 +141,7 @@ class StepOutcome:
     metrics: dict[str, float]
     counts: dict[str, float]  # loss tokens, and samples by source
     weights: dict[str, torch.Tensor] | None
+    gradients: dict[str, torch.Tensor] | None = None  # the same, where they were asked for
 
 
 def build_run(config: RunConfig, *, with_training_data: bool = True) -> Run:
@@ -178,6 +200,7 @@ class Trainer:
         packing: bool = False,
         max_tokens: int | None = None,
         with_weights: bool = True,
+        with_gradients: bool = False,
     ) -> StepOutcome:
         """One update. Collective over all ranks."""
         run, teacher = self.run, self.teacher(distillation.gkd_logits_topk)
@@ -191,17 +214,23 @@ class Trainer:
             packing=packing,
             max_tokens=max_tokens,
         )
-        return self.carry_out(plan, distillation, packing=packing, with_weights=with_weights)
+        return self.carry_out(plan, distillation, with_weights=with_weights, with_gradients=with_gradients)
 
     def carry_out(
-        self, plan: StepPlan, distillation: DistillationConfig, *, packing: bool = False, with_weights: bool = True
+        self,
+        plan: StepPlan,
+        distillation: DistillationConfig,
+        *,
+        with_weights: bool = True,
+        with_gradients: bool = False,
     ) -> StepOutcome:
         """One update on a plan."""
-        outcome = self.outcome(plan, distillation, packing=packing)
+        outcome = self.outcome(plan, distillation, with_gradients=with_gradients)
         return replace(outcome, weights=self.weights() if with_weights else None)
 
-    def outcome(self, plan: StepPlan, distillation: DistillationConfig, *, packing: bool = False) -> StepOutcome:
-        """`carry_out` without the weights. A batch without a loss token has loss 0."""
+    def outcome(self, plan: StepPlan, distillation: DistillationConfig, *, with_gradients: bool = False) -> StepOutcome:
+        """`carry_out` without the weights. A batch without a loss token has loss 0. Gradients are whole on a rank only
+        without the distributed optimizer."""
         run, teacher = self.run, self.teacher(distillation.gkd_logits_topk)
         loss = DistillationLoss(
             distillation,
@@ -210,18 +239,34 @@ class Trainer:
             teacher_head=run.loss.teacher_head,
         )
         device, timers = run.platform.device, Timers()
-        result, _ = distill(run.student, teacher, loss, plan, packing=packing, device=device, timers=timers)
+        gradients = None
+
+        def before_update(reports: object, num_bytes: int) -> bool:
+            nonlocal gradients
+            if with_gradients:
+                gradients = self._by_name(lambda p: getattr(p.tensor, "main_grad", torch.zeros_like(p.tensor)))
+            return True
+
+        result, _ = distill(
+            *(run.student, teacher, loss, plan),
+            device=device,
+            timers=timers,
+            loss_is_finite=before_update,
+        )
         metrics = Metrics(loss.names())
         add_reports(metrics, result.reports, run.student)
         reduce_reports(metrics, run.student, device)
         means = metrics.means()
         counts = {"tokens": metrics.counts()["loss"]}
         counts |= {source: metrics.sums()[f"source/{source}/num_samples"] for source in SOURCES}
-        return StepOutcome(means.get("loss", 0.0), result.grad_norm, means, counts, None)
+        return StepOutcome(means.get("loss", 0.0), result.grad_norm, means, counts, None, gradients)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The student's tensors by HF name, on the writing rank; None elsewhere."""
+        return self._by_name(None)
+
+    def _by_name(self, read: Callable[[Parameter], torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
         student = self.run.student
-        stream = HFTensorStream(student.chunks, self.run.architecture, student.groups)
+        stream = HFTensorStream(student.chunks, self.run.architecture, student.groups, read=read)
         tensors = {name: tensor.clone() for name, tensor in stream}
         return tensors if stream.is_writer else None

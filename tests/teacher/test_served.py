@@ -22,8 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.model.sequences import loss_shares
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import LossShare
+from megatron_gkd.records import Sample
 from megatron_gkd.schedule import plan_micro_batches
 from megatron_gkd.teacher.served import server_routes
 from megatron_gkd.train.checkpoint import find_checkpoint
@@ -43,35 +44,42 @@ TOPK = 8
     st.sampled_from([1, 2, 4, 8]),
     st.sampled_from([1, 2]),
     st.sampled_from([1, 2]),
+    st.sampled_from([1, 2, 3]),
     st.lists(st.integers(1, 20), min_size=1, max_size=20),
 )
 def test_each_last_stage_rank_receives_its_samples_once_from_its_driver(
-    data: int, tensor: int, pipeline: int, lengths: list[int]
+    data: int, tensor: int, pipeline: int, context: int, lengths: list[int]
 ) -> None:
-    layout = Layout.for_world(data * tensor * pipeline, tensor=tensor, pipeline=pipeline)
+    world = data * tensor * pipeline * context
+    layout = Layout.for_world(world, tensor=tensor, pipeline=pipeline, context=context)
     plan = plan_micro_batches(lengths, data_parallel_size=data, micro_batch_size=2, allow_partial=True)
-    routes = server_routes(plan, layout, [LossShare(((0, length),)) for length in lengths])
+    samples = [Sample(i, i, (1,), (2,) * length, "dataset") for i, length in enumerate(lengths)]
+    shares = loss_shares(samples, plan, layout, packing=False)
+    routes = server_routes(plan, layout, shares)
     expected = Counter(
         (position, rank)
         for dp, batches in enumerate(plan)
         for batch in batches
         for position in batch
-        for rank in layout.last_stage_ranks(dp)
+        for cp in range(context)
+        for rank in layout.last_stage_ranks(dp, cp)
     )
     assert Counter((route.position, route.destination) for route in routes) == expected
     assert [(route.position, route.destination) for route in routes] == sorted(expected)
     for route in routes:
-        assert layout.coordinate(route.source).dp == layout.coordinate(route.destination).dp
+        here = layout.coordinate(route.destination)
+        assert layout.coordinate(route.source).dp == here.dp
+        assert route.share == route.rows == shares[route.position][here.cp], "the driver has the whole sample"
     assert len({(route.position, route.source) for route in routes}) == len(lengths), "one driver for each"
 
 
 class Served:
     """Models, data, and the teacher behind a server."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, family: str = "qwen3") -> None:
         from transformers import AutoModelForCausalLM
 
-        self.student, self.teacher = write_pair(root, "qwen3")
+        self.student, self.teacher = write_pair(root, family)
         self.rows = write_rows(root / "rows.jsonl", 12)
         self.privileged = write_rows(root / "privileged.jsonl", 12, teacher_prompts=True)
         self.tagged = write_rows(root / "tagged.jsonl", 12, tags=("math", "code", None))
@@ -120,8 +128,9 @@ def url(served: Served) -> Iterator[str]:
         (4, {"tensor": 2, "pipeline": 2, "topk_tail": "bucket", "sequence": True}),
         (4, {"pipeline": 2, "micro_batch_size": 2, "loss_path": "logits"}),
         (2, {"privileged": True}),
+        (2, {"context": 2}),
     ],
-    ids=["one", "TP2", "TP2-PP2", "PP2-DP2", "DP2, prompts of the teacher's own"],
+    ids=["one", "TP2", "TP2-PP2", "PP2-DP2", "DP2, prompts of the teacher's own", "CP2"],
 )
 def test_training_is_that_of_the_local_teacher(
     served: Served, url: str, tmp_path: Path, world: int, layout: dict[str, Any]

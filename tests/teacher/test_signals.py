@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from megatron_gkd.data.collate import collate
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.zigzag import held_spans
 from megatron_gkd.records import LossShare, MicroBatchPlan, Sample
 from megatron_gkd.schedule import plan_micro_batches
 from megatron_gkd.teacher.signals import (
@@ -25,6 +26,7 @@ from megatron_gkd.teacher.signals import (
     HiddenSpec,
     Incoming,
     Outgoing,
+    Route,
     SignalSpec,
     SignalStore,
     TopKSignal,
@@ -45,34 +47,54 @@ LAYOUTS = {
     "PP4": Layout(pipeline=4),
     "DP2": Layout(data=2),
     "TP2-PP2": Layout(tensor=2, pipeline=2),
+    "CP2": Layout(context=2),
+    "TP2-CP2": Layout(tensor=2, context=2),
 }
 
 
 def over_the_world(layout: Layout) -> Layout:
     """The data-parallel size that fills the world, as every run has it."""
-    return Layout.for_world(WORLD, tensor=layout.tensor, pipeline=layout.pipeline)
+    return Layout.for_world(WORLD, tensor=layout.tensor, pipeline=layout.pipeline, context=layout.context)
 
 
-def whole(num_tokens: Sequence[int]) -> list[LossShare]:
-    """All loss tokens of samples with these numbers of them."""
-    return [LossShare(((0, count),) if count else ()) for count in num_tokens]
+def shares_of(num_tokens: Sequence[int], layout: Layout, prompt: int = 1) -> list[list[LossShare]]:
+    """Of samples with these numbers of loss tokens after a prompt, each in a sequence of its own."""
+    size, shares = layout.context, []
+    for position, count in enumerate(num_tokens):
+        sample = Sample(position, position, (0,) * prompt, (0,) * count, "dataset")
+        length = -(-max(sample.num_inputs, 1) // (2 * size)) * 2 * size
+        shares.append([LossShare.of(sample, held_spans(length, size, rank)) for rank in range(size)])
+    return shares
+
+
+def routes_of(
+    teacher_plan: MicroBatchPlan, student_plan: MicroBatchPlan, teacher: Layout, student: Layout, sizes: Sequence[int]
+) -> list[Route]:
+    """Of samples with these numbers of loss tokens; the teacher's prompts are longer than the student's."""
+    shares = shares_of(sizes, teacher, prompt=6), shares_of(sizes, student)
+    return plan_routes(teacher_plan, student_plan, teacher, student, *shares)
+
+
+def held_by(signal: tuple[torch.Tensor, ...], share: LossShare) -> tuple[torch.Tensor, ...]:
+    return tuple(column[share.tokens] for column in signal)
 
 
 # ---- routing: pure ---------------------------------------------------------------------------------------------------
 
-Case = tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout, list[LossShare]]
+Case = tuple[MicroBatchPlan, MicroBatchPlan, Layout, Layout, list[int]]
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> Case:
-    """(teacher's plan, student's plan, teacher's layout, student's layout, loss tokens) over one world."""
+    """(teacher's plan, student's plan, teacher's layout, student's layout, numbers of loss tokens) over one world."""
     world = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
     divisors = [n for n in range(1, world + 1) if world % n == 0]
     layouts = []
     for _ in range(2):
         tensor = draw(st.sampled_from(divisors))
         pipeline = draw(st.sampled_from([n for n in divisors if world % (n * tensor) == 0]))
-        layouts.append(Layout.for_world(world, tensor=tensor, pipeline=pipeline))
+        context = draw(st.sampled_from([n for n in divisors if world % (n * tensor * pipeline) == 0]))
+        layouts.append(Layout.for_world(world, tensor=tensor, pipeline=pipeline, context=context))
     lengths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=24))
     teacher, student = (
         plan_micro_batches(
@@ -80,7 +102,7 @@ def plans(draw: st.DrawFn) -> Case:
         )
         for layout in layouts
     )
-    return teacher, student, layouts[0], layouts[1], whole(lengths)
+    return teacher, student, layouts[0], layouts[1], [length - 1 for length in lengths]
 
 
 def replica_of(plan: MicroBatchPlan) -> dict[int, int]:
@@ -91,26 +113,33 @@ def replica_of(plan: MicroBatchPlan) -> dict[int, int]:
 def test_each_rank_that_trains_on_a_sample_receives_it_once_and_nobody_else(
     case: Case,
 ):
-    _, student_plan, _, student, _ = case
-    routes = plan_routes(*case)
-    expected = Counter(
-        (position, rank) for position, dp in replica_of(student_plan).items() for rank in student.last_stage_ranks(dp)
-    )
-    assert Counter((route.position, route.destination) for route in routes) == expected
-    assert set(expected.values()) == {1}
+    """Each loss token that the rank holds; a rank that holds none of them has one route without tokens."""
+    _, student_plan, _, student, sizes = case
+    shares, tokens, empty = shares_of(sizes, student), Counter[Any](), Counter[Any]()
+    for position, dp in replica_of(student_plan).items():
+        for cp, share in enumerate(shares[position]):
+            for rank in student.last_stage_ranks(dp, cp):
+                tokens.update((position, rank, token) for token in share.tokens)
+                empty.update([(position, rank)] if not share.tokens else [])
+    routes = routes_of(*case)
+    assert Counter((r.position, r.destination, token) for r in routes for token in r.share.tokens) == tokens
+    assert Counter((r.position, r.destination) for r in routes if not r.share.tokens) == empty
+    assert {*tokens.values(), *empty.values()} <= {1}
 
 
 @given(plans())
 def test_sources_have_the_signal_and_stay_at_home_where_they_can(
     case: Case,
 ):
-    teacher_plan, _, teacher, _, shares = case
-    replicas = replica_of(teacher_plan)
-    for position, source, destination, share in plan_routes(*case):
-        assert share is shares[position]
-        owners = teacher.last_stage_ranks(replicas[position])
-        assert source in owners
-        assert (source == destination) == (destination in owners)
+    teacher_plan, _, teacher, _, sizes = case
+    replicas, shares = replica_of(teacher_plan), shares_of(sizes, teacher, prompt=6)
+    for route in routes_of(*case):
+        cp = teacher.coordinate(route.source).cp
+        assert route.held == shares[route.position][cp]
+        assert [route.held.tokens[row] for row in route.rows.tokens] == route.share.tokens
+        owners = teacher.last_stage_ranks(replicas[route.position], cp)
+        assert route.source in owners
+        assert (route.source == route.destination) == (route.destination in owners)
 
 
 @given(plans())
@@ -124,22 +153,22 @@ def test_routes_are_in_the_order_in_which_the_teacher_makes_the_signals(
         for number, batch in enumerate(batches)
         for index, position in enumerate(batch)
     }
-    keys = [(made[route.position], route.destination) for route in plan_routes(*case)]
+    keys = [(made[route.position], route.destination) for route in routes_of(*case)]
     assert keys == sorted(keys)
 
 
 @given(plans(), st.integers(0, 40))
 def test_rounds_carry_every_route_once_in_order_within_the_limit(case: Case, limit: int):
     sizes = [(7 * position) % 20 for position in range(len(case[4]))]
-    routes = plan_routes(*case[:4], whole(sizes))
+    routes = routes_of(*case[:4], sizes)
     rounds = plan_rounds(routes, 1, limit)
     assert [r for some in rounds for r in some] == [
-        r for r in routes if r.source != r.destination and sizes[r.position]
+        r for r in routes if r.source != r.destination and r.share.num_tokens
     ]
     for some in rounds:
         for end in ("source", "destination"):
             for rank in {getattr(route, end) for route in some}:
-                carried = [sizes[route.position] for route in some if getattr(route, end) == rank]
+                carried = [route.share.num_tokens for route in some if getattr(route, end) == rank]
                 assert sum(carried) <= limit or len(carried) == 1
 
 
@@ -150,10 +179,10 @@ def test_sources_take_turns():
     teacher_plan, student_plan = (
         plan_micro_batches(lengths, data_parallel_size=layout.data, micro_batch_size=2) for layout in (teacher, student)
     )
-    shares = whole(lengths)
-    assert all(r.source == r.destination for r in plan_routes(teacher_plan, student_plan, teacher, student, shares))
+    plans = teacher_plan, student_plan, teacher
+    assert all(r.source == r.destination for r in routes_of(*plans, student, lengths))
     offset = Layout(data=4, rank_offset=4)  # destinations that hold nothing of the teacher
-    sent = Counter(route.source for route in plan_routes(teacher_plan, student_plan, teacher, offset, shares))
+    sent = Counter(route.source for route in routes_of(*plans, offset, lengths))
     assert sent == dict.fromkeys(range(4), 2)
 
 
@@ -167,7 +196,7 @@ def test_the_rows_of_a_share():
 def test_two_plans_of_different_samples_are_a_fault():
     one, other = (plan_micro_batches([3] * n, data_parallel_size=1, micro_batch_size=1) for n in (2, 3))
     with pytest.raises(AssertionError, match="different samples"):
-        plan_routes(one, other, Layout(), Layout(), whole([3] * 3))
+        routes_of(one, other, Layout(), Layout(), [3] * 3)
 
 
 # ---- the exchange ----------------------------------------------------------------------------------------------------
@@ -202,17 +231,16 @@ def exchange_all(
             )
             for layout in (teacher, student)
         )
-        routes = plan_routes(teacher_plan, student_plan, teacher, student, whole(NUM_TOKENS))
-        mine = teacher.coordinate(rank)
+        routes = routes_of(teacher_plan, student_plan, teacher, student, NUM_TOKENS)
+        mine, shares = teacher.coordinate(rank), shares_of(NUM_TOKENS, teacher, prompt=6)
         own = teacher_plan[mine.dp] if mine.pp == teacher.pipeline - 1 else ()
-        local = {position: signal_of(position, kind) for batch in own for position in batch}
+        local = {p: held_by(signal_of(p, kind), shares[p][mine.cp]) for batch in own for p in batch}
         store, num_bytes = exchange(spec, routes, local, group, max_bytes=max_bytes)
-        planned = sum(
-            NUM_TOKENS[r.position] * spec.bytes_per_token for r in routes if r.source == rank != r.destination
-        )
-        expected = [r.position for r in routes if r.destination == rank]
-        wrong = [p for p in expected if not same(store._samples[p], signal_of(p, kind))]
-        assert sorted(store._samples) == sorted(expected)
+        planned = sum(r.share.num_tokens * spec.bytes_per_token for r in routes if r.source == rank != r.destination)
+        expected, here = {r.position for r in routes if r.destination == rank}, student.coordinate(rank)
+        wanted = shares_of(NUM_TOKENS, student)
+        wrong = [p for p in expected if not same(store._samples[p], held_by(signal_of(p, kind), wanted[p][here.cp]))]
+        assert store._samples.keys() == expected
         results.append((num_bytes, planned, len(expected), wrong))
     return results
 
@@ -234,8 +262,8 @@ def test_every_pair_of_layouts_exchanges_what_it_plans(max_bytes: int | None):
         assert all(sent == planned for sent, planned, _, _ in cells), what
         assert all(not wrong for *_, wrong in cells), what
         student = over_the_world(LAYOUTS[student_name])
-        assert sum(received for _, _, received, _ in cells) == len(NUM_TOKENS) * student.tensor, what
-        if teacher_name == student_name:
+        assert sum(received for _, _, received, _ in cells) == len(NUM_TOKENS) * student.tensor * student.context, what
+        if teacher_name == student_name and student.context == 1:
             assert not any(sent for sent, *_ in cells), f"{what}: nothing need travel"
         if (teacher_name, student_name) == ("PP4", "TP4"):  # three of four destinations are elsewhere
             assert sum(sent for sent, *_ in cells) == 3 * sum(NUM_TOKENS) * spec_of(kind).bytes_per_token
@@ -252,26 +280,27 @@ def stream_all(cases: list[tuple[Layout, Layout]], max_bytes: int) -> list[dict[
             )
             for layout, size in ((teacher, 3), (student, 1))
         )
-        routes = plan_routes(teacher_plan, student_plan, teacher, student, whole(NUM_TOKENS))
+        routes = routes_of(teacher_plan, student_plan, teacher, student, NUM_TOKENS)
         found: dict[str, Any] = {"wrong": [], "bytes": 0, "held": 0}
         if teacher.holds(rank):
-            mine = teacher.coordinate(rank)
+            mine, shares = teacher.coordinate(rank), shares_of(NUM_TOKENS, teacher, prompt=6)
             steps = [Outgoing(routes, group), Outgoing(routes, group)]
             for step in steps:  # the second one before the first has arrived
                 for batch in teacher_plan[mine.dp] if mine.pp == teacher.pipeline - 1 else ():
                     for position in batch:
-                        step.send(position, signal_of(position, kind))
+                        step.send(position, held_by(signal_of(position, kind), shares[position][mine.cp]))
             for step in steps:
                 step.wait()
         elif student.holds(rank):
-            mine = student.coordinate(rank)
+            mine, shares = student.coordinate(rank), shares_of(NUM_TOKENS, student)
             for _ in range(2):
                 incoming = Incoming(spec, routes, group, max_bytes=max_bytes)
                 store = SignalStore(spec, {}, incoming)
                 found["bytes"] += incoming.num_bytes
                 # The other way round than they are made: all of them wait somewhere.
                 for position in reversed([p for batch in student_plan[mine.dp] for p in batch]):
-                    if mine.pp == student.pipeline - 1 and not same(store._take(position), signal_of(position, kind)):
+                    expected = held_by(signal_of(position, kind), shares[position][mine.cp])
+                    if mine.pp == student.pipeline - 1 and not same(store._take(position), expected):
                         found["wrong"].append(position)
                 assert incoming.done
                 found["held"] = max(found["held"], incoming.most_held_bytes)
@@ -284,6 +313,9 @@ SEPARATE = {
     "DP2 to PP2": (Layout(data=2, rank_offset=2), Layout(pipeline=2)),
     "PP2 to DP2": (Layout(pipeline=2, rank_offset=2), Layout(data=2)),
     "PP3 to TP1": (Layout(pipeline=3, rank_offset=1), Layout()),
+    "CP2 to TP2": (Layout(context=2, rank_offset=2), Layout(tensor=2)),
+    "CP2 to CP2": (Layout(context=2, rank_offset=2), Layout(context=2)),
+    "TP1 to CP2": (Layout(rank_offset=3), Layout(context=2)),
 }
 
 

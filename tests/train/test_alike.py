@@ -24,6 +24,7 @@ from megatron_gkd.train import alike, inputs, loop, setup
 from megatron_gkd.train.replicas import Replicas, weight_sums
 from megatron_gkd.train.setup import join
 from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.effort import LIMIT_S
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
 from tests.support.runs import command_line, train_on_this_rank
@@ -220,6 +221,10 @@ def drifting(argv: tuple[Any, ...], flags: dict[str, Any], odd: int) -> tuple[st
     ("layout", "wanted"),
     [
         ({}, f"the weights of rank 2 ({HOST}) differ from those of ranks 0, 1, 3 ({HOST}) in decoder.layers.0.mlp."),
+        (
+            dict(context_parallel_size=4),
+            f"the weights of rank 2 ({HOST}) differ from those of ranks 0, 1, 3 ({HOST}) in",
+        ),
         (dict(tensor_model_parallel_size=2), f"the weights of rank 0 ({HOST}) and rank 2 ({HOST}) differ in decoder."),
     ],
 )
@@ -229,6 +234,15 @@ def test_a_replica_that_drifts_by_one_bit_is_named(flags: dict[str, Any], layout
     assert len(set(found)) == 1
     assert found[0][0].startswith(f"step 2: {wanted}")
     assert found[0][1]
+
+
+def test_a_copy_of_an_expert_that_drifts_is_named(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Expert parallel ranks hold other experts under the same names; of each there are two copies on four ranks."""
+    model = str(write_tiny_checkpoint(tmp_path / "experts", "qwen3_moe", layers=2, hidden_size=32))
+    argv = (model, flags["teacher_model"], flags["dataset"][0])
+    found = run_ranks(drifting, argv, dict(expert_model_parallel_size=2), 2, world=4, timeout_s=LIMIT_S)
+    pair = f"the weights of rank 0 ({HOST}) and rank 2 ({HOST}) differ in decoder.layers.0.mlp.experts.local_experts.0."
+    assert {said.startswith(f"step 2: {pair}") for said, _ in found} == {True}, found[0]
 
 
 def train_and_drift(argv: list[str]) -> str:

@@ -41,6 +41,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 SP": (2, dict(tensor=2, sequence=True, teacher_tensor=1)),
     "PP2 VPP2": (2, dict(pipeline=2, virtual=2)),
     "PP2 VPP2 DP2": (4, dict(pipeline=2, virtual=2)),
+    "CP2": (2, dict(context=2, teacher_context=1)),
 }
 
 

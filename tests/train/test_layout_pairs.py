@@ -7,6 +7,8 @@ vocabulary. The teacher's micro-batches are of other sizes than the student's (i
 A pair of layouts has one of the two signals, in turn, and both in the nightly run: by then a signal's route is a pure
 function of the layouts, which teacher/test_signals.py tests for all of them.
 
+With context parallelism: a few pairs, on ranks of the teacher's own. On the same ranks: test_step_exact.py.
+
 Not covered: more than one step (test_separate_runs.py), CUDA.
 """
 
@@ -114,7 +116,7 @@ def one_step_each(configs: list[RunConfig]) -> list[StepOutcome | None]:
                 teacher_max_tokens=30 if index % 2 else None,
             )
             if teacher_run:
-                teacher_signals(run.teacher, plan, packing=False)
+                teacher_signals(run.teacher, plan)
                 outcomes.append(None)
             else:
                 outcomes.append(Trainer(config, run).carry_out(plan, config.distillation))
@@ -136,11 +138,16 @@ def check(models: tuple[str, str, str], student: str, world: int, teachers: list
         for signal in (kinds if FULL else [kinds[(list(STUDENTS).index(student) + list(TEACHERS).index(teacher)) % 2]])
     ]
     configs = [config_of(models, student, teacher, SIGNALS[signal], **flags) for teacher, signal in cells]
+    check_steps(models, configs, cells, world, flags.get("teacher_world_size", 0))
+
+
+def check_steps(
+    models: tuple[str, str, str], configs: list[RunConfig], cells: list[tuple[str, str]], world: int, own: int
+) -> None:
     results = run_ranks(one_step_each, configs, world=world)
     faults = {}
     for index, (teacher, signal) in enumerate(cells):
         outcomes = [result[index] for result in results if result[index] is not None]
-        own = flags.get("teacher_world_size", 0)
         assert len(outcomes) == world - own
         assert len({(outcome.loss, outcome.grad_norm) for outcome in outcomes}) == 1, "ranks report different numbers"
         (written,) = [outcome for outcome in outcomes if outcome.weights is not None]
@@ -179,3 +186,23 @@ def test_on_ranks_of_its_own(models: tuple[str, str, str], case: str) -> None:
 
 def test_weights_and_signals_in_host_memory_change_nothing(models: tuple[str, str, str]) -> None:
     check(models, "TP2", 2, ["PP2", "TP2"], offload_teacher_model=True, signal_memory_gb=1e-6)
+
+
+# (ranks, the teacher's, layout, signal)
+CONTEXT: dict[str, tuple[int, int, dict[str, Any], str]] = {
+    "CP2 beside 1": (3, 1, dict(context=2, teacher_context=1), "full"),
+}
+if FULL:
+    CONTEXT |= {
+        "CP2 beside CP2": (4, 2, dict(context=2), "topk"),
+        "DP2 beside CP2": (4, 2, dict(teacher_context=2), "full"),
+        "CP2 beside TP2": (4, 2, dict(context=2, teacher_context=1, teacher_tensor=2), "topk"),
+    }
+
+
+@pytest.mark.parametrize("case", CONTEXT)
+def test_context_parallelism_beside_a_teacher_on_ranks_of_its_own(models: tuple[str, str, str], case: str) -> None:
+    world, own, layout, signal = CONTEXT[case]
+    sizes = {T[name]: value for name, value in layout.items()}
+    config = config_of(models, "TP1", "TP1", SIGNALS[signal], teacher_placement="separate", teacher_world_size=own)
+    check_steps(models, [RunConfig.from_flat(config.to_flat() | sizes)], [(case, signal)], world, own)

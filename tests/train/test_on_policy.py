@@ -25,6 +25,7 @@ from megatron_gkd.teacher.served import ServerTeacher
 from megatron_gkd.train.loop import run_training
 from megatron_gkd.train.rollouts import Rollouts
 from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.effort import FULL
 from tests.support.fake_teacher_server import FakeServer, serve
 from tests.support.metrics_page import ROLLOUT, names_of_a_step
 from tests.support.program import run
@@ -119,13 +120,15 @@ def runs(inputs: Inputs) -> dict[str, list[dict[int, tuple[int, ...]]]]:
         "window": inputs.config("window", **WINDOW),
         "window_resumed": resumed(inputs, "window", 4, **WINDOW),
     }
+    if FULL:
+        configs["cp2"] = inputs.config("cp2", verify_sync_every=2, **{T["context"]: 2})
     found = run_ranks(train_all, list(configs.values()), world=2, with_vllm=True)
     assert found[0] == found[1], "every rank has all completions"
     return dict(zip(configs, found[0], strict=True))
 
 
 def test_on_policy_distillation_improves_the_held_out_reverse_kl(inputs: Inputs, runs: dict[str, Any]) -> None:
-    for name in ("tp2", "pp2", "dp2"):
+    for name in runs.keys() & {"tp2", "pp2", "dp2", "cp2"}:
         first, last = records(inputs.root / name / "evaluation.jsonl")
         assert last["reverse_kl"] < 0.9 * first["reverse_kl"], name
         metrics = records(inputs.root / name / "metrics.jsonl")
@@ -137,10 +140,10 @@ def test_on_policy_distillation_improves_the_held_out_reverse_kl(inputs: Inputs,
 
 
 def test_the_layout_does_not_change_the_completions(inputs: Inputs, runs: dict[str, Any]) -> None:
-    """TP 2 with two engines, PP 2 with one engine of two ranks, DP 2: the same tokens as long as the weights are equal
-    but for rounding.
+    """TP 2 with two engines, PP 2 with one engine of two ranks, DP 2, CP 2: the same tokens as long as the weights are
+    equal but for rounding.
     """
-    assert runs["tp2"][:3] == runs["pp2"][:3] == runs["dp2"][:3]
+    assert runs["tp2"][:3] == runs["pp2"][:3] == runs["dp2"][:3] == runs.get("cp2", runs["dp2"])[:3]
     assert len(set(runs["tp2"][0].values())) > BATCH // 2  # not all alike
     assert runs["tp2"][0] != runs["tp2"][1]
 

@@ -90,8 +90,7 @@ def test_pitfall_8_the_gradient_norm_is_that_of_one_process(root: Path, family: 
     expected = dense_steps(student, teacher, SAMPLES, objective, training, topk=1, num_steps=3)
     for name, (world, flags, sizes) in WAYS.items():
         batches: list[dict[str, Any]] = [dict(micro_batch_size=size) for size in sizes]
-        if "virtual" not in flags:
-            batches.append(dict(micro_batch_size=1, packing=True, max_tokens=30))
+        batches.append(dict(micro_batch_size=1, packing=True, max_tokens=30))
         for result in run_ranks(run_steps, config_of(root, family, **flags), batches, 3, world=world):
             for options, steps in zip(batches, result, strict=True):
                 for numbers, step in zip(steps, expected, strict=True):
@@ -158,7 +157,7 @@ def run_one_sided(config: Any, cells: list[DistillationConfig], packing: bool) -
             trainer.rewind()
             # A pipeline's point-to-point operations are compared by identity with torch's own: they cannot be counted.
             with count_collectives() if trainer.run.student.layout.pipeline == 1 else nullcontext(Counter()) as counter:
-                outcome = trainer.carry_out(plan, cell, packing=packing, with_weights=False)
+                outcome = trainer.carry_out(plan, cell, with_weights=False)
             finite = all(torch.isfinite(p).all() for c in trainer.run.student.chunks for p in c.parameters())
             results.append(([name for name, _ in counter.calls], outcome.loss, bool(finite) and outcome.grad_norm > 0))
     return results
@@ -216,8 +215,8 @@ def run_mismatch(config: Any, what: str) -> None:
         )
         if what == "dropped by the teacher":
             teacher = tuple(tuple(batch for batch in batches if 3 not in batch) for batches in plan.teacher)
-            teacher_signals(run.teacher, replace(plan, teacher=teacher), packing=False)
-        signals, _ = teacher_signals(run.teacher, plan, packing=False)
+            teacher_signals(run.teacher, replace(plan, teacher=teacher))
+        signals, _ = teacher_signals(run.teacher, plan)
         changed = list(SAMPLES)
         if what == "another length":
             changed[2] = replace(changed[2], completion_ids=changed[2].completion_ids[:-1])

@@ -13,39 +13,58 @@ from megatron_gkd.config.dtypes import chosen
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.config.run import ModelConfig
 from megatron_gkd.config.sample import SampleConfig
-from megatron_gkd.errors import NotBuiltError, RolloutError
+from megatron_gkd.errors import LayoutError, RolloutError
+from megatron_gkd.model.divisible import check_fit
 from megatron_gkd.train import sampling
-from megatron_gkd.train.fit import layouts
+from megatron_gkd.train.fit import layouts, refuse_student, without_borrowed_experts
 from megatron_gkd.train.setup import with_dtype
 from megatron_gkd.weights import source
-from tests.support.checkpoints import MOE_FAMILIES, write_tiny_checkpoint
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.models import small
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
 from tests.support.runs import command_line
 from tests.support.trainers import build_run, write_rows
 
 
-def refusal(argv: list[str]) -> str:
-    config = parse_run_config(argv, command="train")
-    with megatron():
-        try:
-            build_run(config)
-        except NotBuiltError as error:
-            return str(error)
-    return "accepted"
+def test_a_mixture_is_trained_over_tensor_ranks_with_sequence_parallelism_alone() -> None:
+    """As a teacher it may do without; so may a dense student."""
+    config = parse_run_config(["--model", "S", "--dataset", "d", "--tensor_model_parallel_size", "2"])
+    student, _ = layouts(config, 2)
+    with pytest.raises(LayoutError, match=r"--tensor_model_parallel_size 2 without --sequence_parallel: .*qwen3_moe"):
+        refuse_student(config, small("qwen3_moe"), student)
+    refuse_student(config, small("llama"), student)
+    refuse_student(config, small("qwen3_moe"), replace(student, sequence_parallel=True))
 
 
-@pytest.mark.parametrize("role", ["model", "teacher_model"])
-@pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_distilling_with_experts_is_refused_by_flag_and_name(tmp_path: Path, family: str, role: str) -> None:
-    dense = write_tiny_checkpoint(tmp_path / "dense", "llama", layers=2)
-    routed = write_tiny_checkpoint(tmp_path / "routed", family, layers=2)
-    (routed / "model.safetensors").unlink()  # refused before a weight is looked for
-    models = {"model": str(dense), "teacher_model": str(dense)} | {role: str(routed)}
-    rows = write_rows(tmp_path / "rows.jsonl", 4)
-    argv = command_line(**models, dataset=rows, lmbda=0, report_to="none", device="cpu", train_iters=1)
-    (message,) = run_ranks(refusal, argv, world=1)
-    assert message.startswith(f"--{role}: distillation with a mixture of experts ({family}) is not built yet")
+def test_the_splits_of_experts_of_student_and_teacher() -> None:
+    """null is the student's, but a dense teacher takes none that it was not given."""
+    words = "--model S --teacher_model T --dataset d --expert_model_parallel_size 4 --expert_tensor_parallel_size 1"
+
+    def of_teacher(more: str, family: str) -> tuple[int, int]:
+        config = parse_run_config(f"{words} {more}".split())
+        student, teacher = layouts(config, 8)
+        assert (student.expert, student.expert_tensor_size) == (4, 1)
+        teacher = without_borrowed_experts(config, small(family), teacher)
+        check_fit("teacher_model", small(family), teacher)
+        return teacher.expert, teacher.expert_tensor_size
+
+    tensor = "--teacher_tensor_model_parallel_size 2"
+    assert of_teacher("", "qwen3_moe") == (4, 1)
+    assert of_teacher("--teacher_expert_model_parallel_size 2", "mixtral") == (2, 1)
+    assert of_teacher(f"{tensor} --teacher_expert_tensor_parallel_size 2", "mixtral") == (4, 2)
+    assert of_teacher(tensor, "llama") == (1, 2)
+    for own, size in (("model", 2), ("tensor", 1)):
+        with pytest.raises(LayoutError, match=f"^--teacher_model: expert-.*size {size}: a llama model has no experts"):
+            of_teacher(f"{tensor} --teacher_expert_{own}_parallel_size {size}", "llama")
+
+
+def test_a_split_of_experts_that_does_not_fit_is_the_students_or_the_teachers() -> None:
+    own = "--teacher_placement separate --teacher_world_size 1"
+    for words, whose in (("", "student"), (own, "teacher")):
+        argv = f"--model S --teacher_model T --dataset d --expert_model_parallel_size 2 {words}".split()
+        with pytest.raises(LayoutError, match=rf"^the {whose}'s layout: .*size 2 does not divide the 1 ranks"):
+            layouts(parse_run_config(argv), 1 if whose == "student" else 3)
 
 
 def test_one_model_chunk_per_stage_is_no_virtual_pipeline() -> None:

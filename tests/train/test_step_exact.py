@@ -18,14 +18,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_gkd.config.run import DistillationConfig, TrainingConfig
+from megatron_gkd.data import cut
+from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.model import sequences
+from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.records import SOURCES
+from megatron_gkd.train import setup
+from megatron_gkd.train.objective import DistillationLoss
 from tests.support.dense_step import DenseStep, Fault, Objective, dense_step, differences
 from tests.support.effort import FULL
 from tests.support.ranks import run_ranks
@@ -36,8 +44,6 @@ pytestmark = pytest.mark.slow
 
 TOPK = 12
 SAMPLES = make_samples([(5, 7), (3, 1), (9, 12), (2, 0), (1, 4), (6, 9), (4, 3), (7, 5)])
-COUNTS = {"tokens": sum(sample.num_loss_tokens for sample in SAMPLES)}
-COUNTS |= {source: sum(sample.source == source for sample in SAMPLES) for source in SOURCES}
 
 # adam_eps near the gradient's own size: the update keeps its direction AND its scale, where 1e-8 would leave the sign
 # alone. The gradient norm is above clip_grad, and one step changes the weights by several percent.
@@ -53,6 +59,8 @@ class Cell:
     loss_path: str
     packing: bool = False
     teacher_micro_batch_size: int | None = None
+    max_tokens: int = 24  # of a pack
+    num_samples: int = len(SAMPLES)
 
     def distillation(self) -> DistillationConfig:
         objective = self.objective
@@ -97,7 +105,19 @@ PACKED = [
     Cell(Objective(0.5, "full", 0.5), 1, "fused", packing=True),
     Cell(Objective(1.0, "bucket", 0.0), 1, "logits", packing=True),
 ]
-MAX_PACKED_TOKENS = 24
+# The interleaved schedule goes through its micro-batches in groups. PACKED are three micro-batches; here are two, one,
+# five and one.
+FOR_GROUPS = [
+    *(Cell(Objective(0.5, "full", 0.5), 1, "fused", packing=True, max_tokens=tokens) for tokens in (40, 80)),
+    Cell(Objective(0.5, "full", 0.5), 1, "fused", num_samples=5),
+    Cell(Objective(1.0, "bucket", 0.0), 8, "logits"),
+]
+# Context parallelism changes who holds which tokens, and attention; not what is made of a token.
+OF_CONTEXT = [
+    Cell(Objective(0.0, "bucket", 0.5), 4, "fused"),
+    Cell(Objective(0.5, "full", 0.5), 1, "logits"),
+    *PACKED,
+]
 
 # name -> (ranks, layout of student and teacher). The optimizer is sharded (or not) where it makes a difference.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -109,7 +129,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 SP": (2, dict(tensor=2, sequence=True, teacher_tensor=1)),
     "PP2 VPP2": (2, dict(pipeline=2, virtual=2, teacher_pipeline=2)),
     "TP2 PP2": (4, dict(tensor=2, pipeline=2, teacher_tensor=2, teacher_pipeline=1)),
+    "CP2": (2, dict(context=2)),
+    "CP2, teacher TP2 CP1": (2, dict(context=2, teacher_tensor=2, teacher_context=1, sharded=False)),
+    "CP1, teacher CP2": (2, dict(teacher_context=2)),
+    "TP2 SP CP2": (4, dict(tensor=2, sequence=True, context=2, teacher_tensor=1, teacher_context=4)),
+    "CP2 PP2": (4, dict(context=2, pipeline=2, teacher_pipeline=1, teacher_context=2)),
 }
+if FULL:
+    LAYOUTS |= {
+        "TP2 CP2": (4, dict(tensor=2, context=2)),
+        "CP4": (4, dict(context=4)),
+        "CP2 DP2": (4, dict(context=2, teacher_context=1)),
+        "CP2 PP2 VPP2": (4, dict(context=2, pipeline=2, virtual=2)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -145,40 +177,62 @@ def run_cells(config: Any, cells: list[Cell]) -> list[StepOutcome]:
             trainer.rewind()
             outcomes.append(
                 trainer.step(
-                    SAMPLES,
+                    SAMPLES[: cell.num_samples],
                     cell.distillation(),
                     micro_batch_size=cell.micro_batch_size,
                     teacher_micro_batch_size=cell.teacher_micro_batch_size,
                     packing=cell.packing,
-                    max_tokens=MAX_PACKED_TOKENS if cell.packing else None,
+                    max_tokens=cell.max_tokens if cell.packing else None,
                 )
             )
     return outcomes
 
 
 @cache
-def truth(student: str, teacher: str, objective: Objective, fault: Fault | None = None) -> DenseStep:
-    return dense_step(student, teacher, SAMPLES, objective, TrainingConfig(**OPTIMIZER), topk=TOPK, fault=fault)
+def truth(
+    student: str, teacher: str, objective: Objective, fault: Fault | None = None, num_samples: int = len(SAMPLES)
+) -> DenseStep:
+    training, samples = TrainingConfig(**OPTIMIZER), SAMPLES[:num_samples]
+    return dense_step(student, teacher, samples, objective, training, topk=TOPK, fault=fault)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", PAIRS)
+def counts(num_samples: int) -> dict[str, int]:
+    """Loss tokens, and samples by source."""
+    samples = SAMPLES[:num_samples]
+    of_sources = {source: sum(sample.source == source for sample in samples) for source in SOURCES}
+    return {"tokens": sum(sample.num_loss_tokens for sample in samples), **of_sources}
+
+
+# Of context parallelism the gate has one family, and the other one where the two ends of a pipeline share an embedding.
+CASES = [
+    (family, layout)
+    for family in PAIRS
+    for layout in LAYOUTS
+    if FULL or "CP" not in layout or family == "llama" or layout == "CP2 PP2"
+]
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
 def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> None:
     world, options = LAYOUTS[layout]
     config = config_of(root, family, options)
-    # The interleaved pipeline needs a multiple of PP micro-batches, which packing does not promise.
-    grid = of_family(cells(list(LAYOUTS).index(layout)) + ([] if "virtual" in options else PACKED), family)
+    grid = cells(list(LAYOUTS).index(layout)) + PACKED
+    if "virtual" in options:
+        grid += FOR_GROUPS
+    grid = of_family(grid, family)
+    if "CP" in layout and not FULL:
+        grid = OF_CONTEXT
     results = run_ranks(run_cells, config, grid, world=world)
     student, teacher = config.model.model, config.teacher.teacher_model
     faults = {}
     for index, cell in enumerate(grid):
-        expected = truth(student, teacher, cell.objective)
+        expected = truth(student, teacher, cell.objective, num_samples=cell.num_samples)
         assert expected.grad_norm > OPTIMIZER["clip_grad"]
         outcomes = [outcome[index] for outcome in results]
         assert len({(outcome.loss, outcome.grad_norm) for outcome in outcomes}) == 1, "ranks report different numbers"
         (written,) = [outcome for outcome in outcomes if outcome.weights is not None]
         assert written.weights is not None
-        assert all(outcome.counts == COUNTS for outcome in outcomes)
+        assert all(outcome.counts == counts(cell.num_samples) for outcome in outcomes)
         wrong = differences(written.loss, written.grad_norm, written.metrics, written.weights, expected)
         if wrong:
             faults[cell] = wrong
@@ -201,6 +255,82 @@ WRONG_STEPS: dict[str, tuple[Objective, Fault | None, set[str]]] = {
     "tail for none": (replace(CONTROL, signal="bucket"), None, {"loss", "grad_norm", "metric divergence"}),
     "alpha 1e-4 off": (replace(CONTROL, sft_alpha=0.50005), None, {"loss", "grad_norm"}),
 }
+
+
+def counts_samples_whole(patch: pytest.MonkeyPatch) -> None:
+    """The number of loss tokens CP times too large: each rank says those of whole samples."""
+    original = DistillationLoss.__call__
+
+    def call(self: DistillationLoss, model: Any, hidden: Any, batch: MicroBatch, signal: Any) -> Any:
+        loss_sum, _, report = original(self, model, hidden, batch, signal)
+        whole = sum(SAMPLES[position].num_loss_tokens for position in batch.positions)
+        return loss_sum, torch.tensor(whole, dtype=torch.int), report
+
+    patch.setattr(DistillationLoss, "__call__", call)
+
+
+def cuts_contiguous_chunks(patch: pytest.MonkeyPatch) -> None:
+    """Tokens, labels and shares without the zigzag that attention and rotary positions have."""
+
+    def spans(length: int, size: int, rank: int) -> list[tuple[int, int]]:
+        return [(length // size * rank, length // size * (rank + 1))]
+
+    def of_pack(lengths: list[int], size: int, rank: int) -> list[tuple[int, int]]:
+        borders = pairwise(accumulate(lengths, initial=0))
+        return [(a + first, a + end) for a, b in borders for first, end in spans(b - a, size, rank)]
+
+    patch.setattr(cut, "held_spans_of_pack", of_pack)
+    patch.setattr(sequences, "held_spans", spans)
+
+
+def drops_the_sum_of_the_backward(patch: pytest.MonkeyPatch) -> None:
+    """Each rank keeps the gradient of its own keys and values from its own queries."""
+    patch.setattr(dist, "reduce_scatter_tensor", lambda out, x, group: out.copy_(x.chunk(2)[group.rank()]))
+
+
+def sums_over_replicas_alone(patch: pytest.MonkeyPatch) -> None:
+    """Gradients and the number of tokens over `dp`, as without context parallelism."""
+
+    def groups_of(layout: Any) -> Any:
+        groups = build_groups(layout)
+        groups.dp_cp = groups.intra_dp_cp = groups.dp
+        return groups
+
+    patch.setattr(setup, "build_groups", groups_of)
+
+
+KEYS = "model.layers.0.self_attn.k_proj.weight"
+FAULTS_OF_CONTEXT = {
+    counts_samples_whole: {"grad_norm"},  # a scale of the whole gradient is clipped away before the update
+    cuts_contiguous_chunks: {"loss", "grad_norm", KEYS},
+    drops_the_sum_of_the_backward: {"grad_norm", KEYS},
+    sums_over_replicas_alone: {"grad_norm", KEYS},
+}
+
+
+def run_with_faults(config: Any) -> list[StepOutcome]:
+    """One step with each of them, and one without."""
+    outcomes = []
+    for fault in (*FAULTS_OF_CONTEXT, None):
+        with pytest.MonkeyPatch.context() as patch:
+            if fault is not None:
+                fault(patch)
+            outcomes += run_cells(config, [Cell(CONTROL, 4, "fused")])
+    return outcomes
+
+
+def test_faults_of_context_parallelism_are_told_apart(root: Path) -> None:
+    config = config_of(root, "llama", dict(context=2, sharded=False))
+    student, teacher = config.model.model, config.teacher.teacher_model
+    outcomes, _ = run_ranks(run_with_faults, config, world=2)
+    for fault, outcome in zip((*FAULTS_OF_CONTEXT, None), outcomes, strict=True):
+        assert outcome.weights is not None
+        dense = truth(student, teacher, CONTROL)
+        found = differences(outcome.loss, outcome.grad_norm, outcome.metrics, outcome.weights, dense)
+        if fault is None:
+            assert not found
+        else:
+            assert FAULTS_OF_CONTEXT[fault] <= found.keys(), fault.__name__
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "model": run.config.model.model,
         "exported_model": str(run.exported) if run.exported else None,
         "loss": describe_loss(run.config.distillation),
-        "layout": _describe_layout(run),
+        "layout": describe_layout(run),
         "training_s": round(time_s * scale, 3) if time_s else None,
         "num_tokens": round(num_tokens * scale) if num_tokens else None,
         "tokens_per_s": round(num_tokens / time_s, 3) if time_s else None,
@@ -73,12 +73,21 @@ def describe_loss(loss: DistillationConfig) -> str:
     return f"{text}; {sources.get(loss.lmbda, f'completions: {loss.lmbda:.0%} student samples, else {rest}')}"
 
 
-def _describe_layout(run: RunRecord) -> str:
+def describe_layout(run: RunRecord) -> str:
+    """Of both models, and the precision."""
     student, teacher = run.config.parallel, run.config.teacher
-    tp, pp = student.tensor_model_parallel_size, student.pipeline_model_parallel_size
-    teacher_tp = teacher.teacher_tensor_model_parallel_size or tp
-    teacher_pp = teacher.teacher_pipeline_model_parallel_size or pp
-    return f"student TP {tp} x PP {pp}, teacher TP {teacher_tp} x PP {teacher_pp}, {run.config.model.dtype}"
+    sizes = student.tensor_model_parallel_size, student.context_parallel_size, student.pipeline_model_parallel_size
+    asked = (
+        teacher.teacher_tensor_model_parallel_size,
+        teacher.teacher_context_parallel_size,
+        teacher.teacher_pipeline_model_parallel_size,
+    )
+    of_teacher = (own or size for own, size in zip(asked, sizes, strict=True))
+    return f"student {_sizes(*sizes)}, teacher {_sizes(*of_teacher)}, {run.config.model.dtype}"
+
+
+def _sizes(tensor: int, context: int, pipeline: int) -> str:
+    return f"TP {tensor}{f' x CP {context}' if context > 1 else ''} x PP {pipeline}"
 
 
 def to_text(summary: Mapping[str, Any]) -> str:

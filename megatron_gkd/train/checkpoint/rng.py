@@ -67,7 +67,13 @@ def reseed(seed: int, groups: ProcessGroupCollection | None) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if groups is not None:
-        model_parallel_cuda_manual_seed(seed, tp_rank=groups.tp.rank(), ep_rank=0, etp_rank=0)
+        seed_tracker(seed, groups)
+
+
+def seed_tracker(seed: int, groups: ProcessGroupCollection | None) -> None:
+    """megatron-core's RNG tracker, for the rank's place in the student's layout; the first place without one."""
+    places = (0, 0, 0) if groups is None else (groups.tp.rank(), groups.ep.rank(), groups.expt_tp.rank())
+    model_parallel_cuda_manual_seed(seed, **dict(zip(("tp_rank", "ep_rank", "etp_rank"), places, strict=True)))
 
 
 def pack(of_ranks: Sequence[dict[str, torch.Tensor]]) -> bytes:

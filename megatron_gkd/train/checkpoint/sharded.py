@@ -11,18 +11,21 @@ Communication: `sharded_state` gathers the distributed optimizer's shards over t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.safe_files import load_sharded
 
+_NO_PARAMETER: Final = "no parameter"
+
 
 def sharded_state(student: Student | None, *, is_loading: bool) -> dict[str, Any]:
     """Model chunks, optimizer and schedule; empty without a student."""
     if student is None:
         return {}
+    _count_steps_without_parameters(student)
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
@@ -82,13 +85,7 @@ class _TorchAdamStep:
     """
 
     def __init__(self, student: Student) -> None:
-        members = getattr(student.optimizer, "chained_optimizers", [student.optimizer])
-        self.members = [
-            m
-            for m in members
-            if hasattr(m, "_set_main_param_and_optimizer_states")
-            and isinstance(m.optimizer, torch.optim.Adam | torch.optim.AdamW)
-        ]
+        self.members = _distributed_members(student)
 
     def __enter__(self) -> None:
         for member in self.members:
@@ -106,3 +103,24 @@ class _TorchAdamStep:
             del member._set_main_param_and_optimizer_states
             for state in member.optimizer.state.values():
                 state["step"] = state["step"].clone()
+
+
+def _distributed_members(student: Student) -> list[Any]:
+    """The distributed optimizers over torch's Adam, of the dense layers and of experts."""
+    return [
+        member
+        for member in getattr(student.optimizer, "chained_optimizers", [student.optimizer])
+        if hasattr(member, "_set_main_param_and_optimizer_states")
+        and isinstance(member.optimizer, torch.optim.Adam | torch.optim.AdamW)
+    ]
+
+
+def _count_steps_without_parameters(student: Student) -> None:
+    """Give the optimizer of experts a step count on a pipeline stage that has none: megatron-core (0.16) fails there on
+    its empty state, and what the first rank says of it is saved for all. An entry that belongs to no parameter has it.
+    """
+    members = _distributed_members(student)
+    states = [state for member in members for key, state in member.optimizer.state.items() if key != _NO_PARAMETER]
+    for member in members:
+        if states and not member.optimizer.state.keys() - {_NO_PARAMETER}:
+            member.optimizer.state[_NO_PARAMETER] = {"step": states[0]["step"].clone()}

@@ -44,7 +44,8 @@ _FREE_FLAGS: Final = frozenset(
         *("teacher_placement", "teacher_world_size", "teacher_nodes", "offload_teacher_model", "signal_memory_gb"),
         *("teacher_samples_cache", "teacher_sampling_steps"),
         *("teacher_vllm_tensor_parallel_size", "teacher_vllm_gpu_memory_utilization"),
-        *(f"teacher_{size}_parallel_size" for size in ("tensor_model", "pipeline_model", "context", "expert_model")),
+        *(f"teacher_{size}_parallel_size" for size in ("tensor_model", "pipeline_model", "context")),
+        *("teacher_expert_model_parallel_size", "teacher_expert_tensor_parallel_size"),
         *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level"),
         *("vllm_server_host", "vllm_server_port", "weight_bucket_mb", "verify_sync_every"),
     }

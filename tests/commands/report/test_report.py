@@ -7,6 +7,7 @@ directories that are no run. Not covered: that train/ writes what is read here; 
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from megatron_gkd.cli import main as cli
 from megatron_gkd.commands.report import curve, main, write_report
 from megatron_gkd.commands.report.curve import smooth
 from megatron_gkd.commands.report.run_record import read_run
-from megatron_gkd.commands.report.summary import describe_loss, summarise
+from megatron_gkd.commands.report.summary import describe_layout, describe_loss, summarise
 from megatron_gkd.config.flags import parse_run_config, to_yaml
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError, DataError, GKDError
 from megatron_gkd.observe.writers import read_rows
 
@@ -224,3 +226,17 @@ def test_the_loss_in_words(flags: list[str], text: str):
 def test_smoothing_keeps_ends_and_means():
     assert smooth([1.0, 2.0, 6.0, 2.0, 1.0], 3) == pytest.approx([1.0, 3.0, 10 / 3, 3.0, 1.0])
     assert smooth([5.0], 9) == [5.0]
+
+
+def test_the_layout_in_words() -> None:
+    flags = dict(model="S", dataset=["d"], dtype="fp32", tensor_model_parallel_size=2)
+    for more, words in (
+        ({}, "student TP 2 x PP 1, teacher TP 2 x PP 1, fp32"),
+        (dict(context_parallel_size=4), "student TP 2 x CP 4 x PP 1, teacher TP 2 x CP 4 x PP 1, fp32"),
+        (
+            dict(context_parallel_size=4, teacher_context_parallel_size=1, teacher_pipeline_model_parallel_size=2),
+            "student TP 2 x CP 4 x PP 1, teacher TP 2 x PP 2, fp32",
+        ),
+    ):
+        run: Any = SimpleNamespace(config=RunConfig.from_flat(flags | more))
+        assert describe_layout(run) == words

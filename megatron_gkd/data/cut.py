@@ -1,0 +1,42 @@
+"""The part of a micro-batch that one context-parallel rank is fed (parallel/zigzag.py says which).
+
+    padded   [B, S] -> [B, S / cp]: two chunks of every row
+    packed   [1, S] -> [1, S / cp]: two chunks of every segment, segment after segment
+
+`cu_seqlens` and `max_seqlen` stay those of the whole sequences: rotary positions and attention want them so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+
+from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.parallel.zigzag import held_spans_of_pack
+
+
+def cut(batch: MicroBatch, size: int, rank: int) -> MicroBatch:
+    """What rank `rank` of `size` is fed of a batch whose loss tokens (`batch.shares`) are already those of that rank.
+
+    The rank's samples are counted by rank 0 alone.
+    """
+    if size == 1:
+        return batch
+    length = batch.tokens.shape[1]
+    borders = [0, length] if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
+    lengths = [end - first for first, end in pairwise(borders)]
+    index = torch.cat([torch.arange(first, end) for first, end in held_spans_of_pack(lengths, size, rank)])
+    place = torch.full((length,), -1)
+    place[index] = torch.arange(len(index))
+    local = place[batch.loss_index % length]
+    assert bool((local >= 0).all()), "loss tokens of another rank"
+    return replace(
+        batch,
+        tokens=batch.tokens[:, index],
+        position_ids=batch.position_ids[:, index],
+        padding=None if batch.padding is None else batch.padding[:, index],
+        loss_index=batch.loss_index // length * len(index) + local,
+        counts_samples=rank == 0,
+    )

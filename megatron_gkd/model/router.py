@@ -1,0 +1,123 @@
+"""The router of a mixture of experts: megatron-core's, with a load-balancing loss that is right under a per-token loss,
+and a count of what goes where.
+
+The load-balancing loss of a micro-batch with T tokens (no padding), summed over a model's layers with experts:
+
+    c * E / (k T^2) * sum over experts e of  count_e * sum over tokens of p_e        p = softmax over all E experts
+
+(c times 1 for even loads, E / k at most), and a step's is the mean over its micro-batches. All gradients
+of a step are divided once by its number of loss tokens N (train/student.py). megatron-core (0.16 - 0.19) multiplies a
+micro-batch's loss by its number of positions instead, by those of one tensor-parallel rank in 0.16: so its weight would
+change with prompts and padding and with the layout. Here it is N / micro-batches of the step, over all replicas, set
+once a step (`Routers.begin`): whatever micro-batch is current when a router runs (1F1B, recomputation), it is the same.
+
+Which samples share a micro-batch is part of the definition: the loss depends on --micro_batch_size, --packing and the
+number of replicas, as megatron-core's does.
+
+Communication: with a coefficient, an all-reduce of [E] over TP (sequence parallel ranks hold parts of a micro-batch) in
+each layer's forward pass; `Routers.loads`: one of [layers, E + 1] over the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+
+
+class Router(TopKRouter):
+    """See the module docstring. Same parameters and same routing as megatron-core's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_weight: float | None = None  # of a micro-batch's loss, in a sum that is divided by N; per step
+        self.load: torch.Tensor | int = 0  # [E], tokens of the step so far, on this rank
+        self.loss: torch.Tensor | int = 0  # this rank's part of the step's load-balancing losses, without coefficient
+
+    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
+        """logits [S, B, E], padding_mask [S, B] (True: padding) -> probabilities and map [S * B, E]."""
+        probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+        if self.training and torch.is_grad_enabled():  # once where activations are recomputed
+            counted = routing_map if padding_mask is None else routing_map & ~padding_mask.reshape(-1, 1)
+            self.load = self.load + counted.sum(0)
+        return probs, routing_map
+
+    def _apply_aux_loss(
+        self, probs: torch.Tensor, scores: torch.Tensor, routing_map: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Attach the loss to `probs`. `scores` and `routing_map` [tokens, E] are 0 where there is padding."""
+        coefficient = self.get_aux_loss_coeff("aux_loss")
+        if not coefficient:
+            return probs
+        counts = routing_map.sum(0).float()
+        dist.all_reduce(counts, group=self.tp_cp_group)
+        assert self.loss_weight is not None, "Routers.begin tells it"
+        num_tokens = (counts.sum() / self.topk).clamp(min=1)  # a micro-batch may be padding alone
+        loss = (scores.sum(0) * counts).sum() * self.num_experts / (self.topk * num_tokens**2)
+        self.loss = self.loss + loss.detach()
+        return MoEAuxLossAutoScaler.apply(probs, loss * coefficient * self.loss_weight)
+
+
+class Routers:
+    """All routers of this rank's chunks, through a training step."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> None:
+        self._groups, self._num_micro_batches = groups, 0
+        self._routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
+        config: Any = getattr(chunks[0], "config", None) if chunks else None
+        self.num_experts: int = getattr(config, "num_moe_experts", None) or 0
+        self.has_loss = bool(self.num_experts and config.moe_aux_loss_coeff)
+        self._num_layers: int = config.num_layers if self.num_experts else 0
+
+    def begin(self, num_loss_tokens: int | None, num_micro_batches: int) -> None:
+        """A step starts.
+
+        Args:
+            num_loss_tokens: N, over all replicas; needed with a load-balancing loss.
+            num_micro_batches: of the step, over all replicas.
+        """
+        assert num_loss_tokens is not None or not self.has_loss, "a load-balancing loss is weighed by the loss tokens"
+        self._num_micro_batches = num_micro_batches
+        for router in self._routers:
+            router.load, router.loss = 0, 0
+            router.loss_weight = None if num_loss_tokens is None else num_loss_tokens / num_micro_batches
+
+    def freeze(self) -> None:
+        """Their weights are not trained. Before DDP is made."""
+        for router in self._routers:
+            router.requires_grad_(False)
+
+    def loads(self, device: torch.device) -> dict[str, float]:
+        """Metrics of the step, the same on every rank; none for a dense model. Collective over the layout.
+
+        `moe/load_max` and `moe/load_mean`: tokens of a layer's busiest expert over those of an even share (1: balanced,
+        E / k: the same k experts for all tokens), the largest and the mean over the layers; `moe/idle_experts`: share
+        of the experts of all layers that got no token; `moe/aux_loss`: the load-balancing loss without its coefficient,
+        mean over layers.
+        """
+        if not self.num_experts:
+            return {}
+        table = torch.zeros(self._num_layers, self.num_experts + 1, dtype=torch.float64, device=device)
+        for router in self._routers:
+            row = table[int(router.layer_number or 0) - 1]
+            row[:-1] += router.load
+            row[-1] += router.loss
+        dist.all_reduce(table, group=self._groups.intra_dist_opt)
+        loads, losses = table[:, :-1], table[:, -1]
+        routed = loads.sum(1) > 0
+        if not bool(routed.any()):
+            return {}
+        busiest = loads[routed].amax(1) / loads[routed].mean(1)
+        metrics = {
+            "moe/load_max": float(busiest.max()),
+            "moe/load_mean": float(busiest.mean()),
+            "moe/idle_experts": float((loads[routed] == 0).double().mean()),
+        }
+        if self.has_loss:
+            metrics["moe/aux_loss"] = float(losses[routed].mean()) / self._num_micro_batches
+        return metrics

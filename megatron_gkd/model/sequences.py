@@ -1,0 +1,78 @@
+"""How long the sequences of a model's step are, padding included, and which of their loss tokens each rank holds. Pure.
+
+A layout asks for multiples:
+
+    sequence parallelism    TP ranks share the tokens that a rank is fed
+    context parallelism     a sequence is cut into 2 * cp chunks (parallel/zigzag.py)
+    both                    whole lengths are multiples of cp * lcm(2, tp); segments of a pack, of 2 * cp
+    interleaved schedule    all micro-batches of a step have one length, that of the longest
+
+Collation (train/batches.py) and the routing of signals (teacher/signals.py) both ask here: so they cannot differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_gkd.model.pipeline import common_shape
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.zigzag import held_spans
+from megatron_gkd.records import LossShare, MicroBatchPlan, Sample, StepPlan
+
+Shares = Sequence[Sequence[LossShare]]  # [position in the global batch][context-parallel rank]
+
+
+class Sequences:
+    """Of one model's step."""
+
+    def __init__(self, samples: Sequence[Sample], plan: MicroBatchPlan, layout: Layout, *, packing: bool) -> None:
+        """`samples`: as this model is fed them, by position."""
+        self.samples, self.layout, self.packing = samples, layout, packing
+        self.segment_multiple = 1 if layout.context == 1 else 2 * layout.context
+        self.row_multiple = layout.context * math.lcm(
+            1 if layout.context == 1 else 2, layout.tensor if layout.sequence_parallel else 1
+        )
+        if common_shape(layout):
+            self.row_multiple = max(
+                _round_up(sum(self.lengths(batch)) if packing else self.lengths(batch)[0], self.row_multiple)
+                if batch
+                else self.row_multiple
+                for batches in plan
+                for batch in batches
+            )
+
+    def lengths(self, positions: Sequence[int]) -> list[int]:
+        """Of the sequences that the samples of a micro-batch are fed as: rows, all alike, or segments of a pack."""
+        own = [self.samples[position].num_inputs for position in positions]
+        if self.packing:
+            return [_round_up(length, self.segment_multiple) for length in own]
+        return [_round_up(max(own), self.row_multiple)] * len(own)
+
+    def share(self, position: int, length: int, rank: int) -> LossShare:
+        """Of a sample in a sequence of `length`: the loss tokens that context-parallel rank `rank` holds."""
+        return LossShare.of(self.samples[position], held_spans(length, self.layout.context, rank))
+
+
+def loss_shares(samples: Sequence[Sample], plan: MicroBatchPlan, layout: Layout, *, packing: bool) -> Shares:
+    """Of all samples of a step."""
+    sequences, shares = Sequences(samples, plan, layout, packing=packing), dict[int, tuple[LossShare, ...]]()
+    for positions in (positions for batches in plan for positions in batches if positions):
+        for position, length in zip(positions, sequences.lengths(positions), strict=True):
+            shares[position] = tuple(sequences.share(position, length, rank) for rank in range(layout.context))
+    return [shares[position] for position in range(len(samples))]
+
+
+def student_shares(plan: StepPlan, layout: Layout) -> Shares:
+    """Of the student's ranks."""
+    return loss_shares(plan.samples, plan.student, layout, packing=plan.packing)
+
+
+def teacher_shares(plan: StepPlan, layout: Layout) -> Shares:
+    """Of a local teacher's ranks."""
+    samples = [sample.for_teacher for sample in plan.samples]
+    return loss_shares(samples, plan.teacher, layout, packing=plan.packing)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
