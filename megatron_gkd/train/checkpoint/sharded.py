@@ -85,7 +85,7 @@ class _TorchAdamStep:
     """
 
     def __init__(self, student: Student) -> None:
-        self.members = _distributed_members(student)
+        self.members = [m for m in _adam_members(student) if hasattr(m, "_set_main_param_and_optimizer_states")]
 
     def __enter__(self) -> None:
         for member in self.members:
@@ -105,22 +105,21 @@ class _TorchAdamStep:
                 state["step"] = state["step"].clone()
 
 
-def _distributed_members(student: Student) -> list[Any]:
-    """The distributed optimizers over torch's Adam, of the dense layers and of experts."""
-    return [
-        member
-        for member in getattr(student.optimizer, "chained_optimizers", [student.optimizer])
-        if hasattr(member, "_set_main_param_and_optimizer_states")
-        and isinstance(member.optimizer, torch.optim.Adam | torch.optim.AdamW)
-    ]
+def _adam_members(student: Student) -> list[Any]:
+    """megatron-core's optimizers over torch's Adam, of the dense layers and of experts."""
+    members = getattr(student.optimizer, "chained_optimizers", [student.optimizer])
+    return [member for member in members if isinstance(member.optimizer, torch.optim.Adam | torch.optim.AdamW)]
 
 
 def _count_steps_without_parameters(student: Student) -> None:
-    """Give the optimizer of experts a step count on a pipeline stage that has none: megatron-core (0.16) fails there on
-    its empty state, and what the first rank says of it is saved for all. An entry that belongs to no parameter has it.
+    """Give the optimizer of experts a step count on a pipeline stage that has none. megatron-core (0.16) takes the
+    count from the state of a parameter, fails where there is none (with the distributed optimizer), and saves what the
+    first rank says of it for all. An entry that belongs to no parameter has it.
     """
-    members = _distributed_members(student)
-    states = [state for member in members for key, state in member.optimizer.state.items() if key != _NO_PARAMETER]
+    members = _adam_members(student)
     for member in members:
-        if states and not member.optimizer.state.keys() - {_NO_PARAMETER}:
+        member.optimizer.state.pop(_NO_PARAMETER, None)
+    states = [state for member in members for state in member.optimizer.state.values()]
+    for member in members:
+        if states and not member.optimizer.state:
             member.optimizer.state[_NO_PARAMETER] = {"step": states[0]["step"].clone()}
