@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any, Literal
 
 from megatron_gkd.config.dtypes import Dtype, DtypeChoice
+from megatron_gkd.config.levers import RecomputeConfig
 from megatron_gkd.config.not_built import NOT_BUILT, Command, refuse_not_built
 from megatron_gkd.config.schema import Section, default_of, setting, show, type_hints
 from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers, TeacherKind, parse_servers
@@ -434,6 +435,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -56,6 +56,7 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
     if command == "train":
         yield from _loss_temperature_problems(cfg)
         yield from _training_problems(cfg)
+        yield from cfg.recompute.problems()
         yield from _lengths_problems(cfg)
         if cfg.distillation.lmbda > 0:
             yield from _sampling_problems(cfg)

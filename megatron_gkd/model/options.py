@@ -1,7 +1,9 @@
-"""What megatron-core is told of a model beside its architecture, layout and type: fusions, overlap, accumulation.
+"""What megatron-core is told of a model beside its architecture, layout and type: fusions, overlap, accumulation,
+recomputation.
 
 One field is one field of megatron-core's, under its name: of its TransformerConfig, or (`DDP`) of its
-DistributedDataParallelConfig. A new lever is a field here, with what was done before as its default.
+DistributedDataParallelConfig. A new lever is a field here, with what was done before as its default; levers.py sets
+them from a run's flags.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ class ModelOptions:
     grad_reduce_in_fp32: bool = True
     overlap_grad_reduce: bool = False
     check_for_nan_in_grad: bool = False  # the optimizer step reports the norm; the loop decides
+    recompute_granularity: Literal["selective", "full"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: tuple[str, ...] | None = None
 
     @classmethod
     def on(cls, device: Literal["cpu", "cuda"]) -> ModelOptions:
@@ -34,7 +40,8 @@ class ModelOptions:
 
     def transformer_fields(self) -> dict[str, Any]:
         """Fields of TransformerConfig."""
-        return {name: value for name, value in asdict(self).items() if name not in DDP}
+        values = {name: value for name, value in asdict(self).items() if name not in DDP}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def ddp_fields(self) -> dict[str, Any]:
         """Fields of DistributedDataParallelConfig."""

@@ -30,6 +30,7 @@ from megatron_gkd.data.suspicions import describe
 from megatron_gkd.data.template_differences import differences
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.divisible import check_layout
+from megatron_gkd.model.levers import check_student
 from megatron_gkd.model.reach import reach
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
@@ -102,6 +103,7 @@ def _models(
         if arch is not None:
             refuse_experts(flag, arch)
     check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
+    check_student(config, student_arch, student_layout)
     if built is not None:
         check_layout(built, teacher_layout.tensor, teacher_layout.pipeline)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)

@@ -19,7 +19,7 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import chosen
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.model.options import ModelOptions
+from megatron_gkd.model.levers import student_options
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
@@ -110,6 +110,7 @@ def join(config: RunConfig) -> platform.Platform:
     Raises ConfigError, the same on all ranks: which rank has another flag, file or package, with both values.
     """
     where = platform.setup(config.parallel.device)
+    student_options(config, where.kind)  # what this device does not do is refused before ranks wait for each other
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
     require_same(start_facts(config), "started alike")
     return where
@@ -160,7 +161,7 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
 
 def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection) -> Student:
     config, layout = inputs.config, inputs.student_layout
-    source, options = ModelSource(config.model.model, inputs.student_arch), ModelOptions.on(where.kind)
+    source, options = ModelSource(config.model.model, inputs.student_arch), student_options(config, where.kind)
     chunks = source.build(layout, groups, options, dtype=config.model.precision)
     source.load(chunks, groups)
     return Student(

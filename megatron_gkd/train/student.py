@@ -64,6 +64,8 @@ class Student:
     ) -> None:
         if freeze_embeddings:
             _freeze_embeddings(chunks)
+        if options.recompute_granularity is not None:
+            _ask_for_gradients(chunks)
         self.layout, self.groups, self.train_iters = layout, groups, train_iters
         self.config = chunks[0].config
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer, **options.ddp_fields())
@@ -217,6 +219,22 @@ def _initialise_adam_state(optimizer: MegatronOptimizer) -> None:
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
             }
+
+
+def _ask_for_gradients(chunks: Sequence[HiddenStateGPTModel]) -> None:
+    """Let a frozen embedding's output ask for a gradient. Recomputation is a re-entrant autograd function: where no
+    input asks for a gradient the output has none either, and the parameters inside would never get theirs, without an
+    error (megatron-core 0.16 to 0.19, tensor_parallel/random.py). Below there is nothing to train, so the gradient that
+    arrives here goes nowhere.
+    """
+
+    def ask(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        frozen = torch.is_grad_enabled() and not output.requires_grad
+        return output.requires_grad_() if frozen else output
+
+    for chunk in chunks:
+        if chunk.pre_process:
+            chunk.embedding.register_forward_hook(ask)
 
 
 def _freeze_embeddings(chunks: Sequence[HiddenStateGPTModel]) -> None:

@@ -27,7 +27,7 @@ from tests.test_architecture import read
 
 pytestmark = pytest.mark.timeout(900)
 
-NUM = count(80, 2000)  # of train; a quarter as many of eval
+NUM = count(80, 2000)  # of train; a third as many of eval
 SERVERS = '[{"url": "http://a:1", "tags": ["math"]}, {"url": "http://b:2"}]'
 VALUES: dict[str, tuple[Any, ...]] = {
     "teacher_model": ("T",),
@@ -115,6 +115,10 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "adam_eps": (1e-2,),
     "max_bad_steps": (9,),
     "seed": (1,),
+    "recompute_granularity": ("selective", "full"),
+    "recompute_method": ("uniform", "block"),
+    "recompute_num_layers": (1, 2),
+    "recompute_modules": (["core_attn"], ["mlp", "layernorm"]),
     "save": ("other",),
     "load": ("earlier",),
     "auto_resume": (True,),
@@ -144,6 +148,7 @@ SCENES: tuple[dict[str, Any], ...] = (
     {"lmbda": 0.0, "teacher_model": "T", "teacher_placement": "separate", "teacher_world_size": 4},
     {"lmbda": 0.0, "teacher_model": "T", "packing": True, "streaming": True},
     {"lmbda": 0.0, "teacher_model": "T", "eval_dataset": ["e.jsonl"], "shuffle": False},
+    *({"lmbda": 0.0, "teacher_model": "T", "recompute_granularity": kind} for kind in ("selective", "full")),
 )
 
 
@@ -163,8 +168,15 @@ def says_the_default(flag: str, config: RunConfig) -> bool:
         "teacher_micro_batch_size",
     ):
         return bool(value == config.get(student))
+    if flag == "recompute_modules":
+        return value == ["core_attn"]
     explicit: dict[str, Any] = dict(
-        loss_path="fused", use_liger_kernel=True, virtual_pipeline_model_parallel_size=1, device="cpu"
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        loss_path="fused",
+        use_liger_kernel=True,
+        virtual_pipeline_model_parallel_size=1,
+        device="cpu",
     )
     return flag in explicit and value == explicit[flag]
 
@@ -235,6 +247,6 @@ def test_every_flag_has_values() -> None:
 def test_no_flag_is_silent(tmp_path: Path, command: Command) -> None:
     (tmp_path / "S").mkdir()
     (tmp_path / "T").mkdir()
-    ((ends, wrong),) = run_ranks(judge_all, command, str(tmp_path), NUM if command == "train" else NUM // 4, world=1)
+    ((ends, wrong),) = run_ranks(judge_all, command, str(tmp_path), NUM if command == "train" else NUM // 3, world=1)
     assert wrong == []
     assert min(ends.values()) > 3, ends

@@ -35,7 +35,7 @@ _PACKAGES: Final = ("torch", "megatron-core", "transformers", "vllm")
 
 # Sections and flags that a resumed run may set otherwise: where files are, what is reported, how the same numbers are
 # computed (up to rounding), and what is checked on its own (--model by its architecture, --dataset by its rows).
-_FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel")
+_FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel", "recompute")
 _FREE_FLAGS: Final = frozenset(
     {
         *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row", "prompt_only", "data_cache_dir"),
