@@ -43,3 +43,32 @@ class RecomputeConfig(Section):
                 yield f"--{flag} is for --recompute_granularity full, and {asked}; change one of them"
         if self.recompute_modules and self.recompute_granularity != "selective":
             yield f"--recompute_modules is for --recompute_granularity selective, and {asked}; change one of them"
+
+
+@dataclass(frozen=True)
+class OverlapConfig(Section):
+    """Communication of the student's data parallel ranks beside its computation."""
+
+    overlap_grad_reduce: bool = setting(False, "Reduce gradients, bucket by bucket, while the backward pass goes on.")
+    overlap_param_gather: bool = setting(
+        False,
+        "Gather updated weights while the next forward pass goes on; needs --use_distributed_optimizer and "
+        "--overlap_grad_reduce.",
+    )
+    align_param_gather: bool = setting(
+        False, "All stages of an interleaved pipeline gather the weights of a model chunk at the same time."
+    )
+    ddp_bucket_size: int | None = setting(
+        None, "Parameters in a bucket; null: 40 million, or one million times the data parallel ranks.", ge=1
+    )
+
+    def problems(self, *, sharded: bool) -> Iterator[str]:
+        """What needs another flag. `sharded`: --use_distributed_optimizer."""
+        if self.overlap_param_gather and not sharded:
+            yield "--overlap_param_gather gathers what --use_distributed_optimizer has split; give both, or neither"
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            yield "--overlap_param_gather needs --overlap_grad_reduce, which makes the buckets; give both"
+        if self.align_param_gather and not self.overlap_param_gather:
+            yield "--align_param_gather needs --overlap_param_gather; give both, or neither"
+        if self.ddp_bucket_size is not None and not self.overlap_grad_reduce:
+            yield "--ddp_bucket_size needs --overlap_grad_reduce: without it all gradients are one bucket"

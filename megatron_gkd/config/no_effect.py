@@ -80,6 +80,8 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
         yield "--packing sizes the teacher's micro-batches too", ("teacher_micro_batch_size",)
     if (lmbda == 1 or distillation.seq_kd) and not data.eval_dataset:
         yield "no completion of the data is needed", ("prompt_only",)
+    if (cfg.parallel.virtual_pipeline_model_parallel_size or 1) == 1:
+        yield "there is nothing to align without --virtual_pipeline_model_parallel_size", ("align_param_gather",)
     if not cfg.checkpoint.save_hf:
         yield "nothing is exported with --save_hf false", ("save_hf_dtype",)
     if cfg.checkpoint.load is None and not cfg.checkpoint.auto_resume:

@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any, Literal
 
 from megatron_gkd.config.dtypes import Dtype, DtypeChoice
-from megatron_gkd.config.levers import RecomputeConfig
+from megatron_gkd.config.levers import OverlapConfig, RecomputeConfig
 from megatron_gkd.config.not_built import NOT_BUILT, Command, refuse_not_built
 from megatron_gkd.config.schema import Section, default_of, setting, show, type_hints
 from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers, TeacherKind, parse_servers
@@ -83,6 +83,19 @@ class TeacherConfig(Section):
     )
     teacher_pipeline_model_parallel_size: int | None = setting(
         None, "Pipeline stages of the teacher; null: the student's.", ge=1
+    )
+    teacher_decoder_first_pipeline_num_layers: int | None = setting(
+        None, "Layers of the teacher's first pipeline stage; null: as many as the others.", ge=1
+    )
+    teacher_decoder_last_pipeline_num_layers: int | None = setting(None, "The same of the last stage.", ge=1)
+    teacher_account_for_embedding_in_pipeline_split: bool = setting(
+        False, "Count the teacher's embedding as a layer of its first stage."
+    )
+    teacher_account_for_loss_in_pipeline_split: bool = setting(
+        False, "Count the teacher's head as a layer of its last stage."
+    )
+    teacher_pipeline_model_parallel_layout: str | None = setting(
+        None, "Layers of every stage of the teacher, as in --pipeline_model_parallel_layout."
     )
     teacher_context_parallel_size: int | None = setting(
         None, "Context parallel size of the teacher; null: the student's.", ge=1
@@ -262,6 +275,21 @@ class ParallelConfig(Section):
         None, "Model chunks per pipeline stage (interleaved schedule); null: 1.", ge=1
     )
     sequence_parallel: bool = setting(False, "Split the activations between layers over the tensor parallel ranks.")
+    decoder_first_pipeline_num_layers: int | None = setting(
+        None, "Layers of the first pipeline stage; the other stages share the rest evenly. null: as many as they.", ge=1
+    )
+    decoder_last_pipeline_num_layers: int | None = setting(None, "The same of the last stage.", ge=1)
+    account_for_embedding_in_pipeline_split: bool = setting(
+        False, "Count the embedding as a layer of the first stage where layers are shared evenly."
+    )
+    account_for_loss_in_pipeline_split: bool = setting(
+        False, "Count the head and the loss as a layer of the last stage where layers are shared evenly."
+    )
+    pipeline_model_parallel_layout: str | None = setting(
+        None,
+        "Layers of every stage, as Megatron writes it: E the embedding, t a layer, L the loss, | between stages, *n "
+        "repeats what stands before it, such as Et*3|t*5|t*4L. With a virtual pipeline, of every chunk.",
+    )
     use_distributed_optimizer: bool = setting(True, "Split the optimizer's state over the data parallel ranks.")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is a GPU, else CPU with gloo.")
     distributed_timeout_minutes: float = setting(
@@ -436,6 +464,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

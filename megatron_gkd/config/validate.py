@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 LOCAL_TEACHER = (
     "teacher_tensor_model_parallel_size",
     "teacher_pipeline_model_parallel_size",
+    "teacher_decoder_first_pipeline_num_layers",
+    "teacher_decoder_last_pipeline_num_layers",
+    "teacher_account_for_embedding_in_pipeline_split",
+    "teacher_account_for_loss_in_pipeline_split",
+    "teacher_pipeline_model_parallel_layout",
     "teacher_context_parallel_size",
     "teacher_expert_model_parallel_size",
     "teacher_placement",
@@ -57,6 +62,7 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield from _loss_temperature_problems(cfg)
         yield from _training_problems(cfg)
         yield from cfg.recompute.problems()
+        yield from cfg.overlap.problems(sharded=cfg.parallel.use_distributed_optimizer)
         yield from _lengths_problems(cfg)
         if cfg.distillation.lmbda > 0:
             yield from _sampling_problems(cfg)

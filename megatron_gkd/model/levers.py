@@ -30,7 +30,16 @@ def student_options(config: RunConfig, kind: Kind) -> ModelOptions:
             "--recompute_modules moe_act needs the grouped products of Transformer Engine, and this run is on a CPU: "
             "give moe, which recomputes all of the experts' layer"
         )
-    options = ModelOptions.on(kind)
+    overlap = config.overlap
+    options = replace(
+        ModelOptions.on(kind),
+        overlap_grad_reduce=overlap.overlap_grad_reduce,
+        overlap_param_gather=overlap.overlap_param_gather,
+        # Without an interleaved schedule nobody would start the gathers of all stages.
+        align_param_gather=overlap.align_param_gather
+        and (config.parallel.virtual_pipeline_model_parallel_size or 1) > 1,
+        bucket_size=overlap.ddp_bucket_size,
+    )
     if recompute.recompute_granularity == "full":
         return replace(
             options,
@@ -52,6 +61,11 @@ def teacher_options(config: RunConfig, kind: Kind) -> ModelOptions:
 def check_student(config: RunConfig, arch: Architecture, layout: Layout) -> None:
     """Raise LayoutError or ConfigError where the levers do not fit the student's layers."""
     _check_recompute(config.recompute, arch, layout)
+    if config.model.freeze_embeddings and layout.chunk_layers(arch.num_layers)[0] == 0:
+        raise LayoutError(
+            f"--freeze_embeddings leaves the first stage, which has no layer, nothing to train ({layout.describe()}): "
+            "give it a layer, or train the embedding"
+        )
 
 
 def _check_recompute(recompute: RecomputeConfig, arch: Architecture, layout: Layout) -> None:
@@ -63,7 +77,7 @@ def _check_recompute(recompute: RecomputeConfig, arch: Architecture, layout: Lay
     if recompute.recompute_granularity != "full":
         return
     size, method = recompute.recompute_num_layers or 1, recompute.recompute_method or "uniform"
-    counts = {arch.num_layers // (layout.pipeline * layout.num_chunks)}
+    counts = set(layout.chunk_layers(arch.num_layers))
     if method == "block" and size > max(counts):
         raise LayoutError(
             f"--recompute_num_layers {size}: the largest model chunk has {max(counts)} layers ({layout.describe()}); "

@@ -11,7 +11,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-DDP: Final = frozenset({"grad_reduce_in_fp32", "overlap_grad_reduce", "check_for_nan_in_grad"})
+DDP: Final = frozenset(
+    {
+        *("grad_reduce_in_fp32", "overlap_grad_reduce", "overlap_param_gather", "align_param_gather", "bucket_size"),
+        "check_for_nan_in_grad",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,9 @@ class ModelOptions:
     persist_layer_norm: bool = False
     grad_reduce_in_fp32: bool = True
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    align_param_gather: bool = False
+    bucket_size: int | None = None  # parameters; None: megatron-core's choice
     check_for_nan_in_grad: bool = False  # the optimizer step reports the norm; the loop decides
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_gkd.errors import LayoutError, NotBuiltError
+from megatron_gkd.parallel.pipeline_split import PipelineSplit
 
 
 class Coordinate(NamedTuple):
@@ -43,6 +44,7 @@ class Layout:
     sequence_parallel: bool = False
     rank_offset: int = 0
     expert_tensor: int | None = None  # None: as `tensor`, Megatron's default
+    split: PipelineSplit | None = None  # None: all stages have as many layers
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "data", "context", "expert"):
@@ -86,6 +88,7 @@ class Layout:
         virtual_pipeline: int | None = None,
         sequence_parallel: bool = False,
         rank_offset: int = 0,
+        split: PipelineSplit | None = None,
         name: str = "student",
     ) -> Layout:
         """The layout whose data-parallel size fills `world_size` ranks from `rank_offset` on. Raises LayoutError when
@@ -112,6 +115,7 @@ class Layout:
             sequence_parallel,
             rank_offset=rank_offset,
             expert_tensor=expert_tensor,
+            split=split,
         )
 
     @property
@@ -133,6 +137,15 @@ class Layout:
     def num_chunks(self) -> int:
         """Model chunks per rank."""
         return self.virtual_pipeline or 1
+
+    def chunk_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each model chunk, in the order of the model: chunk v of stage p is number v * pipeline + p. Raises
+        LayoutError."""
+        if self.split is not None:
+            return self.split.chunk_layers(num_layers, self.pipeline, self.num_chunks)
+        parts = self.pipeline * self.num_chunks
+        assert num_layers % parts == 0, "model/divisible.py refuses it"
+        return (num_layers // parts,) * parts
 
     def holds(self, rank: int) -> bool:
         """Whether a global rank is one of the layout's."""
@@ -167,6 +180,8 @@ class Layout:
             text += f", EP {self.expert} x ETP {self.expert_tensor_size}"
         if self.virtual_pipeline:
             text += f", VPP {self.virtual_pipeline}"
+        if self.split is not None:
+            text += f", {self.split}"
         return text + (", sequence parallel" if self.sequence_parallel else "")
 
 

@@ -9,6 +9,7 @@ from megatron_gkd.config import environment
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.parallel.layout import Layout, check_num_micro_batches
+from megatron_gkd.parallel.pipeline_split import PipelineSplit, parse_layout
 
 
 def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:
@@ -25,12 +26,14 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         pipeline=parallel.pipeline_model_parallel_size,
         virtual_pipeline=_virtual_pipeline(parallel.virtual_pipeline_model_parallel_size),
         sequence_parallel=parallel.sequence_parallel,
+        split=_split(config, ""),
     )
     teacher_layout = Layout.for_world(
         teacher_ranks or world_size,
         tensor=teacher.teacher_tensor_model_parallel_size or parallel.tensor_model_parallel_size,
         pipeline=teacher.teacher_pipeline_model_parallel_size or parallel.pipeline_model_parallel_size,
         rank_offset=world_size - teacher_ranks if teacher_ranks else 0,
+        split=_split(config, "teacher_"),
         name="teacher",
     )
     return student_layout, teacher_layout
@@ -58,6 +61,20 @@ def _teacher_ranks(config: RunConfig, world_size: int, ranks_per_node: int | Non
             f"multiple: start {count + least} ranks, or give the teacher fewer"
         )
     return count
+
+
+def _split(config: RunConfig, prefix: str) -> PipelineSplit | None:
+    """How a model's layers are shared by its pipeline stages; None: evenly."""
+    text = config.get(f"{prefix}pipeline_model_parallel_layout")
+    split = PipelineSplit(
+        config.get(f"{prefix}decoder_first_pipeline_num_layers"),
+        config.get(f"{prefix}decoder_last_pipeline_num_layers"),
+        config.get(f"{prefix}account_for_embedding_in_pipeline_split"),
+        config.get(f"{prefix}account_for_loss_in_pipeline_split"),
+        None if text is None else parse_layout(text, prefix=prefix),
+        prefix,
+    )
+    return None if split == PipelineSplit(prefix=prefix) else split
 
 
 def _virtual_pipeline(size: int | None) -> int | None:

@@ -102,10 +102,16 @@ def _models(
     for flag, arch in (("model", student_arch), ("teacher_model", built)):
         if arch is not None:
             refuse_experts(flag, arch)
-    check_layout(student_arch, student_layout.tensor, student_layout.pipeline, student_layout.virtual_pipeline)
+    check_layout(
+        student_arch,
+        student_layout.tensor,
+        student_layout.pipeline,
+        student_layout.virtual_pipeline,
+        split=student_layout.split,
+    )
     check_student(config, student_arch, student_layout)
     if built is not None:
-        check_layout(built, teacher_layout.tensor, teacher_layout.pipeline)
+        check_layout(built, teacher_layout.tensor, teacher_layout.pipeline, split=teacher_layout.split)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
     topk = config.distillation.gkd_logits_topk
     if topk is not None and topk > vocab_size:

@@ -112,7 +112,7 @@ def run_preflight(asked: CheckTrainConfig, config: RunConfig) -> None:
             try:
                 arch = read_architecture(path)
                 refuse_experts(flag, arch)
-                check_layout(arch, layout.tensor, layout.pipeline, chunks)
+                check_layout(arch, layout.tensor, layout.pipeline, chunks, split=layout.split)
             except GKDError as error:
                 raise type(error)(f"--{flag}: {str(error).removeprefix(f'--{flag}: ')}") from error
     print(f"fits {asked.world_size} ranks: student {student.describe()}; teacher {teacher.describe()}", flush=True)

@@ -20,6 +20,7 @@ from megatron_gkd.errors import TrainingError
 from megatron_gkd.parallel.together import gathered, name_ranks
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.checksum import checksum
+from megatron_gkd.weights.chunks import settle
 
 Sums = Mapping[str, tuple[int, int]]  # parameter -> its checksum
 
@@ -36,6 +37,7 @@ class Replicas:
         """After a step: compare, if it is time (or `now`). Raises TrainingError on all of the student's ranks."""
         if not self._every or not (now or step % self._every == 0):
             return
+        settle(self._student.chunks)
         sums = weight_sums(self._student)
         mine = hashlib.blake2b(repr(sorted(sums.items())).encode(), digest_size=16).digest()
         if not self._differing(gathered(mine, self._group)):

@@ -34,6 +34,7 @@ from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.pipeline import ForwardStep, run_schedule
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.train.overlap import connect
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,12 @@ class Student:
         self.layout, self.groups, self.train_iters = layout, groups, train_iters
         self.config = chunks[0].config
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer, **options.ddp_fields())
-        self.chunks = [DistributedDataParallel(self.config, ddp, chunk, pg_collection=groups) for chunk in chunks]
+        self.chunks = [
+            # As Megatron's own training does: one bucket in all chunks but the first.
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0, pg_collection=groups)
+            for index, chunk in enumerate(chunks)
+        ]
+        connect(self.chunks, self.config)
         for chunk in self.chunks:
             chunk.broadcast_params()
         with _world_is(groups.intra_dist_opt):

@@ -16,7 +16,11 @@ from tests.support.models import small
 
 NAMES = [item.name for item in fields(ModelOptions)]
 OTHERS: dict[str, Any] = dict(  # of those that are neither true nor false
-    recompute_granularity="full", recompute_method="block", recompute_num_layers=3, recompute_modules=("mlp", "moe")
+    recompute_granularity="full",
+    bucket_size=7,
+    recompute_method="block",
+    recompute_num_layers=3,
+    recompute_modules=("mlp", "moe"),
 )
 
 
@@ -33,7 +37,7 @@ def test_a_field_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ModelOptions.on("cpu")
     options = replace(options, **{name: OTHERS.get(name, not getattr(options, name))})
     if name in DDP:
-        assert getattr(DistributedDataParallelConfig(**options.ddp_fields()), name) is getattr(options, name)
+        assert getattr(DistributedDataParallelConfig(**options.ddp_fields()), name) == getattr(options, name)
     else:
         told: Any = build.transformer_config(small(), Layout(), options, dtype="bf16")
         value = getattr(options, name)

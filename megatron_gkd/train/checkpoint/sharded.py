@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_gkd.train.student import Student
+from megatron_gkd.weights.chunks import settle
 from megatron_gkd.weights.safe_files import load_sharded
 
 
@@ -23,6 +24,8 @@ def sharded_state(student: Student | None, *, is_loading: bool) -> dict[str, Any
     """Model chunks, optimizer and schedule; empty without a student."""
     if student is None:
         return {}
+    if not is_loading:
+        settle(student.chunks)
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
