@@ -46,7 +46,17 @@ def _above_one(flag: str) -> Callable[[RunConfig], bool]:
     return lambda cfg: (cfg.get(flag) or 1) > 1
 
 
+def _is_set(flag: str) -> Callable[[RunConfig], bool]:
+    """Applies when a flag is away from its default."""
+    return lambda cfg: not cfg.is_default(flag)
+
+
 NOT_BUILT: tuple[NotBuilt, ...] = (
+    NotBuilt("tp_comm_overlap", _is_set("tp_comm_overlap"), "its buffers are not made here; leave it out", TRAIN),
+    *(
+        NotBuilt(flag, _is_set(flag), "lengths are not padded to what fp8 takes; train in bf16", TRAIN)
+        for flag in ("fp8_format", "fp8_recipe", "fp8_param_gather")
+    ),
     NotBuilt(
         "teacher_context_parallel_size",
         _above_one("teacher_context_parallel_size"),

@@ -20,7 +20,13 @@ from functools import cache
 from typing import Any, Literal
 
 from megatron_gkd.config.dtypes import Dtype, DtypeChoice
-from megatron_gkd.config.levers import OverlapConfig, RecomputeConfig
+from megatron_gkd.config.levers import (
+    KernelsConfig,
+    OptimizerMemoryConfig,
+    OverlapConfig,
+    RecomputeConfig,
+    vllm_options,
+)
 from megatron_gkd.config.not_built import NOT_BUILT, Command, refuse_not_built
 from megatron_gkd.config.schema import Section, default_of, setting, show, type_hints
 from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers, TeacherKind, parse_servers
@@ -215,6 +221,13 @@ class SamplingConfig(Section):
     )
     vllm_gpu_memory_utilization: float = setting(0.9, "Share of each GPU's memory for a colocated vLLM.", gt=0, le=1)
     vllm_tensor_parallel_size: int = setting(1, "Tensor parallel size of a colocated vLLM.", ge=1)
+    vllm_enforce_eager: bool = setting(False, "Sample without CUDA graphs and compilation, as on a CPU in any case.")
+    vllm_max_num_seqs: int | None = setting(None, "Maximum number of sequences that an engine samples at once.", ge=1)
+    vllm_engine_kwargs: str | None = setting(
+        None,
+        "Further arguments of vLLM's engines, by vLLM's names, as a JSON object such as "
+        '{"max_num_batched_tokens": 16384}.',
+    )
     vllm_max_model_len: int | None = setting(None, "Longest sequence of vLLM; null: --max_length.", gt=1)
     sleep_level: Literal[0, 1, 2] = setting(
         0, "What a colocated vLLM frees while the student trains: 0 nothing, 1 and 2 as in vLLM."
@@ -236,6 +249,15 @@ class SamplingConfig(Section):
         "many; 0: after the first only.",
         ge=0,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert isinstance(self.engine_options, dict)
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """What vLLM is given beside what the run decides, by its names. Raises ConfigError."""
+        return vllm_options(self.vllm_enforce_eager, self.vllm_max_num_seqs, self.vllm_engine_kwargs)
 
 
 @dataclass(frozen=True)
@@ -370,6 +392,7 @@ class TrainingConfig(Section):
     lr_warmup_fraction: float = setting(
         0.05, "Share of the steps in which the learning rate rises linearly from 0.", ge=0, le=1
     )
+    lr_warmup_iters: int | None = setting(None, "The same as a number of steps, instead of a share.", ge=0)
     weight_decay: float = setting(0.1, "AdamW weight decay.", ge=0)
     clip_grad: float = setting(1.0, "Largest gradient norm; 0: no clipping.", ge=0)
     adam_beta1: float = setting(0.9, "AdamW beta 1.", ge=0, lt=1)
@@ -381,6 +404,11 @@ class TrainingConfig(Section):
         ge=1,
     )
     seed: int = setting(42, "Seed of the order of the rows and the source of each sample.", ge=0, lt=2**32)
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Steps of the warm-up, of this many."""
+        share = int(self.lr_warmup_fraction * num_steps)
+        return share if self.lr_warmup_iters is None else self.lr_warmup_iters
 
     def num_steps(self, num_rows: int) -> int:
         """Steps on a data set of this many rows: --train_iters, else the steps that cover --num_train_epochs (or 1)."""
@@ -465,6 +493,8 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    optimizer: OptimizerMemoryConfig = field(default_factory=OptimizerMemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

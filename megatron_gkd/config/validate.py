@@ -63,6 +63,8 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield from _training_problems(cfg)
         yield from cfg.recompute.problems()
         yield from cfg.overlap.problems(sharded=cfg.parallel.use_distributed_optimizer)
+        yield from cfg.kernels.problems(loss_is_fused=cfg.distillation.loss_path != "logits")
+        yield from cfg.optimizer.problems(sharded=cfg.parallel.use_distributed_optimizer)
         yield from _lengths_problems(cfg)
         if cfg.distillation.lmbda > 0:
             yield from _sampling_problems(cfg)
@@ -239,6 +241,8 @@ def _training_problems(cfg: RunConfig) -> Iterator[str]:
     training = cfg.training
     if training.train_iters is not None and training.num_train_epochs is not None:
         yield "--train_iters and --num_train_epochs both say how long to train; give one of them"
+    if training.lr_warmup_iters is not None and not cfg.is_default("lr_warmup_fraction"):
+        yield "--lr_warmup_iters and --lr_warmup_fraction both say how long the warm-up is; give one of them"
     if training.min_lr > training.lr:
         yield f"--min_lr {training.min_lr} is above --lr {training.lr}; it is where the decay ends"
     if training.lr_decay_style == "constant" and training.min_lr > 0:

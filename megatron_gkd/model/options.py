@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
+from megatron.core.transformer.enums import AttnBackend
+
 DDP: Final = frozenset(
     {
         *("grad_reduce_in_fp32", "overlap_grad_reduce", "overlap_param_gather", "align_param_gather", "bucket_size"),
@@ -29,6 +31,8 @@ class ModelOptions:
     masked_softmax_fusion: bool = False
     gradient_accumulation_fusion: bool = False
     apply_rope_fusion: bool = False
+    attention_backend: AttnBackend = AttnBackend.auto
+    deterministic_mode: bool = False
     persist_layer_norm: bool = False
     grad_reduce_in_fp32: bool = True
     overlap_grad_reduce: bool = False
@@ -40,6 +44,7 @@ class ModelOptions:
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
     recompute_modules: tuple[str, ...] | None = None
+    extra: tuple[tuple[str, Any], ...] = ()  # further fields of TransformerConfig, of --megatron_extra_kwargs
 
     @classmethod
     def on(cls, device: Literal["cpu", "cuda"]) -> ModelOptions:
@@ -48,8 +53,9 @@ class ModelOptions:
 
     def transformer_fields(self) -> dict[str, Any]:
         """Fields of TransformerConfig."""
-        values = {name: value for name, value in asdict(self).items() if name not in DDP}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        values = {name: value for name, value in asdict(self).items() if name not in DDP and name != "extra"}
+        known = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return known | dict(self.extra)
 
     def ddp_fields(self) -> dict[str, Any]:
         """Fields of DistributedDataParallelConfig."""

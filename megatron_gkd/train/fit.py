@@ -110,6 +110,15 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
     check_num_micro_batches(layout, training.global_batch_size // per_pass)
 
 
+def check_warmup(config: RunConfig, num_steps: int) -> None:
+    """Raise ConfigError where the warm-up would not end within the run."""
+    if (steps := config.training.lr_warmup_iters) is not None and steps > num_steps:
+        raise ConfigError(
+            f"--lr_warmup_iters {steps}: the run has {num_steps} steps, and would end before --lr is reached; give "
+            f"fewer, or --lr_warmup_fraction"
+        )
+
+
 def refuse_experts(flag: str, arch: Architecture) -> None:
     """Raise NotBuiltError for a mixture of experts."""
     if arch.moe is not None:

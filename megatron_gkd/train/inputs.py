@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
@@ -36,7 +37,7 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none, on_every_rank
 from megatron_gkd.train.draws import Draws
-from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
+from megatron_gkd.train.fit import check_batch, check_warmup, layouts, refuse_experts
 from megatron_gkd.train.run_clock import run_clock
 from megatron_gkd.train.shared_rows import shared_rows
 from megatron_gkd.weights.stop_tokens import stop_tokens
@@ -109,7 +110,7 @@ def _models(
         student_layout.virtual_pipeline,
         split=student_layout.split,
     )
-    check_student(config, student_arch, student_layout)
+    check_student(config, student_arch, student_layout, platform.setup(config.parallel.device).kind)
     if built is not None:
         check_layout(built, teacher_layout.tensor, teacher_layout.pipeline, split=teacher_layout.split)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
@@ -149,6 +150,7 @@ def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, ev
     if rows is not None:
         rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
         check_batch(config, student_layout)
+        check_warmup(config, config.training.num_steps(len(rows)))
     if eval_rows is not None:
         eval_rows.require_completions("evaluation")
     for purpose, found in (("training", rows), ("evaluation", eval_rows)):

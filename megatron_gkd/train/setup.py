@@ -19,7 +19,7 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import chosen
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.model.levers import student_options
+from megatron_gkd.model.levers import optimizer_options, student_options
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
@@ -111,6 +111,7 @@ def join(config: RunConfig) -> platform.Platform:
     """
     where = platform.setup(config.parallel.device)
     student_options(config, where.kind)  # what this device does not do is refused before ranks wait for each other
+    torch.use_deterministic_algorithms(config.kernels.deterministic_mode)
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
     require_same(start_facts(config), "started alike")
     return where
@@ -173,4 +174,6 @@ def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGrou
         train_iters=inputs.train_iters,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         freeze_embeddings=config.model.freeze_embeddings,
+        optimizer_options=optimizer_options(config),
+        empty_unused_memory_level=config.kernels.empty_unused_memory_level,
     )

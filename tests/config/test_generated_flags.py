@@ -69,6 +69,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "vllm_mode": ("server", "subprocess"),
     "vllm_gpu_memory_utilization": (0.5,),
     "vllm_tensor_parallel_size": (2,),
+    "vllm_enforce_eager": (True,),
+    "vllm_max_num_seqs": (8,),
+    "vllm_engine_kwargs": ('{"block_size": 32}',),
     "vllm_max_model_len": (700,),
     "sleep_level": (1, 2),
     "vllm_server_host": ("h", "h:9,g", "h:9,g:10"),
@@ -118,6 +121,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "min_lr": (1e-6,),
     "lr_decay_style": ("constant", "linear"),
     "lr_warmup_fraction": (0.75,),
+    "lr_warmup_iters": (7,),
     "weight_decay": (0.0,),
     "clip_grad": (0.0,),
     "adam_beta1": (0.5,),
@@ -133,6 +137,32 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "overlap_param_gather": (True,),
     "align_param_gather": (True,),
     "ddp_bucket_size": (1000,),
+    "attention_backend": ("flash",),
+    "masked_softmax_fusion": (True,),
+    "attention_softmax_in_fp32": (False,),
+    "accumulate_allreduce_grads_in_fp32": (False,),
+    "apply_rope_fusion": (True, False),
+    "gradient_accumulation_fusion": (True, False),
+    "bias_dropout_fusion": (True, False),
+    "bias_activation_fusion": (True, False),
+    "cross_entropy_loss_fusion": (True, False),
+    "tp_comm_overlap": (True,),
+    "fp8_format": ("hybrid",),
+    "fp8_recipe": ("delayed",),
+    "fp8_param_gather": (True,),
+    "deterministic_mode": (True,),
+    "empty_unused_memory_level": (1,),
+    "manual_gc": (True,),
+    "manual_gc_interval": (7,),
+    "megatron_extra_kwargs": ('{"qk_clip": true}', '{"qk_clap": true}'),
+    "use_precision_aware_optimizer": (True,),
+    "main_grads_dtype": ("bf16",),
+    "main_params_dtype": ("fp16",),
+    "exp_avg_dtype": ("bf16",),
+    "exp_avg_sq_dtype": ("bf16",),
+    "optimizer_cpu_offload": (True,),
+    "optimizer_offload_fraction": (0.5,),
+    "overlap_cpu_optimizer_d2h_h2d": (True,),
     "save": ("other",),
     "load": ("earlier",),
     "auto_resume": (True,),
@@ -186,6 +216,10 @@ def says_the_default(flag: str, config: RunConfig) -> bool:
         return bool(value == config.get(student))
     if flag == "recompute_modules":
         return value == ["core_attn"]
+    if flag == "cross_entropy_loss_fusion":  # another value is refused
+        return True
+    if flag.endswith("_fusion") and value is False:  # on a CPU
+        return True
     explicit: dict[str, Any] = dict(
         recompute_method="uniform",
         recompute_num_layers=1,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gkd.model import build
@@ -14,10 +15,11 @@ from megatron_gkd.model.options import DDP, ModelOptions
 from megatron_gkd.parallel.layout import Layout
 from tests.support.models import small
 
-NAMES = [item.name for item in fields(ModelOptions)]
+NAMES = [item.name for item in fields(ModelOptions) if item.name != "extra"]
 OTHERS: dict[str, Any] = dict(  # of those that are neither true nor false
     recompute_granularity="full",
     bucket_size=7,
+    attention_backend=AttnBackend.flash,
     recompute_method="block",
     recompute_num_layers=3,
     recompute_modules=("mlp", "moe"),

@@ -184,14 +184,14 @@ def test_groups_that_do_not_fit_the_layers(
     flags: dict[str, Any], layout: Layout, kind: type[GKDError], said: str
 ) -> None:
     with pytest.raises(kind, match=said):
-        check_student(config_of(recompute_granularity="full", **flags), small(), layout)
+        check_student(config_of(recompute_granularity="full", **flags), small(), layout, "cpu")
 
 
 def test_parts_that_the_model_or_the_machine_lacks() -> None:
     of_experts = config_of(recompute_granularity="selective", recompute_modules=["moe", "core_attn"])
     with pytest.raises(ConfigError, match="moe: a qwen3 model has no experts"):
-        check_student(of_experts, small(), Layout())
-    check_student(of_experts, small("qwen3_moe"), Layout())
+        check_student(of_experts, small(), Layout(), "cpu")
+    check_student(of_experts, small("qwen3_moe"), Layout(), "cpu")
     grouped = config_of(recompute_granularity="selective", recompute_modules=["moe_act"])
     with pytest.raises(ConfigError, match="needs the grouped products of Transformer Engine, and this run is on a CPU"):
         student_options(grouped, "cpu")

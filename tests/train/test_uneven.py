@@ -141,5 +141,5 @@ def test_a_checkpoint_goes_on_in_another_split(models: tuple[str, str, str], tmp
 def test_a_stage_with_nothing_to_train(models: tuple[str, str, str]) -> None:
     config = run_config(*models, freeze_embeddings=True)
     with pytest.raises(LayoutError, match="--freeze_embeddings leaves the first stage, which has no layer"):
-        check_student(config, small(), Layout(pipeline=2, split=PipelineSplit(layers=(0, 4))))
-    check_student(config, small(), Layout(pipeline=2, split=PipelineSplit(layers=(4, 0))))
+        check_student(config, small(), Layout(pipeline=2, split=PipelineSplit(layers=(0, 4))), "cpu")
+    check_student(config, small(), Layout(pipeline=2, split=PipelineSplit(layers=(4, 0))), "cpu")

@@ -35,7 +35,7 @@ _PACKAGES: Final = ("torch", "megatron-core", "transformers", "vllm")
 
 # Sections and flags that a resumed run may set otherwise: where files are, what is reported, how the same numbers are
 # computed (up to rounding), and what is checked on its own (--model by its architecture, --dataset by its rows).
-_FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel", "recompute", "overlap")
+_FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel", "recompute", "overlap", "kernels")
 _FREE_FLAGS: Final = frozenset(
     {
         *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row", "prompt_only", "data_cache_dir"),
@@ -48,6 +48,7 @@ _FREE_FLAGS: Final = frozenset(
         *(f"teacher_decoder_{stage}_pipeline_num_layers" for stage in ("first", "last")),
         *(f"teacher_account_for_{end}_in_pipeline_split" for end in ("embedding", "loss")),
         "teacher_pipeline_model_parallel_layout",
+        *("vllm_enforce_eager", "vllm_max_num_seqs", "vllm_engine_kwargs"),
         *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level"),
         *("vllm_server_host", "vllm_server_port", "weight_bucket_mb", "verify_sync_every"),
     }
