@@ -35,6 +35,7 @@ TEACHERS_COMPLETIONS: Final = (
 EVALUATION: Final = frozenset(
     {
         *("model", "dtype", "gkd_logits_topk", "topk_tail", "micro_batch_size", "global_batch_size", "log_level"),
+        "max_tokens_per_gpu",
         *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
         *("loss_scale", "chat_template_kwargs", "enable_thinking", "prompt_only"),
     }

@@ -381,6 +381,12 @@ class TrainingConfig(Section):
     """Training: batch, length, optimizer."""
 
     micro_batch_size: int = setting(1, "Samples in a micro-batch of a data parallel rank.", ge=1)
+    max_tokens_per_gpu: int | None = setting(
+        None,
+        "Maximum number of tokens, padding included, of a rank's part of a micro-batch of the student (and of the "
+        "teacher, where nothing sizes its own); instead of --micro_batch_size, with --packing or without.",
+        ge=1,
+    )
     global_batch_size: int = setting(16, "Samples per step, over all ranks.", ge=1)
     train_iters: int | None = setting(None, "Steps to train; null: as many as --num_train_epochs says.", ge=1)
     num_train_epochs: float | None = setting(None, "Passes over the data; null, and no --train_iters: 1.", gt=0)

@@ -237,10 +237,24 @@ def _teacher_sampling_problems(cfg: RunConfig) -> Iterator[str]:
         yield f"--temperature {sampling.temperature:g} is above 2, the highest that vLLM samples at"
 
 
+def _token_budget_problems(cfg: RunConfig) -> Iterator[str]:
+    budget, longest = cfg.training.max_tokens_per_gpu, cfg.data.max_length
+    if budget is None:
+        return
+    if not cfg.is_default("micro_batch_size"):
+        yield "--max_tokens_per_gpu and --micro_batch_size both size a micro-batch; give one of them"
+    if budget * cfg.parallel.context_parallel_size < longest:
+        yield (
+            f"--max_tokens_per_gpu {budget} is below --max_length {longest}: a row of that length would fit into no "
+            "micro-batch; give at least that many, or a smaller --max_length"
+        )
+
+
 def _training_problems(cfg: RunConfig) -> Iterator[str]:
     training = cfg.training
     if training.train_iters is not None and training.num_train_epochs is not None:
         yield "--train_iters and --num_train_epochs both say how long to train; give one of them"
+    yield from _token_budget_problems(cfg)
     if training.lr_warmup_iters is not None and not cfg.is_default("lr_warmup_fraction"):
         yield "--lr_warmup_iters and --lr_warmup_fraction both say how long the warm-up is; give one of them"
     if training.min_lr > training.lr:

@@ -9,6 +9,7 @@ from megatron_gkd.model.pipeline import common_shape
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import MicroBatchPlan, Sample
 from megatron_gkd.schedule import plan_micro_batches
+from megatron_gkd.train.fit import length_multiple
 
 
 def plan_forward(
@@ -45,7 +46,7 @@ class Collator:
         self, samples: Sequence[Sample], plan: MicroBatchPlan, layout: Layout, *, packing: bool, pad_id: int = 0
     ) -> None:
         self.samples, self.packing, self.pad_id = samples, packing, pad_id
-        self.multiple = layout.tensor if layout.sequence_parallel else 1
+        self.multiple = length_multiple(layout)
         if common_shape(layout):
             join = sum if packing else max
             longest = max(

@@ -86,18 +86,21 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
     """Raise ConfigError, with the nearest that do, unless the global batch divides over the student's layout."""
     training = config.training
     per_pass = layout.data * training.micro_batch_size
-    if config.data.packing:
-        # The interleaved schedule wants a multiple of PP micro-batches; packing makes as many as the rows need.
+    if config.data.packing or training.max_tokens_per_gpu is not None:
+        what, flag = ("packing", "--packing") if config.data.packing else ("a token budget", "--max_tokens_per_gpu")
+        # The interleaved schedule wants a multiple of PP micro-batches; here there are as many as the rows need.
         if layout.virtual_pipeline:
             raise NotBuiltError(
-                f"packing is not built for a virtual pipeline ({layout.describe()}): leave out --packing or "
+                f"{what} is not built for a virtual pipeline ({layout.describe()}): leave out {flag} or "
                 "--virtual_pipeline_model_parallel_size"
             )
         if training.global_batch_size < layout.data:
+            how = "packed for" if config.data.packing else "shared by token count by"
             raise ConfigError(
-                f"global_batch_size {training.global_batch_size} cannot be packed for {layout.data} data parallel "
+                f"global_batch_size {training.global_batch_size} cannot be {how} {layout.data} data parallel "
                 f"ranks: each needs a sample; give at least {layout.data}, or fewer ranks"
             )
+        _check_budget(config, layout)
         return
     if training.global_batch_size % per_pass:
         below = training.global_batch_size // per_pass * per_pass
@@ -108,6 +111,29 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
             f"{' and '.join(str(n) for n in (below, below + per_pass) if n)}"
         )
     check_num_micro_batches(layout, training.global_batch_size // per_pass)
+
+
+def max_tokens(config: RunConfig, layout: Layout) -> int | None:
+    """Tokens of a micro-batch of the student, over the ranks that share it; None where it is sized in samples."""
+    if (budget := config.training.max_tokens_per_gpu) is not None:
+        return budget * layout.context
+    return config.data.max_length * config.training.micro_batch_size if config.data.packing else None
+
+
+def length_multiple(layout: Layout) -> int:
+    """What lengths are padded to a multiple of (train/batches.py)."""
+    return layout.tensor if layout.sequence_parallel else 1
+
+
+def _check_budget(config: RunConfig, layout: Layout) -> None:
+    """The longest row is fed --max_length - 1 tokens, padded."""
+    most, multiple = max_tokens(config, layout), length_multiple(layout)
+    needed = -(-(config.data.max_length - 1) // multiple) * multiple
+    if config.training.max_tokens_per_gpu is not None and most is not None and most // multiple * multiple < needed:
+        raise ConfigError(
+            f"--max_tokens_per_gpu {config.training.max_tokens_per_gpu}: with sequence parallelism lengths are "
+            f"multiples of {multiple}, and rows of --max_length {config.data.max_length} need {needed}; give that many"
+        )
 
 
 def check_warmup(config: RunConfig, num_steps: int) -> None:

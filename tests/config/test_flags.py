@@ -117,6 +117,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("streaming", False, ("true", True), ("x",)),
     ("data_cache_dir", None, ("/big/rows", "/big/rows"), ()),
     ("micro_batch_size", 1, ("4", 4), ("0",)),
+    ("max_tokens_per_gpu", None, ("4096", 4096), ("0",)),
     ("global_batch_size", 16, ("32", 32), ("0",)),
     ("train_iters", None, ("100", 100), ("0",)),
     ("num_train_epochs", None, ("3", 3.0), ("0",)),

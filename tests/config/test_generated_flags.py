@@ -114,6 +114,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "streaming": (True,),
     "data_cache_dir": ("kept",),
     "micro_batch_size": (2, 4),
+    "max_tokens_per_gpu": (1500, 3000, 500),
     "global_batch_size": (32, 64, 20),
     "train_iters": (20,),
     "num_train_epochs": (3.0,),

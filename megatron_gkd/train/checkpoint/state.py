@@ -39,7 +39,7 @@ _FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel", "recompute", "over
 _FREE_FLAGS: Final = frozenset(
     {
         *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row", "prompt_only", "data_cache_dir"),
-        *("micro_batch_size", "loss_path", "use_liger_kernel", "max_bad_steps"),
+        *("micro_batch_size", "max_tokens_per_gpu", "loss_path", "use_liger_kernel", "max_bad_steps"),
         *("teacher_model_server", "teacher_micro_batch_size", "teacher_micro_batch_tokens", "teacher_timeout_s"),
         *("teacher_placement", "teacher_world_size", "teacher_nodes", "offload_teacher_model", "signal_memory_gb"),
         *("teacher_samples_cache", "teacher_sampling_steps"),
