@@ -90,7 +90,8 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
     if not cfg.checkpoint.save_hf:
         yield "nothing is exported with --save_hf false", ("save_hf_dtype",)
     if cfg.checkpoint.load is None and not cfg.checkpoint.auto_resume:
-        yield "no checkpoint is loaded without --load or --auto_resume", ("verify_checkpoint", "allow_changed_config")
+        of_loading = ("verify_checkpoint", "allow_changed_config", "no_load_optim", "no_load_rng")
+        yield "no checkpoint is loaded without --load or --auto_resume", of_loading
 
 
 def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:

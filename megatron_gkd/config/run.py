@@ -449,6 +449,21 @@ class CheckpointConfig(Section):
         False, "Write checkpoints while training goes on; it stops only for a copy in host memory."
     )
     save_total_limit: int | None = setting(None, "Keep this many newest checkpoints; null: all.", ge=1)
+    no_save_optim: bool = setting(
+        False, "Save checkpoints without the optimizer's state; one can be gone on from with --no_load_optim alone."
+    )
+    no_save_rng: bool = setting(
+        False, "Save checkpoints without random states; one can be gone on from with --no_load_rng alone."
+    )
+    no_load_optim: bool = setting(
+        False, "Go on from a checkpoint with the optimizer's moments at zero, whether it has them or not."
+    )
+    no_load_rng: bool = setting(False, "Go on from a checkpoint with new random states, of --seed and the step.")
+    finetune: bool = setting(
+        False,
+        "Begin at step 0 from weights alone, as every run does that is given no --load, or a Hugging Face directory; "
+        "refused with the checkpoint of a run.",
+    )
     save_hf: bool = setting(True, "Export the student as a Hugging Face model directory at the end.")
     save_hf_dtype: Literal["fp32", "bf16", "fp16", "source"] | None = setting(
         None,

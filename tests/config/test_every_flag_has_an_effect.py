@@ -57,6 +57,7 @@ SPLITS = [
 
 # Read through another name: a pattern, and where.
 THROUGH = {
+    "finetune": (r"checkpoint\.finetune\b", ["train/preflight.py"]),
     "log_level": (r"cfg, cfg\.logging\.log_level\)", ["cli.py"]),
     "train_iters": (r"training\.(num_steps\(|train_iters\b)", None),
     "loss_path": (r"distillation\.fuse_loss\b", None),

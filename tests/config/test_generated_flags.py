@@ -114,7 +114,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "streaming": (True,),
     "data_cache_dir": ("kept",),
     "micro_batch_size": (2, 4),
-    "max_tokens_per_gpu": (1500, 3000, 500),
+    "max_tokens_per_gpu": (1500, 3000),
     "global_batch_size": (32, 64, 20),
     "train_iters": (20,),
     "num_train_epochs": (3.0,),
@@ -172,6 +172,11 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "save_steps": (3,),
     "async_save": (True,),
     "save_total_limit": (2,),
+    "no_save_optim": (True,),
+    "no_save_rng": (True,),
+    "no_load_optim": (True,),
+    "no_load_rng": (True,),
+    "finetune": (True,),
     "save_hf": (False,),
     "save_hf_dtype": ("bf16", "source"),
     "logging_steps": (5,),
@@ -217,7 +222,7 @@ def says_the_default(flag: str, config: RunConfig) -> bool:
         return bool(value == config.get(student))
     if flag == "recompute_modules":
         return value == ["core_attn"]
-    if flag == "cross_entropy_loss_fusion":  # another value is refused
+    if flag in ("cross_entropy_loss_fusion", "finetune"):  # another value, or another --load, is refused
         return True
     if flag.endswith("_fusion") and value is False:  # on a CPU
         return True

@@ -36,6 +36,7 @@ _PACKAGES: Final = ("torch", "megatron-core", "transformers", "vllm")
 # Sections and flags that a resumed run may set otherwise: where files are, what is reported, how the same numbers are
 # computed (up to rounding), and what is checked on its own (--model by its architecture, --dataset by its rows).
 _FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel", "recompute", "overlap", "kernels")
+_CHANGING: Final = frozenset({"megatron_extra_kwargs", "accumulate_allreduce_grads_in_fp32"})  # in a free section
 _FREE_FLAGS: Final = frozenset(
     {
         *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row", "prompt_only", "data_cache_dir"),
@@ -106,7 +107,8 @@ def _versions() -> dict[str, str]:
 
 def is_free(flag: str) -> bool:
     """Whether a resumed run may set the flag otherwise without being told to."""
-    return flag in _FREE_FLAGS or (flag in flags() and flags()[flag].section in _FREE_SECTIONS)
+    free = flag in flags() and flags()[flag].section in _FREE_SECTIONS and flag not in _CHANGING
+    return flag in _FREE_FLAGS or free
 
 
 def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
