@@ -10,6 +10,7 @@ order);
 * CUDA RNG calls go to the CPU generator, so the RNG tracker's named states work as on CUDA (fork saves, switches and
 restores);
 * the router's optional GEMM of Transformer Engine, whose name 0.16.1 leaves undefined without it, is None;
+* recomputed norms do not ask Transformer Engine whether fp8 is on;
 * token counts of the expert dispatcher become numbers where they are asked for as such;
 * gathers and reduce-scatters of uneven numbers of rows, which gloo does not have and experts that are cut need, go
   through its all-to-all;
@@ -299,7 +300,15 @@ def adapt_megatron_to_cpu() -> Callable[[], None]:
     # megatron-core binds these two at import (tensor_parallel/random.py), so they are replaced in its own module.
     import megatron.core.tensor_parallel.random as megatron_random
 
+    without_output = megatron_random.CheckpointWithoutOutput
+    begin = without_output.__init__
+
+    def begin_without_fp8(self: Any, fp8: Any = None, **kwargs: Any) -> None:
+        # megatron-core keeps `fp8 is not None`, which its own default, False, makes True: Transformer Engine is asked.
+        begin(self, fp8 or None, **kwargs)
+
     replacements += [
+        (without_output, "__init__", begin_without_fp8),
         (megatron_random, "_get_cuda_rng_state", get_rng_state),
         (megatron_random, "_set_cuda_rng_state", set_rng_state),
     ]

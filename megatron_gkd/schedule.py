@@ -16,14 +16,14 @@ per rank:
     I1  every sample is in exactly one micro-batch;
     I2  every rank has the same number m of micro-batches (so that all ranks make the same collectives);
     I3  padded form: every micro-batch has exactly `micro_batch_size` samples, hence every rank has n / D;
-    I4  packed form: a micro-batch has at most `max_tokens` tokens; padded form with `max_tokens`: padding included,
-        unless it is one sample;
+    I4  with `max_tokens`, which packing needs and the padded form may have instead of I3: a micro-batch has at most
+        that many tokens, padding included (and with `allow_partial`, padded: or it is one sample);
     I5  long with long: no micro-batch has fewer tokens than a later one, on whichever rank. The longest come first, so
         that memory runs out in the first micro-batch or not at all, and ranks that wait for each other at micro-batch i
         hold similar ones;
     I6  balance: the tokens of two ranks differ by at most (largest - smallest micro-batch);
-    I7  max(0, D * m - n) micro-batches are empty: never in the padded form, and else only where there are more of them
-        than samples.
+    I7  max(0, D * m - n) micro-batches are empty: never under I3, and else only where there are more of them than
+        samples.
 
 Proof of I6: micro-batches are dealt in rows of D, descending, the larger to the rank with fewer tokens so far. For two
 ranks the difference after a row is (old difference, of one sign) + (difference within the row, of the other sign),
@@ -76,6 +76,7 @@ def plan_micro_batches(
     packing: bool = False,
     max_tokens: int | None = None,
     allow_partial: bool = False,
+    multiple_of: int = 1,
 ) -> MicroBatchPlan:
     """Splits a global batch into `[data-parallel rank][micro-batch]` tuples of positions, with invariants I1-I7 of the
     module.
@@ -85,38 +86,41 @@ def plan_micro_batches(
             position.
         packing: micro-batches are bins of at most `max_tokens` tokens, whatever the number of samples in them.
             `micro_batch_size` has no part in it then: fold it into `max_tokens`.
-        max_tokens: in the padded form, with `allow_partial` alone: micro-batches have at most that many tokens, padding
-            included, instead of `micro_batch_size` samples; a longer sample stands alone.
+        max_tokens: in the padded form: micro-batches have at most that many tokens, padding included, instead of
+            `micro_batch_size` samples. A longer sample is refused; with `allow_partial` it stands alone.
         allow_partial: take any number of samples, as in evaluation. In the padded form micro-batches then have at most
             `micro_batch_size` samples instead of exactly that many; in either form there may be fewer samples than
             ranks, and empty micro-batches (I7).
+        multiple_of: lengths (packed: of the micro-batch) are padded to a multiple of this, which counts as tokens.
     """
     num_ranks = _integer("data_parallel_size", data_parallel_size, least=1)
     micro_batch_size = _integer("micro_batch_size", micro_batch_size, least=1)
     lengths = [_integer(f"length of sample {position}", length, least=1) for position, length in enumerate(lengths)]
     if not lengths:
         raise ConfigError("the global batch is empty; give at least one sample")
+    if max_tokens is not None:
+        max_tokens = _integer("max_tokens", max_tokens, least=1) // multiple_of * multiple_of
+        if len(lengths) < num_ranks and not allow_partial:
+            how = "packed for" if packing else "shared by token count by"
+            raise ConfigError(
+                f"{len(lengths)} samples cannot be {how} {num_ranks} data-parallel ranks; "
+                f"give a global_batch_size of at least {num_ranks}, or fewer ranks"
+            )
     if packing:
         if max_tokens is None:
             raise ConfigError("packing needs max_tokens, the most tokens of a packed micro-batch")
-        if len(lengths) < num_ranks and not allow_partial:
-            raise ConfigError(
-                f"{len(lengths)} samples cannot be packed for {num_ranks} data-parallel ranks; "
-                f"give a global_batch_size of at least {num_ranks}, or fewer ranks"
-            )
-        batches = _pack(lengths, _integer("max_tokens", max_tokens, least=1))
+        batches = _pack(lengths, max_tokens)
     else:
-        if max_tokens is not None and not allow_partial:
-            raise ConfigError(
-                f"max_tokens is {max_tokens} without packing, where micro_batch_size sets the size; leave it out"
-            )
-        if not allow_partial:
-            _check_divisible(len(lengths), num_ranks, micro_batch_size)
         longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
         if max_tokens is None:
+            if not allow_partial:
+                _check_divisible(len(lengths), num_ranks, micro_batch_size)
             batches = [longest_first[i : i + micro_batch_size] for i in range(0, len(lengths), micro_batch_size)]
         else:
-            batches = _cap(longest_first, lengths, _integer("max_tokens", max_tokens, least=1))
+            padded = [-(-length // multiple_of) * multiple_of for length in lengths]
+            if not allow_partial and padded[longest_first[0]] > max_tokens:
+                raise _too_long(longest_first[0], padded[longest_first[0]], max_tokens)
+            batches = _cap(longest_first, padded, max_tokens)
     return _deal(_fill_up(batches, lengths, num_ranks), lengths, num_ranks)
 
 
@@ -184,9 +188,11 @@ def plan_step(
     teacher_max_tokens: int | None = None,
     packing: bool = False,
     max_tokens: int | None = None,
+    multiple_of: int = 1,
 ) -> StepPlan:
     """The plan of one step: the student's micro-batches, and the teacher's for its own ranks and size (the student's
-    where left out; `teacher_max_tokens` sets it in tokens, raised to the longest sample's length).
+    where left out; `teacher_max_tokens` sets it in tokens, raised to the longest sample's length). `max_tokens` and
+    `multiple_of` are of the student's, as in `plan_micro_batches`; with packing `max_tokens` is of both.
 
     The teacher only runs forward and its signals are keyed by position, so it need not divide the batch: where it does
     not, its micro-batches are smaller (`allow_partial`), and never a reason to refuse a step.
@@ -209,6 +215,7 @@ def plan_step(
         micro_batch_size=micro_batch_size,
         packing=packing,
         max_tokens=max_tokens,
+        multiple_of=multiple_of,
     )
     teacher_lengths = [sample.for_teacher.num_inputs for sample in samples]
     if teacher_max_tokens is not None:
@@ -218,7 +225,7 @@ def plan_step(
         data_parallel_size=teacher_ranks,
         micro_batch_size=teacher_size,
         packing=packing,
-        max_tokens=teacher_max_tokens or max_tokens,
+        max_tokens=teacher_max_tokens or (max_tokens if packing else None),
         allow_partial=True,
     )
     return StepPlan(step, tuple(samples), student, teacher, packing)
@@ -251,6 +258,13 @@ def _check_divisible(num_samples: int, num_ranks: int, micro_batch_size: int) ->
         )
 
 
+def _too_long(position: int, length: int, max_tokens: int) -> ConfigError:
+    return ConfigError(
+        f"sample {position} has {length} tokens, more than the {max_tokens} of a micro-batch; raise max_tokens to "
+        f"{length}, or lower max_length"
+    )
+
+
 def _pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Best-fit decreasing: each sample, longest first, into the fullest bin that still has room for it."""
     bins: list[list[int]] = []
@@ -258,10 +272,7 @@ def _pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     for position in sorted(range(len(lengths)), key=lambda p: (-lengths[p], p)):
         length = lengths[position]
         if length > max_tokens:
-            raise ConfigError(
-                f"sample {position} has {length} tokens, more than the {max_tokens} of a packed micro-batch; "
-                f"raise max_tokens to {length}, or lower max_length"
-            )
+            raise _too_long(position, length, max_tokens)
         where = bisect.bisect_left(room, (length, -1))
         free, which = room.pop(where) if where < len(room) else (max_tokens, len(bins))
         if which == len(bins):

@@ -147,7 +147,9 @@ def test_packing_leaves_a_bin_empty_only_where_it_must():
         ([5], {"micro_batch_size": -1}, "micro_batch_size is -1"),
         ([5], {"micro_batch_size": True}, "micro_batch_size is True"),
         ([5], {"packing": True}, "needs max_tokens"),
-        ([5], {"max_tokens": 8}, "without packing"),
+        ([5, 9], {"max_tokens": 8}, "sample 1 has 9 tokens, more than the 8 of a micro-batch"),
+        ([5, 9], {"max_tokens": 11, "multiple_of": 4}, "sample 1 has 12 tokens, more than the 8"),
+        ([5], {"max_tokens": 8, "data_parallel_size": 2}, "1 samples cannot be shared by token count by 2"),
         ([5, 9], {"packing": True, "max_tokens": 8}, "sample 1 has 9 tokens, more than the 8"),
         ([5, 9], {"packing": True, "max_tokens": 0}, "max_tokens is 0"),
     ],
@@ -155,6 +157,33 @@ def test_packing_leaves_a_bin_empty_only_where_it_must():
 def test_plan_refuses(lengths, change, text):
     with pytest.raises(ConfigError, match=text):
         plan_micro_batches(lengths, **{"data_parallel_size": 1, "micro_batch_size": 1, **change})
+
+
+# --- micro-batches, a token budget without packing
+
+
+@settings(deadline=None, max_examples=300)
+@given(LENGTHS, st.integers(1, 6), st.integers(204, 900), st.integers(1, 4), st.booleans())
+def test_no_micro_batch_is_above_the_budget(lengths, num_ranks, max_tokens, multiple, packing):
+    """Tokens with their padding, as train/batches.py pads: each sample to the longest, and all to a multiple."""
+    if len(lengths) < num_ranks:
+        return
+    plan = plan_micro_batches(
+        lengths,
+        data_parallel_size=num_ranks,
+        micro_batch_size=1,
+        packing=packing,
+        max_tokens=max_tokens,
+        multiple_of=multiple,
+    )
+    check_common_invariants(plan, lengths, num_ranks)
+    filled = [[lengths[p] for p in batch] for rank in plan for batch in rank if batch]
+    for batch in filled:
+        width = sum(batch) if packing else max(batch)
+        assert (1 if packing else len(batch)) * -(-width // multiple) * multiple <= max_tokens  # I4
+    # Not wasted: without the micro-batches that fill up the ranks, one a rank at most, any two overflow together.
+    if packing and multiple == 1:
+        assert len(filled) <= 2 * sum(lengths) // max_tokens + 1 + num_ranks
 
 
 # --- sources

@@ -16,8 +16,9 @@ from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import LocalTeacher
 from megatron_gkd.errors import NotBuiltError
+from megatron_gkd.model.divisible import check_fit
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.train.fit import check_batch, layouts, refuse_experts
+from megatron_gkd.train.fit import check_batch, layouts, refuse_student, without_borrowed_experts
 
 if TYPE_CHECKING:
     from megatron_gkd.train.rehearsal import Rehearsed
@@ -40,7 +41,12 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     config = planned_dtype(config)
     student, teacher = layouts(config, asked.world_size, ranks_per_node=asked.ranks_per_node)
     check_batch(config, student)
-    _refuse(config)
+    path = _local_teacher(config)
+    arch, of_teacher = read_architecture(config.model.model), read_architecture(path)
+    teacher = without_borrowed_experts(config, of_teacher, teacher)
+    refuse_student(config, arch, student)
+    check_fit("model", arch, student)
+    check_fit("teacher_model", of_teacher, teacher)
     batch = [asked.lengths(config.data.max_length)] * config.training.global_batch_size
     found = [
         rehearse(config, world_size=asked.world_size, rank=rank, lengths=batch, lines=asked.lines > 0)
@@ -73,14 +79,13 @@ def sampler_bytes(asked: PlanConfig, config: RunConfig) -> int:
     return round(asked.gpu_memory_gb * GB * config.sampling.vllm_gpu_memory_utilization)
 
 
-def _refuse(config: RunConfig) -> None:
+def _local_teacher(config: RunConfig) -> str:
     if not isinstance(kind := config.teacher.kind, LocalTeacher) or kind.separate:
         raise NotBuiltError(
             "not built yet: plan with a teacher that is not on the student's ranks (give --teacher_model alone, "
             "without --teacher_placement separate: the student's ranks hold at most as much)"
         )
-    for flag, path in (("model", config.model.model), ("teacher_model", kind.path)):
-        refuse_experts(flag, read_architecture(path))
+    return kind.path
 
 
 def _record(asked: PlanConfig, one: Rehearsed, student: Layout, teacher: Layout, sampler: int) -> dict[str, Any]:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from megatron_gkd.config.run import RunConfig
 
 HOW_DRAWN: Final = ("temperature", "top_p", "top_k", "max_completion_length", "vllm_max_model_len", "use_vllm")
+OF_ENGINES: Final = ("vllm_enforce_eager", "vllm_max_num_seqs", "vllm_engine_kwargs")
 STUDENTS_ENGINES: Final = (
+    *OF_ENGINES,
     *("vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level", "vllm_server_host"),
     *("vllm_server_port", "steps_per_generation", "rollout_lag", "weight_bucket_mb", "verify_sync_every"),
 )
@@ -33,6 +35,7 @@ TEACHERS_COMPLETIONS: Final = (
 EVALUATION: Final = frozenset(
     {
         *("model", "dtype", "gkd_logits_topk", "topk_tail", "micro_batch_size", "global_batch_size", "log_level"),
+        "max_tokens_per_gpu",
         *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
         *("loss_scale", "chat_template_kwargs", "enable_thinking", "prompt_only"),
     }
@@ -69,7 +72,7 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
     if sampling.vllm_mode != "server":
         yield f"it is of --vllm_mode server, and the mode is {sampling.vllm_mode}", ("vllm_server_port",)
     else:
-        yield "the servers' own matter with --vllm_mode server", ("vllm_gpu_memory_utilization",)
+        yield "the servers' own matter with --vllm_mode server", ("vllm_gpu_memory_utilization", *OF_ENGINES)
         if _every_host_has_a_port(sampling.vllm_server_host or ""):
             yield "every --vllm_server_host has a port", ("vllm_server_port",)
     if not (data.shuffle or data.dataset_weights or lmbda > 0 or distillation.samples_teacher):
@@ -80,10 +83,15 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
         yield "--packing sizes the teacher's micro-batches too", ("teacher_micro_batch_size",)
     if (lmbda == 1 or distillation.seq_kd) and not data.eval_dataset:
         yield "no completion of the data is needed", ("prompt_only",)
+    if (cfg.parallel.virtual_pipeline_model_parallel_size or 1) == 1:
+        yield "there is nothing to align without --virtual_pipeline_model_parallel_size", ("align_param_gather",)
+    if cfg.model.dtype == "fp32":
+        yield "gradients of fp32 weights are fp32", ("accumulate_allreduce_grads_in_fp32",)
     if not cfg.checkpoint.save_hf:
         yield "nothing is exported with --save_hf false", ("save_hf_dtype",)
     if cfg.checkpoint.load is None and not cfg.checkpoint.auto_resume:
-        yield "no checkpoint is loaded without --load or --auto_resume", ("verify_checkpoint", "allow_changed_config")
+        of_loading = ("verify_checkpoint", "allow_changed_config", "no_load_optim", "no_load_rng")
+        yield "no checkpoint is loaded without --load or --auto_resume", of_loading
 
 
 def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -41,7 +41,17 @@ def refuse_not_built(cfg: RunConfig, command: Command = "train") -> None:
         )
 
 
+def _is_set(flag: str) -> Callable[[RunConfig], bool]:
+    """Applies when a flag is away from its default."""
+    return lambda cfg: not cfg.is_default(flag)
+
+
 NOT_BUILT: tuple[NotBuilt, ...] = (
+    NotBuilt("tp_comm_overlap", _is_set("tp_comm_overlap"), "its buffers are not made here; leave it out", TRAIN),
+    *(
+        NotBuilt(flag, _is_set(flag), "lengths are not padded to what fp8 takes; train in bf16", TRAIN)
+        for flag in ("fp8_format", "fp8_recipe", "fp8_param_gather")
+    ),
     NotBuilt(
         "moe_router_load_balancing_type",
         lambda cfg: cfg.training.moe_router_load_balancing_type != "aux_loss",

@@ -20,6 +20,13 @@ from functools import cache
 from typing import Any, Literal
 
 from megatron_gkd.config.dtypes import Dtype, DtypeChoice
+from megatron_gkd.config.levers import (
+    KernelsConfig,
+    OptimizerMemoryConfig,
+    OverlapConfig,
+    RecomputeConfig,
+    vllm_options,
+)
 from megatron_gkd.config.not_built import NOT_BUILT, Command, refuse_not_built
 from megatron_gkd.config.schema import Section, default_of, setting, show, type_hints
 from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers, TeacherKind, parse_servers
@@ -83,6 +90,19 @@ class TeacherConfig(Section):
     )
     teacher_pipeline_model_parallel_size: int | None = setting(
         None, "Pipeline stages of the teacher; null: the student's.", ge=1
+    )
+    teacher_decoder_first_pipeline_num_layers: int | None = setting(
+        None, "Layers of the teacher's first pipeline stage; null: as many as the others.", ge=1
+    )
+    teacher_decoder_last_pipeline_num_layers: int | None = setting(None, "The same of the last stage.", ge=1)
+    teacher_account_for_embedding_in_pipeline_split: bool = setting(
+        False, "Count the teacher's embedding as a layer of its first stage."
+    )
+    teacher_account_for_loss_in_pipeline_split: bool = setting(
+        False, "Count the teacher's head as a layer of its last stage."
+    )
+    teacher_pipeline_model_parallel_layout: str | None = setting(
+        None, "Layers of every stage of the teacher, as in --pipeline_model_parallel_layout."
     )
     teacher_context_parallel_size: int | None = setting(
         None, "Context parallel size of the teacher; null: the student's.", ge=1
@@ -208,6 +228,13 @@ class SamplingConfig(Section):
     )
     vllm_gpu_memory_utilization: float = setting(0.9, "Share of each GPU's memory for a colocated vLLM.", gt=0, le=1)
     vllm_tensor_parallel_size: int = setting(1, "Tensor parallel size of a colocated vLLM.", ge=1)
+    vllm_enforce_eager: bool = setting(False, "Sample without CUDA graphs and compilation, as on a CPU in any case.")
+    vllm_max_num_seqs: int | None = setting(None, "Maximum number of sequences that an engine samples at once.", ge=1)
+    vllm_engine_kwargs: str | None = setting(
+        None,
+        "Further arguments of vLLM's engines, by vLLM's names, as a JSON object such as "
+        '{"max_num_batched_tokens": 16384}.',
+    )
     vllm_max_model_len: int | None = setting(None, "Longest sequence of vLLM; null: --max_length.", gt=1)
     sleep_level: Literal[0, 1, 2] = setting(
         0, "What a colocated vLLM frees while the student trains: 0 nothing, 1 and 2 as in vLLM."
@@ -229,6 +256,15 @@ class SamplingConfig(Section):
         "many; 0: after the first only.",
         ge=0,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert isinstance(self.engine_options, dict)
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """What vLLM is given beside what the run decides, by its names. Raises ConfigError."""
+        return vllm_options(self.vllm_enforce_eager, self.vllm_max_num_seqs, self.vllm_engine_kwargs)
 
 
 @dataclass(frozen=True)
@@ -271,6 +307,21 @@ class ParallelConfig(Section):
         None, "Model chunks per pipeline stage (interleaved schedule); null: 1.", ge=1
     )
     sequence_parallel: bool = setting(False, "Split the activations between layers over the tensor parallel ranks.")
+    decoder_first_pipeline_num_layers: int | None = setting(
+        None, "Layers of the first pipeline stage; the other stages share the rest evenly. null: as many as they.", ge=1
+    )
+    decoder_last_pipeline_num_layers: int | None = setting(None, "The same of the last stage.", ge=1)
+    account_for_embedding_in_pipeline_split: bool = setting(
+        False, "Count the embedding as a layer of the first stage where layers are shared evenly."
+    )
+    account_for_loss_in_pipeline_split: bool = setting(
+        False, "Count the head and the loss as a layer of the last stage where layers are shared evenly."
+    )
+    pipeline_model_parallel_layout: str | None = setting(
+        None,
+        "Layers of every stage, as Megatron writes it: E the embedding, t a layer, L the loss, | between stages, *n "
+        "repeats what stands before it, such as Et*3|t*5|t*4L. With a virtual pipeline, of every chunk.",
+    )
     use_distributed_optimizer: bool = setting(True, "Split the optimizer's state over the data parallel ranks.")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is a GPU, else CPU with gloo.")
     distributed_timeout_minutes: float = setting(
@@ -340,6 +391,12 @@ class TrainingConfig(Section):
     """Training: batch, length, optimizer."""
 
     micro_batch_size: int = setting(1, "Samples in a micro-batch of a data parallel rank.", ge=1)
+    max_tokens_per_gpu: int | None = setting(
+        None,
+        "Maximum number of tokens, padding included, of a rank's part of a micro-batch of the student (and of the "
+        "teacher, where nothing sizes its own); instead of --micro_batch_size, with --packing or without.",
+        ge=1,
+    )
     global_batch_size: int = setting(16, "Samples per step, over all ranks.", ge=1)
     train_iters: int | None = setting(None, "Steps to train; null: as many as --num_train_epochs says.", ge=1)
     num_train_epochs: float | None = setting(None, "Passes over the data; null, and no --train_iters: 1.", gt=0)
@@ -351,6 +408,7 @@ class TrainingConfig(Section):
     lr_warmup_fraction: float = setting(
         0.05, "Share of the steps in which the learning rate rises linearly from 0.", ge=0, le=1
     )
+    lr_warmup_iters: int | None = setting(None, "The same as a number of steps, instead of a share.", ge=0)
     weight_decay: float = setting(0.1, "AdamW weight decay.", ge=0)
     moe_aux_loss_coeff: float = setting(
         0.0, "Coefficient of the load-balancing loss of a mixture-of-experts student's routers; 0: none.", ge=0
@@ -369,6 +427,11 @@ class TrainingConfig(Section):
         ge=1,
     )
     seed: int = setting(42, "Seed of the order of the rows and the source of each sample.", ge=0, lt=2**32)
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Steps of the warm-up, of this many."""
+        share = int(self.lr_warmup_fraction * num_steps)
+        return share if self.lr_warmup_iters is None else self.lr_warmup_iters
 
     def num_steps(self, num_rows: int) -> int:
         """Steps on a data set of this many rows: --train_iters, else the steps that cover --num_train_epochs (or 1)."""
@@ -403,6 +466,21 @@ class CheckpointConfig(Section):
         False, "Write checkpoints while training goes on; it stops only for a copy in host memory."
     )
     save_total_limit: int | None = setting(None, "Keep this many newest checkpoints; null: all.", ge=1)
+    no_save_optim: bool = setting(
+        False, "Save checkpoints without the optimizer's state; one can be gone on from with --no_load_optim alone."
+    )
+    no_save_rng: bool = setting(
+        False, "Save checkpoints without random states; one can be gone on from with --no_load_rng alone."
+    )
+    no_load_optim: bool = setting(
+        False, "Go on from a checkpoint with the optimizer's moments at zero, whether it has them or not."
+    )
+    no_load_rng: bool = setting(False, "Go on from a checkpoint with new random states, of --seed and the step.")
+    finetune: bool = setting(
+        False,
+        "Begin at step 0 from weights alone, as every run does that is given no --load, or a Hugging Face directory; "
+        "refused with the checkpoint of a run.",
+    )
     save_hf: bool = setting(True, "Export the student as a Hugging Face model directory at the end.")
     save_hf_dtype: Literal["fp32", "bf16", "fp16", "source"] | None = setting(
         None,
@@ -451,6 +529,10 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    optimizer: OptimizerMemoryConfig = field(default_factory=OptimizerMemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 LOCAL_TEACHER = (
     "teacher_tensor_model_parallel_size",
     "teacher_pipeline_model_parallel_size",
+    "teacher_decoder_first_pipeline_num_layers",
+    "teacher_decoder_last_pipeline_num_layers",
+    "teacher_account_for_embedding_in_pipeline_split",
+    "teacher_account_for_loss_in_pipeline_split",
+    "teacher_pipeline_model_parallel_layout",
     "teacher_context_parallel_size",
     "teacher_expert_model_parallel_size",
     "teacher_expert_tensor_parallel_size",
@@ -57,6 +62,10 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
     if command == "train":
         yield from _loss_temperature_problems(cfg)
         yield from _training_problems(cfg)
+        yield from cfg.recompute.problems()
+        yield from cfg.overlap.problems(sharded=cfg.parallel.use_distributed_optimizer)
+        yield from cfg.kernels.problems(loss_is_fused=cfg.distillation.loss_path != "logits")
+        yield from cfg.optimizer.problems(sharded=cfg.parallel.use_distributed_optimizer)
         yield from _lengths_problems(cfg)
         if cfg.distillation.lmbda > 0:
             yield from _sampling_problems(cfg)
@@ -229,12 +238,28 @@ def _teacher_sampling_problems(cfg: RunConfig) -> Iterator[str]:
         yield f"--temperature {sampling.temperature:g} is above 2, the highest that vLLM samples at"
 
 
+def _token_budget_problems(cfg: RunConfig) -> Iterator[str]:
+    budget, longest = cfg.training.max_tokens_per_gpu, cfg.data.max_length
+    if budget is None:
+        return
+    if not cfg.is_default("micro_batch_size"):
+        yield "--max_tokens_per_gpu and --micro_batch_size both size a micro-batch; give one of them"
+    if budget * cfg.parallel.context_parallel_size < longest:
+        yield (
+            f"--max_tokens_per_gpu {budget} is below --max_length {longest}: a row of that length would fit into no "
+            "micro-batch; give at least that many, or a smaller --max_length"
+        )
+
+
 def _training_problems(cfg: RunConfig) -> Iterator[str]:
     training = cfg.training
     if training.train_iters is not None and training.num_train_epochs is not None:
         yield "--train_iters and --num_train_epochs both say how long to train; give one of them"
     if training.moe_aux_loss_coeff > 0 and cfg.model.freeze_router:
         yield "--moe_aux_loss_coeff trains the routers and --freeze_router true keeps them; leave out one of them"
+    yield from _token_budget_problems(cfg)
+    if training.lr_warmup_iters is not None and not cfg.is_default("lr_warmup_fraction"):
+        yield "--lr_warmup_iters and --lr_warmup_fraction both say how long the warm-up is; give one of them"
     if training.min_lr > training.lr:
         yield f"--min_lr {training.min_lr} is above --lr {training.lr}; it is where the decay ends"
     if training.lr_decay_style == "constant" and training.min_lr > 0:

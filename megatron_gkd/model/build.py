@@ -12,6 +12,7 @@ stayed unfilled.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from megatron_gkd.model.context_attention import ContextAttention
 from megatron_gkd.model.divisible import check_layout
 from megatron_gkd.model.layers import SDPAttention, local_block_spec, use_own_modules
 from megatron_gkd.model.options import ModelOptions
+from megatron_gkd.model.stage_layers import StageLayers
 from megatron_gkd.parallel.layout import Layout
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, long) for name, long in LONG_NAMES.items()}
@@ -43,6 +45,8 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, long) for name, long in L
 
 class HiddenStateGPTModel(GPTModel):
     """GPTModel whose last stage returns the final hidden state instead of logits."""
+
+    before_head: Callable[[], None] | None = None  # called before the head's weight is read (train/overlap.py)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # GPTModel.forward (0.16 - 0.19) ends with `return self._postprocess(hidden_states=..., ...)`: the head and
@@ -61,6 +65,8 @@ class HiddenStateGPTModel(GPTModel):
     def head_weight(self) -> torch.Tensor:
         """The head's shard [V/tp, H]; the embedding's where tied on one stage. Last stage only."""
         assert self.post_process, "only the last pipeline stage has a head"
+        if self.before_head is not None:
+            self.before_head()
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -194,10 +200,14 @@ def build_model(
         layout.virtual_pipeline,
         ep=layout.expert,
         etp=layout.expert_tensor_size,
+        split=layout.split,
     )
     config, use_cpu = transformer_config(arch, layout, options, dtype=dtype), options.use_cpu_initialization
     _set_attention_factor(config, arch)
     pp_rank = groups.pp.rank()
+    if layout.split is not None:  # after the config's own checks, which would not know it
+        counts = layout.chunk_layers(arch.num_layers)
+        config.pipeline_model_parallel_layout = StageLayers(counts, stages=layout.pipeline, stage=pp_rank)
     chunks = []
     for stage in range(layout.num_chunks):
         vp_stage = stage if layout.virtual_pipeline else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import LayoutError
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.pipeline_split import PipelineSplit
 
 
 def check_fit(flag: str, arch: Architecture, layout: Layout) -> None:
@@ -17,13 +18,21 @@ def check_fit(flag: str, arch: Architecture, layout: Layout) -> None:
             layout.virtual_pipeline,
             ep=layout.expert,
             etp=layout.expert_tensor_size,
+            split=layout.split,
         )
     except LayoutError as error:
         raise LayoutError(f"--{flag}: {error}") from error
 
 
 def check_layout(
-    arch: Architecture, tp: int, pp: int, vpp: int | None = None, *, ep: int = 1, etp: int | None = None
+    arch: Architecture,
+    tp: int,
+    pp: int,
+    vpp: int | None = None,
+    *,
+    ep: int = 1,
+    etp: int | None = None,
+    split: PipelineSplit | None = None,
 ) -> None:
     """Raise LayoutError, with the reason and the sizes that would do, unless the model divides over this layout."""
     chunks = vpp or 1
@@ -47,7 +56,9 @@ def check_layout(
         raise LayoutError(_does_not_divide("tensor", tp, arch.query_size + 2 * arch.kv_size, "rows of q, k and v"))
     if chunks > 1 and pp == 1:
         raise LayoutError(f"virtual pipeline size {vpp} needs a pipeline-parallel size of at least 2")
-    if arch.num_layers % (pp * chunks) != 0:
+    if split is not None:
+        split.chunk_layers(arch.num_layers, pp, chunks)
+    elif arch.num_layers % (pp * chunks) != 0:
         what = "pipeline" if chunks == 1 else f"virtual pipeline ({pp} stages x {chunks} chunks)"
         raise LayoutError(_does_not_divide(what, pp * chunks, arch.num_layers, "decoder layers"))
 

@@ -1,7 +1,9 @@
-"""What megatron-core is told of a model beside its architecture, layout and type: fusions, overlap, accumulation.
+"""What megatron-core is told of a model beside its architecture, layout and type: fusions, overlap, accumulation,
+recomputation.
 
 One field is one field of megatron-core's, under its name: of its TransformerConfig, or (`DDP`) of its
-DistributedDataParallelConfig. A new lever is a field here, with what was done before as its default.
+DistributedDataParallelConfig. A new lever is a field here, with what was done before as its default; levers.py sets
+them from a run's flags.
 """
 
 from __future__ import annotations
@@ -9,7 +11,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-DDP: Final = frozenset({"grad_reduce_in_fp32", "overlap_grad_reduce", "check_for_nan_in_grad"})
+from megatron.core.transformer.enums import AttnBackend
+
+DDP: Final = frozenset(
+    {
+        *("grad_reduce_in_fp32", "overlap_grad_reduce", "overlap_param_gather", "align_param_gather", "bucket_size"),
+        "check_for_nan_in_grad",
+    }
+)
 
 EXPERTS: Final = frozenset({"moe_aux_loss_coeff"})
 
@@ -24,11 +33,21 @@ class ModelOptions:
     masked_softmax_fusion: bool = False
     gradient_accumulation_fusion: bool = False
     apply_rope_fusion: bool = False
+    attention_backend: AttnBackend = AttnBackend.auto
+    deterministic_mode: bool = False
     persist_layer_norm: bool = False
     moe_aux_loss_coeff: float = 0.0  # of the routers' load-balancing loss (model/router.py)
     grad_reduce_in_fp32: bool = True
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    align_param_gather: bool = False
+    bucket_size: int | None = None  # parameters; None: megatron-core's choice
     check_for_nan_in_grad: bool = False  # the optimizer step reports the norm; the loop decides
+    recompute_granularity: Literal["selective", "full"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: tuple[str, ...] | None = None
+    extra: tuple[tuple[str, Any], ...] = ()  # further fields of TransformerConfig, of --megatron_extra_kwargs
 
     @classmethod
     def on(cls, device: Literal["cpu", "cuda"]) -> ModelOptions:
@@ -37,7 +56,10 @@ class ModelOptions:
 
     def transformer_fields(self) -> dict[str, Any]:
         """Fields of TransformerConfig, but for those of a mixture of experts."""
-        return {name: value for name, value in asdict(self).items() if name not in DDP | EXPERTS}
+        others = DDP | EXPERTS | {"extra"}
+        values = {name: value for name, value in asdict(self).items() if name not in others}
+        known = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return known | dict(self.extra)
 
     def ddp_fields(self) -> dict[str, Any]:
         """Fields of DistributedDataParallelConfig."""

@@ -12,7 +12,6 @@ Collation (train/batches.py) and the routing of signals (teacher/signals.py) bot
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from megatron_gkd.model.pipeline import common_shape
@@ -29,10 +28,7 @@ class Sequences:
     def __init__(self, samples: Sequence[Sample], plan: MicroBatchPlan, layout: Layout, *, packing: bool) -> None:
         """`samples`: as this model is fed them, by position."""
         self.samples, self.layout, self.packing = samples, layout, packing
-        self.segment_multiple = 1 if layout.context == 1 else 2 * layout.context
-        self.row_multiple = layout.context * math.lcm(
-            1 if layout.context == 1 else 2, layout.tensor if layout.sequence_parallel else 1
-        )
+        self.segment_multiple, self.row_multiple = layout.segment_multiple, layout.row_multiple
         if common_shape(layout):
             self.row_multiple = max(
                 _round_up(sum(self.lengths(batch)) if packing else self.lengths(batch)[0], self.row_multiple)

@@ -13,10 +13,12 @@ Student and teacher each have a `Layout` of their own, over the same ranks or ov
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_gkd.errors import LayoutError
+from megatron_gkd.parallel.pipeline_split import PipelineSplit
 
 
 class Coordinate(NamedTuple):
@@ -41,6 +43,7 @@ class Layout:
     sequence_parallel: bool = False
     rank_offset: int = 0
     expert_tensor: int | None = None  # None: as `tensor`, Megatron's default
+    split: PipelineSplit | None = None  # None: all stages have as many layers
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "data", "context", "expert"):
@@ -83,6 +86,7 @@ class Layout:
         virtual_pipeline: int | None = None,
         sequence_parallel: bool = False,
         rank_offset: int = 0,
+        split: PipelineSplit | None = None,
         name: str = "student",
     ) -> Layout:
         """The layout whose data-parallel size fills `world_size` ranks from `rank_offset` on. Raises LayoutError when
@@ -110,6 +114,7 @@ class Layout:
                 sequence_parallel,
                 rank_offset=rank_offset,
                 expert_tensor=expert_tensor,
+                split=split,
             )
         except LayoutError as error:
             raise LayoutError(f"the {name}'s layout: {error}") from error
@@ -130,9 +135,30 @@ class Layout:
         return self.tensor * self.context * self.data * self.pipeline
 
     @property
+    def segment_multiple(self) -> int:
+        """What the length of a sequence in a pack is a multiple of: it is cut into 2 * cp chunks."""
+        return 1 if self.context == 1 else 2 * self.context
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a row, or of a whole pack, is a multiple of: TP ranks share a rank's part of it under
+        sequence parallelism."""
+        shared = self.tensor if self.sequence_parallel else 1
+        return self.context * math.lcm(1 if self.context == 1 else 2, shared)
+
+    @property
     def num_chunks(self) -> int:
         """Model chunks per rank."""
         return self.virtual_pipeline or 1
+
+    def chunk_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each model chunk, in the order of the model: chunk v of stage p is number v * pipeline + p. Raises
+        LayoutError."""
+        if self.split is not None:
+            return self.split.chunk_layers(num_layers, self.pipeline, self.num_chunks)
+        parts = self.pipeline * self.num_chunks
+        assert num_layers % parts == 0, "model/divisible.py refuses it"
+        return (num_layers // parts,) * parts
 
     def holds(self, rank: int) -> bool:
         """Whether a global rank is one of the layout's."""
@@ -175,4 +201,6 @@ class Layout:
             text += f", EP {self.expert} x ETP {self.expert_tensor_size}"
         if self.virtual_pipeline:
             text += f", VPP {self.virtual_pipeline}"
+        if self.split is not None:
+            text += f", {self.split}"
         return text + (", sequence parallel" if self.sequence_parallel else "")

@@ -49,6 +49,7 @@ def open_engines(
             max_model_len=max_model_len,
             gpu_memory_utilization=sampling.vllm_gpu_memory_utilization,
             sleep_level=sampling.sleep_level,
+            engine_options=sampling.engine_options,
         )
         return LocalEngines({rank // tensor: engine}, world_size // tensor, reports=rank % tensor == 0)
     return _servers_on_rank_0(sampling, model_path=model_path, dtype=dtype, max_model_len=max_model_len, group=group)
@@ -115,6 +116,7 @@ def _servers_on_rank_0(
                     max_model_len=max_model_len + 1,  # a server takes prompts up to one token less
                     tensor_parallel_size=sampling.vllm_tensor_parallel_size,
                     gpu_memory_utilization=sampling.vllm_gpu_memory_utilization,
+                    engine_options=sampling.engine_options,
                 )
             )
         _check_lengths(engines, urls, max_model_len)

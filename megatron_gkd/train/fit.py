@@ -11,6 +11,7 @@ from megatron_gkd.config import environment
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError, LayoutError
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.pipeline_split import PipelineSplit, parse_layout
 
 
 def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:
@@ -30,6 +31,7 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         expert_tensor=parallel.expert_tensor_parallel_size,
         virtual_pipeline=_virtual_pipeline(parallel.virtual_pipeline_model_parallel_size),
         sequence_parallel=parallel.sequence_parallel,
+        split=_split(config, ""),
     )
     teacher_layout = Layout.for_world(
         teacher_ranks or world_size,
@@ -39,6 +41,7 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         expert=teacher.teacher_expert_model_parallel_size or parallel.expert_model_parallel_size,
         expert_tensor=teacher.teacher_expert_tensor_parallel_size or parallel.expert_tensor_parallel_size,
         rank_offset=world_size - teacher_ranks if teacher_ranks else 0,
+        split=_split(config, "teacher_"),
         name="teacher",
     )
     return student_layout, teacher_layout
@@ -70,6 +73,20 @@ def _teacher_ranks(config: RunConfig, world_size: int, ranks_per_node: int | Non
     return count
 
 
+def _split(config: RunConfig, prefix: str) -> PipelineSplit | None:
+    """How a model's layers are shared by its pipeline stages; None: evenly."""
+    text = config.get(f"{prefix}pipeline_model_parallel_layout")
+    split = PipelineSplit(
+        config.get(f"{prefix}decoder_first_pipeline_num_layers"),
+        config.get(f"{prefix}decoder_last_pipeline_num_layers"),
+        config.get(f"{prefix}account_for_embedding_in_pipeline_split"),
+        config.get(f"{prefix}account_for_loss_in_pipeline_split"),
+        None if text is None else parse_layout(text, prefix=prefix),
+        prefix,
+    )
+    return None if split == PipelineSplit(prefix=prefix) else split
+
+
 def _virtual_pipeline(size: int | None) -> int | None:
     """One model chunk per stage is no virtual pipeline."""
     return None if size == 1 else size
@@ -79,12 +96,14 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
     """Raise ConfigError, with the nearest that do, unless the global batch divides over the student's layout."""
     training = config.training
     per_pass = layout.data * training.micro_batch_size
-    if config.data.packing:
+    if config.data.packing or training.max_tokens_per_gpu is not None:
         if training.global_batch_size < layout.data:
+            how = "packed for" if config.data.packing else "shared by token count by"
             raise ConfigError(
-                f"global_batch_size {training.global_batch_size} cannot be packed for {layout.data} data parallel "
+                f"global_batch_size {training.global_batch_size} cannot be {how} {layout.data} data parallel "
                 f"ranks: each needs a sample; give at least {layout.data}, or fewer ranks"
             )
+        _check_budget(config, layout)
         return
     if training.global_batch_size % per_pass:
         below = training.global_batch_size // per_pass * per_pass
@@ -110,6 +129,34 @@ def refuse_student(config: RunConfig, arch: Architecture, layout: Layout) -> Non
         raise LayoutError(
             f"--tensor_model_parallel_size {layout.tensor} without --sequence_parallel: megatron-core trains a mixture "
             f"of experts ({arch.model_type}) only with both; give --sequence_parallel true, or tensor parallel size 1"
+        )
+
+
+def max_tokens(config: RunConfig, layout: Layout) -> int | None:
+    """Tokens of a micro-batch of the student, over the ranks that share it; None where it is sized in samples."""
+    if (budget := config.training.max_tokens_per_gpu) is not None:
+        return budget * layout.context
+    return config.data.max_length * config.training.micro_batch_size if config.data.packing else None
+
+
+def _check_budget(config: RunConfig, layout: Layout) -> None:
+    """The longest row is fed --max_length - 1 tokens, padded."""
+    most, multiple = max_tokens(config, layout), layout.row_multiple
+    needed = -(-(config.data.max_length - 1) // multiple) * multiple
+    if config.training.max_tokens_per_gpu is not None and most is not None and most // multiple * multiple < needed:
+        raise ConfigError(
+            f"--max_tokens_per_gpu {config.training.max_tokens_per_gpu}: lengths are multiples of {multiple} here "
+            f"({layout.describe()}), and rows of --max_length {config.data.max_length} need {needed} over "
+            f"{layout.context} ranks; give at least {-(-needed // layout.context)}"
+        )
+
+
+def check_warmup(config: RunConfig, num_steps: int) -> None:
+    """Raise ConfigError where the warm-up would not end within the run."""
+    if (steps := config.training.lr_warmup_iters) is not None and steps > num_steps:
+        raise ConfigError(
+            f"--lr_warmup_iters {steps}: the run has {num_steps} steps, and would end before --lr is reached; give "
+            f"fewer, or --lr_warmup_fraction"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
@@ -30,12 +31,13 @@ from megatron_gkd.data.suspicions import describe
 from megatron_gkd.data.template_differences import differences
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.divisible import check_fit
+from megatron_gkd.model.levers import check_student
 from megatron_gkd.model.reach import reach
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none, on_every_rank
 from megatron_gkd.train.draws import Draws
-from megatron_gkd.train.fit import check_batch, layouts, refuse_student, without_borrowed_experts
+from megatron_gkd.train.fit import check_batch, check_warmup, layouts, refuse_student, without_borrowed_experts
 from megatron_gkd.train.run_clock import run_clock
 from megatron_gkd.train.shared_rows import shared_rows
 from megatron_gkd.weights.stop_tokens import stop_tokens
@@ -100,6 +102,7 @@ def _models(
     built = teacher_arch if isinstance(config.teacher.kind, LocalTeacher) else None
     check_fit("model", student_arch, student_layout)
     refuse_student(config, student_arch, student_layout)
+    check_student(config, student_arch, student_layout, platform.setup(config.parallel.device).kind)
     if built is not None:
         teacher_layout = without_borrowed_experts(config, built, teacher_layout)
         check_fit("teacher_model", built, teacher_layout)
@@ -140,6 +143,7 @@ def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, ev
     if rows is not None:
         rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
         check_batch(config, student_layout)
+        check_warmup(config, config.training.num_steps(len(rows)))
     if eval_rows is not None:
         eval_rows.require_completions("evaluation")
     for purpose, found in (("training", rows), ("evaluation", eval_rows)):

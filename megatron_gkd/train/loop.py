@@ -35,6 +35,7 @@ from megatron_gkd.train.evaluate import evaluate, not_finite
 from megatron_gkd.train.export_record import check_replaceable
 from megatron_gkd.train.exporting import export, measure_export, warn_of_rounding
 from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
+from megatron_gkd.train.garbage import Garbage
 from megatron_gkd.train.preflight import refuse_earlier_run
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import begin, open_checkpoints
@@ -100,6 +101,8 @@ class StudentPart:
         self._spikes = LossSpikes(run.config.logging.loss_spike_factor)
         self._replicas = Replicas(run.student, run.config.parallel.check_replicas_steps)
         self.checkpoints = open_checkpoints(run)
+        kernels = run.config.kernels
+        self._garbage = Garbage(kernels.manual_gc_interval if kernels.manual_gc else None)
         self._progress: Progress | None = None
         self._evaluation: dict[str, float] = {}  # the last one
         self._record: dict[str, Any] = {}  # of the export
@@ -120,8 +123,8 @@ class StudentPart:
     def listening(self) -> Iterator[None]:
         run = self.run
         self._replicas.check(self._done_steps, now=True)
-        with self._signals, Progress(run.train_iters, done_steps=self._done_steps, enabled=run.is_writer) as progress:
-            self._progress = progress
+        progress = Progress(run.train_iters, done_steps=self._done_steps, enabled=run.is_writer)
+        with self._signals, self._garbage, progress as self._progress:
             yield
 
     def train(self, step: int) -> bool:
@@ -155,6 +158,7 @@ class StudentPart:
         if self._agreement is not None:
             stop = self._agreement.after_step(self._signals.received is not None)
         self._replicas.check(step)
+        self._garbage.after_step(step)
         return stop
 
     def _ask_ahead(self, step: int) -> None:

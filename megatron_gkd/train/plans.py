@@ -25,6 +25,7 @@ from megatron_gkd.schedule import Sampled, make_samples, plan_step
 from megatron_gkd.teacher.completions import TeacherSamples
 from megatron_gkd.train.batches import plan_forward
 from megatron_gkd.train.checkpoint import TrainerState
+from megatron_gkd.train.fit import max_tokens
 from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import engine_length
@@ -93,9 +94,10 @@ class StepPlans:
             micro_batch_size=training.micro_batch_size,
             teacher_data_parallel_size=self._inputs.teacher_layout.data,
             teacher_micro_batch_size=config.teacher.teacher_micro_batch_size,
-            teacher_max_tokens=config.teacher.teacher_micro_batch_tokens,
+            teacher_max_tokens=teacher_max_tokens(config),
             packing=config.data.packing,
-            max_tokens=max_packed_tokens(config),
+            max_tokens=max_tokens(config, self._inputs.student_layout),
+            multiple_of=self._inputs.student_layout.row_multiple,
         )
 
     def _completions(self, step: int) -> dict[int, Sampled]:
@@ -123,17 +125,25 @@ def evaluation_plans(config: RunConfig, rows: Rows, student: Layout, teacher: La
         yield StepPlan(
             0,
             samples,
-            plan_forward([s.num_inputs for s in samples], student, micro_batch_size=training.micro_batch_size),
+            plan_forward(
+                [s.num_inputs for s in samples],
+                student,
+                micro_batch_size=training.micro_batch_size,
+                max_tokens=None if training.max_tokens_per_gpu is None else max_tokens(config, student),
+            ),
             plan_forward(
                 [sample.for_teacher.num_inputs for sample in samples],
                 teacher,
                 micro_batch_size=config.teacher.teacher_micro_batch_size or training.micro_batch_size,
-                max_tokens=config.teacher.teacher_micro_batch_tokens,
+                max_tokens=teacher_max_tokens(config),
             ),
             config.data.packing,
         )
 
 
-def max_packed_tokens(config: RunConfig) -> int | None:
-    """Tokens of a packed micro-batch; None without packing."""
-    return config.data.max_length * config.training.micro_batch_size if config.data.packing else None
+def teacher_max_tokens(config: RunConfig) -> int | None:
+    """Tokens of a micro-batch of the teacher; None where it is sized in samples."""
+    teacher = config.teacher
+    if teacher.teacher_micro_batch_tokens is None and teacher.teacher_micro_batch_size is None:
+        return config.training.max_tokens_per_gpu
+    return teacher.teacher_micro_batch_tokens

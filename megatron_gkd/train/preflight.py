@@ -24,7 +24,7 @@ from megatron_gkd.config.sample import SampleConfig
 from megatron_gkd.config.schema import Section
 from megatron_gkd.config.servers import LocalTeacher
 from megatron_gkd.data.files import check_supported
-from megatron_gkd.errors import CheckpointError, ConfigError, GKDError
+from megatron_gkd.errors import CheckpointError, ConfigError, GKDError, NotBuiltError
 from megatron_gkd.observe.advice import go_on
 from megatron_gkd.train.fit import check_batch, layouts, refuse_student, without_borrowed_experts
 
@@ -80,6 +80,8 @@ def check_save(config: RunConfig) -> None:
         raise ConfigError(f"--save {save}: {there} is no directory; give another")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"--save {save}: {there} cannot be written by this user; give another")
+    if load is not None:
+        _check_finetune(config, load)
     if config.checkpoint.auto_resume:
         return
     if load is None:
@@ -88,6 +90,15 @@ def check_save(config: RunConfig) -> None:
         raise CheckpointError(
             f"--load {load}: there is no such directory; give a run directory, a checkpoint or a Hugging Face model "
             "directory. A run that begins where it finds no checkpoint of its own: --auto_resume true, without --load"
+        )
+
+
+def _check_finetune(config: RunConfig, load: str) -> None:
+    """Raise NotBuiltError for --finetune with a --load that is there and no Hugging Face directory."""
+    if config.checkpoint.finetune and os.path.exists(load) and not os.path.isfile(os.path.join(load, "config.json")):
+        raise NotBuiltError(
+            f"--finetune true --load {load}: to begin at step 0 with the weights of a run's checkpoint is not built; "
+            "`megatron-gkd convert --to hf` writes them as a directory that --load (or --model) takes"
         )
 
 

@@ -42,15 +42,16 @@ from megatron_gkd.config.run import RunConfig
 from megatron_gkd.loss import sharded_softmax
 from megatron_gkd.loss.fused import task as fused_task
 from megatron_gkd.model.build import DTYPES, build_model
-from megatron_gkd.model.options import ModelOptions
+from megatron_gkd.model.levers import optimizer_options, student_options, teacher_options
 from megatron_gkd.observe.allocations import Alive, AllocationCounter
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.teacher_pipeline import TeacherPipeline
-from megatron_gkd.train.fit import layouts
+from megatron_gkd.train.fit import layouts, max_tokens, without_borrowed_experts
 from megatron_gkd.train.objective import DistillationLoss
+from megatron_gkd.train.plans import teacher_max_tokens
 from megatron_gkd.train.step import distill
 from megatron_gkd.train.student import Student
 
@@ -84,6 +85,7 @@ def rehearse(
     student_arch, teacher_path = read_architecture(config.model.model), config.teacher.teacher_model
     assert teacher_path is not None
     teacher_arch = read_architecture(teacher_path)
+    teacher_layout = without_borrowed_experts(config, teacher_arch, teacher_layout)
     counter = AllocationCounter(lines=lines)
     with _without_peers(world_size, rank) as peers, FakeTensorMode(allow_non_fake_inputs=True), counter, peers:
         parts = _Parts.build(config, student_arch, teacher_arch, student_layout, teacher_layout, counter)
@@ -119,7 +121,7 @@ class _Parts:
         counter: AllocationCounter,
     ) -> _Parts:
         """Made in the order of a run."""
-        options, dtype = ModelOptions.on("cpu"), config.model.precision
+        options, dtype = student_options(config, "cpu"), config.model.precision
         vocab_size = min(student_arch.vocab_size, teacher_arch.vocab_size)
         groups = build_groups(student_layout)
         with counter.category("student: weights, gradients, optimizer"):
@@ -133,10 +135,14 @@ class _Parts:
                 train_iters=NUM_STEPS,
                 use_distributed_optimizer=config.parallel.use_distributed_optimizer,
                 freeze_embeddings=config.model.freeze_embeddings,
+                freeze_router=config.model.freeze_router,
+                optimizer_options=optimizer_options(config),
             )
         with counter.category("teacher: weights"):
             teacher_groups = build_groups(teacher_layout)
-            of_teacher = build_model(teacher_arch, teacher_layout, teacher_groups, options, dtype=dtype)
+            of_teacher = build_model(
+                teacher_arch, teacher_layout, teacher_groups, teacher_options(config, "cpu"), dtype=dtype
+            )
             teacher = TeacherPipeline(
                 of_teacher,
                 teacher_layout,
@@ -167,7 +173,6 @@ class _Parts:
                 self.teacher,
                 _Counted(self.loss, counter),
                 plan,
-                packing=self.config.data.packing,
                 device=torch.device("cpu"),
                 timers=_Phases(counter),  # type: ignore[arg-type]
             )
@@ -186,8 +191,10 @@ def _plan(
         micro_batch_size=config.training.micro_batch_size,
         teacher_data_parallel_size=teacher.data,
         teacher_micro_batch_size=config.teacher.teacher_micro_batch_size,
+        teacher_max_tokens=teacher_max_tokens(config),
         packing=config.data.packing,
-        max_tokens=config.data.max_length * config.training.micro_batch_size if config.data.packing else None,
+        max_tokens=max_tokens(config, student),
+        multiple_of=student.row_multiple,
     )
 
 

@@ -22,6 +22,7 @@ from megatron_gkd.errors import TrainingError
 from megatron_gkd.parallel.together import gathered, name_ranks
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.checksum import checksum
+from megatron_gkd.weights.chunks import settle
 
 Sums = Mapping[str, tuple[int, int]]  # parameter -> its checksum
 Place = Callable[[int], tuple[int, ...]]  # of a global rank
@@ -40,6 +41,7 @@ class Replicas:
         """After a step: compare, if it is time (or `now`). Raises TrainingError on all of the student's ranks."""
         if not self._every or not (now or step % self._every == 0):
             return
+        settle(self._student.chunks)
         dense, experts = _split(weight_sums(self._student))
         mine = tuple(
             hashlib.blake2b(repr(sorted(s.items())).encode(), digest_size=16).digest() for s in (dense, experts)

@@ -55,6 +55,8 @@ def resume(run: Run | TeacherRun) -> TrainerState:
         description=_description(run),
         allow_changed_config=config.checkpoint.allow_changed_config,
         seed=config.training.seed,
+        with_optimizer=not config.checkpoint.no_load_optim,
+        with_rng=not config.checkpoint.no_load_rng,
     )
     state = replace(state, clock=beginning.clock)  # the checkpoint's, where it has one
     if isinstance(run, Run) and run.rollouts is not None:
@@ -72,6 +74,8 @@ def open_checkpoints(run: Run | TeacherRun) -> Checkpoints:
         description=_description(run),
         keep=config.checkpoint.save_total_limit,
         in_background=config.checkpoint.async_save,
+        with_optimizer=not config.checkpoint.no_save_optim,
+        with_rng=not config.checkpoint.no_save_rng,
     )
 
 

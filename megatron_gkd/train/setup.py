@@ -18,7 +18,7 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import chosen
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.dataset import Rows
-from megatron_gkd.model.options import ModelOptions
+from megatron_gkd.model.levers import optimizer_options, student_options
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
@@ -116,6 +116,8 @@ def join(config: RunConfig) -> platform.Platform:
     Raises ConfigError, the same on all ranks: which rank has another flag, file or package, with both values.
     """
     where = platform.setup(config.parallel.device)
+    student_options(config, where.kind)  # what this device does not do is refused before ranks wait for each other
+    torch.use_deterministic_algorithms(config.kernels.deterministic_mode)
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
     require_same(start_facts(config), "started alike")
     return where
@@ -165,8 +167,7 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
 
 def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection) -> Student:
     config, layout = inputs.config, inputs.student_layout
-    source = ModelSource(config.model.model, inputs.student_arch)
-    options = replace(ModelOptions.on(where.kind), moe_aux_loss_coeff=config.training.moe_aux_loss_coeff)
+    source, options = ModelSource(config.model.model, inputs.student_arch), student_options(config, where.kind)
     chunks = source.build(layout, groups, options, dtype=config.model.precision)
     source.load(chunks, groups)
     return Student(
@@ -179,4 +180,6 @@ def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGrou
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         freeze_embeddings=config.model.freeze_embeddings,
         freeze_router=config.model.freeze_router,
+        optimizer_options=optimizer_options(config),
+        empty_unused_memory_level=config.kernels.empty_unused_memory_level,
     )

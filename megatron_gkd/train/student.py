@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.pipeline import ForwardStep, run_schedule
 from megatron_gkd.model.router import Routers
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.train.overlap import connect
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,37 @@ class Student:
         use_distributed_optimizer: bool = False,
         freeze_embeddings: bool = False,
         freeze_router: bool = False,
+        optimizer_options: Mapping[str, Any] | None = None,
+        empty_unused_memory_level: int = 0,
     ) -> None:
+        """Args:
+        optimizer_options: further fields of megatron-core's OptimizerConfig (model/levers.py).
+        empty_unused_memory_level: when unused device memory is given back: 1 before the update, 2 also after it.
+        """
         if freeze_embeddings:
             _freeze_embeddings(chunks)
         self.routers = Routers(chunks, groups)
         if freeze_router:
             self.routers.freeze()
+        if options.recompute_granularity is not None:
+            _ask_for_gradients(chunks)
         self.layout, self.groups, self.train_iters = layout, groups, train_iters
+        self._empty_unused_memory_level = empty_unused_memory_level
         self.config = chunks[0].config
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer, **options.ddp_fields())
-        self.chunks = [DistributedDataParallel(self.config, ddp, chunk, pg_collection=groups) for chunk in chunks]
+        self.chunks = [
+            # As Megatron's own training does: one bucket in all chunks but the first.
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0, pg_collection=groups)
+            for index, chunk in enumerate(chunks)
+        ]
+        connect(self.chunks, self.config)
         for chunk in self.chunks:
             chunk.broadcast_params()
         with _world_is(groups.intra_dist_opt):
             self.optimizer = get_megatron_optimizer(
-                _optimizer_config(training, self.config.params_dtype, use_distributed_optimizer),
+                _optimizer_config(
+                    training, self.config.params_dtype, use_distributed_optimizer, optimizer_options or {}
+                ),
                 self.chunks,
                 use_gloo_process_groups=False,
                 pg_collection=groups,
@@ -90,7 +107,7 @@ class Student:
             init_lr=0.0,
             max_lr=training.lr,
             min_lr=training.min_lr,
-            lr_warmup_steps=int(training.lr_warmup_fraction * train_iters),
+            lr_warmup_steps=training.warmup_steps(train_iters),
             # Update k = 1..N uses the schedule at k of N + 1: neither the first update (warm-up from 0) nor the last
             # (decay to 0) is wasted.
             lr_decay_steps=train_iters + 1,
@@ -140,8 +157,14 @@ class Student:
         self.optimizer.zero_grad()
         reports = run_schedule(self.chunks, self.layout, self.groups, forward_step, micro_batches, forward_only=False)
         self.scheduler.step(increment=1)
+        self._empty_unused_memory(1)
         grad_norm, updated, problem = self._update(loss_is_finite(reports))
+        self._empty_unused_memory(2)
         return StepResult(reports, grad_norm, float(self.optimizer.param_groups[0]["lr"]), not updated, problem)
+
+    def _empty_unused_memory(self, level: int) -> None:
+        if self._empty_unused_memory_level >= level:
+            torch.cuda.empty_cache()
 
     def _update(self, loss_is_finite: bool) -> tuple[float, bool, str | None]:
         """megatron-core's optimizer step, stopped between the gradient's norm and the update where one of the two is
@@ -194,7 +217,9 @@ def _world_is(group: dist.ProcessGroup) -> Iterator[None]:
         dist.all_gather_object, dist.get_world_size = gather, size
 
 
-def _optimizer_config(training: TrainingConfig, dtype: torch.dtype, use_distributed_optimizer: bool) -> OptimizerConfig:
+def _optimizer_config(
+    training: TrainingConfig, dtype: torch.dtype, use_distributed_optimizer: bool, options: Mapping[str, Any]
+) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=training.lr,
@@ -208,6 +233,7 @@ def _optimizer_config(training: TrainingConfig, dtype: torch.dtype, use_distribu
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_distributed_optimizer=use_distributed_optimizer,
+        **options,
     )
 
 
@@ -226,6 +252,22 @@ def _initialise_adam_state(optimizer: MegatronOptimizer) -> None:
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
             }
+
+
+def _ask_for_gradients(chunks: Sequence[HiddenStateGPTModel]) -> None:
+    """Let a frozen embedding's output ask for a gradient. Recomputation is a re-entrant autograd function: where no
+    input asks for a gradient the output has none either, and the parameters inside would never get theirs, without an
+    error (megatron-core 0.16 to 0.19, tensor_parallel/random.py). Below there is nothing to train, so the gradient that
+    arrives here goes nowhere.
+    """
+
+    def ask(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        frozen = torch.is_grad_enabled() and not output.requires_grad
+        return output.requires_grad_() if frozen else output
+
+    for chunk in chunks:
+        if chunk.pre_process:
+            chunk.embedding.register_forward_hook(ask)
 
 
 def _freeze_embeddings(chunks: Sequence[HiddenStateGPTModel]) -> None:

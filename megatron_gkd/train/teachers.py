@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.model.build import DTYPES
-from megatron_gkd.model.options import ModelOptions
+from megatron_gkd.model.levers import teacher_options
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.platform import Platform
 from megatron_gkd.records import StepPlan
@@ -110,7 +110,7 @@ def _local(
     teacher: Teacher
     if layout.holds(dist.get_rank()):
         source = ModelSource(path, arch)
-        chunks = source.build(layout, groups, ModelOptions.on(where.kind), dtype=dtype)
+        chunks = source.build(layout, groups, teacher_options(config, where.kind), dtype=dtype)
         source.load(chunks, groups)
         teacher = TeacherPipeline(
             chunks,

@@ -56,6 +56,19 @@ def unwrap(chunk: Any) -> Any:
     return chunk
 
 
+def settle(chunks: Sequence[Any]) -> None:
+    """Before weights are read between two steps: wait for the gathers of `overlap_param_gather` (train/overlap.py), or
+    make those that no forward pass has started. Nothing for other chunks.
+
+    Communication: all-gathers over the data parallel group, of the buckets that are not whole; collective over it.
+    """
+    for chunk in chunks:
+        if getattr(chunk, "use_forward_hook", False):
+            for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                if buckets.param_gather_handle is not None or not buckets.param_gather_dispatched:
+                    buckets.start_param_sync(force_sync=True)
+
+
 def model_parameters(
     chunks: Sequence[torch.nn.Module], arch: Architecture, expert_rank: ExpertRank
 ) -> Iterator[Parameter]:

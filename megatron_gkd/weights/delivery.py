@@ -45,6 +45,7 @@ class Delivery:
         assert self._leader.keys() == owners, (self._leader, owners)
 
     def __iter__(self) -> Iterator[tuple[Tensors, Sums]]:
+        self._stream.settle()
         for bucket in self._stream.buckets:
             buffer, sums_B2 = self._sent(bucket)
             if self._to == "everyone":

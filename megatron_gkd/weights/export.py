@@ -40,7 +40,7 @@ from megatron_gkd.config.dtypes import LONG_NAMES
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.parallel.together import gathered
-from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
+from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, settle
 from megatron_gkd.weights.dtypes import read_dtypes, stored_dtypes
 from megatron_gkd.weights.hf_files import HFCheckpoint, copy_checked, has_safetensors
 from megatron_gkd.weights.hf_writer import DEFAULT_SHARD_BYTES, HFWriter, check_destination
@@ -118,6 +118,7 @@ class HFTensorStream:
         self._coordinate = Owner(pg_collection.pp.rank(), pg_collection.ep.rank())
         self._num_expert_ranks = pg_collection.ep.size()
         self.is_writer = self.leads(Owner(0))
+        self._chunks = chunks
         parameters = check_chunks(chunks, arch, ExpertRank.of(pg_collection))
         self._local = {parameter.unit: parameter for parameter in parameters}
         owners = self._gather_owners(parameters)
@@ -126,7 +127,12 @@ class HFTensorStream:
         self.buckets = tuple(make_buckets({u: owners[u][0] for u in specs}, specs, bucket_bytes))
         self.device = parameters[0].tensor.device if parameters and read is None else torch.device("cpu")
 
+    def settle(self) -> None:
+        """To be called before the first bucket is gathered: no weight is stale. Collective over all replicas."""
+        settle(self._chunks)
+
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.settle()
         if not (self._dense_part or self._expert_part):
             return
         for bucket in self.buckets:

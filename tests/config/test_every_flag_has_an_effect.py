@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 
 import megatron_gkd
+from megatron_gkd.config.no_effect import OF_ENGINES
 from megatron_gkd.config.not_built import NOT_BUILT
 from megatron_gkd.config.run import flags
 
 PACKAGE = Path(megatron_gkd.__file__).parent
 CONFIGURATION = {
     "config/run.py",
+    "config/levers.py",
     "config/no_effect.py",
     "config/schema.py",
     "config/flags.py",
@@ -33,10 +35,27 @@ CONFIGURATION = {
 REFUSED = {
     "moe_router_load_balancing_type",
     "moe_z_loss_coeff",
+    "tp_comm_overlap",
+    "fp8_format",
+    "fp8_recipe",
+    "fp8_param_gather",
 }
+
+FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "bias_dropout_fusion", "bias_activation_fusion")
+ONE_VALUE = ("masked_softmax_fusion", "attention_softmax_in_fp32", "cross_entropy_loss_fusion")
+OFFLOAD = (
+    "use_precision_aware_optimizer",
+    "optimizer_cpu_offload",
+    "optimizer_offload_fraction",
+    "overlap_cpu_optimizer_d2h_h2d",
+)
+SPLITS = [
+    flag for flag in flags() if "_in_pipeline_split" in flag or "pipeline_num_layers" in flag or "_layout" in flag
+]
 
 # Read through another name: a pattern, and where.
 THROUGH = {
+    "finetune": (r"checkpoint\.finetune\b", ["train/preflight.py"]),
     "log_level": (r"cfg, cfg\.logging\.log_level\)", ["cli.py"]),
     "train_iters": (r"training\.(num_steps\(|train_iters\b)", None),
     "loss_path": (r"distillation\.fuse_loss\b", None),
@@ -46,6 +65,16 @@ THROUGH = {
     "enable_thinking": (r"data\.template_kwargs\b", None),
     "use_vllm": (r"sampling\.use_vllm", ["config/validate.py"]),
     "num_train_epochs": (r"training\.(num_steps\(|num_train_epochs\b)", None),
+    "lr_warmup_fraction": (r"training\.warmup_steps\(", None),
+    "lr_warmup_iters": (r"training\.warmup_steps\(", None),
+    "megatron_extra_kwargs": (r"kernels\.extra\b", None),
+    **dict.fromkeys(OF_ENGINES, (r"sampling\.engine_options\b", None)),
+    **{flag: (rf'"{flag}"', ["model/levers.py"]) for flag in FUSIONS},
+    **{flag: (rf'"{flag}"', ["model/levers.py"]) for flag in flags() if flag.endswith("_dtype") and "save" not in flag},
+    **{flag: (r'config\.get\(f"{prefix}' + flag.removeprefix("teacher_"), ["train/fit.py"]) for flag in SPLITS},
+    # What the project's own parts do not do: one of two values is refused.
+    **{flag: (rf"self\.{flag}\b", ["config/levers.py"]) for flag in ONE_VALUE},
+    **{flag: (r"levers\." + flag, ["model/levers.py"]) for flag in OFFLOAD},
 }
 
 

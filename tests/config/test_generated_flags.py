@@ -27,7 +27,7 @@ from tests.test_architecture import read
 
 pytestmark = pytest.mark.timeout(900)
 
-NUM = count(80, 2000)  # of train; half as many of eval
+NUM = count(80, 2000)  # of train; a third as many of eval
 SERVERS = '[{"url": "http://a:1", "tags": ["math"]}, {"url": "http://b:2"}]'
 VALUES: dict[str, tuple[Any, ...]] = {
     "teacher_model": ("T",),
@@ -40,6 +40,11 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "teacher_tensor_model_parallel_size": (1, 2),
     "teacher_pipeline_model_parallel_size": (1, 2),
     "teacher_context_parallel_size": (1, 2),
+    "teacher_decoder_first_pipeline_num_layers": (1,),
+    "teacher_decoder_last_pipeline_num_layers": (1,),
+    "teacher_account_for_embedding_in_pipeline_split": (True,),
+    "teacher_account_for_loss_in_pipeline_split": (True,),
+    "teacher_pipeline_model_parallel_layout": ("Et|tL",),
     "teacher_expert_model_parallel_size": (2,),
     "teacher_expert_tensor_parallel_size": (2,),
     "teacher_placement": ("separate",),
@@ -66,6 +71,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "vllm_mode": ("server", "subprocess"),
     "vllm_gpu_memory_utilization": (0.5,),
     "vllm_tensor_parallel_size": (2,),
+    "vllm_enforce_eager": (True,),
+    "vllm_max_num_seqs": (8,),
+    "vllm_engine_kwargs": ('{"block_size": 32}',),
     "vllm_max_model_len": (700,),
     "sleep_level": (1, 2),
     "vllm_server_host": ("h", "h:9,g", "h:9,g:10"),
@@ -85,6 +93,11 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "expert_tensor_parallel_size": (2,),
     "virtual_pipeline_model_parallel_size": (1, 2),
     "sequence_parallel": (True,),
+    "decoder_first_pipeline_num_layers": (1,),
+    "decoder_last_pipeline_num_layers": (1,),
+    "account_for_embedding_in_pipeline_split": (True,),
+    "account_for_loss_in_pipeline_split": (True,),
+    "pipeline_model_parallel_layout": ("Et|tL",),
     "use_distributed_optimizer": (False,),
     "device": ("cpu",),
     "distributed_timeout_minutes": (20.0,),
@@ -104,6 +117,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "streaming": (True,),
     "data_cache_dir": ("kept",),
     "micro_batch_size": (2, 4),
+    "max_tokens_per_gpu": (1500, 3000),
     "global_batch_size": (32, 64, 20),
     "train_iters": (20,),
     "num_train_epochs": (3.0,),
@@ -111,6 +125,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "min_lr": (1e-6,),
     "lr_decay_style": ("constant", "linear"),
     "lr_warmup_fraction": (0.75,),
+    "lr_warmup_iters": (7,),
     "weight_decay": (0.0,),
     "moe_aux_loss_coeff": (0.01,),
     "moe_router_load_balancing_type": ("seq_aux_loss", "global_aux_loss"),
@@ -121,6 +136,40 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "adam_eps": (1e-2,),
     "max_bad_steps": (9,),
     "seed": (1,),
+    "recompute_granularity": ("selective", "full"),
+    "recompute_method": ("uniform", "block"),
+    "recompute_num_layers": (1, 2),
+    "recompute_modules": (["core_attn"], ["mlp", "layernorm"]),
+    "overlap_grad_reduce": (True,),
+    "overlap_param_gather": (True,),
+    "align_param_gather": (True,),
+    "ddp_bucket_size": (1000,),
+    "attention_backend": ("flash",),
+    "masked_softmax_fusion": (True,),
+    "attention_softmax_in_fp32": (False,),
+    "accumulate_allreduce_grads_in_fp32": (False,),
+    "apply_rope_fusion": (True, False),
+    "gradient_accumulation_fusion": (True, False),
+    "bias_dropout_fusion": (True, False),
+    "bias_activation_fusion": (True, False),
+    "cross_entropy_loss_fusion": (True, False),
+    "tp_comm_overlap": (True,),
+    "fp8_format": ("hybrid",),
+    "fp8_recipe": ("delayed",),
+    "fp8_param_gather": (True,),
+    "deterministic_mode": (True,),
+    "empty_unused_memory_level": (1,),
+    "manual_gc": (True,),
+    "manual_gc_interval": (7,),
+    "megatron_extra_kwargs": ('{"qk_clip": true}', '{"qk_clap": true}'),
+    "use_precision_aware_optimizer": (True,),
+    "main_grads_dtype": ("bf16",),
+    "main_params_dtype": ("fp16",),
+    "exp_avg_dtype": ("bf16",),
+    "exp_avg_sq_dtype": ("bf16",),
+    "optimizer_cpu_offload": (True,),
+    "optimizer_offload_fraction": (0.5,),
+    "overlap_cpu_optimizer_d2h_h2d": (True,),
     "save": ("other",),
     "load": ("earlier",),
     "auto_resume": (True,),
@@ -129,6 +178,11 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "save_steps": (3,),
     "async_save": (True,),
     "save_total_limit": (2,),
+    "no_save_optim": (True,),
+    "no_save_rng": (True,),
+    "no_load_optim": (True,),
+    "no_load_rng": (True,),
+    "finetune": (True,),
     "save_hf": (False,),
     "save_hf_dtype": ("bf16", "source"),
     "logging_steps": (5,),
@@ -150,6 +204,9 @@ SCENES: tuple[dict[str, Any], ...] = (
     {"lmbda": 0.0, "teacher_model": "T", "teacher_placement": "separate", "teacher_world_size": 4},
     {"lmbda": 0.0, "teacher_model": "T", "packing": True, "streaming": True},
     {"lmbda": 0.0, "teacher_model": "T", "eval_dataset": ["e.jsonl"], "shuffle": False},
+    *({"lmbda": 0.0, "teacher_model": "T", "recompute_granularity": kind} for kind in ("selective", "full")),
+    {"lmbda": 0.0, "teacher_model": "T", "overlap_grad_reduce": True, "overlap_param_gather": True},
+    {"lmbda": 0.0, "teacher_model": "T", "pipeline_model_parallel_size": 2},
 )
 
 
@@ -175,8 +232,19 @@ def says_the_default(flag: str, config: RunConfig) -> bool:
         tensor = flag.replace("expert_tensor", "tensor_model")
         others = [config.get(student) if flag != student else None, config.get(tensor)]
         return value == next((size for size in others if size is not None), config.get("tensor_model_parallel_size"))
+    if flag == "recompute_modules":
+        return value == ["core_attn"]
+    if flag in ("cross_entropy_loss_fusion", "finetune"):  # another value, or another --load, is refused
+        return True
+    if flag.endswith("_fusion") and value is False:  # on a CPU
+        return True
     explicit: dict[str, Any] = dict(
-        loss_path="fused", use_liger_kernel=True, virtual_pipeline_model_parallel_size=1, device="cpu"
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        loss_path="fused",
+        use_liger_kernel=True,
+        virtual_pipeline_model_parallel_size=1,
+        device="cpu",
     )
     return flag in explicit and value == explicit[flag]
 
@@ -247,6 +315,6 @@ def test_every_flag_has_values() -> None:
 def test_no_flag_is_silent(tmp_path: Path, command: Command) -> None:
     (tmp_path / "S").mkdir()
     (tmp_path / "T").mkdir()
-    ((ends, wrong),) = run_ranks(judge_all, command, str(tmp_path), NUM if command == "train" else NUM // 2, world=1)
+    ((ends, wrong),) = run_ranks(judge_all, command, str(tmp_path), NUM if command == "train" else NUM // 3, world=1)
     assert wrong == []
     assert min(ends.values()) > 3, ends

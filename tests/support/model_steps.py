@@ -28,7 +28,7 @@ from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.student import Student
 from tests.support.dense_step import adam
 from tests.support.numerics import Float64, error_ratio, transformers_model
-from tests.support.ranks_at_work import Loaded, load_model
+from tests.support.ranks_at_work import ON_CPU, Loaded, load_model
 
 CPU = torch.device("cpu")
 NUM_SAMPLES = 8
@@ -43,6 +43,9 @@ class Cell:
     layout: Layout = field(default_factory=Layout)
     distributed_optimizer: bool = False
     micro_batch_size: int = 2
+    options: ModelOptions = ON_CPU
+    packing: bool = False
+    freeze_embeddings: bool = False
 
 
 class Step(NamedTuple):
@@ -80,33 +83,34 @@ def samples(vocab_size: int, seed: int = 0) -> list[Sample]:
     return made
 
 
-def student_of(model: Loaded, *, distributed_optimizer: bool = False) -> Student:
+def student_of(model: Loaded, cell: Cell) -> Student:
     return Student(
         model.chunks,
         model.layout,
         model.groups,
         TRAINING,
-        ModelOptions.on("cpu"),
+        cell.options,
         train_iters=100,
-        use_distributed_optimizer=distributed_optimizer,
+        use_distributed_optimizer=cell.distributed_optimizer,
+        freeze_embeddings=cell.freeze_embeddings,
     )
 
 
 def train(cell: Cell, num_steps: int = 3, change: Callable[[Student], None] | None = None) -> list[Step]:
     """Called on every rank of the layout, inside `ranks_at_work.megatron`; every rank gets the same result."""
-    model = load_model(Path(cell.path), cell.layout)
-    student = student_of(model, distributed_optimizer=cell.distributed_optimizer)
+    model = load_model(Path(cell.path), cell.layout, options=cell.options)
+    student = student_of(model, cell)
     if change is not None:
         change(student)
-    return [step(model, student, cell.micro_batch_size) for _ in range(num_steps)]
+    return [step(model, student, cell.micro_batch_size, packing=cell.packing) for _ in range(num_steps)]
 
 
-def step(model: Loaded, student: Student, micro_batch_size: int) -> Step:
+def step(model: Loaded, student: Student, micro_batch_size: int, *, packing: bool = False) -> Step:
     """One update on `samples`."""
     vocab_size, group = model.arch.vocab_size, model.groups.tp
     batch = samples(vocab_size)
     plan = plan_step(0, batch, data_parallel_size=model.layout.data, micro_batch_size=micro_batch_size)
-    collate = Collator(batch, plan.student, model.layout, packing=False)
+    collate = Collator(batch, plan.student, model.layout, packing=packing)
 
     def forward_step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:
         micro_batch, gpt = next(batches), chunk.module

@@ -27,6 +27,7 @@ from megatron_gkd.weights.load import load_hf_weights
 from tests.support.numerics import largest_error
 
 SEQUENCE = 96  # positions that reach every branch of the RoPE kinds in tests/support/checkpoints.py
+ON_CPU = ModelOptions.on("cpu")
 BUCKET_BYTES = 60_000  # several buckets per model; the embedding alone is larger
 
 
@@ -61,9 +62,9 @@ def groups_of(layout: Layout) -> Any:
     return _groups[layout]
 
 
-def load_model(path: Path, layout: Layout, dtype: Any = "fp32") -> Loaded:
+def load_model(path: Path, layout: Layout, dtype: Any = "fp32", options: ModelOptions = ON_CPU) -> Loaded:
     arch, groups = read_architecture(path), groups_of(layout)
-    chunks = build_model(arch, layout, groups, ModelOptions.on("cpu"), dtype=dtype)
+    chunks = build_model(arch, layout, groups, options, dtype=dtype)
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():

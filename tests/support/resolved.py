@@ -43,7 +43,7 @@ from megatron_gkd.train.student import _optimizer_config
 from megatron_gkd.train.timeline import Span
 from megatron_gkd.weights import source
 
-APART = ("logging_steps", "save_hf", "save_hf_dtype", "max_bad_steps")
+APART = ("logging_steps", "save_hf", "save_hf_dtype", "max_bad_steps", "manual_gc", "manual_gc_interval")
 WORLD, VOCAB, NUM_ROWS, STEPS = 8, 40, 96, 40
 CLOCK = Clock("2026-11-27T12:00:00")
 
@@ -103,6 +103,8 @@ def _text(value: Any) -> str:
     """Values by value, and what has none by its type."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, dict):
+        return _text(sorted(value.items()))
     plain = isinstance(value, str | int | float | bool | None | torch.dtype | Path) or hasattr(
         value, "__dataclass_fields__"
     )
@@ -259,14 +261,19 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         return FakeRows(weights)
 
     def student(chunks: Any, layout: Any, groups: Any, training: Any, options: Any, **kwargs: Any) -> None:
-        numbers = _optimizer_config(training, torch.float32, kwargs["use_distributed_optimizer"])
-        warmup = int(training.lr_warmup_fraction * kwargs["train_iters"])
+        sharded, others = kwargs["use_distributed_optimizer"], kwargs["optimizer_options"]
+        numbers = _optimizer_config(training, torch.float32, sharded, others)
+        warmup = training.warmup_steps(kwargs["train_iters"])
         note.note("student", numbers, training.lr_decay_style, warmup, sorted(kwargs.items()))
 
     def teacher_samples(open_store: Any, **kwargs: Any) -> Any:
         store = open_store()
         note.note("teacher's store", sorted(vars(store.sampler).items()), store.settings, kwargs["window"])
         return SimpleNamespace(begin=lambda step: None)
+
+    def trackers(names: Any, *args: Any, config: Any, **kwargs: Any) -> list[Any]:
+        note.note("trackers", names, args, sorted(kwargs.items()))  # not the configuration, which holds all flags
+        return []
 
     def sampler(*args: Any) -> Any:
         return SimpleNamespace(args=_text(args[0]))
@@ -292,7 +299,6 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         *((resume, name, None) for name in ("load_initial_weights", "read_rollouts", "Checkpoints")),
         (resume, "choose_checkpoint", lambda path, **k: path),
         (resume, "load_checkpoint", state),
-        (loop, "open_trackers", []),
     ]
     quiet: list[tuple[Any, str, Any]] = [
         (setup, "require_same", lambda *a: None),
@@ -311,6 +317,7 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         (resume, "replace", lambda state, **k: state),
         (resume, "describe_run", lambda *a: None),
         (loop, "JsonlWriter", lambda *a, **k: None),
+        (loop, "open_trackers", trackers),
     ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "2"}))

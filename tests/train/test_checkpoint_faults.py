@@ -283,9 +283,11 @@ def test_which_flags_a_resumed_run_may_change() -> None:
         *("temperature", "top_p", "top_k", "max_completion_length", "steps_per_generation", "rollout_lag", "dtype"),
         *("max_length", "packing", "overlong", "shuffle", "global_batch_size", "train_iters", "num_train_epochs"),
         *("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay", "clip_grad", "seed"),
-        *("adam_beta1", "adam_beta2", "adam_eps", "freeze_embeddings"),
+        *("adam_beta1", "adam_beta2", "adam_eps", "freeze_embeddings", "lr_warmup_iters", "megatron_extra_kwargs"),
+        *("accumulate_allreduce_grads_in_fp32", "use_precision_aware_optimizer", "exp_avg_dtype"),
     } <= refused
     assert not refused & {"save", "load", "async_save", "tensor_model_parallel_size", "eval_steps", "vllm_mode"}
+    assert not refused & {"recompute_granularity", "overlap_grad_reduce", "max_tokens_per_gpu", "attention_backend"}
 
 
 def test_changed_flags_are_compared_with_defaults_where_one_side_has_none() -> None:

@@ -51,7 +51,6 @@ def real(config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
                     run.teacher,
                     _Counted(run.loss, counter),  # type: ignore[arg-type]
                     _plan(step, config, LENGTHS, student, teacher),
-                    packing=config.data.packing,
                     device=run.platform.device,
                     timers=_Phases(counter),  # type: ignore[arg-type]
                 )

@@ -60,12 +60,14 @@ class ColocatedEngine:
         sleep_level: int = 0,
         read_weights: bool = False,
         seed: int = 0,
+        engine_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Build the engine of this rank. Collective over the world, which has to be initialised.
 
         Args:
             model_path: Hugging Face directory; its config.json is used, and its weights if `read_weights` (version 0).
                 Else the weights are undefined, and nothing can be sampled, until the first update.
+            engine_options: further arguments of vLLM's, by its names; they win.
 
         Raises ConfigError for what can be known before, RolloutError for what vLLM says.
         """
@@ -97,6 +99,7 @@ class ColocatedEngine:
             }
         else:
             options["kv_cache_memory_bytes"] = _cpu_kv_bytes(arch, dtype, tensor_parallel_size, length)
+        options |= engine_options or {}
         token = from_first(f"gkd-{secrets.token_hex(8)}")
         with self._guard():
             for name, value in (_QUIET | _as_torchrun()).items():

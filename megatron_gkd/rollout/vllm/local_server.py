@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -33,7 +34,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
@@ -85,6 +86,18 @@ def server_command(
     else:
         command += ["--gpu-memory-utilization", str(gpu_memory_utilization)]
     return [*command, *extra]
+
+
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """Arguments of vLLM's engines as the flags of its server: `max_num_seqs` 8 is --max-num-seqs 8."""
+    flags: list[str] = []
+    for name, value in options.items():
+        hyphens = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{'' if value else 'no-'}{hyphens}")
+        elif value is not None:
+            flags += [f"--{hyphens}", value if isinstance(value, str) else json.dumps(value)]
+    return flags
 
 
 def server_environment(

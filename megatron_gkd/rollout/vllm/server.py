@@ -42,7 +42,7 @@ from megatron_gkd.rollout.client import UNIX, ServerAnswerError, ServerClient
 from megatron_gkd.rollout.gate import read_secret, rollout_secret
 from megatron_gkd.rollout.protocol import DEFAULT_TIMEOUT_S, Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
-from megatron_gkd.rollout.vllm.local_server import SECRET_NAME, LocalServer
+from megatron_gkd.rollout.vllm.local_server import SECRET_NAME, LocalServer, as_flags
 from megatron_gkd.rollout.weight_transfer import GroupTransfer, ShmTransfer, Transfer, can_be_read_by
 from megatron_gkd.rollout.wire import (
     completion_body,
@@ -386,8 +386,10 @@ class SubprocessEngine(ServerEngine):
         port: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         startup_timeout_s: float = 600.0,
+        engine_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """`max_model_len` beyond the model's own length is cut to that; a server takes prompts of one token less."""
+        """`max_model_len` beyond the model's own length is cut to that; a server takes prompts of one token less.
+        `engine_options`: further arguments of vLLM's, by its names."""
         longest = read_architecture(model_path).max_position_embeddings
         self._server = LocalServer(
             model_path,
@@ -399,6 +401,7 @@ class SubprocessEngine(ServerEngine):
             kv_cache_bytes=kv_cache_bytes,
             read_weights=read_weights,
             startup_timeout_s=startup_timeout_s,
+            extra=as_flags(engine_options or {}),
         )
         try:
             super().__init__(

@@ -114,6 +114,8 @@ def load_checkpoint(
     description: RunDescription,
     allow_changed_config: bool = False,
     seed: int = 0,
+    with_optimizer: bool = True,
+    with_rng: bool = True,
 ) -> TrainerState:
     """Restore weights, moments, step counts, the position in the schedule and the random states. Hyperparameters are
     not restored: the configuration's hold.
@@ -123,6 +125,7 @@ def load_checkpoint(
         expected: what the run was configured to be; step and position are not compared.
         description: of the run that goes on; what changed is refused (state.py) unless `allow_changed_config`.
         seed: of new random states, in another layout.
+        with_optimizer, with_rng: read moments and step counts, or random states; else they begin anew.
 
     Raises CheckpointError, on all ranks, for a checkpoint of something else, or a damaged one.
     """
@@ -132,12 +135,26 @@ def load_checkpoint(
     changed = changed_flags(saved.config, description.config)
     if not allow_changed_config:
         refuse_changed_flags(checkpoint, changed)
+    _refuse_what_was_left_out(checkpoint, saved, with_optimizer=with_optimizer, with_rng=with_rng)
     check_plain_data(checkpoint)
-    _read_everywhere(lambda: restore(checkpoint, student), checkpoint)
-    _restore_random_states(checkpoint, student, state, saved, description, seed)
+    _read_everywhere(lambda: restore(checkpoint, student, with_optimizer=with_optimizer), checkpoint)
+    if with_rng:
+        _restore_random_states(checkpoint, student, state, saved, description, seed)
+    else:
+        reseed(seed + state.step, None if student is None else student.groups)
     if dist.get_rank() == 0:
         _report(checkpoint, saved, description, describe_changes(changed))
     return state
+
+
+def _refuse_what_was_left_out(checkpoint: Path, saved: RunDescription, *, with_optimizer: bool, with_rng: bool) -> None:
+    """Raise CheckpointError for what is to be read and was not saved."""
+    for wanted, name, what in ((with_optimizer, "optim", "optimizer's"), (with_rng, "rng", "random")):
+        if wanted and saved.config.get(f"no_save_{name}"):
+            raise CheckpointError(
+                f"{checkpoint} was saved with --no_save_{name}: the {what} state is not in it; give --no_load_{name} "
+                "true to begin it anew, or another checkpoint"
+            )
 
 
 def check_plain_data(checkpoint: Path) -> None:

@@ -71,6 +71,8 @@ class Save:
         keep: int | None = None,
         rollouts: Mapping[str, Any] | None = None,
         in_background: bool = False,
+        with_optimizer: bool = True,
+        with_rng: bool = True,
     ) -> None:
         self._root = Path(run_dir).absolute() / "checkpoints"
         self._begun_s = time.monotonic()
@@ -80,10 +82,14 @@ class Save:
         self._texts = {STATE_FILE: to_json(state), RUN_FILE: to_json(description)}
         if rollouts:
             self._texts[ROLLOUTS_FILE] = json.dumps(rollouts)
-        self._rng = gathered_first(rng_states())
+        self._rng = gathered_first(rng_states() if with_rng else {})
         self._outcome = _Outcome()
         self._check(on_first(self._prepare))
-        self._shards = ShardWriter(sharded_state(student, is_loading=False), self._directory, copy=in_background)
+        self._shards = ShardWriter(
+            sharded_state(student, is_loading=False, with_optimizer=with_optimizer),
+            self._directory,
+            copy=in_background,
+        )
         self._thread: threading.Thread | None = None
         if in_background:
             # A daemon: a rank that ends by an error does not wait, and leaves the hidden directory.
@@ -132,7 +138,8 @@ class Save:
             self._shards.finish([outcome.results for outcome in outcomes])
             for name, text in self._texts.items():
                 files.write_durably(self._directory / name, text)
-            files.write_durably(self._directory / RNG_FILE, pack(self._rng))
+            if any(self._rng):
+                files.write_durably(self._directory / RNG_FILE, pack(self._rng))
             entries = {name: entry for outcome in outcomes for name, entry in outcome.entries.items()}
             for path in self._directory.iterdir():
                 if path.name not in entries:
@@ -164,9 +171,22 @@ class Checkpoints:
     """The saves of a run, one at a time; in the background where that is asked for. Every method is collective."""
 
     def __init__(
-        self, run_dir: str | Path, *, description: RunDescription, keep: int | None, in_background: bool
+        self,
+        run_dir: str | Path,
+        *,
+        description: RunDescription,
+        keep: int | None,
+        in_background: bool,
+        with_optimizer: bool = True,
+        with_rng: bool = True,
     ) -> None:
-        self._options: dict[str, Any] = dict(description=description, keep=keep, in_background=in_background)
+        self._options: dict[str, Any] = dict(
+            description=description,
+            keep=keep,
+            in_background=in_background,
+            with_optimizer=with_optimizer,
+            with_rng=with_rng,
+        )
         self._run_dir = run_dir
         self._pending: Save | None = None
 

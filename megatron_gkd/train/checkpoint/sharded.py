@@ -16,16 +16,19 @@ from typing import Any, Final
 import torch
 
 from megatron_gkd.train.student import Student
+from megatron_gkd.weights.chunks import settle
 from megatron_gkd.weights.safe_files import load_sharded
 
 _NO_PARAMETER: Final = "no parameter"
 
 
-def sharded_state(student: Student | None, *, is_loading: bool) -> dict[str, Any]:
-    """Model chunks, optimizer and schedule; empty without a student."""
+def sharded_state(student: Student | None, *, is_loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
+    """Model chunks, optimizer (or not) and schedule; empty without a student."""
     if student is None:
         return {}
     _count_steps_without_parameters(student)
+    if not is_loading:
+        settle(student.chunks)
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
@@ -34,24 +37,27 @@ def sharded_state(student: Student | None, *, is_loading: bool) -> dict[str, Any
     models = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(student.models)}
     # One chunk: its own names, as the optimizer knows them; several (virtual pipeline): by chunk.
     named = next(iter(models.values())) if len(models) == 1 else models
-    return {
-        **models,
-        "optimizer": student.optimizer.sharded_state_dict(named, is_loading=is_loading, metadata=metadata),
-        "scheduler": student.scheduler.state_dict(),
-    }
+    state = {**models, "scheduler": student.scheduler.state_dict()}
+    if with_optimizer:
+        state["optimizer"] = student.optimizer.sharded_state_dict(named, is_loading=is_loading, metadata=metadata)
+    return state
 
 
-def restore(checkpoint: Path, student: Student | None) -> None:
+def restore(checkpoint: Path, student: Student | None, *, with_optimizer: bool = True) -> None:
     """Read weights, moments, step counts and the position in the schedule into the student. Hyperparameters are not
-    restored: the configuration's hold.
+    restored: the configuration's hold. Without the optimizer its main weights are those that were read, and its moments
+    and step counts are left as they are.
     """
-    loaded = load_sharded(sharded_state(student, is_loading=True), checkpoint)
+    loaded = load_sharded(sharded_state(student, is_loading=True, with_optimizer=with_optimizer), checkpoint)
     if student is None:
         return
     for index, model in enumerate(student.models):
         model.load_state_dict(loaded[f"model{index}"], strict=True)
-    with _TorchAdamStep(student), _OwnHyperparameters(student):
-        student.optimizer.load_state_dict(loaded["optimizer"])
+    if with_optimizer:
+        with _TorchAdamStep(student), _OwnHyperparameters(student):
+            student.optimizer.load_state_dict(loaded["optimizer"])
+    else:
+        student.optimizer.reload_model_params()
     student.scheduler.load_state_dict(loaded["scheduler"])
 
 

@@ -35,17 +35,22 @@ _PACKAGES: Final = ("torch", "megatron-core", "transformers", "vllm")
 
 # Sections and flags that a resumed run may set otherwise: where files are, what is reported, how the same numbers are
 # computed (up to rounding), and what is checked on its own (--model by its architecture, --dataset by its rows).
-_FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel")
+_FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel", "recompute", "overlap", "kernels")
+_CHANGING: Final = frozenset({"megatron_extra_kwargs", "accumulate_allreduce_grads_in_fp32"})  # in a free section
 _FREE_FLAGS: Final = frozenset(
     {
         *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row", "prompt_only", "data_cache_dir"),
-        *("micro_batch_size", "loss_path", "use_liger_kernel", "max_bad_steps"),
+        *("micro_batch_size", "max_tokens_per_gpu", "loss_path", "use_liger_kernel", "max_bad_steps"),
         *("teacher_model_server", "teacher_micro_batch_size", "teacher_micro_batch_tokens", "teacher_timeout_s"),
         *("teacher_placement", "teacher_world_size", "teacher_nodes", "offload_teacher_model", "signal_memory_gb"),
         *("teacher_samples_cache", "teacher_sampling_steps"),
         *("teacher_vllm_tensor_parallel_size", "teacher_vllm_gpu_memory_utilization"),
         *(f"teacher_{size}_parallel_size" for size in ("tensor_model", "pipeline_model", "context")),
         *("teacher_expert_model_parallel_size", "teacher_expert_tensor_parallel_size"),
+        *(f"teacher_decoder_{stage}_pipeline_num_layers" for stage in ("first", "last")),
+        *(f"teacher_account_for_{end}_in_pipeline_split" for end in ("embedding", "loss")),
+        "teacher_pipeline_model_parallel_layout",
+        *("vllm_enforce_eager", "vllm_max_num_seqs", "vllm_engine_kwargs"),
         *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level"),
         *("vllm_server_host", "vllm_server_port", "weight_bucket_mb", "verify_sync_every"),
     }
@@ -103,7 +108,8 @@ def _versions() -> dict[str, str]:
 
 def is_free(flag: str) -> bool:
     """Whether a resumed run may set the flag otherwise without being told to."""
-    return flag in _FREE_FLAGS or (flag in flags() and flags()[flag].section in _FREE_SECTIONS)
+    free = flag in flags() and flags()[flag].section in _FREE_SECTIONS and flag not in _CHANGING
+    return flag in _FREE_FLAGS or free
 
 
 def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

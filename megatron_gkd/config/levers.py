@@ -1,0 +1,196 @@
+"""Megatron's levers under Megatron's names: what a run costs, and not what it computes.
+
+Sections of a run's configuration (run.py), read by model/levers.py and train/student.py. docs/levers.md says of each
+what it costs, what it saves and where it is tested. What a model or a machine does not allow is refused there; what
+contradicts another flag, here and in validate.py.
+"""
+
+# ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from megatron_gkd.config.json_object import json_object
+from megatron_gkd.config.schema import Section, setting
+
+# vLLM's arguments that the run decides, or has flags for.
+VLLM_OWN: Final = frozenset(
+    {
+        *("model", "dtype", "tensor_parallel_size", "max_model_len", "seed", "load_format", "skip_tokenizer_init"),
+        *("distributed_executor_backend", "worker_extension_cls", "logprobs_mode", "enable_sleep_mode", "middleware"),
+        *("gpu_memory_utilization", "enforce_eager", "max_num_seqs", "pipeline_parallel_size", "data_parallel_size"),
+        *("host", "port", "uds", "api_key", "generation_config", "trust_remote_code", "quantization", "tokenizer"),
+        *("hf_overrides", "runner", "served_model_name"),
+    }
+)
+
+
+def vllm_options(enforce_eager: bool, max_num_seqs: int | None, engine_kwargs: str | None) -> dict[str, Any]:
+    """Arguments of vLLM's engines beside those of the run, by vLLM's names. Raises ConfigError."""
+    example = '{"max_num_batched_tokens": 16384}'
+    options = json_object("vllm_engine_kwargs", engine_kwargs, example=example, refused=VLLM_OWN)
+    if enforce_eager:
+        options["enforce_eager"] = True
+    if max_num_seqs is not None:
+        options["max_num_seqs"] = max_num_seqs
+    return options
+
+
+@dataclass(frozen=True)
+class RecomputeConfig(Section):
+    """Recomputation of the student's activations in the backward pass: less memory for more work, the same numbers."""
+
+    recompute_granularity: Literal["none", "selective", "full"] = setting(
+        "none",
+        "none: keep all activations; selective: recompute --recompute_modules; full: keep the inputs of whole layers "
+        "alone.",
+    )
+    recompute_method: Literal["uniform", "block"] | None = setting(
+        None,
+        "Of full. uniform: recompute all layers, in groups of --recompute_num_layers, of which the first input is "
+        "kept; block: recompute the first --recompute_num_layers layers of each model chunk. null: uniform.",
+    )
+    recompute_num_layers: int | None = setting(None, "Of full; see --recompute_method. null: 1.", ge=1)
+    recompute_modules: list[Literal["core_attn", "mlp", "layernorm", "moe", "moe_act"]] = setting(
+        (), "Of selective: the modules that are recomputed; empty: core_attn."
+    )
+
+    def problems(self) -> Iterator[str]:
+        """What stands beside a granularity that has no use for it."""
+        asked = f"the granularity is {self.recompute_granularity}"
+        for flag in ("recompute_method", "recompute_num_layers"):
+            if getattr(self, flag) is not None and self.recompute_granularity != "full":
+                yield f"--{flag} is for --recompute_granularity full, and {asked}; change one of them"
+        if self.recompute_modules and self.recompute_granularity != "selective":
+            yield f"--recompute_modules is for --recompute_granularity selective, and {asked}; change one of them"
+
+
+@dataclass(frozen=True)
+class OverlapConfig(Section):
+    """Communication of the student's data parallel ranks beside its computation."""
+
+    overlap_grad_reduce: bool = setting(False, "Reduce gradients, bucket by bucket, while the backward pass goes on.")
+    overlap_param_gather: bool = setting(
+        False,
+        "Gather updated weights while the next forward pass goes on; needs --use_distributed_optimizer and "
+        "--overlap_grad_reduce.",
+    )
+    align_param_gather: bool = setting(
+        False, "All stages of an interleaved pipeline gather the weights of a model chunk at the same time."
+    )
+    ddp_bucket_size: int | None = setting(
+        None, "Parameters in a bucket; null: 40 million, or one million times the data parallel ranks.", ge=1
+    )
+
+    def problems(self, *, sharded: bool) -> Iterator[str]:
+        """What needs another flag. `sharded`: --use_distributed_optimizer."""
+        if self.overlap_param_gather and not sharded:
+            yield "--overlap_param_gather gathers what --use_distributed_optimizer has split; give both, or neither"
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            yield "--overlap_param_gather needs --overlap_grad_reduce, which makes the buckets; give both"
+        if self.align_param_gather and not self.overlap_param_gather:
+            yield "--align_param_gather needs --overlap_param_gather; give both, or neither"
+        if self.ddp_bucket_size is not None and not self.overlap_grad_reduce:
+            yield "--ddp_bucket_size needs --overlap_grad_reduce: without it all gradients are one bucket"
+
+
+@dataclass(frozen=True)
+class KernelsConfig(Section):
+    """Kernels and number formats of megatron-core; null: on where the device and the installed packages have them."""
+
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = setting(
+        "auto", "Attention of Transformer Engine, for both models; auto: its choice, on a CPU torch's."
+    )
+    masked_softmax_fusion: bool = setting(False, "Of an attention that is not used here; true is refused.")
+    attention_softmax_in_fp32: bool = setting(True, "Softmax of attention in fp32, as every attention here has it.")
+    accumulate_allreduce_grads_in_fp32: bool = setting(
+        True, "Add up and reduce the student's gradients in fp32; false: in --dtype."
+    )
+    apply_rope_fusion: bool | None = setting(None, "Rotary embedding of both models in one kernel; CUDA.")
+    gradient_accumulation_fusion: bool | None = setting(
+        None, "Add weight gradients to their buffer inside the matrix product; CUDA, with apex."
+    )
+    bias_dropout_fusion: bool | None = setting(None, "Residual addition of both models in one kernel; CUDA.")
+    bias_activation_fusion: bool | None = setting(
+        None, "SwiGLU of both models in one kernel (Megatron-LM: bias_swiglu_fusion); CUDA."
+    )
+    cross_entropy_loss_fusion: bool | None = setting(
+        None, "The loss is not megatron-core's: true demands --loss_path fused, the default, false --loss_path logits."
+    )
+    tp_comm_overlap: bool = setting(False, "Overlap tensor parallel communication with matrix products.")
+    fp8_format: Literal["e4m3", "hybrid"] | None = setting(None, "Matrix products of the student in fp8.")
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = setting(None, "Scaling of fp8.")
+    fp8_param_gather: bool = setting(False, "Keep and gather weights in fp8.")
+    deterministic_mode: bool = setting(
+        False, "Kernels that give the same bits in every run; operations without one are an error."
+    )
+    empty_unused_memory_level: Literal[0, 1, 2] = setting(
+        0, "Give unused device memory back. 1: before the optimizer's update; 2: after it too; CUDA."
+    )
+    manual_gc: bool = setting(False, "Collect Python's garbage between steps alone, on all ranks at the same one.")
+    manual_gc_interval: int = setting(100, "Steps between two collections with --manual_gc.", ge=1)
+    megatron_extra_kwargs: str | None = setting(
+        None,
+        "Further fields of the student's TransformerConfig, by megatron-core's names, as a JSON object such as "
+        '{"disable_bf16_reduced_precision_matmul": true}.',
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert isinstance(self.extra, dict)
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """--megatron_extra_kwargs. Raises ConfigError."""
+        return json_object("megatron_extra_kwargs", self.megatron_extra_kwargs, example='{"qk_clip": false}')
+
+    def problems(self, *, loss_is_fused: bool) -> Iterator[str]:
+        """What the project's own parts do not do."""
+        if not self.attention_softmax_in_fp32:
+            yield "--attention_softmax_in_fp32 false: no attention here has its softmax in another type; leave it out"
+        if self.masked_softmax_fusion:
+            yield "--masked_softmax_fusion true: no attention here has a masked softmax of its own; leave it out"
+        if self.cross_entropy_loss_fusion is not None and self.cross_entropy_loss_fusion != loss_is_fused:
+            path = "fused" if self.cross_entropy_loss_fusion else "logits"
+            yield (
+                f"--cross_entropy_loss_fusion {str(self.cross_entropy_loss_fusion).lower()} means --loss_path {path} "
+                "here; change one of them"
+            )
+        if not self.manual_gc and self.manual_gc_interval != 100:
+            yield "--manual_gc_interval needs --manual_gc; give both, or neither"
+
+
+@dataclass(frozen=True)
+class OptimizerMemoryConfig(Section):
+    """Memory of the optimizer's state; CUDA with Transformer Engine."""
+
+    use_precision_aware_optimizer: bool = setting(
+        False, "Keep main weights, gradients and moments in the types below; needs --use_distributed_optimizer."
+    )
+    main_grads_dtype: Literal["fp32", "bf16"] = setting("fp32", "Type of the gradients that the update reads.")
+    main_params_dtype: Literal["fp32", "fp16"] = setting("fp32", "Type of the main weights.")
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = setting("fp32", "Type of Adam's first moment.")
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = setting("fp32", "Type of Adam's second moment.")
+    optimizer_cpu_offload: bool = setting(
+        False, "Keep (part of) the optimizer's state in host memory, and update there; needs the flag above."
+    )
+    optimizer_offload_fraction: float = setting(1.0, "Share of the state that is kept there.", gt=0, le=1)
+    overlap_cpu_optimizer_d2h_h2d: bool = setting(False, "Copy to and from host memory beside the update there.")
+
+    def problems(self, *, sharded: bool) -> Iterator[str]:
+        """What needs another flag. `sharded`: --use_distributed_optimizer."""
+        aware = self.use_precision_aware_optimizer
+        for flag in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            if getattr(self, flag) != "fp32" and not aware:
+                yield f"--{flag} is for --use_precision_aware_optimizer; give both, or neither"
+        if aware and not sharded:
+            yield "--use_precision_aware_optimizer needs --use_distributed_optimizer; give both, or neither"
+        if self.optimizer_cpu_offload and not aware:
+            yield "--optimizer_cpu_offload needs --use_precision_aware_optimizer; give both"
+        if self.overlap_cpu_optimizer_d2h_h2d and not self.optimizer_cpu_offload:
+            yield "--overlap_cpu_optimizer_d2h_h2d needs --optimizer_cpu_offload; give both, or neither"
+        if self.optimizer_offload_fraction != 1 and not self.optimizer_cpu_offload:
+            yield "--optimizer_offload_fraction needs --optimizer_cpu_offload; give both, or neither"

@@ -1,0 +1,207 @@
+"""From a run's levers (config/levers.py) to what megatron-core is told of each model, or a refusal by name.
+
+    student_options(config, kind)             ModelOptions of the student on this kind of device
+    teacher_options(config, kind)             of a local teacher: it has no backward pass
+    optimizer_options(config)                 fields of megatron-core's OptimizerConfig
+    check_student(config, arch, layout, kind) what the student's layers do not allow
+
+All are the same on every rank, so what they raise is raised on all. Fusions that are not set are on where the device
+and the installed packages have them, as in Megatron's own recipes; on a CPU they are off, and one that is asked for is
+refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from typing import Any, Final, Literal
+
+import torch
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.config.levers import RecomputeConfig
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.errors import ConfigError, LayoutError
+from megatron_gkd.model.build import transformer_config
+from megatron_gkd.model.options import ModelOptions
+from megatron_gkd.parallel.layout import Layout
+
+Kind = Literal["cpu", "cuda"]
+
+_TE: Final = "transformer_engine"
+# What a value other than the default needs beside CUDA: a package, or none.
+_ON_CUDA: Final[dict[str, str | None]] = {
+    "attention_backend": _TE,
+    "apply_rope_fusion": _TE,
+    "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda",
+    "bias_dropout_fusion": None,
+    "bias_activation_fusion": None,
+    "empty_unused_memory_level": None,
+    "use_precision_aware_optimizer": _TE,
+    "optimizer_cpu_offload": _TE,
+}
+_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
+# Fields of TransformerConfig that are the project's own business, or another flag's.
+_OWN: Final = frozenset(
+    {
+        *("context_parallel_size", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
+        *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+        *("pipeline_model_parallel_layout", "fp8", "fp4", "fp8_recipe", "fp8_param", "tp_comm_overlap"),
+        *("mtp_num_layers", "multi_latent_attention", "window_size", "cpu_offloading", "attention_softmax_in_fp32"),
+        *("no_sync_func", "grad_sync_func", "param_sync_func", "finalize_model_grads_func", "grad_scale_func"),
+        *("init_method", "output_layer_init_method", "embedding_init_method", "cuda_graph_impl", "enable_cuda_graph"),
+    }
+)
+
+
+def student_options(config: RunConfig, kind: Kind) -> ModelOptions:
+    """Raises ConfigError for what this device, or megatron-core, does not do."""
+    _refuse_without(config, kind)
+    recompute, overlap, kernels = config.recompute, config.overlap, config.kernels
+    if kind == "cpu" and "moe_act" in recompute.recompute_modules:
+        raise ConfigError(
+            "--recompute_modules moe_act needs the grouped products of Transformer Engine, and this run is on a CPU: "
+            "give moe, which recomputes all of the experts' layer"
+        )
+    options = replace(
+        _of_both(config, kind),
+        gradient_accumulation_fusion=_fuses(config, "gradient_accumulation_fusion", kind),
+        grad_reduce_in_fp32=kernels.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=overlap.overlap_grad_reduce,
+        overlap_param_gather=overlap.overlap_param_gather,
+        # Without an interleaved schedule nobody would start the gathers of all stages.
+        align_param_gather=overlap.align_param_gather
+        and (config.parallel.virtual_pipeline_model_parallel_size or 1) > 1,
+        bucket_size=overlap.ddp_bucket_size,
+        moe_aux_loss_coeff=config.training.moe_aux_loss_coeff,
+        extra=tuple(sorted(kernels.extra.items())),
+    )
+    _check_extra(options.extra)
+    if recompute.recompute_granularity == "full":
+        return replace(
+            options,
+            recompute_granularity="full",
+            recompute_method=recompute.recompute_method or "uniform",
+            recompute_num_layers=recompute.recompute_num_layers or 1,
+        )
+    if recompute.recompute_granularity == "selective":
+        modules = tuple(recompute.recompute_modules) or ("core_attn",)
+        return replace(options, recompute_granularity="selective", recompute_modules=modules)
+    return options
+
+
+def teacher_options(config: RunConfig, kind: Kind) -> ModelOptions:
+    """What holds for both models, and nothing of the backward pass."""
+    return _of_both(config, kind)
+
+
+def optimizer_options(config: RunConfig) -> dict[str, Any]:
+    """Fields of megatron-core's OptimizerConfig beside the numbers of the training."""
+    levers, found = config.optimizer, dict[str, Any]()
+    if config.overlap.overlap_param_gather:
+        found["overlap_param_gather"] = True
+    if levers.use_precision_aware_optimizer:
+        names = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+        found |= {"use_precision_aware_optimizer": True, **{name: _DTYPES[getattr(levers, name)] for name in names}}
+    if levers.optimizer_cpu_offload:
+        found |= {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": levers.optimizer_offload_fraction,
+            "overlap_cpu_optimizer_d2h_h2d": levers.overlap_cpu_optimizer_d2h_h2d,
+        }
+    return found
+
+
+def _of_both(config: RunConfig, kind: Kind) -> ModelOptions:
+    kernels = config.kernels
+    return replace(
+        ModelOptions.on(kind),
+        bias_dropout_fusion=_fuses(config, "bias_dropout_fusion", kind),
+        bias_activation_fusion=_fuses(config, "bias_activation_fusion", kind),
+        apply_rope_fusion=_fuses(config, "apply_rope_fusion", kind),
+        attention_backend=AttnBackend[kernels.attention_backend],
+        deterministic_mode=kernels.deterministic_mode,
+    )
+
+
+def _fuses(config: RunConfig, flag: str, kind: Kind) -> bool:
+    """Whether a fusion is on: as it is set, else where it can be."""
+    package, asked = _ON_CUDA[flag], config.get(flag)
+    can_be = kind == "cuda" and (package is None or find_spec(package) is not None)
+    return can_be if asked is None else bool(asked)
+
+
+def _refuse_without(config: RunConfig, kind: Kind) -> None:
+    """Raise ConfigError for what is asked of a device, or of a package, that is not there."""
+    for flag, package in _ON_CUDA.items():
+        value = config.get(flag)
+        if config.is_default(flag) or value is False:
+            continue
+        given = f"--{flag} {str(value).lower() if isinstance(value, bool) else value}"
+        if kind == "cpu":
+            raise ConfigError(f"{given} needs CUDA, and this run is on a CPU: leave it out, or give --device cuda")
+        if package is not None and find_spec(package) is None:
+            raise ConfigError(
+                f"{given} needs the package {package}, which is not installed: install it, or leave it out"
+            )
+    wanted = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    lacking = [f"{name}={value}" for name, value in wanted.items() if os.environ.get(name) != value]
+    if kind == "cuda" and config.kernels.deterministic_mode and lacking:
+        raise ConfigError(f"--deterministic_mode needs {' and '.join(lacking)} in the environment of every rank")
+
+
+def _check_extra(extra: Iterable[tuple[str, Any]]) -> None:
+    """Raise ConfigError for names that megatron-core does not have, with the nearest that it has."""
+    known = {item.name for item in fields(TransformerConfig)}
+    for name, _ in extra:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"--megatron_extra_kwargs: megatron-core's TransformerConfig has no field {name}{meant}")
+        if name in _OWN or name in {item.name for item in fields(ModelOptions)}:
+            raise ConfigError(f"--megatron_extra_kwargs: {name} is set by the run; use its own flag, or leave it out")
+
+
+def check_student(config: RunConfig, arch: Architecture, layout: Layout, kind: Kind) -> None:
+    """Raise LayoutError or ConfigError where the levers do not fit the student's layers."""
+    _check_recompute(config.recompute, arch, layout)
+    if config.model.freeze_embeddings and layout.chunk_layers(arch.num_layers)[0] == 0:
+        raise LayoutError(
+            f"--freeze_embeddings leaves the first stage, which has no layer, nothing to train ({layout.describe()}): "
+            "give it a layer, or train the embedding"
+        )
+    if extra := config.kernels.extra:
+        try:
+            transformer_config(arch, layout, student_options(config, kind), dtype=config.model.precision)
+        except (AssertionError, TypeError, ValueError) as error:
+            text = " ".join(str(error).split())
+            raise ConfigError(
+                f"--megatron_extra_kwargs {', '.join(extra)}: megatron-core refuses them: {text}"
+            ) from error
+
+
+def _check_recompute(recompute: RecomputeConfig, arch: Architecture, layout: Layout) -> None:
+    if arch.moe is None and (of_experts := {"moe", "moe_act"} & set(recompute.recompute_modules)):
+        raise ConfigError(
+            f"--recompute_modules {' '.join(sorted(of_experts))}: a {arch.model_type} model has no experts; "
+            "give mlp, core_attn or layernorm"
+        )
+    if recompute.recompute_granularity != "full":
+        return
+    size, method = recompute.recompute_num_layers or 1, recompute.recompute_method or "uniform"
+    counts = set(layout.chunk_layers(arch.num_layers))
+    if method == "block" and size > max(counts):
+        raise LayoutError(
+            f"--recompute_num_layers {size}: the largest model chunk has {max(counts)} layers ({layout.describe()}); "
+            "give at most that many, or --recompute_method uniform, which recomputes all"
+        )
+    if method == "uniform" and (odd := sorted(count for count in counts if count % size)):
+        raise LayoutError(
+            f"--recompute_num_layers {size} does not divide the {odd[0]} layers of a model chunk "
+            f"({layout.describe()}): give 1, a divisor of {odd[0]}, or --recompute_method block"
+        )
