@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from megatron_gkd.config.not_built import Command
+from megatron_gkd.config.servers import NoTeacher
 
 if TYPE_CHECKING:
     from megatron_gkd.config.run import RunConfig
@@ -29,6 +30,8 @@ TEACHERS_COMPLETIONS: Final = (
     *("seq_kd", "teacher_samples_cache", "teacher_sampling_steps"),
     *("teacher_vllm_tensor_parallel_size", "teacher_vllm_gpu_memory_utilization"),
 )
+# Of a divergence from a teacher.
+_LEARNT_FROM_A_TEACHER: Final = ("beta", "lmbda", "sft_alpha", "gkd_logits_topk", "topk_tail", "loss_temperature")
 # What `eval` reads, beside the sections of the teacher and of the layout.
 EVALUATION: Final = frozenset(
     {
@@ -58,11 +61,14 @@ def describe(found: dict[str, list[str]]) -> str:
 
 
 def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    distillation, sampling, data, lmbda = cfg.distillation, cfg.sampling, cfg.data, cfg.distillation.lmbda
+    distillation, sampling, data, lmbda = cfg.distillation, cfg.sampling, cfg.data, cfg.lmbda
+    yield from _unused_in_supervision(cfg)
+    supervised = isinstance(cfg.teacher.kind, NoTeacher)
     if not (lmbda > 0 or distillation.samples_teacher):
-        yield "nothing is sampled with --lmbda 0, but for --seq_kd true", HOW_DRAWN
+        none = "--objective sft" if supervised else "--lmbda 0, but for --seq_kd true"
+        yield f"nothing is sampled with {none}", HOW_DRAWN
     if lmbda == 0:
-        yield "the student samples nothing with --lmbda 0", STUDENTS_ENGINES
+        yield f"the student samples nothing with {'--objective sft' if supervised else '--lmbda 0'}", STUDENTS_ENGINES
     if lmbda == 1:
         why = "every completion is the student's own with --lmbda 1"
         yield why, ("sft_alpha", *TEACHERS_COMPLETIONS)
@@ -86,6 +92,13 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
         yield "no checkpoint is loaded without --load or --auto_resume", ("verify_checkpoint", "allow_changed_config")
 
 
+def _unused_in_supervision(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    if isinstance(cfg.teacher.kind, NoTeacher):
+        said = cfg.distillation.lmbda == 0  # as it is without a teacher
+        names = tuple(name for name in _LEARNT_FROM_A_TEACHER if not (said and name == "lmbda"))
+        yield "nothing is learnt from a teacher with --objective sft", names
+
+
 def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     from megatron_gkd.config.run import flags
 
@@ -95,6 +108,7 @@ def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]
         if name in _OF_TRAINING_ALONE or (flag.section not in ("teacher", "parallel") and name not in EVALUATION)
     )
     yield "of training, and not of eval", others
+    yield from _unused_in_supervision(cfg)
 
 
 def _every_host_has_a_port(hosts: str) -> bool:

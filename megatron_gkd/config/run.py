@@ -22,7 +22,14 @@ from typing import Any, Literal
 from megatron_gkd.config.dtypes import Dtype, DtypeChoice
 from megatron_gkd.config.not_built import NOT_BUILT, Command, refuse_not_built
 from megatron_gkd.config.schema import Section, default_of, setting, show, type_hints
-from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers, TeacherKind, parse_servers
+from megatron_gkd.config.servers import (
+    LocalTeacher,
+    NoTeacher,
+    SelfTeaching,
+    ServerTeachers,
+    TeacherKind,
+    parse_servers,
+)
 from megatron_gkd.config.template_flags import kwargs_setting, template_kwargs, thinking_setting
 from megatron_gkd.config.validate import refuse_contradictions
 from megatron_gkd.errors import ConfigError
@@ -53,8 +60,12 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class TeacherConfig(Section):
-    """Teacher: a local model in its own parallel layout, servers, or the student itself."""
+    """Teacher: a local model in its own parallel layout, servers, the student itself, or none."""
 
+    objective: Literal["gkd", "sft"] = setting(
+        "gkd",
+        "gkd: the divergence from a teacher; sft: cross entropy on the data's completions alone, without a teacher.",
+    )
     teacher_model: str | None = setting(
         None,
         "Teacher: a Hugging Face model directory; it may be left out with --teacher_model_server. Without both the "
@@ -123,6 +134,8 @@ class TeacherConfig(Section):
     @property
     def kind(self) -> TeacherKind:
         """Who teaches."""
+        if self.objective == "sft":
+            return NoTeacher()
         if self.teacher_model_server is not None:
             return ServerTeachers(parse_servers(self.teacher_model_server))
         if self.teacher_model is not None:
@@ -458,6 +471,11 @@ class RunConfig:
     def is_default(self, flag: str) -> bool:
         """Whether a flag has its default value."""
         return bool(self.get(flag) == flags()[flag].default)
+
+    @property
+    def lmbda(self) -> float:
+        """--lmbda; 0 without a teacher, which only learns from the completions of the data."""
+        return 0.0 if isinstance(self.teacher.kind, NoTeacher) else self.distillation.lmbda
 
     def validate(self, command: Command = "train") -> None:
         """Raise ConfigError for flags that contradict each other, then NotBuiltError for what this version lacks."""

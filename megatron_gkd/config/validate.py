@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_gkd.config.not_built import Command
 from megatron_gkd.config.schema import show
 from megatron_gkd.config.secret import Secret
-from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
+from megatron_gkd.config.servers import LocalTeacher, NoTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield from _loss_temperature_problems(cfg)
         yield from _training_problems(cfg)
         yield from _lengths_problems(cfg)
-        if cfg.distillation.lmbda > 0:
+        if cfg.lmbda > 0:
             yield from _sampling_problems(cfg)
         yield from _teacher_sampling_problems(cfg)
     elif cfg.checkpoint.load is not None:
@@ -74,13 +74,16 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
 
 def _distillation_problems(cfg: RunConfig) -> Iterator[str]:
     loss, topk = cfg.distillation, cfg.distillation.gkd_logits_topk
+    if loss.use_liger_kernel and loss.loss_path == "logits":
+        yield "--use_liger_kernel demands the fused loss and --loss_path logits the other one; leave out one of them"
+    yield from _teacher_problems(cfg)
+    if isinstance(cfg.teacher.kind, NoTeacher):
+        return
     if loss.use_liger_kernel and topk is not None:
         yield (
             "--use_liger_kernel does not go with --gkd_logits_topk: the fused linear loss takes the full vocabulary; "
             "leave out one of them"
         )
-    if loss.use_liger_kernel and loss.loss_path == "logits":
-        yield "--use_liger_kernel demands the fused loss and --loss_path logits the other one; leave out one of them"
     if loss.topk_tail != "renormalize" and topk is None:
         yield f"--topk_tail {loss.topk_tail} needs --gkd_logits_topk: the full vocabulary has no tail"
     if topk == 1 and loss.topk_tail == "renormalize":
@@ -88,11 +91,12 @@ def _distillation_problems(cfg: RunConfig) -> Iterator[str]:
             "--gkd_logits_topk 1 with --topk_tail renormalize compares one token of probability 1 with itself: the "
             "divergence is 0 whatever the student does, and nothing is learnt; give a larger K, or --topk_tail bucket"
         )
-    yield from _teacher_problems(cfg)
 
 
 def _loss_temperature_problems(cfg: RunConfig) -> Iterator[str]:
     loss = cfg.distillation
+    if isinstance(cfg.teacher.kind, NoTeacher):
+        return
     if loss.topk_tail == "bucket" and loss.loss_temperature != 1:
         yield (
             f"--topk_tail bucket does not go with --loss_temperature {loss.loss_temperature:g}: the teacher's "
@@ -102,6 +106,12 @@ def _loss_temperature_problems(cfg: RunConfig) -> Iterator[str]:
 
 def _teacher_problems(cfg: RunConfig) -> Iterator[str]:
     teacher, kind = cfg.teacher, cfg.teacher.kind
+    for flag in ("teacher_model", "teacher_model_server"):
+        if isinstance(kind, NoTeacher) and not cfg.is_default(flag):
+            yield (
+                f"--objective sft learns from the completions alone, and --{flag} is given; leave it out, or give "
+                "--objective gkd"
+            )
     if not isinstance(kind, ServerTeachers):
         for flag in SERVER_TEACHER:
             if not cfg.is_default(flag):
@@ -130,6 +140,8 @@ def _teacher_problems(cfg: RunConfig) -> Iterator[str]:
             other = "--teacher_model_server is given"
         case SelfTeaching():
             other = "without --teacher_model the student teaches itself"
+        case NoTeacher():
+            other = "--objective sft has no teacher"
     for flag in LOCAL_TEACHER:
         if not cfg.is_default(flag):
             yield f"--{flag} is for a local teacher, but {other}; leave it out"
@@ -161,13 +173,13 @@ def _parallel_problems(cfg: RunConfig) -> Iterator[str]:
 def _lengths_problems(cfg: RunConfig) -> Iterator[str]:
     """Sampled completions have to leave room for a prompt; who did not ask for them is told why there are any."""
     most, longest = cfg.sampling.max_completion_length, cfg.data.max_length
-    if most < longest or not (cfg.distillation.lmbda > 0 or cfg.distillation.samples_teacher):
+    if most < longest or not (cfg.lmbda > 0 or cfg.distillation.samples_teacher):
         return
 
     def named(flag: str) -> str:
         return f"--{flag} {show(cfg.get(flag))}{' (its default)' if cfg.is_default(flag) else ''}"
 
-    cause = f"{named('lmbda')} samples from the student" if cfg.distillation.lmbda > 0 else "--seq_kd true samples"
+    cause = f"{named('lmbda')} samples from the student" if cfg.lmbda > 0 else "--seq_kd true samples"
     instead = "--lmbda 0, which samples nothing" if not cfg.distillation.samples_teacher else "--seq_kd false"
     yield (
         f"{cause}, and {named('max_completion_length')} leaves no room for a prompt in {named('max_length')}: give a "
@@ -208,6 +220,11 @@ def _sampling_problems(cfg: RunConfig) -> Iterator[str]:
 def _teacher_sampling_problems(cfg: RunConfig) -> Iterator[str]:
     sampling, kind = cfg.sampling, cfg.teacher.kind
     server = isinstance(kind, ServerTeachers)
+    if isinstance(kind, NoTeacher) and cfg.distillation.seq_kd:
+        yield (
+            "--seq_kd true has a teacher sample the completions, and --objective sft has none: sample them beforehand "
+            "(megatron-gkd sample), and give the file as --dataset"
+        )
     for flag in ("teacher_samples_cache", *TEACHERS_ENGINE):
         if not cfg.distillation.seq_kd and not cfg.is_default(flag):
             yield f"--{flag} is for completions that the teacher samples: it needs --seq_kd true"

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
+from megatron_gkd.config.servers import LocalTeacher, NoTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.data.chat import ChatEncoder, check_same_tokenizer, load_tokenizer
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Rows
@@ -139,7 +139,9 @@ def _stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[in
 def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, eval_rows: Rows | None) -> None:
     """Whether the rows are such as the run needs, and its batch fits the layout."""
     if rows is not None:
-        rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
+        if isinstance(config.teacher.kind, NoTeacher):
+            rows.require_completions("--objective sft")
+        rows.check_sources(lmbda=config.lmbda, seq_kd=config.distillation.seq_kd)
         check_batch(config, student_layout)
     if eval_rows is not None:
         eval_rows.require_completions("evaluation")
@@ -180,7 +182,7 @@ def _vocabulary(
 def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows:
     data, world = config.data, dist.group.WORLD
     assert world is not None
-    samples = config.distillation.lmbda > 0 or config.distillation.samples_teacher
+    samples = config.lmbda > 0 or config.distillation.samples_teacher
     options: dict[str, Any] = dict(
         max_length=data.max_length,
         max_completion_length=config.sampling.max_completion_length if samples else None,
@@ -208,7 +210,7 @@ def teaches_nothing(config: RunConfig, rows: Rows) -> bool:
 
 def _needs_completions(config: RunConfig) -> bool:
     """Whether a step may take a completion from the data set."""
-    return config.distillation.lmbda < 1 and not config.distillation.seq_kd
+    return config.lmbda < 1 and not config.distillation.seq_kd
 
 
 def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows | None:

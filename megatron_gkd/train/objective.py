@@ -2,8 +2,8 @@
 
 An `Objective` sees one micro-batch at a time and divides nothing: megatron-core divides the summed gradient once, by
 the number of loss tokens of the global batch. Its report is a dict of `[2]` float64 tensors (sum, count); what a
-micro-batch has none of counts 0. Training minimises `DistillationLoss`; evaluation has an objective of its own
-(evaluate.py).
+micro-batch has none of counts 0. Training minimises `DistillationLoss`, or without a teacher the cross entropy alone
+(supervised.py); evaluation has an objective of its own (evaluate.py).
 
     loss_sum = sum_t D(P_t, Q_t)  +  sft_alpha * sum_{t: source != student} CE(y_t, Q_t)      over the T loss tokens,
     in nats
@@ -36,7 +36,7 @@ from megatron_gkd.loss.vocab_topk import vocab_parallel_argmax
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.records import SOURCES
-from megatron_gkd.teacher.signals import HiddenSignal, Signal, TopKSignal
+from megatron_gkd.teacher.signals import HiddenSignal, NoSignal, Signal, TopKSignal
 from megatron_gkd.topk_jsd import topk_divergence, topk_masses
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_divergence
 
@@ -52,6 +52,24 @@ class Objective(Protocol):
 
     def __call__(self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Outcome:
         """Of one micro-batch. Args: hidden: [S(/tp), B, H], output of the last stage."""
+
+
+class SampleLosses:
+    """The loss of each sample, as this rank last computed it. Nothing is synchronised before it is asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def note(self, batch: MicroBatch, per_token: torch.Tensor) -> None:
+        """Keep the sums over each sample's tokens. Args: per_token: [T]."""
+        sums = per_token.new_zeros(len(batch.positions))
+        sums.index_add_(0, batch.loss_sample.to(per_token.device), per_token)
+        self._sums.update((position, (sums, index)) for index, position in enumerate(batch.positions))
+
+    def of(self, positions: Iterable[int]) -> dict[int, float]:
+        """By position in the global batch; without those that were never computed. Waits for the device."""
+        found = {position: self._sums[position] for position in positions if position in self._sums}
+        return {position: float(sums[index]) for position, (sums, index) in found.items()}
 
 
 class DistillationLoss:
@@ -75,14 +93,13 @@ class DistillationLoss:
         self.distillation, self.tp_group, self.vocab_size = distillation, tp_group, vocab_size
         self.divergence = Divergence(distillation.beta, distillation.loss_temperature)
         self._teacher_head = teacher_head
-        self._sample_losses: dict[int, tuple[torch.Tensor, int]] = {}
+        self._sample_losses = SampleLosses()
         self._signal_is_finite: dict[int, torch.Tensor] = {}
 
     def sample_losses(self, positions: Iterable[int]) -> dict[int, float]:
         """Sum of the loss of each of these samples, by position in the global batch, as this rank last computed it;
         without those that it never did. Waits for the device."""
-        found = {position: self._sample_losses[position] for position in positions if position in self._sample_losses}
-        return {position: float(sums[index]) for position, (sums, index) in found.items()}
+        return self._sample_losses.of(positions)
 
     def teacher_problem(self, positions: Iterable[int]) -> str | None:
         """What of the teacher's is not finite, as this rank last met it with these samples; None: nothing. Waits for
@@ -110,8 +127,8 @@ class DistillationLoss:
 
     def __call__(self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Outcome:
         rows = select_loss_tokens(model.head_input(hidden), batch)
-        sample_source, loss_sample = batch.sample_source.to(rows.device), batch.loss_sample.to(rows.device)
-        token_source = sample_source[loss_sample]
+        sample_source = batch.sample_source.to(rows.device)
+        token_source = sample_source[batch.loss_sample.to(rows.device)]
         supervised = (token_source != SOURCES.index("student")).float()
         compute = self._fused if self.distillation.fuse_loss else self._from_logits
         losses = compute(model, rows, batch.labels.to(rows.device), self.teacher_side(signal), supervised)
@@ -119,8 +136,7 @@ class DistillationLoss:
         per_token = losses.per_token
         if losses.cross_entropy is not None:
             per_token = per_token + self.distillation.sft_alpha * losses.cross_entropy * supervised
-        sums = per_token.new_zeros(len(batch.positions)).index_add_(0, loss_sample, per_token)
-        self._sample_losses.update((position, (sums, i)) for i, position in enumerate(batch.positions))
+        self._sample_losses.note(batch, per_token)
         self._signal_is_finite.update(dict.fromkeys(batch.positions, signal.is_finite()))
         return losses.loss_sum, num_tokens, _report(losses, num_tokens, supervised, token_source, sample_source)
 
@@ -170,6 +186,8 @@ class DistillationLoss:
                 return HiddenTeacher(hidden, head)
             case TopKSignal(logprobs, indices):
                 return TopKTeacher(logprobs, indices, self.distillation.topk_tail)
+            case NoSignal():
+                raise AssertionError("a run without a teacher has another objective")
 
     def compare(
         self, logits: torch.Tensor, teacher: HiddenTeacher | TopKTeacher, divergences: Iterable[Divergence]

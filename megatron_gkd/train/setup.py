@@ -18,6 +18,7 @@ from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import chosen
 from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import NoTeacher
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.observe.logging import get_logger
@@ -33,6 +34,7 @@ from megatron_gkd.train.plans import StepPlans
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import build_rollouts, check_servers
 from megatron_gkd.train.student import Student
+from megatron_gkd.train.supervised import SupervisedLoss
 from megatron_gkd.train.teacher_sampling import build_teacher_samples
 from megatron_gkd.train.teachers import Taught, reach
 from megatron_gkd.weights.source import ModelSource
@@ -49,7 +51,7 @@ class Run:
     architecture: Architecture  # the student's
     student: Student
     taught: Taught
-    loss: DistillationLoss
+    loss: DistillationLoss | SupervisedLoss
     plans: StepPlans | None  # None for an evaluation alone
     eval_rows: Rows | None
     stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation alone
@@ -132,7 +134,7 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     here = inputs.student_layout.holds(dist.get_rank())
     # Servers and the teacher's engine come first: an error within seconds, and the devices' memory is free.
     reached = reach(inputs, where)
-    rows, samples = inputs.rows, inputs.rows is not None and config.distillation.lmbda > 0
+    rows, samples = inputs.rows, inputs.rows is not None and config.lmbda > 0
     if rows is not None and samples:
         check_servers(inputs, rows)
     teacher_samples = None
@@ -158,10 +160,16 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     if student is None:
         assert isinstance(taught.teacher, TeacherPipeline)
         return TeacherRun(config, where, arch, taught.teacher, plans, layout, inputs.eval_rows, inputs.train_iters)
-    loss = DistillationLoss(
-        config.distillation, tp_group=groups.tp, vocab_size=inputs.vocab_size, teacher_head=taught.head
-    )
+    loss = _objective(inputs, groups, taught)
     return Run(config, where, arch, student, taught, loss, plans, inputs.eval_rows, inputs.stop_ids)
+
+
+def _objective(inputs: Inputs, groups: ProcessGroupCollection, taught: Taught) -> DistillationLoss | SupervisedLoss:
+    """What training minimises."""
+    distillation, vocab_size = inputs.config.distillation, inputs.vocab_size
+    if isinstance(inputs.config.teacher.kind, NoTeacher):
+        return SupervisedLoss(fuse=distillation.fuse_loss, tp_group=groups.tp, vocab_size=vocab_size)
+    return DistillationLoss(distillation, tp_group=groups.tp, vocab_size=vocab_size, teacher_head=taught.head)
 
 
 def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection) -> Student:

@@ -43,6 +43,8 @@ THROUGH = {
     "train_iters": (r"training\.(num_steps\(|train_iters\b)", None),
     "loss_path": (r"distillation\.fuse_loss\b", None),
     "use_liger_kernel": (r"distillation\.fuse_loss\b", None),
+    "lmbda": (r"config\.lmbda\b", None),
+    "objective": (r"teacher\.kind\b", None),
     "teacher_model_server": (r"teacher\.kind\b", None),
     "chat_template_kwargs": (r"data\.template_kwargs\b", None),
     "enable_thinking": (r"data\.template_kwargs\b", None),

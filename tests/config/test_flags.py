@@ -34,6 +34,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("model", REQUIRED, ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"), ()),
     ("dtype", "auto", ("bf16", "bf16"), ("float32",)),
     ("freeze_embeddings", False, ("true", True), ("2",)),
+    ("objective", "gkd", ("sft", "sft"), ("dpo",)),
     ("teacher_model", None, ("T", "T"), ()),
     ("teacher_model_server", None, ("http://localhost:8000", "http://localhost:8000"), ("localhost",)),
     ("teacher_tag_key", None, ("subject", "subject"), ()),

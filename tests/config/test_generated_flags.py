@@ -33,6 +33,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "teacher_model": ("T",),
     "dtype": ("bf16", "fp16"),
     "freeze_embeddings": (True,),
+    "objective": ("sft",),
     "teacher_model_server": ("http://a:1", "http://a:1,http://b:2", SERVERS),
     "teacher_tag_key": ("subject",),
     "teacher_timeout_s": (7.0,),
@@ -142,6 +143,7 @@ SCENES: tuple[dict[str, Any], ...] = (
     {"lmbda": 0.0, "teacher_model_server": SERVERS, "gkd_logits_topk": 4, "teacher_tag_key": "subject"},
     {"lmbda": 0.0},
     {"lmbda": 0.0, "teacher_model": "T", "teacher_placement": "separate", "teacher_world_size": 4},
+    {"objective": "sft", "eval_dataset": ["e.jsonl"]},
     {"lmbda": 0.0, "teacher_model": "T", "packing": True, "streaming": True},
     {"lmbda": 0.0, "teacher_model": "T", "eval_dataset": ["e.jsonl"], "shuffle": False},
 )

@@ -64,6 +64,9 @@ def unused(command: Command = "train", **given: Any) -> set[str]:
         (dict(verify_checkpoint="sizes", allow_changed_config=True), "verify_checkpoint allow_changed_config"),
         (dict(verify_checkpoint="sizes", auto_resume=True), ""),
         (dict(verify_checkpoint="sizes", load="r"), ""),
+        (dict(objective="sft", teacher_model=None, lmbda=0.5, beta=1.0), "beta"),
+        (dict(objective="sft", teacher_model=None, lmbda=0.7, sft_alpha=1.0), "lmbda sft_alpha"),
+        (dict(objective="sft", teacher_model=None, gkd_logits_topk=4, temperature=2.0), "gkd_logits_topk temperature"),
     ],
 )
 def test_what_has_no_effect_in_training(given: dict[str, Any], names: str) -> None:

@@ -11,7 +11,7 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs/metrics.md"
 SOURCES = ("student", "teacher", "dataset")
 EVERY_STEP, EVALUATION = "Every step", "Evaluation"
 ROLLOUT, TEACHER_SAMPLES = "With `--lmbda` above 0", "With `--seq_kd true`"
-TOPK, CROSS_ENTROPY = "With `--gkd_logits_topk`", "With `--sft_alpha`"
+TOPK, CROSS_ENTROPY = "With `--gkd_logits_topk`", "With `--sft_alpha` or `--objective sft`"
 OF_A_STEP = (EVERY_STEP, CROSS_ENTROPY, TOPK, ROLLOUT, TEACHER_SAMPLES)
 
 

@@ -36,7 +36,6 @@ from megatron_gkd.rollout.vllm import colocate, server
 from megatron_gkd.teacher.signals import HiddenSignal, Signal, TopKSignal
 from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling, teachers
 from megatron_gkd.train.faults import LossSpikes
-from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.plans import StepPlans, evaluation_plans
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.student import _optimizer_config
@@ -166,7 +165,7 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     note.note("replicas", Replicas(made, config.parallel.check_replicas_steps)._every)
     note.note("spikes", LossSpikes(config.logging.loss_spike_factor)._factor)
     distillation = config.distillation
-    if distillation.lmbda > 0:
+    if config.lmbda > 0:
         sampling.build_rollouts(given, where, made, rows)
     draws = given.draws
     if distillation.samples_teacher:
@@ -178,12 +177,12 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     sampled: Any = {p: ((3,) * (1 + p % 5), 0) for p, source in enumerate(sources) if source != "dataset"}
     plan = plans._with(0, sampled)
     note.note("step", indices, sources, plan.student, plan.teacher, config.data.packing)
-    if distillation.lmbda > 0:
+    if config.lmbda > 0:
         note.note("requests", [(r.key, r.max_tokens, r.seed) for r in plans.requests(0)])
     if distillation.samples_teacher:
         asked = teacher_sampling.teacher_requests(config, draws[0], 0, length)
         note.note("teacher's requests", [(r.key, r.max_tokens, r.seed) for r in asked])
-    note.note("loss", _loss(config, sources), distillation.fuse_loss)
+    note.note("loss", _loss(given, sources), distillation.fuse_loss)
     _note_start(note, given, plans, made)
 
 
@@ -219,23 +218,25 @@ def _note_span(note: Recorder, span: Span) -> None:
         note.note("evaluates", [span.evaluates_after(step) for step in steps])
 
 
-def _loss(config: RunConfig, sources: Any) -> float:
+def _loss(given: inputs.Inputs, sources: Any) -> float:
     """Of eight samples with the sources of the step's first."""
     samples = [Sample(p, p, (1,), tuple((p + k) % VOCAB for k in range(3)), sources[p]) for p in range(8)]
     batch = collate(samples)
-    model, hidden, signal, head = _tensors(config, len(batch.labels), batch.tokens.T.shape)
-    assert dist.group.WORLD is not None
-    loss = DistillationLoss(config.distillation, tp_group=dist.group.WORLD, vocab_size=VOCAB, teacher_head=head)
+    model, hidden, signal, head = _tensors(given.config, len(batch.labels), batch.tokens.T.shape)
+    loss = _objective(given, head)
     total, _, _ = loss(model, hidden, batch, signal)
     return round(float(total), 4)
 
 
 def _measured(config: RunConfig, given: inputs.Inputs) -> list[float]:
     model, hidden, signal, head = _tensors(config, 24, (24, 1))
-    assert dist.group.WORLD is not None
-    loss = DistillationLoss(config.distillation, tp_group=dist.group.WORLD, vocab_size=VOCAB, teacher_head=head)
-    found = evaluate.HeldOut(loss).measure(model, hidden.view(24, -1), torch.arange(24), signal)
+    found = evaluate.HeldOut(_objective(given, head)).measure(model, hidden.view(24, -1), torch.arange(24), signal)
     return [round(float(values.float().sum()), 4) for values in found.values()]
+
+
+def _objective(given: inputs.Inputs, head: Any) -> Any:
+    groups: Any = SimpleNamespace(tp=dist.group.WORLD)
+    return setup._objective(given, groups, teachers.Taught(None, head))  # type: ignore[arg-type]
 
 
 def _tensors(config: RunConfig, num_loss_tokens: int, size: Sequence[int]) -> tuple[Any, torch.Tensor, Signal, Any]:

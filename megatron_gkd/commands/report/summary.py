@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_gkd.commands.report.run_record import RunRecord
-from megatron_gkd.config.run import DistillationConfig
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import NoTeacher
 from megatron_gkd.observe.compare import differing
 
 QUANTITIES = {  # key in evaluation.jsonl -> how the table calls it
@@ -39,7 +40,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "teacher_model": run.config.teacher.teacher_model or run.config.teacher.teacher_model_server,
         "model": run.config.model.model,
         "exported_model": str(run.exported) if run.exported else None,
-        "loss": describe_loss(run.config.distillation),
+        "loss": describe_loss(run.config),
         "layout": _describe_layout(run),
         "training_s": round(time_s * scale, 3) if time_s else None,
         "num_tokens": round(num_tokens * scale) if num_tokens else None,
@@ -61,8 +62,11 @@ def _differences(run: RunRecord) -> list[str]:
     return differing(trained, exported) if trained and exported else []
 
 
-def describe_loss(loss: DistillationConfig) -> str:
+def describe_loss(config: RunConfig) -> str:
     """What was minimised, in words."""
+    if isinstance(config.teacher.kind, NoTeacher):
+        return "cross entropy (SFT); completions: the data set's"
+    loss = config.distillation
     names = {0.0: "forward KL (beta 0)", 1.0: "reverse KL (beta 1)"}
     text = names.get(loss.beta, f"generalized JSD (beta {loss.beta:g})")
     text += f", teacher's top {loss.gkd_logits_topk}" if loss.gkd_logits_topk else ", full vocabulary"
@@ -78,7 +82,8 @@ def _describe_layout(run: RunRecord) -> str:
     tp, pp = student.tensor_model_parallel_size, student.pipeline_model_parallel_size
     teacher_tp = teacher.teacher_tensor_model_parallel_size or tp
     teacher_pp = teacher.teacher_pipeline_model_parallel_size or pp
-    return f"student TP {tp} x PP {pp}, teacher TP {teacher_tp} x PP {teacher_pp}, {run.config.model.dtype}"
+    of_teacher = "" if isinstance(teacher.kind, NoTeacher) else f", teacher TP {teacher_tp} x PP {teacher_pp}"
+    return f"student TP {tp} x PP {pp}{of_teacher}, {run.config.model.dtype}"
 
 
 def to_text(summary: Mapping[str, Any]) -> str:
@@ -91,7 +96,7 @@ def _head(summary: Mapping[str, Any]) -> Iterator[str]:
     states = {True: "finished", False: "NOT FINISHED (still training, or interrupted)", None: "no export asked for"}
     state = states[summary["finished"]]
     yield f"Run {summary['run']}: {state}, {summary['steps']}{planned} steps"
-    yield f"  teacher   {summary['teacher_model']}"
+    yield f"  teacher   {summary['teacher_model'] or 'none'}"
     yield f"  student   {summary['model']}  ->  {summary['exported_model'] or '(not exported)'}"
     yield f"  loss      {summary['loss']}"
     yield f"  layout    {summary['layout']}"
