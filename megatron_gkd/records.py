@@ -112,6 +112,16 @@ class LossShare:
         return [token for first, end in self.spans for token in range(first, end)]
 
 
+@dataclass(frozen=True)
+class StepValues:
+    """What may change with the step (config/schedules.py), for one of them."""
+
+    lmbda: float
+    beta: float
+    temperature: float  # of the student's samples
+    max_completion_length: int  # likewise
+
+
 # [data-parallel rank][micro-batch] -> positions in the global batch
 MicroBatchPlan = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -125,6 +135,7 @@ class StepPlan:
     student: MicroBatchPlan
     # the same samples, split for the teacher's own data-parallel size and micro-batch size, by its own prompts' lengths
     teacher: MicroBatchPlan
+    values: StepValues | None = None  # None: those of an evaluation, which has none
 
     @property
     def shares(self) -> tuple[LossShare, ...]:

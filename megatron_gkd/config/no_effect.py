@@ -61,15 +61,16 @@ def describe(found: dict[str, list[str]]) -> str:
 
 
 def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    distillation, sampling, data, lmbda = cfg.distillation, cfg.sampling, cfg.data, cfg.lmbda
+    distillation, sampling, data = cfg.distillation, cfg.sampling, cfg.data
+    most, least = cfg.lmbda.most, cfg.lmbda.least
     yield from _unused_in_supervision(cfg)
     supervised = isinstance(cfg.teacher.kind, NoTeacher)
-    if not (lmbda > 0 or distillation.samples_teacher):
+    if not (most > 0 or distillation.samples_teacher):
         none = "--objective sft" if supervised else "--lmbda 0, but for --seq_kd true"
         yield f"nothing is sampled with {none}", HOW_DRAWN
-    if lmbda == 0:
+    if most == 0:
         yield f"the student samples nothing with {'--objective sft' if supervised else '--lmbda 0'}", STUDENTS_ENGINES
-    if lmbda == 1:
+    if least == 1:
         why = "every completion is the student's own with --lmbda 1"
         yield why, ("sft_alpha", *TEACHERS_COMPLETIONS)
     if sampling.vllm_mode != "server":
@@ -78,13 +79,13 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
         yield "the servers' own matter with --vllm_mode server", ("vllm_gpu_memory_utilization",)
         if _every_host_has_a_port(sampling.vllm_server_host or ""):
             yield "every --vllm_server_host has a port", ("vllm_server_port",)
-    if not (data.shuffle or data.dataset_weights or lmbda > 0 or distillation.samples_teacher):
+    if not (data.shuffle or data.dataset_weights or most > 0 or distillation.samples_teacher):
         yield "nothing is drawn with --shuffle false and without sampling", ("seed",)
     if data.streaming and not data.eval_dataset:
         yield "nothing is kept with --streaming true and without --eval_dataset", ("data_cache_dir",)
     if data.packing and not data.eval_dataset:
         yield "--packing sizes the teacher's micro-batches too", ("teacher_micro_batch_size",)
-    if (lmbda == 1 or distillation.seq_kd) and not data.eval_dataset:
+    if (least == 1 or distillation.seq_kd) and not data.eval_dataset:
         yield "no completion of the data is needed", ("prompt_only",)
     if not cfg.checkpoint.save_hf:
         yield "nothing is exported with --save_hf false", ("save_hf_dtype",)

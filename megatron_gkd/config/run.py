@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from megatron_gkd.config.dtypes import Dtype, DtypeChoice
 from megatron_gkd.config.not_built import NOT_BUILT, Command, refuse_not_built
-from megatron_gkd.config.schema import Section, default_of, setting, show, type_hints
+from megatron_gkd.config.schedules import Schedule, check_schedules, constant, read_schedule
+from megatron_gkd.config.schema import Section, default_of, setting, show, type_hints, type_text
 from megatron_gkd.config.servers import (
     LocalTeacher,
     NoTeacher,
@@ -33,6 +34,7 @@ from megatron_gkd.config.servers import (
 from megatron_gkd.config.template_flags import kwargs_setting, template_kwargs, thinking_setting
 from megatron_gkd.config.validate import refuse_contradictions
 from megatron_gkd.errors import ConfigError
+from megatron_gkd.records import StepValues
 
 __all__ = ["NOT_BUILT", "RunConfig", "flags"]
 
@@ -147,16 +149,21 @@ class TeacherConfig(Section):
 class DistillationConfig(Section):
     """Distillation: divergence, sources of the completions, the teacher's signal."""
 
-    beta: float = setting(
+    beta: float | str = setting(
         0.5,
         "Divergence: 0 is forward KL(teacher||student), 1 is reverse KL(student||teacher), between them generalized "
         "JSD. The ends are definitions, not limits: the JSD tends to 0 there, so beta 0.01 trains about 100 times more "
         "weakly than beta 0.",
         ge=0,
         le=1,
+        schedule=True,
     )
-    lmbda: float = setting(
-        0.5, "Probability, per sample, that the student samples the completion (on-policy).", ge=0, le=1
+    lmbda: float | str = setting(
+        0.5,
+        "Probability, per sample, that the student samples the completion (on-policy).",
+        ge=0,
+        le=1,
+        schedule=True,
     )
     seq_kd: bool = setting(
         False,
@@ -185,10 +192,14 @@ class DistillationConfig(Section):
         False, "Demand the fused linear loss (as --loss_path fused); not together with --gkd_logits_topk."
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_schedules(self)
+
     @property
     def samples_teacher(self) -> bool:
         """Whether completions are sampled by the teacher."""
-        return self.seq_kd and self.lmbda < 1
+        return self.seq_kd and read_schedule("lmbda", self.lmbda).least < 1
 
     @property
     def fuse_loss(self) -> bool:
@@ -200,12 +211,14 @@ class DistillationConfig(Section):
 class SamplingConfig(Section):
     """Sampling of completions from the student, for `--lmbda` above 0."""
 
-    temperature: float = setting(0.9, "Sampling temperature.", gt=0)
+    temperature: float | str = setting(0.9, "Sampling temperature.", gt=0, schedule=True)
     top_p: float = setting(
         1.0, "Sample from the smallest set of tokens with this probability; 1: from all.", gt=0, le=1
     )
     top_k: int = setting(0, "Sample from this many most probable tokens; 0: from all.", ge=0)
-    max_completion_length: int = setting(512, "Maximum number of tokens sampled per completion.", gt=0)
+    max_completion_length: int | str = setting(
+        512, "Maximum number of tokens sampled per completion.", gt=0, schedule=True
+    )
     use_vllm: bool = setting(True, "Sample with vLLM, the only engine; false refuses to sample.")
     vllm_mode: Literal["colocate", "server", "subprocess"] = setting(
         "colocate",
@@ -235,6 +248,10 @@ class SamplingConfig(Section):
         "many; 0: after the first only.",
         ge=0,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_schedules(self)
 
 
 @dataclass(frozen=True)
@@ -472,10 +489,23 @@ class RunConfig:
         """Whether a flag has its default value."""
         return bool(self.get(flag) == flags()[flag].default)
 
+    def schedule(self, flag: str) -> Schedule:
+        """What a flag says for every step."""
+        return read_schedule(flag, self.get(flag), whole=isinstance(flags()[flag].default, int))
+
     @property
-    def lmbda(self) -> float:
-        """--lmbda; 0 without a teacher, which only learns from the completions of the data."""
-        return 0.0 if isinstance(self.teacher.kind, NoTeacher) else self.distillation.lmbda
+    def lmbda(self) -> Schedule:
+        """--lmbda; 0 without a teacher, where the student learns from the completions of the data alone."""
+        return constant(0.0) if isinstance(self.teacher.kind, NoTeacher) else self.schedule("lmbda")
+
+    def values_at(self, step: int) -> StepValues:
+        """What changes with the step, for one of them, counted from 1."""
+        return StepValues(
+            lmbda=self.lmbda.at(step),
+            beta=self.schedule("beta").at(step),
+            temperature=self.schedule("temperature").at(step),
+            max_completion_length=round(self.schedule("max_completion_length").at(step)),
+        )
 
     def validate(self, command: Command = "train") -> None:
         """Raise ConfigError for flags that contradict each other, then NotBuiltError for what this version lacks."""
@@ -500,6 +530,13 @@ class Flag:
     @property
     def required(self) -> bool:
         return self.default is MISSING
+
+    @property
+    def type_text(self) -> str:
+        """As a user reads it."""
+        if self.item.metadata["schedule"]:
+            return f"{type_text(type(self.default))} or step:value,..."
+        return type_text(self.hint)
 
 
 @cache

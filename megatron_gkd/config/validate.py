@@ -57,7 +57,7 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield from _loss_temperature_problems(cfg)
         yield from _training_problems(cfg)
         yield from _lengths_problems(cfg)
-        if cfg.lmbda > 0:
+        if cfg.lmbda.most > 0:
             yield from _sampling_problems(cfg)
         yield from _teacher_sampling_problems(cfg)
     elif cfg.checkpoint.load is not None:
@@ -172,14 +172,14 @@ def _parallel_problems(cfg: RunConfig) -> Iterator[str]:
 
 def _lengths_problems(cfg: RunConfig) -> Iterator[str]:
     """Sampled completions have to leave room for a prompt; who did not ask for them is told why there are any."""
-    most, longest = cfg.sampling.max_completion_length, cfg.data.max_length
-    if most < longest or not (cfg.lmbda > 0 or cfg.distillation.samples_teacher):
+    most, longest = cfg.schedule("max_completion_length").most, cfg.data.max_length
+    if most < longest or not (cfg.lmbda.most > 0 or cfg.distillation.samples_teacher):
         return
 
     def named(flag: str) -> str:
         return f"--{flag} {show(cfg.get(flag))}{' (its default)' if cfg.is_default(flag) else ''}"
 
-    cause = f"{named('lmbda')} samples from the student" if cfg.lmbda > 0 else "--seq_kd true samples"
+    cause = f"{named('lmbda')} samples from the student" if cfg.lmbda.most > 0 else "--seq_kd true samples"
     instead = "--lmbda 0, which samples nothing" if not cfg.distillation.samples_teacher else "--seq_kd false"
     yield (
         f"{cause}, and {named('max_completion_length')} leaves no room for a prompt in {named('max_length')}: give a "
@@ -188,13 +188,13 @@ def _lengths_problems(cfg: RunConfig) -> Iterator[str]:
 
 
 def _sampling_problems(cfg: RunConfig) -> Iterator[str]:
-    sampling, asked = cfg.sampling, f"--lmbda {cfg.distillation.lmbda:g} samples from the student"
+    sampling, asked = cfg.sampling, f"--lmbda {_number(cfg.distillation.lmbda)} samples from the student"
     if not sampling.use_vllm:
         yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, or give --lmbda 0"
     if find_spec("vllm") is None:
         yield f"{asked} with the package vllm (0.28 to 0.32), which is not installed: install it, or give --lmbda 0"
-    if sampling.temperature > 2:
-        yield f"--temperature {sampling.temperature:g} is above 2, the highest that vLLM samples at"
+    if cfg.schedule("temperature").most > 2:
+        yield f"--temperature {_number(sampling.temperature)} is above 2, the highest that vLLM samples at"
     if sampling.rollout_lag and sampling.vllm_mode == "colocate":
         yield (
             "--rollout_lag 1 samples while the student trains, and a colocated engine shares its devices: use "
@@ -239,10 +239,21 @@ def _teacher_sampling_problems(cfg: RunConfig) -> Iterator[str]:
         yield f"{asked}, and there is none: give --teacher_model or --teacher_model_server, {instead}"
     if not sampling.use_vllm:
         yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, {instead}"
+    for flag in ("temperature", "max_completion_length"):
+        if not cfg.schedule(flag).is_constant:
+            yield (
+                f"--{flag} {cfg.get(flag)} does not go with --seq_kd true: the teacher's completions are sampled "
+                f"ahead, and kept for one temperature and one length; give a number, {instead}"
+            )
     if not server and find_spec("vllm") is None:
         yield f"{asked} with the package vllm (0.28 to 0.32), which is not installed: install it, {instead}"
-    if sampling.temperature > 2:
-        yield f"--temperature {sampling.temperature:g} is above 2, the highest that vLLM samples at"
+    if cfg.schedule("temperature").most > 2:
+        yield f"--temperature {_number(sampling.temperature)} is above 2, the highest that vLLM samples at"
+
+
+def _number(value: float | str) -> str:
+    """As the command line writes it."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _training_problems(cfg: RunConfig) -> Iterator[str]:

@@ -141,7 +141,7 @@ def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, ev
     if rows is not None:
         if isinstance(config.teacher.kind, NoTeacher):
             rows.require_completions("--objective sft")
-        rows.check_sources(lmbda=config.lmbda, seq_kd=config.distillation.seq_kd)
+        rows.check_sources(lmbda=config.lmbda.least, seq_kd=config.distillation.seq_kd)
         check_batch(config, student_layout)
     if eval_rows is not None:
         eval_rows.require_completions("evaluation")
@@ -182,10 +182,10 @@ def _vocabulary(
 def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows:
     data, world = config.data, dist.group.WORLD
     assert world is not None
-    samples = config.lmbda > 0 or config.distillation.samples_teacher
+    samples = config.lmbda.most > 0 or config.distillation.samples_teacher
     options: dict[str, Any] = dict(
         max_length=data.max_length,
-        max_completion_length=config.sampling.max_completion_length if samples else None,
+        max_completion_length=round(config.schedule("max_completion_length").most) if samples else None,
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
         tag_key=config.teacher.teacher_tag_key,
@@ -210,7 +210,7 @@ def teaches_nothing(config: RunConfig, rows: Rows) -> bool:
 
 def _needs_completions(config: RunConfig) -> bool:
     """Whether a step may take a completion from the data set."""
-    return config.lmbda < 1 and not config.distillation.seq_kd
+    return config.lmbda.least < 1 and not config.distillation.seq_kd
 
 
 def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows | None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron_gkd.config.flags import to_yaml
 from megatron_gkd.config.no_effect import describe, without_effect
 from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import NoTeacher
 from megatron_gkd.errors import RunStoppedError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
@@ -198,6 +199,7 @@ class StudentPart:
             "signal_bytes": sums["signal_bytes"],
             "consumed_samples": self._state.consumed_samples,
             "bad_steps": self._state.bad_steps,
+            **_scheduled(run, plan),
             **timers.seconds(),
             **({} if run.rollouts is None else run.rollouts.metrics),
             **({} if run.teacher_samples is None else run.teacher_samples.metrics),
@@ -235,6 +237,19 @@ class StudentPart:
 
     def measure_export(self) -> None:
         measure_export(self.run, self._run_dir, self._record, trained=self._evaluation)
+
+
+def _scheduled(run: Run, plan: StepPlan) -> dict[str, float]:
+    """What the step's values were, of those that are in force."""
+    values = plan.values
+    assert values is not None, "StepPlans gives them"
+    found: dict[str, float] = {}
+    if not isinstance(run.config.teacher.kind, NoTeacher):
+        found |= {"schedule/beta": values.beta, "schedule/lmbda": values.lmbda}
+    if run.rollouts is not None:
+        found |= {"schedule/temperature": values.temperature}
+        found |= {"schedule/max_completion_length": values.max_completion_length}
+    return found
 
 
 def _warn_of_a_low_peak(run: Run) -> None:

@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch.nn.functional import linear
 
 from megatron_gkd.config.run import DistillationConfig
+from megatron_gkd.config.schedules import read_schedule
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.fused_linear_jsd import HiddenTeacher, TokenLosses, TopKTeacher, fused_linear_distill
 from megatron_gkd.loss.divergence import Divergence
@@ -35,7 +36,7 @@ from megatron_gkd.loss.vocab_cross_entropy import vocab_parallel_cross_entropy
 from megatron_gkd.loss.vocab_topk import vocab_parallel_argmax
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
-from megatron_gkd.records import SOURCES
+from megatron_gkd.records import SOURCES, StepPlan
 from megatron_gkd.teacher.signals import HiddenSignal, NoSignal, Signal, TopKSignal
 from megatron_gkd.topk_jsd import topk_divergence, topk_masses
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_divergence
@@ -52,6 +53,13 @@ class Objective(Protocol):
 
     def __call__(self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Outcome:
         """Of one micro-batch. Args: hidden: [S(/tp), B, H], output of the last stage."""
+
+
+class TrainingObjective(Objective, Protocol):
+    """What is minimised."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """Before the micro-batches of a plan: take its values. Not collective."""
 
 
 class SampleLosses:
@@ -91,10 +99,15 @@ class DistillationLoss:
                 with top-K signals. It must carry no graph.
         """
         self.distillation, self.tp_group, self.vocab_size = distillation, tp_group, vocab_size
-        self.divergence = Divergence(distillation.beta, distillation.loss_temperature)
+        self.divergence = Divergence(read_schedule("beta", distillation.beta).at(1), distillation.loss_temperature)
         self._teacher_head = teacher_head
         self._sample_losses = SampleLosses()
         self._signal_is_finite: dict[int, torch.Tensor] = {}
+
+    def begin(self, plan: StepPlan) -> None:
+        """See TrainingObjective."""
+        if plan.values is not None:
+            self.divergence = Divergence(plan.values.beta, self.distillation.loss_temperature)
 
     def sample_losses(self, positions: Iterable[int]) -> dict[int, float]:
         """Sum of the loss of each of these samples, by position in the global batch, as this rank last computed it;

@@ -10,6 +10,7 @@ ranks, and, where the teacher has ranks of its own, go from the first rank to al
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -64,7 +65,7 @@ class StepPlans:
             {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
             run_seed=config.training.seed,
             step=step,
-            max_completion_length=config.sampling.max_completion_length,
+            max_completion_length=config.values_at(step + 1).max_completion_length,
             max_length=config.data.max_length,
             max_model_len=engine_length(config, self._inputs.student_arch),
         )
@@ -86,7 +87,7 @@ class StepPlans:
         config, training = self._inputs.config, self._inputs.config.training
         indices, rows, sources = self._draws[step]
         samples = make_samples(indices, rows, sources, sampled=sampled)
-        return plan_step(
+        plan = plan_step(
             step,
             samples,
             data_parallel_size=self._inputs.student_layout.data,
@@ -97,6 +98,7 @@ class StepPlans:
             packing=config.data.packing,
             max_tokens=max_packed_tokens(config),
         )
+        return replace(plan, values=config.values_at(step + 1))
 
     def _completions(self, step: int) -> dict[int, Sampled]:
         sampled: dict[int, Sampled] = {}

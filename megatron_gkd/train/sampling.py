@@ -69,10 +69,12 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
         ),
         verify_every=sampling.verify_sync_every,
     )
-    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, inputs.stop_ids)
-    logger.info(
-        "sampling: %d engine(s), %s; stop tokens %s", local.num_engines, sampling.vllm_mode, settings.stop_token_ids
-    )
+
+    def settings(step: int) -> SamplingSettings:
+        temperature = config.values_at(step + 1).temperature
+        return SamplingSettings(temperature, sampling.top_p, sampling.top_k, inputs.stop_ids)
+
+    logger.info("sampling: %d engine(s), %s; stop tokens %s", local.num_engines, sampling.vllm_mode, inputs.stop_ids)
     return Rollouts(
         bridge,
         settings,

@@ -134,7 +134,7 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     here = inputs.student_layout.holds(dist.get_rank())
     # Servers and the teacher's engine come first: an error within seconds, and the devices' memory is free.
     reached = reach(inputs, where)
-    rows, samples = inputs.rows, inputs.rows is not None and config.lmbda > 0
+    rows, samples = inputs.rows, inputs.rows is not None and config.lmbda.most > 0
     if rows is not None and samples:
         check_servers(inputs, rows)
     teacher_samples = None

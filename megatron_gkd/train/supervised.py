@@ -21,6 +21,7 @@ from megatron_gkd.fused_linear_jsd import fused_linear_cross_entropy
 from megatron_gkd.loss.vocab_cross_entropy import vocab_parallel_cross_entropy
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
+from megatron_gkd.records import StepPlan
 from megatron_gkd.teacher.signals import Signal
 from megatron_gkd.train.objective import Outcome, Report, SampleLosses
 
@@ -32,6 +33,9 @@ class SupervisedLoss:
         """Args: fuse: never hold logits of a micro-batch."""
         self.fuse, self.tp_group, self.vocab_size = fuse, tp_group, vocab_size
         self._sample_losses = SampleLosses()
+
+    def begin(self, plan: StepPlan) -> None:
+        """Nothing changes with the step."""
 
     def sample_losses(self, positions: Iterable[int]) -> dict[int, float]:
         """See DistillationLoss."""

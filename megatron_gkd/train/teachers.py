@@ -161,7 +161,7 @@ def server_needs(inputs: Inputs) -> ServerRequirements:
     assert topk is not None, "config/validate.py refuses servers without it"
     data = [dataset for dataset in (inputs.rows, inputs.eval_rows) if dataset is not None]
     longest = max((dataset.longest for dataset in data), default=2)
-    if inputs.rows is not None and (config.lmbda > 0 or distillation.samples_teacher):
+    if inputs.rows is not None and (config.lmbda.most > 0 or distillation.samples_teacher):
         longest = max(longest, config.data.max_length)
     largest_id = len(tokenizer) - 1
     first = [dataset[index] for dataset in data for index in range(min(len(dataset), PROBE_TOKENS))]

@@ -165,7 +165,7 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     note.note("replicas", Replicas(made, config.parallel.check_replicas_steps)._every)
     note.note("spikes", LossSpikes(config.logging.loss_spike_factor)._factor)
     distillation = config.distillation
-    if config.lmbda > 0:
+    if config.lmbda.most > 0:
         sampling.build_rollouts(given, where, made, rows)
     draws = given.draws
     if distillation.samples_teacher:
@@ -177,7 +177,7 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     sampled: Any = {p: ((3,) * (1 + p % 5), 0) for p, source in enumerate(sources) if source != "dataset"}
     plan = plans._with(0, sampled)
     note.note("step", indices, sources, plan.student, plan.teacher, config.data.packing)
-    if config.lmbda > 0:
+    if config.lmbda.most > 0:
         note.note("requests", [(r.key, r.max_tokens, r.seed) for r in plans.requests(0)])
     if distillation.samples_teacher:
         asked = teacher_sampling.teacher_requests(config, draws[0], 0, length)

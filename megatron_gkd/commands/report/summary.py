@@ -68,12 +68,16 @@ def describe_loss(config: RunConfig) -> str:
         return "cross entropy (SFT); completions: the data set's"
     loss = config.distillation
     names = {0.0: "forward KL (beta 0)", 1.0: "reverse KL (beta 1)"}
-    text = names.get(loss.beta, f"generalized JSD (beta {loss.beta:g})")
+    text = f"generalized JSD (beta {loss.beta})"
+    if not isinstance(loss.beta, str):
+        text = names.get(loss.beta, f"generalized JSD (beta {loss.beta:g})")
     text += f", teacher's top {loss.gkd_logits_topk}" if loss.gkd_logits_topk else ", full vocabulary"
     if loss.sft_alpha:
         text += f", + {loss.sft_alpha:g} x cross entropy"
     rest = "the teacher's samples" if loss.seq_kd else "the data set's"
     sources = {0.0: f"completions: {rest}", 1.0: "completions: the student's samples"}
+    if isinstance(loss.lmbda, str):
+        return f"{text}; completions: student samples (lambda {loss.lmbda}), else {rest}"
     return f"{text}; {sources.get(loss.lmbda, f'completions: {loss.lmbda:.0%} student samples, else {rest}')}"
 
 
