@@ -87,6 +87,8 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
         yield "--packing sizes the teacher's micro-batches too", ("teacher_micro_batch_size",)
     if (least == 1 or distillation.seq_kd) and not data.eval_dataset:
         yield "no completion of the data is needed", ("prompt_only",)
+    if not cfg.logging.health_steps:
+        yield "nothing is checked with --health_steps 0", ("on_teacher_fault",)
     if not cfg.checkpoint.save_hf:
         yield "nothing is exported with --save_hf false", ("save_hf_dtype",)
     if cfg.checkpoint.load is None and not cfg.checkpoint.auto_resume:
@@ -97,7 +99,7 @@ def _unused_in_supervision(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...
     if isinstance(cfg.teacher.kind, NoTeacher):
         said = cfg.distillation.lmbda == 0  # as it is without a teacher
         names = tuple(name for name in _LEARNT_FROM_A_TEACHER if not (said and name == "lmbda"))
-        yield "nothing is learnt from a teacher with --objective sft", names
+        yield "nothing is learnt from a teacher with --objective sft", (*names, "health_steps", "on_teacher_fault")
 
 
 def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -437,6 +437,14 @@ class LoggingConfig(Section):
     loss_spike_factor: float | None = setting(
         None, "Warn of a loss above this many times the median of the last 32 steps; null: never.", gt=1
     )
+    health_steps: int = setting(
+        100,
+        "Check teacher and sampler (docs/health.md) in the first step of a start and every this many steps; 0: never.",
+        ge=0,
+    )
+    on_teacher_fault: Literal["stop", "warn"] = setting(
+        "stop", "A teacher that is uniform, frozen or the student itself: stop before the update, or warn."
+    )
     report_to: list[Literal["tensorboard", "wandb", "none"]] = setting(
         ("tensorboard",), "Where metrics go beside metrics.jsonl in the run directory."
     )

@@ -42,6 +42,7 @@ class MicroBatch:
     sample_source: torch.Tensor  # [len(positions)] int64, index into records.SOURCES
     cu_seqlens: torch.Tensor | None = None  # [N + 1] int32, packed form only; the last segment may be padding
     max_seqlen: int | None = None  # packed form only: the longest segment
+    logprobs: torch.Tensor | None = None  # [T] float32, the sampler's; NaN: not known; None: of no token
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -105,7 +106,16 @@ def collate(
         sample_source=_int64([SOURCES.index(sample.source) for sample in samples]),
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
+        logprobs=_sampled_logprobs(samples, held),
     )
+
+
+def _sampled_logprobs(samples: Sequence[Sample], held: Sequence[tuple[int, int]]) -> torch.Tensor | None:
+    """Of the loss tokens that are held, (sample, token) each."""
+    if not any(sample.logprobs for sample in samples):
+        return None
+    known = [samples[n].logprobs for n, _ in held]
+    return torch.tensor([torch.nan if k is None else k[token] for k, (_, token) in zip(known, held, strict=True)])
 
 
 def _pad(inputs: Sequence[Sequence[int]], multiple: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

@@ -36,6 +36,7 @@ from megatron_gkd.train.evaluate import evaluate, not_finite
 from megatron_gkd.train.export_record import check_replaceable
 from megatron_gkd.train.exporting import export, measure_export, warn_of_rounding
 from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
+from megatron_gkd.train.health import Health
 from megatron_gkd.train.preflight import refuse_earlier_run
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import begin, open_checkpoints
@@ -46,6 +47,7 @@ from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
 from megatron_gkd.train.student import StepResult
 from megatron_gkd.train.teacher_ranks import TeacherPart
 from megatron_gkd.train.timeline import carry_out
+from megatron_gkd.train.token_probe import MARKS
 from megatron_gkd.weights.hf_writer import check_destination
 
 logger = get_logger(__name__)
@@ -98,6 +100,7 @@ class StudentPart:
         self._signals = StopSignals()
         self._agreement = StopAgreement() if run.config.teacher.teacher_placement == "separate" else None
         self._bad_steps = BadSteps(run, self._run_dir, state)
+        self._health = Health(run.config, vocab_size=run.loss.vocab_size, done_steps=state.step, tells=run.is_writer)
         self._spikes = LossSpikes(run.config.logging.loss_spike_factor)
         self._replicas = Replicas(run.student, run.config.parallel.check_replicas_steps)
         self.checkpoints = open_checkpoints(run)
@@ -137,6 +140,7 @@ class StudentPart:
             metrics.add("signal_bytes", num_bytes, 1)
             metrics.add("stop_requests", float(self._signals.received is not None), 1)
             reduce_reports(metrics, run.student, run.platform.device)
+            self._health.check(step, metrics, {} if run.rollouts is None else run.rollouts.metrics)
             return math.isfinite(metrics.sums()["loss"])
 
         result, _ = distill(
@@ -187,7 +191,7 @@ class StudentPart:
         )
         if step % run.config.logging.logging_steps and step != run.train_iters:
             return
-        left_out = ("num_samples", "signal_bytes", "stop_requests")
+        left_out = ("num_samples", "signal_bytes", "stop_requests", *MARKS)
         values = {name: value for name, value in means.items() if not name.endswith(left_out)}
         values |= {name: value for name, value in sums.items() if name.endswith("num_samples")}
         values |= {

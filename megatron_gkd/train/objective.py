@@ -14,8 +14,9 @@ divergence. An empty micro-batch (T = 0) gives 0 with a graph.
 Two paths, equal results: `fused` (default) never holds logits of the micro-batch; `logits` does, [T, V/tp] of
 student and teacher, and is the one to read first or to debug with.
 
-Communication, over the student's TP group: that of the divergence, and one sum of the gradient of the T hidden
-states in the backward (under sequence parallelism the reduce-scatter of `head_input` does it).
+Communication, over the student's TP group: that of the divergence and of the probe tokens (token_probe.py), and one
+sum of the gradient of the T hidden states in the backward (under sequence parallelism the reduce-scatter of
+`head_input` does it).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from megatron_gkd.model.pipeline import select_loss_tokens
 from megatron_gkd.records import SOURCES, StepPlan
 from megatron_gkd.teacher.signals import HiddenSignal, NoSignal, Signal, TopKSignal
 from megatron_gkd.topk_jsd import topk_divergence, topk_masses
+from megatron_gkd.train.token_probe import NAMES, TokenProbe
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_divergence
 
 Report = dict[str, torch.Tensor]
@@ -102,6 +104,7 @@ class DistillationLoss:
         self.divergence = Divergence(read_schedule("beta", distillation.beta).at(1), distillation.loss_temperature)
         self._teacher_head = teacher_head
         self._sample_losses = SampleLosses()
+        self._probe = TokenProbe(tp_group=tp_group, vocab_size=vocab_size)
         self._signal_is_finite: dict[int, torch.Tensor] = {}
 
     def begin(self, plan: StepPlan) -> None:
@@ -135,6 +138,7 @@ class DistillationLoss:
             *("loss", "divergence", "agreement"),
             *(("cross_entropy",) if distillation.sft_alpha else ()),
             *(("teacher_mass", "student_mass") if distillation.gkd_logits_topk else ()),
+            *NAMES,
             *(f"source/{source}/{what}" for source in SOURCES for what in ("loss", "agreement", "num_samples")),
         )
 
@@ -144,14 +148,17 @@ class DistillationLoss:
         token_source = sample_source[batch.loss_sample.to(rows.device)]
         supervised = (token_source != SOURCES.index("student")).float()
         compute = self._fused if self.distillation.fuse_loss else self._from_logits
-        losses = compute(model, rows, batch.labels.to(rows.device), self.teacher_side(signal), supervised)
+        labels, teacher = batch.labels.to(rows.device), self.teacher_side(signal)
+        losses = compute(model, rows, labels, teacher, supervised)
         num_tokens = torch.tensor(sum(batch.lengths), dtype=torch.int, device=rows.device)
         per_token = losses.per_token
         if losses.cross_entropy is not None:
             per_token = per_token + self.distillation.sft_alpha * losses.cross_entropy * supervised
         self._sample_losses.note(batch, per_token)
         self._signal_is_finite.update(dict.fromkeys(batch.positions, signal.is_finite()))
-        return losses.loss_sum, num_tokens, _report(losses, num_tokens, supervised, token_source, sample_source)
+        report = _report(losses, num_tokens, supervised, token_source, sample_source)
+        report |= self._probe(rows, model.head_weight(), labels, teacher, batch)
+        return losses.loss_sum, num_tokens, report
 
     def _fused(
         self,

@@ -42,6 +42,7 @@ class StepPlans:
         rollouts: Rollouts | None = None,
         teacher_samples: TeacherSamples | None = None,
         everyone: dist.ProcessGroup | None = None,
+        teacher: str = "",
     ) -> None:
         """Keep what all steps share.
 
@@ -49,14 +50,16 @@ class StepPlans:
             rollouts: on the student's ranks, where it samples.
             teacher_samples: on all ranks, where the teacher samples.
             everyone: all ranks, where some have no student and it samples: they are told the completions.
+            teacher: who it is (teacher_identity.py), for checkpoints.
         """
         self._inputs, self._draws, self._everyone = inputs, inputs.draws, everyone
-        self.rollouts, self.teacher_samples = rollouts, teacher_samples
+        self.rollouts, self.teacher_samples, self._teacher = rollouts, teacher_samples, teacher
 
     def before_training(self, student: Architecture) -> TrainerState:
         """The state that a run without a checkpoint begins with, and that a checkpoint's is held against."""
         sharded = self._inputs.config.parallel.use_distributed_optimizer
-        return TrainerState(0, 0, self._draws.rows.fingerprint(), repr(student), sharded, clock=self._inputs.clock.time)
+        rows, clock = self._draws.rows.fingerprint(), self._inputs.clock.time
+        return TrainerState(0, 0, rows, repr(student), sharded, teacher=self._teacher, clock=clock)
 
     def requests(self, step: int) -> list[Request]:
         """What is asked of the sampling engines for a step."""

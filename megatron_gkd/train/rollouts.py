@@ -19,7 +19,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from megatron_gkd.errors import CheckpointError, RolloutError
 from megatron_gkd.parallel.together import InThread
@@ -27,6 +29,7 @@ from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
 
 RequestsOf = Callable[[int], list[Request]]  # step -> its requests, keyed by position in the global batch
+_RUN: Final = 4  # tokens
 SettingsOf = Callable[[int], SamplingSettings]  # step -> how it is sampled
 
 
@@ -181,9 +184,21 @@ class Rollouts:
             # The stop token alone: nothing was said.
             "rollout/empty": sum(c.finish_reason == "stop" and len(c.token_ids) == 1 for c in completions.values())
             / count,
+            "rollout/repeated": sum(repeated_share(c.token_ids) for c in completions.values()) / count,
             "rollout/mean_logprob": sum(sum(c.logprobs) for c in completions.values()) / sum(lengths),
             "rollout/version_lag": step - min(c.version for c in completions.values()),
         }
+
+
+def repeated_share(token_ids: Sequence[int]) -> float:
+    """Of the runs of 4 tokens in a completion those that stood in it before; 0 for one that has none."""
+    if len(token_ids) < _RUN:
+        return 0.0
+    ids = np.asarray(token_ids, dtype=np.uint64)
+    runs = np.zeros(len(ids) - _RUN + 1, dtype=np.uint64)
+    for start in range(_RUN):  # a hash modulo 2^64: two runs that share one are not worth a thought
+        runs = runs * np.uint64(0x9E3779B97F4A7C15) + ids[start : start + len(runs)]
+    return 1.0 - len(np.unique(runs)) / len(runs)
 
 
 class _UnderWay(NamedTuple):

@@ -35,6 +35,7 @@ from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import build_rollouts, check_servers
 from megatron_gkd.train.student import Student
 from megatron_gkd.train.supervised import SupervisedLoss
+from megatron_gkd.train.teacher_identity import identity_of
 from megatron_gkd.train.teacher_sampling import build_teacher_samples
 from megatron_gkd.train.teachers import Taught, reach
 from megatron_gkd.weights.source import ModelSource
@@ -156,7 +157,10 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
         rollouts = build_rollouts(inputs, where, student, rows)
     plans = None
     if rows is not None:
-        plans = StepPlans(inputs, rollouts=rollouts, teacher_samples=teacher_samples, everyone=everyone)
+        identity = identity_of(config.teacher.kind, taught.teacher)
+        plans = StepPlans(
+            inputs, rollouts=rollouts, teacher_samples=teacher_samples, everyone=everyone, teacher=identity
+        )
     if student is None:
         assert isinstance(taught.teacher, TeacherPipeline)
         return TeacherRun(config, where, arch, taught.teacher, plans, layout, inputs.eval_rows, inputs.train_iters)

@@ -132,6 +132,8 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("logging_steps", 1, ("5", 5), ("0",)),
     ("eval_steps", None, ("50", 50), ("0",)),
     ("loss_spike_factor", None, ("3", 3.0), ("1", "0.5")),
+    ("health_steps", 100, ("7", 7), ("-1",)),
+    ("on_teacher_fault", "stop", ("warn", "warn"), ("ignore",)),
     ("report_to", ["tensorboard"], ("none", ["none"]), ("mlflow",)),
     ("log_level", "info", ("debug", "debug"), ("trace",)),
 )

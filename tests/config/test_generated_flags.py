@@ -129,6 +129,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "logging_steps": (5,),
     "eval_steps": (3,),
     "loss_spike_factor": (3.0,),
+    "health_steps": (0, 7),
+    "on_teacher_fault": ("warn",),
     "report_to": (["none"],),
     "log_level": ("debug",),
 }

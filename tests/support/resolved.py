@@ -36,6 +36,7 @@ from megatron_gkd.rollout.vllm import colocate, server
 from megatron_gkd.teacher.signals import HiddenSignal, Signal, TopKSignal
 from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling, teachers
 from megatron_gkd.train.faults import LossSpikes
+from megatron_gkd.train.health import Health
 from megatron_gkd.train.plans import StepPlans, evaluation_plans
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.student import _optimizer_config
@@ -163,6 +164,8 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     setup._build_student(given, where, groups)
     made: Any = SimpleNamespace(layout=student, groups=groups, chunks=[], train_iters=given.train_iters)
     note.note("replicas", Replicas(made, config.parallel.check_replicas_steps)._every)
+    health = Health(config, vocab_size=VOCAB, done_steps=0, tells=True)
+    note.note("health", None if health._is_off else (health._every, health._stops))
     note.note("spikes", LossSpikes(config.logging.loss_spike_factor)._factor)
     distillation = config.distillation
     if config.lmbda.most > 0:
