@@ -40,6 +40,10 @@ EVALUATION: Final = frozenset(
         *("loss_scale", "chat_template_kwargs", "enable_thinking", "prompt_only"),
     }
 )
+# Of the engines, what is of training's steps, and of how tokens are drawn, what greedy completions depend on.
+_OF_STEPS: Final = ("steps_per_generation", "rollout_lag")
+_GREEDY: Final = ("max_completion_length", "vllm_max_model_len", "use_vllm")
+_GENERATION: Final = frozenset({"eval_generate", "eval_verifier", *_GREEDY, *STUDENTS_ENGINES}) - {*_OF_STEPS}
 _OF_TRAINING_ALONE: Final = frozenset({"check_replicas_steps", "use_distributed_optimizer"})  # of the layout's section
 
 
@@ -61,24 +65,24 @@ def describe(found: dict[str, list[str]]) -> str:
 
 
 def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    distillation, sampling, data = cfg.distillation, cfg.sampling, cfg.data
+    distillation, data = cfg.distillation, cfg.data
     most, least = cfg.lmbda.most, cfg.lmbda.least
-    yield from _unused_in_supervision(cfg)
+    yield from _unused_without_teacher(cfg)
     supervised = isinstance(cfg.teacher.kind, NoTeacher)
+    greedy = ", but for greedy completions in evaluations" if cfg.generates else ""
     if not (most > 0 or distillation.samples_teacher):
         none = "--objective sft" if supervised else "--lmbda 0, but for --seq_kd true"
-        yield f"nothing is sampled with {none}", HOW_DRAWN
+        yield f"nothing is sampled with {none}{greedy}", _without(HOW_DRAWN, _GREEDY if cfg.generates else ())
     if most == 0:
-        yield f"the student samples nothing with {'--objective sft' if supervised else '--lmbda 0'}", STUDENTS_ENGINES
+        none = "--objective sft" if supervised else "--lmbda 0"
+        names = _OF_STEPS if cfg.generates else STUDENTS_ENGINES
+        yield f"the student samples nothing with {none}{greedy}", names
+    if not cfg.generates:
+        yield "nothing is verified without --eval_generate", ("eval_verifier",)
+    yield from _unused_by_servers(cfg)
     if least == 1:
         why = "every completion is the student's own with --lmbda 1"
         yield why, ("sft_alpha", *TEACHERS_COMPLETIONS)
-    if sampling.vllm_mode != "server":
-        yield f"it is of --vllm_mode server, and the mode is {sampling.vllm_mode}", ("vllm_server_port",)
-    else:
-        yield "the servers' own matter with --vllm_mode server", ("vllm_gpu_memory_utilization",)
-        if _every_host_has_a_port(sampling.vllm_server_host or ""):
-            yield "every --vllm_server_host has a port", ("vllm_server_port",)
     if not (data.shuffle or data.dataset_weights or most > 0 or distillation.samples_teacher):
         yield "nothing is drawn with --shuffle false and without sampling", ("seed",)
     if data.streaming and not data.eval_dataset:
@@ -95,7 +99,21 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
         yield "no checkpoint is loaded without --load or --auto_resume", ("verify_checkpoint", "allow_changed_config")
 
 
-def _unused_in_supervision(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _without(names: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in others)
+
+
+def _unused_by_servers(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    sampling = cfg.sampling
+    if sampling.vllm_mode != "server":
+        yield f"it is of --vllm_mode server, and the mode is {sampling.vllm_mode}", ("vllm_server_port",)
+        return
+    yield "the servers' own matter with --vllm_mode server", ("vllm_gpu_memory_utilization",)
+    if _every_host_has_a_port(sampling.vllm_server_host or ""):
+        yield "every --vllm_server_host has a port", ("vllm_server_port",)
+
+
+def _unused_without_teacher(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     if isinstance(cfg.teacher.kind, NoTeacher):
         said = cfg.distillation.lmbda == 0  # as it is without a teacher
         names = tuple(name for name in _LEARNT_FROM_A_TEACHER if not (said and name == "lmbda"))
@@ -105,13 +123,16 @@ def _unused_in_supervision(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...
 def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     from megatron_gkd.config.run import flags
 
+    read = EVALUATION | (_GENERATION if cfg.generates else frozenset())
     others = tuple(
         name
         for name, flag in flags().items()
-        if name in _OF_TRAINING_ALONE or (flag.section not in ("teacher", "parallel") and name not in EVALUATION)
+        if name in _OF_TRAINING_ALONE or (flag.section not in ("teacher", "parallel") and name not in read)
     )
     yield "of training, and not of eval", others
-    yield from _unused_in_supervision(cfg)
+    yield from _unused_without_teacher(cfg)
+    if cfg.generates:
+        yield from _unused_by_servers(cfg)
 
 
 def _every_host_has_a_port(hosts: str) -> bool:

@@ -36,6 +36,8 @@ from megatron_gkd.config.validate import refuse_contradictions
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.records import StepValues
 
+BUILT_IN_VERIFIERS = ("last_number", "exact")
+
 __all__ = ["NOT_BUILT", "RunConfig", "flags"]
 
 
@@ -434,6 +436,16 @@ class LoggingConfig(Section):
         "Evaluate on --eval_dataset every this many steps; null: before the first and after the last only.",
         ge=1,
     )
+    eval_generate: int = setting(
+        0,
+        "At every evaluation, greedy completions of this many held-out prompts, the first ones, by vLLM; 0: none.",
+        ge=0,
+    )
+    eval_verifier: str = setting(
+        "last_number",
+        "What makes such a completion right: last_number or exact, against the column answer of the data (or the row's "
+        "completion), or a Python function module:function(text, row).",
+    )
     loss_spike_factor: float | None = setting(
         None, "Warn of a loss above this many times the median of the last 32 steps; null: never.", gt=1
     )
@@ -454,6 +466,11 @@ class LoggingConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.eval_verifier not in BUILT_IN_VERIFIERS and not all(self.eval_verifier.partition(":")):
+            raise ConfigError(
+                f"--eval_verifier is {self.eval_verifier or 'empty'}; give {' or '.join(BUILT_IN_VERIFIERS)}, or "
+                "module:function"
+            )
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ConfigError(
                 f"--report_to is {show(self.report_to)}; none stands alone: leave it out, or leave out the others"
@@ -496,6 +513,11 @@ class RunConfig:
     def is_default(self, flag: str) -> bool:
         """Whether a flag has its default value."""
         return bool(self.get(flag) == flags()[flag].default)
+
+    @property
+    def generates(self) -> bool:
+        """Whether completions are sampled in evaluations."""
+        return self.logging.eval_generate > 0 and bool(self.data.eval_dataset)
 
     def schedule(self, flag: str) -> Schedule:
         """What a flag says for every step."""

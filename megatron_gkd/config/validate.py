@@ -57,14 +57,14 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield from _loss_temperature_problems(cfg)
         yield from _training_problems(cfg)
         yield from _lengths_problems(cfg)
-        if cfg.lmbda.most > 0:
-            yield from _sampling_problems(cfg)
         yield from _teacher_sampling_problems(cfg)
     elif cfg.checkpoint.load is not None:
         yield (
             "--load is of training, and eval measures the weights of --model: give the run's export as --model "
             "(RUN/hf), and leave --load out (--load null where a file gives it)"
         )
+    if cfg.generates or (command == "train" and cfg.lmbda.most > 0):
+        yield from _sampling_problems(cfg, command)
     needed = "dataset" if command == "train" else "eval_dataset"
     if not cfg.get(needed):
         yield f"--{needed} is missing; give one or more JSONL or Parquet files, or directories of saved data sets"
@@ -187,14 +187,18 @@ def _lengths_problems(cfg: RunConfig) -> Iterator[str]:
     )
 
 
-def _sampling_problems(cfg: RunConfig) -> Iterator[str]:
-    sampling, asked = cfg.sampling, f"--lmbda {_number(cfg.distillation.lmbda)} samples from the student"
+def _sampling_problems(cfg: RunConfig, command: Command) -> Iterator[str]:
+    """Of the engines that sample from the student: for training, for evaluations, or for both."""
+    sampling, asked, instead = cfg.sampling, f"--eval_generate {cfg.logging.eval_generate} samples from the student", ""
+    if command == "train" and cfg.lmbda.most > 0:
+        asked, instead = f"--lmbda {_number(cfg.distillation.lmbda)} samples from the student", "--lmbda 0"
+        if cfg.schedule("temperature").most > 2:
+            yield f"--temperature {_number(sampling.temperature)} is above 2, the highest that vLLM samples at"
+    instead = instead or "--eval_generate 0"
     if not sampling.use_vllm:
-        yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, or give --lmbda 0"
+        yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, or give {instead}"
     if find_spec("vllm") is None:
-        yield f"{asked} with the package vllm (0.28 to 0.32), which is not installed: install it, or give --lmbda 0"
-    if cfg.schedule("temperature").most > 2:
-        yield f"--temperature {_number(sampling.temperature)} is above 2, the highest that vLLM samples at"
+        yield f"{asked} with the package vllm (0.28 to 0.32), which is not installed: install it, or give {instead}"
     if sampling.rollout_lag and sampling.vllm_mode == "colocate":
         yield (
             "--rollout_lag 1 samples while the student trains, and a colocated engine shares its devices: use "
@@ -277,6 +281,6 @@ def _training_problems(cfg: RunConfig) -> Iterator[str]:
             "--loss_scale all makes a row of every turn of the assistant, and --streaming true reads one row a record; "
             "leave out one of them"
         )
-    for flag in ("eval_steps", "eval_samples"):
+    for flag in ("eval_steps", "eval_samples", "eval_generate"):
         if not cfg.is_default(flag) and not cfg.data.eval_dataset:
             yield f"--{flag} needs --eval_dataset"

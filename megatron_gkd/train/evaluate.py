@@ -56,11 +56,17 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
         run.teacher.close()
         return {}
     assert run.eval_rows is not None, "RunConfig.validate refuses an evaluation without --eval_dataset"
-    values = evaluate(run, run.eval_rows)
+    values, generated = evaluate(run, run.eval_rows), {}
+    if run.generation is not None and run.engines is not None:
+        try:
+            generated = run.generation.measure(0)
+        finally:
+            run.engines.close()
     run.teacher.close()
     if teaches_nothing(config, run.eval_rows):
         logger.info("no teacher is given, and no row has a teacher_prompt: the likelihood of the text alone")
         values = {name: values[name] for name in ("nll", "num_tokens")}
+    values |= generated
     if run.is_writer:
         width = max(map(len, values))
         print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in values.items()), flush=True)

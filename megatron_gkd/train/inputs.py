@@ -57,7 +57,7 @@ class Inputs:
     rows: Rows | None  # None for an evaluation alone
     eval_rows: Rows | None
     clock: Clock  # what chat templates are told
-    stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation alone
+    stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation that samples none
 
     @property
     def separate(self) -> bool:
@@ -80,7 +80,8 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     """Read and check (see the module docstring): on all ranks, or an error on all. Collective over the world."""
     models = all_or_none(lambda: _models(config, world_size))
     _, _, student_layout, _, tokenizer, vocab_size = models
-    stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if with_training_data else ())
+    samples = with_training_data or config.generates
+    stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if samples else ())
     clock = run_clock(config)
     if seen := clock.time_variables(tokenizer.chat_template):
         logger.info("the chat template is told the time, in this run and where it is resumed: %s", ", ".join(seen))

@@ -112,7 +112,7 @@ class StudentPart:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for held in (self.run.teacher, self.run.rollouts, self.run.teacher_samples):
+        for held in (self.run.teacher, self.run.engines, self.run.teacher_samples):
             if held is not None:
                 held.close()
         if kind is None or kind is RunStoppedError:
@@ -218,6 +218,8 @@ class StudentPart:
         self._evaluation = values = evaluate(run, run.eval_rows)
         if 0 < step <= self._done_steps:
             return  # an earlier start has recorded it
+        if run.generation is not None:
+            values = values | run.generation.measure(step)
         self._writers.evaluation(step, values)
         if run.is_writer:
             text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -87,6 +87,17 @@ class Rollouts:
         collective."""
         return self._pending.get(step)
 
+    def sample_apart(
+        self, version: int, requests: Sequence[Request], settings: SamplingSettings
+    ) -> dict[int, Completion]:
+        """Completions that no step trains on, by the student's weights as they are, `version` updates. What is being
+        sampled for a step is waited for, and kept."""
+        self.finish()
+        self._push(version)
+        completions = self._bridge.sample(requests, settings)
+        self._bridge.sleep()
+        return completions
+
     def finish(self) -> None:
         """Wait for what is being sampled beside the training, if anything is."""
         if self._under_way is not None:

@@ -28,6 +28,7 @@ from megatron_gkd.parallel.together import require_same
 from megatron_gkd.teacher.completions import TeacherSamples
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
 from megatron_gkd.train.alike import row_facts, start_facts
+from megatron_gkd.train.generate import Generation, held_out_rows, read_prompts
 from megatron_gkd.train.inputs import Inputs, read_inputs
 from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.plans import StepPlans
@@ -55,7 +56,9 @@ class Run:
     loss: DistillationLoss | SupervisedLoss
     plans: StepPlans | None  # None for an evaluation alone
     eval_rows: Rows | None
-    stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation alone
+    stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation that samples none
+    engines: Rollouts | None = None  # that sample from the student, in steps or in evaluations
+    generation: Generation | None = None  # --eval_generate
 
     @property
     def teacher(self) -> Teacher:
@@ -136,8 +139,9 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     # Servers and the teacher's engine come first: an error within seconds, and the devices' memory is free.
     reached = reach(inputs, where)
     rows, samples = inputs.rows, inputs.rows is not None and config.lmbda.most > 0
-    if rows is not None and samples:
-        check_servers(inputs, rows)
+    prompts = read_prompts(inputs) if config.generates else None
+    if samples or prompts is not None:
+        check_servers(inputs, rows if samples else None)
     teacher_samples = None
     if rows is not None and config.distillation.samples_teacher:
         # What the first window of steps needs is sampled here.
@@ -152,9 +156,12 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     taught, arch, layout = reached.make(student), inputs.student_arch, inputs.student_layout
     if student is not None:
         logger.info("student %s, %s; teacher %s", arch.model_type, layout.describe(), reached.told)
-    rollouts = None
-    if rows is not None and samples and student is not None:
-        rollouts = build_rollouts(inputs, where, student, rows)
+    engines, generation = None, None
+    if student is not None and (samples or prompts is not None):
+        engines = build_rollouts(inputs, where, student, held_out_rows(inputs))
+        if prompts is not None:
+            generation = Generation(inputs, prompts, engines, student.groups.intra_dist_opt)
+    rollouts = engines if samples else None
     plans = None
     if rows is not None:
         identity = identity_of(config.teacher.kind, taught.teacher)
@@ -165,7 +172,8 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
         assert isinstance(taught.teacher, TeacherPipeline)
         return TeacherRun(config, where, arch, taught.teacher, plans, layout, inputs.eval_rows, inputs.train_iters)
     loss = _objective(inputs, groups, taught)
-    return Run(config, where, arch, student, taught, loss, plans, inputs.eval_rows, inputs.stop_ids)
+    eval_rows, stop_ids = inputs.eval_rows, inputs.stop_ids
+    return Run(config, where, arch, student, taught, loss, plans, eval_rows, stop_ids, engines, generation)
 
 
 def _objective(inputs: Inputs, groups: ProcessGroupCollection, taught: Taught) -> DistillationLoss | SupervisedLoss:

@@ -65,7 +65,7 @@ def canaries_text(teacher: ServerTeacher) -> str | None:
 
 def another_teacher(saved: str, now: str) -> str | None:
     """In what the teacher is not the one of the checkpoint; None: it is the same, or nobody can tell."""
-    if not saved or saved == now:
+    if not saved or not now or saved == now:
         return None
     if not (saved.startswith("{") and now.startswith("{")):
         return None if saved.startswith("{") != now.startswith("{") else "its weights are others"

@@ -131,6 +131,8 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("save_hf_dtype", None, ("source", "source"), ("int8",)),
     ("logging_steps", 1, ("5", 5), ("0",)),
     ("eval_steps", None, ("50", 50), ("0",)),
+    ("eval_generate", 0, ("32", 32), ("-1",)),
+    ("eval_verifier", "last_number", ("mine:right", "mine:right"), ("number", ":right")),
     ("loss_spike_factor", None, ("3", 3.0), ("1", "0.5")),
     ("health_steps", 100, ("7", 7), ("-1",)),
     ("on_teacher_fault", "stop", ("warn", "warn"), ("ignore",)),

@@ -128,6 +128,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "save_hf_dtype": ("bf16", "source"),
     "logging_steps": (5,),
     "eval_steps": (3,),
+    "eval_generate": (5,),
+    "eval_verifier": ("exact", "mine:right"),
     "loss_spike_factor": (3.0,),
     "health_steps": (0, 7),
     "on_teacher_fault": ("warn",),
@@ -146,6 +148,7 @@ SCENES: tuple[dict[str, Any], ...] = (
     {"lmbda": 0.0},
     {"lmbda": 0.0, "teacher_model": "T", "teacher_placement": "separate", "teacher_world_size": 4},
     {"objective": "sft", "eval_dataset": ["e.jsonl"]},
+    {"lmbda": 0.0, "teacher_model": "T", "eval_dataset": ["e.jsonl"], "eval_generate": 4},
     {"lmbda": 0.0, "teacher_model": "T", "packing": True, "streaming": True},
     {"lmbda": 0.0, "teacher_model": "T", "eval_dataset": ["e.jsonl"], "shuffle": False},
 )

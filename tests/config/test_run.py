@@ -133,6 +133,8 @@ def test_model_is_required() -> None:
         ({"dataset_weights": [0.5, 0.5]}, "--dataset_weights has 2 values and --dataset 1; give one weight a data set"),
         ({"dataset": ["a", "b"], "dataset_weights": [1, 1e-4]}, "less than a thousandth of their sum"),
         ({"eval_steps": 5}, "--eval_steps needs --eval_dataset"),
+        ({"eval_generate": 5}, "--eval_generate needs --eval_dataset"),
+        ({"eval_generate": 5, "eval_dataset": ["e"], "use_vllm": False}, "--eval_generate 5 samples .* is false"),
         ({"eval_samples": 5}, "--eval_samples needs --eval_dataset"),
         ({"dataset": []}, "--dataset is missing"),
         ({"seq_kd": True, "teacher_model": None}, "--seq_kd true samples from the teacher, and there is none"),

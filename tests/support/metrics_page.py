@@ -11,8 +11,10 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs/metrics.md"
 SOURCES = ("student", "teacher", "dataset")
 EVERY_STEP, HEALTH, EVALUATION = "Every step", "Health", "Evaluation"
 ROLLOUT, TEACHER_SAMPLES = "With `--lmbda` above 0", "With `--seq_kd true`"
+GENERATION = "With `--eval_generate`"
 TOPK, CROSS_ENTROPY = "With `--gkd_logits_topk`", "With `--sft_alpha` or `--objective sft`"
 OF_A_STEP = (EVERY_STEP, HEALTH, CROSS_ENTROPY, TOPK, ROLLOUT, TEACHER_SAMPLES)
+EVERYTHING = (*OF_A_STEP, EVALUATION, GENERATION)
 
 
 @cache
@@ -25,7 +27,7 @@ def documented() -> dict[str, frozenset[str]]:
         names = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
         spelt = {name.replace("/S/", f"/{source}/") for name in names for source in SOURCES}
         found[heading] = frozenset(spelt)
-    assert found.keys() >= {*OF_A_STEP, EVALUATION}
+    assert found.keys() >= {*EVERYTHING}
     return found
 
 
@@ -45,4 +47,4 @@ def names_of_a_step(row: dict[str, float], *headings: str) -> set[str]:
 
 def undocumented(rows: Iterable[dict[str, float]]) -> set[str]:
     """Names of these rows, of steps or of evaluations, that the page lacks."""
-    return {name for row in rows for name in row} - names_under(*OF_A_STEP, EVALUATION)
+    return {name for row in rows for name in row} - names_under(*EVERYTHING)

@@ -34,7 +34,18 @@ from megatron_gkd.records import Row, Sample
 from megatron_gkd.rollout import engines as engines_module
 from megatron_gkd.rollout.vllm import colocate, server
 from megatron_gkd.teacher.signals import HiddenSignal, Signal, TopKSignal
-from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling, teachers
+from megatron_gkd.train import (
+    auto_resume,
+    evaluate,
+    generate,
+    inputs,
+    loop,
+    resume,
+    sampling,
+    setup,
+    teacher_sampling,
+    teachers,
+)
 from megatron_gkd.train.faults import LossSpikes
 from megatron_gkd.train.health import Health
 from megatron_gkd.train.plans import StepPlans, evaluation_plans
@@ -133,6 +144,12 @@ def resolved(config: RunConfig, command: Command, arch: Architecture) -> dict[st
         if rows is not None:
             _note_training(note, given)
         else:
+            if config.generates:
+                made: Any = SimpleNamespace(groups=SimpleNamespace(intra_dist_opt=dist.group.WORLD), chunks=[])
+                made.layout, made.train_iters = student, 1
+                where: Any = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
+                sampling.build_rollouts(given, where, made, generate.held_out_rows(given))
+            _note_generation(note, given)
             note.note("model", config.model.model, config.model.dtype)
     return note.calls
 
@@ -168,8 +185,9 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     note.note("health", None if health._is_off else (health._every, health._stops))
     note.note("spikes", LossSpikes(config.logging.loss_spike_factor)._factor)
     distillation = config.distillation
-    if config.lmbda.most > 0:
-        sampling.build_rollouts(given, where, made, rows)
+    if config.lmbda.most > 0 or config.generates:
+        sampling.build_rollouts(given, where, made, generate.held_out_rows(given))
+    _note_generation(note, given)
     draws = given.draws
     if distillation.samples_teacher:
         needs = teachers.server_needs(given) if isinstance(config.teacher.kind, ServerTeachers) else None
@@ -181,12 +199,20 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     plan = plans._with(0, sampled)
     note.note("step", indices, sources, plan.student, plan.teacher, config.data.packing)
     if config.lmbda.most > 0:
+        steps = config.sampling.steps_per_generation, config.sampling.rollout_lag
+        note.note("rollouts", [sampling.step_settings(given, step) for step in (0, STEPS - 1)], steps)
         note.note("requests", [(r.key, r.max_tokens, r.seed) for r in plans.requests(0)])
     if distillation.samples_teacher:
         asked = teacher_sampling.teacher_requests(config, draws[0], 0, length)
         note.note("teacher's requests", [(r.key, r.max_tokens, r.seed) for r in asked])
     note.note("loss", _loss(given, sources), distillation.fuse_loss)
     _note_start(note, given, plans, made)
+
+
+def _note_generation(note: Recorder, given: inputs.Inputs) -> None:
+    if given.config.generates:
+        asked = [(request.key, request.max_tokens) for request in generate.prompt_requests(given)]
+        note.note("greedy completions", asked, given.config.logging.eval_verifier)
 
 
 def _note_start(note: Recorder, given: inputs.Inputs, plans: StepPlans, made: Any) -> None:
@@ -287,7 +313,7 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         (source, "HFTensorStream", None),
         *((teachers, name, None) for name in ("TeacherPipeline", "RemoteTeacher")),
         (teachers, "ServerTeacher", SimpleNamespace(prefetch=None)),
-        *((sampling, name, None) for name in ("RolloutBridge", "Delivery", "Rollouts")),
+        *((sampling, name, None) for name in ("RolloutBridge", "Delivery")),
         (colocate, "ColocatedEngine", engine),
         *((server, name, engine) for name in ("ServerEngine", "SubprocessEngine")),
         (engines_module, "_check_lengths", None),
@@ -304,6 +330,7 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         (setup, "Student", student),
         (teachers, "signal_spec", lambda **k: None),
         (teachers, "build_groups", lambda layout: None),
+        (sampling, "Rollouts", lambda *a, **k: None),
         (source.ModelSource, "load", lambda *a: None),
         (source.ModelSource, "manifest", lambda *a: {}),
         (inputs, "on_every_rank", lambda work, group: work()),
