@@ -25,8 +25,8 @@ from megatron_gkd.config.servers import NoTeacher
 from megatron_gkd.errors import RunStoppedError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
-from megatron_gkd.observe.progress import Progress
-from megatron_gkd.observe.timers import Timers
+from megatron_gkd.observe.progress import Progress, took
+from megatron_gkd.observe.timers import PHASES, Timers, phases_of
 from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, explain_write_errors, open_trackers
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.records import StepPlan
@@ -132,7 +132,8 @@ class StudentPart:
         run, start_s = self.run, time.perf_counter()
         timers = Timers(synchronize=run.platform.synchronize)
         assert run.plans is not None
-        plan = run.plans.plan(step - 1)
+        with timers.phase("plan"):
+            plan = run.plans.plan(step - 1)
         metrics = Metrics([*run.loss.names(), "signal_bytes", "stop_requests"])
 
         def loss_is_finite(reports: list[Any], num_bytes: int) -> bool:
@@ -151,7 +152,7 @@ class StudentPart:
             packing=run.config.data.packing,
             device=run.platform.device,
             timers=timers,
-            meanwhile=lambda: self._ask_ahead(step + 1),
+            meanwhile=lambda: self._ask_ahead(step + 1, timers),
             loss_is_finite=loss_is_finite,
         )
         step_time_s = time.perf_counter() - start_s
@@ -162,13 +163,14 @@ class StudentPart:
         self._replicas.check(step)
         return stop
 
-    def _ask_ahead(self, step: int) -> None:
+    def _ask_ahead(self, step: int, timers: Timers) -> None:
         """Let teacher servers work on a later step's samples already, where these are known. Not collective."""
         prefetch, plans = self.run.taught.prefetch, self.run.plans
         if prefetch is None or plans is None or step > self.run.train_iters:
             return
-        if (plan := plans.plan_ahead(step - 1)) is not None:
-            prefetch(plan)
+        with timers.phase("plan"):
+            if (plan := plans.plan_ahead(step - 1)) is not None:
+                prefetch(plan)
 
     def _account(
         self, plan: StepPlan, result: StepResult, metrics: Metrics, step_time_s: float, timers: Timers
@@ -204,16 +206,23 @@ class StudentPart:
             "consumed_samples": self._state.consumed_samples,
             "bad_steps": self._state.bad_steps,
             **_scheduled(run, plan),
-            **timers.seconds(),
             **({} if run.rollouts is None else run.rollouts.metrics),
             **({} if run.teacher_samples is None else run.teacher_samples.metrics),
         }
+        waited = [values.get("rollout_s", 0.0), values.get("teacher_samples_s", 0.0)]
+        values |= phases_of(step_time_s, timers.seconds(), within_plan=waited)
         self._writers.metrics(step, values)
         assert self._progress is not None
-        self._progress.update(step, loss=means.get("loss"), tokens_per_step=num_tokens)
+        self._progress.update(
+            step,
+            loss=means.get("loss"),
+            tokens_per_step=num_tokens,
+            length=num_tokens / len(plan.samples),
+            phases={name: values.get(f"{name}_s", 0.0) for name in PHASES},
+        )
 
     def evaluate(self, step: int) -> None:
-        run = self.run
+        run, start_s = self.run, time.perf_counter()
         assert run.eval_rows is not None
         self._evaluation = values = evaluate(run, run.eval_rows)
         if 0 < step <= self._done_steps:
@@ -223,13 +232,15 @@ class StudentPart:
         self._writers.evaluation(step, values)
         if run.is_writer:
             text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            logger.info("step %d, held-out: %s", step, text)
+            logger.info("step %d, held-out: %s%s", step, text, took(time.perf_counter() - start_s))
             if (problem := not_finite(values)) is not None:
                 logger.warning("step %d, held-out: %s", step, problem)
 
     def save(self, step: int) -> None:
-        rollouts = None if self.run.rollouts is None else self.run.rollouts.state()
+        start_s, rollouts = time.perf_counter(), None if self.run.rollouts is None else self.run.rollouts.state()
         self.checkpoints.save(self.run.student, self._state, rollouts=rollouts)
+        if self.run.is_writer and (seconds := took(time.perf_counter() - start_s)):
+            logger.info("step %d: saved%s", step, seconds)
 
     def stopped(self, step: int) -> RunStoppedError:
         return stopped(step, self.run.config.checkpoint.save, self._signals.received)

@@ -101,7 +101,7 @@ class DistillationLoss:
                 with top-K signals. It must carry no graph.
         """
         self.distillation, self.tp_group, self.vocab_size = distillation, tp_group, vocab_size
-        self.divergence = Divergence(read_schedule("beta", distillation.beta).at(1), distillation.loss_temperature)
+        self.divergence = self._divergence(read_schedule("beta", distillation.beta).at(1))
         self._teacher_head = teacher_head
         self._sample_losses = SampleLosses()
         self._probe = TokenProbe(tp_group=tp_group, vocab_size=vocab_size)
@@ -110,7 +110,10 @@ class DistillationLoss:
     def begin(self, plan: StepPlan) -> None:
         """See TrainingObjective."""
         if plan.values is not None:
-            self.divergence = Divergence(plan.values.beta, self.distillation.loss_temperature)
+            self.divergence = self._divergence(plan.values.beta)
+
+    def _divergence(self, beta: float) -> Divergence:
+        return Divergence(beta, self.distillation.loss_temperature)
 
     def sample_losses(self, positions: Iterable[int]) -> dict[int, float]:
         """Sum of the loss of each of these samples, by position in the global batch, as this rank last computed it;

@@ -24,11 +24,14 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from megatron_gkd.errors import CheckpointError, RolloutError
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.observe.progress import took
 from megatron_gkd.parallel.together import InThread
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
 
 RequestsOf = Callable[[int], list[Request]]  # step -> its requests, keyed by position in the global batch
+logger = get_logger(__name__)
 _RUN: Final = 4  # tokens
 SettingsOf = Callable[[int], SamplingSettings]  # step -> how it is sampled
 
@@ -136,6 +139,8 @@ class Rollouts:
 
     def _push(self, version: int) -> None:
         push, self._has_pushed = self._bridge.push(version), True
+        if seconds := took(push.gather_s + push.load_s):
+            logger.info("the weights after %d updates reached the engines%s", version, seconds)
         self.metrics |= {"push_gather_s": push.gather_s, "push_load_s": push.load_s, "push_attempts": push.attempts}
 
     def _sample_window(self, step: int, requests_of: RequestsOf) -> None:

@@ -16,6 +16,8 @@ import pytest
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.config.run import TrainingConfig
 from megatron_gkd.errors import DataError
+from megatron_gkd.observe.timers import PHASES
+from megatron_gkd.observe.writers import read_rows
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.train.evaluate import run_evaluation
 from tests.support.checkpoint_runs import FLAGS, SAVED_AT, STEPS, assert_same_bits, checkpoint_of
@@ -117,6 +119,7 @@ def test_a_resumed_run_is_the_same_run(root: Path, inputs: dict[str, Any]) -> No
     rows, held_out = metrics(whole), metrics(whole, first_step=0, file="evaluation.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["loss"] == row["cross_entropy"] for row in rows)
+    assert_phases_add_up(whole)
     assert {name for row in held_out for name in row} == {"step", "nll", "num_tokens"}
     assert held_out[-1]["nll"] < held_out[0]["nll"]
     resumed = root / "resumed"
@@ -129,6 +132,15 @@ def test_a_resumed_run_is_the_same_run(root: Path, inputs: dict[str, Any]) -> No
     teacher = inputs | dict(objective="gkd", teacher_model=inputs["model"], lmbda=0)
     with pytest.raises(RankFailureError, match=r"--objective sft \(saved\) -> gkd"):
         train(world=2, **teacher, save=root / "other", load=checkpoint_of(whole, SAVED_AT), tensor=2)
+
+
+def assert_phases_add_up(run_dir: Path) -> None:
+    """To 2 % of a step, of the best one: a busy machine may take any of them away between two phases."""
+    shares = []
+    for row in read_rows(run_dir / "metrics.jsonl"):
+        assert sum(row.get(f"{name}_s", 0.0) for name in PHASES) == pytest.approx(row["step_time_s"], rel=1e-6)
+        shares.append(row["other_s"] / row["step_time_s"])
+    assert min(shares) < 0.02, shares
 
 
 def evaluate_here(argv: list[str]) -> dict[str, float]:

@@ -15,6 +15,8 @@ from megatron_gkd.commands.report.run_record import RunRecord
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import NoTeacher
 from megatron_gkd.observe.compare import differing
+from megatron_gkd.observe.progress import describe_phases
+from megatron_gkd.observe.timers import PHASES
 
 QUANTITIES = {  # key in evaluation.jsonl -> how the table calls it
     "forward_kl": "forward KL, nats/token",
@@ -44,6 +46,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "layout": _describe_layout(run),
         "training_s": round(time_s * scale, 3) if time_s else None,
         "num_tokens": round(num_tokens * scale) if num_tokens else None,
+        "phases": {name: _total(run, f"{name}_s") / time_s for name in PHASES} if time_s else {},
         "tokens_per_s": round(num_tokens / time_s, 3) if time_s else None,
         "first_loss": run.metrics[0].get("loss") if run.metrics else None,
         "last_loss": run.metrics[-1].get("loss") if run.metrics else None,
@@ -54,6 +57,10 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "export_differs_in": _differences(run),
         "export_dtype": run.export.get("dtype"),
     }
+
+
+def _total(run: RunRecord, name: str) -> float:
+    return sum(row.get(name) or 0.0 for row in run.metrics)
 
 
 def _differences(run: RunRecord) -> list[str]:
@@ -109,6 +116,8 @@ def _head(summary: Mapping[str, Any]) -> Iterator[str]:
             f"  training  {_duration(summary['training_s'])}, {summary['num_tokens'] or 0:,} completion tokens, "
             f"{summary['tokens_per_s'] or 0:,.1f} tokens/s"
         )
+    if any(summary["phases"].values()):
+        yield f"            of it {describe_phases(summary['phases'])}"
     if summary["first_loss"] is not None and summary["last_loss"] is not None:
         yield f"            loss {summary['first_loss']:.4f} at first, {summary['last_loss']:.4f} at last"
 
