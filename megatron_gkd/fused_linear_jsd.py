@@ -56,6 +56,7 @@ __all__ = [
     "HiddenTeacher",
     "TokenLosses",
     "TopKTeacher",
+    "fused_linear_cross_entropy",
     "fused_linear_distill",
     "fused_linear_jsd",
     "fused_linear_topk_jsd",
@@ -111,10 +112,28 @@ def fused_linear_topk_jsd(
     return loss.loss_sum, loss.per_token
 
 
+def fused_linear_cross_entropy(
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    tp_group: dist.ProcessGroup,
+    vocab_size: int | None = None,
+    label_weights: torch.Tensor | None = None,
+    chunk_tokens: int | None = None,
+    reduce_hidden_grad: bool = True,
+) -> TokenLosses:
+    """The cross entropy alone, without a teacher: `loss_sum` is sum_t label_weights_t * CE_t."""
+    return fused_linear_distill(
+        student_hidden, student_head, None, Divergence(0.0), tp_group=tp_group, vocab_size=vocab_size, labels=labels,
+        label_weights=label_weights, chunk_tokens=chunk_tokens, reduce_hidden_grad=reduce_hidden_grad,
+    )  # fmt: skip
+
+
 def fused_linear_distill(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
-    teacher: HiddenTeacher | TopKTeacher,
+    teacher: HiddenTeacher | TopKTeacher | None,
     divergence: Divergence,
     *,
     tp_group: dist.ProcessGroup,
@@ -129,6 +148,7 @@ def fused_linear_distill(
     """Divergence and, with `labels`, cross entropy in one pass over the student's logits.
 
     Args:
+        teacher: None: the cross entropy alone, of `labels`; the divergence counts for nothing.
         token_weights: [T] weight of each token's divergence; None: 1.
         labels: [T] global ids; a negative one is ignored.
         label_weights: [T] weight of each token's cross entropy; None: 1. Only with labels.

@@ -125,6 +125,16 @@ class LossShare:
         return [token for first, end in self.spans for token in range(first, end)]
 
 
+@dataclass(frozen=True)
+class StepValues:
+    """What may change with the step (config/schedules.py), for one of them."""
+
+    lmbda: float
+    beta: float
+    temperature: float  # of the student's samples
+    max_completion_length: int  # likewise
+
+
 # [data-parallel rank][micro-batch] -> positions in the global batch
 MicroBatchPlan = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -139,3 +149,4 @@ class StepPlan:
     # the same samples, split for the teacher's own data-parallel size and micro-batch size, by its own prompts' lengths
     teacher: MicroBatchPlan
     packing: bool = False  # samples of a micro-batch lie end to end
+    values: StepValues | None = None  # None: those of an evaluation, which has none

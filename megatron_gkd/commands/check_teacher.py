@@ -103,8 +103,8 @@ def compare(config: CheckConfig) -> Comparison:
     rows = load_rows(config.dataset, tokenizer, max_length=config.max_length, max_rows=config.num_rows)
     rows.require_completions("check teacher")
     samples = _samples(rows)
-    micro_batches = (tuple((s.position,) for s in samples),)
-    plan = StepPlan(0, samples, micro_batches, micro_batches)
+    alone = (tuple((sample.position,) for sample in samples),)
+    plan = StepPlan(0, samples, alone, alone)
     sequences = [(*s.prompt_ids, *s.completion_ids) for s in samples]  # the teacher's prompts
     needs = ServerRequirements(
         config.gkd_logits_topk,

@@ -131,7 +131,7 @@ def build_parser(table: Mapping[str, Flag], *, prog: str, headings: Mapping[str,
         if several:
             options["nargs"] = "+"
         if get_origin(hint) is not Literal:
-            options["metavar"] = type_text(hint)
+            options["metavar"] = type_text(hint) if several else flag.type_text
         groups[flag.section].add_argument(f"--{flag.name}", help=_help(flag).replace("%", "%%"), **options)
     return parser
 
@@ -249,7 +249,7 @@ def to_markdown() -> str:
         for flag in table:
             mark = " [1]" if flag.name in missing and flag.section in headings else ""
             kind, default = (
-                type_text(flag.hint).replace("|", " \\| "),
+                flag.type_text.replace("|", " \\| "),
                 "required" if flag.required else show(flag.default),
             )
             cells = (
@@ -346,7 +346,7 @@ def _from_yaml(value: Any, hint: Any) -> Any:
             return json.dumps(value)
         except TypeError:  # a date, or such
             return value
-    if isinstance(value, str) and not fits(value, hint) and fits(1.0, hint):
+    if isinstance(value, str) and fits(1.0, hint):
         try:
             return float(value)
         except ValueError:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from megatron_gkd.config.not_built import Command
+from megatron_gkd.config.servers import NoTeacher
 
 if TYPE_CHECKING:
     from megatron_gkd.config.run import RunConfig
@@ -31,6 +32,8 @@ TEACHERS_COMPLETIONS: Final = (
     *("seq_kd", "teacher_samples_cache", "teacher_sampling_steps"),
     *("teacher_vllm_tensor_parallel_size", "teacher_vllm_gpu_memory_utilization"),
 )
+# Of a divergence from a teacher.
+_LEARNT_FROM_A_TEACHER: Final = ("beta", "lmbda", "sft_alpha", "gkd_logits_topk", "topk_tail", "loss_temperature")
 # What `eval` reads, beside the sections of the teacher and of the layout.
 EVALUATION: Final = frozenset(
     {
@@ -40,6 +43,10 @@ EVALUATION: Final = frozenset(
         *("loss_scale", "chat_template_kwargs", "enable_thinking", "prompt_only"),
     }
 )
+# Of the engines, what is of training's steps, and of how tokens are drawn, what greedy completions depend on.
+_OF_STEPS: Final = ("steps_per_generation", "rollout_lag")
+_GREEDY: Final = ("max_completion_length", "vllm_max_model_len", "use_vllm")
+_GENERATION: Final = frozenset({"eval_generate", "eval_verifier", *_GREEDY, *STUDENTS_ENGINES}) - {*_OF_STEPS}
 _OF_TRAINING_ALONE: Final = frozenset({"check_replicas_steps", "use_distributed_optimizer"})  # of the layout's section
 
 
@@ -61,32 +68,38 @@ def describe(found: dict[str, list[str]]) -> str:
 
 
 def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    distillation, sampling, data, lmbda = cfg.distillation, cfg.sampling, cfg.data, cfg.distillation.lmbda
-    if not (lmbda > 0 or distillation.samples_teacher):
-        yield "nothing is sampled with --lmbda 0, but for --seq_kd true", HOW_DRAWN
-    if lmbda == 0:
-        yield "the student samples nothing with --lmbda 0", STUDENTS_ENGINES
-    if lmbda == 1:
+    distillation, data = cfg.distillation, cfg.data
+    most, least = cfg.lmbda.most, cfg.lmbda.least
+    yield from _unused_without_teacher(cfg)
+    supervised = isinstance(cfg.teacher.kind, NoTeacher)
+    greedy = ", but for greedy completions in evaluations" if cfg.generates else ""
+    if not (most > 0 or distillation.samples_teacher):
+        none = "--objective sft" if supervised else "--lmbda 0, but for --seq_kd true"
+        yield f"nothing is sampled with {none}{greedy}", _without(HOW_DRAWN, _GREEDY if cfg.generates else ())
+    if most == 0:
+        none = "--objective sft" if supervised else "--lmbda 0"
+        names = _OF_STEPS if cfg.generates else STUDENTS_ENGINES
+        yield f"the student samples nothing with {none}{greedy}", names
+    if not cfg.generates:
+        yield "nothing is verified without --eval_generate", ("eval_verifier",)
+    yield from _unused_by_servers(cfg)
+    if least == 1:
         why = "every completion is the student's own with --lmbda 1"
         yield why, ("sft_alpha", *TEACHERS_COMPLETIONS)
-    if sampling.vllm_mode != "server":
-        yield f"it is of --vllm_mode server, and the mode is {sampling.vllm_mode}", ("vllm_server_port",)
-    else:
-        yield "the servers' own matter with --vllm_mode server", ("vllm_gpu_memory_utilization", *OF_ENGINES)
-        if _every_host_has_a_port(sampling.vllm_server_host or ""):
-            yield "every --vllm_server_host has a port", ("vllm_server_port",)
-    if not (data.shuffle or data.dataset_weights or lmbda > 0 or distillation.samples_teacher):
+    if not (data.shuffle or data.dataset_weights or most > 0 or distillation.samples_teacher):
         yield "nothing is drawn with --shuffle false and without sampling", ("seed",)
     if data.streaming and not data.eval_dataset:
         yield "nothing is kept with --streaming true and without --eval_dataset", ("data_cache_dir",)
     if data.packing and not data.eval_dataset:
         yield "--packing sizes the teacher's micro-batches too", ("teacher_micro_batch_size",)
-    if (lmbda == 1 or distillation.seq_kd) and not data.eval_dataset:
+    if (least == 1 or distillation.seq_kd) and not data.eval_dataset:
         yield "no completion of the data is needed", ("prompt_only",)
     if (cfg.parallel.virtual_pipeline_model_parallel_size or 1) == 1:
         yield "there is nothing to align without --virtual_pipeline_model_parallel_size", ("align_param_gather",)
     if cfg.model.dtype == "fp32":
         yield "gradients of fp32 weights are fp32", ("accumulate_allreduce_grads_in_fp32",)
+    if not cfg.logging.health_steps:
+        yield "nothing is checked with --health_steps 0", ("on_teacher_fault",)
     if not cfg.checkpoint.save_hf:
         yield "nothing is exported with --save_hf false", ("save_hf_dtype",)
     if cfg.checkpoint.load is None and not cfg.checkpoint.auto_resume:
@@ -94,15 +107,40 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
         yield "no checkpoint is loaded without --load or --auto_resume", of_loading
 
 
+def _without(names: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in others)
+
+
+def _unused_by_servers(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    sampling = cfg.sampling
+    if sampling.vllm_mode != "server":
+        yield f"it is of --vllm_mode server, and the mode is {sampling.vllm_mode}", ("vllm_server_port",)
+        return
+    yield "the servers' own matter with --vllm_mode server", ("vllm_gpu_memory_utilization", *OF_ENGINES)
+    if _every_host_has_a_port(sampling.vllm_server_host or ""):
+        yield "every --vllm_server_host has a port", ("vllm_server_port",)
+
+
+def _unused_without_teacher(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    if isinstance(cfg.teacher.kind, NoTeacher):
+        said = cfg.distillation.lmbda == 0  # as it is without a teacher
+        names = tuple(name for name in _LEARNT_FROM_A_TEACHER if not (said and name == "lmbda"))
+        yield "nothing is learnt from a teacher with --objective sft", (*names, "health_steps", "on_teacher_fault")
+
+
 def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     from megatron_gkd.config.run import flags
 
+    read = EVALUATION | (_GENERATION if cfg.generates else frozenset())
     others = tuple(
         name
         for name, flag in flags().items()
-        if name in _OF_TRAINING_ALONE or (flag.section not in ("teacher", "parallel") and name not in EVALUATION)
+        if name in _OF_TRAINING_ALONE or (flag.section not in ("teacher", "parallel") and name not in read)
     )
     yield "of training, and not of eval", others
+    yield from _unused_without_teacher(cfg)
+    if cfg.generates:
+        yield from _unused_by_servers(cfg)
 
 
 def _every_host_has_a_port(hosts: str) -> bool:

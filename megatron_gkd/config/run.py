@@ -28,11 +28,22 @@ from megatron_gkd.config.levers import (
     vllm_options,
 )
 from megatron_gkd.config.not_built import NOT_BUILT, Command, refuse_not_built
-from megatron_gkd.config.schema import Section, default_of, setting, show, type_hints
-from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers, TeacherKind, parse_servers
+from megatron_gkd.config.schedules import Schedule, check_schedules, constant, read_schedule
+from megatron_gkd.config.schema import Section, default_of, setting, show, type_hints, type_text
+from megatron_gkd.config.servers import (
+    LocalTeacher,
+    NoTeacher,
+    SelfTeaching,
+    ServerTeachers,
+    TeacherKind,
+    parse_servers,
+)
 from megatron_gkd.config.template_flags import kwargs_setting, template_kwargs, thinking_setting
 from megatron_gkd.config.validate import refuse_contradictions
 from megatron_gkd.errors import ConfigError
+from megatron_gkd.records import StepValues
+
+BUILT_IN_VERIFIERS = ("last_number", "exact")
 
 __all__ = ["NOT_BUILT", "RunConfig", "flags"]
 
@@ -61,8 +72,12 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class TeacherConfig(Section):
-    """Teacher: a local model in its own parallel layout, servers, or the student itself."""
+    """Teacher: a local model in its own parallel layout, servers, the student itself, or none."""
 
+    objective: Literal["gkd", "sft"] = setting(
+        "gkd",
+        "gkd: the divergence from a teacher; sft: cross entropy on the data's completions alone, without a teacher.",
+    )
     teacher_model: str | None = setting(
         None,
         "Teacher: a Hugging Face model directory; it may be left out with --teacher_model_server. Without both the "
@@ -150,6 +165,8 @@ class TeacherConfig(Section):
     @property
     def kind(self) -> TeacherKind:
         """Who teaches."""
+        if self.objective == "sft":
+            return NoTeacher()
         if self.teacher_model_server is not None:
             return ServerTeachers(parse_servers(self.teacher_model_server))
         if self.teacher_model is not None:
@@ -161,16 +178,21 @@ class TeacherConfig(Section):
 class DistillationConfig(Section):
     """Distillation: divergence, sources of the completions, the teacher's signal."""
 
-    beta: float = setting(
+    beta: float | str = setting(
         0.5,
         "Divergence: 0 is forward KL(teacher||student), 1 is reverse KL(student||teacher), between them generalized "
         "JSD. The ends are definitions, not limits: the JSD tends to 0 there, so beta 0.01 trains about 100 times more "
         "weakly than beta 0.",
         ge=0,
         le=1,
+        schedule=True,
     )
-    lmbda: float = setting(
-        0.5, "Probability, per sample, that the student samples the completion (on-policy).", ge=0, le=1
+    lmbda: float | str = setting(
+        0.5,
+        "Probability, per sample, that the student samples the completion (on-policy).",
+        ge=0,
+        le=1,
+        schedule=True,
     )
     seq_kd: bool = setting(
         False,
@@ -199,10 +221,14 @@ class DistillationConfig(Section):
         False, "Demand the fused linear loss (as --loss_path fused); not together with --gkd_logits_topk."
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_schedules(self)
+
     @property
     def samples_teacher(self) -> bool:
         """Whether completions are sampled by the teacher."""
-        return self.seq_kd and self.lmbda < 1
+        return self.seq_kd and read_schedule("lmbda", self.lmbda).least < 1
 
     @property
     def fuse_loss(self) -> bool:
@@ -214,12 +240,14 @@ class DistillationConfig(Section):
 class SamplingConfig(Section):
     """Sampling of completions from the student, for `--lmbda` above 0."""
 
-    temperature: float = setting(0.9, "Sampling temperature.", gt=0)
+    temperature: float | str = setting(0.9, "Sampling temperature.", gt=0, schedule=True)
     top_p: float = setting(
         1.0, "Sample from the smallest set of tokens with this probability; 1: from all.", gt=0, le=1
     )
     top_k: int = setting(0, "Sample from this many most probable tokens; 0: from all.", ge=0)
-    max_completion_length: int = setting(512, "Maximum number of tokens sampled per completion.", gt=0)
+    max_completion_length: int | str = setting(
+        512, "Maximum number of tokens sampled per completion.", gt=0, schedule=True
+    )
     use_vllm: bool = setting(True, "Sample with vLLM, the only engine; false refuses to sample.")
     vllm_mode: Literal["colocate", "server", "subprocess"] = setting(
         "colocate",
@@ -259,6 +287,7 @@ class SamplingConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_schedules(self)
         assert isinstance(self.engine_options, dict)
 
     @property
@@ -499,8 +528,26 @@ class LoggingConfig(Section):
         "Evaluate on --eval_dataset every this many steps; null: before the first and after the last only.",
         ge=1,
     )
+    eval_generate: int = setting(
+        0,
+        "At every evaluation, greedy completions of this many held-out prompts, the first ones, by vLLM; 0: none.",
+        ge=0,
+    )
+    eval_verifier: str = setting(
+        "last_number",
+        "What makes such a completion right: last_number or exact, against the column answer of the data (or the row's "
+        "completion), or a Python function module:function(text, row).",
+    )
     loss_spike_factor: float | None = setting(
         None, "Warn of a loss above this many times the median of the last 32 steps; null: never.", gt=1
+    )
+    health_steps: int = setting(
+        100,
+        "Check teacher and sampler (docs/health.md) in the first step of a start and every this many steps; 0: never.",
+        ge=0,
+    )
+    on_teacher_fault: Literal["stop", "warn"] = setting(
+        "stop", "A teacher that is uniform, frozen or the student itself: stop before the update, or warn."
     )
     report_to: list[Literal["tensorboard", "wandb", "none"]] = setting(
         ("tensorboard",), "Where metrics go beside metrics.jsonl in the run directory."
@@ -511,6 +558,11 @@ class LoggingConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.eval_verifier not in BUILT_IN_VERIFIERS and not all(self.eval_verifier.partition(":")):
+            raise ConfigError(
+                f"--eval_verifier is {self.eval_verifier or 'empty'}; give {' or '.join(BUILT_IN_VERIFIERS)}, or "
+                "module:function"
+            )
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ConfigError(
                 f"--report_to is {show(self.report_to)}; none stands alone: leave it out, or leave out the others"
@@ -558,6 +610,29 @@ class RunConfig:
         """Whether a flag has its default value."""
         return bool(self.get(flag) == flags()[flag].default)
 
+    @property
+    def generates(self) -> bool:
+        """Whether completions are sampled in evaluations."""
+        return self.logging.eval_generate > 0 and bool(self.data.eval_dataset)
+
+    def schedule(self, flag: str) -> Schedule:
+        """What a flag says for every step."""
+        return read_schedule(flag, self.get(flag), whole=isinstance(flags()[flag].default, int))
+
+    @property
+    def lmbda(self) -> Schedule:
+        """--lmbda; 0 without a teacher, where the student learns from the completions of the data alone."""
+        return constant(0.0) if isinstance(self.teacher.kind, NoTeacher) else self.schedule("lmbda")
+
+    def values_at(self, step: int) -> StepValues:
+        """What changes with the step, for one of them, counted from 1."""
+        return StepValues(
+            lmbda=self.lmbda.at(step),
+            beta=self.schedule("beta").at(step),
+            temperature=self.schedule("temperature").at(step),
+            max_completion_length=round(self.schedule("max_completion_length").at(step)),
+        )
+
     def validate(self, command: Command = "train") -> None:
         """Raise ConfigError for flags that contradict each other, then NotBuiltError for what this version lacks."""
         refuse_contradictions(self, command)
@@ -581,6 +656,13 @@ class Flag:
     @property
     def required(self) -> bool:
         return self.default is MISSING
+
+    @property
+    def type_text(self) -> str:
+        """As a user reads it."""
+        if self.item.metadata["schedule"]:
+            return f"{type_text(type(self.default))} or step:value,..."
+        return type_text(self.hint)
 
 
 @cache

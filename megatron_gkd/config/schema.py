@@ -59,10 +59,12 @@ def setting(
     lt: float | None = None,
     le: float | None = None,
     path: bool = False,
+    schedule: bool = False,
 ) -> Any:
     """A field of a section. A tuple stands for the default of a list; without a default the setting is required. In a
-    `path` a leading `~` is the home directory, as in a shell, which does not see the one of `--save=~/run`."""
-    metadata = {"help": help, "range": Range(gt, ge, lt, le), "path": path}
+    `path` a leading `~` is the home directory, as in a shell, which does not see the one of `--save=~/run`. A
+    `schedule` may be a text, whose form schedules.py checks."""
+    metadata = {"help": help, "range": Range(gt, ge, lt, le), "path": path, "schedule": schedule}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

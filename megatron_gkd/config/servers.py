@@ -1,4 +1,5 @@
-"""Who teaches, decided once (run.py, `TeacherConfig.kind`): a `LocalTeacher`, `ServerTeachers`, or `SelfTeaching`.
+"""Who teaches, decided once (run.py, `TeacherConfig.kind`): a `LocalTeacher`, `ServerTeachers`, `SelfTeaching`, or
+`NoTeacher`.
 
 `--teacher_model_server` names the servers of one teacher, or of several that share the rows by a tag:
 
@@ -59,7 +60,12 @@ class SelfTeaching:
     """Self-distillation: the student's own current weights teach."""
 
 
-TeacherKind = LocalTeacher | ServerTeachers | SelfTeaching
+@dataclass(frozen=True)
+class NoTeacher:
+    """Nobody (`--objective sft`): the completions alone are learnt."""
+
+
+TeacherKind = LocalTeacher | ServerTeachers | SelfTeaching | NoTeacher
 
 
 def is_json(text: str) -> bool:

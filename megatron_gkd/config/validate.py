@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_gkd.config.not_built import Command
 from megatron_gkd.config.schema import show
 from megatron_gkd.config.secret import Secret
-from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
+from megatron_gkd.config.servers import LocalTeacher, NoTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,14 +67,14 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield from cfg.kernels.problems(loss_is_fused=cfg.distillation.loss_path != "logits")
         yield from cfg.optimizer.problems(sharded=cfg.parallel.use_distributed_optimizer)
         yield from _lengths_problems(cfg)
-        if cfg.distillation.lmbda > 0:
-            yield from _sampling_problems(cfg)
         yield from _teacher_sampling_problems(cfg)
     elif cfg.checkpoint.load is not None:
         yield (
             "--load is of training, and eval measures the weights of --model: give the run's export as --model "
             "(RUN/hf), and leave --load out (--load null where a file gives it)"
         )
+    if cfg.generates or (command == "train" and cfg.lmbda.most > 0):
+        yield from _sampling_problems(cfg, command)
     needed = "dataset" if command == "train" else "eval_dataset"
     if not cfg.get(needed):
         yield f"--{needed} is missing; give one or more JSONL or Parquet files, or directories of saved data sets"
@@ -84,13 +84,16 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
 
 def _distillation_problems(cfg: RunConfig) -> Iterator[str]:
     loss, topk = cfg.distillation, cfg.distillation.gkd_logits_topk
+    if loss.use_liger_kernel and loss.loss_path == "logits":
+        yield "--use_liger_kernel demands the fused loss and --loss_path logits the other one; leave out one of them"
+    yield from _teacher_problems(cfg)
+    if isinstance(cfg.teacher.kind, NoTeacher):
+        return
     if loss.use_liger_kernel and topk is not None:
         yield (
             "--use_liger_kernel does not go with --gkd_logits_topk: the fused linear loss takes the full vocabulary; "
             "leave out one of them"
         )
-    if loss.use_liger_kernel and loss.loss_path == "logits":
-        yield "--use_liger_kernel demands the fused loss and --loss_path logits the other one; leave out one of them"
     if loss.topk_tail != "renormalize" and topk is None:
         yield f"--topk_tail {loss.topk_tail} needs --gkd_logits_topk: the full vocabulary has no tail"
     if topk == 1 and loss.topk_tail == "renormalize":
@@ -98,11 +101,12 @@ def _distillation_problems(cfg: RunConfig) -> Iterator[str]:
             "--gkd_logits_topk 1 with --topk_tail renormalize compares one token of probability 1 with itself: the "
             "divergence is 0 whatever the student does, and nothing is learnt; give a larger K, or --topk_tail bucket"
         )
-    yield from _teacher_problems(cfg)
 
 
 def _loss_temperature_problems(cfg: RunConfig) -> Iterator[str]:
     loss = cfg.distillation
+    if isinstance(cfg.teacher.kind, NoTeacher):
+        return
     if loss.topk_tail == "bucket" and loss.loss_temperature != 1:
         yield (
             f"--topk_tail bucket does not go with --loss_temperature {loss.loss_temperature:g}: the teacher's "
@@ -112,6 +116,12 @@ def _loss_temperature_problems(cfg: RunConfig) -> Iterator[str]:
 
 def _teacher_problems(cfg: RunConfig) -> Iterator[str]:
     teacher, kind = cfg.teacher, cfg.teacher.kind
+    for flag in ("teacher_model", "teacher_model_server"):
+        if isinstance(kind, NoTeacher) and not cfg.is_default(flag):
+            yield (
+                f"--objective sft learns from the completions alone, and --{flag} is given; leave it out, or give "
+                "--objective gkd"
+            )
     if not isinstance(kind, ServerTeachers):
         for flag in SERVER_TEACHER:
             if not cfg.is_default(flag):
@@ -140,6 +150,8 @@ def _teacher_problems(cfg: RunConfig) -> Iterator[str]:
             other = "--teacher_model_server is given"
         case SelfTeaching():
             other = "without --teacher_model the student teaches itself"
+        case NoTeacher():
+            other = "--objective sft has no teacher"
     for flag in LOCAL_TEACHER:
         if not cfg.is_default(flag):
             yield f"--{flag} is for a local teacher, but {other}; leave it out"
@@ -170,14 +182,14 @@ def _parallel_problems(cfg: RunConfig) -> Iterator[str]:
 
 def _lengths_problems(cfg: RunConfig) -> Iterator[str]:
     """Sampled completions have to leave room for a prompt; who did not ask for them is told why there are any."""
-    most, longest = cfg.sampling.max_completion_length, cfg.data.max_length
-    if most < longest or not (cfg.distillation.lmbda > 0 or cfg.distillation.samples_teacher):
+    most, longest = cfg.schedule("max_completion_length").most, cfg.data.max_length
+    if most < longest or not (cfg.lmbda.most > 0 or cfg.distillation.samples_teacher):
         return
 
     def named(flag: str) -> str:
         return f"--{flag} {show(cfg.get(flag))}{' (its default)' if cfg.is_default(flag) else ''}"
 
-    cause = f"{named('lmbda')} samples from the student" if cfg.distillation.lmbda > 0 else "--seq_kd true samples"
+    cause = f"{named('lmbda')} samples from the student" if cfg.lmbda.most > 0 else "--seq_kd true samples"
     instead = "--lmbda 0, which samples nothing" if not cfg.distillation.samples_teacher else "--seq_kd false"
     yield (
         f"{cause}, and {named('max_completion_length')} leaves no room for a prompt in {named('max_length')}: give a "
@@ -185,14 +197,18 @@ def _lengths_problems(cfg: RunConfig) -> Iterator[str]:
     )
 
 
-def _sampling_problems(cfg: RunConfig) -> Iterator[str]:
-    sampling, asked = cfg.sampling, f"--lmbda {cfg.distillation.lmbda:g} samples from the student"
+def _sampling_problems(cfg: RunConfig, command: Command) -> Iterator[str]:
+    """Of the engines that sample from the student: for training, for evaluations, or for both."""
+    sampling, asked, instead = cfg.sampling, f"--eval_generate {cfg.logging.eval_generate} samples from the student", ""
+    if command == "train" and cfg.lmbda.most > 0:
+        asked, instead = f"--lmbda {_number(cfg.distillation.lmbda)} samples from the student", "--lmbda 0"
+        if cfg.schedule("temperature").most > 2:
+            yield f"--temperature {_number(sampling.temperature)} is above 2, the highest that vLLM samples at"
+    instead = instead or "--eval_generate 0"
     if not sampling.use_vllm:
-        yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, or give --lmbda 0"
+        yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, or give {instead}"
     if find_spec("vllm") is None:
-        yield f"{asked} with the package vllm (0.28 to 0.32), which is not installed: install it, or give --lmbda 0"
-    if sampling.temperature > 2:
-        yield f"--temperature {sampling.temperature:g} is above 2, the highest that vLLM samples at"
+        yield f"{asked} with the package vllm (0.28 to 0.32), which is not installed: install it, or give {instead}"
     if sampling.rollout_lag and sampling.vllm_mode == "colocate":
         yield (
             "--rollout_lag 1 samples while the student trains, and a colocated engine shares its devices: use "
@@ -218,6 +234,11 @@ def _sampling_problems(cfg: RunConfig) -> Iterator[str]:
 def _teacher_sampling_problems(cfg: RunConfig) -> Iterator[str]:
     sampling, kind = cfg.sampling, cfg.teacher.kind
     server = isinstance(kind, ServerTeachers)
+    if isinstance(kind, NoTeacher) and cfg.distillation.seq_kd:
+        yield (
+            "--seq_kd true has a teacher sample the completions, and --objective sft has none: sample them beforehand "
+            "(megatron-gkd sample), and give the file as --dataset"
+        )
     for flag in ("teacher_samples_cache", *TEACHERS_ENGINE):
         if not cfg.distillation.seq_kd and not cfg.is_default(flag):
             yield f"--{flag} is for completions that the teacher samples: it needs --seq_kd true"
@@ -232,10 +253,21 @@ def _teacher_sampling_problems(cfg: RunConfig) -> Iterator[str]:
         yield f"{asked}, and there is none: give --teacher_model or --teacher_model_server, {instead}"
     if not sampling.use_vllm:
         yield f"{asked}, with vLLM alone, and --use_vllm is false: leave it out, {instead}"
+    for flag in ("temperature", "max_completion_length"):
+        if not cfg.schedule(flag).is_constant:
+            yield (
+                f"--{flag} {cfg.get(flag)} does not go with --seq_kd true: the teacher's completions are sampled "
+                f"ahead, and kept for one temperature and one length; give a number, {instead}"
+            )
     if not server and find_spec("vllm") is None:
         yield f"{asked} with the package vllm (0.28 to 0.32), which is not installed: install it, {instead}"
-    if sampling.temperature > 2:
-        yield f"--temperature {sampling.temperature:g} is above 2, the highest that vLLM samples at"
+    if cfg.schedule("temperature").most > 2:
+        yield f"--temperature {_number(sampling.temperature)} is above 2, the highest that vLLM samples at"
+
+
+def _number(value: float | str) -> str:
+    """As the command line writes it."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _token_budget_problems(cfg: RunConfig) -> Iterator[str]:
@@ -277,6 +309,6 @@ def _training_problems(cfg: RunConfig) -> Iterator[str]:
             "--loss_scale all makes a row of every turn of the assistant, and --streaming true reads one row a record; "
             "leave out one of them"
         )
-    for flag in ("eval_steps", "eval_samples"):
+    for flag in ("eval_steps", "eval_samples", "eval_generate"):
         if not cfg.is_default(flag) and not cfg.data.eval_dataset:
             yield f"--{flag} needs --eval_dataset"

@@ -45,6 +45,7 @@ class MicroBatch:
     max_seqlen: int | None = None  # packed form only: the longest segment
     counts_samples: bool = True  # False where another rank has another part of the same samples, and counts them
     padding: torch.Tensor | None = None  # [B, S] bool, True where no sample has a token; None: nowhere
+    logprobs: torch.Tensor | None = None  # [T] float32, the sampler's; NaN: not known; None: of no token
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -112,6 +113,7 @@ def collate(
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
         padding=_padding(tokens, starts, samples),
+        logprobs=_sampled_logprobs(samples, held),
     )
 
 
@@ -121,6 +123,14 @@ def _padding(tokens: torch.Tensor, starts: Sequence[int], samples: Sequence[Samp
     for start, sample in zip(starts, samples, strict=True):
         padding[start : start + sample.num_inputs] = False
     return padding.view_as(tokens)
+
+
+def _sampled_logprobs(samples: Sequence[Sample], held: Sequence[tuple[int, int]]) -> torch.Tensor | None:
+    """Of the loss tokens that are held, (sample, token) each."""
+    if not any(sample.logprobs for sample in samples):
+        return None
+    known = [samples[n].logprobs for n, _ in held]
+    return torch.tensor([torch.nan if k is None else k[token] for k, (_, token) in zip(known, held, strict=True)])
 
 
 def _pad(inputs: Sequence[Sequence[int]], multiple: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

@@ -110,7 +110,8 @@ def needs_teacher_prompt(purpose: str, what: str) -> DataError:
     return DataError(
         f"{purpose}: {what} a column `teacher_prompt`, and without --teacher_model the student teaches itself: from "
         "the same prompt both sides are equal, and nothing is learned. Add the column (what the teacher is given in "
-        "place of the prompt), or give --teacher_model or --teacher_model_server"
+        "place of the prompt), or give --teacher_model or --teacher_model_server, or --objective sft to learn the "
+        "completions alone"
     )
 
 

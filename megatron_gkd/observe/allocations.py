@@ -58,12 +58,12 @@ class Alive:
         return found.most_common()
 
 
-class AllocationCounter(TorchDispatchMode):
+class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """See the module docstring."""
 
     def __init__(self, *, lines: bool = False) -> None:
         """Args: lines: tell lines of code apart as well."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._lines, self._category = lines, "other"
         self._now: Counter[_Kind] = Counter()
         self._now_bytes = self._peak_bytes = 0
@@ -71,7 +71,7 @@ class AllocationCounter(TorchDispatchMode):
         self._alive: dict[int, tuple[_Kind, int, object]] = {}  # by storage
 
     def __enter__(self) -> Self:
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     @contextmanager

@@ -1,4 +1,6 @@
-"""The live line of a run: `step 12/100 | loss 2.3451 | 1,234 tokens/s | 0.52 s/step | ETA 0:00:46`.
+"""The live line of a run:
+
+    step 12/100 | loss 2.34 | 1,234 tokens/s | 0.52 s/step | ETA 0:00:46 | 80 tokens/completion | student 71%
 
 On a terminal one line is rewritten in place; elsewhere (a file, a pipe) every update is a line of its own, so the
 caller updates it once per logging step. One rank prints: the others make it with `enabled=False`. Speeds are means over
@@ -11,13 +13,15 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TextIO
 
 from megatron_gkd.observe.logging import CLEAR_LINE
 
 WINDOW = 20  # updates that the speed, and with it the ETA, is taken from
+_SLOW_S = 1.0  # what takes longer than that has a line of its own
+_FEW = 0.05  # share of a step below which a phase is not shown
 _FAST_S = 0.01  # below it the line says steps a second
 
 
@@ -44,14 +48,31 @@ class Progress:
         self._tokens: deque[float] = deque(maxlen=WINDOW - 1)  # of a step, by update
         self._line_open = False
 
-    def update(self, step: int, *, loss: float | None = None, tokens_per_step: float | None = None) -> None:
-        """Show that `step` steps are done."""
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        tokens_per_step: float | None = None,
+        length: float | None = None,
+        phases: Mapping[str, float] | None = None,
+    ) -> None:
+        """Show that `step` steps are done.
+
+        Args:
+            length: mean tokens of the step's completions.
+            phases: seconds of the last step by phase; the largest are shown as shares.
+        """
         if not self._enabled:
             return
         self._marks.append((step, self._clock()))
         if tokens_per_step is not None:
             self._tokens.append(tokens_per_step)
         line = self.line(step, loss=loss)
+        if length is not None:
+            line += f" | {length:,.0f} tokens/completion"
+        if phases and (shares := describe_phases(phases)):
+            line += f" | {shares}"
         if self._in_place:
             width = shutil.get_terminal_size().columns
             self._stream.write(f"{CLEAR_LINE}{line[: width - 1]}")
@@ -92,3 +113,15 @@ class Progress:
         """Seconds per step over the window."""
         (first, start_s), (last, end_s) = self._marks[0], self._marks[-1]
         return (end_s - start_s) / (last - first) if last > first and end_s > start_s else None
+
+
+def describe_phases(seconds: Mapping[str, float]) -> str:
+    """`student 71%, teacher 26%`: shares of their sum, the largest first, without what is next to nothing."""
+    total = sum(seconds.values())
+    shown = sorted(((value, name) for name, value in seconds.items() if total and value >= _FEW * total), reverse=True)
+    return ", ".join(f"{name.replace('_', ' ')} {value / total:.0%}" for value, name in shown)
+
+
+def took(seconds: float) -> str:
+    """` (in 12.3 s)` for what takes longer than a second, else nothing."""
+    return f" (in {seconds:,.1f} s)" if seconds > _SLOW_S else ""

@@ -13,8 +13,24 @@ A phase inside another counts in both. Not for use from several threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+
+# What a step's time is made of, in the order of a step; `<name>_s` in metrics.jsonl.
+PHASES = ("plan", "rollout", "teacher_samples", "teacher", "student", "other")
+
+
+def phases_of(step_time_s: float, seconds: Mapping[str, float], *, within_plan: Iterable[float]) -> dict[str, float]:
+    """Phases that add up to the step's time, those within the plan being counted by who waited: `plan_s` without them,
+    and `other_s`, what no phase has.
+
+    Args:
+        seconds: of `Timers.seconds()`, with `plan_s`.
+        within_plan: seconds that the plan waited for completions.
+    """
+    waited_s = sum(within_plan)
+    found = {**seconds, "plan_s": max(seconds["plan_s"] - waited_s, 0.0)}
+    return found | {"other_s": max(step_time_s - sum(found.values()) - waited_s, 0.0)}
 
 
 class Timers:

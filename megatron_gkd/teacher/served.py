@@ -39,6 +39,7 @@ from megatron_gkd.platform import new_group
 from megatron_gkd.records import LossShare, MicroBatchPlan, Sample, StepPlan
 from megatron_gkd.teacher.servers.probes import ServerRequirements
 from megatron_gkd.teacher.servers.servers import PendingAnswers, TeacherServers
+from megatron_gkd.teacher.servers.wire import TopK
 from megatron_gkd.teacher.signals import Route, SignalStore, TopKSpec, destinations, exchange, replicas
 
 
@@ -115,6 +116,11 @@ class ServerTeacher:
             self._ahead = _Ahead(samples, self._start(samples))
         except Exception as error:  # alone, this rank would leave the others waiting
             self._ahead = _Ahead(samples, error)
+
+    def canaries(self) -> tuple[tuple[int, ...], dict[str, TopK]] | None:
+        """(probe, tags of a teacher -> what its first server answers to the probe); None on a rank that does not ask.
+        Not collective."""
+        return None if self._servers is None else (self._servers.needs.probe, self._servers.canaries())
 
     def close(self) -> None:
         """Let go of the servers. Idempotent, not collective."""

@@ -158,7 +158,18 @@ class TopKSignal:
         return (self.logprobs < torch.inf).all()
 
 
-Signal = HiddenSignal | TopKSignal
+@dataclass(frozen=True)
+class NoSignal:
+    """Of a run without a teacher."""
+
+    def __getitem__(self, rows: slice) -> NoSignal:
+        return self
+
+    def is_finite(self) -> torch.Tensor:
+        return torch.ones((), dtype=torch.bool)
+
+
+Signal = HiddenSignal | TopKSignal | NoSignal
 
 
 @dataclass(frozen=True)

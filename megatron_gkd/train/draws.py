@@ -46,8 +46,10 @@ class Draws:
 
 def draw_step(config: RunConfig, rows: Rows, step: int) -> Draw:
     """A pure function of the configuration, the data and the step."""
-    training, distillation = config.training, config.distillation
+    training = config.training
     size = training.global_batch_size
     indices = rows.indices(training.seed, step * size, size, shuffle=config.data.shuffle)
-    sources = sample_sources(training.seed, step, size, lmbda=distillation.lmbda, seq_kd=distillation.seq_kd)
+    sources = sample_sources(
+        training.seed, step, size, lmbda=config.lmbda.at(step + 1), seq_kd=config.distillation.seq_kd
+    )
     return Draw(indices, [rows[i] for i in indices], sources)

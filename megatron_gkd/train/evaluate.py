@@ -3,8 +3,9 @@
 Means per completion token, over all rows (nats): forward KL(P||Q), reverse KL(Q||P), symmetric JSD (beta 0.5), all
 over the full vocabulary and at temperature 1 whatever the training loss is; the student's negative log-likelihood of
 the reference; and how often both models prefer the same token. A student that is evaluated alone has its likelihood
-alone: no teacher, and no prompts for it to be its own. Needs hidden-state signals; with `--gkd_logits_topk`
-the divergences are those on the teacher's top K, with the tail of `--topk_tail`, as in training.
+alone: with `--objective sft`, or without a teacher and without prompts for it to be its own. Needs hidden-state
+signals; with `--gkd_logits_topk` the divergences are those on the teacher's top K, with the tail of `--topk_tail`, as
+in training.
 
 The rows are walked in batches of the training batch size, through the same schedules as training; only the last
 batch may be smaller.
@@ -33,6 +34,7 @@ from megatron_gkd.train.objective import DistillationLoss, Outcome
 from megatron_gkd.train.plans import evaluation_plans
 from megatron_gkd.train.setup import Run, TeacherRun, build, join, with_dtype
 from megatron_gkd.train.step import add_reports, forward_step_with, reduce_reports, student_batches, teacher_signals
+from megatron_gkd.train.supervised import SupervisedLoss
 from megatron_gkd.train.teacher_ranks import serve_evaluation
 
 logger = get_logger(__name__)
@@ -54,11 +56,17 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
         run.teacher.close()
         return {}
     assert run.eval_rows is not None, "RunConfig.validate refuses an evaluation without --eval_dataset"
-    values = evaluate(run, run.eval_rows)
+    values, generated = evaluate(run, run.eval_rows), {}
+    if run.generation is not None and run.engines is not None:
+        try:
+            generated = run.generation.measure(0)
+        finally:
+            run.engines.close()
     run.teacher.close()
     if teaches_nothing(config, run.eval_rows):
         logger.info("no teacher is given, and no row has a teacher_prompt: the likelihood of the text alone")
         values = {name: values[name] for name in ("nll", "num_tokens")}
+    values |= generated
     if run.is_writer:
         width = max(map(len, values))
         print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in values.items()), flush=True)
@@ -93,12 +101,12 @@ def evaluate(run: Run, rows: Rows) -> dict[str, float]:
 class HeldOut:
     """The objective of evaluation: the numbers of the module docstring, in chunks of tokens; nothing is minimised."""
 
-    def __init__(self, training: DistillationLoss) -> None:
-        """Args: training: knows the teacher's side and how the two models are compared."""
+    def __init__(self, training: DistillationLoss | SupervisedLoss) -> None:
+        """Args: training: knows the teacher's side, if there is one, and how the two models are compared."""
         self._training = training
 
     def names(self) -> tuple[str, ...]:
-        return (*DIVERGENCES, "nll", "agreement")
+        return (*DIVERGENCES, "nll", "agreement") if isinstance(self._training, DistillationLoss) else ("nll",)
 
     @torch.no_grad()
     def __call__(self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Outcome:
@@ -111,7 +119,7 @@ class HeldOut:
                 totals[name] = totals[name] + values.double().sum()
         num_tokens = torch.tensor(sum(batch.lengths), dtype=torch.int, device=rows.device)
         report = {name: torch.stack([total, num_tokens.double()]) for name, total in totals.items()}
-        return totals["forward_kl"], num_tokens, report
+        return totals["nll"], num_tokens, report
 
     def measure(
         self, model: HiddenStateGPTModel, rows: torch.Tensor, labels: torch.Tensor, signal: Signal
@@ -119,6 +127,8 @@ class HeldOut:
         """Per-token values [C]."""
         training = self._training
         logits = torch.nn.functional.linear(rows, model.head_weight())
-        values, agreement = training.compare(logits, training.teacher_side(signal), DIVERGENCES.values())
         nll = vocab_parallel_cross_entropy(logits, labels, tp_group=training.tp_group, vocab_size=training.vocab_size)
+        if isinstance(training, SupervisedLoss):
+            return {"nll": nll}
+        values, agreement = training.compare(logits, training.teacher_side(signal), DIVERGENCES.values())
         return dict(zip(self.names(), [*values, nll, agreement], strict=True))

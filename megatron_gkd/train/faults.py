@@ -29,7 +29,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
+from megatron_gkd.config.servers import LocalTeacher, NoTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.errors import GKDError, TrainingError
 from megatron_gkd.observe.advice import go_on
@@ -104,7 +104,7 @@ class BadSteps:
                 flag = f"--teacher_model_server {', '.join(kind.urls)}"
             case LocalTeacher(path):
                 flag = f"--teacher_model {path}"
-            case SelfTeaching():
+            case SelfTeaching() | NoTeacher():
                 return None
         if found is None:
             return None

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
+from megatron_gkd.config.servers import LocalTeacher, NoTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.data.chat import ChatEncoder, check_same_tokenizer, load_tokenizer
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Rows
@@ -59,7 +59,7 @@ class Inputs:
     rows: Rows | None  # None for an evaluation alone
     eval_rows: Rows | None
     clock: Clock  # what chat templates are told
-    stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation alone
+    stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation that samples none
 
     @property
     def separate(self) -> bool:
@@ -82,7 +82,8 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     """Read and check (see the module docstring): on all ranks, or an error on all. Collective over the world."""
     models = all_or_none(lambda: _models(config, world_size))
     _, _, student_layout, _, tokenizer, vocab_size = models
-    stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if with_training_data else ())
+    samples = with_training_data or config.generates
+    stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if samples else ())
     clock = run_clock(config)
     if seen := clock.time_variables(tokenizer.chat_template):
         logger.info("the chat template is told the time, in this run and where it is resumed: %s", ", ".join(seen))
@@ -141,7 +142,9 @@ def _stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[in
 def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, eval_rows: Rows | None) -> None:
     """Whether the rows are such as the run needs, and its batch fits the layout."""
     if rows is not None:
-        rows.check_sources(lmbda=config.distillation.lmbda, seq_kd=config.distillation.seq_kd)
+        if isinstance(config.teacher.kind, NoTeacher):
+            rows.require_completions("--objective sft")
+        rows.check_sources(lmbda=config.lmbda.least, seq_kd=config.distillation.seq_kd)
         check_batch(config, student_layout)
         check_warmup(config, config.training.num_steps(len(rows)))
     if eval_rows is not None:
@@ -183,10 +186,10 @@ def _vocabulary(
 def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows:
     data, world = config.data, dist.group.WORLD
     assert world is not None
-    samples = config.distillation.lmbda > 0 or config.distillation.samples_teacher
+    samples = config.lmbda.most > 0 or config.distillation.samples_teacher
     options: dict[str, Any] = dict(
         max_length=data.max_length,
-        max_completion_length=config.sampling.max_completion_length if samples else None,
+        max_completion_length=round(config.schedule("max_completion_length").most) if samples else None,
         on_bad_row=data.on_bad_row,
         overlong=data.overlong,
         tag_key=config.teacher.teacher_tag_key,
@@ -211,7 +214,7 @@ def teaches_nothing(config: RunConfig, rows: Rows) -> bool:
 
 def _needs_completions(config: RunConfig) -> bool:
     """Whether a step may take a completion from the data set."""
-    return config.distillation.lmbda < 1 and not config.distillation.seq_kd
+    return config.lmbda.least < 1 and not config.distillation.seq_kd
 
 
 def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows | None:

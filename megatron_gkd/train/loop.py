@@ -21,11 +21,12 @@ import torch.distributed as dist
 from megatron_gkd.config.flags import to_yaml
 from megatron_gkd.config.no_effect import describe, without_effect
 from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import NoTeacher
 from megatron_gkd.errors import RunStoppedError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
-from megatron_gkd.observe.progress import Progress
-from megatron_gkd.observe.timers import Timers
+from megatron_gkd.observe.progress import Progress, took
+from megatron_gkd.observe.timers import PHASES, Timers, phases_of
 from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, explain_write_errors, open_trackers
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.records import StepPlan
@@ -36,6 +37,7 @@ from megatron_gkd.train.export_record import check_replaceable
 from megatron_gkd.train.exporting import export, measure_export, warn_of_rounding
 from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
 from megatron_gkd.train.garbage import Garbage
+from megatron_gkd.train.health import Health
 from megatron_gkd.train.preflight import refuse_earlier_run
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import begin, open_checkpoints
@@ -46,6 +48,7 @@ from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
 from megatron_gkd.train.student import StepResult
 from megatron_gkd.train.teacher_ranks import TeacherPart
 from megatron_gkd.train.timeline import carry_out
+from megatron_gkd.train.token_probe import MARKS
 from megatron_gkd.weights.hf_writer import check_destination
 
 logger = get_logger(__name__)
@@ -98,6 +101,7 @@ class StudentPart:
         self._signals = StopSignals()
         self._agreement = StopAgreement() if run.config.teacher.teacher_placement == "separate" else None
         self._bad_steps = BadSteps(run, self._run_dir, state)
+        self._health = Health(run.config, vocab_size=run.loss.vocab_size, done_steps=state.step, tells=run.is_writer)
         self._spikes = LossSpikes(run.config.logging.loss_spike_factor)
         self._replicas = Replicas(run.student, run.config.parallel.check_replicas_steps)
         self.checkpoints = open_checkpoints(run)
@@ -111,7 +115,7 @@ class StudentPart:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for held in (self.run.teacher, self.run.rollouts, self.run.teacher_samples):
+        for held in (self.run.teacher, self.run.engines, self.run.teacher_samples):
             if held is not None:
                 held.close()
         if kind is None or kind is RunStoppedError:
@@ -131,7 +135,8 @@ class StudentPart:
         run, start_s = self.run, time.perf_counter()
         timers = Timers(synchronize=run.platform.synchronize)
         assert run.plans is not None
-        plan = run.plans.plan(step - 1)
+        with timers.phase("plan"):
+            plan = run.plans.plan(step - 1)
         metrics = Metrics([*run.loss.names(), "signal_bytes", "stop_requests"])
 
         def loss_is_finite(reports: list[Any], num_bytes: int) -> bool:
@@ -139,6 +144,7 @@ class StudentPart:
             metrics.add("signal_bytes", num_bytes, 1)
             metrics.add("stop_requests", float(self._signals.received is not None), 1)
             reduce_reports(metrics, run.student, run.platform.device)
+            self._health.check(step, metrics, {} if run.rollouts is None else run.rollouts.metrics)
             return math.isfinite(metrics.sums()["loss"])
 
         result, _ = distill(
@@ -148,7 +154,7 @@ class StudentPart:
             plan,
             device=run.platform.device,
             timers=timers,
-            meanwhile=lambda: self._ask_ahead(step + 1),
+            meanwhile=lambda: self._ask_ahead(step + 1, timers),
             loss_is_finite=loss_is_finite,
         )
         loads = run.student.routers.loads(run.platform.device)
@@ -161,13 +167,14 @@ class StudentPart:
         self._garbage.after_step(step)
         return stop
 
-    def _ask_ahead(self, step: int) -> None:
+    def _ask_ahead(self, step: int, timers: Timers) -> None:
         """Let teacher servers work on a later step's samples already, where these are known. Not collective."""
         prefetch, plans = self.run.taught.prefetch, self.run.plans
         if prefetch is None or plans is None or step > self.run.train_iters:
             return
-        if (plan := plans.plan_ahead(step - 1)) is not None:
-            prefetch(plan)
+        with timers.phase("plan"):
+            if (plan := plans.plan_ahead(step - 1)) is not None:
+                prefetch(plan)
 
     def _account(
         self,
@@ -196,7 +203,7 @@ class StudentPart:
         )
         if step % run.config.logging.logging_steps and step != run.train_iters:
             return
-        left_out = ("num_samples", "signal_bytes", "stop_requests")
+        left_out = ("num_samples", "signal_bytes", "stop_requests", *MARKS)
         values = {name: value for name, value in means.items() if not name.endswith(left_out)}
         values |= {name: value for name, value in sums.items() if name.endswith("num_samples")}
         values |= {
@@ -209,30 +216,42 @@ class StudentPart:
             "consumed_samples": self._state.consumed_samples,
             "bad_steps": self._state.bad_steps,
             **loads,
-            **timers.seconds(),
+            **_scheduled(run, plan),
             **({} if run.rollouts is None else run.rollouts.metrics),
             **({} if run.teacher_samples is None else run.teacher_samples.metrics),
         }
+        waited = [values.get("rollout_s", 0.0), values.get("teacher_samples_s", 0.0)]
+        values |= phases_of(step_time_s, timers.seconds(), within_plan=waited)
         self._writers.metrics(step, values)
         assert self._progress is not None
-        self._progress.update(step, loss=means.get("loss"), tokens_per_step=num_tokens)
+        self._progress.update(
+            step,
+            loss=means.get("loss"),
+            tokens_per_step=num_tokens,
+            length=num_tokens / len(plan.samples),
+            phases={name: values.get(f"{name}_s", 0.0) for name in PHASES},
+        )
 
     def evaluate(self, step: int) -> None:
-        run = self.run
+        run, start_s = self.run, time.perf_counter()
         assert run.eval_rows is not None
         self._evaluation = values = evaluate(run, run.eval_rows)
         if 0 < step <= self._done_steps:
             return  # an earlier start has recorded it
+        if run.generation is not None:
+            values = values | run.generation.measure(step)
         self._writers.evaluation(step, values)
         if run.is_writer:
             text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            logger.info("step %d, held-out: %s", step, text)
+            logger.info("step %d, held-out: %s%s", step, text, took(time.perf_counter() - start_s))
             if (problem := not_finite(values)) is not None:
                 logger.warning("step %d, held-out: %s", step, problem)
 
     def save(self, step: int) -> None:
-        rollouts = None if self.run.rollouts is None else self.run.rollouts.state()
+        start_s, rollouts = time.perf_counter(), None if self.run.rollouts is None else self.run.rollouts.state()
         self.checkpoints.save(self.run.student, self._state, rollouts=rollouts)
+        if self.run.is_writer and (seconds := took(time.perf_counter() - start_s)):
+            logger.info("step %d: saved%s", step, seconds)
 
     def stopped(self, step: int) -> RunStoppedError:
         return stopped(step, self.run.config.checkpoint.save, self._signals.received)
@@ -246,6 +265,19 @@ class StudentPart:
 
     def measure_export(self) -> None:
         measure_export(self.run, self._run_dir, self._record, trained=self._evaluation)
+
+
+def _scheduled(run: Run, plan: StepPlan) -> dict[str, float]:
+    """What the step's values were, of those that are in force."""
+    values = plan.values
+    assert values is not None, "StepPlans gives them"
+    found: dict[str, float] = {}
+    if not isinstance(run.config.teacher.kind, NoTeacher):
+        found |= {"schedule/beta": values.beta, "schedule/lmbda": values.lmbda}
+    if run.rollouts is not None:
+        found |= {"schedule/temperature": values.temperature}
+        found |= {"schedule/max_completion_length": values.max_completion_length}
+    return found
 
 
 def _warn_of_a_low_peak(run: Run) -> None:

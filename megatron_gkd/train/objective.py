@@ -2,8 +2,8 @@
 
 An `Objective` sees one micro-batch at a time and divides nothing: megatron-core divides the summed gradient once, by
 the number of loss tokens of the global batch. Its report is a dict of `[2]` float64 tensors (sum, count); what a
-micro-batch has none of counts 0. Training minimises `DistillationLoss`; evaluation has an objective of its own
-(evaluate.py).
+micro-batch has none of counts 0. Training minimises `DistillationLoss`, or without a teacher the cross entropy alone
+(supervised.py); evaluation has an objective of its own (evaluate.py).
 
     loss_sum = sum_t D(P_t, Q_t)  +  sft_alpha * sum_{t: source != student} CE(y_t, Q_t)      over the T loss tokens,
     in nats
@@ -14,8 +14,9 @@ divergence. An empty micro-batch (T = 0) gives 0 with a graph.
 Two paths, equal results: `fused` (default) never holds logits of the micro-batch; `logits` does, [T, V/tp] of
 student and teacher, and is the one to read first or to debug with.
 
-Communication, over the student's TP group: that of the divergence, and one sum of the gradient of the T hidden
-states in the backward (under sequence parallelism the reduce-scatter of `head_input` does it).
+Communication, over the student's TP group: that of the divergence and of the probe tokens (token_probe.py), and one
+sum of the gradient of the T hidden states in the backward (under sequence parallelism the reduce-scatter of
+`head_input` does it).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch.nn.functional import linear
 
 from megatron_gkd.config.run import DistillationConfig
+from megatron_gkd.config.schedules import read_schedule
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.fused_linear_jsd import HiddenTeacher, TokenLosses, TopKTeacher, fused_linear_distill
 from megatron_gkd.loss.divergence import Divergence
@@ -35,9 +37,10 @@ from megatron_gkd.loss.vocab_cross_entropy import vocab_parallel_cross_entropy
 from megatron_gkd.loss.vocab_topk import vocab_parallel_argmax
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import select_loss_tokens
-from megatron_gkd.records import SOURCES
-from megatron_gkd.teacher.signals import HiddenSignal, Signal, TopKSignal
+from megatron_gkd.records import SOURCES, StepPlan
+from megatron_gkd.teacher.signals import HiddenSignal, NoSignal, Signal, TopKSignal
 from megatron_gkd.topk_jsd import topk_divergence, topk_masses
+from megatron_gkd.train.token_probe import NAMES, TokenProbe
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_divergence
 
 Report = dict[str, torch.Tensor]
@@ -52,6 +55,31 @@ class Objective(Protocol):
 
     def __call__(self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Outcome:
         """Of one micro-batch. Args: hidden: [S(/tp), B, H], output of the last stage."""
+
+
+class TrainingObjective(Objective, Protocol):
+    """What is minimised."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """Before the micro-batches of a plan: take its values. Not collective."""
+
+
+class SampleLosses:
+    """The loss of each sample, as this rank last computed it. Nothing is synchronised before it is asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def note(self, batch: MicroBatch, per_token: torch.Tensor) -> None:
+        """Keep the sums over each sample's tokens. Args: per_token: [T]."""
+        sums = per_token.new_zeros(len(batch.positions))
+        sums.index_add_(0, batch.loss_sample.to(per_token.device), per_token)
+        self._sums.update((position, (sums, index)) for index, position in enumerate(batch.positions))
+
+    def of(self, positions: Iterable[int]) -> dict[int, float]:
+        """By position in the global batch; without those that were never computed. Waits for the device."""
+        found = {position: self._sums[position] for position in positions if position in self._sums}
+        return {position: float(sums[index]) for position, (sums, index) in found.items()}
 
 
 class DistillationLoss:
@@ -73,16 +101,24 @@ class DistillationLoss:
                 with top-K signals. It must carry no graph.
         """
         self.distillation, self.tp_group, self.vocab_size = distillation, tp_group, vocab_size
-        self.divergence = Divergence(distillation.beta, distillation.loss_temperature)
+        self.divergence = self._divergence(read_schedule("beta", distillation.beta).at(1))
         self._teacher_head = teacher_head
-        self._sample_losses: dict[int, tuple[torch.Tensor, int]] = {}
+        self._sample_losses = SampleLosses()
+        self._probe = TokenProbe(tp_group=tp_group, vocab_size=vocab_size)
         self._signal_is_finite: dict[int, torch.Tensor] = {}
+
+    def begin(self, plan: StepPlan) -> None:
+        """See TrainingObjective."""
+        if plan.values is not None:
+            self.divergence = self._divergence(plan.values.beta)
+
+    def _divergence(self, beta: float) -> Divergence:
+        return Divergence(beta, self.distillation.loss_temperature)
 
     def sample_losses(self, positions: Iterable[int]) -> dict[int, float]:
         """Sum of the loss of each of these samples, by position in the global batch, as this rank last computed it;
         without those that it never did. Waits for the device."""
-        found = {position: self._sample_losses[position] for position in positions if position in self._sample_losses}
-        return {position: float(sums[index]) for position, (sums, index) in found.items()}
+        return self._sample_losses.of(positions)
 
     def teacher_problem(self, positions: Iterable[int]) -> str | None:
         """What of the teacher's is not finite, as this rank last met it with these samples; None: nothing. Waits for
@@ -105,25 +141,28 @@ class DistillationLoss:
             *("loss", "divergence", "agreement"),
             *(("cross_entropy",) if distillation.sft_alpha else ()),
             *(("teacher_mass", "student_mass") if distillation.gkd_logits_topk else ()),
+            *NAMES,
             *(f"source/{source}/{what}" for source in SOURCES for what in ("loss", "agreement", "num_samples")),
         )
 
     def __call__(self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Outcome:
         rows = select_loss_tokens(model.head_input(hidden), batch)
-        sample_source, loss_sample = batch.sample_source.to(rows.device), batch.loss_sample.to(rows.device)
-        token_source = sample_source[loss_sample]
+        sample_source = batch.sample_source.to(rows.device)
+        token_source = sample_source[batch.loss_sample.to(rows.device)]
         supervised = (token_source != SOURCES.index("student")).float()
         compute = self._fused if self.distillation.fuse_loss else self._from_logits
-        losses = compute(model, rows, batch.labels.to(rows.device), self.teacher_side(signal), supervised)
+        labels, teacher = batch.labels.to(rows.device), self.teacher_side(signal)
+        losses = compute(model, rows, labels, teacher, supervised)
         num_tokens = torch.tensor(sum(batch.lengths), dtype=torch.int, device=rows.device)
         per_token = losses.per_token
         if losses.cross_entropy is not None:
             per_token = per_token + self.distillation.sft_alpha * losses.cross_entropy * supervised
-        sums = per_token.new_zeros(len(batch.positions)).index_add_(0, loss_sample, per_token)
-        self._sample_losses.update((position, (sums, i)) for i, position in enumerate(batch.positions))
+        self._sample_losses.note(batch, per_token)
         self._signal_is_finite.update(dict.fromkeys(batch.positions, signal.is_finite()))
         counted = sample_source[: len(sample_source) if batch.counts_samples else 0]
-        return losses.loss_sum, num_tokens, _report(losses, num_tokens, supervised, token_source, counted)
+        report = _report(losses, num_tokens, supervised, token_source, counted)
+        report |= self._probe(rows, model.head_weight(), labels, teacher, batch)
+        return losses.loss_sum, num_tokens, report
 
     def _fused(
         self,
@@ -171,6 +210,8 @@ class DistillationLoss:
                 return HiddenTeacher(hidden, head)
             case TopKSignal(logprobs, indices):
                 return TopKTeacher(logprobs, indices, self.distillation.topk_tail)
+            case NoSignal():
+                raise AssertionError("a run without a teacher has another objective")
 
     def compare(
         self, logits: torch.Tensor, teacher: HiddenTeacher | TopKTeacher, divergences: Iterable[Divergence]

@@ -10,6 +10,7 @@ ranks, and, where the teacher has ranks of its own, go from the first rank to al
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -42,6 +43,7 @@ class StepPlans:
         rollouts: Rollouts | None = None,
         teacher_samples: TeacherSamples | None = None,
         everyone: dist.ProcessGroup | None = None,
+        teacher: str = "",
     ) -> None:
         """Keep what all steps share.
 
@@ -49,14 +51,16 @@ class StepPlans:
             rollouts: on the student's ranks, where it samples.
             teacher_samples: on all ranks, where the teacher samples.
             everyone: all ranks, where some have no student and it samples: they are told the completions.
+            teacher: who it is (teacher_identity.py), for checkpoints.
         """
         self._inputs, self._draws, self._everyone = inputs, inputs.draws, everyone
-        self.rollouts, self.teacher_samples = rollouts, teacher_samples
+        self.rollouts, self.teacher_samples, self._teacher = rollouts, teacher_samples, teacher
 
     def before_training(self, student: Architecture) -> TrainerState:
         """The state that a run without a checkpoint begins with, and that a checkpoint's is held against."""
         sharded = self._inputs.config.parallel.use_distributed_optimizer
-        return TrainerState(0, 0, self._draws.rows.fingerprint(), repr(student), sharded, clock=self._inputs.clock.time)
+        rows, clock = self._draws.rows.fingerprint(), self._inputs.clock.time
+        return TrainerState(0, 0, rows, repr(student), sharded, teacher=self._teacher, clock=clock)
 
     def requests(self, step: int) -> list[Request]:
         """What is asked of the sampling engines for a step."""
@@ -65,7 +69,7 @@ class StepPlans:
             {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
             run_seed=config.training.seed,
             step=step,
-            max_completion_length=config.sampling.max_completion_length,
+            max_completion_length=config.values_at(step + 1).max_completion_length,
             max_length=config.data.max_length,
             max_model_len=engine_length(config, self._inputs.student_arch),
         )
@@ -87,7 +91,7 @@ class StepPlans:
         config, training = self._inputs.config, self._inputs.config.training
         indices, rows, sources = self._draws[step]
         samples = make_samples(indices, rows, sources, sampled=sampled)
-        return plan_step(
+        plan = plan_step(
             step,
             samples,
             data_parallel_size=self._inputs.student_layout.data,
@@ -99,6 +103,7 @@ class StepPlans:
             max_tokens=max_tokens(config, self._inputs.student_layout),
             multiple_of=self._inputs.student_layout.row_multiple,
         )
+        return replace(plan, values=config.values_at(step + 1))
 
     def _completions(self, step: int) -> dict[int, Sampled]:
         sampled: dict[int, Sampled] = {}

@@ -22,7 +22,7 @@ from megatron_gkd.config.not_built import Command
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.sample import SampleConfig
 from megatron_gkd.config.schema import Section
-from megatron_gkd.config.servers import LocalTeacher
+from megatron_gkd.config.servers import LocalTeacher, NoTeacher
 from megatron_gkd.data.files import check_supported
 from megatron_gkd.errors import CheckpointError, ConfigError, GKDError, NotBuiltError
 from megatron_gkd.observe.advice import go_on
@@ -134,4 +134,5 @@ def run_preflight(asked: CheckTrainConfig, config: RunConfig) -> None:
                 check_fit(flag, arch, layout)
             except GKDError as error:
                 raise type(error)(f"--{flag}: {str(error).removeprefix(f'--{flag}: ')}") from error
-    print(f"fits {asked.world_size} ranks: student {student.describe()}; teacher {teacher.describe()}", flush=True)
+    of_teacher = "none" if isinstance(config.teacher.kind, NoTeacher) else teacher.describe()
+    print(f"fits {asked.world_size} ranks: student {student.describe()}; teacher {of_teacher}", flush=True)

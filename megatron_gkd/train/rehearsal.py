@@ -171,7 +171,7 @@ class _Parts:
             distill(
                 self.student,
                 self.teacher,
-                _Counted(self.loss, counter),
+                _Counted(self.loss, counter),  # type: ignore[arg-type]
                 plan,
                 device=torch.device("cpu"),
                 timers=_Phases(counter),  # type: ignore[arg-type]
@@ -211,6 +211,9 @@ class _Counted:
 
     def __init__(self, loss: DistillationLoss, counter: AllocationCounter) -> None:
         self._loss, self._counter = loss, counter
+
+    def begin(self, plan: StepPlan) -> None:
+        self._loss.begin(plan)
 
     def names(self) -> tuple[str, ...]:
         return self._loss.names()

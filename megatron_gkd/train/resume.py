@@ -58,7 +58,8 @@ def resume(run: Run | TeacherRun) -> TrainerState:
         with_optimizer=not config.checkpoint.no_load_optim,
         with_rng=not config.checkpoint.no_load_rng,
     )
-    state = replace(state, clock=beginning.clock)  # the checkpoint's, where it has one
+    # The clock is the checkpoint's, where it has one; the teacher is the one that is allowed to go on.
+    state = replace(state, clock=beginning.clock, teacher=beginning.teacher)
     if isinstance(run, Run) and run.rollouts is not None:
         run.rollouts.load_state(read_rollouts(checkpoint))
     if dist.get_rank() == 0:

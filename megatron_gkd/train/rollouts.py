@@ -19,14 +19,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from megatron_gkd.errors import CheckpointError, RolloutError
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.observe.progress import took
 from megatron_gkd.parallel.together import InThread
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
 
 RequestsOf = Callable[[int], list[Request]]  # step -> its requests, keyed by position in the global batch
+logger = get_logger(__name__)
+_RUN: Final = 4  # tokens
+SettingsOf = Callable[[int], SamplingSettings]  # step -> how it is sampled
 
 
 class Rollouts:
@@ -35,7 +42,7 @@ class Rollouts:
     def __init__(
         self,
         bridge: RolloutBridge,
-        settings: SamplingSettings,
+        settings_of: SettingsOf,
         *,
         vocab_size: int,
         train_iters: int,
@@ -43,10 +50,11 @@ class Rollouts:
         lag: int = 0,
     ) -> None:
         assert steps_per_generation == 1 or lag == 0, "RunConfig.validate refuses the combination"
-        self._bridge, self._settings, self._train_iters = bridge, settings, train_iters
+        self._bridge, self._settings_of, self._train_iters = bridge, settings_of, train_iters
         self._window, self._lag, self._vocab_size = steps_per_generation, lag, vocab_size
         self._pending: dict[int, dict[int, Completion]] = {}  # step -> position -> completion
         self._under_way: _UnderWay | None = None
+        self._has_pushed = False
         self.metrics: dict[str, float] = {}
         """What the last `for_step` did: seconds of its phases, lengths and ends of its completions, their age."""
 
@@ -56,15 +64,9 @@ class Rollouts:
         start_s = time.perf_counter()
         self.finish()
         if step not in self._pending:
-            self._push(step)
-            self._sample(range(step, min(step + self._window, self._train_iters)), requests_of)
-            self._bridge.sleep()
+            self._sample_window(step, requests_of)
         if self._lag and step + 1 < self._train_iters and step + 1 not in self._pending:
-            if self._bridge.version != step:
-                self._push(step)
-            requests = requests_of(step + 1)
-            sampling = InThread(lambda: self._bridge.generate(requests, self._settings), f"rollout of step {step + 2}")
-            self._under_way = _UnderWay(step + 1, requests, sampling)
+            self._begin_next(step, requests_of(step + 1))
         completions = self._pending.pop(step)
         for completion in completions.values():
             if max(completion.token_ids) >= self._vocab_size:
@@ -87,6 +89,17 @@ class Rollouts:
         """Completions of a later step that are there already, and stay there; None where it is not sampled yet. Not
         collective."""
         return self._pending.get(step)
+
+    def sample_apart(
+        self, version: int, requests: Sequence[Request], settings: SamplingSettings
+    ) -> dict[int, Completion]:
+        """Completions that no step trains on, by the student's weights as they are, `version` updates. What is being
+        sampled for a step is waited for, and kept."""
+        self.finish()
+        self._push(version)
+        completions = self._bridge.sample(requests, settings)
+        self._bridge.sleep()
+        return completions
 
     def finish(self) -> None:
         """Wait for what is being sampled beside the training, if anything is."""
@@ -125,25 +138,55 @@ class Rollouts:
             raise CheckpointError(f"the checkpoint's pending completions cannot be read: {error!r}") from error
 
     def _push(self, version: int) -> None:
-        push = self._bridge.push(version)
+        push, self._has_pushed = self._bridge.push(version), True
+        if seconds := took(push.gather_s + push.load_s):
+            logger.info("the weights after %d updates reached the engines%s", version, seconds)
         self.metrics |= {"push_gather_s": push.gather_s, "push_load_s": push.load_s, "push_attempts": push.attempts}
 
-    def _sample(self, steps: range, requests_of: RequestsOf) -> None:
-        """All requests of the steps at once, under keys of their own."""
+    def _sample_window(self, step: int, requests_of: RequestsOf) -> None:
+        """A step and those that are sampled with it. Where nothing is asked for (--lmbda 0 so far), nothing is pushed
+        either, but for the first time: whether the engines hold the student's weights is found out at the start."""
+        steps = range(step, min(step + self._window, self._train_iters))
+        asked = {each: requests_of(each) for each in steps}
+        self._pending |= {each: {} for each in steps}
+        if not any(asked.values()) and self._has_pushed:
+            return
+        self._push(step)
         start_s = time.perf_counter()
+        by_settings: dict[SamplingSettings, list[int]] = {}
+        for each in steps:
+            by_settings.setdefault(self._settings_of(each), []).append(each)
+        for settings, group in by_settings.items():
+            if of_group := {each: asked[each] for each in group if asked[each]}:
+                self._sample(of_group, settings)
+        if any(asked.values()):
+            self.metrics["sample_s"] = time.perf_counter() - start_s
+        self._bridge.sleep()
+
+    def _sample(self, asked: Mapping[int, Sequence[Request]], settings: SamplingSettings) -> None:
+        """All requests of the steps at once, under keys of their own."""
         requests: list[Request] = []
         origin: list[tuple[int, int]] = []  # key -> step, position
-        for step in steps:
-            self._pending[step] = {}
-            for request in requests_of(step):
+        for step, of_step in asked.items():
+            for request in of_step:
                 origin.append((step, request.key))
                 requests.append(Request(len(requests), request.prompt_ids, request.max_tokens, request.seed))
-        for key, completion in self._bridge.sample(requests, self._settings).items():
+        for key, completion in self._bridge.sample(requests, settings).items():
             step, position = origin[key]
             self._pending[step][position] = Completion(
                 position, completion.token_ids, completion.logprobs, completion.finish_reason, completion.version
             )
-        self.metrics["sample_s"] = time.perf_counter() - start_s
+
+    def _begin_next(self, step: int, requests: Sequence[Request]) -> None:
+        """Sample the next step in a thread, with the weights before this one."""
+        if not requests:
+            self._pending[step + 1] = {}
+            return
+        if self._bridge.version != step:
+            self._push(step)
+        settings = self._settings_of(step + 1)
+        sampling = InThread(lambda: self._bridge.generate(requests, settings), f"rollout of step {step + 2}")
+        self._under_way = _UnderWay(step + 1, requests, sampling)
 
     def _describe(self, step: int, completions: Mapping[int, Completion]) -> None:
         if not completions:
@@ -157,9 +200,21 @@ class Rollouts:
             # The stop token alone: nothing was said.
             "rollout/empty": sum(c.finish_reason == "stop" and len(c.token_ids) == 1 for c in completions.values())
             / count,
+            "rollout/repeated": sum(repeated_share(c.token_ids) for c in completions.values()) / count,
             "rollout/mean_logprob": sum(sum(c.logprobs) for c in completions.values()) / sum(lengths),
             "rollout/version_lag": step - min(c.version for c in completions.values()),
         }
+
+
+def repeated_share(token_ids: Sequence[int]) -> float:
+    """Of the runs of 4 tokens in a completion those that stood in it before; 0 for one that has none."""
+    if len(token_ids) < _RUN:
+        return 0.0
+    ids = np.asarray(token_ids, dtype=np.uint64)
+    runs = np.zeros(len(ids) - _RUN + 1, dtype=np.uint64)
+    for start in range(_RUN):  # a hash modulo 2^64: two runs that share one are not worth a thought
+        runs = runs * np.uint64(0x9E3779B97F4A7C15) + ids[start : start + len(runs)]
+    return 1.0 - len(np.unique(runs)) / len(runs)
 
 
 class _UnderWay(NamedTuple):

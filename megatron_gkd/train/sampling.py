@@ -33,12 +33,14 @@ def engine_length(config: RunConfig, arch: Architecture) -> int:
     return min(config.sampling.vllm_max_model_len or config.data.max_length, arch.max_position_embeddings)
 
 
-def check_servers(inputs: Inputs, rows: Rows) -> None:
-    """Before a weight is read: whether prompts leave room, and whether servers that run are such as the run needs. What
-    the first rank finds wrong with a server is raised on all. Collective over the world."""
+def check_servers(inputs: Inputs, rows: Rows | None) -> None:
+    """Before a weight is read: whether prompts (of `rows`, where they are sampled from) leave room, and whether servers
+    that run are such as the run needs. What the first rank finds wrong with a server is raised on all. Collective over
+    the world."""
     config, arch = inputs.config, inputs.student_arch
     sampling, length = config.sampling, engine_length(config, arch)
-    check_prompts(rows, length)
+    if rows is not None:
+        check_prompts(rows, length)
     if sampling.vllm_mode == "server":
         on_first(
             lambda: probe_servers(
@@ -69,18 +71,21 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
         ),
         verify_every=sampling.verify_sync_every,
     )
-    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, inputs.stop_ids)
-    logger.info(
-        "sampling: %d engine(s), %s; stop tokens %s", local.num_engines, sampling.vllm_mode, settings.stop_token_ids
-    )
+    logger.info("sampling: %d engine(s), %s; stop tokens %s", local.num_engines, sampling.vllm_mode, inputs.stop_ids)
     return Rollouts(
         bridge,
-        settings,
+        lambda step: step_settings(inputs, step),
         vocab_size=inputs.vocab_size,
         train_iters=student.train_iters,
         steps_per_generation=sampling.steps_per_generation,
         lag=sampling.rollout_lag,
     )
+
+
+def step_settings(inputs: Inputs, step: int) -> SamplingSettings:
+    """How the completions of a step are drawn; steps are counted from 0."""
+    sampling, temperature = inputs.config.sampling, inputs.config.values_at(step + 1).temperature
+    return SamplingSettings(temperature, sampling.top_p, sampling.top_k, inputs.stop_ids)
 
 
 def probes(rows: Rows, max_model_len: int) -> list[Sequence[int]]:

@@ -17,6 +17,7 @@ from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import chosen
 from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import NoTeacher
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.model.levers import optimizer_options, student_options
 from megatron_gkd.observe.logging import get_logger
@@ -27,12 +28,15 @@ from megatron_gkd.teacher.completions import TeacherSamples
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
 from megatron_gkd.train.alike import row_facts, start_facts
 from megatron_gkd.train.checkpoint.rng import seed_tracker
+from megatron_gkd.train.generate import Generation, held_out_rows, read_prompts
 from megatron_gkd.train.inputs import Inputs, read_inputs
 from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.plans import StepPlans
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import build_rollouts, check_servers
 from megatron_gkd.train.student import Student
+from megatron_gkd.train.supervised import SupervisedLoss
+from megatron_gkd.train.teacher_identity import identity_of
 from megatron_gkd.train.teacher_sampling import build_teacher_samples
 from megatron_gkd.train.teachers import Taught, reach
 from megatron_gkd.weights.source import ModelSource
@@ -49,10 +53,12 @@ class Run:
     architecture: Architecture  # the student's
     student: Student
     taught: Taught
-    loss: DistillationLoss
+    loss: DistillationLoss | SupervisedLoss
     plans: StepPlans | None  # None for an evaluation alone
     eval_rows: Rows | None
-    stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation alone
+    stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation that samples none
+    engines: Rollouts | None = None  # that sample from the student, in steps or in evaluations
+    generation: Generation | None = None  # --eval_generate
 
     @property
     def teacher(self) -> Teacher:
@@ -134,9 +140,10 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     here = inputs.student_layout.holds(dist.get_rank())
     # Servers and the teacher's engine come first: an error within seconds, and the devices' memory is free.
     reached = reach(inputs, where)
-    rows, samples = inputs.rows, inputs.rows is not None and config.distillation.lmbda > 0
-    if rows is not None and samples:
-        check_servers(inputs, rows)
+    rows, samples = inputs.rows, inputs.rows is not None and config.lmbda.most > 0
+    prompts = read_prompts(inputs) if config.generates else None
+    if samples or prompts is not None:
+        check_servers(inputs, rows if samples else None)
     teacher_samples = None
     if rows is not None and config.distillation.samples_teacher:
         # What the first window of steps needs is sampled here.
@@ -150,19 +157,32 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     taught, arch, layout = reached.make(student), inputs.student_arch, inputs.student_layout
     if student is not None:
         logger.info("student %s, %s; teacher %s", arch.model_type, layout.describe(), reached.told)
-    rollouts = None
-    if rows is not None and samples and student is not None:
-        rollouts = build_rollouts(inputs, where, student, rows)
+    engines, generation = None, None
+    if student is not None and (samples or prompts is not None):
+        engines = build_rollouts(inputs, where, student, held_out_rows(inputs))
+        if prompts is not None:
+            generation = Generation(inputs, prompts, engines, student.groups.intra_dist_opt)
+    rollouts = engines if samples else None
     plans = None
     if rows is not None:
-        plans = StepPlans(inputs, rollouts=rollouts, teacher_samples=teacher_samples, everyone=everyone)
+        identity = identity_of(config.teacher.kind, taught.teacher)
+        plans = StepPlans(
+            inputs, rollouts=rollouts, teacher_samples=teacher_samples, everyone=everyone, teacher=identity
+        )
     if student is None:
         assert isinstance(taught.teacher, TeacherPipeline)
         return TeacherRun(config, where, arch, taught.teacher, plans, layout, inputs.eval_rows, inputs.train_iters)
-    loss = DistillationLoss(
-        config.distillation, tp_group=groups.tp, vocab_size=inputs.vocab_size, teacher_head=taught.head
-    )
-    return Run(config, where, arch, student, taught, loss, plans, inputs.eval_rows, inputs.stop_ids)
+    loss = _objective(inputs, groups, taught)
+    eval_rows, stop_ids = inputs.eval_rows, inputs.stop_ids
+    return Run(config, where, arch, student, taught, loss, plans, eval_rows, stop_ids, engines, generation)
+
+
+def _objective(inputs: Inputs, groups: ProcessGroupCollection, taught: Taught) -> DistillationLoss | SupervisedLoss:
+    """What training minimises."""
+    distillation, vocab_size = inputs.config.distillation, inputs.vocab_size
+    if isinstance(inputs.config.teacher.kind, NoTeacher):
+        return SupervisedLoss(fuse=distillation.fuse_loss, tp_group=groups.tp, vocab_size=vocab_size)
+    return DistillationLoss(distillation, tp_group=groups.tp, vocab_size=vocab_size, teacher_head=taught.head)
 
 
 def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection) -> Student:

@@ -21,7 +21,7 @@ from megatron_gkd.records import StepPlan
 from megatron_gkd.teacher.signals import SignalStore
 from megatron_gkd.teacher_pipeline import Teacher
 from megatron_gkd.train.batches import Collator
-from megatron_gkd.train.objective import Objective
+from megatron_gkd.train.objective import Objective, TrainingObjective
 from megatron_gkd.train.student import StepResult, Student
 from megatron_gkd.weights.chunks import unwrap
 
@@ -55,7 +55,7 @@ def student_batches(plan: StepPlan, student: Student) -> list[MicroBatch]:
 def distill(
     student: Student,
     teacher: Teacher,
-    objective: Objective,
+    objective: TrainingObjective,
     plan: StepPlan,
     *,
     device: torch.device,
@@ -70,6 +70,7 @@ def distill(
         loss_is_finite: decides, the same on every rank, from this rank's reports and signal bytes whether the update
             is made.
     """
+    objective.begin(plan)
     with timers.phase("teacher"):
         signals, num_bytes = teacher_signals(teacher, plan)
     meanwhile()

@@ -65,7 +65,8 @@ def build_teacher_samples(inputs: Inputs, needs: ServerRequirements | None) -> T
     length = min(engine_length(config, arch) for arch in (inputs.student_arch, inputs.teacher_arch) if arch is not None)
     check_prompts(draws.rows, length, of_teacher=True)
     stop_ids = stop_tokens(directory, ChatEncoder(inputs.tokenizer))
-    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, stop_ids)
+    # One temperature: config/validate.py refuses another for some steps.
+    settings = SamplingSettings(config.values_at(1).temperature, sampling.top_p, sampling.top_k, stop_ids)
     own = config.teacher_sampling.teacher_samples_cache
     place = Path(own) if own is not None else Path(config.checkpoint.save) / "teacher_samples"
 
@@ -122,7 +123,7 @@ def teacher_requests(config: RunConfig, draw: Draw, step: int, longest: int) -> 
         },
         run_seed=config.training.seed,
         step=step,
-        max_completion_length=config.sampling.max_completion_length,
+        max_completion_length=config.values_at(step + 1).max_completion_length,
         max_length=config.data.max_length,
         max_model_len=longest,
     )

@@ -3,6 +3,7 @@
     LocalTeacher      TeacherPipeline on the ranks that hold a part of it, RemoteTeacher where all of it is elsewhere
     ServerTeachers    ServerTeacher
     SelfTeaching      SelfTeacher
+    NoTeacher         Nobody
 
 In two parts: `reach` before a weight is read, so that a server that does not fit is an error within seconds and the
 devices' memory is free for an engine of the teacher's; then `Reached.make`, when there is a student.
@@ -19,13 +20,14 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
+from megatron_gkd.config.servers import LocalTeacher, NoTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.model.build import DTYPES
 from megatron_gkd.model.levers import teacher_options
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.platform import Platform
 from megatron_gkd.records import StepPlan
 from megatron_gkd.teacher.itself import SelfTeacher
+from megatron_gkd.teacher.nobody import Nobody
 from megatron_gkd.teacher.served import ServerTeacher
 from megatron_gkd.teacher.servers.probes import PROBE_TOKENS, ServerRequirements, probe_tokens
 from megatron_gkd.teacher_pipeline import RemoteTeacher, Teacher, TeacherPipeline, signal_spec
@@ -62,6 +64,8 @@ def reach(inputs: Inputs, where: Platform) -> Reached:
             return Reached(f"at {', '.join(servers.urls)}", needs, lambda student: taught)
         case SelfTeaching():
             return Reached("the student itself", None, functools.partial(_itself, inputs, where))
+        case NoTeacher():
+            return Reached("none", None, lambda student: Taught(Nobody(inputs.student_layout)))
         case LocalTeacher() as local:
             arch, layout = inputs.teacher_arch, inputs.teacher_layout
             assert arch is not None, "read from the same directory"
@@ -157,7 +161,7 @@ def server_needs(inputs: Inputs) -> ServerRequirements:
     assert topk is not None, "config/validate.py refuses servers without it"
     data = [dataset for dataset in (inputs.rows, inputs.eval_rows) if dataset is not None]
     longest = max((dataset.longest for dataset in data), default=2)
-    if inputs.rows is not None and (distillation.lmbda > 0 or distillation.samples_teacher):
+    if inputs.rows is not None and (config.lmbda.most > 0 or distillation.samples_teacher):
         longest = max(longest, config.data.max_length)
     largest_id = len(tokenizer) - 1
     first = [dataset[index] for dataset in data for index in range(min(len(dataset), PROBE_TOKENS))]

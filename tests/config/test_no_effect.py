@@ -15,7 +15,7 @@ from megatron_gkd.config.no_effect import (
     HOW_DRAWN,
     STUDENTS_ENGINES,
     TEACHERS_COMPLETIONS,
-    told,
+    describe,
     without_effect,
 )
 from megatron_gkd.config.not_built import Command
@@ -64,6 +64,17 @@ def unused(command: Command = "train", **given: Any) -> set[str]:
         (dict(verify_checkpoint="sizes", allow_changed_config=True), "verify_checkpoint allow_changed_config"),
         (dict(verify_checkpoint="sizes", auto_resume=True), ""),
         (dict(verify_checkpoint="sizes", load="r"), ""),
+        (dict(eval_verifier="exact"), "eval_verifier"),
+        (
+            dict(eval_generate=4, eval_dataset=["e"], temperature=2.0, max_completion_length=9, vllm_mode="subprocess"),
+            "temperature",
+        ),
+        (dict(eval_generate=4, eval_dataset=["e"], rollout_lag=1, verify_sync_every=3), "rollout_lag"),
+        (dict(on_teacher_fault="warn"), ""),
+        (dict(on_teacher_fault="warn", health_steps=0), "on_teacher_fault"),
+        (dict(objective="sft", teacher_model=None, lmbda=0.5, beta=1.0, health_steps=5), "beta health_steps"),
+        (dict(objective="sft", teacher_model=None, lmbda=0.7, sft_alpha=1.0), "lmbda sft_alpha"),
+        (dict(objective="sft", teacher_model=None, gkd_logits_topk=4, temperature=2.0), "gkd_logits_topk temperature"),
     ],
 )
 def test_what_has_no_effect_in_training(given: dict[str, Any], names: str) -> None:
@@ -75,6 +86,8 @@ def test_evaluation_names_what_is_of_training() -> None:
     given = dict(lmbda=1.0, lr=1e-3, eval_dataset=["e"], save="r", beta=1.0, check_replicas_steps=3, max_length=9)
     assert unused("eval", **given) == {"lmbda", "dataset", "lr", "save", "beta", "check_replicas_steps"}
     assert unused("eval", gkd_logits_topk=4, topk_tail="bucket", tensor_model_parallel_size=2) == {"lmbda", "dataset"}
+    generating = dict(eval_dataset=["e"], eval_generate=3, max_completion_length=9, top_p=0.5)
+    assert unused("eval", **generating) == {"lmbda", "dataset", "top_p"}
 
 
 def test_only_flags_that_there_are() -> None:
@@ -86,7 +99,7 @@ def test_only_flags_that_there_are() -> None:
 
 def test_one_line_names_the_flags_and_why() -> None:
     found = without_effect(RunConfig.from_flat(GIVEN | dict(temperature=2.0, rollout_lag=1, vllm_mode="subprocess")))
-    assert told(found) == (
+    assert describe(found) == (
         "--temperature (nothing is sampled with --lmbda 0, but for --seq_kd true); --vllm_mode, --rollout_lag (the "
         "student samples nothing with --lmbda 0)"
     )

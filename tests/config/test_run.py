@@ -15,7 +15,7 @@ from megatron_gkd.config import validate as contradictions
 from megatron_gkd.config.not_built import NOT_BUILT, Command
 from megatron_gkd.config.run import DataConfig, DistillationConfig, ModelConfig, RunConfig, TrainingConfig, flags
 from megatron_gkd.config.schema import Range
-from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerEntry, ServerTeachers
+from megatron_gkd.config.servers import LocalTeacher, NoTeacher, SelfTeaching, ServerEntry, ServerTeachers
 from megatron_gkd.errors import ConfigError, NotBuiltError
 
 
@@ -50,7 +50,7 @@ def test_sections_are_frozen_and_replaceable() -> None:
     [
         (DistillationConfig, "beta", float("nan"), r"in \[0, 1\]"),
         (DistillationConfig, "sft_alpha", float("inf"), r">= 0"),
-        (DistillationConfig, "beta", "0.5", r"float, in \[0, 1\]"),
+        (DistillationConfig, "beta", "0.5", "a number, or step:value points"),
         (DistillationConfig, "beta", True, "float"),
         (DistillationConfig, "gkd_logits_topk", 1.0, "int or null, > 0"),
         (DistillationConfig, "seq_kd", 1, "true|false"),
@@ -133,11 +133,20 @@ def test_model_is_required() -> None:
         ({"dataset_weights": [0.5, 0.5]}, "--dataset_weights has 2 values and --dataset 1; give one weight a data set"),
         ({"dataset": ["a", "b"], "dataset_weights": [1, 1e-4]}, "less than a thousandth of their sum"),
         ({"eval_steps": 5}, "--eval_steps needs --eval_dataset"),
+        ({"eval_generate": 5}, "--eval_generate needs --eval_dataset"),
+        ({"eval_generate": 5, "eval_dataset": ["e"], "use_vllm": False}, "--eval_generate 5 samples .* is false"),
         ({"eval_samples": 5}, "--eval_samples needs --eval_dataset"),
         ({"dataset": []}, "--dataset is missing"),
         ({"seq_kd": True, "teacher_model": None}, "--seq_kd true samples from the teacher, and there is none"),
         ({"seq_kd": True, "use_vllm": False}, "--seq_kd true .* with vLLM alone, and --use_vllm is false"),
         ({"seq_kd": True, "temperature": 2.5}, "--temperature 2.5 is above 2"),
+        ({"seq_kd": True, "temperature": "0:0.5,9:1"}, "--temperature 0:0.5,9:1 does not go with --seq_kd true"),
+        (
+            {"seq_kd": True, "max_completion_length": "stepwise,0:8,9:64"},
+            "--max_completion_length stepwise,0:8,9:64 does not go with --seq_kd true",
+        ),
+        ({"lmbda": 0.1, "temperature": "0:0.5,9:2.5"}, "--temperature 0:0.5,9:2.5 is above 2"),
+        ({"lmbda": "0:0,9:1", "max_completion_length": "0:8,9:2048"}, "--lmbda 0:0,9:1 samples .* leaves no room"),
         ({"teacher_samples_cache": "c"}, "--teacher_samples_cache .* needs --seq_kd true"),
     ],
 )
@@ -147,6 +156,7 @@ def test_contradictions(accepted: dict[str, Any], given: dict[str, Any], message
 
 
 SERVER: dict[str, Any] = {"teacher_model": None, "teacher_model_server": "http://h:1", "gkd_logits_topk": 4}
+SUPERVISED: dict[str, Any] = {"objective": "sft", "teacher_model": None}
 TAGGED = SERVER | {
     "teacher_model_server": '[{"url": "http://a:1", "tags": ["math", "code"]}, {"url": "http://b:2"}]',
     "teacher_tag_key": "subject",
@@ -154,7 +164,7 @@ TAGGED = SERVER | {
 
 
 @pytest.mark.parametrize("flag", contradictions.LOCAL_TEACHER)
-@pytest.mark.parametrize("teacher", [SERVER, {"teacher_model": None}], ids=["server", "itself"])
+@pytest.mark.parametrize("teacher", [SERVER, {"teacher_model": None}, SUPERVISED], ids=["server", "itself", "none"])
 def test_local_teacher_flags_are_refused_without_one(
     accepted: dict[str, Any], teacher: dict[str, Any], flag: str
 ) -> None:
@@ -170,6 +180,36 @@ def test_the_student_may_be_its_own_teacher(accepted: dict[str, Any]) -> None:
     assert RunConfig.from_flat(accepted).teacher.kind == LocalTeacher(accepted["teacher_model"], separate=False)
     with pytest.raises(ConfigError, match="--seq_kd true samples from the teacher, and there is none"):
         validate(accepted | {"teacher_model": None, "seq_kd": True})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"teacher_model": "T"}, "--objective sft learns from the completions alone, and --teacher_model is given"),
+        (
+            {"teacher_model_server": "http://h:1", "gkd_logits_topk": 4},
+            "--objective sft learns from the completions alone, and --teacher_model_server is given",
+        ),
+        ({"seq_kd": True}, "--objective sft has none: sample them beforehand"),
+        ({"teacher_tag_key": "subject"}, "--teacher_tag_key is for teacher servers"),
+        ({"use_liger_kernel": True, "loss_path": "logits"}, "leave out one of them"),
+    ],
+)
+def test_sft_has_no_teacher(accepted: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(accepted | SUPERVISED | given)
+
+
+def test_sft_samples_nothing_and_needs_nothing_of_a_divergence(
+    accepted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a file shared with a later run may hold; no engine is asked for, whatever --lmbda is."""
+    monkeypatch.setattr(contradictions, "find_spec", lambda name: None)
+    of_later = {"topk_tail": "bucket", "loss_temperature": 2.0, "lmbda": 1.0, "max_length": 512, "report_to": ["none"]}
+    config = RunConfig.from_flat(accepted | SUPERVISED | of_later)
+    config.validate()
+    assert config.lmbda.most == 0
+    assert config.teacher.kind == NoTeacher()
 
 
 def test_several_teachers_by_tags(accepted: dict[str, Any]) -> None:
@@ -209,7 +249,7 @@ def test_flags_of_the_teachers_engine_are_for_a_local_teacher_that_samples(accep
 
 def test_local_teacher_flags_are_all_listed() -> None:
     in_section = [name for name, flag in flags().items() if flag.section == "teacher"]
-    others = {"teacher_model", "teacher_model_server", *contradictions.SERVER_TEACHER}
+    others = {"objective", "teacher_model", "teacher_model_server", *contradictions.SERVER_TEACHER}
     assert set(in_section) == {*contradictions.LOCAL_TEACHER, *others}
 
 

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from megatron_gkd.observe.logging import CLEAR_LINE
-from megatron_gkd.observe.progress import WINDOW, Progress
+from megatron_gkd.observe.progress import WINDOW, Progress, describe_phases, took
 
 
 class Clock:
@@ -29,6 +29,15 @@ def test_the_line_of_a_file() -> None:
         clock.now_s = 5.2
         progress.update(10, loss=2.34512, tokens_per_step=0.52 * 1234.4)
     assert stream.getvalue() == "step 10/100 | loss 2.3451 | 1,234 tokens/s | 0.52 s/step | ETA 0:00:47\n"
+
+
+def test_lengths_and_phases_stand_at_its_end() -> None:
+    stream = io.StringIO()
+    phases = {"plan": 0.1, "teacher": 2.4, "teacher_samples": 0.5, "student": 7.0}
+    Progress(9, stream=stream, clock=Clock()).update(1, length=79.6, phases=phases)
+    assert stream.getvalue() == "step 1/9 | 80 tokens/completion | student 70%, teacher 24%, teacher samples 5%\n"
+    assert describe_phases({"plan": 0.0}) == ""
+    assert [took(seconds) for seconds in (0.4, 1.0, 12.34)] == ["", "", " (in 12.3 s)"]
 
 
 def test_a_resumed_run_counts_its_own_steps_only() -> None:

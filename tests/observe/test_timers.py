@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from megatron_gkd.observe.timers import Timers
+from megatron_gkd.observe.timers import PHASES, Timers, phases_of
 
 
 def ticking() -> Callable[[], float]:
@@ -29,6 +29,16 @@ def test_a_phase_inside_another_counts_in_both() -> None:
     with timers.phase("step"), timers.phase("loss"):
         pass
     assert timers.seconds() == {"loss_s": 1.0, "step_s": 3.0}
+
+
+def test_phases_add_up_to_the_step() -> None:
+    """What the plan waited for is counted by who waited."""
+    seconds = {"plan_s": 5.0, "teacher_s": 2.0, "student_s": 3.0}
+    found = phases_of(10.5, seconds, within_plan=[4.0, 0.5])
+    assert found == {"plan_s": 0.5, "teacher_s": 2.0, "student_s": 3.0, "other_s": 0.5}
+    without = phases_of(10.5, {"plan_s": 5.0, "student_s": 3.0}, within_plan=[4.0, 0.5])
+    assert without["other_s"] == 2.5, "a phase that nobody times is seen"
+    assert {f"{name}_s" for name in PHASES} >= found.keys()
 
 
 def test_a_phase_that_raises_is_counted() -> None:

@@ -133,7 +133,7 @@ def inject(paths: list[Path]) -> dict[str, Any]:
         seen["cache dropped"] = bridge.push(7).version
 
         # A completion of an older policy than allowed.
-        rollouts = Rollouts(bridge, GREEDY, vocab_size=300, train_iters=20)
+        rollouts = Rollouts(bridge, lambda step: GREEDY, vocab_size=300, train_iters=20)
         original = bridge.sample
         bridge.sample = lambda *a: {  # type: ignore[method-assign]
             key: Completion(key, c.token_ids, c.logprobs, c.finish_reason, 6) for key, c in original(*a).items()
@@ -151,7 +151,9 @@ def inject(paths: list[Path]) -> dict[str, Any]:
         vllm.generate = generate
         seen["engine back"] = len(bridge.sample(requests(), GREEDY))
         seen["vocabulary"] = _message(
-            lambda: Rollouts(bridge, GREEDY, vocab_size=3, train_iters=20).for_step(10, lambda step: requests(step))
+            lambda: Rollouts(bridge, lambda step: GREEDY, vocab_size=3, train_iters=20).for_step(
+                10, lambda step: requests(step)
+            )
         )
         bridge.close()
         seen["closed"] = _message(lambda: engine.generate(requests(), GREEDY))

@@ -50,6 +50,7 @@ class Objective:
     signal: Signal = "full"
     sft_alpha: float = 0.0
     temperature: float = 1.0
+    alone: bool = False  # the cross entropy alone, without a divergence
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,9 @@ def loss_and_metrics(
         vocab_size = min(logits.shape[1], teacher.shape[1])
         terms = token_terms(logits[:, :vocab_size], teacher[:, :vocab_size], sample, objective, topk)
         supervised = sample.source != "student" or fault == "sft_on_student"
-        loss = terms["divergence"].sum() + objective.sft_alpha * supervised * terms["cross_entropy"].sum()
+        loss = objective.sft_alpha * supervised * terms["cross_entropy"].sum()
+        if not objective.alone:
+            loss = loss + terms["divergence"].sum()
         if fault == "mean_per_sample":
             loss = loss / max(len(sample.completion_ids), 1) * num_tokens / len(samples)
         losses.append(loss)

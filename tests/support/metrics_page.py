@@ -9,11 +9,13 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs/metrics.md"
 SOURCES = ("student", "teacher", "dataset")
-EVERY_STEP, EVALUATION = "Every step", "Evaluation"
+EVERY_STEP, HEALTH, EVALUATION = "Every step", "Health", "Evaluation"
 ROLLOUT, TEACHER_SAMPLES = "With `--lmbda` above 0", "With `--seq_kd true`"
-TOPK, CROSS_ENTROPY = "With `--gkd_logits_topk`", "With `--sft_alpha`"
+GENERATION = "With `--eval_generate`"
+TOPK, CROSS_ENTROPY = "With `--gkd_logits_topk`", "With `--sft_alpha` or `--objective sft`"
 EXPERTS = "With a mixture of experts"
-OF_A_STEP = (EVERY_STEP, EXPERTS, CROSS_ENTROPY, TOPK, ROLLOUT, TEACHER_SAMPLES)
+OF_A_STEP = (EVERY_STEP, HEALTH, EXPERTS, CROSS_ENTROPY, TOPK, ROLLOUT, TEACHER_SAMPLES)
+EVERYTHING = (*OF_A_STEP, EVALUATION, GENERATION)
 
 
 @cache
@@ -26,7 +28,7 @@ def documented() -> dict[str, frozenset[str]]:
         names = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
         spelt = {name.replace("/S/", f"/{source}/") for name in names for source in SOURCES}
         found[heading] = frozenset(spelt)
-    assert found.keys() >= {*OF_A_STEP, EVALUATION}
+    assert found.keys() >= {*EVERYTHING}
     return found
 
 
@@ -35,12 +37,15 @@ def names_under(*headings: str) -> set[str]:
 
 
 def names_of_a_step(row: dict[str, float], *headings: str) -> set[str]:
-    """What the row of a step is to have: all names of every step, but the means of sources without a sample in it."""
+    """What the row of a step is to have: all names of every step, but the means of sources without a sample in it, and
+    of tokens that are looked at, where there are none."""
     absent = {source for source in SOURCES if not row[f"source/{source}/num_samples"]}
     means = {f"source/{source}/{what}" for source in absent for what in ("loss", "agreement")}
-    return names_under(EVERY_STEP, *headings) - means
+    means |= {"health/logprob_difference"} - row.keys()
+    probed = [HEALTH] if "health/teacher_best" in row else []
+    return names_under(EVERY_STEP, *probed, *headings) - means
 
 
 def undocumented(rows: Iterable[dict[str, float]]) -> set[str]:
     """Names of these rows, of steps or of evaluations, that the page lacks."""
-    return {name for row in rows for name in row} - names_under(*OF_A_STEP, EVALUATION)
+    return {name for row in rows for name in row} - names_under(*EVERYTHING)

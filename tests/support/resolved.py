@@ -34,9 +34,20 @@ from megatron_gkd.records import Row, Sample
 from megatron_gkd.rollout import engines as engines_module
 from megatron_gkd.rollout.vllm import colocate, server
 from megatron_gkd.teacher.signals import HiddenSignal, Signal, TopKSignal
-from megatron_gkd.train import auto_resume, evaluate, inputs, loop, resume, sampling, setup, teacher_sampling, teachers
+from megatron_gkd.train import (
+    auto_resume,
+    evaluate,
+    generate,
+    inputs,
+    loop,
+    resume,
+    sampling,
+    setup,
+    teacher_sampling,
+    teachers,
+)
 from megatron_gkd.train.faults import LossSpikes
-from megatron_gkd.train.objective import DistillationLoss
+from megatron_gkd.train.health import Health
 from megatron_gkd.train.plans import StepPlans, evaluation_plans
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.student import _optimizer_config
@@ -135,6 +146,12 @@ def resolved(config: RunConfig, command: Command, arch: Architecture) -> dict[st
         if rows is not None:
             _note_training(note, given)
         else:
+            if config.generates:
+                made: Any = SimpleNamespace(groups=SimpleNamespace(intra_dist_opt=dist.group.WORLD), chunks=[])
+                made.layout, made.train_iters = student, 1
+                where: Any = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
+                sampling.build_rollouts(given, where, made, generate.held_out_rows(given))
+            _note_generation(note, given)
             note.note("model", config.model.model, config.model.dtype)
     return note.calls
 
@@ -166,10 +183,13 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     setup._build_student(given, where, groups)
     made: Any = SimpleNamespace(layout=student, groups=groups, chunks=[], train_iters=given.train_iters)
     note.note("replicas", Replicas(made, config.parallel.check_replicas_steps)._every)
+    health = Health(config, vocab_size=VOCAB, done_steps=0, tells=True)
+    note.note("health", None if health._is_off else (health._every, health._stops))
     note.note("spikes", LossSpikes(config.logging.loss_spike_factor)._factor)
     distillation = config.distillation
-    if distillation.lmbda > 0:
-        sampling.build_rollouts(given, where, made, rows)
+    if config.lmbda.most > 0 or config.generates:
+        sampling.build_rollouts(given, where, made, generate.held_out_rows(given))
+    _note_generation(note, given)
     draws = given.draws
     if distillation.samples_teacher:
         needs = teachers.server_needs(given) if isinstance(config.teacher.kind, ServerTeachers) else None
@@ -180,13 +200,21 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     sampled: Any = {p: ((3,) * (1 + p % 5), 0) for p, source in enumerate(sources) if source != "dataset"}
     plan = plans._with(0, sampled)
     note.note("step", indices, sources, plan.student, plan.teacher, config.data.packing)
-    if distillation.lmbda > 0:
+    if config.lmbda.most > 0:
+        steps = config.sampling.steps_per_generation, config.sampling.rollout_lag
+        note.note("rollouts", [sampling.step_settings(given, step) for step in (0, STEPS - 1)], steps)
         note.note("requests", [(r.key, r.max_tokens, r.seed) for r in plans.requests(0)])
     if distillation.samples_teacher:
         asked = teacher_sampling.teacher_requests(config, draws[0], 0, length)
         note.note("teacher's requests", [(r.key, r.max_tokens, r.seed) for r in asked])
-    note.note("loss", _loss(config, sources), distillation.fuse_loss)
+    note.note("loss", _loss(given, sources), distillation.fuse_loss)
     _note_start(note, given, plans, made)
+
+
+def _note_generation(note: Recorder, given: inputs.Inputs) -> None:
+    if given.config.generates:
+        asked = [(request.key, request.max_tokens) for request in generate.prompt_requests(given)]
+        note.note("greedy completions", asked, given.config.logging.eval_verifier)
 
 
 def _note_start(note: Recorder, given: inputs.Inputs, plans: StepPlans, made: Any) -> None:
@@ -221,23 +249,25 @@ def _note_span(note: Recorder, span: Span) -> None:
         note.note("evaluates", [span.evaluates_after(step) for step in steps])
 
 
-def _loss(config: RunConfig, sources: Any) -> float:
+def _loss(given: inputs.Inputs, sources: Any) -> float:
     """Of eight samples with the sources of the step's first."""
     samples = [Sample(p, p, (1,), tuple((p + k) % VOCAB for k in range(3)), sources[p]) for p in range(8)]
     batch = collate(samples)
-    model, hidden, signal, head = _tensors(config, len(batch.labels), batch.tokens.T.shape)
-    assert dist.group.WORLD is not None
-    loss = DistillationLoss(config.distillation, tp_group=dist.group.WORLD, vocab_size=VOCAB, teacher_head=head)
+    model, hidden, signal, head = _tensors(given.config, len(batch.labels), batch.tokens.T.shape)
+    loss = _objective(given, head)
     total, _, _ = loss(model, hidden, batch, signal)
     return round(float(total), 4)
 
 
 def _measured(config: RunConfig, given: inputs.Inputs) -> list[float]:
     model, hidden, signal, head = _tensors(config, 24, (24, 1))
-    assert dist.group.WORLD is not None
-    loss = DistillationLoss(config.distillation, tp_group=dist.group.WORLD, vocab_size=VOCAB, teacher_head=head)
-    found = evaluate.HeldOut(loss).measure(model, hidden.view(24, -1), torch.arange(24), signal)
+    found = evaluate.HeldOut(_objective(given, head)).measure(model, hidden.view(24, -1), torch.arange(24), signal)
     return [round(float(values.float().sum()), 4) for values in found.values()]
+
+
+def _objective(given: inputs.Inputs, head: Any) -> Any:
+    groups: Any = SimpleNamespace(tp=dist.group.WORLD)
+    return setup._objective(given, groups, teachers.Taught(None, head))  # type: ignore[arg-type]
 
 
 def _tensors(config: RunConfig, num_loss_tokens: int, size: Sequence[int]) -> tuple[Any, torch.Tensor, Signal, Any]:
@@ -290,7 +320,7 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         (source, "HFTensorStream", None),
         *((teachers, name, None) for name in ("TeacherPipeline", "RemoteTeacher")),
         (teachers, "ServerTeacher", SimpleNamespace(prefetch=None)),
-        *((sampling, name, None) for name in ("RolloutBridge", "Delivery", "Rollouts")),
+        *((sampling, name, None) for name in ("RolloutBridge", "Delivery")),
         (colocate, "ColocatedEngine", engine),
         *((server, name, engine) for name in ("ServerEngine", "SubprocessEngine")),
         (engines_module, "_check_lengths", None),
@@ -306,6 +336,7 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         (setup, "Student", student),
         (teachers, "signal_spec", lambda **k: None),
         (teachers, "build_groups", lambda layout: None),
+        (sampling, "Rollouts", lambda *a, **k: None),
         (source.ModelSource, "load", lambda *a: None),
         (source.ModelSource, "manifest", lambda *a: {}),
         (inputs, "on_every_rank", lambda work, group: work()),

@@ -25,6 +25,7 @@ from megatron_gkd.teacher_pipeline import Teacher
 from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.setup import Run, build
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
+from megatron_gkd.train.supervised import SupervisedLoss
 from megatron_gkd.weights.chunks import Parameter
 from megatron_gkd.weights.export import HFTensorStream
 from tests.support.checkpoints import write_tiny_checkpoint
@@ -232,12 +233,10 @@ class Trainer:
         """`carry_out` without the weights. A batch without a loss token has loss 0. Gradients are whole on a rank only
         without the distributed optimizer."""
         run, teacher = self.run, self.teacher(distillation.gkd_logits_topk)
-        loss = DistillationLoss(
-            distillation,
-            tp_group=run.student.groups.tp,
-            vocab_size=run.loss.vocab_size,
-            teacher_head=run.loss.teacher_head,
-        )
+        loss: DistillationLoss | SupervisedLoss = run.loss
+        if isinstance(loss, DistillationLoss):
+            tp_group, vocab_size, head = run.student.groups.tp, loss.vocab_size, loss.teacher_head
+            loss = DistillationLoss(distillation, tp_group=tp_group, vocab_size=vocab_size, teacher_head=head)
         device, timers = run.platform.device, Timers()
         gradients = None
 
@@ -258,7 +257,8 @@ class Trainer:
         reduce_reports(metrics, run.student, device)
         means = metrics.means()
         counts = {"tokens": metrics.counts()["loss"]}
-        counts |= {source: metrics.sums()[f"source/{source}/num_samples"] for source in SOURCES}
+        of_source = {source: f"source/{source}/num_samples" for source in SOURCES}
+        counts |= {source: metrics.sums()[name] for source, name in of_source.items() if name in metrics.sums()}
         return StepOutcome(means.get("loss", 0.0), result.grad_norm, means, counts, None, gradients)
 
     def weights(self) -> dict[str, torch.Tensor] | None:

@@ -103,10 +103,12 @@ def resumed(inputs: Inputs, name: str, step: int, **flags: Any) -> Any:
     return inputs.config(f"{name}_resumed", load=str(inputs.root / name / f"checkpoints/step_{step:08d}"), **flags)
 
 
-DP2: dict[str, Any] = {"save_steps": 3, T["teacher_tensor"]: 2}
+GENERATE: dict[str, Any] = {"eval_generate": 2, "eval_verifier": "exact"}
+DP2: dict[str, Any] = {"save_steps": 3, T["teacher_tensor"]: 2, **GENERATE}
 WINDOW: dict[str, Any] = {"lmbda": 0.5, "steps_per_generation": 3, "save_steps": 4, T["pipeline"]: 2}
 LAG: dict[str, Any] = {
-    "vllm_mode": "subprocess", "rollout_lag": 1, "train_iters": 4, "save_steps": 2, T["tensor"]: 2,
+    "vllm_mode": "subprocess", "rollout_lag": 1, "train_iters": 4, "save_steps": 2, "eval_steps": 2, T["tensor"]: 2,
+    **GENERATE,
 }  # fmt: skip
 
 
@@ -164,6 +166,10 @@ def test_a_resumed_run_samples_what_the_uninterrupted_one_did(inputs: Inputs, ru
     _same_steps(inputs, "dp2", first=4)
     last, mine = (records(inputs.root / name / "evaluation.jsonl")[-1] for name in ("dp2", "dp2_resumed"))
     assert mine == last, "the weights after the last update"
+    assert last["generate/num_prompts"] == 2
+    assert 0 < last["generate/mean_length"] <= 12
+    differences = [row["health/logprob_difference"] for row in records(inputs.root / "dp2/metrics.jsonl")]
+    assert 0 < max(differences) < 1e-3, "vLLM and the trainer compute one model, in fp32"
 
 
 def test_overlapped_sampling_resumes_bit_for_bit(inputs: Inputs) -> None:

@@ -36,7 +36,7 @@ def draw_curve(run: RunRecord, path: Path) -> None:
     _draw_loss(loss, run)
     _draw_divergences(divergences, run.evaluations)
     _draw_agreement(agreement, run.evaluations)
-    figure.suptitle(f"{run.directory.name}: {describe_loss(run.config.distillation)}", fontsize=11)
+    figure.suptitle(f"{run.directory.name}: {describe_loss(run.config)}", fontsize=11)
     figure.savefig(path, dpi=130)
 
 

@@ -12,8 +12,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_gkd.commands.report.run_record import RunRecord
-from megatron_gkd.config.run import DistillationConfig
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import NoTeacher
 from megatron_gkd.observe.compare import differing
+from megatron_gkd.observe.progress import describe_phases
+from megatron_gkd.observe.timers import PHASES
 
 QUANTITIES = {  # key in evaluation.jsonl -> how the table calls it
     "forward_kl": "forward KL, nats/token",
@@ -39,10 +42,11 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "teacher_model": run.config.teacher.teacher_model or run.config.teacher.teacher_model_server,
         "model": run.config.model.model,
         "exported_model": str(run.exported) if run.exported else None,
-        "loss": describe_loss(run.config.distillation),
+        "loss": describe_loss(run.config),
         "layout": describe_layout(run),
         "training_s": round(time_s * scale, 3) if time_s else None,
         "num_tokens": round(num_tokens * scale) if num_tokens else None,
+        "phases": {name: _total(run, f"{name}_s") / time_s for name in PHASES} if time_s else {},
         "tokens_per_s": round(num_tokens / time_s, 3) if time_s else None,
         "first_loss": run.metrics[0].get("loss") if run.metrics else None,
         "last_loss": run.metrics[-1].get("loss") if run.metrics else None,
@@ -55,21 +59,32 @@ def summarise(run: RunRecord) -> dict[str, Any]:
     }
 
 
+def _total(run: RunRecord, name: str) -> float:
+    return sum(row.get(name) or 0.0 for row in run.metrics)
+
+
 def _differences(run: RunRecord) -> list[str]:
     """In which numbers the files of the export are not the student that was trained."""
     trained, exported = run.export.get("trained"), run.export.get("exported")
     return differing(trained, exported) if trained and exported else []
 
 
-def describe_loss(loss: DistillationConfig) -> str:
+def describe_loss(config: RunConfig) -> str:
     """What was minimised, in words."""
+    if isinstance(config.teacher.kind, NoTeacher):
+        return "cross entropy (SFT); completions: the data set's"
+    loss = config.distillation
     names = {0.0: "forward KL (beta 0)", 1.0: "reverse KL (beta 1)"}
-    text = names.get(loss.beta, f"generalized JSD (beta {loss.beta:g})")
+    text = f"generalized JSD (beta {loss.beta})"
+    if not isinstance(loss.beta, str):
+        text = names.get(loss.beta, f"generalized JSD (beta {loss.beta:g})")
     text += f", teacher's top {loss.gkd_logits_topk}" if loss.gkd_logits_topk else ", full vocabulary"
     if loss.sft_alpha:
         text += f", + {loss.sft_alpha:g} x cross entropy"
     rest = "the teacher's samples" if loss.seq_kd else "the data set's"
     sources = {0.0: f"completions: {rest}", 1.0: "completions: the student's samples"}
+    if isinstance(loss.lmbda, str):
+        return f"{text}; completions: student samples (lambda {loss.lmbda}), else {rest}"
     return f"{text}; {sources.get(loss.lmbda, f'completions: {loss.lmbda:.0%} student samples, else {rest}')}"
 
 
@@ -77,6 +92,8 @@ def describe_layout(run: RunRecord) -> str:
     """Of both models, and the precision."""
     student, teacher = run.config.parallel, run.config.teacher
     sizes = student.tensor_model_parallel_size, student.context_parallel_size, student.pipeline_model_parallel_size
+    if isinstance(teacher.kind, NoTeacher):
+        return f"student {_sizes(*sizes)}, {run.config.model.dtype}"
     asked = (
         teacher.teacher_tensor_model_parallel_size,
         teacher.teacher_context_parallel_size,
@@ -100,7 +117,7 @@ def _head(summary: Mapping[str, Any]) -> Iterator[str]:
     states = {True: "finished", False: "NOT FINISHED (still training, or interrupted)", None: "no export asked for"}
     state = states[summary["finished"]]
     yield f"Run {summary['run']}: {state}, {summary['steps']}{planned} steps"
-    yield f"  teacher   {summary['teacher_model']}"
+    yield f"  teacher   {summary['teacher_model'] or 'none'}"
     yield f"  student   {summary['model']}  ->  {summary['exported_model'] or '(not exported)'}"
     yield f"  loss      {summary['loss']}"
     yield f"  layout    {summary['layout']}"
@@ -109,6 +126,8 @@ def _head(summary: Mapping[str, Any]) -> Iterator[str]:
             f"  training  {_duration(summary['training_s'])}, {summary['num_tokens'] or 0:,} completion tokens, "
             f"{summary['tokens_per_s'] or 0:,.1f} tokens/s"
         )
+    if any(summary["phases"].values()):
+        yield f"            of it {describe_phases(summary['phases'])}"
     if summary["first_loss"] is not None and summary["last_loss"] is not None:
         yield f"            loss {summary['first_loss']:.4f} at first, {summary['last_loss']:.4f} at last"
 

@@ -10,8 +10,8 @@ gradient come from dense.py (teacher given by hidden states) and loss/outcomes.p
 logsumexp - label logit at temperature 1, from the same logits.
 
 Communication per chunk, over the TP group: 1 all-gather (softmax statistics, [2 to 8, C]) and 1 all-reduce
-(divergence sums and label logits [2 or 3, C]; top-K: logits at support and label [C, K or K + 1]). Alike on every
-rank: the rows depend on the arguments alone.
+(divergence sums and label logits [2 or 3, C]; top-K: logits at support and label [C, K or K + 1]); of the cross
+entropy alone 1 all-gather [3, C]. Alike on every rank: the rows depend on the arguments alone.
 
 Legend: T tokens, C tokens of a chunk, R ranks, v valid columns of this rank, H hidden size, K support.
 """
@@ -85,12 +85,14 @@ def run_chunks(task: FusedTask, values: Values, gradients: Gradients, chunk_toke
     """All chunks, in token order: fills `values` and `gradients`."""
     num_tokens, v = task.student_hidden.shape[0], task.shard.num_valid
     num_rows = min(chunk_tokens, num_tokens)
-    chunks: HiddenChunks | TopKChunks
+    chunks: HiddenChunks | TopKChunks | LabelChunks
     match task.teacher:
         case HiddenTeacher() as teacher:
             chunks = HiddenChunks(task, teacher, num_rows)
         case TopKTeacher() as teacher:
             chunks = TopKChunks(task, teacher, num_rows)
+        case None:
+            chunks = LabelChunks(task, num_rows)
     for rows in sm.token_chunks(num_tokens, chunk_tokens):
         out_Cv = chunks.student_Cv[: rows.stop - rows.start]
         student_Cv = torch.mm(task.student_hidden[rows], task.student_head[:v].t(), out=out_Cv)
@@ -188,4 +190,36 @@ class TopKChunks:
             sm.softmax_into_(q_Cv, student_Cv, lse_C, scratch_Bv1.shape[0])
             g_Cv.addcmul_(q_Cv, task.labels.weights[rows].unsqueeze(1))
             label.add_(g_Cv, -task.labels.weights[rows])
+        return g_Cv
+
+
+class LabelChunks:
+    """The same for the cross entropy alone, without a teacher."""
+
+    def __init__(self, task: FusedTask, num_rows: int) -> None:
+        self.task, v = task, task.shard.num_valid
+        device, dtype = task.student_hidden.device, task.student_hidden.dtype
+        self.student_Cv = torch.empty(num_rows, v, dtype=dtype, device=device)
+        # Logits that are already in the loss's dtype are overwritten by the gradient.
+        narrow = dtype != task.dtype
+        self.g_Cv = torch.empty(num_rows, v, dtype=task.dtype, device=device) if narrow else self.student_Cv
+        block = sm.block_tokens_for(num_rows, v, task.dtype, device)
+        self.scratch_Bv = torch.empty(block, v, dtype=task.dtype, device=device)
+
+    def run_(self, rows: slice, student_Cv: torch.Tensor, values: Values, want_grad: bool) -> torch.Tensor:
+        """Loss of a chunk; returns the weighted gradient of the student's logits, [C, v]."""
+        task, labels = self.task, self.task.labels
+        assert labels is not None, "make_task asks for a teacher or for labels"
+        owned, max_C = sp.OwnedIds.of(labels.ids[rows], task.shard), sm.shard_max(student_Cv, task.dtype)
+        sumexp_C = sm.shard_sumexp(student_Cv, max_C, 1.0, self.scratch_Bv)
+        stats_3C = torch.stack([max_C, sumexp_C, owned.gather(student_Cv, task.dtype)])
+        gathered_R3C = all_gather_stack(stats_3C, task.group)
+        lse_C = sm.combine_lse(gathered_R3C[:, 0], gathered_R3C[:, 1], 1.0)
+        values["per_token"][rows] = 0
+        values["cross_entropy"][rows] = labels.cross_entropy(rows, lse_C, gathered_R3C[:, 2].double().sum(0))
+        g_Cv = self.g_Cv[: student_Cv.shape[0]]
+        if want_grad:  # u (Q - onehot(label))
+            sm.softmax_into_(g_Cv, student_Cv, lse_C, self.scratch_Bv.shape[0])
+            g_Cv.mul_(labels.weights[rows].unsqueeze(1))
+            owned.add_(g_Cv, -labels.weights[rows])
         return g_Cv

@@ -69,7 +69,7 @@ class FusedTask:
     group: dist.ProcessGroup
     student_hidden: torch.Tensor  # [T, Hs]
     student_head: torch.Tensor  # [v, Hs]
-    teacher: HiddenTeacher | TopKTeacher
+    teacher: HiddenTeacher | TopKTeacher | None  # None: the cross entropy alone, and no divergence
     token_weights: torch.Tensor  # [T] compute dtype
     labels: Labels | None
     want_agreement: bool
@@ -83,7 +83,7 @@ class TokenLosses:
     """
 
     loss_sum: torch.Tensor
-    per_token: torch.Tensor  # D_t, unweighted
+    per_token: torch.Tensor  # D_t, unweighted; 0 without a teacher
     cross_entropy: torch.Tensor | None = None  # CE_t, unweighted; 0 where the label is negative; with labels only
     agreement: torch.Tensor | None = None  # 1.0 where student and teacher have the same most probable token; on request
     teacher_mass: torch.Tensor | None = None  # probability inside the support at temperature 1; with a top-K teacher
@@ -103,7 +103,7 @@ def empty_values(task: FusedTask) -> dict[str, torch.Tensor]:
 def make_task(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
-    teacher: HiddenTeacher | TopKTeacher,
+    teacher: HiddenTeacher | TopKTeacher | None,
     divergence: Divergence,
     *,
     tp_group: dist.ProcessGroup,
@@ -126,7 +126,7 @@ def make_task(
         checks.check_same_device(student_hidden=student_hidden, teacher_hidden=teacher.hidden)
         dtype = sm.compute_dtype(student_hidden, teacher.hidden)
         teacher = HiddenTeacher(teacher.hidden.detach(), teacher.head.detach())
-    else:
+    elif isinstance(teacher, TopKTeacher):
         sp.check_support(teacher.logprobs, teacher.indices, shard, teacher.tail, divergence.temperature)
         checks.check_same_tokens(student_hidden=student_hidden, topk_logprobs=teacher.logprobs)
         checks.check_same_device(
@@ -144,6 +144,10 @@ def make_task(
             "label_weights without labels was given: the cross entropy needs labels [T]; pass them or leave "
             "label_weights out"
         )
+    if labels is None and teacher is None:
+        raise ConfigError("neither a teacher nor labels were given: there is no loss; give one of them")
+    if want_agreement and teacher is None:
+        raise ConfigError("report_agreement without a teacher was given: there is nobody to agree with; leave it out")
     weights_T, labelled = torch.ones(num_tokens, dtype=dtype, device=student_hidden.device), None
     if labels is not None:
         checks.check_ids("labels", labels, shard.vocab_size)
@@ -181,7 +185,9 @@ def dense_setting(task: FusedTask, teacher: HiddenTeacher) -> DenseSetting:
 def bytes_per_token(task: FusedTask) -> int:
     """Of all [C, v] buffers; from numbers that are alike on every rank, because it decides the number of chunks."""
     size = task.student_hidden.dtype.itemsize
-    if isinstance(task.teacher, TopKTeacher):
+    if task.teacher is None:
+        num_wide = int(task.student_hidden.dtype != task.dtype)
+    elif isinstance(task.teacher, TopKTeacher):
         num_wide = 1 + int(task.student_hidden.dtype != task.dtype)
     else:
         size += task.teacher.hidden.dtype.itemsize

@@ -190,6 +190,13 @@ class TeacherServers:
         """What the first of the servers was found to be; the others without tags are the same teacher."""
         return self._of_tag(None)[0].probed
 
+    def canaries(self) -> dict[str, TopK]:
+        """Tags of a teacher ("" for the rest) -> what its first server answered to the probe at the start."""
+        found: dict[str, TopK] = {}
+        for server in self._servers:
+            found.setdefault(",".join(sorted(server.tags)), server.probed.canary)
+        return found
+
     def close(self) -> None:
         """Let go of the servers; they keep running. Idempotent."""
         for client in self._clients:

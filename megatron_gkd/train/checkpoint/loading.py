@@ -34,6 +34,7 @@ from megatron_gkd.train.checkpoint.state import (
     read_run,
     read_state,
     refuse_another_run,
+    refuse_another_teacher,
     refuse_changed_flags,
 )
 from megatron_gkd.train.student import Student
@@ -135,6 +136,7 @@ def load_checkpoint(
     changed = changed_flags(saved.config, description.config)
     if not allow_changed_config:
         refuse_changed_flags(checkpoint, changed)
+        refuse_another_teacher(checkpoint, state, expected)
     _refuse_what_was_left_out(checkpoint, saved, with_optimizer=with_optimizer, with_rng=with_rng)
     check_plain_data(checkpoint)
     _read_everywhere(lambda: restore(checkpoint, student, with_optimizer=with_optimizer), checkpoint)

@@ -25,6 +25,7 @@ from megatron_gkd.config.run import RunConfig, flags
 from megatron_gkd.config.schema import show
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.train.student import Student
+from megatron_gkd.train.teacher_identity import another_teacher
 
 STATE_FILE: Final = "state.json"
 RUN_FILE: Final = "run.json"
@@ -68,6 +69,7 @@ class TrainerState:
     use_distributed_optimizer: bool  # the two forms of optimizer state are not interchangeable
     bad_steps: int = 0  # steps so far that made no update, because their loss or gradient was not finite
     bad_steps_in_a_row: int = 0  # the last of them, with no good step after them
+    teacher: str = ""  # who it is (train/teacher_identity.py); "": not known
     clock: str = ""  # the time that chat templates are told, fixed at the run's first start; "": not known
 
 
@@ -155,6 +157,15 @@ def refuse_another_run(checkpoint: Path, state: TrainerState, expected: TrainerS
         raise CheckpointError(
             f"{checkpoint} was saved with --use_distributed_optimizer {saved}, whose optimizer state has another form; "
             f"give --use_distributed_optimizer {saved}"
+        )
+
+
+def refuse_another_teacher(checkpoint: Path, state: TrainerState, expected: TrainerState) -> None:
+    """Raise CheckpointError where the teacher is not the one that the run was saved with."""
+    if problem := another_teacher(state.teacher, expected.teacher):
+        raise CheckpointError(
+            f"{checkpoint} was saved by a run with another teacher: {problem}. The resumed run would not be the same "
+            "run: give that teacher, or --allow_changed_config true if this one is meant"
         )
 
 

@@ -220,7 +220,7 @@ def test_a_cut_off_last_line_is_left_out_and_damage_is_named(tmp_path: Path):
 )
 def test_the_loss_in_words(flags: list[str], text: str):
     cfg = parse_run_config(["--model", "s", "--teacher_model", "t", "--dataset", "d.jsonl", *flags])
-    assert describe_loss(cfg.distillation) == text
+    assert describe_loss(cfg) == text
 
 
 def test_smoothing_keeps_ends_and_means():
