@@ -50,15 +50,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def configs(models: tuple[str, str, str], layout: str) -> dict[str, RunConfig]:
     """Plain and overlapped, with replicated and with split optimizer state."""
     sizes = {T[name]: value for name, value in LAYOUTS[layout][1].items()}
-    common: dict[str, Any] = dict(
-        global_batch_size=8,
-        train_iters=9,
-        lr=0.01,
-        adam_eps=1e-4,
-        lr_decay_style="constant",
-        lr_warmup_fraction=0.0,
-        **sizes,
-    )
+    common: dict[str, Any] = NUMBERS | sizes
     kinds: dict[str, dict[str, Any]] = {
         "plain": dict(use_distributed_optimizer=False),
         "reduce": dict(use_distributed_optimizer=False, **OVERLAP),
@@ -218,9 +210,7 @@ def test_what_needs_another_flag(flags: dict[str, Any], said: str) -> None:
 def test_where_the_head_is_frozen(models: tuple[str, str, str], tmp_path: Path) -> None:
     """Tied and frozen it is in no bucket, and nothing waits for it."""
     student, teacher = write_pair(tmp_path, "qwen3")
-    config = run_config(
-        student, teacher, models[2], freeze_embeddings=True, global_batch_size=8, lr=0.01, adam_eps=1e-4, **GATHER
-    )
+    config = run_config(student, teacher, models[2], freeze_embeddings=True, **NUMBERS, **GATHER)
     steps, _ = run_ranks(train_planted, config, unchanged, world=2)[0]
     plain = run_config(student, teacher, models[2], freeze_embeddings=True, **NUMBERS)
     expected, _ = run_ranks(train_planted, plain, unchanged, world=2)[0]
