@@ -74,7 +74,8 @@ def kinds(student: Layout, teacher: Layout) -> list[int]:
 
 def sampler_bytes(asked: PlanConfig, config: RunConfig) -> int:
     """What a colocated vLLM takes of the GPU, beside the run."""
-    if config.distillation.lmbda == 0 or config.sampling.vllm_mode != "colocate":
+    samples = config.lmbda.most > 0 or config.generates
+    if not samples or config.sampling.vllm_mode != "colocate":
         return 0
     return round(asked.gpu_memory_gb * GB * config.sampling.vllm_gpu_memory_utilization)
 

@@ -218,9 +218,12 @@ class _Counted:
     def names(self) -> tuple[str, ...]:
         return self._loss.names()
 
-    def __call__(self, *args: Any) -> Any:
+    def begin(self, plan: StepPlan) -> None:
+        self._loss.begin(plan)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._counter.category("loss"):
-            return self._loss(*args)
+            return self._loss(*args, **kwargs)
 
 
 class _Phases:
