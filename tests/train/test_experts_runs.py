@@ -35,7 +35,7 @@ OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "PP2 VPP2 EP2": (4, dict(pipeline=2, virtual=2, expert=2)),
 }
-RESUMED = [(True, "EP2"), (True, "DP2 beside a teacher of EP2")]
+RESUMED = [(True, "DP2 beside a teacher of EP2")]
 
 
 @pytest.fixture(scope="module")

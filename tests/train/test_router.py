@@ -10,8 +10,9 @@ Not covered: CUDA; more than one step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,14 +73,21 @@ def config_of(root: Path, layout: dict[str, Any], **flags: Any) -> RunConfig:
     return run_config(student, teacher, dataset, train_iters=1, use_distributed_optimizer=False, **sizes, **flags)
 
 
+@cache
 def dense_balanced(
-    config: RunConfig, samples: Sequence[Sample], micro_batches: Sequence[Sequence[int]], dtype: torch.dtype
+    student_path: str,
+    teacher_path: str,
+    coefficient: float,
+    freeze: bool,
+    samples: tuple[Sample, ...],
+    micro_batches: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
 ) -> Balanced:
     """One step. The model's layers with experts route the inputs of a micro-batch, sample by sample."""
-    student = load(config.model.model, dtype)
+    student = load(student_path, dtype)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(not (config.model.freeze_router and name.endswith("mlp.gate.weight")))
-    teacher = all_logits(str(config.teacher.teacher_model), tuple(samples), dtype)
+        parameter.requires_grad_(not (freeze and name.endswith("mlp.gate.weight")))
+    teacher = all_logits(teacher_path, samples, dtype)
     loss, _ = loss_and_metrics(student, teacher, samples, OBJECTIVE, 1, None)
     total, loads = torch.zeros((), dtype=dtype), None
     for positions in micro_batches:
@@ -93,7 +101,7 @@ def dense_balanced(
         total = total + factor * sum((count * p.sum(0)).sum() for count, p in zip(counts, probs, strict=True))
         loads = counts if loads is None else loads + counts
     assert loads is not None
-    aux_loss, coefficient = total / len(micro_batches), config.training.moe_aux_loss_coeff
+    aux_loss = total / len(micro_batches)
     (loss + coefficient * aux_loss).backward()
     named = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in student.named_parameters()}
     busiest = loads.amax(1) / loads.mean(1)
@@ -126,11 +134,13 @@ def wrong_in(
     wrong: dict[str, float] = {}
     for index, (samples, options) in enumerate(steps):
         plan = plan_step(0, samples, data_parallel_size=replicas, **options)
-        micro_batches = [positions for replica in plan.student for positions in replica]
+        micro_batches = tuple(positions for replica in plan.student for positions in replica)
         assert (() in micro_batches) == (samples is THREE)
+        models = config.model.model, str(config.teacher.teacher_model)
+        step = *models, config.training.moe_aux_loss_coeff, config.model.freeze_router, samples, micro_batches
         with Float64():
-            truth = dense_balanced(config, samples, micro_batches, torch.float64)
-        reference = dense_balanced(config, samples, micro_batches, torch.float32)
+            truth = dense_balanced(*step, torch.float64)
+        reference = dense_balanced(*step, torch.float32)
         outcome, metrics = results[0][index]
         assert outcome.gradients is not None
         assert all(rank[index][1] == metrics for rank in results), "ranks report different loads"
@@ -190,17 +200,17 @@ def fault(name: str) -> Iterator[None]:
         yield
 
 
-def run_faulty(config: RunConfig, name: str) -> list[tuple[StepOutcome, dict[str, float]]]:
+def run_faulty(config: RunConfig, name: str, steps: Steps) -> list[tuple[StepOutcome, dict[str, float]]]:
     with fault(name):
-        return run_steps(config, [(SAMPLES, PADDED)])
+        return run_steps(config, steps)
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_found(root: Path, name: str) -> None:
-    world, layout, _ = LAYOUTS[FAULTS[name]]
+    world, layout, (step, *_) = LAYOUTS[FAULTS[name]]
     config = config_of(root, layout, moe_aux_loss_coeff=0.3)
-    results = run_ranks(run_faulty, config, name, world=world)
-    wrong = wrong_in(config, replicas_of(layout, world), [(SAMPLES, PADDED)], results)
+    results = run_ranks(run_faulty, config, name, [step], world=world)
+    wrong = wrong_in(config, replicas_of(layout, world), [step], results)
     assert any("mlp.gate.weight" in what for what in wrong), wrong
     assert not any(what.startswith("loss,") for what in wrong)
 
