@@ -2,6 +2,7 @@
 
     student_options(config, kind)             ModelOptions of the student on this kind of device
     teacher_options(config, kind)             of a local teacher: it has no backward pass
+    rehearsed_options(config)                 of the student, where a step is rehearsed
     optimizer_options(config)                 fields of megatron-core's OptimizerConfig
     check_student(config, arch, layout, kind) what the student's layers do not allow
 
@@ -24,9 +25,9 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.config.levers import RecomputeConfig
+from megatron_gkd.config.levers import KernelsConfig, OptimizerMemoryConfig, OverlapConfig, RecomputeConfig
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.errors import ConfigError, LayoutError
+from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.build import transformer_config
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.parallel.layout import Layout
@@ -93,6 +94,18 @@ def student_options(config: RunConfig, kind: Kind) -> ModelOptions:
         modules = tuple(recompute.recompute_modules) or ("core_attn",)
         return replace(options, recompute_granularity="selective", recompute_modules=modules)
     return options
+
+
+def rehearsed_options(config: RunConfig) -> ModelOptions:
+    """What decides the bytes of a rehearsal on a CPU (train/rehearsal.py): recomputation and the gradients' type.
+    Kernels and overlap are left out. Raises NotBuiltError for an optimizer whose state it would count wrongly."""
+    if config.optimizer != OptimizerMemoryConfig():
+        raise NotBuiltError(
+            "--use_precision_aware_optimizer and --optimizer_cpu_offload are not rehearsed: leave them out, and take "
+            "their share off the optimizer's bytes"
+        )
+    gradients = KernelsConfig(accumulate_allreduce_grads_in_fp32=config.kernels.accumulate_allreduce_grads_in_fp32)
+    return student_options(replace(config, kernels=gradients, overlap=OverlapConfig()), "cpu")
 
 
 def teacher_options(config: RunConfig, kind: Kind) -> ModelOptions:

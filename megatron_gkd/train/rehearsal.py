@@ -12,7 +12,8 @@ Different from a run on that machine, on purpose:
 * Fake tensors are on a "cpu", so layers are those of a run without Transformer Engine: activations are an upper bound
   for a run with it. The loss takes the chunks of a GPU, but torch's operations in place of the Triton kernels.
 * All micro-batches of the rehearsal have lengths that are told; pipelines exchange no shapes.
-* A number that is read from a tensor is 1 (there are no values): the norm of the gradient, for instance.
+* A number that is read from a fake tensor is 1 (there are no values): the norm of the gradient, for instance. Tokens
+  and lengths of micro-batches are real.
 
 `Communication`: none. What would be sent is counted by the group that it would be sent over (`traffic`).
 """
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 from torch._C._distributed_c10d import FakeWork
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -39,16 +40,19 @@ from torch.utils._pytree import tree_iter
 from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.run import RunConfig
+from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.loss import sharded_softmax
 from megatron_gkd.loss.fused import task as fused_task
 from megatron_gkd.model.build import DTYPES, build_model
-from megatron_gkd.model.levers import optimizer_options, student_options, teacher_options
+from megatron_gkd.model.levers import optimizer_options, rehearsed_options
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.observe.allocations import Alive, AllocationCounter
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.teacher_pipeline import TeacherPipeline
+from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.fit import layouts, max_tokens, without_borrowed_experts
 from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.plans import teacher_max_tokens
@@ -121,7 +125,7 @@ class _Parts:
         counter: AllocationCounter,
     ) -> _Parts:
         """Made in the order of a run."""
-        options, dtype = student_options(config, "cpu"), config.model.precision
+        options, dtype = rehearsed_options(config), config.model.precision
         vocab_size = min(student_arch.vocab_size, teacher_arch.vocab_size)
         groups = build_groups(student_layout)
         with counter.category("student: weights, gradients, optimizer"):
@@ -140,9 +144,7 @@ class _Parts:
             )
         with counter.category("teacher: weights"):
             teacher_groups = build_groups(teacher_layout)
-            of_teacher = build_model(
-                teacher_arch, teacher_layout, teacher_groups, teacher_options(config, "cpu"), dtype=dtype
-            )
+            of_teacher = build_model(teacher_arch, teacher_layout, teacher_groups, ModelOptions.on("cpu"), dtype=dtype)
             teacher = TeacherPipeline(
                 of_teacher,
                 teacher_layout,
@@ -212,9 +214,6 @@ class _Counted:
     def __init__(self, loss: DistillationLoss, counter: AllocationCounter) -> None:
         self._loss, self._counter = loss, counter
 
-    def begin(self, plan: StepPlan) -> None:
-        self._loss.begin(plan)
-
     def names(self) -> tuple[str, ...]:
         return self._loss.names()
 
@@ -253,10 +252,7 @@ class _NoPeers(TorchDispatchMode):
                 self._names[group.group_name] = owner + name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            known = getattr(args[0], "constant", None)  # of what was made of numbers, such as lengths
-            if known is not None:
-                return known.item()
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].dtype.is_floating_point else 0
         if func.namespace == "c10d":
             self._count(func, args)
@@ -279,6 +275,10 @@ def _without_peers(world_size: int, rank: int) -> Iterator[_NoPeers]:
     def gather(found: list[Any], mine: Any, group: Any = None) -> None:
         found[:] = [mine] * len(found)
 
+    def collate_real(self: Collator, positions: Sequence[int], collate: Any = Collator.__call__) -> MicroBatch:
+        with unset_fake_temporarily():  # lengths of a pack are read by the model
+            return collate(self, positions)
+
     assert not dist.is_initialized(), "a rehearsal needs a process of its own"
     platform.setup("cpu")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -286,6 +286,7 @@ def _without_peers(world_size: int, rank: int) -> Iterator[_NoPeers]:
         with ExitStack() as stack:
             for owner, name, value in (
                 (dist, "all_gather_object", gather),
+                (Collator, "__call__", collate_real),
                 (parallel_state, "_GLOBAL_MEMORY_BUFFER", None),  # scratch, which each rank has for itself
                 (megatron_random.CudaRNGStatesTracker, "fork", lambda self, name="": nullcontext()),
                 (fused_task, "CHUNK_BYTES", fused_task.CHUNK_BYTES_CUDA),

@@ -168,7 +168,8 @@ TAGGED = SERVER | {
 def test_local_teacher_flags_are_refused_without_one(
     accepted: dict[str, Any], teacher: dict[str, Any], flag: str
 ) -> None:
-    other: Any = {"teacher_placement": "separate", "offload_teacher_model": True}.get(flag, 2)
+    text = {"teacher_placement": "separate", "teacher_pipeline_model_parallel_layout": "Et|tL"}
+    other: Any = text.get(flag, True if flag == "offload_teacher_model" or flag.endswith("_split") else 2)
     with pytest.raises(ConfigError, match=f"--{flag} is for a local teacher"):
         validate(accepted | teacher | {flag: other})
 

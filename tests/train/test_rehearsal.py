@@ -67,6 +67,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 SP": (2, dict(tensor=2, sequence=True)),
     "PP2": (2, dict(pipeline=2)),
     "DP2, packed": (2, dict(sharded=True, packing=True, max_length=96)),
+    "PP2 uneven, recomputed": (
+        2,
+        dict(pipeline=2, teacher_pipeline=1, recompute_granularity="full", decoder_first_pipeline_num_layers=1),
+    ),
+    "DP2, by tokens": (2, dict(sharded=True, micro_batch_size=1, max_tokens_per_gpu=96, max_length=96)),
 }
 if FULL:
     LAYOUTS |= {
