@@ -258,6 +258,10 @@ class _NoPeers(TorchDispatchMode):
             self._count(func, args)
             if "coalesced" in func.__name__:
                 return FakeWork().boxed()
+        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if tensors and not any(isinstance(t, FakeTensor) for t in tensors):
+            with unset_fake_temporarily():  # numbers of micro-batches stay numbers
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _count(self, func: Any, args: Any) -> None:
