@@ -15,10 +15,9 @@ from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import LocalTeacher
-from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.model.divisible import check_fit
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.train.fit import check_batch, layouts, refuse_student, without_borrowed_experts
+from megatron_gkd.train.fit import check_batch, refuse_student
 
 if TYPE_CHECKING:
     from megatron_gkd.train.rehearsal import Rehearsed
@@ -34,19 +33,17 @@ _ASSUMED = (
 def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     """Rehearse and print. Raises LayoutError or ConfigError for what `train` would refuse, NotBuiltError for what is
     not rehearsed yet."""
-    from megatron_gkd.train.rehearsal import rehearse
+    from megatron_gkd.train.rehearsal import planned_layouts, rehearse
     from megatron_gkd.train.setup import planned_dtype
 
     asked, config = asked_and_config
     config = planned_dtype(config)
-    student, teacher = layouts(config, asked.world_size, ranks_per_node=asked.ranks_per_node)
+    student, teacher = planned_layouts(config, asked.world_size, ranks_per_node=asked.ranks_per_node)
     check_batch(config, student)
-    path = _local_teacher(config)
-    arch, of_teacher = read_architecture(config.model.model), read_architecture(path)
-    teacher = without_borrowed_experts(config, of_teacher, teacher)
-    refuse_student(config, arch, student)
-    check_fit("model", arch, student)
-    check_fit("teacher_model", of_teacher, teacher)
+    refuse_student(config, read_architecture(config.model.model), student)
+    check_fit("model", read_architecture(config.model.model), student)
+    if isinstance(kind := config.teacher.kind, LocalTeacher):
+        check_fit("teacher_model", read_architecture(kind.path), teacher)
     batch = [asked.lengths(config.data.max_length)] * config.training.global_batch_size
     found = [
         rehearse(config, world_size=asked.world_size, rank=rank, lengths=batch, lines=asked.lines > 0)
@@ -56,7 +53,8 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     if asked.output == "json":
         print(json.dumps([_record(asked, one, student, teacher, sampler) for one in found], indent=1))
         return
-    print(f"student {student.describe()}; teacher {teacher.describe()}; {config.model.dtype}")
+    local = isinstance(kind, LocalTeacher)
+    print(f"student {student.describe()}{f'; teacher {teacher.describe()}' if local else ''}; {config.model.dtype}")
     prompt, completion = batch[0]
     print(f"{len(batch)} samples a step of {prompt} + {completion} tokens; GB are 10^9 bytes\n")
     for one in found:
@@ -78,15 +76,6 @@ def sampler_bytes(asked: PlanConfig, config: RunConfig) -> int:
     if not samples or config.sampling.vllm_mode != "colocate":
         return 0
     return round(asked.gpu_memory_gb * GB * config.sampling.vllm_gpu_memory_utilization)
-
-
-def _local_teacher(config: RunConfig) -> str:
-    if not isinstance(kind := config.teacher.kind, LocalTeacher) or kind.separate:
-        raise NotBuiltError(
-            "not built yet: plan with a teacher that is not on the student's ranks (give --teacher_model alone, "
-            "without --teacher_placement separate: the student's ranks hold at most as much)"
-        )
-    return kind.path
 
 
 def _record(asked: PlanConfig, one: Rehearsed, student: Layout, teacher: Layout, sampler: int) -> dict[str, Any]:

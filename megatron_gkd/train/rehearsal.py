@@ -40,7 +40,9 @@ from torch.utils._pytree import tree_iter
 from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import LocalTeacher, NoTeacher, ServerTeachers
 from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.loss import sharded_softmax
 from megatron_gkd.loss.fused import task as fused_task
 from megatron_gkd.model.build import DTYPES, build_model
@@ -51,13 +53,16 @@ from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
 from megatron_gkd.schedule import plan_step
-from megatron_gkd.teacher_pipeline import TeacherPipeline
+from megatron_gkd.teacher.itself import SelfTeacher
+from megatron_gkd.teacher.nobody import Nobody
+from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.fit import layouts, max_tokens, without_borrowed_experts
-from megatron_gkd.train.objective import DistillationLoss
+from megatron_gkd.train.objective import DistillationLoss, TrainingObjective
 from megatron_gkd.train.plans import teacher_max_tokens
 from megatron_gkd.train.step import distill
 from megatron_gkd.train.student import Student
+from megatron_gkd.train.supervised import SupervisedLoss
 
 NUM_STEPS = 2
 
@@ -84,16 +89,12 @@ def rehearse(
 
     Raises LayoutError or ConfigError for what `train` would refuse.
     """
-    student_layout, teacher_layout = layouts(config, world_size)
-    assert teacher_layout.rank_offset == 0, "a teacher on ranks of its own is rehearsed apart"
-    student_arch, teacher_path = read_architecture(config.model.model), config.teacher.teacher_model
-    assert teacher_path is not None
-    teacher_arch = read_architecture(teacher_path)
-    teacher_layout = without_borrowed_experts(config, teacher_arch, teacher_layout)
+    student_layout, teacher_layout = planned_layouts(config, world_size)
     counter = AllocationCounter(lines=lines)
     with _without_peers(world_size, rank) as peers, FakeTensorMode(allow_non_fake_inputs=True), counter, peers:
-        parts = _Parts.build(config, student_arch, teacher_arch, student_layout, teacher_layout, counter)
-        peers.name_groups(parts.teacher.groups, "teacher's ")
+        parts = _Parts.build(config, student_layout, teacher_layout, counter)
+        if isinstance(parts.teacher, TeacherPipeline):
+            peers.name_groups(parts.teacher.groups, "teacher's ")
         peers.name_groups(parts.student.groups)
         built, peaks = counter.now, []
         for step in range(NUM_STEPS):
@@ -105,31 +106,43 @@ def rehearse(
         return Rehearsed(rank, num_parameters, built, peaks, dict(peers.sent))
 
 
+def planned_layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:
+    """(student's, teacher's), of a run that can be rehearsed. Raises NotBuiltError for one that cannot yet."""
+    student, teacher = layouts(config, world_size, ranks_per_node=ranks_per_node)
+    match config.teacher.kind:
+        case ServerTeachers() | LocalTeacher(separate=True):
+            raise NotBuiltError(
+                "not built yet: plan with a teacher that is not on the student's ranks (give --teacher_model alone, "
+                "without --teacher_placement separate: the student's ranks hold at most as much)"
+            )
+        case LocalTeacher() as local:
+            if config.teacher.offload_teacher_model:
+                raise NotBuiltError(
+                    "not built yet: plan with --offload_teacher_model true (leave it out: outside of the teacher's "
+                    "pass the run holds less, by the teacher's weights)"
+                )
+            return student, without_borrowed_experts(config, read_architecture(local.path), teacher)
+    return student, student
+
+
 @dataclass
 class _Parts:
     """What a rank of a run has, as train/setup.py makes it, without weights, rows or servers."""
 
     config: RunConfig
     student: Student
-    teacher: TeacherPipeline
-    loss: DistillationLoss
+    teacher: Teacher
+    loss: TrainingObjective
 
     @classmethod
     def build(
-        cls,
-        config: RunConfig,
-        student_arch: Architecture,
-        teacher_arch: Architecture,
-        student_layout: Layout,
-        teacher_layout: Layout,
-        counter: AllocationCounter,
+        cls, config: RunConfig, student_layout: Layout, teacher_layout: Layout, counter: AllocationCounter
     ) -> _Parts:
         """Made in the order of a run."""
-        options, dtype = rehearsed_options(config), config.model.precision
-        vocab_size = min(student_arch.vocab_size, teacher_arch.vocab_size)
-        groups = build_groups(student_layout)
+        arch, groups = read_architecture(config.model.model), build_groups(student_layout)
+        options = rehearsed_options(config)
         with counter.category("student: weights, gradients, optimizer"):
-            chunks = build_model(student_arch, student_layout, groups, options, dtype=dtype)
+            chunks = build_model(arch, student_layout, groups, options, dtype=config.model.precision)
             student = Student(
                 chunks,
                 student_layout,
@@ -142,26 +155,9 @@ class _Parts:
                 freeze_router=config.model.freeze_router,
                 optimizer_options=optimizer_options(config),
             )
+        student.config.variable_seq_lengths = False  # shapes are values, and there are none
         with counter.category("teacher: weights"):
-            teacher_groups = build_groups(teacher_layout)
-            of_teacher = build_model(teacher_arch, teacher_layout, teacher_groups, ModelOptions.on("cpu"), dtype=dtype)
-            teacher = TeacherPipeline(
-                of_teacher,
-                teacher_layout,
-                teacher_groups,
-                student_layout,
-                vocab_size=vocab_size,
-                device=torch.device("cpu"),
-                topk=config.distillation.gkd_logits_topk,
-                max_signal_bytes=None,
-            )
-            head = None
-            if config.distillation.gkd_logits_topk is None and groups.pp.rank() == student_layout.pipeline - 1:
-                columns = student_arch.padded_vocab_size(student_layout.tensor) // student_layout.tensor
-                head = torch.empty(columns, teacher_arch.hidden_size, dtype=DTYPES[dtype])
-        loss = DistillationLoss(config.distillation, tp_group=groups.tp, vocab_size=vocab_size, teacher_head=head)
-        for model in (student.config, of_teacher[0].config):
-            model.variable_seq_lengths = False  # shapes are values, and there are none
+            teacher, loss = _teacher_and_loss(config, arch, student, teacher_layout)
         return cls(config, student, teacher, loss)
 
     def step(self, plan: StepPlan, counter: AllocationCounter) -> None:
@@ -178,6 +174,34 @@ class _Parts:
                 device=torch.device("cpu"),
                 timers=_Phases(counter),  # type: ignore[arg-type]
             )
+
+
+def _teacher_and_loss(
+    config: RunConfig, arch: Architecture, student: Student, teacher_layout: Layout
+) -> tuple[Teacher, TrainingObjective]:
+    """By the kind of teacher, as train/teachers.py makes it. `arch`: the student's."""
+    distillation, tp_group = config.distillation, student.groups.tp
+    topk, device, dtype = distillation.gkd_logits_topk, torch.device("cpu"), config.model.precision
+    has_head = topk is None and student.groups.pp.rank() == student.layout.pipeline - 1
+    match config.teacher.kind:
+        case NoTeacher():
+            loss = SupervisedLoss(fuse=distillation.fuse_loss, tp_group=tp_group, vocab_size=arch.vocab_size)
+            return Nobody(student.layout), loss
+        case LocalTeacher() as local:
+            of_teacher, groups = read_architecture(local.path), build_groups(teacher_layout)
+            vocab_size = min(arch.vocab_size, of_teacher.vocab_size)
+            chunks = build_model(of_teacher, teacher_layout, groups, ModelOptions.on("cpu"), dtype=dtype)
+            chunks[0].config.variable_seq_lengths = False
+            teacher = TeacherPipeline(
+                chunks, teacher_layout, groups, student.layout, vocab_size=vocab_size, device=device, topk=topk
+            )
+            columns = arch.padded_vocab_size(student.layout.tensor) // student.layout.tensor
+            head = torch.empty(columns, of_teacher.hidden_size, dtype=DTYPES[dtype]) if has_head else None
+            loss = DistillationLoss(distillation, tp_group=tp_group, vocab_size=vocab_size, teacher_head=head)
+            return teacher, loss
+    itself = SelfTeacher(student, vocab_size=arch.vocab_size, device=device, topk=topk)
+    own = itself.head if has_head else None
+    return itself, DistillationLoss(distillation, tp_group=tp_group, vocab_size=arch.vocab_size, teacher_head=own)
 
 
 def _plan(
@@ -211,7 +235,7 @@ def _under(counter: AllocationCounter, category: str, function: Callable[..., An
 class _Counted:
     """An objective whose memory is the loss's."""
 
-    def __init__(self, loss: DistillationLoss, counter: AllocationCounter) -> None:
+    def __init__(self, loss: TrainingObjective, counter: AllocationCounter) -> None:
         self._loss, self._counter = loss, counter
 
     def names(self) -> tuple[str, ...]:

@@ -30,7 +30,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(root: Path, **flags: Any) -> RunConfig:
-    student, teacher = write_pair(root, "llama")
+    student, other = write_pair(root, flags.pop("family", "llama"))
+    teacher = None if flags.pop("alone", False) else other
     named = {T.get(name, name): value for name, value in flags.items()}
     common: dict[str, Any] = dict(micro_batch_size=2, global_batch_size=8, train_iters=2, dtype="fp32")
     return run_config(student, teacher, write_rows(root / "rows.jsonl", 8), **(common | named))
@@ -65,7 +66,7 @@ def rehearsed(config: RunConfig, world: int) -> list[Any]:
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, dict(micro_batch_size=1)),
     "TP2 SP": (2, dict(tensor=2, sequence=True)),
-    "PP2": (2, dict(pipeline=2)),
+    "PP2, itself": (2, dict(pipeline=2, alone=True)),
     "DP2, packed": (2, dict(sharded=True, packing=True, max_length=96)),
     "PP2 uneven, recomputed": (
         2,
@@ -76,6 +77,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 if FULL:
     LAYOUTS |= {
         "one, top K": (1, dict(gkd_logits_topk=7)),
+        "one, no teacher": (1, dict(objective="sft", alone=True)),
+        "PP2": (2, dict(pipeline=2)),
+        "CP2": (2, dict(context_parallel_size=2, teacher_context_parallel_size=1)),
         "TP2": (2, dict(tensor=2, teacher_tensor=1, teacher_pipeline=2)),
         "DP2": (2, dict(sharded=False)),
         "PP2 VPP2": (2, dict(pipeline=2, virtual=2)),
