@@ -130,7 +130,7 @@ def signal_rank(rank: int, options: argparse.Namespace, directory: str) -> None:
             start = Seconds(time.perf_counter(), time.process_time())
             if kind == "forward":
                 with torch.no_grad():
-                    pipelines["hidden"]._forward(plan, collate, lambda *_: None)
+                    pipelines["hidden"]._forward([collate(p) for p in plan.teacher[0]], lambda *_: None)
             else:
                 pipelines[kind].signals(plan, collate)
             dist.barrier()

@@ -61,9 +61,9 @@ def recorded_steps() -> Iterator[list[bool]]:
     """Whether each step of this process left everything as it was, bit for bit."""
     train_step, found = Student.train_step, []  # type: ignore[var-annotated]
 
-    def recording(self: Student, *args: Any) -> Any:
+    def recording(self: Student, *args: Any, **options: Any) -> Any:
         before = everything(self)
-        result = train_step(self, *args)
+        result = train_step(self, *args, **options)
         found.append(all(torch.equal(a, b) for a, b in zip(before, everything(self), strict=True)))
         return result
 
@@ -93,12 +93,12 @@ def hold_step(directory: Path, rank: int) -> None:
     """
     train_step, number = Student.train_step, 0
 
-    def held(self: Student, *args: Any) -> Any:
+    def held(self: Student, *args: Any, **options: Any) -> Any:
         nonlocal number
         number += 1
         (directory / f"at_{rank}_{number}").touch()
         while (directory / f"hold_{number}").exists():
             time.sleep(0.01)
-        return train_step(self, *args)
+        return train_step(self, *args, **options)
 
     Student.train_step = held  # type: ignore[method-assign]

@@ -252,7 +252,7 @@ def train_when_the_next_step_was_asked(argv: list[str], url: str) -> None:
     their step this ends in an error."""
     original, done = Student.train_step, 0
 
-    def waiting(self: Student, *args: Any) -> Any:
+    def waiting(self: Student, *args: Any, **options: Any) -> Any:
         nonlocal done
         done += 1
         num_evaluated = 3 * done  # before the first step, and after each but the last
@@ -261,7 +261,7 @@ def train_when_the_next_step_was_asked(argv: list[str], url: str) -> None:
         while httpx.get(f"{url}/asked", trust_env=False).json() < needed:
             assert time.monotonic() < until, f"update {done} began, and the next step was not asked for"
             time.sleep(0.02)
-        return original(self, *args)
+        return original(self, *args, **options)
 
     Student.train_step = waiting  # type: ignore[method-assign]
     try:

@@ -90,13 +90,13 @@ def train_and_wait_for_the_teacher(argv: list[str], marks: Path) -> None:
         number["forward"] += 1
         forward(self, *args)
 
-    def waiting(self: Student, *args: Any) -> Any:
+    def waiting(self: Student, *args: Any, **options: Any) -> Any:
         ahead, deadline = marks / f"forward_{number['update'] + 1}", time.monotonic() + 60
         number["update"] += 1
         while number["update"] < STEPS and not ahead.exists():
             assert time.monotonic() < deadline, "the teacher waits for the student"
             time.sleep(0.01)
-        return update(self, *args)
+        return update(self, *args, **options)
 
     TeacherPipeline._forward, Student.train_step = marked, waiting  # type: ignore[method-assign]
     try:

@@ -65,7 +65,7 @@ def run_cells(config: Any) -> list[StepOutcome]:
                 packing=max_tokens is not None,
                 max_tokens=max_tokens,
             )
-            outcomes.append(trainer.carry_out(plan, config.distillation, packing=max_tokens is not None))
+            outcomes.append(trainer.carry_out(plan, config.distillation))
     return outcomes
 
 

@@ -57,9 +57,8 @@ def train(config: RunConfig) -> tuple[list[StepOutcome], list[int]]:
                     max_tokens=budget,
                     multiple_of=layout.row_multiple,
                 )
-                packed = packing and budget is not None
-                sizes += [batch.tokens.numel() for batch in student_batches(plan, run.student, packing=packed)]
-                found.append(trainer.carry_out(plan, config.distillation, packing=packed))
+                sizes += [batch.tokens.numel() for batch in student_batches(plan, run.student)]
+                found.append(trainer.carry_out(plan, config.distillation))
     return found, sizes
 
 
