@@ -38,8 +38,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),
     "DP2": (2, dict(sharded=True)),
     "TP2 PP2": (4, dict(tensor=2, pipeline=2)),
-    "TP2 SP": (2, dict(tensor=2, sequence=True)),
+    "CP2": (2, dict(context=2)),
 }
+if FULL:
+    LAYOUTS["TP2 SP"] = 2, dict(tensor=2, sequence=True)
 # micro-batch size, fused, packed to so many tokens
 CELLS = ((1, True, None), (4, True, None), (2, False, None), (1, True, 24))
 
