@@ -122,7 +122,7 @@ def losses_of(betas: list[float]) -> list[tuple[float, float]]:
 
     walking, found = made("0:0,9:1"), []
     for step, beta in enumerate(betas):
-        walking.begin(StepPlan(step, samples, (((0,),),), (((0,),),), StepValues(0.0, beta, 1.0, 1)))
+        walking.begin(StepPlan(step, samples, (((0,),),), (((0,),),), values=StepValues(0.0, beta, 1.0, 1)))
         found.append(tuple(float(loss(model, hidden, batch, signal)[0]) for loss in (walking, made(beta))))
     return found  # type: ignore[return-value]
 
