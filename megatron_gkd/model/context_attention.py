@@ -29,11 +29,19 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_gkd.model.layers import SDPAttention
 from megatron_gkd.parallel.zigzag import held_spans, held_spans_of_pack
+
+
+def causal_lower_right(num_queries: int, num_keys: int) -> torch.Tensor:
+    """torch's mask of queries that are the last of the keys. Its module is imported when it is used, since it loads
+    torch's compiler (6 CPU-seconds), which a run without context parallelism never needs."""
+    from torch.nn.attention import bias
+
+    mask: torch.Tensor = bias.causal_lower_right(num_queries, num_keys)
+    return mask
 
 
 class ContextAttention(SDPAttention):
