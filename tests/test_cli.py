@@ -120,7 +120,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
         (["sample", "--model", "T", "--beta", "1"], "unknown flag --beta"),
         (["convert"], "--to is missing; Format that is written"),
         (["convert", "--to", "gguf"], "--to is gguf; it must be megatron|hf"),
-        (["plan", "--model", "S"], "--model S: there is no such directory"),
+        (["plan", "--model", "N"], "--model N: there is no such directory"),
         (["check"], "check alone is not a check; give `check teacher` or `check data`"),
         (["check", "data", "--model", "S"], "--dataset is missing; Data to be checked"),
         (["check", "data", "--model", "N", "--dataset", "d"], "--model N: there is no such directory"),

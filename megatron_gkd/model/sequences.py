@@ -56,6 +56,7 @@ def loss_shares(samples: Sequence[Sample], plan: MicroBatchPlan, layout: Layout,
     for positions in (positions for batches in plan for positions in batches if positions):
         for position, length in zip(positions, sequences.lengths(positions), strict=True):
             shares[position] = tuple(sequences.share(position, length, rank) for rank in range(layout.context))
+    assert shares.keys() == set(range(len(samples))), "micro-batches and the step plan different samples"
     return [shares[position] for position in range(len(samples))]
 
 

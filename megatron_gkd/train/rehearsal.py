@@ -169,7 +169,7 @@ class _Parts:
             distill(
                 self.student,
                 self.teacher,
-                _Counted(self.loss, counter),  # type: ignore[arg-type]
+                _Counted(self.loss, counter),
                 plan,
                 device=torch.device("cpu"),
                 timers=_Phases(counter),  # type: ignore[arg-type]
@@ -185,8 +185,8 @@ def _teacher_and_loss(
     has_head = topk is None and student.groups.pp.rank() == student.layout.pipeline - 1
     match config.teacher.kind:
         case NoTeacher():
-            loss = SupervisedLoss(fuse=distillation.fuse_loss, tp_group=tp_group, vocab_size=arch.vocab_size)
-            return Nobody(student.layout), loss
+            supervised = SupervisedLoss(fuse=distillation.fuse_loss, tp_group=tp_group, vocab_size=arch.vocab_size)
+            return Nobody(student.layout), supervised
         case LocalTeacher() as local:
             of_teacher, groups = read_architecture(local.path), build_groups(teacher_layout)
             vocab_size = min(arch.vocab_size, of_teacher.vocab_size)
