@@ -34,7 +34,8 @@ def config_of(root: Path, **flags: Any) -> RunConfig:
     teacher = None if flags.pop("alone", False) else other
     named = {T.get(name, name): value for name, value in flags.items()}
     common: dict[str, Any] = dict(micro_batch_size=2, global_batch_size=8, train_iters=2, dtype="fp32")
-    return run_config(student, teacher, write_rows(root / "rows.jsonl", 8), **(common | named))
+    rows = write_rows(root / "rows.jsonl", 8, teacher_prompts=True)
+    return run_config(student, teacher, rows, **(common | named))
 
 
 def real(config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
