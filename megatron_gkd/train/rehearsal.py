@@ -90,9 +90,15 @@ def rehearse(
     Raises LayoutError or ConfigError for what `train` would refuse.
     """
     student_layout, teacher_layout = planned_layouts(config, world_size)
+    kind = config.teacher.kind
+    # Read before tensors are fake: rotary frequencies are computed with values.
+    archs = (
+        read_architecture(config.model.model),
+        read_architecture(kind.path) if isinstance(kind, LocalTeacher) else None,
+    )
     counter = AllocationCounter(lines=lines)
     with _without_peers(world_size, rank) as peers, FakeTensorMode(allow_non_fake_inputs=True), counter, peers:
-        parts = _Parts.build(config, student_layout, teacher_layout, counter)
+        parts = _Parts.build(config, archs, student_layout, teacher_layout, counter)
         if isinstance(parts.teacher, TeacherPipeline):
             peers.name_groups(parts.teacher.groups, "teacher's ")
         peers.name_groups(parts.student.groups)
@@ -136,10 +142,15 @@ class _Parts:
 
     @classmethod
     def build(
-        cls, config: RunConfig, student_layout: Layout, teacher_layout: Layout, counter: AllocationCounter
+        cls,
+        config: RunConfig,
+        archs: tuple[Architecture, Architecture | None],
+        student_layout: Layout,
+        teacher_layout: Layout,
+        counter: AllocationCounter,
     ) -> _Parts:
-        """Made in the order of a run."""
-        arch, groups = read_architecture(config.model.model), build_groups(student_layout)
+        """Made in the order of a run. `archs`: the student's, and a local teacher's."""
+        arch, groups = archs[0], build_groups(student_layout)
         options = rehearsed_options(config)
         with counter.category("student: weights, gradients, optimizer"):
             chunks = build_model(arch, student_layout, groups, options, dtype=config.model.precision)
@@ -157,7 +168,7 @@ class _Parts:
             )
         student.config.variable_seq_lengths = False  # shapes are values, and there are none
         with counter.category("teacher: weights"):
-            teacher, loss = _teacher_and_loss(config, arch, student, teacher_layout)
+            teacher, loss = _teacher_and_loss(config, archs, student, teacher_layout)
         return cls(config, student, teacher, loss)
 
     def step(self, plan: StepPlan, counter: AllocationCounter) -> None:
@@ -177,9 +188,10 @@ class _Parts:
 
 
 def _teacher_and_loss(
-    config: RunConfig, arch: Architecture, student: Student, teacher_layout: Layout
+    config: RunConfig, archs: tuple[Architecture, Architecture | None], student: Student, teacher_layout: Layout
 ) -> tuple[Teacher, TrainingObjective]:
-    """By the kind of teacher, as train/teachers.py makes it. `arch`: the student's."""
+    """By the kind of teacher, as train/teachers.py makes it."""
+    arch, of_teacher = archs
     distillation, tp_group = config.distillation, student.groups.tp
     topk, device, dtype = distillation.gkd_logits_topk, torch.device("cpu"), config.model.precision
     has_head = topk is None and student.groups.pp.rank() == student.layout.pipeline - 1
@@ -187,8 +199,9 @@ def _teacher_and_loss(
         case NoTeacher():
             supervised = SupervisedLoss(fuse=distillation.fuse_loss, tp_group=tp_group, vocab_size=arch.vocab_size)
             return Nobody(student.layout), supervised
-        case LocalTeacher() as local:
-            of_teacher, groups = read_architecture(local.path), build_groups(teacher_layout)
+        case LocalTeacher():
+            assert of_teacher is not None
+            groups = build_groups(teacher_layout)
             vocab_size = min(arch.vocab_size, of_teacher.vocab_size)
             chunks = build_model(of_teacher, teacher_layout, groups, ModelOptions.on("cpu"), dtype=dtype)
             chunks[0].config.variable_seq_lengths = False
