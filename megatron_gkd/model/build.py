@@ -34,7 +34,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.model.context_attention import ContextAttention
-from megatron_gkd.model.divisible import check_layout
+from megatron_gkd.model.divisible import check_in
 from megatron_gkd.model.layers import SDPAttention, local_block_spec, use_own_modules
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.stage_layers import StageLayers
@@ -193,15 +193,7 @@ def build_model(
 
     Raises LayoutError when the model cannot be split that way.
     """
-    check_layout(
-        arch,
-        layout.tensor,
-        layout.pipeline,
-        layout.virtual_pipeline,
-        ep=layout.expert,
-        etp=layout.expert_tensor_size,
-        split=layout.split,
-    )
+    check_in(arch, layout)
     config, use_cpu = transformer_config(arch, layout, options, dtype=dtype), options.use_cpu_initialization
     _set_attention_factor(config, arch)
     pp_rank = groups.pp.rank()

@@ -22,13 +22,12 @@ Not here: dropout, windows, overlap of communication and arithmetic (Transformer
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_gkd.model.layers import SDPAttention
@@ -57,32 +56,16 @@ class ContextAttention(SDPAttention):
         super().__init__(*args, **kwargs)
         self.cp = pg_collection.cp
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> torch.Tensor:
-        assert attention_mask is None, "padding is on the right and attention is causal: no mask is used"
-        assert attention_bias is None
-        if packed_seq_params is None:
-            return self._attend_sequences(query, key, value, (query.shape[0] * self.cp.size(),))
-        borders = packed_seq_params.cu_seqlens_q
-        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
-        return self._attend_sequences(query, key, value, tuple((borders[1:] - borders[:-1]).tolist())).squeeze(1)
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return self._attend_sequences(query, key, value, (query.shape[0] * self.cp.size(),))
 
     def _attend_sequences(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
         """`lengths`: of the whole sequences that lie end to end."""
         size, rank = self.cp.size(), self.cp.rank()
         gathered = gather_sequence(torch.cat((key, value), dim=-1), self.cp)
-        keys, values = gathered[places_of(lengths, size, query.device)].chunk(2, dim=-1)
+        keys, values = gathered[places_of(tuple(lengths), size, query.device)].chunk(2, dim=-1)
         outputs, here, start = [], 0, 0
         for length in lengths:
             for first, end in held_spans(length, size, rank):

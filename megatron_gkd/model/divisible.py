@@ -9,19 +9,24 @@ from megatron_gkd.parallel.pipeline_split import PipelineSplit
 
 
 def check_fit(flag: str, arch: Architecture, layout: Layout) -> None:
-    """`check_layout` of the model that `--flag` names."""
+    """`check_in` of the model that `--flag` names."""
     try:
-        check_layout(
-            arch,
-            layout.tensor,
-            layout.pipeline,
-            layout.virtual_pipeline,
-            ep=layout.expert,
-            etp=layout.expert_tensor_size,
-            split=layout.split,
-        )
+        check_in(arch, layout)
     except LayoutError as error:
         raise LayoutError(f"--{flag}: {error}") from error
+
+
+def check_in(arch: Architecture, layout: Layout) -> None:
+    """`check_layout` of a whole layout."""
+    check_layout(
+        arch,
+        layout.tensor,
+        layout.pipeline,
+        layout.virtual_pipeline,
+        ep=layout.expert,
+        etp=layout.expert_tensor_size,
+        split=layout.split,
+    )
 
 
 def check_layout(

@@ -107,8 +107,15 @@ class SDPAttention(torch.nn.Module):
         if packed_seq_params is None:
             return self._attend(query, key, value)
         lengths = (packed_seq_params.cu_seqlens_q[1:] - packed_seq_params.cu_seqlens_q[:-1]).tolist()
-        segments = zip(*(t.unsqueeze(1).split(lengths) for t in (query, key, value)), strict=True)
-        return torch.cat([self._attend(q, k, v) for q, k, v in segments]).squeeze(1)
+        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        return self._attend_sequences(query, key, value, lengths).squeeze(1)
+
+    def _attend_sequences(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """`lengths`: of the sequences that lie end to end."""
+        segments = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
+        return torch.cat([self._attend(q, k, v) for q, k, v in segments])
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         q, k, v = self._heads(query, key, value)

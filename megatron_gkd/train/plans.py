@@ -9,7 +9,7 @@ ranks, and, where the teacher has ranks of its own, go from the first rank to al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import from_first
-from megatron_gkd.records import StepPlan
+from megatron_gkd.records import Sample, StepPlan
 from megatron_gkd.rollout.protocol import Completion, Request
 from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.schedule import Sampled, make_samples, plan_step
@@ -30,6 +30,23 @@ from megatron_gkd.train.fit import max_tokens
 from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import engine_length
+
+
+def plan_of(config: RunConfig, step: int, samples: Sequence[Sample], student: Layout, teacher: Layout) -> StepPlan:
+    """The plan of a step's samples in these layouts, as the flags size its micro-batches. `step` counts from 0."""
+    plan = plan_step(
+        step,
+        samples,
+        data_parallel_size=student.data,
+        micro_batch_size=config.training.micro_batch_size,
+        teacher_data_parallel_size=teacher.data,
+        teacher_micro_batch_size=config.teacher.teacher_micro_batch_size,
+        teacher_max_tokens=teacher_max_tokens(config),
+        packing=config.data.packing,
+        max_tokens=max_tokens(config, student),
+        multiple_of=student.row_multiple,
+    )
+    return replace(plan, values=config.values_at(step + 1))
 
 
 class StepPlans:
@@ -88,22 +105,9 @@ class StepPlans:
         return None if waiting is None else self._with(step, _sampled(waiting))
 
     def _with(self, step: int, sampled: Mapping[int, Sampled]) -> StepPlan:
-        config, training = self._inputs.config, self._inputs.config.training
-        indices, rows, sources = self._draws[step]
+        inputs, (indices, rows, sources) = self._inputs, self._draws[step]
         samples = make_samples(indices, rows, sources, sampled=sampled)
-        plan = plan_step(
-            step,
-            samples,
-            data_parallel_size=self._inputs.student_layout.data,
-            micro_batch_size=training.micro_batch_size,
-            teacher_data_parallel_size=self._inputs.teacher_layout.data,
-            teacher_micro_batch_size=config.teacher.teacher_micro_batch_size,
-            teacher_max_tokens=teacher_max_tokens(config),
-            packing=config.data.packing,
-            max_tokens=max_tokens(config, self._inputs.student_layout),
-            multiple_of=self._inputs.student_layout.row_multiple,
-        )
-        return replace(plan, values=config.values_at(step + 1))
+        return plan_of(inputs.config, step, samples, inputs.student_layout, inputs.teacher_layout)
 
     def _completions(self, step: int) -> dict[int, Sampled]:
         sampled: dict[int, Sampled] = {}

@@ -2,7 +2,7 @@
 no memory, over process groups without peers. What it would allocate is counted, operation by operation.
 
     found = rehearse(config, world_size=16, rank=0, lengths=[(512, 1536)] * 32)
-    found.built.by_category, found.steps[1].peak.by_category, found.traffic
+    found.built.by_category, found.peaks[1].by_category, found.traffic
 
 Real: models, DDP, the distributed optimizer, the schedule with its micro-batches in flight, the teacher's pass, the
 fused loss, the student's step. Two steps, since what is born in the first one may be alive at the peak of the second.
@@ -52,14 +52,13 @@ from megatron_gkd.observe.allocations import Alive, AllocationCounter
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
-from megatron_gkd.schedule import plan_step
 from megatron_gkd.teacher.itself import SelfTeacher
 from megatron_gkd.teacher.nobody import Nobody
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
 from megatron_gkd.train.batches import Collator
-from megatron_gkd.train.fit import layouts, max_tokens, without_borrowed_experts
+from megatron_gkd.train.fit import layouts, without_borrowed_experts
 from megatron_gkd.train.objective import DistillationLoss, TrainingObjective
-from megatron_gkd.train.plans import teacher_max_tokens
+from megatron_gkd.train.plans import plan_of
 from megatron_gkd.train.step import distill
 from megatron_gkd.train.student import Student
 from megatron_gkd.train.supervised import SupervisedLoss
@@ -223,18 +222,7 @@ def _plan(
     samples = tuple(
         Sample(i, i, (0,) * prompt, (0,) * rest, "dataset", None) for i, (prompt, rest) in enumerate(lengths)
     )
-    return plan_step(
-        step,
-        samples,
-        data_parallel_size=student.data,
-        micro_batch_size=config.training.micro_batch_size,
-        teacher_data_parallel_size=teacher.data,
-        teacher_micro_batch_size=config.teacher.teacher_micro_batch_size,
-        teacher_max_tokens=teacher_max_tokens(config),
-        packing=config.data.packing,
-        max_tokens=max_tokens(config, student),
-        multiple_of=student.row_multiple,
-    )
+    return plan_of(config, step, samples, student, teacher)
 
 
 def _under(counter: AllocationCounter, category: str, function: Callable[..., Any]) -> Callable[..., Any]:
