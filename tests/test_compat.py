@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.effort import LIMIT_S
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tests/compat.sh"
 
@@ -40,7 +42,7 @@ def run(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("GKD_", "PYENV"))}
     environment |= {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:/usr/bin:/bin"} | variables
     return subprocess.run(
-        ["bash", str(tmp_path / "tests/compat.sh")], env=environment, capture_output=True, text=True, timeout=60
+        ["bash", str(tmp_path / "tests/compat.sh")], env=environment, capture_output=True, text=True, timeout=LIMIT_S
     )
 
 

@@ -140,12 +140,13 @@ SAVED = {"PP2": [4, 8], "TP2-SP-topk": [8], "DP2-packing": [8]}
 
 @pytest.fixture(scope="module")
 def runs(inputs: Inputs) -> dict[str, Path]:
-    """Run directories by name; one of them by torchrun."""
+    """Run directories by name; one by torchrun (whose ranks are its own in test_launch_ranks.py)."""
     found = {}
     for name, flags in RUNS.items():
         found[name] = inputs.root / "runs" / name
         argv = ["train", *inputs.flags(found[name], flags)]
-        succeeded(torchrun(argv) if name == "PP2" else run(argv, world=2))
+        with forked_ranks() as environment:
+            succeeded(torchrun(argv, **environment) if name == "PP2" else run(argv, world=2))
     return found
 
 

@@ -33,7 +33,7 @@ from tests.test_launch import ROOT
 
 pytestmark = pytest.mark.slow
 
-STEPS, SAVE_STEPS = 36, 3
+STEPS, SAVE_STEPS = 36, 6
 SINGLE, MULTI = "train_single_node.sh", "train_multi_node.sh"
 
 

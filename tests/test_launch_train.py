@@ -369,7 +369,7 @@ def test_slurm_requeues_before_its_time_is_up_when_the_step_has_ended(tmp_path: 
 
 
 def wait_for(path: Path, text: str = "") -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + LIMIT_S
     while not (path.exists() and text in path.read_text()):
         assert time.monotonic() < end, f"{path} never said {text!r}"
         time.sleep(0.02)

@@ -17,6 +17,7 @@ import math
 import os
 import types
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_gkd.errors import ConfigError
@@ -88,6 +89,7 @@ def _at_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
+@cache
 def type_hints(section: type) -> dict[str, Any]:
     """Field name -> type."""
     return get_type_hints(section)

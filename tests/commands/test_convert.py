@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -404,39 +405,29 @@ def test_the_command_line_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixt
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
-MEASURED = """if True:
-    import sys, threading, time
-    from megatron_gkd.platform import import_megatron
-    import_megatron()
-    from megatron_gkd.commands.convert import ConvertConfig, run_convert
-    to, small, large, out, check = sys.argv[1:]
-    run_convert(ConvertConfig(to=to, model=small, save=out + "_small", check=bool(check)))  # all is imported now
 
-    def anonymous_bytes():
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-    before, peak = anonymous_bytes(), 0
-
-    def watch():
-        global peak
-        while True:
-            peak = max(peak, anonymous_bytes())
-            time.sleep(0.001)
-
-    threading.Thread(target=watch, daemon=True).start()
-    run_convert(ConvertConfig(to=to, model=large, save=out, check=bool(check)))
-    print("peak", peak - before)
-"""
+def anonymous_bytes() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
-def peak_bytes(to: str, small: Path, large: Path, out: Path, check: bool = False) -> int:
-    """Most memory that a conversion in one plain process adds, without the kernel's cache of mapped files."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEASURED, to, str(small), str(large), str(out), "check" if check else ""]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split("peak")[1])
+def peak_bytes(to: Any, small: Path, large: Path, out: Path, check: bool = False) -> int:
+    """On a rank of its own: most memory that a conversion adds, without the kernel's cache of mapped files."""
+    with megatron():
+        run_convert(config(to, small, Path(f"{out}_small"), check=check))  # all is imported now
+        before, peak, done = anonymous_bytes(), 0, threading.Event()
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.wait(0.001):
+                peak = max(peak, anonymous_bytes())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        run_convert(config(to, large, out, check=check))
+        done.set()
+        watcher.join()
+    return peak - before
 
 
 @pytest.mark.slow
@@ -448,11 +439,12 @@ def test_a_model_larger_than_memory(tmp_path: Path) -> None:
     arch = read_architecture(large)
     weights = sum(file.stat().st_size for file in large.glob("*.safetensors"))
     slack = 24 * 2**20  # of the interpreter: plans, metadata, stacks of the groups' threads
-    there = peak_bytes("megatron", small, large, tmp_path / "m")
+    (there,) = run_ranks(peak_bytes, "megatron", small, large, tmp_path / "m", world=1, fresh=True)
     assert there <= memory_bound_bytes(arch, 4, to="megatron") + slack < weights / 2
-    back = peak_bytes("hf", tmp_path / "m_small", tmp_path / "m", tmp_path / "hf")
+    (back,) = run_ranks(peak_bytes, "hf", tmp_path / "m_small", tmp_path / "m", tmp_path / "hf", world=1, fresh=True)
     assert back <= memory_bound_bytes(arch, 4, to="hf") + slack < weights / 2
     with HFCheckpoint(large) as before, HFCheckpoint(tmp_path / "hf") as after:
         assert all(torch.equal(before.read(name), after.read(name)) for name in before.names())
-    loaded = peak_bytes("megatron", small, large, tmp_path / "checked", check=True)  # the measure sees a whole model
+    # The measure sees a whole model.
+    (loaded,) = run_ranks(peak_bytes, "megatron", small, large, tmp_path / "checked", True, world=1, fresh=True)
     assert loaded > 2 * (memory_bound_bytes(arch, 4, to="hf") + slack)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_gkd import cli
+from tests.support.effort import LIMIT_S
 
 ROOT = Path(cli.__file__).parent.parent
 SERVER = ["--gkd_logits_topk", "4", "--lmbda", "0", "--teacher_model_server", "http://127.0.0.1:9"]
@@ -48,7 +49,7 @@ def test_the_scripts_refuse_it(script: str, variable: str, tmp_path: Path) -> No
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=LIMIT_S,
             check=False,
         )
         assert done.returncode == code, done.stderr

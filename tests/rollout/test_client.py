@@ -16,6 +16,7 @@ import pytest
 
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.client import ServerAnswerError, ServerClient
+from tests.support.effort import LIMIT_S
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -74,7 +75,7 @@ def test_what_changes_the_server_is_not_repeated(
     assert calls == ["POST"]
     calls.clear()
     answer = client.start("/x", "load weights")
-    assert isinstance(answer.exception(timeout=5), RolloutError)
+    assert isinstance(answer.exception(timeout=LIMIT_S), RolloutError)
     assert calls == ["POST"]
 
 
@@ -155,7 +156,7 @@ def test_a_call_can_run_beside_the_caller(connect: Callable[..., ServerClient]) 
     answer = connect(handler).start("/x", "wait")
     assert not answer.done()
     release.set()
-    assert answer.result(timeout=5) == "done"
+    assert answer.result(timeout=LIMIT_S) == "done"
 
 
 def test_the_key_is_sent_and_never_shown(

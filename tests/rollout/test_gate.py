@@ -27,6 +27,7 @@ from megatron_gkd.rollout.vllm import server
 from megatron_gkd.rollout.vllm.server import ServerEngine
 from megatron_gkd.rollout.vllm.worker import MODEL_FIELDS, RolloutWorker
 from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.effort import LIMIT_S
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECRET = "5ec4e7" * 8
@@ -257,7 +258,9 @@ def test_the_script_makes_a_private_secret_once(tmp_path: Path) -> None:
 
     def run(**values: str) -> subprocess.CompletedProcess[str]:
         script = ["bash", str(ROOT / "launch/rollout_server.sh")]
-        return subprocess.run(script, env=environment | values, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(
+            script, env=environment | values, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
 
     first, second = run(), run()
     assert first.returncode == 0, first.stderr

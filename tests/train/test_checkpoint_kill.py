@@ -29,7 +29,7 @@ from tests.support.effort import LIMIT_S, count
 from tests.support.runs import command_line, metrics
 from tests.support.trainers import write_rows
 
-KILLS = count(3, 20)
+KILLS = count(2, 20)
 WORLD = 4
 LAYOUTS: dict[str, dict[str, Any]] = {"TP2 x PP2": dict(tensor=2, pipeline=2), "DP4": {}}
 RUN: dict[str, Any] = FLAGS | dict(train_iters=4, global_batch_size=4, save_steps=1, save_total_limit=2, save_hf=False)

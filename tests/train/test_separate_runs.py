@@ -16,6 +16,7 @@ from megatron_gkd.observe.writers import read_rows
 from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.train.student import Student
 from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.effort import LIMIT_S
 from tests.support.ranks import run_ranks
 from tests.support.runs import command_line, exported, metrics, train, train_on_this_rank
 from tests.support.trainers import write_rows
@@ -91,7 +92,7 @@ def train_and_wait_for_the_teacher(argv: list[str], marks: Path) -> None:
         forward(self, *args)
 
     def waiting(self: Student, *args: Any, **options: Any) -> Any:
-        ahead, deadline = marks / f"forward_{number['update'] + 1}", time.monotonic() + 60
+        ahead, deadline = marks / f"forward_{number['update'] + 1}", time.monotonic() + LIMIT_S
         number["update"] += 1
         while number["update"] < STEPS and not ahead.exists():
             assert time.monotonic() < deadline, "the teacher waits for the student"

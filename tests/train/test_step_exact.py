@@ -6,8 +6,9 @@ float32 is, of a tiny Qwen3 (tied embeddings) and a tiny Llama (untied), against
     beta 0, 0.5, 1  x  full vocabulary, top K renormalised, top K with a tail  x  sft_alpha 0, 0.5
 
 with micro-batches of 1 and 4 samples and both loss paths alternating over it, then a few cells more: the other
-micro-batch size and path, packing, a loss temperature. Of these each model takes every other one in each layout, like
-the squares of a chessboard; GKD_TEST_FULL=1 runs all with both. The batch has mixed lengths, an empty completion,
+micro-batch size and path, packing, a loss temperature. Each model takes in each layout every beta, every signal and
+both alphas once, in pairs that change from layout to layout (a Latin square), and half of the cells more;
+GKD_TEST_FULL=1 runs all with both. The batch has mixed lengths, an empty completion,
 samples of all three sources. Student and teacher differ in hidden size, depth, padded vocabulary and, mostly, in
 layout.
 
@@ -93,12 +94,16 @@ def cells(offset: int) -> list[Cell]:
     return list(dict.fromkeys(grid + more))
 
 
-def of_family(cells: list[Cell], family: str) -> list[Cell]:
-    """Those that the family takes: half of each layout's, the other family has the other half."""
-    colours = [beta + signal + alpha for beta, signal, alpha in product(range(3), range(3), range(2))]  # of OBJECTIVES
-    colours += range(len(cells) - len(colours))
+def of_family(cells: list[Cell], family: str, layout: int) -> list[Cell]:
+    """Those that a family takes in a layout: of the grid a Latin square of beta and signal, each with one alpha, which
+    is another one for the other family and the next layout; of the rest half, the other family has the other half."""
     own = list(PAIRS).index(family)
-    return [cell for cell, colour in zip(cells, colours, strict=True) if FULL or colour % 2 == own]
+    taken = [
+        (beta + signal + layout + own) % 3 == 0 and alpha == (beta + layout + own) % 2
+        for beta, signal, alpha in product(range(3), range(3), range(2))  # of OBJECTIVES
+    ]
+    taken += [rest % 2 == own for rest in range(len(cells) - len(taken))]
+    return [cell for cell, own_cell in zip(cells, taken, strict=True) if FULL or own_cell]
 
 
 PACKED = [
@@ -216,10 +221,11 @@ CASES = [
 def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> None:
     world, options = LAYOUTS[layout]
     config = config_of(root, family, options)
-    grid = cells(list(LAYOUTS).index(layout)) + PACKED
+    number = list(LAYOUTS).index(layout)
+    grid = cells(number) + PACKED
     if "virtual" in options:
         grid += FOR_GROUPS
-    grid = of_family(grid, family)
+    grid = of_family(grid, family, number)
     if "CP" in layout and not FULL:
         grid = OF_CONTEXT
     results = run_ranks(run_cells, config, grid, world=world)

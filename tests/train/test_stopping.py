@@ -29,6 +29,7 @@ from megatron_gkd.train.stopping import EXIT_AT_ONCE, LAG, SAME_PRESS_S, SIGNALS
 from tests.support.checkpoint_runs import FLAGS, assert_same_bits, checkpoint_of, write_inputs
 from tests.support.effort import LIMIT_S
 from tests.support.faulty_runs import hold_step
+from tests.support.launched import forked_ranks
 from tests.support.program import Program
 from tests.support.ranks import run_ranks
 from tests.support.runs import command_line, metrics, train, train_on_this_rank
@@ -163,12 +164,12 @@ def test_torchrun_hands_sigterm_on(inputs: dict[str, Any], tmp_path: Path) -> No
     """SIGTERM to torchrun, as a scheduler sends it: the ranks save within the 30 seconds that it leaves them."""
     run_dir = tmp_path / "run"
     argv = command_line(**inputs | TP2 | dict(save=run_dir, train_iters=100000, save_hf=False))
-    with open(tmp_path / "output", "w+") as output:
+    with forked_ranks() as environment, open(tmp_path / "output", "w+") as output:
         launcher = subprocess.Popen(
             [*LAUNCH, "-m", "megatron_gkd", "train", *argv],
             stdout=output,
             stderr=output,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
         )
         try:
             deadline = time.monotonic() + LIMIT_S

@@ -21,6 +21,7 @@ from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.teacher.servers.probes import PROBE_TOKENS, ServerRequirements, probe_tokens
 from megatron_gkd.teacher.servers.servers import API_KEY_ENV, TeacherServers
+from tests.support.effort import LIMIT_S
 from tests.support.fake_teacher_server import VOCAB, FakeServer, behind_urls, random_teacher, serve
 
 NEEDS = ServerRequirements(topk=8, vocab_size=VOCAB, largest_id=VOCAB - 1, longest=40, probe=tuple(range(3, 35)))
@@ -143,10 +144,10 @@ def test_servers_that_share_a_tag_must_be_one_teacher(connect: Connect) -> None:
 def test_a_call_is_under_way_while_the_caller_goes_on() -> None:
     """Every answer is there before the result is asked for; the canaries are asked then."""
     fake = FakeServer()
-    with serve(fake) as url, TeacherServers([url], NEEDS, timeout_s=20) as servers:
+    with serve(fake) as url, TeacherServers([url], NEEDS, timeout_s=LIMIT_S) as servers:
         fake.scored.clear()
         asked = servers.start(SEQUENCES)
-        until = time.monotonic() + 10
+        until = time.monotonic() + LIMIT_S
         while len(fake.scored) < 4 and time.monotonic() < until:
             time.sleep(0.01)
         assert len(fake.scored) == len(asked_of(fake)) == 4

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.effort import LIMIT_S
+
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 SCRIPT = ROOT / "launch/teacher_server.sh"
 OURS = ("MODEL", "HOST", "PORT", "DTYPE", "TP", "MAX_MODEL_LEN", "MAX_LOGPROBS", "GPU_MEMORY", "KV_CACHE_BYTES")
@@ -37,7 +39,7 @@ def script(*words: str, **values: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=60,
+        timeout=LIMIT_S,
     )
 
 
