@@ -113,7 +113,6 @@ import megatron.core.tensor_parallel.random as megatron_random
 owners = (torch, torch.Tensor, torch.cuda, torch.cuda.random, megatron_random)
 before = [dict(vars(owner)) for owner in owners]
 import megatron_gkd
-from tests.support.effort import FULL, LIMIT_S
 for module in pkgutil.walk_packages(megatron_gkd.__path__, "megatron_gkd."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)

@@ -210,18 +210,17 @@ def memory_bound_bytes(arch: Architecture, itemsize: int, *, to: Literal["megatr
 
 def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
     """Load the Megatron side of the conversion and compare it with transformers on the Hugging Face side."""
-
-    from megatron_gkd.model.build import build_model
     from megatron_gkd.model.options import ModelOptions
     from megatron_gkd.parallel.groups import build_groups
     from megatron_gkd.parallel.together import gathered, on_first
     from megatron_gkd.weights.chunks import ExpertRank, check_chunks
     from megatron_gkd.weights.compare import model_logits, reference_logits, sample_tokens
     from megatron_gkd.weights.megatron_files import MegatronCheckpoint
+    from megatron_gkd.weights.source import ModelSource
 
     hf_dir, megatron_dir = (cfg.model, cfg.save) if cfg.to == "megatron" else (cfg.save, cfg.model)
     groups = build_groups(layout)
-    chunks = build_model(arch, layout, groups, ModelOptions.on("cpu"), dtype="fp32")
+    chunks = ModelSource(hf_dir, arch).build(layout, groups, ModelOptions.on("cpu"), dtype="fp32")
     MegatronCheckpoint(megatron_dir, chunks, arch, groups).fill(check_chunks(chunks, arch, ExpertRank.of(groups)))
     tokens = sample_tokens(hf_dir, arch)
     logits = model_logits(chunks, layout, groups, arch, tokens)

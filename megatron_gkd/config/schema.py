@@ -17,7 +17,6 @@ import math
 import os
 import types
 from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_gkd.errors import ConfigError
@@ -89,10 +88,14 @@ def _at_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
-@cache
+_hints: dict[type, dict[str, Any]] = {}
+
+
 def type_hints(section: type) -> dict[str, Any]:
-    """Field name -> type."""
-    return get_type_hints(section)
+    """Field name -> type. Kept: to evaluate them takes longer than a command line."""
+    if section not in _hints:
+        _hints[section] = get_type_hints(section)
+    return _hints[section]
 
 
 def check(name: str, value: Any, hint: Any, allowed: Range) -> None:

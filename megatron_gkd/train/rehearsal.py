@@ -46,7 +46,7 @@ from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.loss import sharded_softmax
 from megatron_gkd.loss.fused import task as fused_task
 from megatron_gkd.model.build import DTYPES, build_model
-from megatron_gkd.model.levers import optimizer_options, rehearsed_options
+from megatron_gkd.model.levers import rehearsed_options
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.observe.allocations import Alive, AllocationCounter
 from megatron_gkd.parallel.groups import build_groups
@@ -57,11 +57,11 @@ from megatron_gkd.teacher.nobody import Nobody
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.fit import layouts, without_borrowed_experts
-from megatron_gkd.train.objective import DistillationLoss, TrainingObjective
+from megatron_gkd.train.objective import TrainingObjective
 from megatron_gkd.train.plans import plan_of
+from megatron_gkd.train.setup import objective_of, student_of
 from megatron_gkd.train.step import distill
 from megatron_gkd.train.student import Student
-from megatron_gkd.train.supervised import SupervisedLoss
 
 NUM_STEPS = 2
 
@@ -153,18 +153,7 @@ class _Parts:
         options = rehearsed_options(config)
         with counter.category("student: weights, gradients, optimizer"):
             chunks = build_model(arch, student_layout, groups, options, dtype=config.model.precision)
-            student = Student(
-                chunks,
-                student_layout,
-                groups,
-                config.training,
-                options,
-                train_iters=NUM_STEPS,
-                use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-                freeze_embeddings=config.model.freeze_embeddings,
-                freeze_router=config.model.freeze_router,
-                optimizer_options=optimizer_options(config),
-            )
+            student = student_of(config, chunks, student_layout, groups, options, train_iters=NUM_STEPS)
         student.config.variable_seq_lengths = False  # shapes are values, and there are none
         with counter.category("teacher: weights"):
             teacher, loss = _teacher_and_loss(config, archs, student, teacher_layout)
@@ -189,15 +178,16 @@ class _Parts:
 def _teacher_and_loss(
     config: RunConfig, archs: tuple[Architecture, Architecture | None], student: Student, teacher_layout: Layout
 ) -> tuple[Teacher, TrainingObjective]:
-    """By the kind of teacher, as train/teachers.py makes it."""
+    """By the kind of teacher, as train/teachers.py makes it, and the run's objective."""
     arch, of_teacher = archs
-    distillation, tp_group = config.distillation, student.groups.tp
-    topk, device, dtype = distillation.gkd_logits_topk, torch.device("cpu"), config.model.precision
+    topk, device, dtype = config.distillation.gkd_logits_topk, torch.device("cpu"), config.model.precision
     has_head = topk is None and student.groups.pp.rank() == student.layout.pipeline - 1
+    vocab_size = arch.vocab_size
+    teacher: Teacher
+    head: torch.Tensor | Callable[[], torch.Tensor] | None = None
     match config.teacher.kind:
         case NoTeacher():
-            supervised = SupervisedLoss(fuse=distillation.fuse_loss, tp_group=tp_group, vocab_size=arch.vocab_size)
-            return Nobody(student.layout), supervised
+            teacher = Nobody(student.layout)
         case LocalTeacher():
             assert of_teacher is not None
             groups = build_groups(teacher_layout)
@@ -209,11 +199,10 @@ def _teacher_and_loss(
             )
             columns = arch.padded_vocab_size(student.layout.tensor) // student.layout.tensor
             head = torch.empty(columns, of_teacher.hidden_size, dtype=DTYPES[dtype]) if has_head else None
-            loss = DistillationLoss(distillation, tp_group=tp_group, vocab_size=vocab_size, teacher_head=head)
-            return teacher, loss
-    itself = SelfTeacher(student, vocab_size=arch.vocab_size, device=device, topk=topk)
-    own = itself.head if has_head else None
-    return itself, DistillationLoss(distillation, tp_group=tp_group, vocab_size=arch.vocab_size, teacher_head=own)
+        case _:
+            teacher = itself = SelfTeacher(student, vocab_size=vocab_size, device=device, topk=topk)
+            head = itself.head if has_head else None
+    return teacher, objective_of(config, student.groups, vocab_size=vocab_size, head=head)
 
 
 def _plan(

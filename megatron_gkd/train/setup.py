@@ -7,6 +7,7 @@ groups, servers, weights and the optimizer are made.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,9 @@ from megatron_gkd.config.dtypes import chosen
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import NoTeacher
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.levers import optimizer_options, student_options
+from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
@@ -172,17 +175,23 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     if student is None:
         assert isinstance(taught.teacher, TeacherPipeline)
         return TeacherRun(config, where, arch, taught.teacher, plans, layout, inputs.eval_rows, inputs.train_iters)
-    loss = _objective(inputs, groups, taught)
+    loss = objective_of(config, groups, vocab_size=inputs.vocab_size, head=taught.head)
     eval_rows, stop_ids = inputs.eval_rows, inputs.stop_ids
     return Run(config, where, arch, student, taught, loss, plans, eval_rows, stop_ids, engines, generation)
 
 
-def _objective(inputs: Inputs, groups: ProcessGroupCollection, taught: Taught) -> DistillationLoss | SupervisedLoss:
-    """What training minimises."""
-    distillation, vocab_size = inputs.config.distillation, inputs.vocab_size
-    if isinstance(inputs.config.teacher.kind, NoTeacher):
+def objective_of(
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    *,
+    vocab_size: int,
+    head: torch.Tensor | Callable[[], torch.Tensor] | None,
+) -> DistillationLoss | SupervisedLoss:
+    """What training minimises. `groups`: the student's; `head`: the teacher's (teachers.Taught)."""
+    distillation = config.distillation
+    if isinstance(config.teacher.kind, NoTeacher):
         return SupervisedLoss(fuse=distillation.fuse_loss, tp_group=groups.tp, vocab_size=vocab_size)
-    return DistillationLoss(distillation, tp_group=groups.tp, vocab_size=vocab_size, teacher_head=taught.head)
+    return DistillationLoss(distillation, tp_group=groups.tp, vocab_size=vocab_size, teacher_head=head)
 
 
 def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection) -> Student:
@@ -190,13 +199,26 @@ def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGrou
     source, options = ModelSource(config.model.model, inputs.student_arch), student_options(config, where.kind)
     chunks = source.build(layout, groups, options, dtype=config.model.precision)
     source.load(chunks, groups)
+    return student_of(config, chunks, layout, groups, options, train_iters=inputs.train_iters)
+
+
+def student_of(
+    config: RunConfig,
+    chunks: list[HiddenStateGPTModel],
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    options: ModelOptions,
+    *,
+    train_iters: int,
+) -> Student:
+    """The model of a configuration, with its optimizer."""
     return Student(
         chunks,
         layout,
         groups,
         config.training,
         options,
-        train_iters=inputs.train_iters,
+        train_iters=train_iters,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         freeze_embeddings=config.model.freeze_embeddings,
         freeze_router=config.model.freeze_router,

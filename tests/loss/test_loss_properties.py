@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 
 from megatron_gkd.topk_jsd import topk_jsd
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd, vocab_parallel_topk
+from tests.support.effort import count
 from tests.support.losses import columns
 from tests.support.ranks import run_ranks, tp_group
 
 WORLD = 2
-EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+EXAMPLES = settings(
+    max_examples=count(15, 100), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 betas = st.sampled_from([0.0, 1.0]) | st.floats(0.01, 0.99)
 temperatures = st.floats(0.3, 3.0)
 

@@ -146,7 +146,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_trainer_is_unchanged_by_an_engine(path: Path) -> None:
-    for differences, same_groups, groups_work, segments in run_ranks(live, path, world=2, fresh=True):
+    for differences, same_groups, groups_work, segments in run_ranks(live, path, world=2, with_vllm=True):
         assert differences == []
         assert same_groups
         assert groups_work
