@@ -29,6 +29,7 @@ from megatron_gkd.train.setup import Run
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.dense_step import all_logits, load
+from tests.support.effort import FULL
 from tests.support.numerics import Float64, within_reference_error
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
@@ -39,13 +40,13 @@ pytestmark = pytest.mark.slow
 
 SAMPLES = make_samples([(4, 9), (2, 5), (7, 3)], vocab_size=300)
 FLAGS: dict[str, Any] = dict(
-    lmbda=0, global_batch_size=4, train_iters=3, lr=5e-3, report_to="none", device="cpu", teacher_tensor=1
+    lmbda=0, global_batch_size=4, train_iters=2, lr=8e-3, report_to="none", device="cpu", teacher_tensor=1
 )
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),
     "TP2 PP2": (4, dict(tensor=2, pipeline=2)),
     "PP2 VPP2": (2, dict(pipeline=2, virtual=2)),
-    "TP2 SP DP2": (4, dict(tensor=2, sequence=True)),
+    "TP2 SP": (2, dict(tensor=2, sequence=True)),
 }
 CELLS = [*(("qwen3", layout) for layout in LAYOUTS), ("llama", "TP2 PP2")]
 
@@ -116,7 +117,7 @@ def side_files(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir() if file.suffix != ".safetensors"}
 
 
-@pytest.mark.parametrize(("family", "layout"), CELLS)
+@pytest.mark.parametrize(("family", "layout"), CELLS if FULL else [("qwen3", "PP2 VPP2"), ("llama", "TP2 PP2")])
 def test_without_an_update_the_export_is_the_source(
     tmp_path: Path, inputs: dict[str, dict[str, Any]], family: str, layout: str
 ) -> None:
@@ -141,7 +142,7 @@ def test_the_exported_student_has_the_logits_of_the_trainer(
     flags = inputs[family] | FLAGS | flags
     run_dir = train(world=world, **flags, save=tmp_path / "run")
     argv = command_line(**flags, save=tmp_path / "other")
-    results = run_ranks(run_load_and_logits, argv, str(run_dir / "checkpoints" / "step_00000003"), world=world)
+    results = run_ranks(run_load_and_logits, argv, str(run_dir / "checkpoints" / "step_00000002"), world=world)
     untrained, reference = (torch.cat(all_logits(str(path), SAMPLES)) for path in (flags["model"], run_dir / "hf"))
     with Float64():
         truth = torch.cat(all_logits(str(run_dir / "hf"), SAMPLES, torch.float64))

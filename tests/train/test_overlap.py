@@ -59,6 +59,8 @@ def configs(models: tuple[str, str, str], layout: str) -> dict[str, RunConfig]:
         "gather": GATHER,
     }
     if "VPP" in layout:
+        if not FULL:
+            del kinds["reduce, split"], kinds["gather"]  # on DP2, and part of the aligned one
         kinds["gather, aligned"] = GATHER | dict(align_param_gather=True)
     return {name: run_config(*models, **common, **flags) for name, flags in kinds.items()}
 
@@ -96,7 +98,7 @@ def test_the_numbers_are_the_same(models: tuple[str, str, str], layout: str) -> 
     results = run_ranks(train_all, kinds, world=LAYOUTS[layout][0])
     for found in results:
         assert found["reduce"][0] == found["plain"][0]
-        for name in ("reduce, split", *(kind for kind in kinds if kind.startswith("gather"))):
+        for name in (kind for kind in kinds if kind.startswith("gather") or kind == "reduce, split"):
             for pair, expected in zip(found[name][0], found["plain, split"][0], strict=True):
                 assert pair == pytest.approx(expected, rel=2e-6), name
     written = {name: weights for name, (_, weights) in results[0].items()}
