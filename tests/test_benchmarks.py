@@ -102,6 +102,23 @@ def test_bench_teacher(tmp_path):
     assert all(f"| {name} |" in result.stdout for name in rows)
 
 
+def test_bench_step(tmp_path):
+    out = tmp_path / "step.json"
+    levers = ["plain", "recompute full"]
+    result = _run("benchmarks.bench_step", "--quick", "--levers", *levers, "--json", str(out), forked=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["method"] for row in rows] == levers
+    for row in rows:
+        phases = {name: found["median"] for name, found in row["phases_s"].items()}
+        assert all(phases[name] > 0 for name in ("teacher", "forward", "loss", "backward", "update"))
+        assert sum(phases.values()) == pytest.approx(row["wall_s"]["median"]), "one round: they are its sum"
+        assert row["of_products"] > 0
+        assert row["reduced_bytes"] > 0
+    assert rows[1]["peak_bytes"] < rows[0]["peak_bytes"], "recomputation saves memory"
+    assert all(f"| {name} |" in result.stdout for name in levers)
+
+
 def test_bench_data(tmp_path):
     out = tmp_path / "data.json"
     result = _run("benchmarks.bench_data", "--quick", "--dir", str(tmp_path), "--json", str(out))
