@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.effort import LIMIT_S
+from tests.support.effort import FULL, LIMIT_S
 from tests.support.launched import forked_ranks
 from tests.support.runs import command_line, exported, metrics
 from tests.support.trainers import write_pair, write_rows
@@ -106,7 +106,7 @@ class Nodes:
         if host is not None:
             environment |= {"GLOO_SOCKET_IFNAME": host.interface, "LOCAL_ADDR": host.address}
             command = [*host.inside, *command]
-        with (self.logs / f"{len(self.started)}.log").open("wb") as log:
+        with (self.logs / f"{len(self.started)}.log").open("ab") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -195,6 +195,7 @@ def test_single_node(whole: Path):
     assert len(list((whole / "checkpoints").glob("step_*"))) == 2
 
 
+@pytest.mark.skipif(not FULL, reason="by night: the run on two nodes loses a rank too")
 def test_a_killed_rank_on_one_node(tmp_path: Path, nodes: Nodes, whole: Path):
     agent = nodes.start(SINGLE, tmp_path / "run", NPROC_PER_NODE="2", MAX_RESTARTS="1")
     nodes.until(lambda: rows_written(tmp_path / "run") > SAVE_STEPS + 1)

@@ -45,6 +45,13 @@ class Sequences:
             return [_round_up(length, self.segment_multiple) for length in own]
         return [_round_up(max(own), self.row_multiple)] * len(own)
 
+    def num_fed(self, positions: Sequence[int]) -> int:
+        """Tokens that a replica is fed for a micro-batch, padding included."""
+        if not positions:
+            return self.row_multiple
+        lengths = self.lengths(positions)
+        return _round_up(sum(lengths), self.row_multiple) if self.packing else sum(lengths)
+
     def share(self, position: int, length: int, rank: int) -> LossShare:
         """Of a sample in a sequence of `length`: the loss tokens that context-parallel rank `rank` holds."""
         return LossShare.of(self.samples[position], held_spans(length, self.layout.context, rank))

@@ -9,7 +9,7 @@ from megatron_gkd.data.cut import cut
 from megatron_gkd.model.pipeline import common_shape
 from megatron_gkd.model.sequences import Sequences
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import MicroBatchPlan, Sample
+from megatron_gkd.records import MicroBatchPlan, Sample, StepPlan
 from megatron_gkd.schedule import plan_micro_batches
 
 
@@ -29,6 +29,15 @@ def plan_forward(
         max_tokens=None if max_tokens is None or one_shape else max(max_tokens, *lengths),
         allow_partial=True,
     )
+
+
+def batch_metrics(plan: StepPlan, layout: Layout) -> dict[str, float]:
+    """Of the student's micro-batches: the share of padding in what its replicas are fed, and the tokens of the replica
+    that is fed most over the mean of all (1: even)."""
+    sequences = Sequences(plan.samples, plan.student, layout, packing=plan.packing)
+    fed = [sum(sequences.num_fed(positions) for positions in batches) for batches in plan.student]
+    num_inputs = sum(sample.num_inputs for sample in plan.samples)
+    return {"batch/padding": 1 - num_inputs / sum(fed), "batch/imbalance": max(fed) * len(fed) / sum(fed)}
 
 
 class Collator:

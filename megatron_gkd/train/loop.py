@@ -31,6 +31,7 @@ from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, explain_wri
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.records import StepPlan
 from megatron_gkd.train.auto_resume import choose_start, first_step_to_write, goes_on_with_itself, resumes_itself
+from megatron_gkd.train.batches import batch_metrics
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory
 from megatron_gkd.train.evaluate import evaluate, not_finite
 from megatron_gkd.train.export_record import check_replaceable
@@ -215,6 +216,7 @@ class StudentPart:
             "signal_bytes": sums["signal_bytes"],
             "consumed_samples": self._state.consumed_samples,
             "bad_steps": self._state.bad_steps,
+            **batch_metrics(plan, run.student.layout),
             **loads,
             **_scheduled(run, plan),
             **({} if run.rollouts is None else run.rollouts.metrics),

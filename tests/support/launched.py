@@ -6,8 +6,9 @@ here a small program which has the rank forked from the server of the test ranks
 
 The program that torchrun knows stays alive as the rank's face: it has torchrun's command line, and hands signals on;
 when it is killed, so is the rank; it ends as the rank has ended. The rank takes its arguments, environment, working
-directory, output and network from it, by its entries in /proc. An interpreter with the package's imports is 10
-CPU-seconds a rank.
+directory, output and network from it, by its entries in /proc. An output that is a file must be open for appending: the
+rank opens it once more, and torchrun would write over the rank's lines. An interpreter with the package's imports is
+10 CPU-seconds a rank.
 
 Not covered: the start of the interpreter itself. Beside each use stands a test of the same kind without it.
 """

@@ -19,7 +19,8 @@ from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
 from tests.support.trainers import T
 
-TIMINGS = ("_s", "tokens_per_s", "signal_bytes")  # what differs between equal runs; bytes on the wire: between layouts
+# What differs between equal runs; the last three: between layouts.
+TIMINGS = ("_s", "tokens_per_s", "signal_bytes", "batch/padding", "batch/imbalance")
 
 
 def command_line(**flags: Any) -> list[str]:

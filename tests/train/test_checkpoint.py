@@ -175,7 +175,7 @@ def test_the_limit_the_leftovers_and_a_step_saved_before(tmp_path: Path, inputs:
     names = ["latest", "step_00000003", "step_00000004"]
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == names
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000004"
-    assert read_state(find_checkpoint(run_dir)).consumed_samples == 32
+    assert read_state(find_checkpoint(run_dir)).consumed_samples == 16
     before = metrics(run_dir)
     old = checkpoint_of(run_dir, 4) / "state.json"
     stamp = old.stat().st_mtime_ns

@@ -19,7 +19,7 @@ from tests.support.checkpoint_runs import FLAGS, write_inputs
 from tests.support.program import run
 from tests.support.runs import command_line
 
-RUN: dict[str, Any] = FLAGS | dict(train_iters=1, micro_batch_size=4, sft_alpha=0, save_hf=True, max_length=4096)
+RUN: dict[str, Any] = FLAGS | dict(train_iters=1, micro_batch_size=2, sft_alpha=0, save_hf=True, max_length=4096)
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ def test_torchrun_hands_sigterm_on(inputs: dict[str, Any], tmp_path: Path) -> No
     """SIGTERM to torchrun, as a scheduler sends it: the ranks save within the 30 seconds that it leaves them."""
     run_dir = tmp_path / "run"
     argv = command_line(**inputs | TP2 | dict(save=run_dir, train_iters=100000, save_hf=False))
-    with forked_ranks() as environment, open(tmp_path / "output", "w+") as output:
+    with forked_ranks() as environment, open(tmp_path / "output", "a") as output:
         launcher = subprocess.Popen(
             [*LAUNCH, "-m", "megatron_gkd", "train", *argv],
             stdout=output,
