@@ -1,4 +1,5 @@
-"""`megatron-gkd plan [flags of train]`: what each kind of rank of a run would hold and send, before there is a machine.
+"""`megatron-gkd plan [flags of train]`: what each kind of rank of a run would hold and send, before there is a machine;
+with `--search`, which layouts fit (train/search.py).
 
 One rank of each kind is rehearsed (train/rehearsal.py): the run's own code, on tensors without memory. Ranks are of one
 kind where student and teacher have the same stage on them; they differ in nothing that is counted but a few elements of
@@ -16,13 +17,18 @@ from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import LocalTeacher
 from megatron_gkd.model.divisible import check_fit
+from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train.fit import check_batch, refuse_student
 
 if TYPE_CHECKING:
     from megatron_gkd.train.rehearsal import Rehearsed
+    from megatron_gkd.train.search import Found, Searched
+
+logger = get_logger(__name__)
 
 GB = 1e9
+_MOST_SHOWN = 12
 _ASSUMED = (
     "layers are those of a run without Transformer Engine, and the loss is torch's: with Transformer Engine and the "
     "Triton kernels activations are smaller",
@@ -38,6 +44,9 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
 
     asked, config = asked_and_config
     config = planned_dtype(config)
+    if asked.search:
+        _search(asked, config)
+        return
     student, teacher = planned_layouts(config, asked.world_size, ranks_per_node=asked.ranks_per_node)
     check_batch(config, student)
     refuse_student(config, read_architecture(config.model.model), student)
@@ -60,6 +69,68 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     for one in found:
         print("\n".join(_lines(asked, one, student, teacher, sampler)), end="\n\n")
     print("\n".join(f"assumed: {text}" for text in _ASSUMED))
+
+
+def _search(asked: PlanConfig, config: RunConfig) -> None:
+    """Print the layouts that fit, the fastest first, and why the others do not."""
+    from megatron_gkd.train.search import Rates, search
+
+    rates = Rates(
+        asked.matmul_tflops * 1e12,
+        asked.node_gb_per_s * GB,
+        asked.network_gb_per_s * GB,
+        asked.ranks_per_node or 8,
+    )
+    beside = sampler_bytes(asked, config) + round(asked.reserved_gb * GB)
+    length = asked.lengths(config.data.max_length)
+    found = search(
+        config,
+        world_size=asked.world_size,
+        length=length,
+        room=round(asked.gpu_memory_gb * GB) - beside,
+        rates=rates,
+        told=lambda text: logger.info("%s", text),
+    )
+    if asked.output == "json":
+        print(json.dumps([_found_record(one, beside, fits) for fits, part in _parts(found) for one in part], indent=1))
+        return
+    print(
+        f"{asked.world_size} GPUs of {asked.gpu_memory_gb:g} GB, {asked.ranks_per_node or 8} in a node; "
+        f"{config.training.global_batch_size} samples a step of {length[0]} + {length[1]} tokens"
+    )
+    for fits, part in _parts(found):
+        print(f"\n{len(part)} layouts {'fit, by predicted time' if fits else 'do not fit, the smallest first'}:\n")
+        for one in part[:_MOST_SHOWN]:
+            print("\n".join(_found_lines(one, beside)))
+    print(f"\n{sum(found.impossible.values())} layouts are not possible:\n")
+    for reason, count in found.impossible.most_common(_MOST_SHOWN):
+        print(f"  {count:>4} x {reason}")
+    print(
+        f"\nassumed: {asked.matmul_tflops:g} TFLOP/s of matrix products, {asked.node_gb_per_s:g} GB/s in a node, "
+        f"{asked.network_gb_per_s:g} GB/s between nodes; nothing overlaps; sampling is not in it"
+    )
+    print("\n".join(f"assumed: {text}" for text in _ASSUMED))
+
+
+def _parts(found: Searched) -> tuple[tuple[bool, list[Found]], ...]:
+    return (True, found.fitting), (False, found.too_large)
+
+
+def _found_record(one: Found, beside: int, fits: bool) -> dict[str, Any]:
+    return {
+        "flags": one.flags(),
+        "needed_bytes": one.num_bytes + beside,
+        "fits": fits,
+        "rehearsed_whole": one.rehearsed,
+        "step_time_s": one.seconds,
+        "phases_s": one.phases,
+    }
+
+
+def _found_lines(one: Found, beside: int) -> Iterator[str]:
+    how = "rehearsed" if one.rehearsed else "extrapolated"
+    yield f"  {one.seconds:>8.2f} s  {(one.num_bytes + beside) / GB:>7.1f} GB ({how})  {one.flags()}"
+    yield "              " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in one.phases.items())
 
 
 def kinds(student: Layout, teacher: Layout) -> list[int]:

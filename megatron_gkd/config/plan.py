@@ -13,7 +13,9 @@ class PlanConfig(Section):
     """What each rank of a run would hold and send: one step of it, rehearsed without memory and without peers."""
 
     world_size: int = setting(1, "Ranks that the run is to have.", ge=1)
-    ranks_per_node: int | None = setting(None, "Ranks of a node, for --teacher_nodes.", ge=1)
+    ranks_per_node: int | None = setting(
+        None, "Ranks of a node, for --teacher_nodes and --search; null: there 8.", ge=1
+    )
     gpu_memory_gb: float = setting(80.0, "Memory of a rank's GPU, 10^9 bytes.", gt=0)
     reserved_gb: float = setting(
         4.0, "What is left of it for the CUDA context, communicators, workspaces and fragmentation, 10^9 bytes.", ge=0
@@ -24,6 +26,15 @@ class PlanConfig(Section):
     completion_tokens: int | None = setting(
         None, "Completion of every sample; null: what the prompt leaves of --max_length.", ge=1
     )
+    search: bool = setting(
+        False,
+        "Look for layouts that fit, in the order of predicted time, instead of planning the one that the flags say.",
+    )
+    matmul_tflops: float = setting(
+        400.0, "With --search: rate of matrix products, 10^12 operations a second and GPU.", gt=0
+    )
+    node_gb_per_s: float = setting(350.0, "With --search: rate between GPUs of a node, 10^9 bytes a second.", gt=0)
+    network_gb_per_s: float = setting(40.0, "With --search: rate between nodes, 10^9 bytes a second and GPU.", gt=0)
     lines: int = setting(0, "Lines of code that are named for each kind of memory, those that hold most.", ge=0)
     output: Literal["text", "json"] = setting("text", "What is printed.")
 

@@ -78,23 +78,28 @@ class Rehearsed:
 
 
 def rehearse(
-    config: RunConfig, *, world_size: int, rank: int, lengths: Sequence[tuple[int, int]], lines: bool = False
+    config: RunConfig,
+    *,
+    world_size: int,
+    rank: int,
+    lengths: Sequence[tuple[int, int]],
+    lines: bool = False,
+    archs: tuple[Architecture, Architecture | None] | None = None,
+    num_steps: int = NUM_STEPS,
 ) -> Rehearsed:
     """See the module docstring. Not collective; no process group may exist yet in this process.
 
     Args:
         lengths: (prompt, completion) tokens of the samples of a global batch.
         lines: tell the lines of code apart that hold memory.
+        num_steps: what is born in the first one may be alive at the peak of the second.
+        archs: in place of those of the configuration's models: the student's, and a local teacher's.
 
     Raises LayoutError or ConfigError for what `train` would refuse.
     """
     student_layout, teacher_layout = planned_layouts(config, world_size)
-    kind = config.teacher.kind
     # Read before tensors are fake: rotary frequencies are computed with values.
-    archs = (
-        read_architecture(config.model.model),
-        read_architecture(kind.path) if isinstance(kind, LocalTeacher) else None,
-    )
+    archs = archs or architectures(config)
     counter = AllocationCounter(lines=lines)
     with _without_peers(world_size, rank) as peers, FakeTensorMode(allow_non_fake_inputs=True), counter, peers:
         parts = _Parts.build(config, archs, student_layout, teacher_layout, counter)
@@ -102,13 +107,20 @@ def rehearse(
             peers.name_groups(parts.teacher.groups, "teacher's ")
         peers.name_groups(parts.student.groups)
         built, peaks = counter.now, []
-        for step in range(NUM_STEPS):
+        for step in range(num_steps):
             counter.restart()
             peers.sent.clear()
             parts.step(_plan(step, config, lengths, student_layout, teacher_layout), counter)
             peaks.append(counter.peak)
         num_parameters = sum(p.numel() for chunk in parts.student.chunks for p in chunk.parameters())
         return Rehearsed(rank, num_parameters, built, peaks, dict(peers.sent))
+
+
+def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
+    """The student's, and a local teacher's."""
+    kind = config.teacher.kind
+    teacher = read_architecture(kind.path) if isinstance(kind, LocalTeacher) else None
+    return read_architecture(config.model.model), teacher
 
 
 def planned_layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:
@@ -261,7 +273,7 @@ class _NoPeers(TorchDispatchMode):
 
     def name_groups(self, groups: Any, owner: str = "") -> None:
         """What the report calls the groups of a model."""
-        for name in ("pp", "dp_cp", "cp", "tp"):
+        for name in ("pp", "dp_cp", "ep", "cp", "tp"):
             if (group := getattr(groups, name, None)) is not None:
                 self._names[group.group_name] = owner + name
 

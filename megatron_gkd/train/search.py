@@ -1,0 +1,371 @@
+"""Layouts in which a run fits its GPUs, and what a step would take in each: `megatron-gkd plan --search`.
+
+Memory is that of rehearsals (rehearsal.py), of models with few layers: of the student's first and last stage with
+DEPTHS layers in each model chunk, and what a layer adds is added for each of the others,
+
+    bytes(n) = bytes(a) + (n - a) / (b - a) * (bytes(b) - bytes(a)),         a, b = DEPTHS
+
+category by category. Recomputing all layers is not rehearsed there: of a layer it keeps its input alone. A larger
+micro-batch is not either: activations grow with it. The teacher's weights are counted by the plan that loads them
+(weights/plan.py). The fastest layouts are rehearsed whole at the end, and what that finds is what is told of them.
+
+Time is arithmetic (step_time.py). Sampling and pushes are not in it: they are the same in every layout.
+
+Not searched: virtual pipelines, uneven stages, context parallelism below LONG tokens, experts cut over several ranks,
+a teacher on ranks of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Final
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.config.run import RunConfig, TrainingConfig
+from megatron_gkd.config.servers import LocalTeacher
+from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
+from megatron_gkd.model.divisible import check_in
+from megatron_gkd.parallel.layout import Coordinate, Layout
+from megatron_gkd.train.fit import check_batch, refuse_student
+from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse
+from megatron_gkd.train.step_time import BYTES, Rates, elements, step_seconds
+from megatron_gkd.weights.plan import hf_tensor_shapes
+
+__all__ = ["Found", "Rates", "Searched", "search"]
+
+DEPTHS: Final = (2, 4)  # layers of a model chunk; with one, other places have the peak
+LONG: Final = 8192  # tokens of a sample from which context parallelism is tried
+SIZES: Final = (1, 2, 4, 8)
+MICRO_BATCHES: Final = (1, 2, 4)
+ACTIVATIONS, TEACHER = "student: activations", "teacher: weights"  # categories of a rehearsal
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout with what it would hold and take."""
+
+    config: RunConfig
+    student: Layout
+    teacher: Layout
+    num_bytes: int  # of the fullest rank at the peak, without the sampler and what is reserved
+    seconds: float  # of a step
+    phases: dict[str, float]  # of them
+    rehearsed: bool = False  # whole, not extrapolated
+
+    def flags(self) -> str:
+        """What to give `train`."""
+        parallel, teacher = self.config.parallel, self.config.teacher
+        words = [
+            f"--tensor_model_parallel_size {parallel.tensor_model_parallel_size}",
+            f"--pipeline_model_parallel_size {parallel.pipeline_model_parallel_size}",
+        ]
+        words += ["--sequence_parallel true"] * parallel.sequence_parallel
+        if parallel.context_parallel_size > 1:
+            words.append(f"--context_parallel_size {parallel.context_parallel_size}")
+        if parallel.expert_model_parallel_size > 1:
+            words.append(f"--expert_model_parallel_size {parallel.expert_model_parallel_size}")
+        if isinstance(self.config.teacher.kind, LocalTeacher):
+            words.append(f"--teacher_tensor_model_parallel_size {teacher.teacher_tensor_model_parallel_size}")
+            words.append(f"--teacher_pipeline_model_parallel_size {teacher.teacher_pipeline_model_parallel_size}")
+        if not self.config.data.packing and self.config.training.max_tokens_per_gpu is None:
+            words.append(f"--micro_batch_size {self.config.training.micro_batch_size}")
+        if self.config.recompute.recompute_granularity == "full":
+            words.append("--recompute_granularity full")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """All that was looked at."""
+
+    fitting: list[Found]  # the fastest first
+    too_large: list[Found]  # the smallest first
+    impossible: Counter[str]  # why the models or the batch do not divide -> layouts
+
+
+def search(
+    config: RunConfig,
+    *,
+    world_size: int,
+    length: tuple[int, int],
+    room: int,
+    rates: Rates,
+    most: int = 5,
+    told: Callable[[str], None] = lambda text: None,
+) -> Searched:
+    """See the module docstring. No process group may exist yet.
+
+    Args:
+        length: (prompt, completion) tokens of every sample.
+        room: bytes of a GPU for the run.
+        most: fitting layouts that are rehearsed whole.
+        told: is given a line of progress now and then.
+
+    Raises NotBuiltError for a run that is not rehearsed.
+    """
+    arch, of_teacher = _architectures(config)
+    impossible: Counter[str] = Counter()
+    fitting, too_large = list[Found](), list[Found]()
+    for base, student in _students(config, arch, world_size, sum(length), impossible):
+        if _least_bytes(base, arch, of_teacher, student, world_size) > room:
+            impossible["weights, gradients and optimizer alone do not fit"] += 1
+            continue
+        told(f"rehearsing {student.describe()}")
+        measured = _Measured.of(base, arch, of_teacher, student, length)
+        for candidate in _variants(base, arch, of_teacher, world_size, impossible):
+            found = _estimate(candidate, arch, of_teacher, world_size, length, measured, rates)
+            (fitting if found.num_bytes <= room else too_large).append(found)
+    fitting.sort(key=lambda found: found.seconds)
+    checked: list[Found] = []
+    while fitting and len(checked) < most:
+        told(f"rehearsing whole: {fitting[0].student.describe()}")
+        whole = _whole(fitting.pop(0), world_size, length)
+        (checked if whole.num_bytes <= room else too_large).append(whole)
+    too_large.sort(key=lambda found: found.num_bytes)
+    return Searched(checked + fitting, too_large, impossible)
+
+
+def _architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
+    found = architectures(config)
+    for arch in found:
+        if arch is not None and arch.moe is not None and len(arch.moe.layers) < arch.num_layers:
+            raise NotBuiltError(
+                f"not built yet: plan --search of a {arch.model_type} model whose layers differ (some have no experts)"
+                "; give the layout, and leave out --search"
+            )
+    return found
+
+
+def _students(
+    config: RunConfig, arch: Architecture, world_size: int, length: int, impossible: Counter[str]
+) -> Iterator[tuple[RunConfig, Layout]]:
+    """The student's layouts, each with a micro-batch of one sample and without recomputation; the teacher as the
+    student."""
+    contexts = SIZES if length >= LONG else (1,)
+    experts = [n for n in SIZES if arch.moe is not None] or [1]
+    for tp, pp, cp, ep in product(SIZES, SIZES, contexts, experts):
+        if tp * pp * cp > world_size:
+            continue
+        changed = _with(config, tp, pp, cp, ep)
+        changed = replace(changed, training=replace(changed.training, micro_batch_size=1))
+        changed = replace(changed, recompute=replace(changed.recompute, recompute_granularity="none"))
+        try:
+            student, _ = planned_layouts(changed, world_size)
+            check_in(arch, student)
+            refuse_student(changed, arch, student)
+            check_batch(changed, student)
+        except (LayoutError, ConfigError) as error:
+            impossible[str(error).split(";")[0].split(": the nearest")[0]] += 1
+            continue
+        yield changed, student
+
+
+def _with(config: RunConfig, tp: int, pp: int, cp: int, ep: int) -> RunConfig:
+    parallel = replace(
+        config.parallel,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1 if ep > 1 else None,
+        sequence_parallel=tp > 1,
+    )
+    teacher = replace(config.teacher, teacher_context_parallel_size=None, teacher_expert_model_parallel_size=None)
+    return replace(config, parallel=parallel, teacher=teacher)
+
+
+def _variants(
+    base: RunConfig, arch: Architecture, of_teacher: Architecture | None, world_size: int, impossible: Counter[str]
+) -> Iterator[RunConfig]:
+    """The same layout with other micro-batches, with recomputation, and with all layouts of the teacher."""
+    sized = base.data.packing or base.training.max_tokens_per_gpu is not None
+    teachers = [(1, 1)] if of_teacher is None else list(product(SIZES, SIZES))
+    for micro_batch, recompute, (tp, pp) in product((1,) if sized else MICRO_BATCHES, ("none", "full"), teachers):
+        changed = replace(base, training=replace(base.training, micro_batch_size=micro_batch))
+        changed = replace(changed, recompute=replace(changed.recompute, recompute_granularity=recompute))  # type: ignore[arg-type]
+        if of_teacher is not None:
+            own = replace(
+                changed.teacher, teacher_tensor_model_parallel_size=tp, teacher_pipeline_model_parallel_size=pp
+            )
+            changed = replace(changed, teacher=own)
+        try:
+            student, teacher = planned_layouts(changed, world_size)
+            check_batch(changed, student)
+            if of_teacher is not None:
+                check_in(of_teacher, teacher)
+        except (LayoutError, ConfigError) as error:
+            impossible[str(error).split(";")[0].split(": the nearest")[0]] += 1
+            continue
+        yield changed
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What rehearsals of few layers found, of micro-batches of one sample without recomputation."""
+
+    peaks: dict[int, list[dict[str, int]]]  # stage -> by DEPTHS: bytes by category at the peak
+    traffic: list[dict[str, int]]  # by DEPTHS: bytes handed to collectives in a step, of the stage that hands most
+    micro_batches: int  # of the rehearsed step
+    teacher: Layout  # the rehearsed one's
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        arch: Architecture,
+        of_teacher: Architecture | None,
+        student: Layout,
+        length: tuple[int, int],
+    ) -> _Measured:
+        """Of the first and the last stage."""
+        # The teacher is there for what the student's ranks hold of it: signals, and its head.
+        one_each = None if of_teacher is None else with_layers(of_teacher, student.pipeline)
+        config = replace(
+            config,
+            teacher=replace(
+                config.teacher, teacher_tensor_model_parallel_size=None, teacher_pipeline_model_parallel_size=None
+            ),
+            # As many micro-batches as are ever in flight.
+            training=_batch(config, student, min(_micro_batches(config, student), student.pipeline)),
+        )
+        found = {
+            stage: [
+                rehearse(
+                    config,
+                    world_size=student.world_size,
+                    rank=_rank(student, stage),
+                    lengths=[length] * config.training.global_batch_size,
+                    archs=(with_layers(arch, depth * student.pipeline), one_each),
+                    num_steps=1,
+                )
+                for depth in DEPTHS
+            ]
+            for stage in sorted({0, student.pipeline - 1})
+        }
+        traffic = [Counter[str](), Counter[str]()]
+        for of_stage in found.values():
+            for largest, one in zip(traffic, of_stage, strict=True):
+                largest |= Counter(one.traffic)
+        return cls(
+            {stage: [one.peaks[-1].by_category for one in of_stage] for stage, of_stage in found.items()},
+            [dict(largest) for largest in traffic],
+            _micro_batches(config, student),
+            planned_layouts(config, student.world_size)[1],
+        )
+
+
+def _micro_batches(config: RunConfig, student: Layout) -> int:
+    """Of a replica, in a step."""
+    return max(1, config.training.global_batch_size // student.data // config.training.micro_batch_size)
+
+
+def _batch(config: RunConfig, student: Layout, micro_batches: int) -> TrainingConfig:
+    """With so many micro-batches for each replica."""
+    size = micro_batches * config.training.micro_batch_size * student.data
+    return replace(config.training, global_batch_size=size)
+
+
+def _rank(layout: Layout, stage: int) -> int:
+    """The first of a stage."""
+    return layout.rank(Coordinate(0, 0, 0, stage))
+
+
+def with_layers(arch: Architecture, num_layers: int) -> Architecture:
+    """The same model with fewer layers, all alike."""
+    moe = None if arch.moe is None else replace(arch.moe, layers=tuple(range(num_layers)))
+    return replace(arch, num_layers=num_layers, moe=moe)
+
+
+def extrapolated(at_depths: list[dict[str, int]], category: str, depth: float) -> float:
+    """Bytes of a category with `depth` layers in a model chunk."""
+    (a, b), (low, high) = DEPTHS, (found.get(category, 0) for found in at_depths)
+    return low + (depth - a) / (b - a) * (high - low)
+
+
+def _least_bytes(
+    config: RunConfig, arch: Architecture, of_teacher: Architecture | None, student: Layout, world_size: int
+) -> float:
+    """What a rank holds between steps, with the smallest part of the teacher that there is."""
+    width = BYTES[config.model.precision]
+    state = 8 + (4 if width < 4 else 0)
+    share = student.data * student.context if config.parallel.use_distributed_optimizer else 1
+    gradients = 4 if config.kernels.accumulate_allreduce_grads_in_fp32 else width
+    own = elements(arch, student, 0) * (width + gradients + state / share)
+    if of_teacher is None:
+        return own
+    return own + sum(math.prod(shape) for shape in hf_tensor_shapes(of_teacher).values()) * width / world_size
+
+
+def _estimate(
+    config: RunConfig,
+    arch: Architecture,
+    of_teacher: Architecture | None,
+    world_size: int,
+    length: tuple[int, int],
+    measured: _Measured,
+    rates: Rates,
+) -> Found:
+    student, teacher = planned_layouts(config, world_size)
+    depth = arch.num_layers / student.pipeline
+    num_bytes = max(
+        _stage_bytes(config, arch, of_teacher, student, teacher, sum(length), measured, stage)
+        for stage in measured.peaks
+    )
+    ratio = config.training.global_batch_size / student.data / measured.micro_batches
+    handed = {name: extrapolated(measured.traffic, name, depth) * ratio for name in ("tp", "cp", "ep")}
+    phases = step_seconds(config, arch, of_teacher, student, teacher, length, handed, rates)
+    return Found(config, student, teacher, round(num_bytes), sum(phases.values()), phases)
+
+
+def _stage_bytes(
+    config: RunConfig,
+    arch: Architecture,
+    of_teacher: Architecture | None,
+    student: Layout,
+    teacher: Layout,
+    length: int,
+    measured: _Measured,
+    stage: int,
+) -> float:
+    """At the peak of a rank of this stage of the student, beside the fullest stage of the teacher."""
+    depth, width, peaks = arch.num_layers / student.pipeline, BYTES[config.model.precision], measured.peaks[stage]
+    parts = {name: extrapolated(peaks, name, depth) for name in peaks[0].keys() | peaks[1].keys()}
+    kept = parts.get(ACTIVATIONS, 0.0)
+    if config.recompute.recompute_granularity == "full":
+        tokens = -(-length // (student.context * (student.tensor if student.sequence_parallel else 1)))
+        in_flight = min(_micro_batches(config, student), student.pipeline - stage)
+        inputs = tokens * arch.hidden_size * width * in_flight
+        without = extrapolated(peaks, ACTIVATIONS, 0)
+        one_layer = (extrapolated(peaks, ACTIVATIONS, 1) - without) / in_flight  # the one that is recomputed
+        kept = min(kept, max(without, 0.0) + one_layer + depth * inputs)
+    parts[ACTIVATIONS] = kept * config.training.micro_batch_size
+    if of_teacher is not None:
+        # The head that hidden states are multiplied with is among the weights, on the student's last stage.
+        own_stage = measured.teacher.coordinate(_rank(student, stage)).pp
+        rehearsed = elements(with_layers(of_teacher, student.pipeline), measured.teacher, own_stage) * width
+        head = max(0.0, peaks[0].get(TEACHER, 0) - rehearsed)
+        parts[TEACHER] = head + max(elements(of_teacher, teacher, own) for own in range(teacher.pipeline)) * width
+    return sum(parts.values())
+
+
+def _whole(found: Found, world_size: int, length: tuple[int, int]) -> Found:
+    """Rehearsed as `plan` does, of at most as many micro-batches as are in flight."""
+    config, student = found.config, found.student
+    small = replace(config, training=_batch(config, student, min(_micro_batches(config, student), student.pipeline)))
+    peaks = [
+        rehearse(
+            small,
+            world_size=world_size,
+            rank=_rank(student, stage),
+            lengths=[length] * small.training.global_batch_size,
+        ).peaks
+        for stage in sorted({0, student.pipeline - 1})
+    ]
+    return replace(found, num_bytes=max(peak.total for of_rank in peaks for peak in of_rank), rehearsed=True)

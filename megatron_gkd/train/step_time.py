@@ -1,0 +1,141 @@
+"""Seconds of a training step by arithmetic, from sizes and rates; no tensors.
+
+Per stage and micro-batch
+
+    student    3 x the matrix products of a forward pass (4 x with full recomputation), and 3 x its head's
+    teacher    1 x its own, and where signals are hidden states its head's on the student's ranks
+    groups     bytes handed to the student's TP, CP and EP groups, as rehearsed, over the link that the group spans;
+               the teacher's all-reduces over its TP ranks
+
+of the slowest stage, times (m + (p - 1) / v) for m micro-batches over p stages of v model chunks each; then the
+gradients' reduction and the weights' gather over replicas. Nothing overlaps, and every product runs at one rate. So it
+is good for the order of layouts, and not for seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.weights.naming import ROLES, layer_units
+from megatron_gkd.weights.plan import plan, shard_shape, units
+
+_SIZE_OF: Final = {"tp": "tensor", "cp": "context", "ep": "expert"}
+BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the hardware does. All are assumptions, and printed."""
+
+    flops: float  # of matrix products, a second and GPU
+    node_bytes: float  # to the GPUs of the node, a second and GPU
+    network_bytes: float  # to other nodes
+    ranks_per_node: int
+
+
+def elements(arch: Architecture, layout: Layout, stage: int) -> int:
+    """Parameters of a stage on a tensor-parallel rank, vocabulary padding included."""
+    padded, total = arch.padded_vocab_size(layout.tensor), 0
+    per_stage = arch.num_layers // layout.pipeline
+    held = [unit for layer in range(stage * per_stage, (stage + 1) * per_stage) for unit in layer_units(arch, layer)]
+    first, last = stage == 0, stage == layout.pipeline - 1
+    others = {"embedding": first or (last and arch.tied_embeddings), "final_norm": last, "head": last}
+    held += [unit for unit in units(arch) if others.get(unit.role)]
+    for per_expert in (False, True):
+        size = layout.expert_tensor_size if per_expert else layout.tensor
+        found = sum(
+            math.prod(shard_shape(unit, arch, plan(unit, arch, 0, size, padded)))
+            for unit in held
+            if ROLES[unit.role].per_expert == per_expert
+        )
+        total += found // layout.expert if per_expert else found
+    return total
+
+
+def layer_flops(arch: Architecture, length: int) -> float:
+    """Of a forward pass through one layer, a token of a sequence of `length`: linear layers, and causal attention."""
+    attention = arch.hidden_size * (arch.query_size + 2 * arch.kv_size) + arch.query_size * arch.hidden_size
+    if arch.moe is None:
+        mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
+    else:
+        mlp = arch.hidden_size * arch.moe.num_experts
+        mlp += 3 * arch.hidden_size * arch.moe.ffn_hidden_size * arch.moe.top_k
+    return 2.0 * (attention + mlp) + 2.0 * length * arch.query_size
+
+
+def step_seconds(
+    config: RunConfig,
+    arch: Architecture,
+    of_teacher: Architecture | None,
+    student: Layout,
+    teacher: Layout,
+    length: tuple[int, int],
+    handed: Mapping[str, float],
+    rates: Rates,
+) -> dict[str, float]:
+    """Predicted seconds of a step, by phase. See the module docstring.
+
+    Args:
+        length: (prompt, completion) tokens of every sample.
+        handed: bytes that a rank of the student hands to collectives in a step, by the group's name.
+    """
+    total, completion = sum(length), length[1]
+    samples = config.training.global_batch_size
+    passes = 4 if config.recompute.recompute_granularity == "full" else 3
+    phases = {}
+    if of_teacher is not None:
+        # Micro-batches of the teacher are of the student's size where nothing else is said.
+        size = config.teacher.teacher_micro_batch_size or config.training.micro_batch_size
+        phases["teacher"] = _passes_s(of_teacher, teacher, samples, size, total, 1, 0.0, rates)
+        width = BYTES[config.model.precision]
+        phases["groups: teacher's tp"] = _all_reduces_s(of_teacher, teacher, samples, total, width, rates)
+    head = 2.0 * arch.hidden_size * arch.vocab_size * 3
+    if of_teacher is not None and config.distillation.gkd_logits_topk is None:
+        head += 2.0 * of_teacher.hidden_size * of_teacher.vocab_size
+    phases["student"] = _passes_s(
+        arch, student, samples, config.training.micro_batch_size, total, passes, head * completion, rates
+    )
+    for name in ("tp", "cp", "ep"):
+        if (num_bytes := handed.get(name, 0.0)) > 0 and getattr(student, _SIZE_OF[name]) > 1:
+            inside = student.tensor * (student.context if name == "cp" else 1) <= rates.ranks_per_node
+            phases[f"groups: {name}"] = num_bytes / (rates.node_bytes if inside else rates.network_bytes)
+    if student.data * student.context > 1:
+        num_elements = max(elements(arch, student, stage) for stage in range(student.pipeline))
+        share = (student.data * student.context - 1) / (student.data * student.context)
+        inside = student.world_size <= rates.ranks_per_node
+        rate = rates.node_bytes if inside else rates.network_bytes
+        phases["gradients and weights over replicas"] = (
+            num_elements * (4 + BYTES[config.model.precision]) * share / rate
+        )
+    return phases
+
+
+def _passes_s(
+    arch: Architecture,
+    layout: Layout,
+    samples: int,
+    micro_batch: int,
+    length: int,
+    passes: int,
+    head_flops: float,
+    rates: Rates,
+) -> float:
+    """`passes` times a forward pass of all samples, and what the last stage does besides for each of them."""
+    micro_batches = max(1, math.ceil(samples / layout.data / micro_batch))
+    of_stage = passes * layer_flops(arch, length) * length * arch.num_layers / layout.pipeline
+    slowest = (of_stage + head_flops) * micro_batch / (layout.tensor * layout.context)
+    return slowest * (micro_batches + (layout.pipeline - 1) / layout.num_chunks) / rates.flops
+
+
+def _all_reduces_s(arch: Architecture, layout: Layout, samples: int, length: int, width: int, rates: Rates) -> float:
+    """Of a forward pass over tensor-parallel ranks without sequence parallelism: two a layer, of hidden states."""
+    tokens = samples / layout.data * length / layout.context
+    share = 2 * (layout.tensor - 1) / layout.tensor
+    rate = rates.node_bytes if layout.tensor <= rates.ranks_per_node else rates.network_bytes
+    return 2 * arch.num_layers / layout.pipeline * tokens * arch.hidden_size * width * share / rate
