@@ -61,7 +61,7 @@ class ModelConfig(Section):
     use_hf: bool = setting(
         True,
         "Names without HF:: or MS:: before them, of models and data sets, are of Hugging Face's hub; false: of "
-        "ModelScope.",
+        "ModelScope, which needs the package modelscope-hub.",
     )
     freeze_embeddings: bool = setting(
         False, "Keep the student's embedding as it is; with tied embeddings that is its head too."

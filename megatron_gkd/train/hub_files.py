@@ -227,7 +227,7 @@ def _leave_mark() -> str | None:
 def _machine() -> tuple[str, str, str]:
     """Equal on ranks of one machine with one cache."""
     boot = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
-    return boot, socket.gethostname(), str(places.cache())
+    return boot, socket.gethostname(), f"{places.cache()} {places.own()}"
 
 
 # ---- configurations --------------------------------------------------------------------------------------------------

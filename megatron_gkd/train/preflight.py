@@ -27,7 +27,7 @@ from megatron_gkd.config.servers import LocalTeacher, NoTeacher
 from megatron_gkd.data.files import check_supported
 from megatron_gkd.data.hub import places
 from megatron_gkd.data.hub.listing import is_commit, kept_commit
-from megatron_gkd.data.hub.snapshot import missing_offline, refuse_other_hubs
+from megatron_gkd.data.hub.snapshot import missing_offline, refuse_missing_client
 from megatron_gkd.errors import CheckpointError, ConfigError, GKDError, NotBuiltError
 from megatron_gkd.observe.advice import go_on
 from megatron_gkd.train.fit import check_batch, layouts, refuse_student, without_borrowed_experts
@@ -86,7 +86,7 @@ def _check_data(flag: str, path: str, *, use_hf: bool = True) -> None:
 def _is_name(flag: str, text: str, *, use_hf: bool) -> bool:
     """Whether it is a name on a hub that can be asked, or was before; what the hub has is seen when ranks have met."""
     for _, name in names_in({flag: text}, use_hf=use_hf):
-        refuse_other_hubs(name)
+        refuse_missing_client(name)
         if places.offline() and not is_commit(name.revision) and kept_commit(name) is None:
             what = "file or directory" if name.kind == "dataset" else "directory"
             raise ConfigError(f"--{flag} {text}: there is no such {what} here, and {missing_offline(name)}")

@@ -22,6 +22,7 @@ from megatron_gkd.commands.convert import ConvertConfig
 from megatron_gkd.config.checks import CheckDataConfig
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.config.sample import SampleConfig
+from megatron_gkd.data.hub import modelscope
 from megatron_gkd.errors import GKDError
 from megatron_gkd.train import hub_files
 from megatron_gkd.train.checkpoint.state import changed_flags
@@ -234,8 +235,8 @@ def test_what_needs_no_weights_fetches_none(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"model": "MS::Org/Student"}, "MS::Org/Student: names of ModelScope are not built"),
-        ({"use_hf": False}, "Org/Student: names of ModelScope are not built"),
+        ({"model": "MS::Org/Student"}, "MS::Org/Student is a name of ModelScope, whose client is not installed"),
+        ({"use_hf": False}, "Org/Student is a name of ModelScope, whose client is not installed"),
         ({"dataset": "HF::Rows"}, "--dataset HF::Rows is not a name of the hub"),
         ({"model": "Org/Other"}, "--model Org/Other: there is no such directory here, and Org/Other is not in"),
         ({"dataset": "data/trian"}, "--dataset data/trian: there is no such file or directory here, and data/trian is"),
@@ -247,6 +248,7 @@ def test_names_that_are_refused_before_ranks_meet(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(modelscope, "is_installed", lambda: False)
     local = dict(model=str(published["model/Org/Student"]), dataset=str(published["dataset/Org/Rows"] / "train.jsonl"))
     asked = {**FLAGS, **local, "objective": "sft", **({**NAMES, "teacher_model": None} if "use_hf" in flags else {})}
     argv = command_line(**{name: value for name, value in {**asked, **flags}.items() if value is not None})

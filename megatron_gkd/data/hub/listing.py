@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from megatron_gkd.config.hub_names import HubName, Kind
+from megatron_gkd.config.hub_names import Hub, HubName, Kind
 from megatron_gkd.data.hub import places
 
 _PIECE_BYTES: Final = 2**22
@@ -46,11 +46,19 @@ class Listing:
     repo: str
     commit: str
     files: dict[str, RemoteFile] = field(repr=False)
+    hub: Hub = "hf"
+    revision: str | None = None  # of ModelScope, which is asked by it
 
     @property
     def snapshot(self) -> Path:
-        """Where the hub's client puts the files of this commit."""
-        return places.cache() / folder(self.kind, self.repo) / "snapshots" / self.commit
+        """Where the files of this commit are: in the cache of Hugging Face's client, or in ours."""
+        root = places.cache() if self.hub == "hf" else places.own()
+        return root / folder(self.kind, self.repo, self.hub) / "snapshots" / self.commit
+
+    @property
+    def arriving(self) -> Path:
+        """The directory that grows while files arrive."""
+        return self.snapshot.parent.parent / "blobs" if self.hub == "hf" else self.snapshot
 
     @property
     def title(self) -> str:
@@ -58,9 +66,9 @@ class Listing:
         return f"{self.repo} ({self.commit[:12]})"
 
 
-def folder(kind: Kind, repo: str) -> str:
-    """The directory of a repository in the hub's cache."""
-    return f"{kind}s--{repo.replace('/', '--')}"
+def folder(kind: Kind, repo: str, hub: Hub = "hf") -> str:
+    """The directory of a repository in a cache."""
+    return f"{'' if hub == 'hf' else f'{hub}--'}{kind}s--{repo.replace('/', '--')}"
 
 
 def is_commit(revision: str | None) -> bool:
@@ -70,17 +78,17 @@ def is_commit(revision: str | None) -> bool:
 # ---- kept ------------------------------------------------------------------------------------------------------------
 
 
-def kept_listing(kind: Kind, repo: str, commit: str) -> Listing | None:
+def kept_listing(kind: Kind, repo: str, commit: str, hub: Hub = "hf") -> Listing | None:
     """The listing of a commit without asking: as it was kept, or, of files that others fetched, as their names in the
     hub's cache say. None: nothing is known of it."""
     try:
-        stored = json.loads(_file(kind, repo, commit).read_text(encoding="utf-8"))
+        stored = json.loads(_file(Listing(kind, repo, commit, {}, hub)).read_text(encoding="utf-8"))
         files = {name: RemoteFile(size, digest) for name, (size, digest) in stored["files"].items()}
-        return Listing(kind, repo, commit, files)
+        return Listing(kind, repo, commit, files, hub, stored.get("revision"))
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    there = Listing(kind, repo, commit, {})
-    if not there.snapshot.is_dir():
+    there = Listing(kind, repo, commit, {}, hub)
+    if hub != "hf" or not there.snapshot.is_dir():
         return None
     for path in sorted(there.snapshot.rglob("*")):
         if path.is_symlink() and _BLOB.fullmatch(blob := Path(os.readlink(path)).name):
@@ -90,15 +98,15 @@ def kept_listing(kind: Kind, repo: str, commit: str) -> Listing | None:
 
 def keep(listing: Listing, verified: Iterable[str] = ()) -> None:
     """Keep the listing, and that these files were compared with it. Raises OSError."""
-    path = _file(listing.kind, listing.repo, listing.commit)
     entries = {name: (file.size, file.digest) for name, file in listing.files.items()}
-    _write(path, json.dumps({"files": entries, "verified": sorted({*verified, *verified_files(listing)})}))
+    kept = {"revision": listing.revision, "files": entries, "verified": sorted({*verified, *verified_files(listing)})}
+    _write(_file(listing), json.dumps(kept))
 
 
 def verified_files(listing: Listing) -> frozenset[str]:
     """The files that were compared with their hashes once."""
     try:
-        return frozenset(json.loads(_file(listing.kind, listing.repo, listing.commit).read_text())["verified"])
+        return frozenset(json.loads(_file(listing).read_text())["verified"])
     except (OSError, ValueError, KeyError, TypeError):
         return frozenset()
 
@@ -111,19 +119,19 @@ def keep_commit(name: HubName, commit: str) -> None:
 def kept_commit(name: HubName) -> str | None:
     """What `keep_commit`, or the hub's client, kept of the name's revision."""
     client = places.cache() / folder(name.kind, name.repo) / "refs" / (name.revision or "main")
-    for path in (_reference(name), client):
+    for path in (_reference(name), *([client] if name.hub == "hf" else [])):
         with suppress(OSError, UnicodeDecodeError):
             if is_commit(commit := path.read_text(encoding="utf-8").strip()):
                 return commit
     return None
 
 
-def _file(kind: Kind, repo: str, commit: str) -> Path:
-    return places.own() / folder(kind, repo) / f"{commit}.json"
+def _file(listing: Listing) -> Path:
+    return places.own() / folder(listing.kind, listing.repo, listing.hub) / f"{listing.commit}.json"
 
 
 def _reference(name: HubName) -> Path:
-    return places.own() / folder(name.kind, name.repo) / "refs" / quote(name.revision or "main", safe="")
+    return places.own() / folder(name.kind, name.repo, name.hub) / "refs" / quote(name.revision or "main", safe="")
 
 
 def _write(path: Path, text: str) -> None:

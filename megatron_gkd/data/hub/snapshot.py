@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from megatron_gkd.config.hub_names import TITLES, HubName
-from megatron_gkd.data.hub import huggingface, places
+from megatron_gkd.data.hub import huggingface, modelscope, places
 from megatron_gkd.data.hub.listing import (
     Listing,
     is_commit,
@@ -29,7 +29,7 @@ from megatron_gkd.data.hub.listing import (
     matches,
     verified_files,
 )
-from megatron_gkd.errors import ConfigError, NotBuiltError
+from megatron_gkd.errors import ConfigError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.progress import Progress
 
@@ -47,39 +47,51 @@ def look_up(name: HubName, pin: str | None = None) -> Listing:
     Args:
         pin: the commit that an earlier start of the run has found; None: what the revision is now.
     """
-    refuse_other_hubs(name)
-    commit = pin or (name.revision if is_commit(name.revision) else None)
+    refuse_missing_client(name)
+    commit = pin or (name.revision if is_commit(name.revision) and name.hub == "hf" else None)
     if commit is None and places.offline():
         commit = kept_commit(name)
         if commit is None:
             raise ConfigError(missing_offline(name))
-    commit = commit or huggingface.commit_of(name)
-    listing = kept_listing(name.kind, name.repo, commit)
-    unknown = listing is None or any(file.size is None for file in listing.files.values())
-    if unknown and not places.offline():
-        listing = huggingface.listing_of(name.kind, name.repo, commit)
+    listing = None if commit is None else kept_listing(name.kind, name.repo, commit, name.hub)
+    if not places.offline() and (listing is None or any(file.size is None for file in listing.files.values())):
+        listing = _ask(name, commit)
     if listing is None:
         raise ConfigError(missing_offline(name))
     with suppress(OSError):  # `fetch` says that nothing can be kept
         keep(listing)
         if pin is None:
-            keep_commit(name, commit)
+            keep_commit(name, listing.commit)
     return listing
 
 
-def refuse_other_hubs(name: HubName) -> None:
-    """Raise NotBuiltError for a name of a hub whose files cannot be fetched."""
-    if name.hub != "hf":
-        raise NotBuiltError(
-            f"{name.text}: names of {TITLES[name.hub]} are not built; give one of {TITLES['hf']} (HF::, --use_hf "
-            "true), or what its own client has downloaded"
+def _ask(name: HubName, commit: str | None) -> Listing:
+    """The listing of a commit, or of what the name's revision is now."""
+    if name.hub == "hf":
+        return huggingface.listing_of(name.kind, name.repo, commit or huggingface.commit_of(name))
+    listing = modelscope.listing_of(name)
+    if commit not in (None, listing.commit):
+        raise ConfigError(
+            f"{name.text} has changed on {TITLES[name.hub]} since the run began with it (files {str(commit)[:12]}, now "
+            f"{listing.commit[:12]}), and the earlier files are not on this machine: bring its "
+            f"{places.own()} along, or begin another run"
+        )
+    return listing
+
+
+def refuse_missing_client(name: HubName) -> None:
+    """Raise ConfigError for a name of a hub whose client is not installed."""
+    if name.hub == "modelscope" and not modelscope.is_installed():
+        raise ConfigError(
+            f"{name.text} is a name of {TITLES[name.hub]}, whose client is not installed: install modelscope-hub, give "
+            f"a name of {TITLES['hf']} (HF::, --use_hf true), or a directory"
         )
 
 
 def missing_offline(name: HubName) -> str:
     """Why a name cannot be used where nothing may be asked."""
     return (
-        f"{name.text} is not in {places.cache()}, and HF_HUB_OFFLINE forbids to ask {TITLES[name.hub]}; fetch it where "
+        f"{name.text} is not in {places.home()}, and HF_HUB_OFFLINE forbids to ask {TITLES[name.hub]}; fetch it where "
         "there is a network, or give a directory"
     )
 
@@ -140,16 +152,16 @@ def _get(listing: Listing, names: Sequence[str], *, shows: bool) -> None:
             _remove(listing, name)
     num_bytes = sum(listing.files[name].size or 0 for name in names)
     _check_room(listing, num_bytes)
-    logger.info("%s: fetching %d files, %.1f MB, into %s", listing.title, len(names), num_bytes / _MB, places.cache())
-    blobs = listing.snapshot.parent.parent / "blobs"
-    before = _size_of(blobs)
+    logger.info("%s: fetching %d files, %.1f MB, into %s", listing.title, len(names), num_bytes / _MB, listing.snapshot)
+    download = huggingface.download if listing.hub == "hf" else modelscope.download
+    before = _size_of(listing.arriving)
     with ThreadPoolExecutor(1) as thread:
-        at_work = thread.submit(huggingface.download, listing, names)
+        at_work = thread.submit(download, listing, names)
         with Progress(num_bytes // _MB, unit="MB", enabled=shows and num_bytes > _LARGE_BYTES) as progress:
             while not at_work.done():
                 with suppress(TimeoutError):
                     at_work.exception(_EVERY_S)
-                progress.update(min((_size_of(blobs) - before) // _MB, num_bytes // _MB))
+                progress.update(min((_size_of(listing.arriving) - before) // _MB, num_bytes // _MB))
         at_work.result()
 
 
@@ -164,7 +176,7 @@ def _remove(listing: Listing, name: str) -> None:
 
 
 def _check_room(listing: Listing, num_bytes: int) -> None:
-    there = next(path for path in (places.cache(), *places.cache().parents) if path.exists())
+    there = next(path for path in listing.snapshot.parents if path.exists())
     if num_bytes > (free := shutil.disk_usage(there).free):
         raise ConfigError(
             f"{listing.title} needs {num_bytes / _MB:,.0f} MB, and {there} has {free / _MB:,.0f} MB left: make room, "
@@ -174,7 +186,7 @@ def _check_room(listing: Listing, num_bytes: int) -> None:
 
 def _size_of(directory: Path) -> int:
     total = 0
-    for path in directory.glob("*"):
+    for path in directory.rglob("*"):
         with suppress(OSError):
             total += path.stat().st_size
     return total
