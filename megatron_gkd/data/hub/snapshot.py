@@ -53,6 +53,8 @@ def look_up(name: HubName, pin: str | None = None) -> Listing:
         commit = kept_commit(name)
         if commit is None:
             raise ConfigError(missing_offline(name))
+    if commit is None and name.hub == "hf":
+        commit = huggingface.commit_of(name)
     listing = None if commit is None else kept_listing(name.kind, name.repo, commit, name.hub)
     if not places.offline() and (listing is None or any(file.size is None for file in listing.files.values())):
         listing = _ask(name, commit)
@@ -68,7 +70,8 @@ def look_up(name: HubName, pin: str | None = None) -> Listing:
 def _ask(name: HubName, commit: str | None) -> Listing:
     """The listing of a commit, or of what the name's revision is now."""
     if name.hub == "hf":
-        return huggingface.listing_of(name.kind, name.repo, commit or huggingface.commit_of(name))
+        assert commit is not None, "it was asked for"
+        return huggingface.listing_of(name.kind, name.repo, commit)
     listing = modelscope.listing_of(name)
     if commit not in (None, listing.commit):
         raise ConfigError(
