@@ -195,7 +195,7 @@ def test_a_hub_that_cannot_be_reached(hub: HubServer, monkeypatch: pytest.Monkey
     path = get()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
-        ConfigError, match=r"Org/Tiny could not be fetched from .*http://127.0.0.1:9; .*give a directory"
+        ConfigError, match=r"Org/Tiny, which is no path here, could not be fetched .*http://127.0.0.1:9; .*give a path"
     ):
         get()
     assert get(pin=path.name) == path
