@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -86,7 +86,7 @@ def read_name(text: str, kind: Kind, *, use_hf: bool = True) -> HubName | None:
     )
 
 
-def names_in(values: dict[str, str | list[str] | None], *, use_hf: bool = True) -> Iterator[tuple[str, HubName]]:
+def names_in(values: Mapping[str, str | list[str] | None], *, use_hf: bool = True) -> Iterator[tuple[str, HubName]]:
     """(flag, name) for every value that is a name of a hub. Args: values: flag -> path, name, or several of them."""
     for flag, value in values.items():
         kind: Kind = "dataset" if "dataset" in flag else "model"

@@ -38,10 +38,12 @@ def commit_of(name: HubName) -> str:
 
 def listing_of(kind: Kind, repo: str, commit: str) -> Listing:
     """The files of a commit. One request for every thousand files. Raises ConfigError."""
+    from huggingface_hub.hf_api import RepoFile
+
     files = {}
     with _explained(kind, repo, commit):
         for entry in _client().list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind):
-            if hasattr(entry, "blob_id"):
+            if isinstance(entry, RepoFile):
                 if PurePosixPath(entry.path).is_absolute() or ".." in PurePosixPath(entry.path).parts:
                     raise ConfigError(f"{repo} lists a file outside of itself, {entry.path!r}; give another")
                 large: Any = entry.lfs

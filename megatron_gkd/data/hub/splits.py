@@ -46,12 +46,13 @@ def choose_files(files: Iterable[str], readme: str | None, subsets: Sequence[str
     configs = described or {"default": _by_words(rows)}
     default = _default(configs, readme)
     chosen: list[str] = []
-    for subset in subsets or [None]:
+    asked: Sequence[str | None] = subsets or [None]
+    for subset in asked:
         found = _subset(configs, default, subset)
         if found is None:
             there = "; ".join(f"{name} with {', '.join(splits)}" for name, splits in configs.items())
-            asked = "no split or configuration was named" if subset is None else f"there is no {subset}"
-            raise DataError(f"{title}: {asked}; it has (configuration with splits): {there}. Give one behind a colon")
+            problem = "no split or configuration was named" if subset is None else f"there is no {subset}"
+            raise DataError(f"{title}: {problem}; it has (configuration with splits): {there}. Give one behind a colon")
         chosen += [file for file in found if file not in chosen]
     return _of_one_kind(chosen)
 
