@@ -42,6 +42,7 @@ from megatron_gkd.data.suspicions import describe
 from megatron_gkd.errors import CheckFailedError
 from megatron_gkd.observe.text import visible
 from megatron_gkd.records import Row, Sample
+from megatron_gkd.train.hub_files import with_local_files
 
 _SHOWN_PROBLEMS = 10
 
@@ -88,6 +89,7 @@ class Account:
 
 def run_check_data(config: CheckDataConfig) -> None:
     """Print the rows and the account; raises CheckFailedError if something is wrong with what would be trained on."""
+    config = with_local_files(config, weights=False)
     encoder = ChatEncoder(load_tokenizer(config.model))
     rows = load_rows(
         config.dataset,

@@ -41,6 +41,7 @@ from megatron_gkd.teacher.signals import HiddenSignal, TopKSignal
 from megatron_gkd.teacher_pipeline import TeacherPipeline
 from megatron_gkd.topk_jsd import topk_jsd
 from megatron_gkd.train.batches import Collator
+from megatron_gkd.train.hub_files import with_local_files
 from megatron_gkd.weights.source import ModelSource
 
 logger = get_logger(__name__)
@@ -81,6 +82,7 @@ def run_check_teacher(config: CheckConfig) -> None:
     if config.dtype == "auto":
         config = replace(config, dtype=chosen(config.dtype, kind))
         logger.info("--dtype is not given: %s, on %s", config.dtype, kind)
+    config = with_local_files(config)
     found = compare(config)
     print("\n".join(found.lines()), flush=True)
     for what, value, limit in zip(

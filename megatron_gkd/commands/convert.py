@@ -52,7 +52,10 @@ class ConvertConfig(Section):
     """Conversion of a checkpoint between Hugging Face and Megatron."""
 
     to: Literal["megatron", "hf"] = setting(help="Format that is written.")
-    model: str = setting(help="Directory that is read: the other format.", path=True)
+    model: str = setting(
+        help="Directory that is read: the other format. With --to megatron also a name on Hugging Face's hub.",
+        path=True,
+    )
     save: str = setting(help="Directory that is written; it must not exist.", path=True)
     tensor_model_parallel_size: int = setting(1, "Tensor parallel size of the ranks that convert.", ge=1)
     pipeline_model_parallel_size: int = setting(1, "Pipeline stages of the ranks that convert.", ge=1)
@@ -99,7 +102,10 @@ def _refuse_with_bridge(cfg: ConvertConfig) -> None:
 
 def run_convert(cfg: ConvertConfig) -> None:
     """Carry it out. Collective over all ranks of the world."""
+    from megatron_gkd.train.hub_files import with_local_files
+
     if cfg.bridge == "megatron_bridge":
+        cfg = with_local_files(cfg)
         from megatron_gkd.weights.megatron_bridge import convert_with_megatron_bridge
 
         convert_with_megatron_bridge(cfg.to, cfg.model, cfg.save, hf_config=cfg.hf_config)
@@ -120,6 +126,7 @@ def run_convert(cfg: ConvertConfig) -> None:
         f"--{name}": show(getattr(cfg, name)) for name in flags_of(ConvertConfig, "convert") if name != "log_level"
     }
     require_same({**flags, **program_facts()}, "started alike")
+    cfg = with_local_files(cfg)
     if is_megatron_checkpoint(cfg.model) != (cfg.to == "hf"):
         found = "is already a Megatron checkpoint" if cfg.to == "megatron" else what_it_is(cfg.model)
         raise CheckpointError(f"{cfg.model} {found}; --to {cfg.to} needs a directory of the other format")

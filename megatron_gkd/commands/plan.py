@@ -39,11 +39,12 @@ _ASSUMED = (
 def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     """Rehearse and print. Raises LayoutError or ConfigError for what `train` would refuse, NotBuiltError for what is
     not rehearsed yet."""
+    from megatron_gkd.train.hub_files import with_known_models
     from megatron_gkd.train.rehearsal import planned_layouts, rehearse
     from megatron_gkd.train.setup import planned_dtype
 
     asked, config = asked_and_config
-    config = planned_dtype(config)
+    config = with_known_models(planned_dtype(config))
     if asked.search:
         _search(asked, config)
         return

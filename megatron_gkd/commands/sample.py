@@ -46,6 +46,7 @@ from megatron_gkd.observe.progress import Progress
 from megatron_gkd.rollout.engines import server_urls
 from megatron_gkd.rollout.protocol import Completion, Engine, Request, SamplingSettings
 from megatron_gkd.rollout.requests import seed_of
+from megatron_gkd.train.hub_files import with_local_files
 from megatron_gkd.weights.stop_tokens import stop_tokens
 
 logger = get_logger(__name__)
@@ -65,7 +66,7 @@ def run_sample(config: SampleConfig) -> None:
         logger.warning(
             "without effect with --vllm_mode %s --temperature %g: %s", config.vllm_mode, config.temperature, names
         )
-    config = _with_dtype(config)
+    config = with_local_files(_with_dtype(config))
     encoder = ChatEncoder(load_tokenizer(config.model), earlier_clock(config.result_path))
     check_variables(json.loads(config.template_kwargs), encoder)
     longest_of_model = read_architecture(config.model).max_position_embeddings

@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_gkd.config import environment
 from megatron_gkd.config.dtypes import Dtype, DtypeChoice
+from megatron_gkd.config.hub_names import read_name
 from megatron_gkd.config.schema import Section, setting
 from megatron_gkd.config.servers import parse_servers
 from megatron_gkd.config.template_flags import kwargs_setting, template_kwargs, thinking_setting
@@ -20,11 +21,13 @@ from megatron_gkd.errors import ConfigError
 class CheckConfig(Section):
     """Comparison of a teacher server with the same model here, on real rows."""
 
-    teacher_model: str = setting(help="The teacher: a Hugging Face model directory.", path=True)
+    teacher_model: str = setting(
+        help="The teacher: a Hugging Face model directory, or a name on Hugging Face's hub.", path=True
+    )
     teacher_model_server: str = setting(help="URL of the teacher server; several with commas.")
     gkd_logits_topk: int = setting(help="K, as in training: the most probable tokens that are compared.", gt=0)
     dataset: list[str] = setting(
-        help="Rows with completions: JSONL or Parquet files, or data sets saved on disk.", path=True
+        help="Rows with completions: JSONL or Parquet files, data sets saved on disk, or names on a hub.", path=True
     )
     num_rows: int = setting(16, "Rows that are compared, from the first on.", ge=1)
     max_length: int = setting(1024, "Longest row in tokens; longer ones are left out.", ge=2)
@@ -64,7 +67,7 @@ class CheckConfig(Section):
         _check_one_process()
         if any(entry.tags for entry in parse_servers(self.teacher_model_server)):
             raise ConfigError("check compares one teacher: give --teacher_model_server the URLs of its servers")
-        if not os.path.isdir(self.teacher_model):
+        if not os.path.isdir(self.teacher_model) and read_name(self.teacher_model, "model") is None:
             raise ConfigError(
                 f"--teacher_model {self.teacher_model}: there is no such directory; give one in Hugging Face format"
             )
@@ -75,10 +78,12 @@ class CheckDataConfig(Section):
     """What a data set trains on: its rows as tokens, and the account of all of them."""
 
     model: str = setting(
-        help="The student: a Hugging Face model directory, for its tokenizer and chat template.", path=True
+        help="The student: a Hugging Face model directory, or a name on Hugging Face's hub, for its tokenizer and chat "
+        "template.",
+        path=True,
     )
     dataset: list[str] = setting(
-        help="Data to be checked: JSONL or Parquet files, or data sets saved on disk.", path=True
+        help="Data to be checked: JSONL or Parquet files, data sets saved on disk, or names on a hub.", path=True
     )
     num_rows: int = setting(3, "Rows that are shown, from the first on; all are checked and counted.", ge=0)
     max_rows: int | None = setting(None, "Rows that are read; null: all.", ge=1)
@@ -109,7 +114,7 @@ class CheckDataConfig(Section):
         """What cannot work. Raises ConfigError."""
         _check_one_process()
         assert self.template_kwargs, "an object in JSON"
-        if not os.path.isdir(self.model):
+        if not os.path.isdir(self.model) and read_name(self.model, "model") is None:
             raise ConfigError(f"--model {self.model}: there is no such directory; give one in Hugging Face format")
 
 

@@ -7,7 +7,7 @@
 Rules: the command line wins over --config wherever it stands; of several --config files the last wins; unknown flags
 and keys are errors that suggest the nearest name; `--seq_kd`, `--seq_kd true` and `--seq_kd=false` all work;
 `--tensor-model-parallel-size` is `--tensor_model_parallel_size`; a flag of several values is given once
-(`--dataset a b`), so that no value is lost.
+(`--dataset a b`), so that no value is lost. The flags of a run are also taken under ms-swift's names (ms_swift.py).
 
 jsonargparse parses and types the command line and prints the help. It is told of the flags that are given alone: to
 declare all of them takes a third of a second. Where it does otherwise it is helped here: a
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from megatron_gkd.config.checks import CheckConfig, CheckDataConfig, CheckTrainConfig
+from megatron_gkd.config.ms_swift import translate, translate_key
 from megatron_gkd.config.not_built import NOT_BUILT
 from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import Flag, RunConfig, flags, flags_of
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompatibilityConfig(Section):
-    """Accepted so that ms-swift command lines run as they stand."""
+    """Accepted so that ms-swift command lines run as they stand; other names of theirs: docs/from_ms_swift.md."""
 
     rlhf_type: Literal["gkd"] = setting("gkd", "The method; there is one.")
 
@@ -55,7 +56,7 @@ _ALIASES = {"sample": {"val_dataset": "dataset"}}  # command -> other names of i
 def parse_run_config(argv: Sequence[str], *, command: str = "train") -> RunConfig:
     """What a command line asks for. Types and ranges are checked here; combinations by `validate()`."""
     table = flags() | flags_of(CompatibilityConfig, "compatibility")
-    values = parse(argv, table, prog=f"megatron-gkd {command}", headings=_headings())
+    values = parse(translate(argv), table, prog=f"megatron-gkd {command}", headings=_headings())
     return RunConfig.from_flat({name: value for name, value in values.items() if name in flags()})
 
 
@@ -69,7 +70,8 @@ def parse_beside_train(
     """
     own = flags_of(cls, command)
     table = own | flags() | flags_of(CompatibilityConfig, "compatibility")
-    values = parse(argv, table, prog=f"megatron-gkd {command}", headings={command: str(cls.__doc__)} | _headings())
+    headings = {command: str(cls.__doc__)} | _headings()
+    values = parse(translate(argv), table, prog=f"megatron-gkd {command}", headings=headings)
     run = {name: value for name, value in values.items() if name in flags()}
     run |= {name: value for name, value in (defaults or {}).items() if not run.get(name)}
     return cls(**{name: values[name] for name in own}), RunConfig.from_flat(run)
@@ -187,7 +189,7 @@ def normalise(
 
 
 def read_config(path: str, table: Mapping[str, Flag]) -> dict[str, Any]:
-    """Flag name -> value from a YAML file, checked as strictly as the command line."""
+    """Flag name -> value from a YAML file, checked as strictly as the command line, with the same names."""
     import yaml  # type: ignore[import-untyped]
 
     try:
@@ -205,13 +207,19 @@ def read_config(path: str, table: Mapping[str, Flag]) -> dict[str, Any]:
     for key in keys:
         if keys.count(key) > 1:
             raise ConfigError(f"--config {path}: {key} stands there twice")
-    checked = {}
+    checked: dict[str, Any] = {}
     for key, given in values.items():
-        name = str(key).replace("-", "_")
-        if name not in table:
-            raise ConfigError(f"--config {path}: unknown key {key}{nearest(name, table)}")
-        checked[name] = value = _from_yaml(given, table[name].hint)
         try:
+            named = (str(key).replace("-", "_"), given)
+            translated = translate_key(*named) if "rlhf_type" in table else named  # of a run
+            if translated is None:
+                continue
+            name, value = translated
+            if name not in table:
+                raise ConfigError(f"unknown key {key}{nearest(name, table)}")
+            if name in checked:
+                raise ConfigError(f"{key} is {name}, which stands there too; keep one of them")
+            checked[name] = value = _from_yaml(value, table[name].hint)
             check(name, value, table[name].hint, table[name].item.metadata["range"])
         except ConfigError as error:
             raise ConfigError(f"--config {path}: {error}") from error
@@ -320,7 +328,8 @@ several files wins; unknown flags and keys are errors. The resolved configuratio
 directory and can be given to `--config`. A boolean flag is given as `--packing`, `--packing true` or `--packing false`,
 a flag of several values as `--dataset a.jsonl b.jsonl`.
 Hyphens and underscores are the same. `null` means that a value is not set.
-`--rlhf_type gkd` is accepted and is the only method.
+`--rlhf_type gkd` is accepted and is the only method. What ms-swift calls otherwise is taken under its names too:
+[Coming from ms-swift](from_ms_swift.md).
 """
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from megatron_gkd.config.hub_names import names_in
 from megatron_gkd.config.not_built import Command
 from megatron_gkd.config.servers import NoTeacher
 
@@ -38,7 +39,7 @@ _LEARNT_FROM_A_TEACHER: Final = ("beta", "lmbda", "sft_alpha", "gkd_logits_topk"
 EVALUATION: Final = frozenset(
     {
         *("model", "dtype", "gkd_logits_topk", "topk_tail", "micro_batch_size", "global_batch_size", "log_level"),
-        "max_tokens_per_gpu",
+        *("max_tokens_per_gpu", "use_hf"),
         *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
         *("loss_scale", "chat_template_kwargs", "enable_thinking", "prompt_only"),
     }
@@ -70,6 +71,7 @@ def describe(found: dict[str, list[str]]) -> str:
 def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     distillation, data = cfg.distillation, cfg.data
     most, least = cfg.lmbda.most, cfg.lmbda.least
+    yield from _unused_without_names(cfg)
     yield from _unused_without_teacher(cfg)
     supervised = isinstance(cfg.teacher.kind, NoTeacher)
     greedy = ", but for greedy completions in evaluations" if cfg.generates else ""
@@ -128,6 +130,12 @@ def _unused_without_teacher(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ..
         yield "nothing is learnt from a teacher with --objective sft", (*names, "health_steps", "on_teacher_fault")
 
 
+def _unused_without_names(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    values = {flag: cfg.get(flag) for flag in ("model", "teacher_model", "dataset", "eval_dataset")}
+    if list(names_in(values, use_hf=True)) == list(names_in(values, use_hf=False)):
+        yield "no name of a hub is given without HF:: or MS::", ("use_hf",)
+
+
 def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     from megatron_gkd.config.run import flags
 
@@ -138,6 +146,7 @@ def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]
         if name in _OF_TRAINING_ALONE or (flag.section not in ("teacher", "parallel") and name not in read)
     )
     yield "of training, and not of eval", others
+    yield from _unused_without_names(cfg)
     yield from _unused_without_teacher(cfg)
     if cfg.generates:
         yield from _unused_by_servers(cfg)

@@ -52,11 +52,16 @@ __all__ = ["NOT_BUILT", "RunConfig", "flags"]
 class ModelConfig(Section):
     """Student model."""
 
-    model: str = setting(help="Student: a Hugging Face model directory.", path=True)
+    model: str = setting(help="Student: a Hugging Face model directory, or a name on a hub.", path=True)
     dtype: DtypeChoice = setting(
         "auto",
         "Type of the weights and activations of both models; losses and reductions are fp32 in any case. auto: bf16 on "
         "CUDA, fp32 on a CPU.",
+    )
+    use_hf: bool = setting(
+        True,
+        "Names without HF:: or MS:: before them, of models and data sets, are of Hugging Face's hub; false: of "
+        "ModelScope, which needs the package modelscope-hub.",
     )
     freeze_embeddings: bool = setting(
         False, "Keep the student's embedding as it is; with tied embeddings that is its head too."
@@ -80,8 +85,9 @@ class TeacherConfig(Section):
     )
     teacher_model: str | None = setting(
         None,
-        "Teacher: a Hugging Face model directory; it may be left out with --teacher_model_server. Without both the "
-        "student's current weights teach, given the column teacher_prompt of the data in place of the prompt.",
+        "Teacher: a Hugging Face model directory, or a name on a hub; it may be left out with --teacher_model_server. "
+        "Without both the student's current weights teach, given the column teacher_prompt of the data in place of the "
+        "prompt.",
         path=True,
     )
     teacher_model_server: str | None = setting(
@@ -368,7 +374,10 @@ class DataConfig(Section):
     """Data."""
 
     dataset: list[str] = setting(
-        (), "Training data: JSONL or Parquet files, or directories of Hugging Face data sets saved on disk.", path=True
+        (),
+        "Training data: JSONL or Parquet files, directories of Hugging Face data sets saved on disk, or names on a "
+        "hub: OWNER/NAME[@REVISION][:SUBSET][#ROWS].",
+        path=True,
     )
     dataset_weights: list[float] = setting(
         (), "How often rows of each --dataset are drawn, in their order; empty: in proportion to their rows.", gt=0

@@ -18,10 +18,13 @@ from megatron_gkd.errors import ConfigError
 class SampleConfig(Section):
     """Sampling of a data set's prompts from a model, to a file."""
 
-    model: str = setting(help="Model to sample from: a Hugging Face model directory.", path=True)
+    model: str = setting(
+        help="Model to sample from: a Hugging Face model directory, or a name on Hugging Face's hub.", path=True
+    )
     result_path: str = setting(help="JSONL file that is written: the prompts with the sampled completions.", path=True)
     dataset: list[str] = setting(
-        help="Prompts: JSONL or Parquet files, or data sets saved on disk; completions in them are not used.",
+        help="Prompts: JSONL or Parquet files, data sets saved on disk, or names on a hub "
+        "(OWNER/NAME[:SUBSET][#ROWS]); completions in them are not used.",
         path=True,
     )
     max_new_tokens: int = setting(512, "Maximum number of tokens sampled per completion.", gt=0)

@@ -192,8 +192,8 @@ def _lengths_problems(cfg: RunConfig) -> Iterator[str]:
     cause = f"{named('lmbda')} samples from the student" if cfg.lmbda.most > 0 else "--seq_kd true samples"
     instead = "--lmbda 0, which samples nothing" if not cfg.distillation.samples_teacher else "--seq_kd false"
     yield (
-        f"{cause}, and {named('max_completion_length')} leaves no room for a prompt in {named('max_length')}: give a "
-        f"larger --max_length, a smaller --max_completion_length, or {instead}"
+        f"{cause}, and {named('max_completion_length')} leaves no room for a prompt in {named('max_length')}, "
+        f"which counts both: give a larger --max_length, a smaller --max_completion_length, or {instead}"
     )
 
 

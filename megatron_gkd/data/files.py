@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_gkd.errors import DataError, NotBuiltError
+from megatron_gkd.errors import DataError
 
 SUPPORTED = (
     "a .jsonl file (one JSON object a line), a .parquet file, or the directory of a Hugging Face data set saved on disk"
@@ -54,12 +54,7 @@ def check_supported(path: str | Path) -> Path:
     """Raises unless there is a file, or a directory, of a supported kind."""
     path = Path(path)
     if not os.path.exists(path):
-        if path.suffix in (".jsonl", ".parquet") or path.is_absolute() or len(path.parts) > 2:
-            raise DataError(f"data set {path}: there is no such file; give {SUPPORTED}")
-        raise NotBuiltError(
-            f"data set {path}: there is no such file, and data sets by name (--dataset NAME) are not supported yet; "
-            f"give {SUPPORTED}"
-        )
+        raise DataError(f"data set {path}: there is no such file; give {SUPPORTED}")
     if path.is_dir():
         if (path / DICT_FILE).is_file():
             names = ", ".join(sorted(str(state.parent) for state in path.glob(f"*/{STATE_FILE}")))

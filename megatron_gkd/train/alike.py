@@ -44,9 +44,9 @@ _PIECE_BYTES: Final = 4096
 _SHOWN_DIGITS: Final = 12  # of a hash: for people, and enough to tell files apart
 
 
-def start_facts(config: RunConfig) -> dict[str, str]:
-    """Of this rank, before anything is read for work."""
-    facts = {f"--{name}": show(value) for name, value in config.to_flat().items() if name not in FREE}
+def start_facts(config: RunConfig, given: RunConfig) -> dict[str, str]:
+    """Of this rank, before anything is read for work. Args: given: with names of hubs, where `config` has the files."""
+    facts = {f"--{name}": show(value) for name, value in given.to_flat().items() if name not in FREE}
     facts |= program_facts()
     if config.teacher.teacher_nodes is not None:
         facts["LOCAL_WORLD_SIZE (ranks of a node, which --teacher_nodes counts)"] = show(
@@ -58,9 +58,9 @@ def start_facts(config: RunConfig) -> dict[str, str]:
         facts |= model_facts("--teacher_model", teacher, weights=isinstance(config.teacher.kind, LocalTeacher))
     if load is not None and has_safetensors(Path(load)):
         facts |= model_facts("--load", load)
-    for flag, paths in (("--dataset", config.data.dataset), ("--eval_dataset", config.data.eval_dataset)):
-        for path in paths:
-            facts |= {f"{flag} {name}": value for name, value in _data(Path(path))}
+    for flag in ("dataset", "eval_dataset"):
+        for path, text in zip(config.get(flag), given.get(flag), strict=True):
+            facts |= {f"--{flag} {name if path == text else text}": value for name, value in _data(Path(path))}
     return facts
 
 

@@ -47,9 +47,10 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
     """`megatron-gkd eval`: print the numbers of the student as it is, and return them; none on ranks of the teacher's
     own. Collective over all ranks."""
     config = with_dtype(config)
-    join(config)
+    found = join(config, with_training_data=False)
     if unused := without_effect(config, "eval"):
         logger.info("without effect: %s", describe(unused))
+    config = found.config
     run = build(config, with_training_data=False)
     if isinstance(run, TeacherRun):
         serve_evaluation(run)

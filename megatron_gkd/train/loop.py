@@ -39,6 +39,7 @@ from megatron_gkd.train.exporting import export, measure_export, warn_of_roundin
 from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
 from megatron_gkd.train.garbage import Garbage
 from megatron_gkd.train.health import Health
+from megatron_gkd.train.hub_files import RECORD, write_record
 from megatron_gkd.train.preflight import refuse_earlier_run
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import begin, open_checkpoints
@@ -63,12 +64,15 @@ def run_training(config: RunConfig) -> None:
     run_dir = Path(config.checkpoint.save)
     try:
         config = asked = with_dtype(config)
-        join(config)
+        found = join(config)
         if (unused := without_effect(config)) and dist.get_rank() == 0:
             logger.warning("without effect: %s", describe(unused))
         with locked(run_dir):
-            config = choose_start(config)
+            config = choose_start(found.config)
             all_or_none(lambda: _check_run_dir(config, run_dir))
+            if dist.get_rank() == 0:
+                with explain_write_errors(run_dir / RECORD):
+                    write_record(run_dir, found)
             run = build(config)
             state, span = begin(run)
             with TeacherPart(run, state) if isinstance(run, TeacherRun) else StudentPart(run, state, asked) as part:

@@ -18,17 +18,19 @@ import os
 from pathlib import Path
 
 from megatron_gkd.config.checks import CheckTrainConfig
+from megatron_gkd.config.hub_names import FORMS, names_in
 from megatron_gkd.config.not_built import Command
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.sample import SampleConfig
 from megatron_gkd.config.schema import Section
 from megatron_gkd.config.servers import LocalTeacher, NoTeacher
 from megatron_gkd.data.files import check_supported
+from megatron_gkd.data.hub import places
+from megatron_gkd.data.hub.listing import is_commit, kept_commit
+from megatron_gkd.data.hub.snapshot import missing_offline, refuse_missing_client
 from megatron_gkd.errors import CheckpointError, ConfigError, GKDError, NotBuiltError
 from megatron_gkd.observe.advice import go_on
 from megatron_gkd.train.fit import check_batch, layouts, refuse_student, without_borrowed_experts
-
-_BY_NAME = "nothing is fetched by its name on a hub: download it, and give the directory"
 
 
 def check_paths(config: RunConfig, command: Command) -> None:
@@ -36,40 +38,70 @@ def check_paths(config: RunConfig, command: Command) -> None:
     check_models(config)
     for flag, paths in (("dataset", config.data.dataset), ("eval_dataset", config.data.eval_dataset)):
         for path in paths if command == "train" or flag == "eval_dataset" else []:
-            _check_data(flag, path)
+            _check_data(flag, path, use_hf=config.model.use_hf)
     if command == "train":
         check_save(config)
 
 
 def check_models(config: RunConfig) -> None:
-    """Raise ConfigError for a model that is no directory with a config.json."""
-    _check_model("model", config.model.model)
-    if config.teacher.teacher_model is not None:
-        _check_model("teacher_model", config.teacher.teacher_model)
+    """Raise ConfigError for a model that is no directory with a config.json, and no name that may be one."""
+    for flag in ("model", "teacher_model"):
+        if (path := config.get(flag)) is not None:
+            _check_model(flag, path, use_hf=config.model.use_hf)
 
 
 def check_own_paths(config: Section) -> None:
-    """The same for a command with flags of its own: its data, and the model that `sample` samples from."""
-    if isinstance(config, SampleConfig):
-        _check_model("model", config.model)
+    """The same for a command with flags of its own: its data, and its model."""
+    for flag in ("model", "teacher_model"):
+        path = getattr(config, flag, None)
+        if path is not None and not _is_name(flag, path, use_hf=True) and isinstance(config, SampleConfig):
+            _check_model(flag, path)  # the others have looked
     for path in getattr(config, "dataset", []):
         _check_data("dataset", path)
 
 
-def _check_model(flag: str, path: str) -> None:
+def _check_model(flag: str, path: str, *, use_hf: bool = True) -> None:
+    if _is_name(flag, path, use_hf=use_hf):
+        return
     if not os.path.exists(path):
-        raise ConfigError(f"--{flag} {path}: there is no such directory; give one in Hugging Face format ({_BY_NAME})")
+        raise ConfigError(
+            f"--{flag} {path}: there is no such directory; give one in Hugging Face format, or a name on a hub, "
+            f"{FORMS['model']}"
+        )
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise ConfigError(f"--{flag} {path}: there is no config.json in it; give a directory in Hugging Face format")
 
 
-def _check_data(flag: str, path: str) -> None:
+def _check_data(flag: str, path: str, *, use_hf: bool = True) -> None:
+    if _is_name(flag, path, use_hf=use_hf):
+        return
     if not os.path.exists(path):
         raise ConfigError(
-            f"--{flag} {path}: there is no such file or directory; give JSONL or Parquet files, or directories that "
-            f"save_to_disk wrote ({_BY_NAME})"
+            f"--{flag} {path}: there is no such file or directory; give JSONL or Parquet files, directories that "
+            f"save_to_disk wrote, or names on a hub, {FORMS['dataset']}"
         )
     check_supported(path)
+
+
+def _is_name(flag: str, text: str, *, use_hf: bool) -> bool:
+    """Whether it is a name on a hub that can be asked, or was before; what the hub has is seen when ranks have met."""
+    for _, name in names_in({flag: text}, use_hf=use_hf):
+        refuse_missing_client(name)
+        if places.offline() and not is_commit(name.revision) and kept_commit(name) is None:
+            what = "file or directory" if name.kind == "dataset" else "directory"
+            raise ConfigError(f"--{flag} {text}: there is no such {what} here, and {missing_offline(name)}")
+        return True
+    return False
+
+
+def _with_known_models(config: RunConfig) -> RunConfig:
+    """With config.json and tokenizer of models that are named on a hub."""
+    values = {"model": config.model.model, "teacher_model": config.teacher.teacher_model}
+    if next(names_in(values, use_hf=config.model.use_hf), None) is None:
+        return config
+    from megatron_gkd.train.hub_files import with_known_models
+
+    return with_known_models(config)
 
 
 def check_save(config: RunConfig) -> None:
@@ -121,6 +153,7 @@ def run_preflight(asked: CheckTrainConfig, config: RunConfig) -> None:
         from megatron_gkd.architecture import read_architecture
         from megatron_gkd.model.divisible import check_fit
 
+        config = _with_known_models(config)
         named = [("model", config.model.model, student)]
         if isinstance(kind := config.teacher.kind, LocalTeacher):
             named.append(("teacher_model", kind.path, teacher))

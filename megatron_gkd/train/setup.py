@@ -32,6 +32,7 @@ from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
 from megatron_gkd.train.alike import row_facts, start_facts
 from megatron_gkd.train.checkpoint.rng import seed_tracker
 from megatron_gkd.train.generate import Generation, held_out_rows, read_prompts
+from megatron_gkd.train.hub_files import HubFiles, asked_by, with_hub_files
 from megatron_gkd.train.inputs import Inputs, read_inputs
 from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.plans import StepPlans
@@ -119,8 +120,9 @@ def planned_dtype(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, dtype=chosen(config.model.dtype, kind)))
 
 
-def join(config: RunConfig) -> platform.Platform:
-    """Meet the other ranks, and find that all were started alike. Collective over all ranks of the world.
+def join(config: RunConfig, *, with_training_data: bool = True) -> HubFiles:
+    """Meet the other ranks, fetch what is named on a hub, and find that all were started alike. Collective over all
+    ranks of the world.
 
     Raises ConfigError, the same on all ranks: which rank has another flag, file or package, with both values.
     """
@@ -128,8 +130,11 @@ def join(config: RunConfig) -> platform.Platform:
     student_options(config, where.kind)  # what this device does not do is refused before ranks wait for each other
     torch.use_deterministic_algorithms(config.kernels.deterministic_mode)
     platform.init_distributed(where, timeout_minutes=config.parallel.distributed_timeout_minutes)
-    require_same(start_facts(config), "started alike")
-    return where
+    asked = asked_by(config, with_training_data=with_training_data)
+    require_same({f"--{item.flag} {item.name.text}": "a name of a hub" for item in asked}, "started alike")
+    found = with_hub_files(config, asked)
+    require_same(start_facts(found.config, config), "started alike")
+    return found
 
 
 def build(config: RunConfig, *, with_training_data: bool = True) -> Run | TeacherRun:

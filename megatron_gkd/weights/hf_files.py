@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -189,6 +190,16 @@ def side_files(path: Path) -> list[str]:
     """Names of the files and directories beside the weights that an export carries over."""
     matching = {found.name for pattern in _SIDE_PATTERNS for found in path.glob(pattern)}
     return [name for name in SIDE_FILES if (path / name).exists() or (path / name).is_symlink()] + sorted(matching)
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file, by its name within the directory, is one of those."""
+    return name.split("/")[0] in SIDE_FILES or any(fnmatch(name, pattern) for pattern in _SIDE_PATTERNS)
+
+
+def weight_files(path: Path) -> list[str]:
+    """Names of the files that hold the weights, as the directory has or indexes them."""
+    return _weight_files(path)[0]
 
 
 def check_side_files(path: Path) -> None:

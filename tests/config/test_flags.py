@@ -33,6 +33,7 @@ parse_check_data = partial(parse_section, cls=CheckDataConfig, command="check da
 SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("model", REQUIRED, ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"), ()),
     ("dtype", "auto", ("bf16", "bf16"), ("float32",)),
+    ("use_hf", True, ("false", False), ("2",)),
     ("freeze_embeddings", False, ("true", True), ("2",)),
     ("freeze_router", False, ("true", True), ("2",)),
     ("objective", "gkd", ("sft", "sft"), ("dpo",)),

@@ -32,6 +32,7 @@ SERVERS = '[{"url": "http://a:1", "tags": ["math"]}, {"url": "http://b:2"}]'
 VALUES: dict[str, tuple[Any, ...]] = {
     "teacher_model": ("T",),
     "dtype": ("bf16", "fp16"),
+    "use_hf": (False,),
     "freeze_embeddings": (True,),
     "freeze_router": (True,),
     "objective": ("sft",),

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_gkd.data.files import read_records
-from megatron_gkd.errors import DataError, NotBuiltError
+from megatron_gkd.errors import DataError
 from tests.support.saved_rows import write_saved
 
 
@@ -47,7 +47,7 @@ def test_damaged_parquet_stops(tmp_path):
 def test_files_are_checked_at_the_call(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         read_records(tmp_path / "missing.jsonl")
-    with pytest.raises(NotBuiltError, match="--dataset NAME"):
+    with pytest.raises(DataError, match="no such file"):
         read_records("someone/a-data-set")
     with pytest.raises(DataError, match=r"a directory without state.json; give a .jsonl"):
         read_records(tmp_path)

@@ -8,6 +8,7 @@ A model that is not there any more (moved, or not exported yet) is left out with
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from megatron_gkd.data.forms import prompt_and_completion
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.errors import GKDError
 from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.train.hub_files import with_recorded_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +33,7 @@ def sample_answers(run: RunRecord, *, num_answers: int, max_new_tokens: int) -> 
     if not run.config.data.eval_dataset:
         result["answer_notes"].append("no sample answers: the run had no --eval_dataset to take prompts from")
         return result
+    run = replace(run, config=with_recorded_files(run.config, run.directory))
     try:
         tokenizer = load_tokenizer(run.config.model.model)
         rows = _held_out(run, tokenizer, num_answers)

@@ -40,7 +40,7 @@ _FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel", "recompute", "over
 _CHANGING: Final = frozenset({"megatron_extra_kwargs", "accumulate_allreduce_grads_in_fp32"})  # in a free section
 _FREE_FLAGS: Final = frozenset(
     {
-        *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row", "prompt_only", "data_cache_dir"),
+        *("model", "dataset", "eval_dataset", "eval_samples", "on_bad_row", "prompt_only", "data_cache_dir", "use_hf"),
         *("micro_batch_size", "max_tokens_per_gpu", "loss_path", "use_liger_kernel", "max_bad_steps"),
         *("teacher_model_server", "teacher_micro_batch_size", "teacher_micro_batch_tokens", "teacher_timeout_s"),
         *("teacher_placement", "teacher_world_size", "teacher_nodes", "offload_teacher_model", "signal_memory_gb"),
@@ -120,9 +120,17 @@ def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     for flag in {**saved, **now}:
         default = flags()[flag].default if flag in flags() else None
         before, after = saved.get(flag, default), now.get(flag, default)
-        if before != after:
+        if before != after and not _one_snapshot(before, after):
             changed[flag] = (before, after)
     return changed
+
+
+def _one_snapshot(before: Any, after: Any) -> bool:
+    """Whether both are the same commit of a model, in caches of the hub at two places."""
+    if not (isinstance(before, str) and isinstance(after, str)):
+        return False
+    parts = [Path(path).parts[-3:] for path in (before, after)]  # models--OWNER--NAME/snapshots/COMMIT
+    return parts[0] == parts[1] and len(parts[0]) == 3 and parts[0][1] == "snapshots"
 
 
 def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:

@@ -1,0 +1,170 @@
+"""Flags of ms-swift's Megatron GKD scripts whose names are not ours, so that such a script runs with another program
+name, or is told what to change.
+
+    translate(["--torch_dtype", "bfloat16", "--beta", "1"]) -> ["--dtype", "bf16", "--beta", "1"]
+    translate_key("torch_dtype", "bfloat16") -> ("dtype", "bf16")          of a configuration file
+
+A flag of theirs is one of ours under another name, or says what holds here anyway, or is refused: all that are refused
+stand in one message, each with what to give instead. None is accepted and ignored. A flag that is given under two
+names with two values is refused too. Names that are the same in both programs are not here; docs/from_ms_swift.md says
+of all of them what they mean here and there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from megatron_gkd.config.schema import show
+from megatron_gkd.errors import ConfigError
+
+_HOLDS: Final = ""  # as our value: theirs says what holds here anyway
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """A flag of ms-swift.
+
+    Attributes:
+        ours: our flag; None: there is none.
+        values: their value -> ours; None: any, as it is.
+        advice: to who gives another value.
+    """
+
+    ours: str | None = None
+    values: Mapping[str, str] | None = None
+    advice: str = ""
+
+
+def _refused(advice: str, *, holds: Iterable[str] = ()) -> Theirs:
+    return Theirs(None, dict.fromkeys(holds, _HOLDS), advice)
+
+
+_NO_ADAPTERS = "adapters are not built; leave it out, and all weights are trained (they want a lower --lr)"
+_NO_TURNS = "a completion is sampled in one turn; leave it out"
+
+FLAGS: Final[Mapping[str, Theirs]] = {
+    "output_dir": Theirs("save"),
+    "val_dataset": Theirs("eval_dataset"),
+    "torch_dtype": Theirs(
+        "dtype", {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}, "give --dtype fp32, bf16 or fp16"
+    ),
+    "padding_free": Theirs("packing", {"true": "true", "false": "false"}, "give --packing true or false"),
+    "save_safetensors": Theirs("save_hf", {"true": "true", "false": "false"}, "give --save_hf true or false"),
+    "truncation_strategy": Theirs(
+        "overlong",
+        {"delete": "drop", "left": "truncate_left", "raise": "stop"},
+        "a completion is never cut; give --overlong drop, truncate_left or stop",
+    ),
+    "attn_impl": Theirs(
+        "attention_backend",
+        {"flash_attn": "flash", "flash_attention_2": "flash"},
+        "give --attention_backend auto, flash, fused or unfused",
+    ),
+    "load_from_cache_file": Theirs(
+        "data_cache_dir", {"true": _HOLDS, "false": "none"}, "give --data_cache_dir, a directory or none"
+    ),
+    "tuner_type": _refused(_NO_ADAPTERS, holds=("full",)),
+    "train_type": _refused(_NO_ADAPTERS, holds=("full",)),
+    **dict.fromkeys(
+        ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "adapters", "merge_lora"), _refused(_NO_ADAPTERS)
+    ),
+    "multi_turn_scheduler": _refused(_NO_TURNS),
+    "max_turns": _refused(_NO_TURNS, holds=("1",)),
+    "external_plugins": _refused(
+        "no file of code is taken; a prompt of the teacher's own is the column teacher_prompt of --dataset"
+    ),
+    "vllm_server_pass_dataset": _refused(
+        "servers are given token ids alone (--vllm_mode server); leave it out", holds=("false",)
+    ),
+    "remove_unused_columns": _refused(
+        "columns with a meaning are read, and the others named; leave it out, or change --dataset", holds=("false",)
+    ),
+    "vllm_server_timeout": _refused(
+        "start the servers of --vllm_server_host first (launch/rollout_server.sh): one that cannot be reached is tried "
+        "for 20 s; leave it out"
+    ),
+    "split_dataset_ratio": _refused("give held-out rows as --eval_dataset", holds=("0", "0.0")),
+    "eval_iters": _refused("give --eval_samples, the number of held-out rows"),
+    "dataset_num_proc": _refused("one rank of a machine tokenises, once (--data_cache_dir); leave it out"),
+    "dataloader_num_workers": _refused("rows are tokenised beforehand, or with --streaming true; leave it out"),
+    "model_revision": _refused("write it behind the name: --model OWNER/NAME@REVISION"),
+    "teacher_model_revision": _refused("write it behind the name: --teacher_model OWNER/NAME@REVISION"),
+    "log_completions": _refused("completions are not logged in training; see --eval_generate", holds=("false",)),
+    **dict.fromkeys(
+        ("offload_model", "offload_optimizer"),
+        _refused(
+            "the student stays on its device while it samples; give a lower --vllm_gpu_memory_utilization",
+            holds=("false",),
+        ),
+    ),
+}
+
+
+def translate(argv: Sequence[str]) -> list[str]:
+    """A command line with our names and values. Raises ConfigError with all flags that cannot be taken."""
+    told: list[str] = []
+    problems: list[str] = []
+    given: dict[str, dict[str, list[str]]] = {}  # our flag -> its names there -> the values
+    for tokens in _by_flag(argv):
+        name, words = _name_and_words(tokens)
+        try:
+            translated = _translated(name, words)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        if translated is None:
+            continue
+        ours, values = translated
+        told += tokens if name not in FLAGS else [f"--{ours}", *values]
+        given.setdefault(ours, {})[name] = [value.lower() for value in values or ["true"]]
+    for ours, names in given.items():
+        if len({tuple(values) for values in names.values()}) > 1:
+            both = " and ".join(f"--{name} {' '.join(values)}" for name, values in names.items())
+            problems.append(f"{both} are one flag here, --{ours}, with two values; keep one of them")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return told
+
+
+def translate_key(name: str, value: Any) -> tuple[str, Any] | None:
+    """The same of a key of a configuration file; None: it says what holds anyway. Raises ConfigError."""
+    if name not in FLAGS:
+        return name, value
+    words = [show(item) for item in (value if isinstance(value, list) else [value])]
+    translated = _translated(name, words)
+    if translated is None:
+        return None
+    ours, values = translated
+    return ours, value if values == words else {"true": True, "false": False}.get(values[0], values[0])
+
+
+def _by_flag(argv: Sequence[str]) -> list[list[str]]:
+    """The tokens of each flag, with the values after it; what stands before the first flag by itself."""
+    groups: list[list[str]] = []
+    for token in argv:
+        if token.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(token)
+    return groups
+
+
+def _name_and_words(tokens: Sequence[str]) -> tuple[str, list[str]]:
+    flag, equals, value = tokens[0].partition("=")
+    name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+    return name, [*([value] if equals else []), *tokens[1:]]
+
+
+def _translated(name: str, words: list[str]) -> tuple[str, list[str]] | None:
+    """(our flag, its values), None for what holds anyway. Raises ConfigError for what cannot be taken."""
+    theirs = FLAGS.get(name)
+    if theirs is None:
+        return name, words
+    if theirs.values is None:
+        return str(theirs.ours), words
+    value = " ".join(words)
+    ours_value = theirs.values.get(value.lower() or "true")
+    if ours_value is None:
+        raise ConfigError(f"--{name}{f' {value}' if value else ''} is ms-swift's: {theirs.advice}")
+    return None if ours_value == _HOLDS else (str(theirs.ours), [ours_value])
