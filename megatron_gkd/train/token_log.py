@@ -2,7 +2,8 @@
 (token_record.py), with texts. One row each:
 
     {"step": 20, "of": "evaluation", "by_position": {"first": [0, 1, ...], "end": [...], "num_tokens": [...],
-     "forward_kl": [...], ...}, "memory_bytes": [...], "texts": {"262": " the", ...},
+     "forward_kl": [...], ...}, "memory_kind": "cuda", "memory_bytes": [...],
+     "texts": {"262": " the", ...},
      "samples": [{"row": 0, "place": "held_out.jsonl:1", "source": "dataset", "num_tokens": 80, "prompt": "...",
                   "ids": [...], "forward_kl": [...], "nll": [...], "teacher_nll": [...], "student_ids": [[...], ...],
                   "student_logprobs": [[...], ...], "teacher_ids": [[...], ...], "teacher_logprobs": [[...], ...]}]}
@@ -70,7 +71,7 @@ class TokenLog:
         found = record.finish(run.student.groups, memory_bytes=run.platform.peak_memory_bytes())
         if self._file is not None:
             self._add_texts(found, of)
-            self._file.append({"step": step, "of": of, **found})
+            self._file.append({"step": step, "of": of, "memory_kind": run.platform.kind, **found})
 
     def close(self) -> None:
         """Release the file."""

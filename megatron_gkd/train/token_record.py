@@ -190,10 +190,10 @@ def _describe(sample: Sample, tokens: Mapping[int, Mapping[str, Any]]) -> dict[s
 
 
 def _short(value: Any) -> Any:
-    """Six digits are enough to look at; an absent token of a top-K teacher has a negative id."""
+    """Five digits are enough to look at; an absent token of a top-K teacher has a negative id."""
     if isinstance(value, list):
         return [_short(item) for item in value]
-    return value if isinstance(value, int) else _finite(float(f"{value:.6g}"))
+    return value if isinstance(value, int) else _finite(float(f"{value:.5g}"))
 
 
 def _finite(value: float) -> float | None:

@@ -27,7 +27,7 @@ from tests.support.runs import command_line, train
 from tests.support.trainers import build_run, write_pair, write_rows
 
 NUM_ROWS = 7
-CLOSE = dict(rel=1e-4, abs=1e-4)  # six digits are kept; another place or token is tenths away
+CLOSE = dict(rel=1e-4, abs=1e-4)  # five digits are kept; another place or token is tenths away
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 SP": dict(tensor=2, sequence=True, teacher_tensor=1),
     "PP2 VPP2": dict(pipeline=2, virtual=2),
