@@ -149,7 +149,7 @@ class StudentPart:
     def train(self, step: int) -> bool:
         run, start_s = self.run, time.perf_counter()
         self._events.step = step
-        timers = Timers(synchronize=run.platform.synchronize)
+        timers = Timers(synchronize=run.platform.synchronize, entered=self._doing)
         assert run.plans is not None
         with timers.phase("plan"):
             plan = run.plans.plan(step - 1)
@@ -185,6 +185,11 @@ class StudentPart:
         self._replicas.check(step)
         self._garbage.after_step(step)
         return stop
+
+    def _doing(self, what: str) -> None:
+        """Show it on a terminal, once there is a progress line."""
+        if self._progress is not None:
+            self._progress.doing(what)
 
     def _ask_ahead(self, step: int, timers: Timers) -> None:
         """Let teacher servers work on a later step's samples already, where these are known. Not collective."""
@@ -255,6 +260,7 @@ class StudentPart:
     def evaluate(self, step: int) -> None:
         run, start_s, record = self.run, time.perf_counter(), self._tokens.record()
         assert run.eval_rows is not None
+        self._doing("evaluation")
         self._evaluation = values = evaluate(run, run.eval_rows, record)
         if 0 < step <= self._done_steps:
             return  # an earlier start has recorded it
@@ -269,6 +275,7 @@ class StudentPart:
                 logger.warning("step %d, held-out: %s", step, problem)
 
     def save(self, step: int) -> None:
+        self._doing("saving")
         start_s, rollouts = time.perf_counter(), None if self.run.rollouts is None else self.run.rollouts.state()
         self.checkpoints.save(self.run.student, self._state, rollouts=rollouts)
         if self.run.is_writer and (seconds := took(time.perf_counter() - start_s)):

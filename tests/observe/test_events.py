@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from megatron_gkd.observe.events import FILE, EventLog
-from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.observe.logging import PACKAGE, get_logger
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -43,12 +44,19 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / FILE).exists()
 
 
-def test_a_file_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: Any) -> None:
-    events = EventLog(tmp_path / "gone")
+def test_a_file_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Hearing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    events, handler = EventLog(tmp_path / "gone"), Hearing()
+    logging.getLogger(PACKAGE).addHandler(handler)
     events.listen()
-    logger = get_logger("observe")
-    logger.parent.propagate = True  # type: ignore[union-attr]
     events.add("started", "")
     events.add("done", "")
     events.close()
-    assert not (tmp_path / "gone").exists()
+    logging.getLogger(PACKAGE).removeHandler(handler)
+    assert len(said) == 1
+    assert "the run goes on without" in said[0]

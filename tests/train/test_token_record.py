@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,15 +17,21 @@ import torch
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.collate import collate
+from megatron_gkd.observe.metrics import Metrics
+from megatron_gkd.observe.timers import Timers
 from megatron_gkd.records import Sample
+from megatron_gkd.teacher.signals import NoSignal
 from megatron_gkd.train.evaluate import HeldOut, evaluate
-from megatron_gkd.train.token_log import token_texts
+from megatron_gkd.train.plans import plan_of
+from megatron_gkd.train.step import add_reports, distill, reduce_reports
+from megatron_gkd.train.supervised import SupervisedLoss
+from megatron_gkd.train.token_log import TokenLog, token_texts
 from megatron_gkd.train.token_record import EDGES, MOST_SAMPLES, MOST_TOKENS, TOP, TokenRecord
 from tests.support.dense_step import all_logits, divergence
 from tests.support.ranks import one_rank_group, run_ranks
 from tests.support.ranks_at_work import megatron
 from tests.support.runs import command_line, train
-from tests.support.trainers import build_run, write_pair, write_rows
+from tests.support.trainers import Trainer, build_run, make_samples, write_pair, write_rows
 
 NUM_ROWS = 7
 CLOSE = dict(rel=1e-4, abs=1e-4)  # five digits are kept; another place or token is tenths away
@@ -111,10 +118,6 @@ def assert_by_position(table: dict[str, list[Any]], truth: list[dict[str, torch.
 
 def cut() -> tuple[list[int], list[int]]:
     """Completions below and above the limit, through a record of one rank."""
-    from types import SimpleNamespace
-
-    from megatron_gkd.train.supervised import SupervisedLoss
-
     group = one_rank_group()
     head = torch.randn(11, 4)
     model: Any = SimpleNamespace(head_input=lambda x: x, head_weight=lambda: head, head_grad_is_reduced=True)
@@ -123,8 +126,6 @@ def cut() -> tuple[list[int], list[int]]:
     loss = SupervisedLoss(fuse=False, tp_group=group, vocab_size=11)
     record = TokenRecord(("nll",), torch.device("cpu"))
     record.choose(samples)
-    from megatron_gkd.teacher.signals import NoSignal
-
     HeldOut(loss, record)(model, torch.randn(*batch.tokens.T.shape, 4), batch, NoSignal())
     groups: Any = SimpleNamespace(tp=group, intra_dist_opt=group)
     found = record.finish(groups, memory_bytes=1)
@@ -155,6 +156,53 @@ def test_a_run_writes_it_with_texts(tmp_path: Path, inputs: dict[str, Any]) -> N
         assert completion.startswith(first["completion"])
         assert first["prompt"] in sample["prompt"]
         assert sample["place"].endswith("rows.jsonl:1")
+
+
+def step_samples() -> tuple[Sample, ...]:
+    lengths = [(3, 6), (2, 4), (4, 9), (1, 3), (2, 2), (5, 12)]
+    return make_samples(lengths, sources=("dataset", "student"))
+
+
+def watched_steps(argv: list[str], run_dir: str) -> list[tuple[float, float]]:
+    """Loss and gradient norm of one step, without and with a look at its samples; the look is written to `run_dir`."""
+    found = []
+    with megatron():
+        trainer = Trainer(parse_run_config(argv))
+        run, config = trainer.run, trainer.config
+        plan = plan_of(config, 0, step_samples(), run.student.layout, run.teacher.layout)
+        log = TokenLog(run, Path(run_dir), first_step=None)
+        assert log.watched(2, plan) is None, "only steps that an evaluation follows, the first and the last"
+        for watched in (None, log.watched(1, plan)):
+            trainer.rewind()
+            metrics = Metrics(run.loss.names())
+            result, _ = distill(
+                run.student, run.teacher, watched or run.loss, plan, device=run.platform.device, timers=Timers()
+            )
+            add_reports(metrics, result.reports, run.student)
+            reduce_reports(metrics, run.student, run.platform.device)
+            found.append((metrics.means()["loss"], result.grad_norm))
+            if watched is not None:
+                log.write(1, "step", watched.record)
+        log.close()
+    return found
+
+
+@pytest.mark.parametrize("layout", ["TP2 SP", "CP2"])
+def test_a_step_s_own_completions_are_looked_at_and_nothing_changes(
+    tmp_path: Path, inputs: dict[str, Any], layout: str
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 8)
+    flags = inputs | LAYOUTS[layout] | dict(dataset=rows, lmbda=0, train_iters=9, save=tmp_path / "run", eval_steps=5)
+    argv = command_line(**flags, report_to="none", device="cpu", global_batch_size=6)
+    plain, watched = run_ranks(watched_steps, argv, str(tmp_path), world=2)[0]
+    assert watched == plain
+    (line,) = [json.loads(text) for text in (tmp_path / "tokens.jsonl").read_text().splitlines()]
+    assert (line["step"], line["of"]) == (1, "step")
+    mine = tuple(sample for sample in step_samples() if sample.source == "student")
+    for sample, own, values in zip(line["samples"], mine, dense(inputs, mine, 300), strict=True):
+        assert (sample["ids"], sample["source"]) == (list(own.completion_ids), "student")
+        for name in ("forward_kl", "nll", "teacher_nll"):
+            assert sample[name] == pytest.approx(values[name].tolist(), **CLOSE)
 
 
 class Sentencepiece:
