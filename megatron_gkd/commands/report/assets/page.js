@@ -30,9 +30,14 @@ function short(x, share) {
   if (share) return `${(100 * x).toFixed(1)} %`;
   if (x === 0) return "0";
   const size = Math.abs(x);
-  if (size >= 1000) return Math.round(x).toLocaleString("en");
+  if (size >= 1000 || (size >= 100 && Number.isInteger(x))) return Math.round(x).toLocaleString("en");
   if (size < 0.001) return x.toExponential(1);
-  return String(Number(x.toPrecision(size < 1 ? 3 : 4)));
+  return x.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : 3);
+}
+function tick(x, share) {
+  if (share) return `${Number((100 * x).toPrecision(4))} %`;
+  const size = Math.abs(x);
+  return size >= 1e4 ? x.toLocaleString("en") : size && size < 0.001 ? x.toExponential(1) : String(Number(x.toPrecision(4)));
 }
 function ticks(low, high, count) {
   const raw = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(raw));
@@ -65,7 +70,7 @@ function figure(title, unit, draw, legend) {
   return el("figure", {}, head, el("div", { class: "legend" }, legend), box);
 }
 function swatch(line, label, value) {
-  const mark = svg("svg", { viewBox: "0 0 24 8" });
+  const mark = svg("svg", { viewBox: "0 0 24 8", class: "swatch", "aria-hidden": "true" });
   mark.append(line.block ? svg("rect", { x: 2, y: 0, width: 12, height: 8, rx: 1, fill: colour(line.colour) })
     : svg("line", { x1: 0, x2: 24, y1: 4, y2: 4, stroke: colour(line.colour), "stroke-width": 2.5,
       "stroke-dasharray": DASHES[line.dash || 0] }));
@@ -103,8 +108,7 @@ function scales(spec, lines, width, height) {
 function axes(root, spec, s, xTicks) {
   for (const t of s.yTicks) {
     root.append(svg("line", { x1: s.pad.left, x2: s.width - s.pad.right, y1: s.y(t), y2: s.y(t), stroke: "var(--grid)" }));
-    const text = spec.share ? `${Number((100 * t).toPrecision(4))} %` : short(t);
-    root.append(svg("text", { x: s.pad.left - 6, y: s.y(t) + 4, "text-anchor": "end" }, text));
+    root.append(svg("text", { x: s.pad.left - 6, y: s.y(t) + 4, "text-anchor": "end" }, tick(t, spec.share)));
   }
   for (const t of xTicks) root.append(svg("text", { x: s.x(t), y: s.height - 18, "text-anchor": "middle" }, String(t)));
   const label = { x: s.pad.left + (s.width - s.pad.left - s.pad.right) / 2, y: s.height - 3, "text-anchor": "middle" };
@@ -127,7 +131,7 @@ function drawLines(spec, lines, width) {
     });
     root.append(svg("path", { d: path, fill: "none", stroke: colour(line.colour), "stroke-width": line.faint ? 1 : 2,
       opacity: line.faint ? 0.35 : 1, "stroke-linejoin": "round", "stroke-dasharray": DASHES[line.dash || 0] }));
-    if (!line.faint && line.x.length <= 40) line.x.forEach((x, i) => isNumber(line.y[i]) && root.append(
+    if (!line.faint && line.x.length <= 20) line.x.forEach((x, i) => isNumber(line.y[i]) && root.append(
       svg("circle", { cx: s.x(x), cy: s.y(line.y[i]), r: 2.6, fill: colour(line.colour) })));
   }
   hover(root, s, xs, (x) => [`${spec.x} ${spec.names ? spec.names(x) : x}`, ...lines.filter((line) => !line.faint).map((line) => {
@@ -149,9 +153,11 @@ function hover(root, s, xs, describe) {
   });
   root.addEventListener("pointerleave", () => { rule.setAttribute("opacity", 0); tip.style.display = "none"; });
 }
-// Seconds of a step by phase, one bar a step or a group of steps.
+// Seconds of a step by phase, one bar a step or a group of steps; without what is next to nothing.
+const OF_PHASE = { student: 0, teacher: 1, rollout: 2, teacher_samples: 3, plan: 4, other: 6 };
 function phaseChart(run) {
-  const c = run.metrics.columns, steps = c.step || [], present = run.phases.filter((p) => (c[`${p}_s`] || []).some((v) => v > 0));
+  const c = run.metrics.columns, steps = c.step || [], sum = (name) => (c[name] || []).reduce((a, b) => a + (b || 0), 0);
+  const present = run.phases.filter((p) => sum(`${p}_s`) > 0.001 * sum("step_time_s"));
   if (!present.length) return null;
   const each = Math.ceil(steps.length / 120), bars = [];
   for (let i = 0; i < steps.length; i += each) {
@@ -160,7 +166,7 @@ function phaseChart(run) {
     bars.push({ x: steps[end - 1], first: steps[i], values: present.map(mean) });
   }
   const total = present.map((_, k) => bars.reduce((a, bar) => a + bar.values[k], 0)), all = total.reduce((a, b) => a + b, 0);
-  const legend = present.map((p, k) => swatch({ block: true, colour: k }, p.replaceAll("_", " "), short(total[k] / all, true)));
+  const legend = present.map((p, k) => swatch({ block: true, colour: OF_PHASE[p] }, p.replaceAll("_", " "), short(total[k] / all, true)));
   const spec = { title: "Seconds of a step, by phase", x: "step" };
   return figure(spec.title, "s", (width) => {
     const height = 230, root = canvas(spec, width, height), xs = bars.map((bar) => bar.x);
@@ -173,13 +179,13 @@ function phaseChart(run) {
       let base = 0;
       bar.values.forEach((value, k) => {
         const top = s.y(base + value), tall = s.y(base) - top;
-        if (tall > 0) root.append(svg("rect", { x: s.x(bar.x) - pitch * 0.42, y: top, width: pitch * 0.84, height: tall, fill: colour(k) }));
+        if (tall > 0) root.append(svg("rect", { x: s.x(bar.x) - pitch * 0.42, y: top, width: pitch * 0.84, height: tall, fill: colour(OF_PHASE[present[k]]) }));
         base += value;
       });
     });
     hover(root, s, xs, (x) => {
       const bar = bars[xs.indexOf(x)], range = bar.first === x ? `step ${x}` : `steps ${bar.first} to ${x}, mean`;
-      return [range, ...present.map((p, k) => swatch({ block: true, colour: k }, p.replaceAll("_", " "), `${short(bar.values[k])} s`))];
+      return [range, ...present.map((p, k) => swatch({ block: true, colour: OF_PHASE[p] }, p.replaceAll("_", " "), `${short(bar.values[k])} s`))];
     });
     return root;
   }, legend);
@@ -224,9 +230,10 @@ function panel(p) {
         spec.lines.push({ ...base, y: smooth(base.y, 2 * Math.floor(Math.min(base.y.length / 18, 20)) + 3) });
       } else spec.lines.push(base);
     }
-    if (spec.lines.filter((line) => !line.faint).length >= (p.atLeast || 1)) made.push(lineChart(spec));
+    if (spec.lines.length) made.push(lineChart(spec));
   };
-  const keys = Object.entries(p.keys);
+  const keys = Object.entries(p.keys), present = (run) => keys.filter(([key]) => run[p.of].columns[key]).length;
+  if (Math.max(...runs.map(present)) < (p.atLeast || 1)) return [];
   if (!several) add(keys.map(([key, name], i) => ({ run: runs[0], key, name, colour: i, dash: i })), p.title);
   else for (const [key, name] of keys) {
     const title = keys.length > 1 ? `${p.title}: ${name}` : p.title;
