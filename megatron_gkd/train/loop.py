@@ -120,14 +120,15 @@ class StudentPart:
 
     def __enter__(self) -> Self:
         self._events.listen()
-        if self.run.is_writer:
+        if self.run.is_writer and self._trains:
             ranks = f"{dist.get_world_size()} ranks, student {self.run.student.layout.describe()}"
             self._events.add("resumed" if self._done_steps else "started", ranks)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         end: Kind = "done" if kind is None else "stopped" if kind is RunStoppedError else "failed"
-        self._events.add(end, "" if error is None else f"{type(error).__name__}: {error}")
+        if error is not None or self._trains:  # a finished run that is started again is left as it is
+            self._events.add(end, "" if error is None else f"{type(error).__name__}: {error}")
         self._events.close()
         for held in (self.run.teacher, self.run.engines, self.run.teacher_samples):
             if held is not None:
@@ -137,6 +138,11 @@ class StudentPart:
             self._tokens.close()
         if kind is None and self.run.is_writer:
             logger.info("done: %d steps; run directory %s", self.run.train_iters, self._run_dir)
+
+    @property
+    def _trains(self) -> bool:
+        """Whether a step is left to this start."""
+        return self._done_steps < self.run.train_iters
 
     @contextmanager
     def listening(self) -> Iterator[None]:
