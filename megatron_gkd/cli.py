@@ -213,7 +213,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
         _run_command("eval", "train.evaluate:run_evaluation"),
     ),
     "plan": ("what each rank would hold and send: a step rehearsed without a GPU", _plan),
-    "report": ("summarise a run directory: text, JSON, curve", _report),
+    "report": ("summarise a run directory: page, text, JSON, curve", _report),
     "check": ("`check data`: what rows train on; `check train`: would it start; `check teacher`: a server", _check),
 }
 

@@ -42,6 +42,7 @@ OTHER_PROGRAMS = {
 DIRECTORIES = ("launch", "megatron_gkd", "tests", "docs", "benchmarks", "examples", "requirements", "tools")
 HISTORY = ("CHANGELOG.md", "LOG.md")  # what they name may have gone
 NO_METRICS = {"retry_s", "timeout_s", "bucket_bytes", "convert.memory_bound_bytes", "memory_bound_bytes"}
+REPORT_OPTIONS = {"--num_answers", "--max_new_tokens", "--compare", "--out", "--watch", "--watch_s"}
 SCRIPT_OPTIONS = {"--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers"}
 
 
@@ -165,7 +166,7 @@ def test_command_lines_name_what_exists(page: Path, line: str):
             assert command in COMMANDS or command.startswith("-"), f"{page.name}: {line}"
     if "megatron-gkd" in words or "megatron_gkd" in words or "launch/quickstart.sh" in words:
         used = {word.split("=")[0] for word in words if word.startswith("--")} - {"--nproc-per-node", "--nnodes"}
-        report = {"--num_answers", "--max_new_tokens"} if "report" in words else set()
+        report = REPORT_OPTIONS if "report" in words else set()
         of_command = {"convert": CONVERT_FLAGS, "sample": SAMPLE_FLAGS, "check": CHECK_FLAGS, "plan": CHECK_FLAGS}
         known = of_command.get(command_of(words), flags())
         unknown = {flag for flag in used - SCRIPT_OPTIONS - report if flag.removeprefix("--") not in known}
@@ -176,7 +177,7 @@ def unknown_flags(text: str) -> set[str]:
     """Every `--name` that is no flag of ours, of a script, or of a benchmark or other program that the text names."""
     used = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text))
     known = {f"--{name}" for name in flags() | CONVERT_FLAGS | SAMPLE_FLAGS | CHECK_FLAGS} | SCRIPT_OPTIONS
-    known |= {"--config", "--rlhf_type", "--num_answers", "--markdown", "--version"}
+    known |= {"--config", "--rlhf_type", "--markdown", "--version"} | REPORT_OPTIONS
     for program, its in OTHER_PROGRAMS.items():
         known |= its if program in text else set()
     for script in set(re.findall(r"benchmarks\.(bench_\w+)", text)):

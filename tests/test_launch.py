@@ -23,6 +23,7 @@ DOCUMENTED = [
     *sorted(path for path in (ROOT / "launch").iterdir() if path != COMMON),
     ROOT / "tests/compat.sh",
     ROOT / "tests/setup_swift.sh",
+    ROOT / "benchmarks/setup_trl.sh",
 ]
 SCRIPTS = [*DOCUMENTED, ROOT / ".ci/run"]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

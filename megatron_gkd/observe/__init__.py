@@ -2,5 +2,5 @@
 
 logging    rank-aware messages          metrics    (sum, count) per name, one collective
 timers     seconds per phase            progress   step, loss, tokens/s, ETA
-writers    JSONL, TensorBoard, wandb
+writers    JSONL, TensorBoard, wandb    events     starts, warnings, ends
 """

@@ -2,22 +2,25 @@
 
     step 12/100 | loss 2.34 | 1,234 tokens/s | 0.52 s/step | ETA 0:00:46 | 80 tokens/completion | student 71%
 
-On a terminal one line is rewritten in place; elsewhere (a file, a pipe) every update is a line of its own, so the
-caller updates it once per logging step. One rank prints: the others make it with `enabled=False`. Speeds are means over
-the same last updates: tokens/s times s/step are the tokens of a step.
+Elsewhere than on a terminal (a file, a pipe) every update is a line of its own, so the caller updates it once per
+logging step. On a terminal tqdm rewrites one line in place, with a bar and with what the run is at:
+
+    step 12/100 |#1        | now: teacher | loss 2.34 | 1,234 tokens/s | 0.52 s/step | ETA 0:00:46 | ...
+
+One rank prints: the others make it with `enabled=False`. Speeds are means over the same last updates: tokens/s times
+s/step are the tokens of a step.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TextIO
-
-from megatron_gkd.observe.logging import CLEAR_LINE
+from typing import Any, TextIO
 
 WINDOW = 20  # updates that the speed, and with it the ETA, is taken from
 _SLOW_S = 1.0  # what takes longer than that has a line of its own
@@ -42,11 +45,11 @@ class Progress:
         self._unit = unit
         self._enabled = enabled
         self._stream = sys.stderr if stream is None else stream
-        self._in_place = self._stream.isatty()
+        self._bar = _bar(self._stream, unit, total_steps, done_steps) if enabled and self._stream.isatty() else None
         self._clock = clock
         self._marks: deque[tuple[int, float]] = deque([(done_steps, clock())], maxlen=WINDOW)
         self._tokens: deque[float] = deque(maxlen=WINDOW - 1)  # of a step, by update
-        self._line_open = False
+        self._text, self._now = "", ""
 
     def update(
         self,
@@ -73,13 +76,25 @@ class Progress:
             line += f" | {length:,.0f} tokens/completion"
         if phases and (shares := describe_phases(phases)):
             line += f" | {shares}"
-        if self._in_place:
-            width = shutil.get_terminal_size().columns
-            self._stream.write(f"{CLEAR_LINE}{line[: width - 1]}")
-        else:
+        if self._bar is None:
             self._stream.write(f"{line}\n")
-        self._line_open = self._in_place
-        self._stream.flush()
+            self._stream.flush()
+            return
+        self._bar.n, self._text = step, line.partition(" | ")[2]
+        self._draw()
+
+    def doing(self, what: str) -> None:
+        """Show what the run is at; on a terminal alone."""
+        self._now = what.replace("_", " ")
+        if self._bar is not None:
+            self._draw()
+
+    def _draw(self) -> None:
+        assert self._bar is not None
+        self._bar.ncols = shutil.get_terminal_size().columns - 1
+        shown = [f"now: {self._now}"] if self._now else []
+        self._bar.set_description_str(" | ".join([*shown, self._text]), refresh=False)
+        self._bar.refresh()
 
     def line(self, step: int, *, loss: float | None = None) -> str:
         """The text of the line."""
@@ -97,11 +112,11 @@ class Progress:
         return " | ".join(parts)
 
     def close(self) -> None:
-        """End the line, so that what follows starts on its own. More updates may follow."""
-        if self._line_open:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._line_open = False
+        """End the line, so that what follows starts on its own."""
+        if self._bar is not None:
+            self._bar.set_description_str(self._text, refresh=False)
+            self._bar.close()
+            self._bar = None
 
     def __enter__(self) -> Progress:
         return self
@@ -113,6 +128,15 @@ class Progress:
         """Seconds per step over the window."""
         (first, start_s), (last, end_s) = self._marks[0], self._marks[-1]
         return (end_s - start_s) / (last - first) if last > first and end_s > start_s else None
+
+
+def _bar(stream: TextIO, unit: str, total_steps: int, done_steps: int) -> Any:
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread of its own: ranks fork
+    tqdm.set_lock(threading.RLock())
+    shape = f"{unit} {{n_fmt}}/{{total_fmt}} |{{bar:10}}| {{desc}}"
+    return tqdm(total=total_steps, initial=done_steps, file=stream, bar_format=shape, mininterval=0, leave=True)
 
 
 def describe_phases(seconds: Mapping[str, float]) -> str:

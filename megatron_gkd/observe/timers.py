@@ -37,9 +37,14 @@ class Timers:
     """Sums of seconds per phase."""
 
     def __init__(
-        self, *, synchronize: Callable[[], object] | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        *,
+        synchronize: Callable[[], object] | None = None,
+        entered: Callable[[str], object] = lambda name: None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._synchronize = synchronize or (lambda: None)
+        """Args: entered: told the name of each phase as it begins."""
+        self._synchronize, self._entered = synchronize or (lambda: None), entered
         self._clock = clock
         self._seconds: dict[str, float] = {}
 
@@ -47,6 +52,7 @@ class Timers:
     def phase(self, name: str) -> Iterator[None]:
         """Time a block; a block that raises is counted too."""
         self._synchronize()
+        self._entered(name)
         start_s = self._clock()
         try:
             yield

@@ -61,7 +61,10 @@ class JsonlWriter:
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        row = {"step": step} | {name: _finite(value) for name, value in values.items()}
+        self.append({"step": step} | {name: _finite(value) for name, value in values.items()})
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Record a row as it is. Raises ValueError for a number that JSON has not."""
         rest = (json.dumps(row, allow_nan=False) + "\n").encode()
         with explain_write_errors(self._path):
             while rest:  # a nearly full disk takes a part, then nothing

@@ -36,6 +36,7 @@ from megatron_gkd.train.setup import Run, TeacherRun, build, join, with_dtype
 from megatron_gkd.train.step import add_reports, forward_step_with, reduce_reports, student_batches, teacher_signals
 from megatron_gkd.train.supervised import SupervisedLoss
 from megatron_gkd.train.teacher_ranks import serve_evaluation
+from megatron_gkd.train.token_record import TokenRecord
 
 logger = get_logger(__name__)
 
@@ -86,11 +87,17 @@ def not_finite(values: dict[str, float]) -> str | None:
     return f"{', '.join(names)}: not finite, and {whose}"
 
 
-def evaluate(run: Run, rows: Rows) -> dict[str, float]:
-    """The numbers of the module docstring and `num_tokens`, the same on every rank. Collective over all ranks."""
-    objective = HeldOut(run.loss)
+def evaluate(run: Run, rows: Rows, record: TokenRecord | None = None) -> dict[str, float]:
+    """The numbers of the module docstring and `num_tokens`, the same on every rank. Collective over all ranks.
+
+    Args:
+        record: takes them by token: of all rows by place, and of the first ones in full.
+    """
+    objective = HeldOut(run.loss, record)
     metrics = Metrics(objective.names())
-    for plan in evaluation_plans(run.config, rows, run.student.layout, run.teacher.layout):
+    for number, plan in enumerate(evaluation_plans(run.config, rows, run.student.layout, run.teacher.layout)):
+        if record is not None:
+            record.choose([] if number else [sample for sample in plan.samples if sample.num_loss_tokens])
         signals, _ = teacher_signals(run.teacher, plan)
         step = forward_step_with(objective, signals, run.platform.device)
         batches = student_batches(plan, run.student)
@@ -102,9 +109,13 @@ def evaluate(run: Run, rows: Rows) -> dict[str, float]:
 class HeldOut:
     """The objective of evaluation: the numbers of the module docstring, in chunks of tokens; nothing is minimised."""
 
-    def __init__(self, training: DistillationLoss | SupervisedLoss) -> None:
-        """Args: training: knows the teacher's side, if there is one, and how the two models are compared."""
-        self._training = training
+    def __init__(self, training: DistillationLoss | SupervisedLoss, record: TokenRecord | None = None) -> None:
+        """
+        Args:
+            training: knows the teacher's side, if there is one, and how the two models are compared.
+            record: is given what is measured, by token.
+        """
+        self._training, self._record = training, record
 
     def names(self) -> tuple[str, ...]:
         return (*DIVERGENCES, "nll", "agreement") if isinstance(self._training, DistillationLoss) else ("nll",)
@@ -113,11 +124,17 @@ class HeldOut:
     def __call__(self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Outcome:
         rows = select_loss_tokens(model.head_input(hidden), batch)
         labels = batch.labels.to(rows.device)
+        places = torch.tensor([place for share in batch.shares for place in share.tokens], dtype=torch.int64)
         totals = dict.fromkeys(self.names(), torch.zeros((), dtype=torch.float64, device=rows.device))
         for start in range(0, rows.shape[0], _CHUNK_TOKENS):
             chunk = slice(start, start + _CHUNK_TOKENS)
-            for name, values in self.measure(model, rows[chunk], labels[chunk], signal[chunk]).items():
+            found = self.measure(model, rows[chunk], labels[chunk], signal[chunk])
+            for name, values in found.items():
                 totals[name] = totals[name] + values.double().sum()
+            if self._record is not None:
+                self._record.add(places[chunk], found)
+        if self._record is not None:
+            self._record.look(self.measure, self._training, model, rows, batch, signal)
         num_tokens = torch.tensor(sum(batch.lengths), dtype=torch.int, device=rows.device)
         report = {name: torch.stack([total, num_tokens.double()]) for name, total in totals.items()}
         return totals["nll"], num_tokens, report

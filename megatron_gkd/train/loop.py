@@ -23,6 +23,7 @@ from megatron_gkd.config.no_effect import describe, without_effect
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import NoTeacher
 from megatron_gkd.errors import RunStoppedError
+from megatron_gkd.observe.events import EventLog, Kind
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress, took
@@ -50,6 +51,7 @@ from megatron_gkd.train.stopping import StopAgreement, StopSignals, stopped
 from megatron_gkd.train.student import StepResult
 from megatron_gkd.train.teacher_ranks import TeacherPart
 from megatron_gkd.train.timeline import carry_out
+from megatron_gkd.train.token_log import TokenLog
 from megatron_gkd.train.token_probe import MARKS
 from megatron_gkd.weights.hf_writer import check_destination
 
@@ -102,7 +104,9 @@ class StudentPart:
                 (self._run_dir / "config.yaml").write_text(to_yaml(asked))
             warn_of_rounding(run.config)
             _warn_of_a_low_peak(run)
-        self._writers = _Writers(run, self._run_dir, first_step=first_step_to_write(run.config, state.step))
+        first_step = first_step_to_write(run.config, state.step)
+        self._writers = _Writers(run, self._run_dir, first_step=first_step)
+        self._tokens = TokenLog(run, self._run_dir, first_step=first_step)
         self._signals = StopSignals()
         self._agreement = StopAgreement() if run.config.teacher.teacher_placement == "separate" else None
         self._bad_steps = BadSteps(run, self._run_dir, state)
@@ -115,18 +119,34 @@ class StudentPart:
         self._progress: Progress | None = None
         self._evaluation: dict[str, float] = {}  # the last one
         self._record: dict[str, Any] = {}  # of the export
+        self._events = EventLog(self._run_dir, enabled=run.is_writer)
+        self._events.step = state.step
 
     def __enter__(self) -> Self:
+        self._events.listen()
+        if self.run.is_writer and self._trains:
+            ranks = f"{dist.get_world_size()} ranks, student {self.run.student.layout.describe()}"
+            self._events.add("resumed" if self._done_steps else "started", ranks)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        end: Kind = "done" if kind is None else "stopped" if kind is RunStoppedError else "failed"
+        if error is not None or self._trains:  # a finished run that is started again is left as it is
+            self._events.add(end, "" if error is None else f"{type(error).__name__}: {error}")
+        self._events.close()
         for held in (self.run.teacher, self.run.engines, self.run.teacher_samples):
             if held is not None:
                 held.close()
         if kind is None or kind is RunStoppedError:
             self._writers.close()
+            self._tokens.close()
         if kind is None and self.run.is_writer:
             logger.info("done: %d steps; run directory %s", self.run.train_iters, self._run_dir)
+
+    @property
+    def _trains(self) -> bool:
+        """Whether a step is left to this start."""
+        return self._done_steps < self.run.train_iters
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -138,7 +158,8 @@ class StudentPart:
 
     def train(self, step: int) -> bool:
         run, start_s = self.run, time.perf_counter()
-        timers = Timers(synchronize=run.platform.synchronize)
+        self._events.step = step
+        timers = Timers(synchronize=run.platform.synchronize, entered=self._doing)
         assert run.plans is not None
         with timers.phase("plan"):
             plan = run.plans.plan(step - 1)
@@ -152,10 +173,11 @@ class StudentPart:
             self._health.check(step, metrics, {} if run.rollouts is None else run.rollouts.metrics)
             return math.isfinite(metrics.sums()["loss"])
 
+        watched = self._tokens.watched(step, plan)
         result, _ = distill(
             run.student,
             run.teacher,
-            run.loss,
+            watched or run.loss,
             plan,
             device=run.platform.device,
             timers=timers,
@@ -165,12 +187,19 @@ class StudentPart:
         loads = run.student.routers.loads(run.platform.device)
         step_time_s = time.perf_counter() - start_s
         self._account(plan, result, metrics, step_time_s, timers, loads)
+        if watched is not None:
+            self._tokens.write(step, "step", watched.record)
         stop = metrics.sums()["stop_requests"] > 0
         if self._agreement is not None:
             stop = self._agreement.after_step(self._signals.received is not None)
         self._replicas.check(step)
         self._garbage.after_step(step)
         return stop
+
+    def _doing(self, what: str) -> None:
+        """Show it on a terminal, once there is a progress line."""
+        if self._progress is not None:
+            self._progress.doing(what)
 
     def _ask_ahead(self, step: int, timers: Timers) -> None:
         """Let teacher servers work on a later step's samples already, where these are known. Not collective."""
@@ -239,14 +268,16 @@ class StudentPart:
         )
 
     def evaluate(self, step: int) -> None:
-        run, start_s = self.run, time.perf_counter()
+        run, start_s, record = self.run, time.perf_counter(), self._tokens.record()
         assert run.eval_rows is not None
-        self._evaluation = values = evaluate(run, run.eval_rows)
+        self._doing("evaluation")
+        self._evaluation = values = evaluate(run, run.eval_rows, record)
         if 0 < step <= self._done_steps:
             return  # an earlier start has recorded it
         if run.generation is not None:
             values = values | run.generation.measure(step)
         self._writers.evaluation(step, values)
+        self._tokens.write(step, "evaluation", record)
         if run.is_writer:
             text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             logger.info("step %d, held-out: %s%s", step, text, took(time.perf_counter() - start_s))
@@ -254,6 +285,7 @@ class StudentPart:
                 logger.warning("step %d, held-out: %s", step, problem)
 
     def save(self, step: int) -> None:
+        self._doing("saving")
         start_s, rollouts = time.perf_counter(), None if self.run.rollouts is None else self.run.rollouts.state()
         self.checkpoints.save(self.run.student, self._state, rollouts=rollouts)
         if self.run.is_writer and (seconds := took(time.perf_counter() - start_s)):

@@ -7,7 +7,6 @@ import os
 
 import pytest
 
-from megatron_gkd.observe.logging import CLEAR_LINE
 from megatron_gkd.observe.progress import WINDOW, Progress, describe_phases, took
 
 
@@ -78,14 +77,28 @@ def test_before_any_time_has_passed_there_is_no_eta() -> None:
 
 
 def test_a_terminal_s_line_is_rewritten_within_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *args, **kwargs: os.terminal_size((20, 5)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *args, **kwargs: os.terminal_size((60, 5)))
     stream, clock = Terminal(), Clock()
-    with Progress(100, stream=stream, clock=clock) as progress:
+    with Progress(100, done_steps=10, stream=stream, clock=clock) as progress:
+        progress.doing("teacher_samples")
         clock.now_s = 1.0
-        progress.update(1, loss=1.0)
-        progress.update(2, loss=1.0)
-    lines = stream.getvalue().split(CLEAR_LINE)
-    assert lines[1:] == ["step 1/100 | loss 1", "step 2/100 | loss 1\n"]
+        progress.update(11, loss=1.0, length=80)
+        progress.doing("student")
+    first, *_, told, at_work, end = stream.getvalue().replace("\n", "\r").rstrip("\r").split("\r")[1:]
+    assert first.startswith("step 10/100 |#         |")
+    assert "now: teacher samples" in stream.getvalue()
+    assert told.startswith("step 11/100 |#1        | now: teacher samples | loss 1.0000")
+    assert at_work.startswith("step 11/100 |#1        | now: student | loss 1.0000 | 1.00 ")
+    assert (len(told), len(at_work)) == (59, 59)
+    assert end.startswith("step 11/100 |#1        | loss 1.0000 | 1.00 s/step | E")
+    assert stream.getvalue().endswith("\n")
+
+
+def test_a_file_is_not_told_what_the_run_is_at() -> None:
+    stream = io.StringIO()
+    with Progress(9, stream=stream) as progress:
+        progress.doing("student")
+    assert stream.getvalue() == ""
 
 
 def test_other_ranks_say_nothing() -> None:

@@ -67,6 +67,7 @@ def test_the_report_of_a_models_answers(
     monkeypatch.setattr(report, "read_run", lambda directory: run)
     monkeypatch.setattr(report, "summarise", lambda run: {"answer": "x"})
     monkeypatch.setattr(report, "to_text", lambda summary: f"answer: {ACTS}")
+    monkeypatch.setattr(report, "run_data", lambda run, summary: {"name": "run"})
     monkeypatch.setattr("megatron_gkd.commands.report.curve.draw_curve", lambda run, path: None)
     report.write_report(tmp_path, num_answers=0)
     assert not (BAD - {"\n"}) & set("".join(capsys.readouterr()))

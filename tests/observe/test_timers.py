@@ -24,6 +24,15 @@ def test_phases_add_up_in_the_order_of_first_use() -> None:
     assert list(timers.seconds().items()) == [("teacher_s", 2.0), ("student_s", 1.0)]
 
 
+def test_somebody_is_told_which_phase_begins() -> None:
+    told: list[str] = []
+    timers = Timers(entered=told.append)
+    for name in ("teacher", "student"):
+        with timers.phase(name):
+            assert told[-1] == name
+    assert told == ["teacher", "student"]
+
+
 def test_a_phase_inside_another_counts_in_both() -> None:
     timers = Timers(clock=ticking())
     with timers.phase("step"), timers.phase("loss"):

@@ -126,7 +126,7 @@ def collectives(patch: pytest.MonkeyPatch, kind: str, span: Span, stop_at: int |
     for module in (loop, teacher_ranks):
         patch.setattr(module, "open_checkpoints", lambda run: saves)
         patch.setattr(module, "StopAgreement", lambda: agreement)
-    for name in ("BadSteps", "LossSpikes", "Replicas", "Metrics", "Progress", "Timers", "stopped"):
+    for name in ("BadSteps", "LossSpikes", "Replicas", "Metrics", "Progress", "Timers", "TokenLog", "stopped"):
         patch.setattr(loop, name, MagicMock())
     loop.Metrics.return_value.sums.return_value = {"stop_requests": 0}  # type: ignore[attr-defined]
     patch.setattr(loop, "stopped", lambda *args: RunStoppedError())

@@ -8,15 +8,24 @@ Written by train/:
                        step 0 is before training
     hf/                the exported student, once training is over
     export.json        {"trained": {...}, "exported": {...}}: the last evaluation, and that of the files in hf/
+    tokens.jsonl       what evaluations see token by token
+    events.jsonl       {"step", "time", "kind", "text"}: starts, warnings, how each start ended
+    bad_steps/         a file for each step whose loss or gradient was not finite
+    .lock.json         while a job runs here; touched every 10 s
+
+and put there by its user: plan.json, what `megatron-gkd plan --output json` printed.
 
 A last line that is cut off (the run is writing it, or was killed while it did) is left out; other damage is an error.
 """
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.config.json_file import read_object
@@ -25,6 +34,7 @@ from megatron_gkd.errors import ConfigError
 from megatron_gkd.observe.writers import read_rows
 
 Record = dict[str, Any]
+LOCK: Final = ".lock.json"  # train/run_lock.py
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,11 @@ class RunRecord:
     evaluations: tuple[Record, ...]
     exported: Path | None
     export: Record  # empty where there is none
+    tokens: tuple[Record, ...] = ()
+    events: tuple[Record, ...] = ()
+    bad_steps: tuple[Record, ...] = ()  # {"step", "problem", "num_samples", "file"}
+    plan: tuple[Record, ...] = ()  # of each kind of rank
+    lock_age_s: float | None = None  # since a job last said that it runs here; None: none does
 
     @property
     def last_step(self) -> int:
@@ -68,4 +83,34 @@ def read_run(directory: Path) -> RunRecord:
         evaluations=tuple(read_rows(directory / "evaluation.jsonl", strict=True)),
         exported=exported if (exported / "config.json").is_file() else None,
         export=read_object(directory / "export.json", ConfigError) or {},
+        tokens=tuple(read_rows(directory / "tokens.jsonl", strict=True)),
+        events=tuple(read_rows(directory / "events.jsonl", strict=True)),
+        bad_steps=tuple(_bad_steps(directory)),
+        plan=tuple(_plan(directory / "plan.json")),
+        lock_age_s=_age_s(directory / LOCK),
     )
+
+
+def _bad_steps(directory: Path) -> Iterator[Record]:
+    for path in sorted(directory.glob("bad_steps/step_*.json")):
+        found = read_object(path, ConfigError) or {}
+        yield {name: found.get(name) for name in ("step", "problem", "num_samples")} | {"file": path.name}
+
+
+def _plan(path: Path) -> list[Record]:
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}); write it with `megatron-gkd plan --output json`") from error
+    if not isinstance(found, list) or not all(isinstance(rank, dict) and "needed_bytes" in rank for rank in found):
+        raise ConfigError(f"{path} is not what `megatron-gkd plan --output json` prints: a list of ranks")
+    return found
+
+
+def _age_s(lock: Path) -> float | None:
+    try:
+        return max(time.time() - lock.stat().st_mtime, 0.0)
+    except FileNotFoundError:
+        return None
