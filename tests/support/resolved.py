@@ -272,7 +272,7 @@ def _measured(config: RunConfig, given: inputs.Inputs) -> list[float]:
 
 def _objective(given: inputs.Inputs, head: Any) -> Any:
     groups: Any = SimpleNamespace(tp=dist.group.WORLD)
-    return setup._objective(given, groups, teachers.Taught(None, head))  # type: ignore[arg-type]
+    return setup.objective_of(given.config, groups, vocab_size=given.vocab_size, head=head)
 
 
 def _tensors(config: RunConfig, num_loss_tokens: int, size: Sequence[int]) -> tuple[Any, torch.Tensor, Signal, Any]:
