@@ -41,7 +41,6 @@ def _refused(advice: str, *, holds: Iterable[str] = ()) -> Theirs:
     return Theirs(None, dict.fromkeys(holds, _HOLDS), advice)
 
 
-_NO_ADAPTERS = "adapters are not built; leave it out, and all weights are trained (they want a lower --lr)"
 _NO_TURNS = "a completion is sampled in one turn; leave it out"
 
 FLAGS: Final[Mapping[str, Theirs]] = {
@@ -65,11 +64,7 @@ FLAGS: Final[Mapping[str, Theirs]] = {
     "load_from_cache_file": Theirs(
         "data_cache_dir", {"true": _HOLDS, "false": "none"}, "give --data_cache_dir, a directory or none"
     ),
-    "tuner_type": _refused(_NO_ADAPTERS, holds=("full",)),
-    "train_type": _refused(_NO_ADAPTERS, holds=("full",)),
-    **dict.fromkeys(
-        ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "adapters", "merge_lora"), _refused(_NO_ADAPTERS)
-    ),
+    "train_type": Theirs("tuner_type"),
     "multi_turn_scheduler": _refused(_NO_TURNS),
     "max_turns": _refused(_NO_TURNS, holds=("1",)),
     "external_plugins": _refused(

@@ -40,6 +40,9 @@ EVALUATION: Final = frozenset(
     {
         *("model", "dtype", "gkd_logits_topk", "topk_tail", "micro_batch_size", "global_batch_size", "log_level"),
         *("max_tokens_per_gpu", "use_hf"),
+        *("deterministic_mode", "attention_backend", "apply_rope_fusion"),
+        *("bias_dropout_fusion", "bias_activation_fusion"),
+        *("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "adapters"),
         *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
         *("loss_scale", "chat_template_kwargs", "enable_thinking", "prompt_only"),
     }
@@ -103,7 +106,7 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
     if not cfg.logging.health_steps:
         yield "nothing is checked with --health_steps 0", ("on_teacher_fault",)
     if not cfg.checkpoint.save_hf:
-        yield "nothing is exported with --save_hf false", ("save_hf_dtype",)
+        yield "nothing is exported with --save_hf false", ("save_hf_dtype", "merge_lora")
     if cfg.checkpoint.load is None and not cfg.checkpoint.auto_resume:
         of_loading = ("verify_checkpoint", "allow_changed_config", "no_load_optim", "no_load_rng")
         yield "no checkpoint is loaded without --load or --auto_resume", of_loading

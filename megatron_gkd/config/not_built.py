@@ -58,5 +58,6 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
         "its weight under a loss per token is not known to be right; use aux_loss",
         TRAIN,
     ),
+    NotBuilt("lora_dropout", lambda cfg: cfg.tuner.lora_dropout > 0, "distillation runs without dropout; give 0"),
     NotBuilt("moe_z_loss_coeff", lambda cfg: cfg.training.moe_z_loss_coeff > 0, "use --moe_aux_loss_coeff", TRAIN),
 )

@@ -14,6 +14,7 @@ A flag that is set away from its default has an effect, or is refused, or is nam
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
@@ -39,6 +40,7 @@ from megatron_gkd.config.servers import (
     parse_servers,
 )
 from megatron_gkd.config.template_flags import kwargs_setting, template_kwargs, thinking_setting
+from megatron_gkd.config.tuner import TunerConfig
 from megatron_gkd.config.validate import refuse_contradictions
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.records import StepValues
@@ -87,7 +89,7 @@ class TeacherConfig(Section):
         None,
         "Teacher: a Hugging Face model directory, or a name on a hub; it may be left out with --teacher_model_server. "
         "Without both the student's current weights teach, given the column teacher_prompt of the data in place of the "
-        "prompt.",
+        "prompt. With --tuner_type lora, there and where it is --model, the student's frozen weights teach.",
         path=True,
     )
     teacher_model_server: str | None = setting(
@@ -583,6 +585,7 @@ class RunConfig:
     """The configuration of a run. Change one with dataclasses.replace."""
 
     model: ModelConfig
+    tuner: TunerConfig = field(default_factory=TunerConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -623,6 +626,23 @@ class RunConfig:
     def generates(self) -> bool:
         """Whether completions are sampled in evaluations."""
         return self.logging.eval_generate > 0 and bool(self.data.eval_dataset)
+
+    @property
+    def base_teaches(self) -> bool:
+        """Whether the teacher is the student's own frozen weights, its adapter switched off: under --tuner_type lora
+        where --teacher_model is --model, or nothing."""
+        kind = self.teacher.kind
+        if not self.tuner.is_lora or isinstance(kind, SelfTeaching):
+            return self.tuner.is_lora
+        same = isinstance(kind, LocalTeacher) and os.path.realpath(kind.path) == os.path.realpath(self.model.model)
+        return same and self.teacher.teacher_placement == "colocate"
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """The directories of the run directory that an export writes; the first one is read back and measured."""
+        if not self.tuner.is_lora:
+            return ("hf",)
+        return ("adapter", "hf") if self.tuner.merge_lora else ("adapter",)
 
     def schedule(self, flag: str) -> Schedule:
         """What a flag says for every step."""

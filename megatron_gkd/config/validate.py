@@ -59,6 +59,7 @@ def refuse_contradictions(cfg: RunConfig, command: Command) -> None:
 def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
     yield from _distillation_problems(cfg)
     yield from _parallel_problems(cfg)
+    yield from _tuner_problems(cfg)
     if command == "train":
         yield from _loss_temperature_problems(cfg)
         yield from _training_problems(cfg)
@@ -143,6 +144,8 @@ def _teacher_problems(cfg: RunConfig) -> Iterator[str]:
             "answers give up; change one of them"
         )
     match kind:
+        case LocalTeacher() if cfg.base_teaches:
+            other = "--teacher_model is --model, and under --tuner_type lora its frozen weights teach"
         case LocalTeacher():
             yield from _local_teacher_problems(cfg)
             return
@@ -178,6 +181,22 @@ def _parallel_problems(cfg: RunConfig) -> Iterator[str]:
         yield "--sequence_parallel splits over the tensor parallel ranks: it needs --tensor_model_parallel_size above 1"
     if (layout.virtual_pipeline_model_parallel_size or 1) > 1 and layout.pipeline_model_parallel_size == 1:
         yield "--virtual_pipeline_model_parallel_size needs --pipeline_model_parallel_size above 1"
+
+
+def _tuner_problems(cfg: RunConfig) -> Iterator[str]:
+    yield from cfg.tuner.problems()
+    if not cfg.tuner.is_lora:
+        return
+    for flag in ("freeze_embeddings", "freeze_router"):
+        if not cfg.is_default(flag):
+            yield f"--{flag} is of a student whose weights are trained, and --tuner_type lora freezes all; leave it out"
+    if cfg.training.moe_aux_loss_coeff:
+        yield "--moe_aux_loss_coeff trains routers, and --tuner_type lora freezes them; leave it out"
+    if cfg.kernels.attention_backend != "auto":
+        yield (
+            f"--attention_backend {cfg.kernels.attention_backend} is of Transformer Engine's attention, and adapters "
+            "are on megatron-core's own layers; leave it out"
+        )
 
 
 def _lengths_problems(cfg: RunConfig) -> Iterator[str]:

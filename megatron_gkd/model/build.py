@@ -176,7 +176,7 @@ def _expert_options(arch: Architecture, options: ModelOptions, *, dtype: str) ->
         moe_router_load_balancing_type="aux_loss" if options.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=options.moe_aux_loss_coeff,
         moe_router_dtype=None if dtype == "fp32" else "fp32",
-        moe_grouped_gemm=not options.use_cpu_initialization and _have_transformer_engine(),
+        moe_grouped_gemm=_on_transformer_engine(options),
     )
 
 
@@ -205,7 +205,7 @@ def build_model(
         vp_stage = stage if layout.virtual_pipeline else None
         model = HiddenStateGPTModel(
             config,
-            _block_spec(arch, config, vp_stage, pp_rank, use_cpu),
+            _block_spec(arch, config, vp_stage, pp_rank, _on_transformer_engine(options)),
             vocab_size=arch.padded_vocab_size(layout.tensor),
             max_sequence_length=max_sequence_length or arch.max_position_embeddings,
             pre_process=pp_rank == 0 and stage == 0,
@@ -226,9 +226,9 @@ def build_model(
 
 
 def _block_spec(
-    arch: Architecture, config: TransformerConfig, vp_stage: int | None, pp_rank: int, use_cpu: bool
+    arch: Architecture, config: TransformerConfig, vp_stage: int | None, pp_rank: int, on_transformer_engine: bool
 ) -> TransformerBlockSubmodules:
-    if not use_cpu and _have_transformer_engine():
+    if on_transformer_engine:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
         spec = get_gpt_decoder_block_spec(
@@ -242,10 +242,11 @@ def _block_spec(
     return local_block_spec(has_experts, qk_norm=arch.qk_norm, core_attention=core_attention)
 
 
-def _have_transformer_engine() -> bool:
+def _on_transformer_engine(options: ModelOptions) -> bool:
     from importlib.util import find_spec
 
-    return find_spec("transformer_engine") is not None
+    wanted = options.transformer_engine and not options.use_cpu_initialization
+    return wanted and find_spec("transformer_engine") is not None
 
 
 def _mark_tensor_parallel(model: GPTModel) -> None:

@@ -80,6 +80,7 @@ def student_options(config: RunConfig, kind: Kind) -> ModelOptions:
         and (config.parallel.virtual_pipeline_model_parallel_size or 1) > 1,
         bucket_size=overlap.ddp_bucket_size,
         moe_aux_loss_coeff=config.training.moe_aux_loss_coeff,
+        transformer_engine=not config.tuner.is_lora,
         extra=tuple(sorted(kernels.extra.items())),
     )
     _check_extra(options.extra)

@@ -47,6 +47,7 @@ class ModelOptions:
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
     recompute_modules: tuple[str, ...] | None = None
+    transformer_engine: bool = True  # take its layers where it is installed; False: megatron-core's own (model/lora.py)
     extra: tuple[tuple[str, Any], ...] = ()  # further fields of TransformerConfig, of --megatron_extra_kwargs
 
     @classmethod
@@ -56,7 +57,7 @@ class ModelOptions:
 
     def transformer_fields(self) -> dict[str, Any]:
         """Fields of TransformerConfig, but for those of a mixture of experts."""
-        others = DDP | EXPERTS | {"extra"}
+        others = DDP | EXPERTS | {"transformer_engine", "extra"}
         values = {name: value for name, value in asdict(self).items() if name not in others}
         known = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return known | dict(self.extra)

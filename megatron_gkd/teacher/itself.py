@@ -12,6 +12,9 @@ The teacher's head is the student's own, read anew for each micro-batch and deta
 no gradient reaches it, or anything else, through the teacher's side. Where a row's two prompts are equal its divergence
 is 0; so data without any `teacher_prompt` are refused (data/rows.py).
 
+A student with adapters (model/lora.py) is taught by its base: the same pass with the adapters switched off. Embedding
+and head have none, so the head is the base's.
+
 Costs one more forward pass and no memory for weights. Not here: a teacher of older weights, or of their average.
 """
 
@@ -27,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.model.build import HiddenStateGPTModel
+from megatron_gkd.model.lora import switched_off
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import new_group
 from megatron_gkd.records import StepPlan
@@ -68,11 +72,12 @@ class SelfTeacher:
         try:
             for model in student.models:
                 model.eval()
-            # The chunks without their DDP wrappers: nothing here is to be reduced.
-            forward_signals(
-                student.models, self.layout, student.groups, batches, local.__setitem__, device=self._device,
-                topk=self._topk, vocab_size=self._vocab_size,
-            )  # fmt: skip
+            with switched_off(student.models):
+                # The chunks without their DDP wrappers: nothing here is to be reduced.
+                forward_signals(
+                    student.models, self.layout, student.groups, batches, local.__setitem__, device=self._device,
+                    topk=self._topk, vocab_size=self._vocab_size,
+                )  # fmt: skip
         finally:
             for model, training in zip(student.models, was_training, strict=True):
                 model.train(training)

@@ -3,15 +3,19 @@
     {"step": 1000, "dtype": "fp32", "fingerprint": "...", "files": {"config.json": 731, ...},
      "trained": {"forward_kl": 1.7078, ...}, "exported": {"forward_kl": 1.7078, ...}}
 
+Of a student with adapters, "adapter" holds the fingerprint and the files of SAVE/adapter, and the others, of the merged
+weights, are there with --merge_lora alone.
+
 It tells a run's own export, which is replaced when the run is taken further, from a directory that somebody put there
 or changed, which is refused. Without held-out rows there are no "trained" and "exported" (exporting.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +30,7 @@ from megatron_gkd.parallel.together import all_true, on_first
 from megatron_gkd.platform import new_group
 from megatron_gkd.train.auto_resume import resumes_itself
 from megatron_gkd.weights.fingerprint import fingerprint
+from megatron_gkd.weights.peft_files import WEIGHTS_FILE
 
 logger = get_logger(__name__)
 
@@ -42,30 +47,38 @@ def exports_at_end(config: RunConfig, *, done_steps: int, train_iters: int) -> b
     """
     if not (config.checkpoint.save_hf and resumes_itself(config)):
         return config.checkpoint.save_hf
-    return not on_first(lambda: _is_exported(Path(config.checkpoint.save), done_steps, train_iters))
+    run_dir, names = Path(config.checkpoint.save), config.exports
+    return not on_first(lambda: _is_exported(run_dir, names, done_steps, train_iters))
 
 
-def _is_exported(run_dir: Path, done_steps: int, train_iters: int) -> bool:
-    exported = run_dir / "hf"
+def _is_exported(run_dir: Path, names: Sequence[str], done_steps: int, train_iters: int) -> bool:
+    exported = run_dir / names[0]
     if not exported.exists():
         return False
     record = read_record(run_dir)
     exported_at = done_steps if record is None else record.get("step")
     if done_steps < train_iters or exported_at != done_steps:
-        check_replaceable(run_dir)
+        check_replaceable(run_dir, names)
         return False
     logger.info("nothing left to do: %d steps done, %s is written", done_steps, exported)
     return True
 
 
-def check_replaceable(run_dir: Path) -> None:
-    """Raises CheckpointError where SAVE/hf is there and is not what this run has exported, file for file."""
-    exported = run_dir / "hf"
+def check_replaceable(run_dir: Path, names: Sequence[str] = ("hf",)) -> None:
+    """Raises CheckpointError where one of the directories is there and is not what this run has exported, file for
+    file."""
+    for name in names:
+        _check_own(run_dir, name)
+
+
+def _check_own(run_dir: Path, name: str) -> None:
+    exported = run_dir / name
     if not (exported.exists() or exported.is_symlink()):
         return
     try:
         record = read_record(run_dir) or {}
-        own = bool(record) and describe(exported) == {name: record.get(name) for name in ("fingerprint", "files")}
+        found = record if name == "hf" else record.get(name) or {}
+        own = bool(found) and describe(exported) == {key: found.get(key) for key in ("fingerprint", "files")}
     except (GKDError, OSError):
         own = False
     if not own:
@@ -78,7 +91,13 @@ def check_replaceable(run_dir: Path) -> None:
 def describe(out_dir: Path) -> dict[str, Any]:
     """What tells an export from another directory: its weights' fingerprint, and the sizes of its files."""
     files = {str(path.relative_to(out_dir)): path.stat().st_size for path in out_dir.rglob("*") if path.is_file()}
-    return {"fingerprint": fingerprint(out_dir, ends_only=True), "files": dict(sorted(files.items()))}
+    weights = out_dir / WEIGHTS_FILE  # of an adapter
+    if weights.is_file():
+        with open(weights, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    else:
+        found = fingerprint(out_dir, ends_only=True)
+    return {"fingerprint": found, "files": dict(sorted(files.items()))}
 
 
 def write_record(run_dir: Path, record: Mapping[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""The end of a run: the student is written to SAVE/hf, read back, and measured on the run's own held-out rows.
+"""The end of a run: the student is written to SAVE/hf, read back, and measured on the run's own held-out rows. Of a
+student with adapters it is the adapter, in SAVE/adapter (and with --merge_lora the merged weights in SAVE/hf, which are
+rounded once and not read back).
 
 The weights are written in the type that holds the training, `--dtype`, whatever the type of the source's files: a bf16
 number has 8 bits, and most updates of a short run at a learning rate of 1e-5 are below half of its last one. Another
@@ -15,11 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_gkd.config.dtypes import LONG_NAMES
+from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.model.build import DTYPES
 from megatron_gkd.observe.compare import differing, side_by_side
 from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.train.adapting import read_adapter, write_adapter
 from megatron_gkd.train.evaluate import evaluate
 from megatron_gkd.train.export_record import check_replaceable, describe, is_seen_by_all, write_record
 from megatron_gkd.train.faults import check_finite_weights
@@ -44,7 +47,8 @@ def warn_of_rounding(config: RunConfig) -> None:
 
 
 def export(run: Run, run_dir: Path) -> dict[str, Any]:
-    """Write SAVE/hf and its record, which is returned. Collective over the student's ranks.
+    """Write the directories of `RunConfig.exports`, and the record, which is returned. Collective over the student's
+    ranks.
 
     Raises:
         TrainingError: a weight is not finite.
@@ -52,38 +56,59 @@ def export(run: Run, run_dir: Path) -> dict[str, Any]:
     """
     check_finite_weights(run, run_dir)
     if run.is_writer:
-        check_replaceable(run_dir)  # once more: hours have passed
-    out_dir, chosen = run_dir / "hf", run.config.checkpoint.save_hf_dtype or run.config.model.precision
-    save_hf(
-        run.student.chunks,
-        run.architecture,
-        run.student.groups,
-        source_dir=run.config.model.model,
-        out_dir=out_dir,
-        dtype=None if chosen == "source" else DTYPES[chosen],
-        stop_ids=run.stop_ids,
-        replace=True,
-    )
+        check_replaceable(run_dir, run.config.exports)  # once more: hours have passed
+    chosen = run.config.checkpoint.save_hf_dtype or run.config.model.precision
     record: dict[str, Any] = {"step": run.train_iters, "dtype": chosen}
+    if "hf" in run.config.exports:
+        save_hf(
+            run.student.chunks,
+            run.architecture,
+            run.student.groups,
+            source_dir=run.config.model.model,
+            out_dir=run_dir / "hf",
+            dtype=None if chosen == "source" else DTYPES[chosen],
+            stop_ids=run.stop_ids,
+            replace=True,
+        )
+        record |= describe(run_dir / "hf") if run.is_writer else {}
+    if "adapter" in run.config.exports:
+        _write_adapter(run, run_dir / "adapter", run.config.model.precision if chosen == "source" else chosen)
+        record |= {"adapter": describe(run_dir / "adapter")} if run.is_writer else {}
     if run.is_writer:
-        record |= describe(out_dir)
         write_record(run_dir, record)
     return record
 
 
+def _write_adapter(run: Run, out_dir: Path, dtype: Dtype) -> None:
+    write_adapter(
+        run.student.models,
+        run.config,
+        run.architecture,
+        run.student.groups,
+        out_dir,
+        base=run.base,
+        dtype=dtype,
+        is_writer=run.is_writer,
+    )
+
+
 def measure_export(run: Run, run_dir: Path, record: Mapping[str, Any], *, trained: Mapping[str, float]) -> None:
-    """Read SAVE/hf back into the student, evaluate it, and add both numbers to the record. Collective over all ranks.
+    """Read the first of the exported directories back into the student, evaluate it, and add both numbers to the
+    record. Collective over all ranks.
 
     Args:
         trained: the evaluation of the student as it was trained.
 
     Raises CheckpointError where it cannot be read back.
     """
-    out_dir = run_dir / "hf"
+    out_dir = run_dir / run.config.exports[0]
     if not is_seen_by_all(out_dir):
         return
     assert run.eval_rows is not None
-    ModelSource(out_dir, run.architecture).load(run.student.models, run.student.groups)
+    if run.config.tuner.is_lora:
+        read_adapter(run.student.models, run.architecture, run.student.groups, out_dir)
+    else:
+        ModelSource(out_dir, run.architecture).load(run.student.models, run.student.groups)
     exported = evaluate(run, run.eval_rows)
     if run.is_writer:
         write_record(run_dir, {**record, "trained": dict(trained), "exported": exported})

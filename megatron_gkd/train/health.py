@@ -63,7 +63,8 @@ class Health:
         if self._is_off or (step != self._first and step % self._every):
             return
         means, counts = metrics.means(), metrics.counts()
-        comparable = step == 1 and not isinstance(self._config.teacher.kind, SelfTeaching)
+        itself = isinstance(self._config.teacher.kind, SelfTeaching) or self._config.base_teaches
+        comparable = step == 1 and not itself
         for fault in teacher_faults(means, counts, vocab_size=self._vocab_size, comparable=comparable):
             if self._stops:
                 raise TrainingError(

@@ -36,6 +36,7 @@ from megatron_gkd.model.reach import reach
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import all_or_none, on_every_rank
+from megatron_gkd.train.adapting import base_of, check_adapters
 from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.fit import check_batch, check_warmup, layouts, refuse_student, without_borrowed_experts
 from megatron_gkd.train.run_clock import run_clock
@@ -60,6 +61,7 @@ class Inputs:
     eval_rows: Rows | None
     clock: Clock  # what chat templates are told
     stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation that samples none
+    base: str = ""  # fingerprint of the weights that adapters are trained beside; "": all weights are trained
 
     @property
     def separate(self) -> bool:
@@ -81,6 +83,7 @@ class Inputs:
 def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool = True) -> Inputs:
     """Read and check (see the module docstring): on all ranks, or an error on all. Collective over the world."""
     models = all_or_none(lambda: _models(config, world_size))
+    base = base_of(config)
     _, _, student_layout, _, tokenizer, vocab_size = models
     samples = with_training_data or config.generates
     stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if samples else ())
@@ -90,7 +93,7 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     rows = _training_rows(config, tokenizer, vocab_size, clock) if with_training_data else None
     eval_rows = _eval_rows(config, tokenizer, vocab_size, clock)
     all_or_none(lambda: _check_rows(config, student_layout, rows, eval_rows))
-    return Inputs(config, *models, rows, eval_rows, clock, stop_ids)
+    return Inputs(config, *models, rows, eval_rows, clock, stop_ids, base)
 
 
 def _models(
@@ -104,6 +107,7 @@ def _models(
     check_fit("model", student_arch, student_layout)
     refuse_student(config, student_arch, student_layout)
     check_student(config, student_arch, student_layout, platform.setup(config.parallel.device).kind)
+    check_adapters(config, student_arch, student_layout)
     if built is not None:
         teacher_layout = without_borrowed_experts(config, built, teacher_layout)
         check_fit("teacher_model", built, teacher_layout)
@@ -244,11 +248,23 @@ def _within(rows: RowDataset | StreamedRows, paths: Sequence[str], vocab_size: i
     return rows
 
 
+def _check_base_teaches(config: RunConfig, rows: Rows) -> None:
+    """Raise ConfigError where a new adapter would have no gradient: with B = 0 the student is its teacher."""
+    if config.tuner.adapters is None and not config.distillation.sft_alpha and not rows.has_teacher_prompts:
+        raise ConfigError(
+            "--teacher_model is --model, whose frozen weights teach (--tuner_type lora), and no row has a "
+            "teacher_prompt: a new adapter changes nothing, so student and teacher are equal and nothing is learnt; "
+            "give rows with a teacher_prompt, --sft_alpha above 0, or another teacher"
+        )
+
+
 def _check_teacher_of(config: RunConfig, purpose: str, rows: Rows) -> None:
     """Raises where rows have no teacher, or nothing to learn from it."""
     match config.teacher.kind:
         case SelfTeaching():
             rows.require_teacher_prompts(purpose)
+        case LocalTeacher() if config.base_teaches and purpose == "training":
+            _check_base_teaches(config, rows)
         case ServerTeachers(entries) if (column := config.teacher.teacher_tag_key) is not None:
             tags = {tag for entry in entries for tag in entry.tags}
             rows.require_tags(tags, rest=any(not entry.tags for entry in entries), column=column)

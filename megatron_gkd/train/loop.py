@@ -339,7 +339,11 @@ def _check_run_dir(config: RunConfig, run_dir: Path) -> None:
     if is_new and not checkpoint.auto_resume:
         refuse_earlier_run(run_dir)
     if config.checkpoint.save_hf and not resumes_itself(config):  # there its steps decide
-        check_replaceable(run_dir) if goes_on_with_itself(config) else check_destination(run_dir / "hf")
+        if goes_on_with_itself(config):
+            check_replaceable(run_dir, config.exports)
+        else:
+            for name in config.exports:
+                check_destination(run_dir / name)
     check_writable(run_dir / "checkpoints")
 
 

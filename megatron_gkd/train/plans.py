@@ -77,7 +77,8 @@ class StepPlans:
         """The state that a run without a checkpoint begins with, and that a checkpoint's is held against."""
         sharded = self._inputs.config.parallel.use_distributed_optimizer
         rows, clock = self._draws.rows.fingerprint(), self._inputs.clock.time
-        return TrainerState(0, 0, rows, repr(student), sharded, teacher=self._teacher, clock=clock)
+        base = self._inputs.base
+        return TrainerState(0, 0, rows, repr(student), sharded, teacher=self._teacher, clock=clock, base=base)
 
     def requests(self, step: int) -> list[Request]:
         """What is asked of the sampling engines for a step."""

@@ -55,6 +55,7 @@ from megatron_gkd.records import Sample, StepPlan
 from megatron_gkd.teacher.itself import SelfTeacher
 from megatron_gkd.teacher.nobody import Nobody
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
+from megatron_gkd.train.adapting import check_adapters, lora_of
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.fit import layouts, without_borrowed_experts
 from megatron_gkd.train.objective import TrainingObjective
@@ -62,6 +63,7 @@ from megatron_gkd.train.plans import plan_of
 from megatron_gkd.train.setup import objective_of, student_of
 from megatron_gkd.train.step import distill
 from megatron_gkd.train.student import Student
+from megatron_gkd.weights.adapters import attach
 
 NUM_STEPS = 2
 
@@ -100,6 +102,7 @@ def rehearse(
     student_layout, teacher_layout = planned_layouts(config, world_size)
     # Read before tensors are fake: rotary frequencies are computed with values.
     archs = archs or architectures(config)
+    check_adapters(config, archs[0], student_layout)
     counter = AllocationCounter(lines=lines)
     with _without_peers(world_size, rank) as peers, FakeTensorMode(allow_non_fake_inputs=True), counter, peers:
         parts = _Parts.build(config, archs, student_layout, teacher_layout, counter)
@@ -132,6 +135,8 @@ def planned_layouts(config: RunConfig, world_size: int, *, ranks_per_node: int |
                 "not built yet: plan with a teacher that is not on the student's ranks (give --teacher_model alone, "
                 "without --teacher_placement separate: the student's ranks hold at most as much)"
             )
+        case LocalTeacher() if config.base_teaches:
+            return student, student
         case LocalTeacher() as local:
             if config.teacher.offload_teacher_model:
                 raise NotBuiltError(
@@ -165,6 +170,8 @@ class _Parts:
         options = rehearsed_options(config)
         with counter.category("student: weights, gradients, optimizer"):
             chunks = build_model(arch, student_layout, groups, options, dtype=config.model.precision)
+            if config.tuner.is_lora:
+                attach(chunks, arch, groups, lora_of(config), config.tuner.target_modules)
             student = student_of(config, chunks, student_layout, groups, options, train_iters=NUM_STEPS)
         student.config.variable_seq_lengths = False  # shapes are values, and there are none
         with counter.category("teacher: weights"):
@@ -200,7 +207,7 @@ def _teacher_and_loss(
     match config.teacher.kind:
         case NoTeacher():
             teacher = Nobody(student.layout)
-        case LocalTeacher():
+        case LocalTeacher() if not config.base_teaches:
             assert of_teacher is not None
             groups = build_groups(teacher_layout)
             vocab_size = min(arch.vocab_size, of_teacher.vocab_size)

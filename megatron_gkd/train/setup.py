@@ -29,6 +29,7 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import require_same
 from megatron_gkd.teacher.completions import TeacherSamples
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
+from megatron_gkd.train.adapting import put_adapters_on
 from megatron_gkd.train.alike import row_facts, start_facts
 from megatron_gkd.train.checkpoint.rng import seed_tracker
 from megatron_gkd.train.generate import Generation, held_out_rows, read_prompts
@@ -63,6 +64,7 @@ class Run:
     stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation that samples none
     engines: Rollouts | None = None  # that sample from the student, in steps or in evaluations
     generation: Generation | None = None  # --eval_generate
+    base: str = ""  # see Inputs
 
     @property
     def teacher(self) -> Teacher:
@@ -182,7 +184,7 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
         return TeacherRun(config, where, arch, taught.teacher, plans, layout, inputs.eval_rows, inputs.train_iters)
     loss = objective_of(config, groups, vocab_size=inputs.vocab_size, head=taught.head)
     eval_rows, stop_ids = inputs.eval_rows, inputs.stop_ids
-    return Run(config, where, arch, student, taught, loss, plans, eval_rows, stop_ids, engines, generation)
+    return Run(config, where, arch, student, taught, loss, plans, eval_rows, stop_ids, engines, generation, inputs.base)
 
 
 def objective_of(
@@ -204,6 +206,8 @@ def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGrou
     source, options = ModelSource(config.model.model, inputs.student_arch), student_options(config, where.kind)
     chunks = source.build(layout, groups, options, dtype=config.model.precision)
     source.load(chunks, groups)
+    if config.tuner.is_lora:
+        put_adapters_on(chunks, config, inputs.student_arch, groups)
     return student_of(config, chunks, layout, groups, options, train_iters=inputs.train_iters)
 
 

@@ -63,7 +63,7 @@ class TeacherPart:
         """The student's matter."""
 
     def measure_export(self) -> None:
-        if is_seen_by_all(Path(self.run.config.checkpoint.save) / "hf"):
+        if is_seen_by_all(Path(self.run.config.checkpoint.save) / self.run.config.exports[0]):
             serve_evaluation(self.run)
 
 

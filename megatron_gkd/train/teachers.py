@@ -63,9 +63,12 @@ def reach(inputs: Inputs, where: Platform) -> Reached:
             taught = _at_servers(inputs, where, servers, needs)
             return Reached(f"at {', '.join(servers.urls)}", needs, lambda student: taught)
         case SelfTeaching():
-            return Reached("the student itself", None, functools.partial(_itself, inputs, where))
+            told = "the student's base, without its adapter" if inputs.config.base_teaches else "the student itself"
+            return Reached(told, None, functools.partial(_itself, inputs, where))
         case NoTeacher():
             return Reached("none", None, lambda student: Taught(Nobody(inputs.student_layout)))
+        case LocalTeacher() if inputs.config.base_teaches:
+            return Reached("the student's base, without its adapter", None, functools.partial(_itself, inputs, where))
         case LocalTeacher() as local:
             arch, layout = inputs.teacher_arch, inputs.teacher_layout
             assert arch is not None, "read from the same directory"

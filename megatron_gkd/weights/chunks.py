@@ -19,7 +19,7 @@ import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.weights.naming import Unit, is_extra_state, layer_units, parse
+from megatron_gkd.weights.naming import Unit, is_adapter, is_extra_state, layer_units, parse
 
 
 class Parameter(NamedTuple):
@@ -72,9 +72,12 @@ def settle(chunks: Sequence[Any]) -> None:
 def model_parameters(
     chunks: Sequence[torch.nn.Module], arch: Architecture, expert_rank: ExpertRank
 ) -> Iterator[Parameter]:
-    """Every parameter of this rank's chunks, in a fixed order; CheckpointError for a name without a rule."""
+    """Every parameter of this rank's chunks but those of adapters, in a fixed order; CheckpointError for a name without
+    a rule."""
     for chunk in map(unwrap, chunks):
         for name, tensor in chunk.named_parameters():
+            if is_adapter(name):
+                continue
             role, layer, expert = parse(name)
             if layer is not None:
                 layer = chunk.decoder.layers[layer].layer_number - 1

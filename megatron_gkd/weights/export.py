@@ -103,7 +103,8 @@ class HFTensorStream:
             pg_collection: the model's groups; `tp`, `pp`, `dp`, `cp`, `ep`, `expt_tp`, `expt_dp` and `tp_ep_pp` are
                 used, never the world.
             dtypes: of the exported tensors: one for all, one per HF name, or None for the parameters' own.
-            read: the value of a parameter, on the CPU, where the chunks hold none (conversion); None: the parameter.
+            read: the value of a parameter, on the CPU, where the chunks hold none (conversion); None: the parameter,
+                with its adapter merged where it has one (model/lora.py).
             in_place: hand out views of the model's own memory where an HF tensor lies in it as it is. For a reader that
                 is done with each tensor before it asks for the next one, and does not write to it.
 
@@ -112,7 +113,7 @@ class HFTensorStream:
         assert bucket_bytes > 0, bucket_bytes
         self._in_place = in_place
         self._arch = arch
-        self._read = read or (lambda parameter: parameter.tensor.detach())
+        self._read = read or _value
         self._tp, self._expert_tp, self._model = pg_collection.tp, pg_collection.expt_tp, pg_collection.tp_ep_pp
         self._dense_part, self._expert_part = _takes_part(pg_collection)
         self._coordinate = Owner(pg_collection.pp.rank(), pg_collection.ep.rank())
@@ -226,6 +227,11 @@ class HFTensorStream:
         if missing := [unit for unit in units(self._arch) if unit not in owners]:
             raise CheckpointError(f"{missing[0]} is on no pipeline stage ({len(missing)} missing)")
         return owners
+
+
+def _value(parameter: Parameter) -> torch.Tensor:
+    adapter = getattr(parameter.tensor, "adapter", None)
+    return parameter.tensor.detach() if adapter is None else adapter.merged(parameter.tensor)
 
 
 def _takes_part(pg_collection: Any) -> tuple[bool, bool]:

@@ -53,6 +53,7 @@ from megatron_gkd.parallel.together import gathered
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, unwrap
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import check_manifest, fill, parameter_plan, stored_bytes
+from megatron_gkd.weights.naming import ADAPTER_KEYS
 from megatron_gkd.weights.plan import cut
 from megatron_gkd.weights.safe_files import SafeReader, write_unsharded
 
@@ -159,6 +160,11 @@ class MegatronCheckpoint:
             for key, value in metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
+        if any(key.startswith(ADAPTER_KEYS) for key in self._stored):
+            raise CheckpointError(
+                f"{self.path} holds adapters alone, beside weights that it does not have: take the export of its run "
+                "(SAVE/adapter; with --merge_lora the merged weights in SAVE/hf)"
+            )
         # Our name of a tensor -> the stored one: wrappers (DDP, Float16Module) leave their prefix in it.
         self._names = {_unwrapped(key): key for key in self._stored}
         self._shards: dict[int, list[ShardedTensor]] = {}

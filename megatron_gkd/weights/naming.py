@@ -204,6 +204,14 @@ def is_extra_state(name: str) -> bool:
     return name.rsplit(".", 1)[-1] == "_extra_state"
 
 
+ADAPTER_KEYS: Final = "adapter.layers."  # how keys of adapters begin in a distributed checkpoint
+
+
+def is_adapter(name: str) -> bool:
+    """A matrix of an adapter (model/lora.py) beside a weight: no role of its own (weights/adapters.py)."""
+    return name.endswith((".adapter.A", ".adapter.B"))
+
+
 def hf_names(unit: Unit, arch: Architecture) -> tuple[str, ...]:
     """HF tensors of a unit, in the transform's order. A tied head is the embedding."""
     entry = ROLES["embedding" if unit.role == "head" and arch.tied_embeddings else unit.role]

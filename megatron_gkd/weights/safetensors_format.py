@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -96,11 +96,13 @@ def _read_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
-def write_header(specs: Sequence[TensorSpec], *, alignment: int = 8) -> bytes:
+def write_header(
+    specs: Sequence[TensorSpec], *, alignment: int = 8, metadata: Mapping[str, str] | None = None
+) -> bytes:
     """What stands before the data of these tensors, padded with blanks so that it begins at a multiple of `alignment`
     bytes.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for spec in specs:
         assert spec.name not in header, f"{spec.name} is in the file twice"

@@ -39,6 +39,7 @@ REFUSED = {
     "fp8_format",
     "fp8_recipe",
     "fp8_param_gather",
+    "lora_dropout",
 }
 
 FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "bias_dropout_fusion", "bias_activation_fusion")
@@ -55,6 +56,8 @@ SPLITS = [
 
 # Read through another name: a pattern, and where.
 THROUGH = {
+    "tuner_type": (r"tuner\.is_lora\b", None),
+    "merge_lora": (r"config\.exports\b", None),
     "finetune": (r"checkpoint\.finetune\b", ["train/preflight.py"]),
     "log_level": (r"cfg, cfg\.logging\.log_level\)", ["cli.py"]),
     "train_iters": (r"training\.(num_steps\(|train_iters\b)", None),

@@ -35,6 +35,14 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "use_hf": (False,),
     "freeze_embeddings": (True,),
     "freeze_router": (True,),
+    "tuner_type": ("lora",),
+    "lora_rank": (2,),
+    "lora_alpha": (7.0,),
+    "use_rslora": (True,),
+    "lora_dropout": (0.1,),
+    "target_modules": (["q_proj"],),
+    "adapters": ("A",),
+    "merge_lora": (True,),
     "objective": ("sft",),
     "teacher_model_server": ("http://a:1", "http://a:1,http://b:2", SERVERS),
     "teacher_tag_key": ("subject",),
@@ -215,6 +223,8 @@ SCENES: tuple[dict[str, Any], ...] = (
     *({"lmbda": 0.0, "teacher_model": "T", "recompute_granularity": kind} for kind in ("selective", "full")),
     {"lmbda": 0.0, "teacher_model": "T", "overlap_grad_reduce": True, "overlap_param_gather": True},
     {"lmbda": 0.0, "teacher_model": "T", "pipeline_model_parallel_size": 2},
+    {"lmbda": 0.0, "teacher_model": "T", "tuner_type": "lora", "lora_rank": 4, "target_modules": ["v_proj"]},
+    {"lmbda": 0.0, "teacher_model": "S", "tuner_type": "lora", "lora_alpha": 4.0, "eval_dataset": ["e.jsonl"]},
 )
 
 

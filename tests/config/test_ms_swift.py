@@ -60,14 +60,14 @@ Example = tuple[str, tuple[str, ...], tuple[str, ...], dict[str, Any]]
 EXAMPLES: dict[str, Example] = {
     "dense": (
         DENSE,
-        ("--tuner_type lora",),
+        (),
         ("--max_length 16384",),
         {"dtype": "bf16", "packing": True, "lmbda": 1.0, "sleep_level": 1, "save": "runs/gkd", "lr": 5e-6},
     ),
     "multi_turn": (
         MULTI_TURN,
         (
-            *("--tuner_type lora", "--multi_turn_scheduler math_tip_trick", "--max_turns 2"),
+            *("--multi_turn_scheduler math_tip_trick", "--max_turns 2"),
             "--vllm_server_pass_dataset true",
         ),
         (),
@@ -169,7 +169,7 @@ def test_every_name_of_the_table_is_theirs_alone_and_leads_to_ours() -> None:
         ("--padding_free=False", "--packing false"),
         ("--torch_dtype=float16", "--dtype fp16"),
         ("--truncation_strategy left", "--overlong truncate_left"),
-        ("--tuner_type full --max_turns 1 --log_completions false --beta 1", "--beta 1"),
+        ("--train_type full --max_turns 1 --log_completions false --beta 1", "--tuner_type full --beta 1"),
         ("--load_from_cache_file true", ""),
         ("--load_from_cache_file false", "--data_cache_dir none"),
         ("stray --packing true --padding_free", "stray --packing true --packing true"),
@@ -186,7 +186,10 @@ def test_translated(argv: str, ours: str) -> None:
         ("--packing false --padding_free true", "--packing false and --padding_free true are one flag here, --packing"),
         ("--torch_dtype float8", "--torch_dtype float8 is ms-swift's: give --dtype fp32, bf16 or fp16"),
         ("--truncation_strategy right", "--truncation_strategy right is ms-swift's: a completion is never cut"),
-        ("--lora_rank 64 --lora_alpha 128", "--lora_rank 64 is .*; --lora_alpha 128 is ms-swift's: adapters"),
+        (
+            "--max_turns 2 --external_plugins p.py",
+            "--max_turns 2 is .*; --external_plugins p.py is ms-swift's: no",
+        ),
         ("--log_completions", "--log_completions is ms-swift's: completions are not logged"),
     ],
 )
@@ -202,10 +205,11 @@ def test_a_file_takes_the_same_names(tmp_path: Path) -> None:
         file.write_text(text)
         return parse_run_config(["--config", str(file), "--model", "S"])
 
-    config = read("torch_dtype: bfloat16\npadding_free: true\noutput_dir: out\nval_dataset: [a, b]\ntuner_type: full\n")
+    config = read("torch_dtype: bfloat16\npadding_free: true\noutput_dir: out\nval_dataset: [a, b]\ntrain_type: lora\n")
     assert (config.model.dtype, config.data.packing, config.checkpoint.save) == ("bf16", True, "out")
     assert config.data.eval_dataset == ["a", "b"]
-    with pytest.raises(ConfigError, match=r"run\.yaml: --tuner_type lora is ms-swift's: adapters"):
-        read("tuner_type: lora\n")
+    assert config.tuner.is_lora
+    with pytest.raises(ConfigError, match=r"run\.yaml: --external_plugins p.py is ms-swift's: no file of code"):
+        read("external_plugins: p.py\n")
     with pytest.raises(ConfigError, match=r"run\.yaml: padding_free is packing, which stands there too"):
         read("packing: true\npadding_free: true\n")

@@ -323,6 +323,7 @@ ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fp8_recipe", {"fp8_recipe": "delayed"}),
     ("fp8_param_gather", {"fp8_param_gather": True}),
     ("moe_router_load_balancing_type", {"moe_router_load_balancing_type": "global_aux_loss"}),
+    ("lora_dropout", {"lora_dropout": 0.1, "tuner_type": "lora"}),
     ("moe_z_loss_coeff", {"moe_z_loss_coeff": 0.001}),
 )
 

@@ -54,7 +54,7 @@ from megatron_gkd.train.student import _optimizer_config
 from megatron_gkd.train.timeline import Span
 from megatron_gkd.weights import source
 
-APART = ("logging_steps", "save_hf", "save_hf_dtype", "max_bad_steps", "manual_gc", "manual_gc_interval")
+APART = ("logging_steps", "save_hf", "save_hf_dtype", "merge_lora", "max_bad_steps", "manual_gc", "manual_gc_interval")
 WORLD, VOCAB, NUM_ROWS, STEPS = 8, 40, 96, 40
 CLOCK = Clock("2026-11-27T12:00:00")
 
@@ -153,6 +153,7 @@ def resolved(config: RunConfig, command: Command, arch: Architecture) -> dict[st
                 sampling.build_rollouts(given, where, made, generate.held_out_rows(given))
             _note_generation(note, given)
             note.note("model", config.model.model, config.model.dtype)
+            _note_adapters(note, config)
     return note.calls
 
 
@@ -167,10 +168,14 @@ class _Tokenizer:
 _TOKENIZER = _Tokenizer()
 
 
+def _note_adapters(note: Recorder, config: RunConfig) -> None:
+    note.note("adapters", replace(config.tuner, merge_lora=False))
+
+
 def _note_teacher(note: Recorder, given: inputs.Inputs) -> None:
     where: Any = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
     reached = teachers.reach(given, where)
-    if not isinstance(given.config.teacher.kind, SelfTeaching):
+    if not (isinstance(given.config.teacher.kind, SelfTeaching) or given.config.base_teaches):
         reached.make(None)
 
 
@@ -334,6 +339,7 @@ def _without_machines(note: Recorder) -> Iterator[None]:
         (setup, "require_same", lambda *a: None),
         (setup, "start_facts", lambda *a: {}),
         (setup, "Student", student),
+        (setup, "put_adapters_on", lambda chunks, config, *_: _note_adapters(note, config)),
         (teachers, "signal_spec", lambda **k: None),
         (teachers, "build_groups", lambda layout: None),
         (sampling, "Rollouts", lambda *a, **k: None),

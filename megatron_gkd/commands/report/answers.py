@@ -84,7 +84,7 @@ def _models(run: RunRecord) -> dict[str, str | Path | None]:
     return {
         "teacher": run.config.teacher.teacher_model,
         "student before": run.config.model.model,
-        "student after": run.exported,
+        "student after": hf if (hf := run.directory / "hf").exists() else run.exported,
     }
 
 

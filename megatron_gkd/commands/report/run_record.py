@@ -6,7 +6,7 @@ Written by train/:
     metrics.jsonl      {"step", "loss", "num_tokens", "step_time_s", ...} per logged step
     evaluation.jsonl   {"step", "forward_kl", "reverse_kl", "jsd", "nll", "agreement", "num_tokens"} per evaluation;
                        step 0 is before training
-    hf/                the exported student, once training is over
+    hf/, adapter/      the exported student, once training is over: its weights, its adapter
     export.json        {"trained": {...}, "exported": {...}}: the last evaluation, and that of the files in hf/
     tokens.jsonl       what evaluations see token by token
     events.jsonl       {"step", "time", "kind", "text"}: starts, warnings, how each start ended
@@ -68,6 +68,11 @@ class RunRecord:
         return None if planned is None else self.last_step == planned
 
 
+def is_export(path: Path) -> bool:
+    """Whether a model's directory, or an adapter's, is there and whole."""
+    return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def read_run(directory: Path) -> RunRecord:
     """Raises a GKDError where `directory` is no run."""
     config_file = directory / "config.yaml"
@@ -75,13 +80,13 @@ def read_run(directory: Path) -> RunRecord:
         problem = "it has no config.yaml" if directory.is_dir() else "there is no such directory"
         raise ConfigError(f"{directory} is not a run directory: {problem}; give the --save of a `megatron-gkd train`")
     config = parse_run_config(["--config", str(config_file)])
-    exported = directory / "hf"
+    exported = next((path for name in config.exports if is_export(path := directory / name)), None)
     return RunRecord(
         directory=directory,
         config=config,
         metrics=tuple(read_rows(directory / "metrics.jsonl", strict=True)),
         evaluations=tuple(read_rows(directory / "evaluation.jsonl", strict=True)),
-        exported=exported if (exported / "config.json").is_file() else None,
+        exported=exported,
         export=read_object(directory / "export.json", ConfigError) or {},
         tokens=tuple(read_rows(directory / "tokens.jsonl", strict=True)),
         events=tuple(read_rows(directory / "events.jsonl", strict=True)),

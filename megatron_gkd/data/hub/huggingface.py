@@ -54,7 +54,7 @@ def listing_of(kind: Kind, repo: str, commit: str) -> Listing:
 def download(listing: Listing, names: Sequence[str]) -> None:
     """Put files into the snapshot of the hub's cache. Raises ConfigError; what has arrived is kept."""
     from huggingface_hub import snapshot_download
-    from tqdm.asyncio import tqdm_asyncio  # type: ignore[import-untyped]
+    from tqdm.asyncio import tqdm_asyncio
 
     class Silent(tqdm_asyncio):  # type: ignore[misc]
         """Progress is shown by whoever waits for the download."""

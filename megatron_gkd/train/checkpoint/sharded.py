@@ -1,8 +1,8 @@
 """The student's state as megatron-core's dist_checkpointing sees it, and how it comes back into the student.
 
-Weights, optimizer state and learning-rate schedule; the optimizer state in the `fully_reshardable` form, so that TP,
-PP, VPP and DP may change between save and load. A rank without a student (it holds a teacher alone) has an empty state
-and takes part in everything that is collective.
+Weights (of a student with adapters: those alone, adapter_state.py), optimizer state and learning-rate schedule; the
+optimizer state in the `fully_reshardable` form, so that TP, PP, VPP and DP may change between save and load. A rank
+without a student (it holds a teacher alone) has an empty state and takes part in everything that is collective.
 
 Communication: `sharded_state` gathers the distributed optimizer's shards over the data parallel group;
 `restore` is collective over WORLD (torch plans its reads there).
@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from megatron_gkd.train.checkpoint.adapter_state import load_adapters, sharded_adapters
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.chunks import settle
 from megatron_gkd.weights.safe_files import load_sharded
@@ -34,7 +35,10 @@ def sharded_state(student: Student | None, *, is_loading: bool, with_optimizer: 
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": student.groups.dp_cp,
     }
-    models = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(student.models)}
+    models = {
+        f"model{i}": sharded_adapters(model, student.groups) or model.sharded_state_dict(metadata=metadata)
+        for i, model in enumerate(student.models)
+    }
     # One chunk: its own names, as the optimizer knows them; several (virtual pipeline): by chunk.
     named = next(iter(models.values())) if len(models) == 1 else models
     state = {**models, "scheduler": student.scheduler.state_dict()}
@@ -52,7 +56,8 @@ def restore(checkpoint: Path, student: Student | None, *, with_optimizer: bool =
     if student is None:
         return
     for index, model in enumerate(student.models):
-        model.load_state_dict(loaded[f"model{index}"], strict=True)
+        if not load_adapters(model, loaded[f"model{index}"]):
+            model.load_state_dict(loaded[f"model{index}"], strict=True)
     if with_optimizer:
         with _TorchAdamStep(student), _OwnHyperparameters(student):
             student.optimizer.load_state_dict(loaded["optimizer"])

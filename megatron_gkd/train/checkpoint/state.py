@@ -51,6 +51,7 @@ _FREE_FLAGS: Final = frozenset(
         *(f"teacher_decoder_{stage}_pipeline_num_layers" for stage in ("first", "last")),
         *(f"teacher_account_for_{end}_in_pipeline_split" for end in ("embedding", "loss")),
         "teacher_pipeline_model_parallel_layout",
+        *("merge_lora", "adapters"),  # what is written; what a run began with
         *("vllm_enforce_eager", "vllm_max_num_seqs", "vllm_engine_kwargs"),
         *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level"),
         *("vllm_server_host", "vllm_server_port", "weight_bucket_mb", "verify_sync_every"),
@@ -71,6 +72,7 @@ class TrainerState:
     bad_steps_in_a_row: int = 0  # the last of them, with no good step after them
     teacher: str = ""  # who it is (train/teacher_identity.py); "": not known
     clock: str = ""  # the time that chat templates are told, fixed at the run's first start; "": not known
+    base: str = ""  # fingerprint of the frozen weights beside adapters; "": all weights are trained, and here
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ def refuse_another_run(checkpoint: Path, state: TrainerState, expected: TrainerS
             f"{checkpoint} was saved for another student:\n  saved  {state.architecture}\n  --model "
             f"{expected.architecture}\nGive the same --model, or start without --load"
         )
+    if state.base != expected.base:
+        raise CheckpointError(f"{checkpoint} {_another_base(state.base, expected.base)}, or start without --load")
     if state.data_fingerprint != expected.data_fingerprint:
         raise CheckpointError(
             f"{checkpoint} was saved with other training rows: the order of the rows would not go on where it stopped; "
@@ -166,6 +170,16 @@ def refuse_another_run(checkpoint: Path, state: TrainerState, expected: TrainerS
             f"{checkpoint} was saved with --use_distributed_optimizer {saved}, whose optimizer state has another form; "
             f"give --use_distributed_optimizer {saved}"
         )
+
+
+def _another_base(saved: str, now: str) -> str:
+    if not now:
+        return "holds adapters alone, and this run trains all weights: give --tuner_type lora with its flags"
+    if not saved:
+        return (
+            "holds all weights of its student, and this run trains adapters beside frozen ones: give --tuner_type full"
+        )
+    return f"holds adapters of other weights than those of --model (fingerprint {saved}, not {now}): give that model"
 
 
 def refuse_another_teacher(checkpoint: Path, state: TrainerState, expected: TrainerState) -> None:

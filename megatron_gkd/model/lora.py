@@ -1,0 +1,189 @@
+"""Low-rank adapters (LoRA) on megatron-core's column- and row-parallel linear layers.
+
+    y = W x + s B A x,     A [r, in], B [out, r], s = alpha / r    (rslora: alpha / sqrt(r))
+
+of each Hugging Face matrix W [out, in]; W is frozen. (arXiv 2106.09685, equation 3; rslora: 2312.03732.) megatron-core
+keeps several of these matrices in one (q, k and v; gate and up): such a layer has one `A` of all blocks, one below the
+other, and one `B` with the rows of its weight, where each row is multiplied by the A of the matrix that it comes from.
+So the values are those of separate adapters, which is what peft has. With n tensor-parallel ranks, r the rank, k the
+number of adapted matrices, x [S, B, in] or, packed, [T, 1, in]:
+
+    column parallel   A [k r, in] on every rank, B [out/n, r] cut as the weight is
+    row parallel      A [r, in/n] cut as the weight is, B [out, r] on every rank
+
+Communication over the layer's TP group, of [S, B, k r] in the model's type, beside what the layer does itself:
+
+    column            forward none; backward an all-reduce of the gradient of A x, of which a rank knows what its own
+                      rows of B give. So the gradient of A, and the adapter's share of that of x, are whole.
+    column, SP        x is a part of the sequence: forward all-gather of A x, backward its reduce-scatter. The gradient
+                      of A is that of a part of the sequence; marked `sequence_parallel`, so that `finalize_model_grads`
+                      sums it, as for norms.
+    row               forward an all-reduce of A x, of which a rank knows its columns' part; backward none.
+    row, SP           forward reduce-scatter, backward all-gather; the gradient of B is that of a part of the sequence,
+                      and marked likewise.
+
+Invariants: the base weight has neither gradient nor optimizer state. What is equal on all TP ranks (A of a column, B of
+a row) counts once in the gradient's norm: it is not marked `tensor_model_parallel`. Rows of B of matrices that are not
+adapted are 0, take no part, and stay 0. With B = 0 the model is its base.
+
+Not here: names, cuts and values of adapters (weights/adapters.py); dropout; experts, embedding, head, norms, routers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch.nn.functional import linear
+
+Span = tuple[int | None, int]  # consecutive rows of B: the block of A that they go with (None: not adapted), how many
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What all adapters of a model have in common."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class Adapter(torch.nn.Module):
+    """The adapter of one linear layer of megatron-core, whose input it gets and to whose output it adds.
+
+    Parameters are uninitialised, as all weights are. `adapter(x)`: input of the layer -> what is added to its output.
+    """
+
+    def __init__(
+        self,
+        layer: ColumnParallelLinear | RowParallelLinear,
+        lora: Lora,
+        *,
+        matrices: Sequence[str],
+        spans: Sequence[Span],
+    ) -> None:
+        """
+        Args:
+            matrices: names of the adapted matrices of the layer, in the order of the blocks of A.
+            spans: of the rows of the layer's weight on this rank, in their order.
+        """
+        super().__init__()
+        weight = layer.weight
+        self.lora, self.matrices, self.spans, self.is_on = lora, tuple(matrices), tuple(spans), True
+        assert sum(rows for _, rows in self.spans) == weight.shape[0], (self.spans, weight.shape)
+        self.is_column = isinstance(layer, ColumnParallelLinear)
+        self.tp_group: dist.ProcessGroup = layer.tp_group
+        assert not layer.is_expert, "experts have no adapters"
+        self.sequence_parallel = bool(layer.config.sequence_parallel)
+        options: dict[str, Any] = dict(dtype=weight.dtype, device=weight.device)
+        self.A = torch.nn.Parameter(torch.empty(len(self.matrices) * lora.rank, weight.shape[1], **options))
+        self.B = torch.nn.Parameter(torch.empty(weight.shape[0], lora.rank, **options))
+        self._mark()
+
+    def _mark(self) -> None:
+        """Tell megatron-core how the parameters are cut, and over whom their gradients are summed."""
+        cut, whole = (self.B, self.A) if self.is_column else (self.A, self.B)
+        set_tensor_model_parallel_attributes(cut, is_parallel=True, dim=0 if self.is_column else 1, stride=1)
+        setattr(whole, "sequence_parallel", self.sequence_parallel)  # noqa: B010 - read by finalize_model_grads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._outputs(self._whole(linear(x, self.A)) * self.lora.scale)
+
+    def _whole(self, low: torch.Tensor) -> torch.Tensor:
+        """A x of this rank -> what its rows of B are multiplied with. See the module's docstring."""
+        group = self.tp_group
+        if group.size() == 1:
+            return low
+        if self.is_column:
+            if self.sequence_parallel:
+                return gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=group)
+            return copy_to_tensor_model_parallel_region(low, group=group)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(low, group=group)
+        return reduce_from_tensor_model_parallel_region(low, group=group)
+
+    def _outputs(self, low: torch.Tensor) -> torch.Tensor:
+        """[..., k r] -> [..., out]: one product per block of A, put in the order of the rows."""
+        blocks = {block for block, _ in self.spans if block is not None}
+        if not blocks:  # more TP ranks than KV heads; the ranks that have some wait for this one in the backward pass
+            return linear(low[..., : self.lora.rank], self.B) * 0.0
+        if self.spans == ((0, self.B.shape[0]),) and len(self.matrices) == 1:
+            return linear(low, self.B)
+        of_block, rows = low.split(self.lora.rank, dim=-1), self.B.split([size for _, size in self.spans])
+        parts: dict[int, Iterator[torch.Tensor]] = {}
+        for block in blocks:
+            own = [part for part, (other, _) in zip(rows, self.spans, strict=True) if other == block]
+            outputs = linear(of_block[block], torch.cat(own))
+            parts[block] = iter(outputs.split([len(part) for part in own], dim=-1))
+        shape = low.shape[:-1]
+        found = [low.new_zeros(*shape, size) if b is None else next(parts[b]) for b, size in self.spans]
+        return torch.cat(found, dim=-1)
+
+    @torch.no_grad()
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight + s B A of this rank's rows and columns, summed in fp32 (or wider) and rounded once: a new tensor.
+        The weight itself while the adapter is off."""
+        if not self.is_on:
+            return weight.detach()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        found = weight.detach().to(wide, copy=True)
+        blocks, row = self.A.detach().to(wide).split(self.lora.rank), 0
+        for block, size in self.spans:
+            if block is not None:
+                part = self.B.detach()[row : row + size].to(wide)
+                found[row : row + size].addmm_(part, blocks[block], alpha=self.lora.scale)
+            row += size
+        return found.to(weight.dtype)
+
+
+def put_on(layer: ColumnParallelLinear | RowParallelLinear, adapter: Adapter) -> None:
+    """From now on the layer's output has the adapter's added, while it is on; `layer.adapter` is the adapter."""
+
+    def add(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], outputs: Any) -> Any:
+        if not adapter.is_on:
+            return outputs
+        output, bias = outputs
+        return output + adapter(inputs[0]), bias
+
+    layer.adapter = adapter
+    layer.weight.adapter = adapter  # read by whoever exports the weight (weights/export.py)
+    layer.register_forward_hook(add)
+
+
+def adapters_of(chunks: Iterable[torch.nn.Module]) -> list[Adapter]:
+    """All adapters of this rank's chunks."""
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Adapter)]
+
+
+@contextlib.contextmanager
+def switched_off(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Within it the model is its base. To be entered on all ranks together: adapters communicate."""
+    adapters = adapters_of(chunks)
+    assert all(adapter.is_on for adapter in adapters), "they are off already"
+    try:
+        for adapter in adapters:
+            adapter.is_on = False
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_on = True

@@ -1,0 +1,134 @@
+"""`--tuner_type lora` in a run: what it demands of the student, its adapters at the start, its adapters in a file.
+
+The adapter belongs to its base: the fingerprint of `--model` (weights/fingerprint.py) is in every checkpoint and in
+every adapter that a run writes, and another one is refused where they are read. A file without one (peft's own) is
+held against the names and shapes of the matrices, and a warning says that no more could be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.config.dtypes import Dtype
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.errors import CheckpointError, ConfigError, LayoutError
+from megatron_gkd.model.build import DTYPES
+from megatron_gkd.model.lora import Lora
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.together import on_first
+from megatron_gkd.weights import adapters, peft_files
+from megatron_gkd.weights.fingerprint import fingerprint
+from megatron_gkd.weights.safetensors_format import TensorSpec
+
+logger = get_logger(__name__)
+
+
+def lora_of(config: RunConfig) -> Lora:
+    """What the flags say of all adapters."""
+    tuner = config.tuner
+    return Lora(tuner.lora_rank, tuner.lora_alpha, tuner.use_rslora)
+
+
+def check_adapters(config: RunConfig, arch: Architecture, layout: Layout) -> None:
+    """Raise a GKDError for what the student, its layout, or the file of --adapters does not allow. Nothing without
+    --tuner_type lora."""
+    if not config.tuner.is_lora:
+        return
+    lora, names = lora_of(config), config.tuner.target_modules
+    adapters.check_targets(arch, lora, names)
+    counts, adapted = layout.chunk_layers(arch.num_layers), {unit.layer for unit in adapters.targets(arch, names)}
+    first = 0
+    for count in counts:
+        if not adapted & set(range(first, first + count)):
+            raise LayoutError(
+                f"--tuner_type lora: a pipeline stage has no layer with an adapter ({layout.describe()}), and nothing "
+                "to train: give every stage a layer, or more --target_modules"
+            )
+        first += count
+    if (path := config.tuner.adapters) is not None:
+        with peft_files.PeftAdapter(path) as adapter:
+            _check_same(lora, adapter)
+            adapter.check(adapters.shapes(arch, lora, names))
+
+
+def _check_same(lora: Lora, adapter: peft_files.PeftAdapter) -> None:
+    """Raise ConfigError where the flags say another adapter than the file."""
+    found = adapter.lora
+    for flag, given, needed in (
+        ("lora_rank", lora.rank, found.rank),
+        ("lora_alpha", lora.alpha, found.alpha),
+        ("use_rslora", lora.use_rslora, found.use_rslora),
+    ):
+        if given != needed:
+            value = str(needed).lower() if isinstance(needed, bool) else f"{needed:g}"
+            raise ConfigError(f"--adapters {adapter.path} was trained with another --{flag}: give --{flag} {value}")
+
+
+def base_of(config: RunConfig) -> str:
+    """Fingerprint of the frozen weights; "" where all are trained. Raises CheckpointError where --adapters belongs to
+    another one. Collective over the world: the first rank reads."""
+    if not config.tuner.is_lora:
+        return ""
+    return on_first(lambda: _base_of(config))
+
+
+def _base_of(config: RunConfig) -> str:
+    base, path = fingerprint(config.model.model), config.tuner.adapters
+    if path is None:
+        return base
+    with peft_files.PeftAdapter(path) as adapter:
+        if adapter.base is None:
+            logger.warning("--adapters %s does not say which weights it belongs to: only names and shapes fit", path)
+        elif adapter.base != base:
+            raise CheckpointError(
+                f"--adapters {path} belongs to other weights than those of --model {config.model.model} (fingerprint "
+                f"{adapter.base}, not {base}): give the model that it was trained on"
+            )
+    return base
+
+
+def put_adapters_on(chunks: Sequence[torch.nn.Module], config: RunConfig, arch: Architecture, groups: Any) -> None:
+    """On the loaded student, before DDP: adapters, of --adapters or new ones; all else is frozen."""
+    tuner = config.tuner
+    adapters.attach(chunks, arch, groups, lora_of(config), tuner.target_modules)
+    if tuner.adapters is None:
+        adapters.fill(chunks, arch, groups, adapters.initial(config.training.seed))
+    else:
+        read_adapter(chunks, arch, groups, tuner.adapters)
+    trained, total = adapters.num_parameters(chunks)
+    logger.info("adapters of rank %d: %d of this rank's %d parameters are trained", tuner.lora_rank, trained, total)
+
+
+def read_adapter(chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any, path: str | Path) -> None:
+    """Fill the adapters of this rank's chunks from a file that has been checked."""
+    with peft_files.PeftAdapter(path) as adapter:
+        adapters.fill(chunks, arch, groups, adapter.read)
+
+
+def write_adapter(
+    chunks: Sequence[torch.nn.Module],
+    config: RunConfig,
+    arch: Architecture,
+    groups: Any,
+    out_dir: Path,
+    *,
+    base: str,
+    dtype: Dtype,
+    is_writer: bool,
+) -> None:
+    """Write the adapter in peft's format. Collective over the student's ranks."""
+    lora, names = lora_of(config), config.tuner.target_modules
+    layers = adapters.collect(chunks, arch, groups)
+    if not is_writer:
+        for _ in layers:
+            pass
+        return
+    manifest = [TensorSpec(n, shape, DTYPES[dtype]) for n, shape in adapters.shapes(arch, lora, names).items()]
+    described = peft_files.peft_config(config.model.model, lora, adapters.leaf_names(arch, names))
+    peft_files.write(out_dir, described, manifest, layers, base=base)

@@ -1,0 +1,45 @@
+"""`megatron-gkd plan` of a student with adapters counts what a real rank holds: weights, and no gradient or moment of
+what is frozen; no second model where the base teaches.
+
+As test_rehearsal.py, whose comparison it makes: the same counter on a real rank and on fake tensors, byte for byte.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_gkd.architecture import read_architecture
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.weights.adapters import targets
+from tests.support.effort import FULL
+from tests.support.ranks import run_ranks
+from tests.train.test_rehearsal import config_of, real, rehearsed
+
+LORA: dict[str, Any] = dict(tuner_type="lora", lora_rank=4, target_modules=["all-linear"])
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "the base teaches": (1, dict(alone=True, recompute_granularity="full")),
+}
+if FULL:
+    CASES |= {"TP2 SP": (2, dict(tensor=2, sequence=True)), "PP2": (2, dict(pipeline=2))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rehearsed_rank_holds_what_a_real_one_does(tmp_path: Path, case: str) -> None:
+    world, flags = CASES[case]
+    config = config_of(tmp_path, **LORA, **flags)
+    for (built, peak), of_rank in zip(run_ranks(real, config, world=world), rehearsed(config, world), strict=True):
+        assert of_rank.built.total == sum(built.values())
+        assert of_rank.peaks[1].total == sum(peak.values())
+        if case == "the base teaches":  # 4 bytes of a frozen parameter in fp32; 16 of a trained one, with its moments
+            trained = sum(rows + columns for rows, columns in shapes(config)) * LORA["lora_rank"]
+            expected = 4 * of_rank.num_parameters + 12 * trained
+            assert expected <= of_rank.built.total < 1.02 * expected
+
+
+def shapes(config: RunConfig) -> list[tuple[int, ...]]:
+    """Of the adapted matrices."""
+    found = targets(read_architecture(config.model.model), LORA["target_modules"])
+    return [shape for matrices in found.values() for shape in matrices.values()]
