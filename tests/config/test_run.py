@@ -304,7 +304,7 @@ def test_a_default_that_nobody_gave_is_named(accepted: dict[str, Any]) -> None:
     ) as short:
         validate(accepted | {"max_length": 512})
     assert "--max_completion_length 512 (its default) leaves no room" in str(short.value)
-    assert "in --max_length 512: give a larger --max_length" in str(short.value)
+    assert "in --max_length 512, which counts both: give a larger --max_length" in str(short.value)
     validate(accepted | {"max_length": 512, "lmbda": 0.0})
 
 
