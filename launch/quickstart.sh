@@ -13,8 +13,8 @@
 # Hardware: 2 CPU cores, 6 GB of memory, 4 GB of disk. No GPU. See docs/quickstart.md.
 # Time:     set-up 1 to 5 minutes once; then at most 10 minutes on 2 idle cores, with --offline well under one.
 # Expect:   a live line (step, loss, tokens/s, time left), then a table before/after: the forward KL on held-out text
-#           falls to less than a third. OUT/hf is the student for transformers; OUT/report holds the table and the
-#           curve.
+#           falls to less than a third. OUT/hf is the student for transformers; OUT/report holds the table, the
+#           curve and report.html, a page to look at.
 #
 # Options:
 #   --offline      tiny random models instead of SmolLM2 (also GKD_OFFLINE=1): shows the machinery, learns no skill
@@ -148,5 +148,5 @@ if $finished && [[ $out/report/summary.txt -nt $out/hf/config.json ]]; then
 else
     run "$python" -m megatron_gkd report "$out"
 fi
-printf '\nstudent:     %s\ncurve:       %s\nTensorBoard: %s\n' "$out/hf" "$out/report/curve.png" \
+printf '\nstudent:     %s\nto look at:  %s\nTensorBoard: %s\n' "$out/hf" "$out/report/report.html" \
     "$venv/bin/tensorboard --logdir $out/tensorboard"
