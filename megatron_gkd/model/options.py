@@ -2,8 +2,8 @@
 recomputation.
 
 One field is one field of megatron-core's, under its name: of its TransformerConfig, or (`DDP`) of its
-DistributedDataParallelConfig. A new lever is a field here, with what was done before as its default; levers.py sets
-them from a run's flags.
+DistributedDataParallelConfig; `transformer_engine` says whose layers are taken. A new lever is a field here, with what
+was done before as its default; levers.py sets them from a run's flags.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ Different from a run on that machine, on purpose:
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -109,6 +110,7 @@ def rehearse(
         if isinstance(parts.teacher, TeacherPipeline):
             peers.name_groups(parts.teacher.groups, "teacher's ")
         peers.name_groups(parts.student.groups)
+        gc.collect()  # what a cycle still holds of the building
         built, peaks = counter.now, []
         for step in range(num_steps):
             counter.restart()

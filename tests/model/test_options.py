@@ -15,7 +15,7 @@ from megatron_gkd.model.options import DDP, ModelOptions
 from megatron_gkd.parallel.layout import Layout
 from tests.support.models import small
 
-NAMES = [item.name for item in fields(ModelOptions) if item.name != "extra"]
+NAMES = [item.name for item in fields(ModelOptions) if item.name not in ("extra", "transformer_engine")]
 OTHERS: dict[str, Any] = dict(  # of those that are neither true nor false
     recompute_granularity="full",
     bucket_size=7,
@@ -48,3 +48,10 @@ def test_a_field_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fusions_are_for_cuda() -> None:
     assert (ModelOptions.on("cpu").bias_dropout_fusion, ModelOptions.on("cuda").bias_dropout_fusion) == (False, True)
+
+
+def test_layers_are_transformer_engines_where_it_is_and_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    cuda = ModelOptions.on("cuda")
+    asked = (cuda, replace(cuda, transformer_engine=False), ModelOptions.on("cpu"))
+    assert [build._on_transformer_engine(options) for options in asked] == [True, False, False]

@@ -5,6 +5,7 @@ Not covered: CUDA, whose kernels and allocator a counter of tensors does not see
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def real(config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
         counter = AllocationCounter()
         with counter, counter.category("built"):
             run = build_run(config)
+            gc.collect()  # what a cycle still holds of the building
             built = counter.now.by_category
             student, teacher = run.student.layout, run.teacher.layout
             for step in range(2):
