@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_gkd.model.layers import SDPAttention
 from megatron_gkd.parallel.zigzag import held_spans, held_spans_of_pack
@@ -36,10 +37,13 @@ from megatron_gkd.parallel.zigzag import held_spans, held_spans_of_pack
 
 def causal_lower_right(num_queries: int, num_keys: int) -> torch.Tensor:
     """torch's mask of queries that are the last of the keys. Its module is imported when it is used, since it loads
-    torch's compiler (6 CPU-seconds), which a run without context parallelism never needs."""
+    torch's compiler (6 CPU-seconds), which a run without context parallelism never needs. A mode that looks at every
+    operation (observe/allocations.py) must not: it is a tensor of a class of its own, which torch makes of a new one.
+    """
     from torch.nn.attention import bias
 
-    mask: torch.Tensor = bias.causal_lower_right(num_queries, num_keys)
+    with _disable_current_modes():
+        mask: torch.Tensor = bias.causal_lower_right(num_queries, num_keys)
     return mask
 
 

@@ -20,6 +20,7 @@ Different from a run on that machine, on purpose:
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,7 @@ from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.loss import sharded_softmax
 from megatron_gkd.loss.fused import task as fused_task
+from megatron_gkd.model import context_attention
 from megatron_gkd.model.build import DTYPES, build_model
 from megatron_gkd.model.levers import rehearsed_options
 from megatron_gkd.model.options import ModelOptions
@@ -326,6 +328,7 @@ def _without_peers(world_size: int, rank: int) -> Iterator[_NoPeers]:
             for owner, name, value in (
                 (dist, "all_gather_object", gather),
                 (Collator, "__call__", collate_real),
+                (context_attention, "places_of", functools.lru_cache(4)(context_attention.places_of.__wrapped__)),
                 (parallel_state, "_GLOBAL_MEMORY_BUFFER", None),  # scratch, which each rank has for itself
                 (megatron_random.CudaRNGStatesTracker, "fork", lambda self, name="": nullcontext()),
                 (fused_task, "CHUNK_BYTES", fused_task.CHUNK_BYTES_CUDA),

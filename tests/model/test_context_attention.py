@@ -18,10 +18,12 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_gkd.model import context_attention as module
-from megatron_gkd.model.context_attention import ContextAttention
+from megatron_gkd.model.context_attention import ContextAttention, causal_lower_right
 from megatron_gkd.model.layers import SDPAttention
+from megatron_gkd.observe.allocations import AllocationCounter
 from megatron_gkd.parallel.zigzag import held_spans_of_pack
 from tests.support.ranks import run_ranks, tp_group
 
@@ -132,3 +134,12 @@ def test_one_gather_forward_and_one_reduce_scatter_backward():
     batch, (length,) = SHAPES[0]
     row = length * batch * 2 * 2 * 8  # keys and values of two groups of eight
     assert run_ranks(wire, 2, world=2) == [{"all_gather_into_tensor": [row // 2], "reduce_scatter_tensor": [row]}] * 2
+
+
+def test_a_mode_that_counts_does_not_see_the_mask() -> None:
+    """torch makes it of a tensor that no mode may have touched."""
+    query, key = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 5, 4)
+    with AllocationCounter():
+        found = scaled_dot_product_attention(query, key, key, attn_mask=causal_lower_right(2, 5))
+    seen = torch.ones(2, 5, dtype=torch.bool).tril(3)
+    torch.testing.assert_close(found, scaled_dot_product_attention(query, key, key, attn_mask=seen))
