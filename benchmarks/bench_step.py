@@ -43,7 +43,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from benchmarks.measure import environment, peak_bytes, quantiles, timed
+from benchmarks.measure import environment, peak_bytes, quantiles, timed, tiny_pair
 from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.flags import parse_run_config
@@ -321,11 +321,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _quick(options: argparse.Namespace, directory: str) -> None:
-    from tests.support.checkpoints import write_tiny_checkpoint
-
-    for name, layers in (("teacher", 4), ("student", 2)):
-        path = write_tiny_checkpoint(Path(directory, name), "qwen3", tied=True, head_dim=32, layers=layers)
-        setattr(options, name, str(path))
+    options.teacher, options.student = tiny_pair(directory)
     options.rounds, options.batch, options.prompt_tokens, options.completion_tokens = 1, 4, 6, 9
 
 

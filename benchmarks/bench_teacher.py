@@ -41,7 +41,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.measure import Seconds, environment, quantiles
+from benchmarks.measure import Seconds, environment, quantiles, tiny_pair
 from megatron_gkd import platform
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.model.options import ModelOptions
@@ -275,11 +275,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _quick(options: argparse.Namespace, directory: str) -> None:
-    from tests.support.checkpoints import write_tiny_checkpoint
-
-    for name, layers in (("teacher", 4), ("student", 2)):
-        path = write_tiny_checkpoint(Path(directory, name), "qwen3", tied=True, head_dim=32, layers=layers)
-        setattr(options, name, str(path))
+    options.teacher, options.student = tiny_pair(directory)
     options.rounds, options.batch, options.prompt_tokens, options.completion_tokens = 2, 4, 16, 24
 
 

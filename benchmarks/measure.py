@@ -85,6 +85,17 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ordered), "p20": at(0.2), "p80": at(0.8)}
 
 
+def tiny_pair(directory: str) -> tuple[str, str]:
+    """Directories of a teacher and a student of random weights: to see that a benchmark runs."""
+    from tests.support.checkpoints import write_tiny_checkpoint
+
+    teacher, student = (
+        write_tiny_checkpoint(Path(directory, name), "qwen3", tied=True, head_dim=32, layers=layers)
+        for name, layers in (("teacher", 4), ("student", 2))
+    )
+    return str(teacher), str(student)
+
+
 def versions(*packages: str) -> dict[str, str | None]:
     """Installed versions; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}

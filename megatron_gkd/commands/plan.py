@@ -74,7 +74,8 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
 
 def _search(asked: PlanConfig, config: RunConfig) -> None:
     """Print the layouts that fit, the fastest first, and why the others do not."""
-    from megatron_gkd.train.search import Rates, search
+    from megatron_gkd.train.search import search
+    from megatron_gkd.train.step_time import Rates
 
     rates = Rates(
         asked.matmul_tflops * 1e12,

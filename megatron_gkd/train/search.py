@@ -35,8 +35,6 @@ from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehears
 from megatron_gkd.train.step_time import BYTES, Rates, elements, step_seconds
 from megatron_gkd.weights.plan import hf_tensor_shapes
 
-__all__ = ["Found", "Rates", "Searched", "search"]
-
 DEPTHS: Final = (2, 4)  # layers of a model chunk; with one, other places have the peak
 LONG: Final = 8192  # tokens of a sample from which context parallelism is tried
 SIZES: Final = (1, 2, 4, 8)
@@ -159,9 +157,14 @@ def _students(
             refuse_student(changed, arch, student)
             check_batch(changed, student)
         except (LayoutError, ConfigError) as error:
-            impossible[str(error).split(";")[0].split(": the nearest")[0]] += 1
+            impossible[_reason(error)] += 1
             continue
         yield changed, student
+
+
+def _reason(error: Exception) -> str:
+    """Without the advice, so that equal reasons are counted together."""
+    return str(error).split(";")[0].split(": the nearest")[0]
 
 
 def _with(config: RunConfig, tp: int, pp: int, cp: int, ep: int) -> RunConfig:
@@ -198,7 +201,7 @@ def _variants(
             if of_teacher is not None:
                 check_in(of_teacher, teacher)
         except (LayoutError, ConfigError) as error:
-            impossible[str(error).split(";")[0].split(": the nearest")[0]] += 1
+            impossible[_reason(error)] += 1
             continue
         yield changed
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from megatron_gkd.architecture import Architecture
@@ -39,6 +40,7 @@ class Rates:
     ranks_per_node: int
 
 
+@cache  # hundreds of layouts ask for the same stages
 def elements(arch: Architecture, layout: Layout, stage: int) -> int:
     """Parameters of a stage on a tensor-parallel rank, vocabulary padding included."""
     padded, total = arch.padded_vocab_size(layout.tensor), 0
