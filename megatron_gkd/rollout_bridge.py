@@ -91,6 +91,7 @@ class RolloutBridge:
         probes: Sequence[Sequence[int]],
         score: Callable[[Sequence[Sequence[int]]], LogProbs],
         verify_every: int = 0,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -101,11 +102,13 @@ class RolloutBridge:
             probes: token sequences that verification scores; not empty.
             score: the trainer's log-probabilities of such sequences, on every rank; collective over `group`.
             verify_every: verify at the first push and every so many pushes; 0: at the first only.
+            make_room: called after each push, before the engines take memory to sample; collective over `group`.
         """
         assert probes, "verification needs something to score"
         assert verify_every >= 0, verify_every
         self._local, self._buckets, self._manifest, self._group = local, buckets, dict(manifest), group
         self._dtype, self._probes, self._score, self._verify_every = dtype, [*probes], score, verify_every
+        self._make_room = make_room
         self._num_pushes = 0
         self.version: int | None = None
         """Policy version that all engines hold; None before the first push and after a failed one."""
@@ -124,12 +127,16 @@ class RolloutBridge:
         except RolloutError as error:
             logger.warning("push of version %d was rolled back and is repeated: %s", version, error)
             result = self._push_once(version, attempt=2)
+        first, every = self._num_pushes == 0, self._verify_every
+        due = first or (every and self._num_pushes % every == 0)
+        truth = self._score(self._probes) if due else None
+        self._make_room()
         self._each("wake for sampling", lambda engine: engine.wake_kv())
         self._each("drop the prefixes cached under older weights", self._check_prefix_cache)
         self.version = version
         self._num_pushes += 1
-        if self._num_pushes == 1 or (self._verify_every and (self._num_pushes - 1) % self._verify_every == 0):
-            agreement = self.verify()
+        if truth is not None:
+            agreement = self.verify(truth)
             logger.info(
                 "version %d: the engines' log-probabilities of %d probe tokens differ from the trainer's by %.2g on "
                 "average, %.2g at most",
@@ -186,9 +193,12 @@ class RolloutBridge:
         if text := first_problem(failure, self._group):
             raise RolloutError(f"a failed push could not be rolled back: {text}; start the run again from a checkpoint")
 
-    def verify(self) -> Agreement:
-        """Hold the engines' log-probabilities against the trainer's. Collective; raises RolloutError on a mismatch."""
-        truth = self._score(self._probes)
+    def verify(self, truth: LogProbs | None = None) -> Agreement:
+        """Hold the engines' log-probabilities against the trainer's. Collective; raises RolloutError on a mismatch.
+
+        Args: truth: the trainer's, of the probes; None: they are computed here.
+        """
+        truth = self._score(self._probes) if truth is None else truth
         failure: str | None = None
         differences: list[tuple[float, int, int]] = []
         for index, engine in self._local.engines.items():

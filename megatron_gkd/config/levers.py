@@ -164,6 +164,17 @@ class KernelsConfig(Section):
 
 
 @dataclass(frozen=True)
+class OffloadConfig(Section):
+    """What of the student is in host memory while it has no work: the same numbers, for a copy over the bus."""
+
+    offload_model: bool = setting(
+        False,
+        "Weights and gradients, while colocated engines sample and while a teacher on the same ranks works.",
+    )
+    offload_optimizer: bool = setting(False, "The optimizer's state, but for the update itself.")
+
+
+@dataclass(frozen=True)
 class OptimizerMemoryConfig(Section):
     """Memory of the optimizer's state; CUDA with Transformer Engine."""
 

@@ -86,14 +86,6 @@ FLAGS: Final[Mapping[str, Theirs]] = {
     "dataloader_num_workers": _refused("rows are tokenised beforehand, or with --streaming true; leave it out"),
     "model_revision": _refused("write it behind the name: --model OWNER/NAME@REVISION"),
     "teacher_model_revision": _refused("write it behind the name: --teacher_model OWNER/NAME@REVISION"),
-    "log_completions": _refused("completions are not logged in training; see --eval_generate", holds=("false",)),
-    **dict.fromkeys(
-        ("offload_model", "offload_optimizer"),
-        _refused(
-            "the student stays on its device while it samples; give a lower --vllm_gpu_memory_utilization",
-            holds=("false",),
-        ),
-    ),
 }
 
 

@@ -80,7 +80,10 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
     greedy = ", but for greedy completions in evaluations" if cfg.generates else ""
     if not (most > 0 or distillation.samples_teacher):
         none = "--objective sft" if supervised else "--lmbda 0, but for --seq_kd true"
-        yield f"nothing is sampled with {none}{greedy}", _without(HOW_DRAWN, _GREEDY if cfg.generates else ())
+        names = _without(HOW_DRAWN, _GREEDY if cfg.generates else ())
+        yield f"nothing is sampled with {none}{greedy}", (*names, "log_completions", "num_completions_to_log")
+    if not cfg.logging.log_completions:
+        yield "no completion is logged without --log_completions", ("num_completions_to_log",)
     if most == 0:
         none = "--objective sft" if supervised else "--lmbda 0"
         names = _OF_STEPS if cfg.generates else STUDENTS_ENGINES

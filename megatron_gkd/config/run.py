@@ -23,6 +23,7 @@ from typing import Any, Literal
 from megatron_gkd.config.dtypes import Dtype, DtypeChoice
 from megatron_gkd.config.levers import (
     KernelsConfig,
+    OffloadConfig,
     OptimizerMemoryConfig,
     OverlapConfig,
     RecomputeConfig,
@@ -563,6 +564,11 @@ class LoggingConfig(Section):
     report_to: list[Literal["tensorboard", "wandb", "none"]] = setting(
         ("tensorboard",), "Where metrics go beside metrics.jsonl in the run directory."
     )
+    log_completions: bool = setting(
+        False,
+        "Write what was sampled for each logged step into completions.jsonl, and as a table to --report_to.",
+    )
+    num_completions_to_log: int = setting(16, "The first so many of a step, with --log_completions.", ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "Least severe messages shown; debug adds tracebacks."
     )
@@ -597,6 +603,7 @@ class RunConfig:
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     optimizer: OptimizerMemoryConfig = field(default_factory=OptimizerMemoryConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -67,6 +67,7 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield from cfg.overlap.problems(sharded=cfg.parallel.use_distributed_optimizer)
         yield from cfg.kernels.problems(loss_is_fused=cfg.distillation.loss_path != "logits")
         yield from cfg.optimizer.problems(sharded=cfg.parallel.use_distributed_optimizer)
+        yield from _offload_problems(cfg)
         yield from _lengths_problems(cfg)
         yield from _teacher_sampling_problems(cfg)
     elif cfg.checkpoint.load is not None:
@@ -173,6 +174,19 @@ def _local_teacher_problems(cfg: RunConfig) -> Iterator[str]:
         yield "--teacher_world_size and --teacher_nodes need --teacher_placement separate; give it, or leave them out"
     if teacher.teacher_placement == "separate" and teacher.offload_teacher_model:
         yield "--offload_teacher_model frees memory for a student on the same ranks; with separate ones leave it out"
+
+
+def _offload_problems(cfg: RunConfig) -> Iterator[str]:
+    engines = cfg.sampling.vllm_mode == "colocate" and (cfg.lmbda.most > 0 or cfg.generates)
+    kind = cfg.teacher.kind
+    teacher = isinstance(kind, LocalTeacher) and not kind.separate and not cfg.base_teaches
+    if cfg.offload.offload_model and not (engines or teacher):
+        yield (
+            "--offload_model makes room for what works beside the student, and neither engines (--vllm_mode colocate) "
+            "nor a teacher's own weights do here; leave it out"
+        )
+    if cfg.offload.offload_optimizer and cfg.optimizer.optimizer_cpu_offload:
+        yield "--optimizer_cpu_offload keeps the state in host memory anyway; leave --offload_optimizer out"
 
 
 def _parallel_problems(cfg: RunConfig) -> Iterator[str]:

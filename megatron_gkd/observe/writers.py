@@ -11,6 +11,7 @@ is new, and a record that is already there is an error rather than overwritten.
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import math
 import os
@@ -36,11 +37,18 @@ class MetricsWriter(Protocol):
         """Flush and release."""
 
 
+class Tracker(MetricsWriter, Protocol):
+    """One that shows tables of texts too."""
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record a table of one step; all rows have the same columns."""
+
+
 def open_trackers(
     report_to: Sequence[str], run_dir: Path, *, first_step: int | None = None, config: Mapping[str, Any] | None = None
-) -> list[MetricsWriter]:
+) -> list[Tracker]:
     """What --report_to names."""
-    writers: list[MetricsWriter] = []
+    writers: list[Tracker] = []
     if "tensorboard" in report_to:
         writers.append(TensorBoardWriter(run_dir / "tensorboard", first_step=first_step))
     if "wandb" in report_to:
@@ -90,6 +98,11 @@ class TensorBoardWriter:
                 self._writer.add_scalar(name, float(value), step)
             self._writer.flush()
 
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        with explain_write_errors(self._directory):
+            self._writer.add_text(name, _markdown(rows), step)
+            self._writer.flush()
+
     def close(self) -> None:
         with explain_write_errors(self._directory):
             self._writer.close()
@@ -115,6 +128,12 @@ class WandbWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self._run.log({name: table}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -153,6 +172,17 @@ def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:
         elif line.strip() and not strict:
             logger.warning("%s:%d is not a row of metrics and is left out", path, number)
     return rows
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table as TensorBoard shows it; texts as they are, whatever they hold."""
+
+    def cell(value: Any) -> str:
+        text = "" if value is None else html.escape(str(value))
+        return text.replace("\\", "&#92;").replace("|", "&#124;").replace("`", "&#96;").replace("\n", "<br>")
+
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _take_back(path: Path, first_step: int) -> None:

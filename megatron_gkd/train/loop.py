@@ -28,12 +28,13 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.progress import Progress, took
 from megatron_gkd.observe.timers import PHASES, Timers, phases_of
-from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, explain_write_errors, open_trackers
+from megatron_gkd.observe.writers import JsonlWriter, MetricsWriter, Tracker, explain_write_errors, open_trackers
 from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.records import StepPlan
 from megatron_gkd.train.auto_resume import choose_start, first_step_to_write, goes_on_with_itself, resumes_itself
 from megatron_gkd.train.batches import batch_metrics
 from megatron_gkd.train.checkpoint import TrainerState, check_writable, is_hf_directory
+from megatron_gkd.train.completion_log import CompletionLog
 from megatron_gkd.train.evaluate import evaluate, not_finite
 from megatron_gkd.train.export_record import check_replaceable
 from megatron_gkd.train.exporting import export, measure_export, warn_of_rounding
@@ -107,6 +108,9 @@ class StudentPart:
         first_step = first_step_to_write(run.config, state.step)
         self._writers = _Writers(run, self._run_dir, first_step=first_step)
         self._tokens = TokenLog(run, self._run_dir, first_step=first_step)
+        self._completions: CompletionLog | None = None
+        if run.is_writer and run.config.logging.log_completions:
+            self._completions = CompletionLog(run.config, self._run_dir, first_step=first_step)
         self._signals = StopSignals()
         self._agreement = StopAgreement() if run.config.teacher.teacher_placement == "separate" else None
         self._bad_steps = BadSteps(run, self._run_dir, state)
@@ -140,6 +144,8 @@ class StudentPart:
         if kind is None or kind is RunStoppedError:
             self._writers.close()
             self._tokens.close()
+            if self._completions is not None:
+                self._completions.close()
         if kind is None and self.run.is_writer:
             logger.info("done: %d steps; run directory %s", self.run.train_iters, self._run_dir)
 
@@ -258,6 +264,8 @@ class StudentPart:
         waited = [values.get("rollout_s", 0.0), values.get("teacher_samples_s", 0.0)]
         values |= phases_of(step_time_s, timers.seconds(), within_plan=waited)
         self._writers.metrics(step, values)
+        if self._completions is not None:
+            self._writers.completions(step, self._completions.write(step, plan))
         assert self._progress is not None
         self._progress.update(
             step,
@@ -354,7 +362,7 @@ class _Writers:
     def __init__(self, run: Run, run_dir: Path, *, first_step: int | None) -> None:
         self._metrics: list[MetricsWriter] = []
         self._evaluation: list[MetricsWriter] = []
-        self._trackers: list[MetricsWriter] = []
+        self._trackers: list[Tracker] = []
         if run.is_writer:
             # An evaluation belongs to the state after its step, so a resume keeps the one of the last saved step.
             self._metrics = [JsonlWriter(run_dir / "metrics.jsonl", first_step=first_step)]
@@ -372,6 +380,10 @@ class _Writers:
             writer.write(step, values)
         for writer in self._trackers:
             writer.write(step, {f"eval/{name}": value for name, value in values.items()})
+
+    def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        for writer in self._trackers if rows else ():
+            writer.table(step, "completions", rows)
 
     def close(self) -> None:
         for writer in (*self._metrics, *self._evaluation, *self._trackers):

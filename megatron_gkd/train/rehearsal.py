@@ -130,9 +130,19 @@ def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]
     return read_architecture(config.model.model), teacher
 
 
+def _refuse_offload(config: RunConfig) -> None:
+    for flag in ("offload_model", "offload_optimizer"):
+        if config.get(flag):
+            raise NotBuiltError(
+                f"not built yet: plan with --{flag} true (leave it out: the step's peak is the same, and what the "
+                "flag frees between two uses is the line of the weights or of the optimizer)"
+            )
+
+
 def planned_layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:
     """(student's, teacher's), of a run that can be rehearsed. Raises NotBuiltError for one that cannot yet."""
     student, teacher = layouts(config, world_size, ranks_per_node=ranks_per_node)
+    _refuse_offload(config)
     match config.teacher.kind:
         case ServerTeachers() | LocalTeacher(separate=True):
             raise NotBuiltError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig
@@ -19,6 +19,7 @@ from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.score import student_logprobs
 from megatron_gkd.train.student import Student
+from megatron_gkd.weights.checksum import Sums, Tensors
 from megatron_gkd.weights.delivery import Delivery
 from megatron_gkd.weights.source import ModelSource
 
@@ -59,9 +60,10 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
     source = ModelSource(config.model.model, arch)
     bucket_bytes = sampling.weight_bucket_mb * 2**20
     stream = source.stream(student.chunks, student.groups, dtype=dtype, bucket_bytes=bucket_bytes)
+    beside = sampling.vllm_mode == "colocate"
     bridge = RolloutBridge(
         local,
-        buckets=Delivery(stream, group, to="everyone" if sampling.vllm_mode == "colocate" else "writer"),
+        buckets=_OfDevice(student, Delivery(stream, group, to="everyone" if beside else "writer")),
         manifest=source.manifest(dtype),
         group=group,
         dtype=dtype,
@@ -70,6 +72,7 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
             student.chunks, student.layout, student.groups, sequences, vocab_size=arch.vocab_size, device=where.device
         ),
         verify_every=sampling.verify_sync_every,
+        make_room=student.leave_device if beside else lambda: None,
     )
     logger.info("sampling: %d engine(s), %s; stop tokens %s", local.num_engines, sampling.vllm_mode, inputs.stop_ids)
     return Rollouts(
@@ -80,6 +83,17 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
         steps_per_generation=sampling.steps_per_generation,
         lag=sampling.rollout_lag,
     )
+
+
+class _OfDevice:
+    """Passes over weights that are on the device when a pass begins (--offload_model)."""
+
+    def __init__(self, student: Student, delivery: Delivery) -> None:
+        self._student, self._delivery = student, delivery
+
+    def __iter__(self) -> Iterator[tuple[Tensors, Sums]]:
+        _ = self._student.chunks  # brings them back
+        return iter(self._delivery)
 
 
 def step_settings(inputs: Inputs, step: int) -> SamplingSettings:

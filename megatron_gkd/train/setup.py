@@ -233,4 +233,5 @@ def student_of(
         freeze_router=config.model.freeze_router,
         optimizer_options=optimizer_options(config),
         empty_unused_memory_level=config.kernels.empty_unused_memory_level,
+        offload=config.offload,
     )

@@ -19,7 +19,7 @@ from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.records import StepPlan
 from megatron_gkd.teacher.signals import SignalStore
-from megatron_gkd.teacher_pipeline import Teacher
+from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.objective import Objective, TrainingObjective
 from megatron_gkd.train.student import StepResult, Student
@@ -72,6 +72,8 @@ def distill(
     """
     objective.begin(plan)
     with timers.phase("teacher"):
+        if isinstance(teacher, TeacherPipeline):  # beside the student
+            student.leave_device()
         signals, num_bytes = teacher_signals(teacher, plan)
     meanwhile()
     with timers.phase("student"):

@@ -7,6 +7,10 @@ pipeline for tied embeddings, and divides once by the global number of loss toke
 Loss contract (`calculate_per_token_loss`): the loss function returns (loss_sum, num_tokens, report); nothing is
 divided per micro-batch. So the gradient, and its norm, do not depend on TP, PP, VPP, DP or the micro-batch size.
 
+Offload (config/levers.py, `OffloadConfig`): between uses the weights and gradient buffers, and the optimizer's state,
+may be in host memory. `chunks`, `models` and `optimizer` bring back what they give; `leave_device` sends it away, and
+the state leaves by itself after each update.
+
 A step whose loss or gradient norm is not finite makes no update: weights, moments and the optimizer's step count stay
 as they are. megatron-core itself (0.16) vetoes an fp16 overflow alone, and would write NaN into everything. The
 learning rate is a function of the step's number, so the schedule advances in such a step as well.
@@ -28,14 +32,17 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_gkd.config.levers import OffloadConfig
 from megatron_gkd.config.run import TrainingConfig
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.options import ModelOptions
+from megatron_gkd.model.parked import Parked
 from megatron_gkd.model.pipeline import ForwardStep, run_schedule
 from megatron_gkd.model.router import Routers
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train.overlap import connect
+from megatron_gkd.weights.chunks import settle
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,12 @@ class Student:
         freeze_router: bool = False,
         optimizer_options: Mapping[str, Any] | None = None,
         empty_unused_memory_level: int = 0,
+        offload: OffloadConfig | None = None,
     ) -> None:
         """Args:
         optimizer_options: further fields of megatron-core's OptimizerConfig (model/levers.py).
         empty_unused_memory_level: when unused device memory is given back: 1 before the update, 2 also after it.
+        offload: what is in host memory between its uses; None: nothing.
         """
         if freeze_embeddings:
             _freeze_embeddings(chunks)
@@ -82,28 +91,29 @@ class Student:
         self._empty_unused_memory_level = empty_unused_memory_level
         self.config = chunks[0].config
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer, **options.ddp_fields())
-        self.chunks = [
+        self._chunks = [
             # As Megatron's own training does: one bucket in all chunks but the first.
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0, pg_collection=groups)
             for index, chunk in enumerate(chunks)
         ]
-        connect(self.chunks, self.config)
-        for chunk in self.chunks:
+        connect(self._chunks, self.config)
+        for chunk in self._chunks:
             chunk.broadcast_params()
         with _world_is(groups.intra_dist_opt):
-            self.optimizer = get_megatron_optimizer(
+            self._optimizer: MegatronOptimizer = get_megatron_optimizer(
                 _optimizer_config(
                     training, self.config.params_dtype, use_distributed_optimizer, optimizer_options or {}
                 ),
-                self.chunks,
+                self._chunks,
                 use_gloo_process_groups=False,
                 pg_collection=groups,
             )
-        _initialise_adam_state(self.optimizer)
+        _initialise_adam_state(self._optimizer)
         self.config.finalize_model_grads_func = finalize_model_grads
-        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.grad_scale_func = self._optimizer.scale_loss
+        self._of_model, self._of_optimizer = self._parked(offload or OffloadConfig())
         self.scheduler = OptimizerParamScheduler(
-            self.optimizer,
+            self._optimizer,
             init_lr=0.0,
             max_lr=training.lr,
             min_lr=training.min_lr,
@@ -126,14 +136,54 @@ class Student:
         """Of all updates of the run: that of the last one of the warm-up, or of the first one without it."""
         now = self.scheduler.num_steps
         self.scheduler.num_steps = max(self.scheduler.lr_warmup_steps, 1)
-        highest = float(self.scheduler.get_lr(self.optimizer.param_groups[0]))
+        highest = float(self.scheduler.get_lr(self._optimizer.param_groups[0]))
         self.scheduler.num_steps = now
         return highest
 
     @property
+    def chunks(self) -> list[DistributedDataParallel]:
+        """Model chunks in their DDP wrappers, on the device."""
+        for part in self._of_model:
+            part.come_back()
+        return self._chunks
+
+    @property
     def models(self) -> list[HiddenStateGPTModel]:
-        """The chunks without their DDP wrappers."""
+        """The chunks without their DDP wrappers, on the device."""
         return [chunk.module for chunk in self.chunks]
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        """With its state and the weights on the device."""
+        for part in (*self._of_model, *self._of_optimizer):
+            part.come_back()
+        return self._optimizer
+
+    def leave_device(self) -> None:
+        """What is offloaded goes to host memory until it is used again. Collective with --overlap_param_gather."""
+        if self._of_model:
+            settle(self.chunks)  # what is gathered beside the computation has arrived
+        for part in (*self._of_model, *self._of_optimizer):
+            part.leave()
+
+    def _parked(self, offload: OffloadConfig) -> tuple[tuple[Parked, ...], tuple[Parked, ...]]:
+        """(of the model, of the optimizer). Main weights that are the model's own are the model's."""
+        device = next(self._chunks[0].parameters()).device
+
+        def weights() -> list[torch.Tensor]:
+            return [parameter for chunk in self._chunks for parameter in chunk.parameters()]
+
+        def gradients() -> list[torch.Tensor]:
+            return [
+                buffer.grad_data for chunk in self._chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers
+            ]
+
+        def state() -> list[torch.Tensor]:
+            own = {weight.untyped_storage()._cdata for weight in weights()}
+            return [t for t in _optimizer_tensors(self._optimizer) if t.untyped_storage()._cdata not in own]
+
+        of_model = (Parked(weights, device), Parked(gradients, device, keep=False)) if offload.offload_model else ()
+        return of_model, (Parked(state, device),) if offload.offload_optimizer else ()
 
     def train_step(
         self,
@@ -151,16 +201,19 @@ class Student:
             num_loss_tokens: of the step, over all replicas; needed where routers have a load-balancing loss.
         """
         self.routers.begin(num_loss_tokens, len(micro_batches) * self.layout.data)
-        for chunk in self.chunks:
+        chunks = self.chunks
+        for chunk in chunks:
             chunk.train()
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        reports = run_schedule(self.chunks, self.layout, self.groups, forward_step, micro_batches, forward_only=False)
+        self._optimizer.zero_grad()
+        reports = run_schedule(chunks, self.layout, self.groups, forward_step, micro_batches, forward_only=False)
         self.scheduler.step(increment=1)
         self._empty_unused_memory(1)
         grad_norm, updated, problem = self._update(loss_is_finite(reports))
+        for part in self._of_optimizer:
+            part.leave()
         self._empty_unused_memory(2)
-        return StepResult(reports, grad_norm, float(self.optimizer.param_groups[0]["lr"]), not updated, problem)
+        return StepResult(reports, grad_norm, float(self._optimizer.param_groups[0]["lr"]), not updated, problem)
 
     def _empty_unused_memory(self, level: int) -> None:
         if self._empty_unused_memory_level >= level:
@@ -235,6 +288,17 @@ def _optimizer_config(
         use_distributed_optimizer=use_distributed_optimizer,
         **options,
     )
+
+
+def _optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
+    """Main weights and state."""
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = member.optimizer
+        if inner is None:  # of a rank without a parameter
+            continue
+        yield from (param for group in inner.param_groups for param in group["params"])
+        for state in inner.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor) and value.dim())
 
 
 def _initialise_adam_state(optimizer: MegatronOptimizer) -> None:

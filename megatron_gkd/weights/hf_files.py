@@ -22,6 +22,7 @@ import torch
 from megatron_gkd.config.json_file import read_json, shown
 from megatron_gkd.data.git_lfs import refuse_lfs_pointer
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.weights.memory import memory_of
 from megatron_gkd.weights.plan import Span
 from megatron_gkd.weights.safetensors_format import FLOATS, MOST_TENSORS, Entry, read_header
 
@@ -177,7 +178,7 @@ class HFCheckpoint:
             return
         if file not in self._descriptors:
             self._descriptors[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
-        memory = target.detach().reshape(-1).view(torch.uint8).numpy().data
+        memory = memory_of(target)
         done = 0
         while done < len(memory):  # one call reads 2 GiB at most
             count = os.preadv(self._descriptors[file], [memory[done:]], start + done)

@@ -26,6 +26,7 @@ from megatron_gkd.weights.hf_files import (
     check_side_files,
     side_files,
 )
+from megatron_gkd.weights.memory import memory_of
 from megatron_gkd.weights.safetensors_format import TensorSpec, write_header
 from megatron_gkd.weights.stop_tokens import GENERATION_CONFIG
 
@@ -87,7 +88,7 @@ class HFWriter:
             self._begin_shard(self._shard_at[self._next])
         data = cast_checked(tensor.detach(), spec.dtype, name).cpu().contiguous()
         assert self._stream is not None
-        self._stream.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        self._stream.write(memory_of(data))
         self._next += 1
 
     def __enter__(self) -> Self:

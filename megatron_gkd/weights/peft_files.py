@@ -25,6 +25,7 @@ from megatron_gkd.config.json_file import read_json
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.model.lora import Lora
 from megatron_gkd.weights.hf_files import cast_checked
+from megatron_gkd.weights.memory import memory_of
 from megatron_gkd.weights.safetensors_format import FLOATS, TensorSpec, read_header, write_header
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -95,7 +96,7 @@ def write(
                 spec = next(specs)
                 assert (name, tuple(tensor.shape)) == (spec.name, spec.shape), (name, tuple(tensor.shape), spec)
                 data = cast_checked(tensor, spec.dtype, name).contiguous()
-                stream.write(data.reshape(-1).view(torch.uint8).numpy().data)
+                stream.write(memory_of(data))
             assert next(specs, None) is None, "the adapter is not whole"
             stream.flush()
             os.fsync(stream.fileno())

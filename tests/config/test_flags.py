@@ -183,6 +183,8 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("optimizer_cpu_offload", False, ("true", True), ("x",)),
     ("optimizer_offload_fraction", 1.0, ("0.5", 0.5), ("0", "1.5")),
     ("overlap_cpu_optimizer_d2h_h2d", False, ("true", True), ("x",)),
+    ("offload_model", False, ("true", True), ("x",)),
+    ("offload_optimizer", False, ("true", True), ("x",)),
     ("save", "runs/gkd", ("out", "out"), ()),
     ("load", None, ("out", "out"), ()),
     ("auto_resume", False, ("true", True), ("x",)),
@@ -206,6 +208,8 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("health_steps", 100, ("7", 7), ("-1",)),
     ("on_teacher_fault", "stop", ("warn", "warn"), ("ignore",)),
     ("report_to", ["tensorboard"], ("none", ["none"]), ("mlflow",)),
+    ("log_completions", False, ("true", True), ("x",)),
+    ("num_completions_to_log", 16, ("4", 4), ("0",)),
     ("log_level", "info", ("debug", "debug"), ("trace",)),
 )
 OUTSIDE = [(flag, text) for flag, _, _, bad in SETTINGS for text in bad]

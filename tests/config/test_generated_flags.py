@@ -180,6 +180,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "optimizer_cpu_offload": (True,),
     "optimizer_offload_fraction": (0.5,),
     "overlap_cpu_optimizer_d2h_h2d": (True,),
+    "offload_model": (True,),
+    "offload_optimizer": (True,),
     "save": ("other",),
     "load": ("earlier",),
     "auto_resume": (True,),
@@ -203,6 +205,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "health_steps": (0, 7),
     "on_teacher_fault": ("warn",),
     "report_to": (["none"],),
+    "log_completions": (True,),
+    "num_completions_to_log": (3,),
     "log_level": ("debug",),
 }
 # What makes others count, drawn often.

@@ -173,7 +173,7 @@ def test_every_name_of_the_table_is_theirs_alone_and_leads_to_ours() -> None:
         ("--padding_free=False", "--packing false"),
         ("--torch_dtype=float16", "--dtype fp16"),
         ("--truncation_strategy left", "--overlong truncate_left"),
-        ("--train_type full --max_turns 1 --log_completions false --beta 1", "--tuner_type full --beta 1"),
+        ("--train_type full --max_turns 1 --beta 1", "--tuner_type full --beta 1"),
         ("--load_from_cache_file true", ""),
         ("--load_from_cache_file false", "--data_cache_dir none"),
         ("stray --packing true --padding_free", "stray --packing true --packing true"),
@@ -194,7 +194,6 @@ def test_translated(argv: str, ours: str) -> None:
             "--max_turns 2 --external_plugins p.py",
             "--max_turns 2 is .*; --external_plugins p.py is ms-swift's: no",
         ),
-        ("--log_completions", "--log_completions is ms-swift's: completions are not logged"),
     ],
 )
 def test_refused(argv: str, message: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.observe.writers import JsonlWriter, TensorBoardWriter, WandbWriter, open_trackers, read_rows
@@ -122,6 +123,28 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert fake.finished == 2
     WandbWriter(tmp_path)
     assert fake.inits[2]["id"] != ids[0]
+
+
+def test_tables_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"row": 3, "completion": "a | b\n<i>`c`</i>"}, {"row": 4, "completion": None}]
+    fake = FakeWandb()
+    fake.Table = lambda columns, data: (columns, data)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    for writer in open_trackers(["tensorboard", "wandb"], tmp_path):
+        writer.table(2, "completions", rows)
+        writer.close()
+    table = (["row", "completion"], [[3, "a | b\n<i>`c`</i>"], [4, None]])
+    assert fake.logged == [(2, {"completions": table})]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("completions/text_summary")
+    assert event.step == 2
+    assert event.tensor_proto.string_val[0].decode().splitlines() == [
+        "| row | completion |",
+        "| --- | --- |",
+        "| 3 | a &#124; b<br>&lt;i&gt;&#96;c&#96;&lt;/i&gt; |",
+        "| 4 |  |",
+    ]
 
 
 def test_without_wandb_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,16 +15,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from megatron_gkd.platform import cpu_adaptation
 from megatron_gkd.records import StepPlan
+from megatron_gkd.rollout_bridge import RolloutBridge
 from megatron_gkd.teacher.served import ServerTeacher
 from megatron_gkd.train.loop import run_training
 from megatron_gkd.train.rollouts import Rollouts
-from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.checkpoints import tiny_tokenizer, write_tiny_checkpoint
 from tests.support.effort import FULL
 from tests.support.fake_teacher_server import FakeServer, serve
 from tests.support.metrics_page import ROLLOUT, names_of_a_step
@@ -88,14 +90,28 @@ def train_all(configs: list[Any]) -> list[list[dict[int, tuple[int, ...]]]]:
             into.append({position: c.token_ids for position, c in result.items()})
             return result
 
-        Rollouts.for_step = recording  # type: ignore[method-assign]
-        try:
-            with cpu_adaptation(), forked_programs():
-                run_training(config)
-        finally:
-            Rollouts.for_step = original  # type: ignore[method-assign]
+        with (
+            patch.object(Rollouts, "for_step", recording),
+            patch.object(RolloutBridge, "generate", beside(config)),
+            cpu_adaptation(),
+            forked_programs(),
+        ):
+            run_training(config)
         found.append(completions)
     return found
+
+
+def beside(config: Any) -> Any:
+    """RolloutBridge.generate, where an offloaded student has to have left before it."""
+    original = RolloutBridge.generate
+
+    def generate(self: RolloutBridge, *args: Any) -> Any:
+        if config.offload.offload_model:
+            student = self._make_room.__self__  # type: ignore[attr-defined]
+            assert not any(p.untyped_storage().nbytes() for chunk in student._chunks for p in chunk.parameters())
+        return original(self, *args)
+
+    return generate
 
 
 def resumed(inputs: Inputs, name: str, step: int, **flags: Any) -> Any:
@@ -104,7 +120,13 @@ def resumed(inputs: Inputs, name: str, step: int, **flags: Any) -> Any:
 
 
 GENERATE: dict[str, Any] = {"eval_generate": 2, "eval_verifier": "exact"}
-DP2: dict[str, Any] = {"save_steps": 3, T["teacher_tensor"]: 2, **GENERATE}
+DP2: dict[str, Any] = {
+    "save_steps": 3,
+    "log_completions": True,
+    "num_completions_to_log": 3,
+    T["teacher_tensor"]: 2,
+    **GENERATE,
+}
 WINDOW: dict[str, Any] = {"lmbda": 0.5, "steps_per_generation": 3, "save_steps": 4, T["pipeline"]: 2}
 LAG: dict[str, Any] = {
     "vllm_mode": "subprocess", "rollout_lag": 1, "train_iters": 4, "save_steps": 2, "eval_steps": 2, T["tensor"]: 2,
@@ -117,7 +139,8 @@ def runs(inputs: Inputs) -> dict[str, list[dict[int, tuple[int, ...]]]]:
     configs = {
         "tp2": inputs.config("tp2", **{T["tensor"]: 2}),
         "pp2": inputs.config("pp2", vllm_tensor_parallel_size=2, verify_sync_every=2, **{T["pipeline"]: 2}),
-        "dp2": inputs.config("dp2", **DP2),
+        # In host memory while the engines sample; the resumed run, without, has the same numbers.
+        "dp2": inputs.config("dp2", offload_model=True, offload_optimizer=True, **DP2),
         "dp2_resumed": resumed(inputs, "dp2", 3, **DP2),
         "window": inputs.config("window", **WINDOW),
         "window_resumed": resumed(inputs, "window", 4, **WINDOW),
@@ -168,6 +191,13 @@ def test_a_resumed_run_samples_what_the_uninterrupted_one_did(inputs: Inputs, ru
     assert mine == last, "the weights after the last update"
     assert last["generate/num_prompts"] == 2
     assert 0 < last["generate/mean_length"] <= 12
+    logged, rest = (records(inputs.root / name / "completions.jsonl") for name in ("dp2", "dp2_resumed"))
+    assert [(row["step"], row["position"]) for row in logged] == [(s, p) for s in range(1, STEPS + 1) for p in range(3)]
+    assert rest == logged[9:]
+    for row in logged:
+        ids = runs["dp2"][row["step"] - 1][row["position"]]
+        assert (row["num_tokens"], row["policy_version"]) == (len(ids), row["step"] - 1)
+        assert row["completion"] == tiny_tokenizer().decode(ids)
     differences = [row["health/logprob_difference"] for row in records(inputs.root / "dp2/metrics.jsonl")]
     assert 0 < max(differences) < 1e-3, "vLLM and the trainer compute one model, in fp32"
 

@@ -36,7 +36,7 @@ _PACKAGES: Final = ("torch", "megatron-core", "transformers", "vllm")
 
 # Sections and flags that a resumed run may set otherwise: where files are, what is reported, how the same numbers are
 # computed (up to rounding), and what is checked on its own (--model by its architecture, --dataset by its rows).
-_FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel", "recompute", "overlap", "kernels")
+_FREE_SECTIONS: Final = ("checkpoint", "logging", "parallel", "recompute", "overlap", "kernels", "offload")
 _CHANGING: Final = frozenset({"megatron_extra_kwargs", "accumulate_allreduce_grads_in_fp32"})  # in a free section
 _FREE_FLAGS: Final = frozenset(
     {

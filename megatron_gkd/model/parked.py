@@ -1,0 +1,75 @@
+"""Tensors that leave device memory while others need it, and come back bit for bit.
+
+    weights = Parked(lambda: model.parameters(), device)
+    weights.leave()         # in host memory; the device's memory is free
+    weights.come_back()     # as before
+
+A storage moves as a whole: views of it (parameters in a buffer of DDP, `main_grad`) stay what they are, and are not to
+be read meanwhile. Storages are looked up at each `leave`, since an optimizer that loads a checkpoint has new ones. In
+host memory each has a buffer of its own, pinned where the device is a GPU, which is kept for the next time.
+
+Bytes over the bus: all of them in either direction, each time. Gradients between two steps have no content worth
+keeping (`keep=False`): nothing is copied, and they come back as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+class Parked:
+    """A set of tensors on one device; both calls may be repeated, and are no collectives."""
+
+    def __init__(
+        self, tensors: Callable[[], Iterable[torch.Tensor]], device: torch.device, *, keep: bool = True
+    ) -> None:
+        """Args: tensors: those that move; what lies on another device stays there."""
+        self._tensors, self._device, self._keep = tensors, device, keep
+        self._away: list[tuple[torch.UntypedStorage, int]] = []  # with its size in bytes
+        self._host: dict[int, tuple[torch.UntypedStorage, torch.Tensor]] = {}  # by the storage's address in memory
+
+    @property
+    def num_bytes(self) -> int:
+        """That are not on the device now."""
+        return sum(size for _, size in self._away)
+
+    def leave(self) -> None:
+        """Free the device's memory."""
+        if self._away:
+            return
+        found = {
+            storage._cdata: storage
+            for tensor in self._tensors()
+            if tensor.device.type == self._device.type and (storage := tensor.untyped_storage()).nbytes()
+        }
+        self._host = {key: host for key, host in self._host.items() if key in found}
+        for key, storage in found.items():
+            size = storage.nbytes()
+            if self._keep:
+                if key not in self._host:
+                    pinned = self._device.type == "cuda"
+                    self._host[key] = storage, torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+                self._host[key][1].copy_(_bytes_of(storage), non_blocking=True)
+            self._away.append((storage, size))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        for storage, _ in self._away:
+            storage.resize_(0)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # engines allocate by another allocator, or in another process
+
+    def come_back(self) -> None:
+        """Have them on the device again."""
+        for storage, size in self._away:
+            storage.resize_(size)
+            if self._keep:
+                _bytes_of(storage).copy_(self._host[storage._cdata][1], non_blocking=True)
+            else:
+                _bytes_of(storage).zero_()
+        self._away.clear()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
