@@ -148,7 +148,7 @@ def resolved(config: RunConfig, command: Command, arch: Architecture) -> dict[st
         else:
             if config.generates:
                 made: Any = SimpleNamespace(groups=SimpleNamespace(intra_dist_opt=dist.group.WORLD), chunks=[])
-                made.layout, made.train_iters = student, 1
+                made.layout, made.train_iters, made.leave_device = student, 1, None
                 where: Any = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
                 sampling.build_rollouts(given, where, made, generate.held_out_rows(given))
             _note_generation(note, given)
@@ -187,6 +187,7 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     groups: Any = SimpleNamespace(intra_dist_opt=dist.group.WORLD)
     setup._build_student(given, where, groups)
     made: Any = SimpleNamespace(layout=student, groups=groups, chunks=[], train_iters=given.train_iters)
+    made.leave_device = None
     note.note("replicas", Replicas(made, config.parallel.check_replicas_steps)._every)
     health = Health(config, vocab_size=VOCAB, done_steps=0, tells=True)
     note.note("health", None if health._is_off else (health._every, health._stops))
@@ -195,6 +196,8 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     if config.lmbda.most > 0 or config.generates:
         sampling.build_rollouts(given, where, made, generate.held_out_rows(given))
     _note_generation(note, given)
+    if config.logging.log_completions and (config.lmbda.most > 0 or distillation.samples_teacher):
+        note.note("completions", config.logging.num_completions_to_log)
     draws = given.draws
     if distillation.samples_teacher:
         needs = teachers.server_needs(given) if isinstance(config.teacher.kind, ServerTeachers) else None
