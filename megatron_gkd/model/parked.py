@@ -28,7 +28,7 @@ class Parked:
         """Args: tensors: those that move; what lies on another device stays there."""
         self._tensors, self._device, self._keep = tensors, device, keep
         self._away: list[tuple[torch.UntypedStorage, int]] = []  # with its size in bytes
-        self._host: dict[int, tuple[torch.UntypedStorage, torch.Tensor]] = {}  # by the storage's address in memory
+        self._host: dict[torch.UntypedStorage, torch.Tensor] = {}  # its bytes; two views of a storage have one key
 
     @property
     def num_bytes(self) -> int:
@@ -39,19 +39,16 @@ class Parked:
         """Free the device's memory."""
         if self._away:
             return
-        found = {
-            storage._cdata: storage
-            for tensor in self._tensors()
-            if tensor.device.type == self._device.type and (storage := tensor.untyped_storage()).nbytes()
-        }
-        self._host = {key: host for key, host in self._host.items() if key in found}
-        for key, storage in found.items():
+        here = (tensor.untyped_storage() for tensor in self._tensors() if tensor.device.type == self._device.type)
+        found = dict.fromkeys(storage for storage in here if storage.nbytes())
+        self._host = {storage: host for storage, host in self._host.items() if storage in found}
+        for storage in found:
             size = storage.nbytes()
             if self._keep:
-                if key not in self._host:
+                if storage not in self._host:
                     pinned = self._device.type == "cuda"
-                    self._host[key] = storage, torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-                self._host[key][1].copy_(_bytes_of(storage), non_blocking=True)
+                    self._host[storage] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+                self._host[storage].copy_(_bytes_of(storage), non_blocking=True)
             self._away.append((storage, size))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -65,7 +62,7 @@ class Parked:
         for storage, size in self._away:
             storage.resize_(size)
             if self._keep:
-                _bytes_of(storage).copy_(self._host[storage._cdata][1], non_blocking=True)
+                _bytes_of(storage).copy_(self._host[storage], non_blocking=True)
             else:
                 _bytes_of(storage).zero_()
         self._away.clear()

@@ -42,8 +42,8 @@ class CompletionLog:
                 "source": sample.source,
                 "policy_version": sample.policy_version,
                 "num_tokens": len(sample.completion_ids),
-                "prompt": self._tokenizer.decode(sample.prompt_ids),
-                "completion": self._tokenizer.decode(sample.completion_ids),
+                "prompt": self._tokenizer.decode(list(sample.prompt_ids)),
+                "completion": self._tokenizer.decode(list(sample.completion_ids)),
             }
             for sample in sampled
         ]

@@ -179,8 +179,8 @@ class Student:
             ]
 
         def state() -> list[torch.Tensor]:
-            own = {weight.untyped_storage()._cdata for weight in weights()}
-            return [t for t in _optimizer_tensors(self._optimizer) if t.untyped_storage()._cdata not in own]
+            own = {weight.untyped_storage() for weight in weights()}
+            return [t for t in _optimizer_tensors(self._optimizer) if t.untyped_storage() not in own]
 
         of_model = (Parked(weights, device), Parked(gradients, device, keep=False)) if offload.offload_model else ()
         return of_model, (Parked(state, device),) if offload.offload_optimizer else ()

@@ -91,7 +91,7 @@ def bytes_here(trainer: Trainer) -> int:
     for member in getattr(student._optimizer, "chained_optimizers", [student._optimizer]):
         tensors += [p for group in member.optimizer.param_groups for p in group["params"]]
         tensors += [s for state in member.optimizer.state.values() for s in state.values() if s.dim()]
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def steps_of(config: RunConfig) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor] | None, list[int]]:
