@@ -33,7 +33,7 @@ from tests.test_launch import ROOT
 
 pytestmark = pytest.mark.slow
 
-STEPS, SAVE_STEPS = 36, 6
+STEPS, SAVE_STEPS = 24, 4
 SINGLE, MULTI = "train_single_node.sh", "train_multi_node.sh"
 
 
@@ -51,7 +51,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         train_iters=STEPS,
         save_steps=SAVE_STEPS,
         save_total_limit=2,
-        eval_steps=12,
+        eval_steps=8,
         lr=3e-3,
         report_to="none",
         device="cpu",
@@ -184,7 +184,7 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert metrics(run_dir) == metrics(whole)
     evaluations = [metrics(run, first_step=0, file="evaluation.jsonl") for run in (run_dir, whole)]
     assert evaluations[0] == evaluations[1]
-    assert [row["step"] for row in evaluations[0]] == [0, 12, 24, 36]
+    assert [row["step"] for row in evaluations[0]] == [0, 8, 16, 24]
     ours, theirs = exported(run_dir), exported(whole)
     assert all(ours[name].equal(theirs[name]) for name in ours | theirs)
 

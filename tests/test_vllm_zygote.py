@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import run_ranks
-from tests.support.vllm_zygote import ForkedProgram, forked_programs
+from tests.support.vllm_zygote import ForkedProgram, forked_programs, forked_python
 
 pytest.importorskip("vllm")
 
@@ -83,3 +83,23 @@ def test_ranks_that_have_imported_vllm() -> None:
     assert found[0] == found[1]
     assert found[0][0] != os.getpid()
     assert found[0][1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_python_of_a_script(tmp_path: Path, number: signal.Signals) -> None:
+    """Its program has the shell's environment and output, is told signals, and ends with what the shell started."""
+    command = (
+        'MARK=mine "$GKD_VENV/bin/python" -m "$0:say_where_it_is" 3; echo $?; exec "$GKD_VENV/bin/python" -u -m "$1"'
+    )
+    with forked_python() as venv:
+        shell = subprocess.Popen(
+            ["bash", "-c", command, __name__, f"{__name__}:wait_for_ever"],
+            env=os.environ | {"GKD_VENV": str(venv)}, cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert shell.stdout is not None
+        found = json.loads(shell.stdout.readline())
+        assert (found["cwd"], found["mark"], found["vllm"]) == (str(tmp_path), "mine", True)
+        assert [shell.stdout.readline() for _ in range(2)] == ["3\n", "up\n"]
+        os.kill(shell.pid, number)
+        assert shell.stdout.read() == "", "the program has let go of its output"
+        assert shell.wait() == -number

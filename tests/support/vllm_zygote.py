@@ -10,13 +10,15 @@ pipes, environment, session, signals and exit code, and another command is start
 forked_programs() holds, and vLLM forks its own processes, where it would spawn them. Only what an import reads of the
 environment is the zygote's (_ENVIRONMENT). run_ranks(..., with_vllm=True) forks ranks from it.
 
+    with forked_python() as venv:       # as GKD_VENV of a script of launch/: its server is forked too
+
 One zygote serves a test process and all ranks and programs that it starts: its address is in their environment. It
 starts with the first program and ends with the test process; programs do not end with it. It imports, and does nothing
 else: no torch operation, no thread, so that forking is safe. One constant of vLLM has another value in it (_SPIN_S):
 workers that wait would otherwise take a core that another test needs.
 
 Not covered: the start of an interpreter. Each entry point has a test that starts a real one: the scripts in
-test_rollout_server_script.py and teacher/servers/test_vllm.py; in the nightly run also the command, and a server of its
+test_rollout_server_script.py; in the nightly run also teacher/servers/test_vllm.py, the command, and a server of its
 own, in test_sample.py.
 """
 
@@ -32,6 +34,7 @@ import os
 import runpy
 import select
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -64,6 +67,27 @@ _ENVIRONMENT: Final = {
 }
 _SPIN_S: Final = 0.005  # a worker looks for its next message that long at full speed, then sleeps; vLLM's own: 1
 _POPEN: Final = subprocess.Popen
+_FACE: Final = '''\
+#!{python} -IS
+"""The face of a forked program: its command line and environment, of whoever started it."""
+import json, os, signal, socket, sys
+words = [word for word in sys.argv[1:] if word != "-u"]
+assert words[:1] == ["-m"], words
+zygote = socket.socket(socket.AF_UNIX)
+zygote.connect({address!r})
+request = dict(argv=words[1:], environment=dict(os.environ), cwd=os.getcwd(), new_session=True, tied=True)
+data = json.dumps(request).encode() + b"\\n"
+zygote.sendall(data[socket.send_fds(zygote, [data], [0, 1, 2]) :])
+answers = zygote.makefile()
+program = int(answers.readline())
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: os.kill(program, number))
+code = int(answers.readline())
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+'''
 
 
 class ForkedProgram(subprocess.Popen[Any]):
@@ -170,6 +194,19 @@ def forked_programs() -> Iterator[None]:
             holder.Popen = original
 
 
+@contextlib.contextmanager
+def forked_python() -> Iterator[Path]:
+    """A directory whose bin/python has `-m MODULE ...` forked by the zygote. Signals are handed on, and whoever kills
+    the process that he started kills the program's group with it."""
+    address = _address()
+    with tempfile.TemporaryDirectory(prefix="faces-") as directory:
+        python = Path(directory, "bin/python")
+        python.parent.mkdir()
+        python.write_text(_FACE.format(python=sys.executable, address=address))
+        python.chmod(0o755)
+        yield Path(directory)
+
+
 def _module_of(args: Any) -> list[str] | None:
     """[module, arguments] of a command of this interpreter with -m."""
     words = [str(word) for word in args] if isinstance(args, (list, tuple)) else []
@@ -180,7 +217,14 @@ def _module_of(args: Any) -> list[str] | None:
 
 
 def _connect() -> socket.socket:
-    """A connection to the zygote, which is started if there is none."""
+    """A connection to the zygote."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(_address())
+    return connection
+
+
+def _address() -> str:
+    """Of the zygote, which is started if there is none."""
     if ADDRESS not in os.environ:
         directory = tempfile.TemporaryDirectory(prefix="zygote-")
         path = f"{directory.name}/socket"
@@ -204,9 +248,7 @@ def _connect() -> socket.socket:
                 directory.cleanup()
 
         atexit.register(end)
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(os.environ[ADDRESS])
-    return connection
+    return os.environ[ADDRESS]
 
 
 # ---- the zygote -----------------------------------------------------------------------------------------------------
@@ -238,16 +280,19 @@ def main(path: str) -> None:
                 if key.fileobj is listener:
                     _serve(listener.accept()[0], selector)
                 else:
-                    _report(*key.data)
                     selector.unregister(key.fileobj)
-                    os.close(key.fd)
+                    key.data()
 
 
 def _serve(connection: socket.socket, selector: selectors.BaseSelector) -> None:
     """Fork one program, and watch for its end."""
     data, fds, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     while not data.endswith(b"\n"):
-        data += connection.recv(1 << 20)
+        more = connection.recv(1 << 20)
+        if not more:
+            connection.close()  # of somebody who asks for nothing
+            return
+        data += more
     request = json.loads(data)
     threads = {Path(f"/proc/self/task/{number}/comm").read_text().strip() for number in os.listdir("/proc/self/task")}
     assert len(threads - _PREPARED_FOR_FORKS) == 1, f"threads {threads}: forking is not safe"
@@ -261,7 +306,17 @@ def _serve(connection: socket.socket, selector: selectors.BaseSelector) -> None:
     for fd in fds:
         os.close(fd)
     connection.sendall(f"{child}\n".encode())
-    selector.register(os.pidfd_open(child), selectors.EVENT_READ, (child, connection))
+    watch = os.pidfd_open(child)
+
+    def report() -> None:
+        os.close(watch)
+        if request.get("tied") and connection in selector.get_map():
+            selector.unregister(connection)
+        _report(child, connection)
+
+    selector.register(watch, selectors.EVENT_READ, report)
+    if request.get("tied"):  # nothing more is sent: what comes is the end of the other side
+        selector.register(connection, selectors.EVENT_READ, lambda: os.killpg(child, signal.SIGKILL))
 
 
 def _report(child: int, connection: socket.socket) -> None:

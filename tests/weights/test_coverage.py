@@ -24,6 +24,7 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.weights.chunks import ExpertRank
 from megatron_gkd.weights.naming import ROLES, Unit, layer_units
 from megatron_gkd.weights.plan import hf_tensor_shapes, plan, unit_shapes
+from tests.support.effort import FULL
 from tests.support.models import REAL_MODELS
 
 SIZES = range(1, 9)
@@ -81,14 +82,16 @@ def test_megatron_cores_stages_share_the_layers(model: str) -> None:
 
 @pytest.mark.parametrize("model", REAL_MODELS)
 def test_elements_over_all_ranks_of_a_layout(model: str) -> None:
-    """Every legal TP x PP of a dense model, the widest TP, PP, EP of one with experts. Counted tensor by tensor: with
-    test_plan.py's proof that the rectangles of a role do not overlap, equal counts mean exactly once.
+    """Every legal TP and every legal PP of a dense model (by night every pair), the widest TP, PP, EP of one with
+    experts. Counted tensor by tensor: with test_plan.py's proof that the rectangles of a role do not overlap, equal
+    counts mean exactly once.
     """
     arch = REAL_MODELS[model]
     legal = [sizes for sizes in product(SIZES, SIZES, SIZES) if reason(arch, *sizes) is None]
     etps = [etp for etp in SIZES if arch.moe is not None and arch.moe.ffn_hidden_size % etp == 0] or [1]
     widest = {max(legal), max(legal, key=lambda s: s[1:]), max(legal, key=lambda s: (s[2], s[0], s[1]))}
-    for tp, pp, ep in legal if arch.moe is None else widest:
+    dense = [sizes for sizes in legal if FULL or 1 in sizes[:2] or sizes in widest]
+    for tp, pp, ep in dense if arch.moe is None else widest:
         # Expert ranks are taken from the data-parallel ones; how many of those there are plays no part in the map.
         expert_ranks = [ExpertRank(rank, ep) for rank in range(ep)]
         found: Counter[str] = Counter()

@@ -1,11 +1,14 @@
 """A real vLLM server as the teacher: parity with transformers and with the local teacher, the check command, faults.
 
-One server, started by launch/teacher_server.sh on the loopback interface, for all tests; the last one kills it. Faults
+One server, started by launch/teacher_server.sh on the loopback interface, for all tests; the last one kills it. Its
+process is forked from one that has imported vLLM; in the nightly run an interpreter starts it. Faults
 of other kinds: test_servers.py and tests/train/test_server_teacher.py. ms-swift: test_swift.py. Not covered: GPUs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +21,7 @@ import pytest
 from megatron_gkd import cli
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.teacher.servers.servers import TeacherServers
-from tests.support.effort import LIMIT_S
+from tests.support.effort import FULL, LIMIT_S
 from tests.support.fake_teacher_server import FakeServer, random_teacher, serve
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
@@ -40,6 +43,7 @@ from tests.support.real_teacher_server import (
 from tests.support.runs import command_line, metrics
 from tests.support.serving import logprobs_of, write_model
 from tests.support.trainers import write_rows
+from tests.support.vllm_zygote import forked_python
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -50,22 +54,23 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 class OfVLLM(Served):
     """What launch/teacher_server.sh serves."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, venv: str) -> None:
         super().__init__(root)
         self.other = write_model(root / "other", 4)
         values = dict(MODEL=self.model, PORT=self.port, DTYPE="fp32", MAX_LOGPROBS=TOPK, MAX_MODEL_LEN=MAX_MODEL_LEN)
-        values |= dict(KV_CACHE_BYTES=64 * 2**20, TEACHER_API_KEY=KEY)
+        values |= dict(KV_CACHE_BYTES=64 * 2**20, TEACHER_API_KEY=KEY, GKD_VENV=venv)
         self.start(["bash", str(ROOT / "launch/teacher_server.sh")], values)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OfVLLM]:
-    served = OfVLLM(tmp_path_factory.mktemp("vllm"))
-    try:
-        served.wait()
-        yield served
-    finally:
-        served.kill()
+    with contextlib.nullcontext(sys.prefix) if FULL else forked_python() as venv:
+        served = OfVLLM(tmp_path_factory.mktemp("vllm"), str(venv))
+        try:
+            served.wait()
+            yield served
+        finally:
+            served.kill()
 
 
 @pytest.fixture(autouse=True)
