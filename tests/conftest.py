@@ -28,7 +28,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
         *("tests/rollout/test_rollout_server_script", "tests/teacher/servers/test_vllm"),
         "tests/teacher/servers/test_swift.",
         *("tests/train/test_on_policy", "tests/train/test_teacher_samples_runs", "tests/train/test_separate_runs"),
-        *("tests/commands/test_sample", "tests/test_benchmarks", "tests/test_vllm_zygote"),
+        *("tests/commands/test_sample", "tests/test_benchmarks", "tests/test_quickstart", "tests/test_vllm_zygote"),
     ),
 }
 # What takes minutes, measured; everything else follows.

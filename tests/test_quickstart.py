@@ -4,7 +4,7 @@ What must hold at the end: held-out forward KL fell by the factor stated here, t
 and gives finite logits, the report and the TensorBoard files are there, and a second call does nothing twice. The real
 model's variant is run at night, and left out, by name, where its package cannot be fetched.
 
-The ranks are forked (support/launched.py); with the real model they start as a user's do.
+The ranks are forked from a process that has imported vLLM (support/vllm_zygote.py); with the real model they start as a user's do.
 
 Needs the environment that launch/setup_env.sh makes (else the script would install into a foreign one). Not covered:
 the numbers of the full run; those are measured, and stand in README.md.
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from tests.support.effort import FULL, LIMIT_S
-from tests.support.launched import forked_ranks
+from tests.support.vllm_zygote import forked_python
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_CANNOT_FETCH = 3
@@ -68,11 +68,14 @@ def check_run(out: Path, *, at_most: float) -> None:
 
 def test_offline_variant(tmp_path: Path):
     out = tmp_path / "run"
-    with forked_ranks() as environment:
-        first = quickstart("--offline", "--out", out, **environment)
+    with forked_python() as venv:
+        first = quickstart("--offline", "--out", out, PYTHON_EXEC=str(venv / "bin/python"))
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     assert "forward KL" in first.stdout
     check_run(out, at_most=0.7)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["source/student/num_samples"] for row in rows] == [0] * 20 + [8] * 20, "then the student's own samples"
+    assert "step 20" in (out / "report/summary.txt").read_text()
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*") if "report" not in path.parts}
     second = quickstart("--offline", "--out", out)
     assert second.returncode == 0, second.stderr

@@ -1,16 +1,16 @@
 r"""Cut a smaller student out of a teacher: keep some of its layers, and everything around them.
 
     python examples/quickstart/cut_student.py --model cache/quickstart/teacher --out cache/quickstart/student \
-        --layers 0,1,2,6,12,18,24,27,28,29
+        --layers 0-2,6,8-24,27-29
 
 Works on a Hugging Face directory with safetensors weights (one file or an index) whose layers are named
 `model.layers.<i>.*`: Llama, Mistral, Qwen2, Qwen3 and relatives. Kept layers are renumbered 0, 1, 2, ... in the order
 given; embedding, final norm, head, tokenizer and chat template are copied. `num_hidden_layers` and per-layer lists of
 the configuration are cut to match. Tensors keep their type.
 
-Why these layers: the first and last layers of a language model carry what the middle does not. For a 30-layer SmolLM2
-the ten layers above (dense at both ends, sparse in the middle) are a far better start than even spacing; the forward KL
-of the cut model is 6.4 against 14.1 nats.
+Why these layers: some carry next to nothing, and others what nothing else does. Of a 30-layer SmolLM2 the forward KL
+of the rest is 0.08 nats a token without layer 3, 0.75 without layer 8, 1.38 without layer 11; without 3, 4, 5, 7, 25
+and 26 it is 0.87. Measure each layer alone, then the best together.
 
 Not covered: weights in other formats than safetensors, models with experts shared between layers, quantised
 checkpoints."""

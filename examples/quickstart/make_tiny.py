@@ -21,7 +21,7 @@ from megatron_gkd.errors import GKDError
 from prepare_data import write_jsonl
 from prepared import building, is_prepared
 
-FORMAT = 1  # of what this script writes; raised when its output changes
+FORMAT = 2  # of what this script writes; raised when its output changes
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -70,7 +70,7 @@ def make_tokenizer(rows: list[dict[str, Any]]) -> Any:
 
 
 def make_teacher(out: Path, tokenizer: Any, seed: int) -> None:
-    """A random Llama: 4 layers x 64, 4 heads and 2 key-value heads, so it splits over 2 ranks by tensor or pipeline."""
+    """A random Llama: 4 layers x 64, 4 heads of 32 and 2 key-value heads, so it splits over 2 ranks by tensor or pipeline."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -82,6 +82,7 @@ def make_teacher(out: Path, tokenizer: Any, seed: int) -> None:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,  # the smallest that vLLM's attention on CPUs takes
         max_position_embeddings=512,
         initializer_range=0.2,
         tie_word_embeddings=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_gkd.commands.report.run_record import Record, RunRecord
-from megatron_gkd.commands.report.summary import describe_loss
+from megatron_gkd.commands.report.summary import describe_loss, first_sampled_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +36,8 @@ def draw_curve(run: RunRecord, path: Path) -> None:
     _draw_loss(loss, run)
     _draw_divergences(divergences, run.evaluations)
     _draw_agreement(agreement, run.evaluations)
+    for axes in (loss, divergences, agreement):
+        _shade_sampled_steps(axes, run)
     figure.suptitle(f"{run.directory.name}: {describe_loss(run.config)}", fontsize=11)
     figure.savefig(path, dpi=130)
 
@@ -80,6 +82,17 @@ def _draw_agreement(axes: Axes, evaluations: tuple[Record, ...]) -> None:
         )
     axes.margins(x=0.12)
     axes.set_ylim(0, 1.2 * max(*percent, 1.0))  # room for the line and its numbers, also near 100 %
+
+
+def _shade_sampled_steps(axes: Axes, run: RunRecord) -> None:
+    """Where a run that began on the data's completions trains on the student's own."""
+    first = first_sampled_step(run)
+    if first is None or first == 1 or not axes.lines:
+        return
+    axes.axvspan(first - 0.5, run.last_step + 0.5, color="#ff7f0e", alpha=0.08, linewidth=0)
+    axes.text(
+        0.99, 0.02, "the student's own samples", transform=axes.transAxes, ha="right", color="#b35900", fontsize=8
+    )
 
 
 def _prepare(axes: Axes, title: str, unit: str, *, empty: bool) -> None:

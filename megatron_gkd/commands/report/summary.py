@@ -51,12 +51,25 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "first_loss": run.metrics[0].get("loss") if run.metrics else None,
         "last_loss": run.metrics[-1].get("loss") if run.metrics else None,
         "eval_dataset": list(run.config.data.eval_dataset),
+        "supervised": supervised_part(run),
         "before": run.evaluations[0] if run.evaluations and run.evaluations[0]["step"] == 0 else None,
         "after": run.evaluations[-1] if run.evaluations and run.evaluations[-1]["step"] > 0 else None,
         "exported": run.export.get("exported"),
         "export_differs_in": _differences(run),
         "export_dtype": run.export.get("dtype"),
     }
+
+
+def supervised_part(run: RunRecord) -> dict[str, Any] | None:
+    """The last evaluation before the student's own samples came in, of a run that began without them."""
+    first = first_sampled_step(run) or 0
+    earlier = [row for row in run.evaluations if 0 < row["step"] < first]
+    return dict(earlier[-1]) if earlier else None
+
+
+def first_sampled_step(run: RunRecord) -> int | None:
+    """The first step that trained on samples of the student."""
+    return next((row["step"] for row in run.metrics if row.get("source/student/num_samples")), None)
 
 
 def _total(run: RunRecord, name: str) -> float:
@@ -140,14 +153,21 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
     num_tokens = (after or before).get("num_tokens")
     tokens = f"{num_tokens:,.0f} completion tokens of " if num_tokens else ""
     yield f"Held-out text: {tokens}{', '.join(summary['eval_dataset'])}"
-    exported = summary.get("exported")
-    head = f"{'exported':>12}" if exported else ""
-    yield f"  {'':<30}{'before':>12}{'after':>12}{head}   change"
+    supervised = summary.get("supervised")
+    columns = {"before": before or {}}
+    if supervised:
+        columns[f"step {supervised['step']}"] = supervised
+    columns["after"] = after or {}
+    if summary.get("exported"):
+        columns["exported"] = summary["exported"]
+    yield f"  {'':<30}{''.join(f'{name:>12}' for name in columns)}   change"
     for key, name in QUANTITIES.items():
-        old, new = (before or {}).get(key), (after or {}).get(key)
+        old, new = columns["before"].get(key), columns["after"].get(key)
         if old is not None or new is not None:
-            cell = f"{_cell(key, exported.get(key)):>12}" if exported else ""
-            yield f"  {name:<30}{_cell(key, old):>12}{_cell(key, new):>12}{cell}   {_change(key, old, new)}".rstrip()
+            cells = "".join(f"{_cell(key, values.get(key)):>12}" for values in columns.values())
+            yield f"  {name:<30}{cells}   {_change(key, old, new)}".rstrip()
+    if supervised:
+        yield f"  step {supervised['step']}: taught on the data's completions; after: also on its own, judged by the teacher"
     yield from _export(summary)
 
 

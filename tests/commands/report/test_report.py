@@ -100,6 +100,21 @@ def test_numbers_answers_and_files(tmp_path: Path, models: Path, capsys: pytest.
             assert answer[who] == greedy(models / path, question, 5)
 
 
+def test_a_run_that_began_on_the_data_and_went_on_with_its_own_samples(tmp_path: Path, models: Path):
+    between = {**BEFORE, "step": 2, "forward_kl": 2.0, "agreement": 0.25}
+    run = write_run(tmp_path / "run", models, evaluations=[BEFORE, between, AFTER])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[2:]:
+        row["source/student/num_samples"] = 8
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli(["report", str(run), "--num_answers", "0"]) == 0
+    lines = [line.split() for line in (run / "report/summary.txt").read_text().splitlines()]
+    assert ["before", "step", "2", "after", "change"] in lines
+    assert ["forward", "KL,", "nats/token", "4.0000", "2.0000", "1.0000", "x", "0.25"] in lines
+    assert ["top-1", "agreement", "12.5%", "25.0%", "50.0%", "+37.5", "points"] in lines
+    assert json.loads((run / "report/summary.json").read_text())["supervised"] == between
+
+
 def greedy(path: Path, question: dict[str, str], max_new_tokens: int) -> str:
     """The same answer by hand: the whole sequence again for every token, no cache, no generate()."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
