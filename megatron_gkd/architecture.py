@@ -7,6 +7,9 @@ mixtral. All of them are one decoder (pre-norm RMSNorm, grouped-query attention 
 biases) and differ in the q/k/v bias, the q/k norm, head_dim, the tied head, the RoPE frequencies, and in whether (some)
 layers have a mixture of experts in place of the MLP.
 
+A vision-language model (internvl, llava) is such a decoder with a tower and a projector before it
+(model/vision_config.py): its `text_config` is read as a config.json of its own.
+
 Everything else is refused here, by name, before a weight is read: an option that is not understood would give a model
 that runs and is wrong. RoPE is taken from transformers' own functions as numbers (`inv_freq` per frequency pair and
 the factor on cos and sin), because formulas written twice differ: megatron-core, for one, hard-codes three of
@@ -25,6 +28,7 @@ from megatron_gkd.config.json_file import read_json, shown, whole_number
 from megatron_gkd.data.git_lfs import refuse_lfs_pointer
 from megatron_gkd.errors import CheckpointError, NotBuiltError
 from megatron_gkd.model.known_options import refuse_unknown_options
+from megatron_gkd.model.vision_config import FAMILIES, REFUSED, VisionPart, read_vision
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Architecture:
     max_position_embeddings: int
     rope: Rope
     moe: MixtureOfExperts | None = None
+    vision: VisionPart | None = None  # tower and projector of a vision-language model, before this decoder
 
     def __post_init__(self) -> None:
         assert self.num_heads % self.num_kv_heads == 0, self
@@ -159,7 +164,10 @@ def read_architecture(path: str | Path) -> Architecture:
     """
     path = Path(path)
     raw = read_config_json(path)
-    model_type = raw.get("model_type")
+    model_type, whole = raw.get("model_type"), None
+    if isinstance(model_type, str) and model_type in (*FAMILIES, *REFUSED):
+        whole, text = _vision_language(path, raw)
+        vision, raw, model_type = read_vision(path, raw, whole), text, text.get("model_type")
     if not isinstance(model_type, str | None):
         raise CheckpointError(f"{path}: model_type is {shown(model_type)}; {_supported()}")
     if model_type in _OTHER_MOE_MODEL_TYPES:
@@ -172,7 +180,7 @@ def read_architecture(path: str | Path) -> Architecture:
     _check_raw(path, raw, family)
     _check_numbers(path, raw)
     refuse_unknown_options(path, raw, str(model_type))
-    config = _load_config(path)
+    config = _load_config(path) if whole is None else whole.text_config
     _check_options(path, config)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -209,7 +217,24 @@ def read_architecture(path: str | Path) -> Architecture:
         max_position_embeddings=config.max_position_embeddings,
         rope=_read_rope(path, config, head_dim),
         moe=_read_experts(path, config) if family.experts else None,
+        vision=None if whole is None else vision,
     )
+
+
+def _vision_language(path: Path, raw: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """transformers' view of a vision-language config.json, and the part of it that is the decoder's."""
+    model_type = raw["model_type"]
+    if model_type in REFUSED:
+        raise NotBuiltError(f"{path}: model_type {model_type!r} is not built: {REFUSED[model_type]}; {_supported()}")
+    text = raw.get("text_config")
+    if not isinstance(text, dict) or not isinstance(raw.get("vision_config"), dict):
+        raise CheckpointError(f"{path}: a {model_type} config.json needs the objects text_config and vision_config")
+    _check_raw(path, raw, _Family(FAMILIES[model_type].hf_class))
+    _check_numbers(path, text)
+    whole = _load_config(path)
+    # That of the top level decides: transformers asks the whole model's config.
+    whole.text_config.tie_word_embeddings = whole.tie_word_embeddings
+    return whole, {**text, "tie_word_embeddings": whole.tie_word_embeddings}
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
@@ -233,7 +258,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
 
 
 def _supported() -> str:
-    return f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+    return f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}, and with images {', '.join(FAMILIES)}"
 
 
 def _load_config(path: Path) -> Any:

@@ -15,13 +15,34 @@ Legend: P prompt tokens, C completion tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_gkd.errors import DataError
 
 Source = Literal["student", "teacher", "dataset"]
 SOURCES: tuple[Source, ...] = ("student", "teacher", "dataset")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a prompt: where it is, and where its rows go. What it shows is read when it is needed."""
+
+    name: str  # where it is, for people
+    path: str | None  # the file; None: `data` holds it
+    data: bytes | None = field(repr=False)  # as it was encoded (PNG, JPEG, ...)
+    digest: str  # of the encoded bytes
+    size: tuple[int, int]  # width, height in pixels, upright
+    spans: tuple[tuple[int, int], ...]  # [first, end) of the placeholders in the prompt's tokens, in reading order
+
+    @property
+    def places(self) -> list[int]:
+        """Indices of its placeholders in the prompt, one for each row of the vision tower."""
+        return [place for first, end in self.spans for place in range(first, end)]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(end - first for first, end in self.spans)
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,8 @@ class Row:
     completion_ids: tuple[int, ...] | None
     teacher_prompt_ids: tuple[int, ...] | None = None  # the teacher's prompt; None: prompt_ids
     tag: str | None = None  # which of several teachers scores it
+    pictures: tuple[Picture, ...] = ()  # of the prompt
+    teacher_pictures: tuple[Picture, ...] = ()  # of the teacher's own prompt
 
     def __post_init__(self) -> None:
         if not self.prompt_ids or self.teacher_prompt_ids == ():
@@ -65,6 +88,8 @@ class Sample:
     tag: str | None = None  # which of several teachers scores it
     completion_mask: tuple[bool, ...] | None = None  # [C], which tokens the model wrote; None: all
     logprobs: tuple[float, ...] | None = None  # [C], the sampler's of each token; None: not known
+    pictures: tuple[Picture, ...] = ()  # of the prompt
+    teacher_pictures: tuple[Picture, ...] = ()  # of the teacher's own prompt
 
     @property
     def num_inputs(self) -> int:
@@ -81,7 +106,10 @@ class Sample:
         """The sample as the teacher is fed it: the same completion, so the same loss tokens, after its own prompt."""
         if self.teacher_prompt_ids is None:
             return self
-        return replace(self, prompt_ids=self.teacher_prompt_ids, teacher_prompt_ids=None)
+        pictures = self.teacher_pictures
+        return replace(
+            self, prompt_ids=self.teacher_prompt_ids, pictures=pictures, teacher_prompt_ids=None, teacher_pictures=()
+        )
 
 
 @dataclass(frozen=True)

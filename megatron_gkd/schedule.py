@@ -172,6 +172,8 @@ def make_samples(
                 tag=row.tag,
                 completion_mask=None if found.mask is None else tuple(found.mask),
                 logprobs=None if found.logprobs is None else tuple(found.logprobs),
+                pictures=row.pictures,
+                teacher_pictures=row.teacher_pictures,
             )
         )
     return tuple(samples)

@@ -26,20 +26,21 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_gkd.architecture import read_config_json
+from megatron_gkd.architecture import read_architecture, read_config_json
 from megatron_gkd.config.checks import CheckDataConfig
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
 from megatron_gkd.data.collate import collate
 from megatron_gkd.data.files import Columns, read_records
+from megatron_gkd.data.image_tokens import ImageTokens, read_image_tokens
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.data.second_reading import Conversation, read_again, teachers_turns
 from megatron_gkd.data.show import show_row
 from megatron_gkd.data.suspicions import describe
-from megatron_gkd.errors import CheckFailedError
+from megatron_gkd.errors import CheckFailedError, ConfigError
 from megatron_gkd.observe.text import visible
 from megatron_gkd.records import Row, Sample
 from megatron_gkd.train.hub_files import with_local_files
@@ -53,6 +54,7 @@ class Account:
 
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
+    num_image_tokens: int = 0  # of those of prompts
     num_completions: int = 0
     num_ended: int = 0  # completions that end with the token a sampler stops at
     num_end_inside: int = 0  # completions with that token before their end
@@ -61,6 +63,10 @@ class Account:
     longest: int = 0
     longest_place: str = ""
     problems: list[str] = field(default_factory=list)
+
+    def _of_images(self, rows: RowDataset) -> list[str]:
+        number = rows.summary.num_pictures
+        return [f"images in prompts        {number}, of {self.num_image_tokens} tokens"] if number else []
 
     def lines(self, rows: RowDataset) -> list[str]:
         """For people."""
@@ -72,6 +78,7 @@ class Account:
             f"prompts cut at the left  {rows.summary.num_truncated}",
             f"prompts alone            {rows.summary.num_prompt_only}",
             f"tokens of prompts        {self.num_prompt_tokens}",
+            *self._of_images(rows),
             f"tokens of completions    {self.num_completion_tokens} ({per_row:.1f} a completion; these are trained on)",
             f"longest row              {self.longest} tokens ({self.longest_place})",
             f"end with the stop token  {self.num_ended} of {self.num_completions} completions",
@@ -87,10 +94,27 @@ class Account:
         return lines + [f"LOOK AT {text}" for text in describe(rows.summary.suspicious, rows.summary.first_suspicious)]
 
 
+def _with_bare_prompts(row: Row, images: ImageTokens) -> Row:
+    """One placeholder for each image, as the chat template writes it."""
+    teacher_ids = row.teacher_prompt_ids
+    if teacher_ids is not None:
+        teacher_ids = images.bare(teacher_ids, row.teacher_pictures)
+    return replace(row, prompt_ids=images.bare(row.prompt_ids, row.pictures), teacher_prompt_ids=teacher_ids)
+
+
+def _image_problem(row: Row, images: ImageTokens) -> str | None:
+    """The rows of the tower go where the placeholders are, and nowhere else."""
+    wanted = [place for place, token in enumerate(row.prompt_ids) if token == images.image_token_id]
+    media = collate([Sample(0, 0, row.prompt_ids, row.completion_ids or (0,), "dataset", pictures=row.pictures)]).media
+    placed = [] if media is None else media.index.tolist()
+    return None if placed == wanted else "the rows of the vision tower do not go where the placeholders are"
+
+
 def run_check_data(config: CheckDataConfig) -> None:
     """Print the rows and the account; raises CheckFailedError if something is wrong with what would be trained on."""
     config = with_local_files(config, weights=False)
     encoder = ChatEncoder(load_tokenizer(config.model))
+    images = _image_tokens(config, encoder)
     rows = load_rows(
         config.dataset,
         encoder.tokenizer,
@@ -102,11 +126,13 @@ def run_check_data(config: CheckDataConfig) -> None:
         loss_scale=config.loss_scale,
         template_kwargs=config.template_kwargs,
         clock=encoder.clock,
+        images=images,
     )
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for index in range(min(config.num_rows, len(rows))):
-        print(show_row(encoder, rows[index], rows.place(index), colours=colours), end="\n\n")
-    found = check_rows(encoder, rows, config.dataset, loss_scale=config.loss_scale, variables=config.template_kwargs)
+        print(show_row(encoder, rows[index], rows.place(index), colours=colours, images=images), end="\n\n")
+    scale, variables = config.loss_scale, config.template_kwargs
+    found = check_rows(encoder, rows, config.dataset, loss_scale=scale, variables=variables, images=images)
     print(visible("\n".join(found.lines(rows))), flush=True)
     if 0 < rows.summary.num_prompt_only < len(rows):
         print(
@@ -135,6 +161,23 @@ def run_check_data(config: CheckDataConfig) -> None:
         )
 
 
+def _image_tokens(config: CheckDataConfig, encoder: ChatEncoder) -> ImageTokens | None:
+    """How the model sees images; None for one of text alone, and for a directory that holds no model."""
+    vision = read_architecture(config.model).vision if _is_vision_language(config.model) else None
+    if vision is None:
+        if config.max_image_tiles is not None:
+            raise ConfigError(
+                f"--max_image_tiles is of a vision-language model, and {config.model} has no vision tower"
+            )
+        return None
+    tiles = config.max_image_tiles
+    return read_image_tokens(config.model, vision.family, vision.image_token_id, encoder.tokenizer, max_tiles=tiles)
+
+
+def _is_vision_language(model: str) -> bool:
+    return (Path(model) / "config.json").is_file() and "vision_config" in read_config_json(model)
+
+
 def _size_problem(encoder: ChatEncoder, model: str) -> str | None:
     """A tokenizer with more tokens than the model has, where the directory holds a model: `train` refuses the pair."""
     if not (Path(model) / "config.json").is_file():
@@ -155,6 +198,7 @@ def check_rows(
     *,
     loss_scale: str = "last_round",
     variables: str = "{}",
+    images: ImageTokens | None = None,
 ) -> Account:
     """The checks of the module docstring. `variables`: the flags' for the template, as JSON."""
     found, may_be_cut = Account(), rows.summary.num_truncated > 0
@@ -178,6 +222,9 @@ def check_rows(
             found.num_end_inside += encoder.end_of_turn_id in completion[:-1]
             if len(row.prompt_ids) + len(completion) > found.longest:
                 found.longest, found.longest_place = len(row.prompt_ids) + len(completion), place
+            found.num_image_tokens += sum(picture.num_tokens for picture in row.pictures)
+            problem_of_mask = _mask_problem(row) or (images and _image_problem(row, images))
+            row = row if images is None else _with_bare_prompts(row, images)
             problems = [rendered.problem(row) for rendered in wanted]
             if None in problems:  # of several rows of a record some may have been dropped
                 at = problems.index(None)
@@ -186,7 +233,7 @@ def check_rows(
                 problem, wanted = None, wanted[at + 1 :]
             else:
                 problem, wanted = (problems or ["the record has no such turn to train on"])[0], wanted[1:]
-            problem = problem or _mask_problem(row) or _teachers_problem(encoder, row, record, given)
+            problem = problem or problem_of_mask or _teachers_problem(encoder, row, record, given)
             if problem:
                 found.problems.append(f"{place}: {problem}")
     return found
@@ -227,6 +274,13 @@ def _render(
     arguments: dict[str, Any] = dict(add_generation_prompt=add_generation_prompt, return_dict=False, **options)
     arguments |= encoder.clock.options(encoder.tokenizer.chat_template)
     messages: Any = [dict(turn) for turn in turns]
+    if encoder.wants_parts:
+        messages = [
+            {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+            if isinstance(turn["content"], str)
+            else turn
+            for turn in messages
+        ]
     apply = encoder.tokenizer.apply_chat_template
     return str(apply(messages, tokenize=False, **arguments)), tuple(apply(messages, tokenize=True, **arguments))
 

@@ -167,7 +167,7 @@ def _to_megatron(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None
         write_shards(chunks, checkpoint, arch, groups, temporary)
         if dist.get_rank() == 0:
             copy_side_files(Path(cfg.model), temporary)
-            write_dtypes(temporary, dtypes)
+            write_dtypes(temporary, dtypes, arch)
 
 
 def _to_hf(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:

@@ -103,6 +103,9 @@ class CheckDataConfig(Section):
     )
     chat_template_kwargs: str | None = kwargs_setting()
     enable_thinking: bool | None = thinking_setting()
+    max_image_tiles: int | None = setting(
+        None, "As in training of a vision-language student: most tiles of an image; null: the processor's.", ge=1
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
 
     @property

@@ -70,6 +70,12 @@ class ModelConfig(Section):
         False, "Keep the student's embedding as it is; with tied embeddings that is its head too."
     )
     freeze_router: bool = setting(False, "Keep the routers of a mixture-of-experts student as they are.")
+    freeze_vision: bool = setting(
+        True, "Keep the vision tower of a vision-language student as it is; false trains it with the rest."
+    )
+    freeze_projector: bool = setting(
+        False, "The same of its projector, between the tower and the decoder, which is trained by default."
+    )
 
     @property
     def precision(self) -> Dtype:
@@ -400,6 +406,12 @@ class DataConfig(Section):
     )
     chat_template_kwargs: str | None = kwargs_setting()
     enable_thinking: bool | None = thinking_setting()
+    max_image_tiles: int | None = setting(
+        None,
+        "Most tiles that an image is cut into, for the student and its teacher (a whole view comes on top where there "
+        "are several); null: as the model's processor says.",
+        ge=1,
+    )
     prompt_only: Literal["stop", "drop"] = setting(
         "stop",
         "A row without a completion where a completion of the data is needed (held-out rows; --lmbda below 1 with "

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.git_lfs import refuse_lfs_pointer
+from megatron_gkd.data.image_forms import numbers_in, parts
 from megatron_gkd.data.time_limit import TimeLimitError, time_limit
 from megatron_gkd.data.turns import Arguments, with_text_arguments
 from megatron_gkd.errors import CheckpointError, DataError
@@ -310,10 +311,10 @@ class ChatEncoder:
         arguments_as_text: bool | None = None,
     ) -> str:
         """The template's text of turns. Raises DataError. `arguments_as_text`: None: as the template wants it."""
-        messages: Any = [dict(turn) for turn in turns]
+        messages: Any = [self._for_template(turn) for turn in turns]
         has_calls = any("tool_calls" in turn for turn in turns)
         if has_calls and (self.arguments_as_text if arguments_as_text is None else arguments_as_text):
-            messages = [with_text_arguments(turn) for turn in turns]
+            messages = [with_text_arguments(turn) for turn in messages]
         try:
             with time_limit(MOST_SECONDS):
                 text = self.tokenizer.apply_chat_template(
@@ -330,6 +331,25 @@ class ChatEncoder:
             raise DataError(f"the chat template refuses the messages: {error or type(error).__name__}") from error
         assert isinstance(text, str)
         return text
+
+    def _for_template(self, turn: Message) -> dict[str, Any]:
+        """Content with images as parts; text too, for a template that takes nothing else."""
+        content = turn.get("content")
+        if isinstance(content, str) and (numbers_in(content) or self.wants_parts):
+            return {**turn, "content": parts(content)}
+        return dict(turn)
+
+    @cached_property
+    def wants_parts(self) -> bool:
+        """Whether the template writes the text of parts, and not that of a string (LLaVA's)."""
+
+        def writes(content: Any) -> bool:
+            with contextlib.suppress(Exception):
+                turns: Any = [{"role": "user", "content": content}]
+                return _PROBE in str(self.tokenizer.apply_chat_template(turns, tokenize=False, **self._of_clock))
+            return False
+
+        return not writes(_PROBE) and writes(parts(_PROBE))
 
     def _end_of_turn(self) -> str:
         return repr(self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id))

@@ -25,7 +25,17 @@ from itertools import accumulate
 import torch
 
 from megatron_gkd.errors import DataError
-from megatron_gkd.records import SOURCES, LossShare, Sample
+from megatron_gkd.records import SOURCES, LossShare, Picture, Sample
+
+
+@dataclass(frozen=True)
+class Media:
+    """The pictures of a micro-batch: references, which the rank that has the vision tower reads and prepares."""
+
+    pictures: tuple[Picture, ...]  # sample by sample, in reading order
+    num_rows: int  # of all of them together
+    index: torch.Tensor  # [n] int64, flat index b * S + s of the placeholders that are here
+    rows: torch.Tensor  # [n] int64, which of the rows of all pictures takes each place
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class MicroBatch:
     counts_samples: bool = True  # False where another rank has another part of the same samples, and counts them
     padding: torch.Tensor | None = None  # [B, S] bool, True where no sample has a token; None: nowhere
     logprobs: torch.Tensor | None = None  # [T] float32, the sampler's; NaN: not known; None: of no token
+    media: Media | None = None  # None: no sample has a picture
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -114,7 +125,23 @@ def collate(
         max_seqlen=max_seqlen,
         padding=_padding(tokens, starts, samples),
         logprobs=_sampled_logprobs(samples, held),
+        media=_media(samples, starts),
     )
+
+
+def _media(samples: Sequence[Sample], starts: Sequence[int]) -> Media | None:
+    """`starts` are the flat indices of the samples' first tokens. The places come from the prompts as they were
+    expanded: a sampled completion may hold the same token id, which is text there."""
+    pictures = tuple(picture for sample in samples for picture in sample.pictures)
+    if not pictures:
+        return None
+    index = [
+        start + place
+        for start, sample in zip(starts, samples, strict=True)
+        for picture in sample.pictures
+        for place in picture.places
+    ]
+    return Media(pictures, len(index), _int64(index), torch.arange(len(index)))
 
 
 def _padding(tokens: torch.Tensor, starts: Sequence[int], samples: Sequence[Sample]) -> torch.Tensor:

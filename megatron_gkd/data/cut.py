@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.data.collate import Media, MicroBatch
 from megatron_gkd.parallel.zigzag import held_spans_of_pack
 
 
@@ -39,4 +39,13 @@ def cut(batch: MicroBatch, size: int, rank: int) -> MicroBatch:
         padding=None if batch.padding is None else batch.padding[:, index],
         loss_index=batch.loss_index // length * len(index) + local,
         counts_samples=rank == 0,
+        media=None if batch.media is None else _cut_media(batch.media, place, len(index)),
     )
+
+
+def _cut_media(media: Media, place: torch.Tensor, num_held: int) -> Media:
+    """All pictures, and those of the places that are here. `place`: index in the whole row -> in this part, or -1."""
+    length = len(place)
+    local = place[media.index % length]
+    held = local >= 0
+    return replace(media, index=(media.index // length * num_held + local)[held], rows=media.rows[held])

@@ -15,17 +15,21 @@ With the rows goes what is not used of the record: columns that mean nothing her
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megatron_gkd.data.chat import ChatEncoder, Encoding
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.files import Columns
-from megatron_gkd.data.forms import LossScale, prompt_of, read_record
+from megatron_gkd.data.forms import LossScale, Pair, prompt_of, read_record
+from megatron_gkd.data.image_forms import ImageSource, numbers_in, take_images
+from megatron_gkd.data.image_tokens import ImageTokens
+from megatron_gkd.data.pictures import read_picture
 from megatron_gkd.errors import ConfigError, DataError
-from megatron_gkd.records import Row
+from megatron_gkd.records import Picture, Row
 
 OnBadRow = Literal["stop", "skip"]
 Overlong = Literal["drop", "truncate_left", "stop"]
@@ -52,6 +56,7 @@ class RowSummary:
     num_prompt_only: int = 0  # of the used ones
     num_truncated: int = 0  # of the used ones: prompts cut at the left
     num_teacher_prompts: int = 0  # of the used ones
+    num_pictures: int = 0  # in prompts of the used ones
     # "malformed" | "marked" | "overlong" | "completion_overlong" | "teacher_prompt_overlong" -> rows
     dropped: dict[str, int] = field(default_factory=dict)
     # the same keys -> place and reason of the first of them
@@ -97,6 +102,8 @@ class RowSummary:
             text += f", {self.num_prompt_only} of them without a completion"
         if self.num_teacher_prompts:
             text += f", {self.num_teacher_prompts} with a teacher_prompt"
+        if self.num_pictures:
+            text += f", with {self.num_pictures} images"
         if self.num_truncated:
             text += f", {self.num_truncated} with their prompt cut at the left"
         for reason, count in sorted(self.dropped.items()):
@@ -110,6 +117,19 @@ class RowSummary:
 
 IGNORED = "columns that mean nothing here, ignored: {}"
 LOST = "the chat template leaves out, so it is NOT trained on: {}"
+
+
+def _images_of(texts: Sequence[Any]) -> list[int]:
+    """The numbers of the images in prompts or turns, in reading order."""
+    found: list[int] = []
+    for text in texts:
+        if isinstance(text, str):
+            found += numbers_in(text)
+        elif isinstance(text, Mapping):
+            found += numbers_in(text["content"])
+        else:
+            found += _images_of(text)
+    return found
 
 
 def _counted(counts: Mapping[str, int]) -> str:
@@ -141,6 +161,8 @@ class RowPolicy:
         one_row: refuse a record of which several turns carry the loss.
         clock: the time that the chat template is told; None: that of the start of the reading.
         prompt_only: a row without a completion: "keep" it, or "drop" and count it.
+        images: how a vision-language student sees images; None: a row with images is malformed.
+        teacher_images: how its teacher does; None: alike.
     """
 
     max_length: int
@@ -154,6 +176,8 @@ class RowPolicy:
     one_row: bool = False
     clock: Clock | None = None
     prompt_only: PromptOnly = "keep"
+    images: ImageTokens | None = None
+    teacher_images: ImageTokens | None = None
 
     def __post_init__(self) -> None:
         if self.on_bad_row not in ("stop", "skip"):
@@ -185,10 +209,18 @@ class RowPolicy:
         """Raises ConfigError for a variable that was given for every row and that the chat template does not name."""
         check_variables(self.variables, encoder)
 
-    def encoding(self, record: Columns | str, encoder: ChatEncoder) -> Encoding[Tokenised]:
-        """A record as rows, for `ChatEncoder.encode_all`; DataError for a malformed one."""
+    def encoding(self, record: Columns | str, encoder: ChatEncoder, folder: Path = Path()) -> Encoding[Tokenised]:
+        """A record as rows, for `ChatEncoder.encode_all`; DataError for a malformed one.
+
+        Args:
+            folder: what paths of images are relative to.
+        """
         if isinstance(record, str):
             raise DataError(record)
+        sources: list[ImageSource] = []
+        if self.images is not None:
+            record, sources = take_images(record)
+        pictures = [read_picture(source, folder, number) for number, source in enumerate(sources)]
         reading = read_record(record, () if self.tag_key is None else (self.tag_key,))
         options, pairs = {**self.variables, **reading.options}, reading.pairs(self.loss_scale)
         several = f"{len(pairs)} turns carry the loss, each as a row of its own"
@@ -206,10 +238,34 @@ class RowPolicy:
         rows = []
         for pair in pairs:
             prompt_ids, completion_ids = yield from encoder.encoding(*pair, options)
-            rows.append(Row(prompt_ids, completion_ids, of_teacher, tag))
+            row = Row(prompt_ids, completion_ids, of_teacher, tag)
+            rows.append(row if self.images is None else self._with_images(row, pair, teachers, pictures))
         lost = encoder.left_out.of(pairs, options, reading.options)
         lost += [f"{name} (teacher_prompt)" for name in encoder.left_out.of(teachers, options, {})]
         return Tokenised(tuple(rows), reading.ignored, tuple(lost))
+
+    def _with_images(self, row: Row, pair: Pair, teachers: Sequence[Pair], pictures: Sequence[Picture]) -> Row:
+        """The row with as many placeholders as its images have tokens, for the student and for its teacher."""
+        assert self.images is not None
+        prompt, completion = pair
+        if completion is not None and _images_of([completion]):
+            raise DataError("an image stands in the completion; only prompts have images")
+        if self.images.image_token_id in (row.completion_ids or ()):
+            raise DataError("the completion has the name of the image placeholder in its text; remove it")
+        own = [pictures[number] for number in _images_of([prompt])]
+        ids, placed = self.images.expand(row.prompt_ids, own)
+        of_teacher = self.teacher_images or self.images
+        teacher_ids, theirs = row.teacher_prompt_ids, [pictures[n] for n in _images_of([t for t, _ in teachers])]
+        if teacher_ids is None and of_teacher != self.images:
+            teacher_ids, theirs = row.prompt_ids, own
+        if teacher_ids is None:
+            return replace(row, prompt_ids=ids, pictures=placed)
+        teacher_ids, teacher_placed = of_teacher.expand(teacher_ids, theirs)
+        if (teacher_ids, teacher_placed) == (ids, placed):
+            return replace(row, prompt_ids=ids, pictures=placed, teacher_prompt_ids=None)
+        return replace(
+            row, prompt_ids=ids, pictures=placed, teacher_prompt_ids=teacher_ids, teacher_pictures=teacher_placed
+        )
 
     def take(self, encoded: Tokenised | DataError, place: str, summary: RowSummary) -> list[Row]:
         """The rows of an encoded record, some perhaps with their prompt cut; those that are dropped are counted."""
@@ -252,7 +308,7 @@ class RowPolicy:
         if room < 1:
             summary.drop("completion_overlong", text)
             return None
-        if self.overlong == "drop":
+        if self.overlong == "drop" or row.pictures:  # a prompt with images is never cut
             summary.drop("overlong", text)
             return None
         summary.num_truncated += 1

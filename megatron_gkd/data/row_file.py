@@ -34,9 +34,9 @@ from megatron_gkd.data.rows import RowArrays, RowDataset
 
 _TYPES: dict[str, str] = {"I64": "<i8", "I32": "<i4", "I8": "i1"}
 _DTYPES = {  # the widest first: so each array is aligned to its own width
-    **dict.fromkeys(("borders", "places", "teacher_borders"), "I64"),
+    **dict.fromkeys(("borders", "places", "teacher_borders", "picture_borders"), "I64"),
     **dict.fromkeys(("tokens", "teacher_tokens", "tag_index"), "I32"),
-    "prompt_only": "I8",
+    **dict.fromkeys(("prompt_only", "pictures"), "I8"),
 }
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # of file systems that have none
 _ABANDONED_S = 24 * 3600.0  # an unfinished file of that age has no writer any more

@@ -25,7 +25,9 @@ from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
 from megatron_gkd.data.files import Columns, read_records
 from megatron_gkd.data.forms import LossScale
+from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.data.order import check_weights
+from megatron_gkd.data.pictures import content, pack, unpack
 from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary, Tokenised
 from megatron_gkd.data.suspicions import Suspicions
 from megatron_gkd.errors import DataError
@@ -50,6 +52,9 @@ class RowArrays(NamedTuple):
     teacher_tokens: npt.NDArray[np.int32]
     tag_index: npt.NDArray[np.int32]  # [N]; into the tags; -1: none
     prompt_only: npt.NDArray[np.int8]  # [N]; 1: no completion
+    # [N + 1]; row i: pictures[b[i] : b[i+1]], as pictures.py packs them; empty: none, also where no row has any
+    picture_borders: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+    pictures: npt.NDArray[np.int8] = np.zeros(0, np.int8)
 
 
 class RowDataset(Rows):
@@ -83,12 +88,21 @@ class RowDataset(Rows):
         start, middle, end = arrays.borders[2 * index : 2 * index + 3].tolist()
         of_teacher = arrays.teacher_tokens[slice(*arrays.teacher_borders[index : index + 2].tolist())]
         tag = int(arrays.tag_index[index])
+        pictures, teacher_pictures = unpack(self._packed(index))
         return Row(
             tuple(arrays.tokens[start:middle].tolist()),
             None if arrays.prompt_only[index] else tuple(arrays.tokens[middle:end].tolist()),
             tuple(of_teacher.tolist()) or None,
             None if tag < 0 else self.tags[tag],
+            pictures,
+            teacher_pictures,
         )
+
+    def _packed(self, index: int) -> bytes:
+        arrays = self.arrays
+        if not len(arrays.pictures):
+            return b""
+        return arrays.pictures[slice(*arrays.picture_borders[index : index + 2].tolist())].tobytes()
 
     def place(self, index: int) -> str:
         file, line = self.arrays.places[2 * index : 2 * index + 2].tolist()
@@ -139,6 +153,8 @@ class RowDataset(Rows):
             digest.update(len(numbers).to_bytes(8, "little"))
             digest.update(numbers.data)
         digest.update("".join(map(repr, self.tags)).encode())
+        for index in range(len(self)) if len(arrays.pictures) else ():
+            digest.update(content(self[index]))
         if weights:
             digest.update(repr((weights, self.sizes)).encode())
         return digest.hexdigest()[:16]
@@ -186,11 +202,13 @@ def load_rows(
     template_kwargs: str = "{}",
     weights: Sequence[float] = (),
     clock: Clock | None = None,
+    images: ImageTokens | None = None,
 ) -> RowDataset:
     """Reads and tokenises files, in the order given. The arguments are those of `tokenise` and of `RowPolicy`."""
     policy = RowPolicy(
         *(max_length, max_completion_length, on_bad_row, overlong, max_rows, tag_key, loss_scale, template_kwargs),
         clock=clock,
+        images=images,
     )
     return tokenise(paths, tokenizer, policy, weights=weights)
 
@@ -216,7 +234,7 @@ def tokenise(
     collected = _Collected()
     files = [read_records(path) for path in paths]  # a missing file is found before hours are spent on the first
     for file, records in enumerate(files):
-        for batch in _encoded(records, encoder, policy, collected):
+        for batch in _encoded(records, encoder, policy, collected, Path(paths[file]).parent):
             for (line, record), encoded in batch:
                 collected.summary.num_read += 1
                 place = f"{paths[file]}:{line}"
@@ -246,7 +264,11 @@ def check_sets(paths: Sequence[str | Path] | str | Path, weights: Sequence[float
 
 
 def _encoded(
-    records: Iterator[tuple[int, Columns | str]], encoder: ChatEncoder, policy: RowPolicy, collected: _Collected
+    records: Iterator[tuple[int, Columns | str]],
+    encoder: ChatEncoder,
+    policy: RowPolicy,
+    collected: _Collected,
+    folder: Path,
 ) -> Iterator[list[tuple[tuple[int, Columns | str], Tokenised | DataError]]]:
     """Batches of ((line, record), its rows or what is wrong with it), until `max_rows` rows are collected.
 
@@ -262,7 +284,7 @@ def _encoded(
         except DataError as error:
             failure = error
         if batch:
-            encodings = [policy.encoding(record, encoder) for _, record in batch]
+            encodings = [policy.encoding(record, encoder, folder) for _, record in batch]
             yield list(zip(batch, encoder.encode_all(encodings), strict=True))
         if failure is not None:
             raise failure
@@ -278,7 +300,7 @@ class _Collected:
         self.tags: dict[str, int] = {}
         self._arrays = {"borders": array("q", [0]), "places": array("q"), "teacher_borders": array("q", [0])}
         self._arrays |= {name: array("i") for name in ("tokens", "teacher_tokens", "tag_index")}
-        self._arrays["prompt_only"] = array("b")
+        self._arrays |= {"prompt_only": array("b"), "picture_borders": array("q", [0]), "pictures": array("b")}
 
     def __len__(self) -> int:
         return self.summary.num_used
@@ -294,7 +316,10 @@ class _Collected:
         arrays["teacher_tokens"].extend(row.teacher_prompt_ids or ())
         arrays["teacher_borders"].append(len(arrays["teacher_tokens"]))
         arrays["tag_index"].append(-1 if row.tag is None else self.tags.setdefault(row.tag, len(self.tags)))
+        arrays["pictures"].frombytes(pack(row))
+        arrays["picture_borders"].append(len(arrays["pictures"]))
         summary.num_used += 1
+        summary.num_pictures += len(row.pictures)
         summary.num_prompt_only += row.completion_ids is None
         summary.num_teacher_prompts += row.teacher_prompt_ids is not None
 

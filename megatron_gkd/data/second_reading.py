@@ -35,6 +35,7 @@ def read_again(
     """The rows that a record stands for; turns have marks no more, and tool calls their arguments as the template wants
     them, as text or as objects."""
     said, text_only = _turns_and_form(record, text_arguments)
+    said, text_only = _with_images(said, record), text_only and not _num_images(record)
     if _mark(record) == 0:
         return []
     is_answered = said[-1]["role"] == "assistant"
@@ -82,6 +83,28 @@ def _turns_and_form(record: Mapping[str, Any], as_text: bool) -> tuple[list[dict
     elif answer is not None:
         said.append(_message(answer[0], as_text))
     return said, text_only and not isinstance(answer, list)
+
+
+def _num_images(record: Mapping[str, Any]) -> int:
+    column = record.get("images") or record.get("image") or []
+    return len(column) if isinstance(column, list) else 1
+
+
+def _with_images(said: list[dict[str, Any]], record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Turns in which each `<image>` is a part of its own; without any, the images stand first in the user's turn."""
+    number, image = _num_images(record), {"type": "image"}
+    if not number or any(isinstance(turn.get("content"), list) for turn in said):
+        return said
+    if not any("<image>" in turn["content"] for turn in said):
+        first = next(index for index, turn in enumerate(said) if turn["role"] == "user")
+        said[first] = {**said[first], "content": "<image>" * number + said[first]["content"]}
+    found = []
+    for turn in said:
+        pieces: list[dict[str, str]] = []
+        for place, text in enumerate(turn["content"].split("<image>")):
+            pieces += ([image] if place else []) + ([{"type": "text", "text": text}] if text else [])
+        found.append({**turn, "content": pieces} if image in pieces else turn)
+    return found
 
 
 def _message(turn: Mapping[str, Any], as_text: bool) -> dict[str, Any]:

@@ -10,18 +10,25 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.observe.text import visible
 from megatron_gkd.records import Row
 
 _DIM, _TRAINED, _SPECIAL, _OFF = "\x1b[2m", "\x1b[1;32m", "\x1b[7m", "\x1b[0m"
 
 
-def show_row(encoder: ChatEncoder, row: Row, place: str, *, colours: bool) -> str:
-    """Several lines: those of the prompt begin with `|`, those that are trained on with `>`."""
+def show_row(encoder: ChatEncoder, row: Row, place: str, *, colours: bool, images: ImageTokens | None = None) -> str:
+    """Several lines: those of the prompt begin with `|`, those that are trained on with `>`. Of an image its name, size
+    and tokens, and one placeholder in the prompt.
+    """
     completion = row.completion_ids
     trained = "no completion: it has to be sampled" if completion is None else f"{len(completion)} trained on"
     lines = [f"{visible(place)}: {len(row.prompt_ids)} prompt tokens, {trained}"]
-    lines += _marked(encoder, row.prompt_ids, "prompt  |", _DIM if colours else "")
+    for picture in row.pictures:
+        (width, height), number = picture.size, picture.num_tokens
+        lines.append(f"  image   | {visible(picture.name)}: {width}x{height} pixels, {number} tokens")
+    prompt_ids = row.prompt_ids if images is None else images.bare(row.prompt_ids, row.pictures)
+    lines += _marked(encoder, prompt_ids, "prompt  |", _DIM if colours else "")
     if completion:
         lines += _marked(encoder, completion, "trained >", _TRAINED if colours else "")
     return "\n".join(lines)

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teacher_prompt
+from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.data.policy import OnBadRow, Overlong, PromptOnly, RowPolicy, RowSummary, Tokenised
 from megatron_gkd.data.random_access import open_records
 from megatron_gkd.data.rows import check_sets
@@ -73,6 +74,8 @@ class StreamedRows(Rows):
         template_kwargs: str = "{}",
         clock: Clock | None = None,
         prompt_only: PromptOnly = "keep",
+        images: ImageTokens | None = None,
+        teacher_images: ImageTokens | None = None,
     ) -> None:
         """The arguments are those of `load_rows`. Raises DataError if a checked record says so, or none is usable."""
         self._policy = RowPolicy(
@@ -82,6 +85,8 @@ class StreamedRows(Rows):
             one_row=True,
             clock=clock,
             prompt_only=prompt_only,
+            images=images,
+            teacher_images=teacher_images,
         )
         self._paths = check_sets(paths, weights)
         self.weights, self.summary = tuple(weights), RowSummary()
@@ -135,6 +140,7 @@ class StreamedRows(Rows):
             policy.tag_key,
             *([policy.template_kwargs] if policy.variables else []),
             *(["drop"] if policy.prompt_only == "drop" else []),
+            *([] if policy.images is None else [(policy.images, policy.teacher_images)]),
         )
         digest.update(repr((asked, [(len(records), records.digest) for records in self._sets])).encode())
         digest.update(repr([placed.row for placed in self._checked]).encode())
@@ -195,8 +201,8 @@ class StreamedRows(Rows):
             return None
         number = bisect_right(self._borders, index) - 1
         line, record = self._sets[number][index - self._borders[number]]
-        place, found = f"{self._paths[number]}:{line}", RowSummary()
-        (encoded,) = self._encoder.encode_all([self._policy.encoding(record, self._encoder)])
+        place, found, folder = f"{self._paths[number]}:{line}", RowSummary(), Path(self._paths[number]).parent
+        (encoded,) = self._encoder.encode_all([self._policy.encoding(record, self._encoder, folder)])
         if not isinstance(encoded, DataError):
             self._note(encoded, place)
         for row in self._policy.take(encoded, place, found):

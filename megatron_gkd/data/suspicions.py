@@ -18,6 +18,7 @@ from typing import Any, Final
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.files import Columns
 from megatron_gkd.data.forms import form_columns
+from megatron_gkd.data.image_forms import TAG
 from megatron_gkd.records import Row
 
 TWICE: Final = "begins twice"
@@ -55,7 +56,9 @@ class Suspicions:
         return re.compile("|".join(map(re.escape, names))) if names and self._encoder.has_template else None
 
     def _texts(self, record: Columns) -> Iterator[str]:
-        yield from (text for name in form_columns(record) for text in _strings(record.get(name)))
+        texts = (text for name in form_columns(record) for text in _strings(record.get(name)))
+        # Of a row with images it says where they stand, which is also how some tokenizers call their placeholder.
+        yield from (text.replace(TAG, "") for text in texts) if record.get("images") or record.get("image") else texts
 
 
 def describe(counts: Mapping[str, int], first: Mapping[str, str]) -> Iterator[str]:

@@ -33,11 +33,13 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
+from megatron_gkd.data.collate import Media
 from megatron_gkd.model.context_attention import ContextAttention
 from megatron_gkd.model.divisible import check_in
 from megatron_gkd.model.layers import SDPAttention, local_block_spec, use_own_modules
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.stage_layers import StageLayers
+from megatron_gkd.model.vision import VisionTower, merged_input
 from megatron_gkd.parallel.layout import Layout
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, long) for name, long in LONG_NAMES.items()}
@@ -47,6 +49,24 @@ class HiddenStateGPTModel(GPTModel):
     """GPTModel whose last stage returns the final hidden state instead of logits."""
 
     before_head: Callable[[], None] | None = None  # called before the head's weight is read (train/overlap.py)
+    vision: VisionTower | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.vision = (
+            None  # a child of the first chunk of a vision-language model; not on the class: that would hide it
+        )
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, media: Media | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """GPTModel's, with the pictures of the tokens; a chunk without a vision tower leaves them alone."""
+        if self.vision is not None:
+            parallel, tp = self.config.sequence_parallel, self.pg_collection.tp
+            kwargs["decoder_input"] = merged_input(
+                *(self.embedding, self.vision, input_ids, position_ids, media), sequence_parallel=parallel, tp_group=tp
+            )
+        return super().forward(input_ids, position_ids, *args, **kwargs)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # GPTModel.forward (0.16 - 0.19) ends with `return self._postprocess(hidden_states=..., ...)`: the head and
@@ -213,9 +233,12 @@ def build_model(
             parallel_output=True,
             share_embeddings_and_output_weights=arch.tied_embeddings,
             position_embedding_type="rope",
+            scatter_embedding_sequence_parallel=arch.vision is None,  # else after the pictures have their places
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        if arch.vision is not None and model.pre_process:
+            model.vision = VisionTower(arch.vision, DTYPES[dtype])
         _set_frequencies(model, arch)
         _mark_tensor_parallel(model)
         _mark_experts(model)

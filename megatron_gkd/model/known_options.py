@@ -121,3 +121,8 @@ def refuse_unknown_options(path: Path, raw: Mapping[str, Any], model_type: str) 
             f"{path}: config.json has {shown}, which is not known for model_type {model_type!r}: it may change what "
             "the model computes. If it does not, remove it from config.json"
         )
+
+
+def without_harmless(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that may have a part in the logits."""
+    return {name: value for name, value in options.items() if name not in _HARMLESS}

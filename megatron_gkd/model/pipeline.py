@@ -66,6 +66,8 @@ def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch, device: torc
     options: dict[str, Any] = {}
     if get_model_config(model).num_moe_experts is not None and micro_batch.padding is not None:
         options["padding_mask"] = micro_batch.padding.to(device)  # routers count without it
+    if micro_batch.media is not None:
+        options["media"] = micro_batch.media  # the chunk with the vision tower prepares them
     tokens, position_ids = micro_batch.tokens.to(device), micro_batch.position_ids.to(device)
     return model(tokens, position_ids, None, packed_seq_params=packed, **options)
 

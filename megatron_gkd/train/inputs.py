@@ -10,7 +10,7 @@ Communication: reading the data is collective over the world (shared_rows.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,7 @@ from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.fit import check_batch, check_warmup, layouts, refuse_student, without_borrowed_experts
 from megatron_gkd.train.run_clock import run_clock
 from megatron_gkd.train.shared_rows import shared_rows
+from megatron_gkd.train.vision import Sight, read_sight
 from megatron_gkd.weights.stop_tokens import stop_tokens
 
 logger = get_logger(__name__)
@@ -62,6 +63,7 @@ class Inputs:
     clock: Clock  # what chat templates are told
     stop_ids: tuple[int, ...]  # tokens that end a completion; () for an evaluation that samples none
     base: str = ""  # fingerprint of the weights that adapters are trained beside; "": all weights are trained
+    sight: Sight = field(default_factory=Sight)  # how the models see images
 
     @property
     def separate(self) -> bool:
@@ -84,16 +86,17 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     """Read and check (see the module docstring): on all ranks, or an error on all. Collective over the world."""
     models = all_or_none(lambda: _models(config, world_size))
     base = base_of(config)
-    _, _, student_layout, _, tokenizer, vocab_size = models
+    student_arch, teacher_arch, student_layout, _, tokenizer, vocab_size = models
+    sight = all_or_none(lambda: read_sight(config, student_arch, teacher_arch, tokenizer))
     samples = with_training_data or config.generates
     stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if samples else ())
     clock = run_clock(config)
     if seen := clock.time_variables(tokenizer.chat_template):
         logger.info("the chat template is told the time, in this run and where it is resumed: %s", ", ".join(seen))
-    rows = _training_rows(config, tokenizer, vocab_size, clock) if with_training_data else None
-    eval_rows = _eval_rows(config, tokenizer, vocab_size, clock)
+    rows = _training_rows(config, tokenizer, vocab_size, clock, sight) if with_training_data else None
+    eval_rows = _eval_rows(config, tokenizer, vocab_size, clock, sight)
     all_or_none(lambda: _check_rows(config, student_layout, rows, eval_rows))
-    return Inputs(config, *models, rows, eval_rows, clock, stop_ids, base)
+    return Inputs(config, *models, rows, eval_rows, clock, stop_ids, base, sight)
 
 
 def _models(
@@ -187,7 +190,9 @@ def _vocabulary(
     return tokenizer, vocab_size
 
 
-def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows:
+def _training_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock, sight: Sight
+) -> Rows:
     data, world = config.data, dist.group.WORLD
     assert world is not None
     samples = config.lmbda.most > 0 or config.distillation.samples_teacher
@@ -200,6 +205,8 @@ def _training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_
         template_kwargs=data.template_kwargs,
         clock=clock,
         prompt_only="drop" if data.prompt_only == "drop" and _needs_completions(config) else "keep",
+        images=sight.student,
+        teacher_images=sight.teacher,
     )
     weights = data.dataset_weights
     rows: RowDataset | StreamedRows
@@ -221,7 +228,9 @@ def _needs_completions(config: RunConfig) -> bool:
     return config.lmbda.least < 1 and not config.distillation.seq_kd
 
 
-def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock) -> Rows | None:
+def _eval_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock, sight: Sight
+) -> Rows | None:
     """Read whole, and in their own proportions, however the training rows are."""
     data, world = config.data, dist.group.WORLD
     if not data.eval_dataset:
@@ -233,6 +242,8 @@ def _eval_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size
         template_kwargs=data.template_kwargs,
         clock=clock,
         prompt_only="drop" if data.prompt_only == "drop" else "keep",
+        images=sight.student,
+        teacher_images=sight.teacher,
     )
     rows = shared_rows(data.eval_dataset, tokenizer, policy, cache_dir=data.data_cache_dir, group=world)
     return _within(rows, data.eval_dataset, vocab_size)

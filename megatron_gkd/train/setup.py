@@ -44,6 +44,7 @@ from megatron_gkd.train.supervised import SupervisedLoss
 from megatron_gkd.train.teacher_identity import identity_of
 from megatron_gkd.train.teacher_sampling import build_teacher_samples
 from megatron_gkd.train.teachers import Taught, reach
+from megatron_gkd.train.vision import freeze_towers, prepare_towers
 from megatron_gkd.weights.source import ModelSource
 
 logger = get_logger(__name__)
@@ -206,6 +207,8 @@ def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGrou
     source, options = ModelSource(config.model.model, inputs.student_arch), student_options(config, where.kind)
     chunks = source.build(layout, groups, options, dtype=config.model.precision)
     source.load(chunks, groups)
+    prepare_towers(chunks, inputs.sight.student)
+    freeze_towers(chunks, config)
     if config.tuner.is_lora:
         put_adapters_on(chunks, config, inputs.student_arch, groups)
     return student_of(config, chunks, layout, groups, options, train_iters=inputs.train_iters)

@@ -33,6 +33,7 @@ from megatron_gkd.teacher.servers.probes import PROBE_TOKENS, ServerRequirements
 from megatron_gkd.teacher_pipeline import RemoteTeacher, Teacher, TeacherPipeline, signal_spec
 from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.student import Student
+from megatron_gkd.train.vision import prepare_towers
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_vocab_shard
 from megatron_gkd.weights.source import ModelSource
@@ -119,6 +120,7 @@ def _local(
         source = ModelSource(path, arch)
         chunks = source.build(layout, groups, teacher_options(config, where.kind), dtype=dtype)
         source.load(chunks, groups)
+        prepare_towers(chunks, inputs.sight.teacher)
         teacher = TeacherPipeline(
             chunks,
             layout,

@@ -19,7 +19,7 @@ import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.weights.naming import Unit, is_adapter, is_extra_state, layer_units, parse
+from megatron_gkd.weights.naming import Unit, is_adapter, is_extra_state, layer_units, parse, vision_units
 
 
 class Parameter(NamedTuple):
@@ -78,12 +78,12 @@ def model_parameters(
         for name, tensor in chunk.named_parameters():
             if is_adapter(name):
                 continue
-            role, layer, expert = parse(name)
+            role, layer, expert, of_vision = parse(name)
             if layer is not None:
                 layer = chunk.decoder.layers[layer].layer_number - 1
             if expert is not None:
                 expert += expert_rank.experts(arch).start
-            yield Parameter(Unit(role, layer, expert), name, tensor)
+            yield Parameter(Unit(role, layer, expert, of_vision), name, tensor)
 
 
 def check_chunks(chunks: Sequence[torch.nn.Module], arch: Architecture, expert_rank: ExpertRank) -> list[Parameter]:
@@ -115,6 +115,7 @@ def _expected_units(chunk: Any, arch: Architecture, expert_rank: ExpertRank) -> 
     units = {unit for layer in layers for unit in layer_units(arch, layer, experts)}
     if chunk.pre_process:
         units.add(Unit("embedding"))
+        units.update(vision_units(arch))
     if chunk.post_process:
         units.add(Unit("final_norm"))
         if not (arch.tied_embeddings and chunk.pre_process):  # one chunk with both ends has one tensor for both

@@ -41,11 +41,13 @@ def exact_dtype(dtypes: dict[str, torch.dtype]) -> torch.dtype:
     return found.pop() if len(found) == 1 else torch.float32
 
 
-def write_dtypes(directory: Path, dtypes: dict[str, torch.dtype]) -> None:
+def write_dtypes(directory: Path, dtypes: dict[str, torch.dtype], arch: Architecture) -> None:
     """Record them in a directory."""
     names = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
     ((most, _),) = Counter(names.values()).most_common(1)
     record = {"format": 1, "dtype": most, "others": {n: dtype for n, dtype in names.items() if dtype != most}}
+    if arch.vision is not None:  # the way back gives the tensors the names that they had
+        record["spelling"] = dict(arch.vision.spelling)
     (directory / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

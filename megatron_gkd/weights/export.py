@@ -44,7 +44,7 @@ from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, set
 from megatron_gkd.weights.dtypes import read_dtypes, stored_dtypes
 from megatron_gkd.weights.hf_files import HFCheckpoint, copy_checked, has_safetensors
 from megatron_gkd.weights.hf_writer import DEFAULT_SHARD_BYTES, HFWriter, check_destination
-from megatron_gkd.weights.naming import ROLES, Unit, hf_names
+from megatron_gkd.weights.naming import Unit, hf_names, transform
 from megatron_gkd.weights.plan import plan, unit_shapes, units
 from megatron_gkd.weights.safetensors_format import TensorSpec
 from megatron_gkd.weights.stop_tokens import generation_changes
@@ -196,7 +196,7 @@ class HFTensorStream:
     def _gather_unit(self, parameter: Parameter, group: dist.ProcessGroup, tensors: dict[str, torch.Tensor]) -> None:
         """Place the shards of one parameter into the HF tensors, on the leader; send this rank's, elsewhere."""
         # gloo is silently wrong on non-contiguous tensors (pytorch 192920).
-        split = ROLES[parameter.unit.role].transform != "replicated"
+        split = transform(parameter.unit) != "replicated"
         if group.rank() != 0 and not split:
             return
         own = self._read(parameter).contiguous()
@@ -290,7 +290,7 @@ def place(
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """Write rank `rank`'s shard into the full HF tensors: the inverse of loading, by the same plan."""
-    padded_vocab = shard.shape[0] * size if ROLES[parameter.unit.role].transform == "vocabulary" else 0
+    padded_vocab = shard.shape[0] * size if transform(parameter.unit) == "vocabulary" else 0
     position = 0
     for rectangle in plan(parameter.unit, arch, rank, size, padded_vocab):
         rows = shard[position : position + rectangle.num_rows]
@@ -308,7 +308,7 @@ def whole_tensors(
     """The HF tensors of a parameter that is not split: views of its value where each of them lies in it in one piece
     and in its dtype, else new ones.
     """
-    padded_vocab = value.shape[0] if ROLES[parameter.unit.role].transform == "vocabulary" else 0
+    padded_vocab = value.shape[0] if transform(parameter.unit) == "vocabulary" else 0
     found: dict[str, torch.Tensor] = {}
     position = 0
     for rectangle in plan(parameter.unit, arch, 0, 1, padded_vocab):

@@ -42,6 +42,7 @@ SIDE_FILES: Final = (
         "additional_chat_templates",
     ),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
 )

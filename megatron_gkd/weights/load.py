@@ -27,13 +27,11 @@ from megatron_gkd.errors import CheckpointError, ShapeError
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
 from megatron_gkd.weights.hf_files import HFCheckpoint
-from megatron_gkd.weights.naming import ROLES, Unit, hf_names, is_ignored_hf_name
+from megatron_gkd.weights.naming import Unit, hf_names, is_ignored_hf_name, transform
 from megatron_gkd.weights.plan import Rectangle, hf_tensor_shapes, plan, shard_shape
 
 log = logging.getLogger(__name__)
 
-_EMBEDDING = ROLES["embedding"].hf_names[0]
-_HEAD = ROLES["head"].hf_names[0]
 _COMPARE_ROWS = 8192  # rows of the tied head compared at a time
 
 
@@ -113,17 +111,17 @@ def check_manifest(checkpoint: HFCheckpoint, arch: Architecture) -> None:
 
     Reads headers (and a stored tied head).
     """
-    manifest = hf_tensor_shapes(arch)
+    manifest, (embedding,), head = hf_tensor_shapes(arch), hf_names(Unit("embedding"), arch), _head_name(arch)
     stored = set(checkpoint.names())
     if missing := manifest.keys() - stored:
-        hint = "; config.json says that the head is not tied to the embedding" if _HEAD in missing else ""
+        hint = "; config.json says that the head is not tied to the embedding" if head in missing else ""
         raise CheckpointError(
             f"{checkpoint.path} has no {_first(missing)}, which a {arch.model_type} model like this needs{hint}"
         )
     extra = {name for name in stored - manifest.keys() if not is_ignored_hf_name(name)}
-    if arch.tied_embeddings and _HEAD in extra:
-        _check_tied_head(checkpoint)
-        extra.remove(_HEAD)
+    if arch.tied_embeddings and head in extra:
+        _check_tied_head(checkpoint, embedding, head)
+        extra.remove(head)
     if extra:
         raise CheckpointError(
             f"{checkpoint.path} holds {_first(extra)}, for which this config.json ({arch.model_type}) has no "
@@ -137,19 +135,25 @@ def check_manifest(checkpoint: HFCheckpoint, arch: Architecture) -> None:
             )
 
 
-def _check_tied_head(checkpoint: HFCheckpoint) -> None:
-    shape = checkpoint.shape(_EMBEDDING)
-    same = checkpoint.shape(_HEAD) == shape
+def _head_name(arch: Architecture) -> str:
+    """Of the head's tensor, where it is stored."""
+    (name,) = hf_names(Unit("head"), replace(arch, tied_embeddings=False))
+    return name
+
+
+def _check_tied_head(checkpoint: HFCheckpoint, embedding_name: str, head_name: str) -> None:
+    shape = checkpoint.shape(embedding_name)
+    same = checkpoint.shape(head_name) == shape
     for start in range(0, shape[0] if same else 0, _COMPARE_ROWS):
         rows = (start, min(start + _COMPARE_ROWS, shape[0]))
-        head, embedding = checkpoint.read(_HEAD, rows), checkpoint.read(_EMBEDDING, rows)
+        head, embedding = checkpoint.read(head_name, rows), checkpoint.read(embedding_name, rows)
         if head.dtype != embedding.dtype:  # values count, and each type is exact in fp64
             head, embedding = head.double(), embedding.double()
         same = same and torch.equal(head, embedding)
     if not same:
         raise CheckpointError(
-            f"{checkpoint.path}: config.json ties the head to the embedding, but {_HEAD} is stored and differs from "
-            f"{_EMBEDDING}; remove it, or set tie_word_embeddings to false"
+            f"{checkpoint.path}: config.json ties the head to the embedding, but {head_name} is stored and differs "
+            f"from {embedding_name}; remove it, or set tie_word_embeddings to false"
         )
 
 
@@ -159,7 +163,7 @@ def parameter_plan(
     """The parameter's rectangles, after a check of its shape. The padded vocabulary is the model's own choice."""
     unit, name, tensor = parameter
     rank, size = (tp_rank, tp_size) if unit.expert is None else (expert_rank.tp_rank, expert_rank.tp_size)
-    padded_vocab = tensor.shape[0] * size if ROLES[unit.role].transform == "vocabulary" else 0
+    padded_vocab = tensor.shape[0] * size if transform(unit) == "vocabulary" else 0
     rectangles = plan(unit, arch, rank, size, padded_vocab)
     shape = shard_shape(unit, arch, rectangles)
     if tuple(tensor.shape) != shape:

@@ -61,7 +61,12 @@ log = logging.getLogger(__name__)
 
 _MARKER: Final = "metadata.json"  # megatron-core's: which format the directory has
 _LAYERS: Final = "decoder.layers."
-_MODEL_PREFIXES: Final = ("embedding.", "decoder.", "output_layer.")  # of the model's keys, besides the optimizer's
+_MODEL_PREFIXES: Final = (
+    "embedding.",
+    "decoder.",
+    "output_layer.",
+    "vision.",
+)  # of the model's keys, besides the optimizer's
 
 
 def is_megatron_checkpoint(path: str | Path) -> bool:

@@ -8,7 +8,12 @@ that follows them (in a layer with experts only the first: the router reads the 
 experts.
 
 A name without a rule is an error, never skipped: a parameter that is not understood would stay at its random initial
-value. Not covered: shared experts, router biases, multi-token prediction (refused by name).
+value.
+
+The tensors of a vision tower and its projector (model/vision.py) are units of their own, whole on every TP rank, whose
+names are transformers'. All names in files have the prefixes of the directory's spelling (model/vision_config.py).
+
+Not covered: shared experts, router biases, multi-token prediction (refused by name).
 """
 
 from __future__ import annotations
@@ -46,8 +51,11 @@ class Unit(NamedTuple):
     role: str
     layer: int | None = None
     expert: int | None = None
+    name: str | None = None  # of the role "vision": transformers' name of a tensor of tower or projector
 
     def __str__(self) -> str:
+        if self.name is not None:
+            return self.name
         where = "" if self.layer is None else f" in layer {self.layer}"
         return self.role + where + ("" if self.expert is None else f", expert {self.expert}")
 
@@ -58,6 +66,7 @@ class ParsedName(NamedTuple):
     role: str
     layer: int | None  # local to the model chunk: the global index is decoder.layers[layer].layer_number - 1
     expert: int | None  # local to the expert-parallel rank
+    name: str | None = None  # see Unit
 
 
 _L = "model.layers.{layer}."
@@ -164,6 +173,8 @@ ROLES: Final[dict[str, Role]] = {
     )
 }
 
+VISION: Final = "vision"  # tensors of tower and projector: no row of the table, each of them is its own, replicated
+_VISION_PREFIX: Final = "vision."  # of their names in the model
 _LAYER: Final = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _BY_NAME: Final = {(role.per_layer, name): role.name for role in ROLES.values() for name in role.core_names}
 _EXPERT: Final = re.compile(r"(?<=local_experts\.)\d+|(?<=\.weight)\d+$")
@@ -177,13 +188,16 @@ _NOT_BUILT: Final = (
 # Entries of HF checkpoints that hold no weight; any other tensor that no role needs is an error.
 _IGNORED_HF: Final = (
     re.compile(
-        r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+        r"(language_model\.)?model\.(language_model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     ),  # recomputed from the config, by transformers too
+    re.compile(r"(model\.)?vision_(tower|model)\.([a-z_]+\.)*position_ids"),  # 0, 1, 2, ...
 )
 
 
 def parse(name: str) -> ParsedName:
     """Meaning of a parameter name of an unwrapped megatron-core GPTModel, of either layer spec."""
+    if name.startswith(_VISION_PREFIX):
+        return ParsedName(VISION, None, None, name.removeprefix(_VISION_PREFIX))
     for pattern, what in _NOT_BUILT:
         if pattern.search(name):
             raise NotBuiltError(f"parameter {name!r} belongs to {what}, which are not built yet")
@@ -214,10 +228,25 @@ def is_adapter(name: str) -> bool:
 
 def hf_names(unit: Unit, arch: Architecture) -> tuple[str, ...]:
     """HF tensors of a unit, in the transform's order. A tied head is the embedding."""
+    if unit.name is not None:
+        assert arch.vision is not None, unit
+        return (arch.vision.stored_name(unit.name),)
     entry = ROLES["embedding" if unit.role == "head" and arch.tied_embeddings else unit.role]
     assert (entry.per_layer, entry.per_expert) == (unit.layer is not None, unit.expert is not None), unit
     names = entry.hf_names_of.get(arch.model_type, entry.hf_names)
-    return tuple(name.format(layer=unit.layer, expert=unit.expert) for name in names)
+    names = tuple(name.format(layer=unit.layer, expert=unit.expert) for name in names)
+    return names if arch.vision is None else tuple(map(arch.vision.stored_name, names))
+
+
+def transform(unit: Unit) -> Transform:
+    """How the parameter of a unit is made of its HF tensors."""
+    return "replicated" if unit.role == VISION else ROLES[unit.role].transform
+
+
+def vision_units(arch: Architecture) -> Iterator[Unit]:
+    """The tensors of tower and projector, each a unit."""
+    if arch.vision is not None:
+        yield from (Unit(VISION, name=name) for name in arch.vision.shapes)
 
 
 def layer_roles(arch: Architecture, layer: int) -> tuple[str, ...]:

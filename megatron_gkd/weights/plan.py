@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import LayoutError
-from megatron_gkd.weights.naming import ROLES, Unit, hf_names, layer_units
+from megatron_gkd.weights.naming import Unit, hf_names, layer_units, transform, vision_units
 
 Span = tuple[int, int]  # start, stop
 
@@ -50,6 +50,7 @@ class Rectangle(NamedTuple):
 
 def units(arch: Architecture) -> Iterator[Unit]:
     """Every unit of the model that has HF tensors of its own, in the order of the HF checkpoint."""
+    yield from vision_units(arch)
     yield Unit("embedding")
     for layer in range(arch.num_layers):
         yield from layer_units(arch, layer)
@@ -60,6 +61,9 @@ def units(arch: Architecture) -> Iterator[Unit]:
 
 def unit_shapes(unit: Unit, arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Full shapes of the HF tensors of a unit."""
+    if unit.name is not None:
+        assert arch.vision is not None, unit
+        return {arch.vision.stored_name(unit.name): arch.vision.shapes[unit.name]}
     hidden, ffn, query, kv = arch.hidden_size, arch.ffn_hidden_size, arch.query_size, arch.kv_size
     shapes: dict[str, tuple[tuple[int, ...], ...]] = {
         "embedding": ((arch.vocab_size, hidden),),
@@ -101,7 +105,7 @@ def plan(unit: Unit, arch: Architecture, rank: int, size: int, padded_vocab: int
     role = unit.role
     shapes = unit_shapes(unit, arch)
     names = tuple(shapes)
-    match ROLES[role].transform:
+    match transform(unit):
         case "replicated":
             return (Rectangle(names[0], (0, shapes[names[0]][0])),)
         case "columns":

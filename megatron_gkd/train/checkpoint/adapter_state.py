@@ -24,7 +24,7 @@ def sharded_adapters(chunk: Any, groups: ProcessGroupCollection) -> dict[str, An
     """Parameter name in the chunk -> its part of the whole tensor; empty for a chunk without adapters."""
     found: dict[str, Any] = {}
     for name, adapter in _adapters(chunk):
-        role, layer, _ = parse(f"{name}.weight")
+        role, layer, _, _ = parse(f"{name}.weight")
         assert layer is not None, name
         key = f"{ADAPTER_KEYS}{chunk.decoder.layers[layer].layer_number - 1}.{role}"
         for kind, parameter, axis in (("A", adapter.A, 1), ("B", adapter.B, 0)):

@@ -212,7 +212,7 @@ def load_initial_weights(path: str | Path, student: Student | None, architecture
         )
     if student is None:
         return
-    ModelSource(path, architecture).load(student.models, student.groups)
+    ModelSource(path, found).load(student.models, student.groups)
     student.optimizer.reload_model_params()
     if dist.get_rank() == 0:
         logger.info("starting at step 0 from the weights of %s", path)

@@ -1,0 +1,180 @@
+"""How many tokens an image has, where they stand, and what the vision tower is fed: as the model's own processor says.
+
+A chat template writes ONE placeholder for an image. The model is fed as many as its tower gives rows:
+
+    internvl   <img>, (tiles) x (tokens of a tile), </img>: as many tiles as fit the image's shape, up to the
+               processor's max_patches (--max_image_tiles), and, if there are several, the whole image as one more
+    llava      one image of a fixed size: the patches of the resized image
+
+Counting needs the image's size alone. The numbers come from the directory's processor files and from transformers'
+image processor, the torchvision form of it where torchvision is installed, else the PIL form. The two give slightly
+different pixels (1e-4 on average): trainer, teacher and sampler have to have the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from megatron_gkd.config.json_file import read_json
+from megatron_gkd.data.pictures import load
+from megatron_gkd.errors import CheckpointError, ConfigError, DataError
+from megatron_gkd.records import Picture
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+_PROCESSOR_FILES: Final = ("processor_config.json", "preprocessor_config.json")
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The rule of one model. Equal rules give equal tokens and equal inputs of the tower."""
+
+    family: str
+    image_token_id: int
+    before: tuple[int, ...]  # tokens around those of an image
+    after: tuple[int, ...]
+    per_tile: int  # placeholders
+    max_tiles: int | None  # None: an image is one tile
+    processor_json: str  # transformers' image processor
+
+    def num_tiles(self, size: tuple[int, int]) -> int:
+        """Of an image of (width, height)."""
+        if self.max_tiles is None:
+            return 1
+        options = {"crop_to_patches": True, "max_patches": self.max_tiles}
+        return int(_processor(self.processor_json).get_number_of_image_patches(size[1], size[0], options))
+
+    def expand(self, bare: Sequence[int], pictures: Sequence[Picture]) -> tuple[tuple[int, ...], tuple[Picture, ...]]:
+        """A prompt with one placeholder per picture -> the prompt that a model is fed, and the pictures placed.
+
+        Raises DataError where the numbers differ: the text has the placeholder itself, or the template left one out.
+        """
+        found = sum(token == self.image_token_id for token in bare)
+        if found != len(pictures):
+            raise DataError(
+                f"the prompt has {len(pictures)} images and the chat template made {found} placeholders of it; its "
+                "text may not have the placeholder's own name, and the template has to write one for each image"
+            )
+        ids: list[int] = []
+        placed: list[Picture] = []
+        for token in bare:
+            if token != self.image_token_id:
+                ids.append(token)
+                continue
+            picture = pictures[len(placed)]
+            first = len(ids) + len(self.before)
+            number = self.num_tiles(picture.size) * self.per_tile
+            ids += [*self.before, *[token] * number, *self.after]
+            placed.append(replace(picture, spans=((first, first + number),)))
+        return tuple(ids), tuple(placed)
+
+    def bare(self, ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int, ...]:
+        """The inverse of `expand`: the prompt with one placeholder per picture."""
+        found: list[int] = []
+        position = 0
+        for picture in pictures:
+            first, end = picture.spans[0][0] - len(self.before), picture.spans[-1][1] + len(self.after)
+            found += [*ids[position:first], self.image_token_id]
+            position = end
+        return (*found, *ids[position:])
+
+    def inputs(self, pictures: Sequence[Picture]) -> Mapping[str, torch.Tensor]:
+        """What the tower is fed, tiles of all pictures one after another. Raises DataError."""
+        images = [load(picture) for picture in pictures]
+        options: dict[str, Any] = {}
+        if self.max_tiles is not None:
+            options = {"crop_to_patches": True, "max_patches": self.max_tiles}
+        found = _processor(self.processor_json)(images=images, return_tensors="pt", **options)
+        return {"pixel_values": found["pixel_values"]}
+
+
+def read_image_tokens(
+    path: str | Path, family: str, image_token_id: int, tokenizer: PreTrainedTokenizerBase, *, max_tiles: int | None
+) -> ImageTokens:
+    """The rule of the model in a directory.
+
+    Args:
+        family: model_type of its config.json, `image_token_id` likewise.
+        max_tiles: in place of the processor's own; None: that.
+
+    Raises CheckpointError for a directory whose processor is not understood, ConfigError for `max_tiles` that it has no
+    use for.
+    """
+    path = Path(path)
+    files = _processor_files(path)
+    processor = _load_processor(path)
+    described = json.dumps({"class": type(processor).__name__, **_plain(processor.to_dict())}, sort_keys=True)
+    if family == "llava":
+        if max_tiles is not None:
+            raise ConfigError(f"--max_image_tiles: the images of {path} (llava) are one tile each; leave it out")
+        side = getattr(processor, "crop_size", None) or processor.size
+        patch = files.get("patch_size")
+        if type(patch) is not int or patch < 1:
+            raise CheckpointError(
+                f"{path}: processor_config.json has no patch_size, which says how many tokens an image has"
+            )
+        number = (side["height"] // patch) * (side["width"] // patch) + int(
+            files.get("num_additional_image_tokens") or 0
+        )
+        number -= files.get("vision_feature_select_strategy") == "default"
+        return ImageTokens(family, image_token_id, (), (), number, None, described)
+    assert family == "internvl", family
+    names = [getattr(tokenizer, name, None) for name in ("start_image_token", "end_image_token")]
+    ids = [tokenizer.convert_tokens_to_ids(n or default) for n, default in zip(names, ("<img>", "</img>"), strict=True)]
+    if any(token_id is None or token_id == tokenizer.unk_token_id for token_id in ids):
+        raise CheckpointError(f"{path}: the tokenizer has no tokens that begin and end an image (<img>, </img>)")
+    per_tile = files.get("image_seq_length", 256)
+    own = getattr(processor, "max_patches", None)
+    if type(per_tile) is not int or per_tile < 1 or type(own) is not int:
+        raise CheckpointError(f"{path}: the processor's image_seq_length or max_patches is missing, or no number")
+    return ImageTokens(family, image_token_id, (ids[0],), (ids[1],), per_tile, max_tiles or own, described)
+
+
+def _processor_files(path: Path) -> dict[str, Any]:
+    """What the processor's files say beside the image processor's settings."""
+    found: dict[str, Any] = {}
+    for name in _PROCESSOR_FILES[::-1]:
+        if (path / name).is_file():
+            try:
+                found |= read_json(path / name)
+            except (OSError, ValueError, TypeError) as error:
+                raise CheckpointError(f"{path / name} is damaged: {error}") from error
+    if not found:
+        raise CheckpointError(f"{path} has no {' or '.join(_PROCESSOR_FILES)}: its images cannot be prepared")
+    return found
+
+
+def _load_processor(path: Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, ImportError, KeyError
+        raise CheckpointError(f"{path}: its image processor cannot be loaded: {error}") from error
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what JSON does not hold, which is no setting."""
+    found = {}
+    for name, value in options.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            continue
+        found[name] = value
+    return found
+
+
+@cache
+def _processor(described: str) -> Any:
+    import transformers
+
+    options = json.loads(described)
+    return getattr(transformers, options.pop("class")).from_dict(options)

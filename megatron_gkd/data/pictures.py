@@ -1,0 +1,115 @@
+"""Images of rows: read, checked, and kept beside the rows' tokens as references.
+
+    a file       its path and a digest of its bytes; it is read again, by the ranks that have the vision tower, when a
+                 step is fed with it. Another file under the same path is an error then
+    in a record  (base64, or a column of bytes) the bytes themselves, as they are encoded
+
+Every image is decoded once when its row is read, so that a damaged one is an error with the row's place before anything
+is trained. Decoding is PIL's, into RGB, upright as its EXIF data says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_gkd.data.image_forms import ImageSource
+from megatron_gkd.errors import DataError
+from megatron_gkd.records import Picture, Row
+
+
+def read_picture(source: ImageSource, folder: Path, number: int) -> Picture:
+    """Reads and decodes an image; it has no places in a prompt yet. Raises DataError.
+
+    Args:
+        folder: what a relative path is relative to.
+        number: of the image in its record, from 0.
+    """
+    path = None if source.path is None else str(folder / source.path)
+    name = path or f"image {number + 1} of the row"
+    data = _read(path, name) if path is not None else source.data
+    assert data is not None
+    image = decode(data, name)
+    kept = None if path is not None else data
+    return Picture(name, path, kept, _digest(data), (image.width, image.height), ())
+
+
+def load(picture: Picture) -> Any:
+    """The image, as PIL has it. Raises DataError where it is not what it was."""
+    data = picture.data
+    if data is None:
+        assert picture.path is not None
+        data = _read(picture.path, picture.name)
+        if _digest(data) != picture.digest:
+            raise DataError(f"{picture.name} has changed since the rows were read; start again")
+    return decode(data, picture.name)
+
+
+def decode(data: bytes, name: str) -> Any:
+    """RGB, upright. Raises DataError."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is no image that can be read (PNG, JPEG, WebP, ...)") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} is a damaged image: {error}") from None
+
+
+def pack(row: Row) -> bytes:
+    """The pictures of a row as bytes; none for a row without pictures."""
+    if not row.pictures and not row.teacher_pictures:
+        return b""
+    data, places = bytearray(), dict[str, tuple[int, int]]()
+    for picture in (*row.pictures, *row.teacher_pictures):  # both are the same images, often
+        if picture.data is not None and picture.digest not in places:
+            places[picture.digest] = (len(data), len(data) + len(picture.data))
+            data += picture.data
+
+    def described(pictures: Sequence[Picture]) -> list[Any]:
+        return [[p.name, p.path, places.get(p.digest) if p.path is None else None, *_facts(p)] for p in pictures]
+
+    return json.dumps([described(row.pictures), described(row.teacher_pictures)]).encode() + b"\n" + bytes(data)
+
+
+def unpack(packed: bytes) -> tuple[tuple[Picture, ...], tuple[Picture, ...]]:
+    """(the row's pictures, the teacher's own)."""
+    if not packed:
+        return (), ()
+    head, _, data = packed.partition(b"\n")
+
+    def read(described: list[Any]) -> tuple[Picture, ...]:
+        return tuple(
+            Picture(name, path, None if at is None else data[slice(*at)], digest, tuple(size), tuple(map(tuple, spans)))
+            for name, path, at, digest, size, spans in described
+        )
+
+    of_row, of_teacher = json.loads(head)
+    return read(of_row), read(of_teacher)
+
+
+def content(row: Row) -> bytes:
+    """What the pictures show and where they stand, but not where they lie: for fingerprints."""
+    return repr([[_facts(p) for p in pictures] for pictures in (row.pictures, row.teacher_pictures)]).encode()
+
+
+def _facts(picture: Picture) -> tuple[Any, ...]:
+    return picture.digest, picture.size, picture.spans
+
+
+def _read(path: str, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,194 @@
+"""The vision part of a model as its directory describes it: which family, which tensors, under which names. No weights.
+
+A vision-language model is a decoder that architecture.py knows, and a tower and a projector that are transformers' own
+modules. `FAMILIES` is the whole table: a family is a row, with the names of those modules in transformers' model.
+
+Names. The text map (weights/naming.py) knows `model.` and `lm_head.`; the modules here are called as transformers calls
+them. A file has other prefixes before both, and several spellings are in circulation, of which vLLM loads one. So
+`VisionPart.spelling` is that of the directory, found by looking at the names that it stores, and an export keeps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from megatron_gkd.config.json_file import read_json
+from megatron_gkd.errors import CheckpointError
+from megatron_gkd.model.known_options import without_harmless
+
+SPELLING_RECORD: Final = "hf_dtypes.json"  # of a Megatron directory, which stores no Hugging Face names
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's modules and tensors are called. `names`: prefix here -> prefixes in files, the usual one first."""
+
+    hf_class: str
+    tower: str  # modules of transformers' model, which are here under the same names
+    projector: str
+    names: Mapping[str, tuple[str, ...]]
+
+
+_LLAVA_LIKE: Final = {
+    "model.": ("language_model.model.", "model.language_model."),
+    "lm_head.": ("language_model.lm_head.", "lm_head."),
+    "multi_modal_projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
+}
+FAMILIES: Final[dict[str, Family]] = {
+    "internvl": Family(
+        "InternVLForConditionalGeneration",
+        "vision_tower",
+        "multi_modal_projector",
+        {**_LLAVA_LIKE, "vision_tower.": ("vision_tower.", "model.vision_tower.")},
+    ),
+    "llava": Family(
+        "LlavaForConditionalGeneration",
+        "vision_tower",
+        "multi_modal_projector",
+        {
+            **_LLAVA_LIKE,
+            # transformers 5 leaves `vision_model.` out of a CLIP or SigLIP tower's names, and reads both.
+            "vision_tower.": (
+                *("vision_tower.vision_model.", "vision_tower."),
+                *("model.vision_tower.vision_model.", "model.vision_tower."),
+            ),
+        },
+    ),
+}
+# Known by name, and why they are refused.
+REFUSED: Final = {
+    "internvl_chat": "its code is remote, and never run; give the repository whose name ends in -hf",
+    "qwen3_vl": "its tower adds rows to the hidden states of later layers (deepstack)",
+    "qwen3_vl_moe": "its tower adds rows to the hidden states of later layers (deepstack)",
+    "qwen2_vl": "its positions have three parts (M-RoPE)",
+    "qwen2_5_vl": "its positions have three parts (M-RoPE)",
+    "llava_next": "the order of its rows depends on the image's shape",
+    "llava_onevision": "the order of its rows depends on the image's shape",
+    "idefics3": "its images have tokens between their rows",
+    "smolvlm": "its images have tokens between their rows",
+}
+
+
+@dataclass(frozen=True)
+class VisionPart:
+    """Tower and projector of a model.
+
+    Equal parts compute the same of the same weights; `spelling` is no part of that. A repr tells them apart, too.
+    """
+
+    family: str  # of FAMILIES
+    image_token_id: int
+    digest: str  # of the configuration
+    config_json: str = field(repr=False)
+    spelling: tuple[tuple[str, str], ...] = field(repr=False, compare=False)  # prefix here, prefix in the files
+
+    def stored_name(self, name: str) -> str:
+        """A tensor's name in the files, from its name here."""
+        for prefix, stored in self.spelling:
+            if name.startswith(prefix):
+                return stored + name.removeprefix(prefix)
+        raise AssertionError(f"{name} is neither text nor vision")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor of tower and projector, by its name here."""
+        return _shapes(self.config_json)
+
+
+def read_vision(path: Path, raw: Mapping[str, Any], config: Any) -> VisionPart:
+    """The vision part of a directory whose config.json is `raw`, and `config` in transformers' reading.
+
+    Raises CheckpointError for options that would compute something else.
+    """
+    family = FAMILIES[str(raw["model_type"])]
+    for name, value in _dropout(config.vision_config.to_dict()):
+        if value:
+            raise CheckpointError(
+                f"{path}: vision_config has {name} {value}; distillation runs without dropout: set it to 0"
+            )
+    image_token_id = config.image_token_id
+    if type(image_token_id) is not int or not 0 <= image_token_id < config.text_config.vocab_size:
+        raise CheckpointError(f"{path}: image_token_id {image_token_id!r} is outside the vocabulary")
+    config_json = json.dumps(_relevant(raw), sort_keys=True)
+    digest = hashlib.sha256(config_json.encode()).hexdigest()[:16]
+    stored = read_spelling(path) or tuple(_spelling(family, _stored_names(path)))
+    part = VisionPart(str(raw["model_type"]), image_token_id, digest, config_json, stored)
+    for name, shape in part.shapes.items():
+        if not shape:
+            raise CheckpointError(f"{path}: {name} is a number, not a tensor; such a vision tower is not supported")
+        # megatron-core (0.16 - 0.19) sums the gradients of what is so called over TP, replicated or not.
+        if "q_layernorm" in name or "k_layernorm" in name:
+            raise CheckpointError(f"{path}: {name} has a name under which megatron-core sums gradients")
+    return part
+
+
+def meta_model(config_json: str, dtype: Any = None) -> Any:
+    """transformers' model without its head, on the meta device, with one decoder layer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    raw = json.loads(config_json)
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    config.text_config.num_hidden_layers = 1
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config, dtype=dtype or torch.float32)
+    return whole.model
+
+
+def read_spelling(path: Path) -> tuple[tuple[str, str], ...] | None:
+    """What a conversion has recorded; None where nothing is."""
+    try:
+        record = read_json(path / SPELLING_RECORD).get("spelling")
+        return None if record is None else tuple((str(name), str(stored)) for name, stored in record.items())
+    except (OSError, ValueError, TypeError, AttributeError):  # whoever reads the weights says what is wrong
+        return None
+
+
+def _spelling(family: Family, names: list[str]) -> Iterator[tuple[str, str]]:
+    for prefix, candidates in family.names.items():
+        longest_first = sorted(candidates, key=len, reverse=True)
+        yield prefix, next((c for c in longest_first if any(n.startswith(c) for n in names)), candidates[0])
+
+
+def _stored_names(path: Path) -> list[str]:
+    """Names of the tensors; none where they cannot be read, which whoever reads the weights says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            return list(read_json(index)["weight_map"])
+        with safe_open(path / "model.safetensors", framework="pt") as file:
+            return list(file.keys())
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
+        return []
+
+
+def _relevant(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what has no part in what is computed."""
+    kept = without_harmless({name: value for name, value in raw.items() if name != "architectures"})
+    for part in ("text_config", "vision_config"):
+        kept[part] = without_harmless(raw[part]) | {"model_type": raw[part].get("model_type")}
+    return kept
+
+
+def _dropout(options: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in options.items():
+        if ("dropout" in name or "drop_path" in name) and isinstance(value, int | float):
+            yield name, float(value)
+
+
+@cache
+def _shapes(config_json: str) -> dict[str, tuple[int, ...]]:
+    family, model = FAMILIES[json.loads(config_json)["model_type"]], meta_model(config_json)
+    return {
+        f"{part}.{name}": tuple(tensor.shape)
+        for part in (family.tower, family.projector)
+        for name, tensor in getattr(model, part).named_parameters()
+    }

@@ -1,0 +1,117 @@
+"""A vision-language student: how it and its teacher see images, what of its tower is trained, what it is refused.
+
+The student's rule (data/image_tokens.py) makes the prompts; a teacher whose rule differs (another number of tiles, say)
+is given a prompt of its own, with the same completion after it. `prepare_towers` hands a model's rule to the chunk that
+has its tower, so pixels are made there and nowhere else.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import LocalTeacher, ServerTeachers
+from megatron_gkd.data.image_tokens import ImageTokens, read_image_tokens
+from megatron_gkd.errors import ConfigError, NotBuiltError
+from megatron_gkd.model.build import HiddenStateGPTModel
+from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.records import Picture
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How the models of a run see images. None: a model of text alone."""
+
+    student: ImageTokens | None = None
+    teacher: ImageTokens | None = None  # of a local teacher
+
+
+def read_sight(
+    config: RunConfig, student: Architecture, teacher: Architecture | None, tokenizer: PreTrainedTokenizerBase
+) -> Sight:
+    """Read the processors' files. Raises ConfigError, NotBuiltError or CheckpointError."""
+    _refuse(config, student, teacher)
+    if student.vision is None:
+        return Sight()
+    family, token_id = student.vision.family, student.vision.image_token_id
+    tiles, path = config.data.max_image_tiles, config.teacher.teacher_model
+    own = read_image_tokens(config.model.model, family, token_id, tokenizer, max_tiles=tiles)
+    if teacher is None or teacher.vision is None:
+        return Sight(own)
+    assert path is not None
+    if teacher.vision.image_token_id != token_id:
+        raise ConfigError(
+            f"the placeholder of an image is token {token_id} for the student and {teacher.vision.image_token_id} for "
+            "the teacher: choose a teacher of the student's family"
+        )
+    tiles = tiles if teacher.vision.family == family else None
+    return Sight(own, read_image_tokens(path, teacher.vision.family, token_id, tokenizer, max_tiles=tiles))
+
+
+def prepare_towers(chunks: Sequence[HiddenStateGPTModel], images: ImageTokens | None) -> None:
+    """Tell the chunk that has the vision tower how pictures are prepared for it."""
+    for chunk in chunks:
+        if chunk.vision is not None and images is not None:
+            chunk.vision.prepare = images.inputs
+
+
+def freeze_towers(chunks: Sequence[HiddenStateGPTModel], config: RunConfig) -> None:
+    """As --freeze_vision and --freeze_projector say; and weights that no output depends on."""
+    for chunk in chunks:
+        if chunk.vision is None:
+            continue
+        chunk.vision.freeze(tower=config.model.freeze_vision, projector=config.model.freeze_projector)
+        if unused := chunk.vision.freeze_unused(_blank()):
+            logger.info("%d weights of the vision tower have no part in its rows and are kept as they are", len(unused))
+
+
+def _blank() -> Picture:
+    """A small grey image."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (127, 127, 127)).save(file, "PNG")
+    return Picture("a grey image", None, file.getvalue(), "", (32, 32), ())
+
+
+def _refuse(config: RunConfig, student: Architecture, teacher: Architecture | None) -> None:
+    """Raise for flags of another kind of student, and for what images are not built for."""
+    if student.vision is None:
+        for flag in ("freeze_vision", "freeze_projector", "max_image_tiles"):
+            if not config.is_default(flag):
+                raise ConfigError(
+                    f"--{flag} is of a vision-language student, and {config.model.model} has no vision tower"
+                )
+        return
+    is_local = isinstance(config.teacher.kind, LocalTeacher)
+    if is_local and teacher is not None and teacher.vision is None:
+        raise ConfigError(
+            f"--model {config.model.model} sees images and --teacher_model {config.teacher.teacher_model} does not: "
+            "choose a teacher with a vision tower, or a student without"
+        )
+    trained = not (config.model.freeze_vision and config.model.freeze_projector)
+    not_built = [
+        (config.lmbda.most > 0, "--lmbda above 0 (sampling from it)", "give --lmbda 0"),
+        (
+            config.distillation.samples_teacher,
+            "--seq_kd true (sampling from its teacher)",
+            "train on presampled completions: --lmbda 0 --seq_kd false",
+        ),
+        (config.generates, "--eval_generate (sampling from it)", "leave it out"),
+        (isinstance(config.teacher.kind, ServerTeachers), "--teacher_model_server", "give --teacher_model"),
+        (config.tuner.is_lora, "--tuner_type lora", "train its weights"),
+        (trained and config.overlap.overlap_grad_reduce, "--overlap_grad_reduce with a trained tower or projector",
+         "a micro-batch without an image gives them no gradient: leave it out, or freeze both"),
+        (trained and config.overlap.overlap_param_gather, "--overlap_param_gather with a trained tower or projector",
+         "leave it out, or freeze both"),
+    ]  # fmt: skip
+    for asked, what, advice in not_built:
+        if asked:
+            raise NotBuiltError(f"{what} is not built for a vision-language student ({config.model.model}): {advice}")

@@ -1,0 +1,206 @@
+"""A step with images equals transformers' and torch's, in every layout: loss, gradients of decoder, projector and
+tower, gradient norm, updated weights.
+
+The batch has one image, several tiles, two images in a prompt, and text alone, so that micro-batches without an image
+and data-parallel ranks with fewer of them occur. The teacher sees images in fewer tiles than the student: its prompts
+are shorter, and the completions align all the same.
+
+Mistakes that leave one of these numbers right are planted, and each must show in another one. In the gate: two ranks;
+GKD_TEST_FULL=1 adds four.
+
+Not covered: bf16, CUDA, experts, more than one step (test_vision_runs.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_gkd.config.run import DistillationConfig
+from megatron_gkd.data.pictures import load
+from megatron_gkd.records import Picture, Row, Sample
+from megatron_gkd.schedule import make_samples
+from tests.support.dense_step import DenseStep, Objective, differences
+from tests.support.dense_vision import Side, dense_vision_step
+from tests.support.effort import FULL
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import megatron
+from tests.support.trainers import StepOutcome, T, Trainer, run_config
+from tests.support.vision_models import picture, write_tiny_vision
+
+OPTIMIZER: dict[str, Any] = dict(lr=0.01, adam_eps=1e-4, weight_decay=0.1, clip_grad=0.02, adam_beta2=0.95)
+OBJECTIVE = Objective(0.5, "full", 0.5)
+DISTILLATION = DistillationConfig(beta=0.5, sft_alpha=0.5)
+TRAIN_ALL = dict(freeze_vision=False, freeze_projector=False)
+
+# One picture each (width, height), or several, or none.
+SHAPES: list[list[tuple[int, int]]] = [
+    [(80, 60)],
+    [],
+    [(200, 60)],
+    [(56, 56), (60, 130)],
+    [],
+    [],
+    [(120, 110)],
+    [(30, 90)],
+]
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {  # name -> ranks, layout, whether samples are packed
+    "TP2 SP": (2, dict(tensor=2, sequence=True, teacher_tensor=1), False),
+    "PP2, packed": (2, dict(pipeline=2, teacher_pipeline=1, teacher_tensor=2), True),
+    "DP2": (2, dict(sharded=False, teacher_pipeline=2), False),
+    "PP2 VPP2": (2, dict(pipeline=2, virtual=2, teacher_pipeline=2), False),
+    "CP2": (2, dict(context=2, sharded=False), False),
+}
+OF_FOUR: dict[str, tuple[int, dict[str, Any], bool]] = {
+    "TP2 PP2 SP": (4, dict(tensor=2, pipeline=2, sequence=True, teacher_tensor=1), False),
+    "TP2 DP2 SP": (4, dict(tensor=2, sequence=True, sharded=False), False),
+    "TP2 SP CP2, packed": (4, dict(tensor=2, sequence=True, context=2, sharded=False), True),
+}
+
+
+def write_vision_rows(path: Path, shapes: list[list[tuple[int, int]]] = SHAPES) -> str:
+    """Rows in ms-swift's form, images beside."""
+    lines = []
+    for number, sizes in enumerate(shapes):
+        names = []
+        for index, (width, height) in enumerate(sizes):
+            names.append(f"{number}_{index}.png")
+            picture(width, height, seed=10 * number + index).save(path.parent / names[-1])
+        text = "<image>and " * len(sizes) + f"what is number {number * 7}?"
+        row: dict[str, Any] = {
+            "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b" * (3 + number)}]
+        }
+        lines.append(json.dumps(row | ({"images": names} if names else {})))
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def config_of(root: Path, family: str, layout: dict[str, Any], **flags: Any) -> Any:
+    decoder = {"internvl": "qwen2", "llava": "llama"}.get(family, "qwen3")
+    kind = family.removesuffix("-qwen3")
+    student, teacher = root / f"{family}_student", root / f"{family}_teacher"
+    if not student.exists():
+        write_tiny_vision(student, kind, decoder=decoder, seed=1, layers=4, tied=family == "internvl-qwen3")
+        write_tiny_vision(teacher, kind, decoder=decoder, seed=2, hidden_size=128, max_tiles=1)
+    rows = root / "rows.jsonl"
+    dataset = str(rows) if rows.exists() else write_vision_rows(rows)
+    return run_config(
+        str(student),
+        str(teacher),
+        dataset,
+        global_batch_size=len(SHAPES),
+        train_iters=1,
+        lr_decay_style="constant",
+        lr_warmup_fraction=0.0,
+        data_cache_dir="none",
+        **OPTIMIZER,
+        **{T[name]: value for name, value in layout.items()},
+        **(TRAIN_ALL | flags),
+    )
+
+
+def samples_of(rows: Any) -> tuple[Sample, ...]:
+    indices = range(len(SHAPES))
+    return make_samples(indices, [rows[index] for index in indices], ["dataset"] * len(SHAPES))
+
+
+def step(config: Any, packing: bool = False, fault: Any = None) -> tuple[StepOutcome, list[Row]]:
+    """On a rank. The second: the rows, on the first rank."""
+    with megatron(), pytest.MonkeyPatch.context() as patch:
+        if fault is not None:
+            fault(patch)
+        trainer = Trainer(config)
+        rows = trainer.run.plans._draws.rows  # type: ignore[union-attr]
+        outcome = trainer.step(
+            samples_of(rows),
+            DISTILLATION,
+            micro_batch_size=2,
+            teacher_micro_batch_size=3,
+            packing=packing,
+            max_tokens=160 if packing else None,
+            with_gradients=not config.parallel.use_distributed_optimizer or trainer.run.student.layout.data == 1,
+        )
+        return outcome, [rows[index] for index in range(len(rows))] if trainer.run.is_writer else []
+
+
+def steps(cells: list[tuple[Any, bool, Any]]) -> list[tuple[StepOutcome, list[Row]]]:
+    return [step(*cell) for cell in cells]
+
+
+def pixels_of(path: str, pictures: tuple[Picture, ...]) -> torch.Tensor | None:
+    """By transformers' image processor, as its InternVL and LLaVA processors call it."""
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(path)
+    options = {"crop_to_patches": True} if hasattr(processor, "crop_to_patches") else {}
+    if not pictures:
+        return None
+    found: torch.Tensor = processor(images=[load(p) for p in pictures], return_tensors="pt", **options)["pixel_values"]
+    return found
+
+
+@cache
+def truth(student: str, teacher: str, rows: tuple[Row, ...], frozen: tuple[str, ...], training: Any) -> DenseStep:
+    samples = samples_of(rows)
+    theirs = [sample.for_teacher for sample in samples]
+    sides = [
+        Side(path, given, {s.position: pixels_of(path, s.pictures) for s in given})
+        for path, given in ((student, samples), (teacher, theirs))
+    ]
+    return dense_vision_step(*sides, OBJECTIVE, training, frozen=frozen)
+
+
+def wrong(config: Any, results: list[tuple[StepOutcome, list[Row]]], frozen: tuple[str, ...] = ()) -> dict[str, float]:
+    """What is further from the truth than rounding explains, in a step that all ranks made."""
+    assert len({(outcome.loss, outcome.grad_norm) for outcome, _ in results}) == 1, "ranks report different numbers"
+    rows = tuple(results[0][1])
+    training = replace(config.training, lr_decay_style="constant")
+    dense = truth(config.model.model, config.teacher.teacher_model, rows, frozen, training)
+    (written,) = [outcome for outcome, _ in results if outcome.weights is not None]
+    assert written.weights is not None
+    gradients = written.gradients
+    return differences(written.loss, written.grad_norm, written.metrics, written.weights, dense, gradients)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vision")
+
+
+def compare(root: Path, family: str, layouts: dict[str, tuple[int, dict[str, Any], bool]]) -> None:
+    (world,) = {world for world, _, _ in layouts.values()}
+    configs = {name: config_of(root, family, options) for name, (_, options, _) in layouts.items()}
+    cells = [(configs[name], packing, None) for name, (_, _, packing) in layouts.items()]
+    found = run_ranks(steps, cells, world=world)
+    faults = {}
+    for index, name in enumerate(layouts):
+        if differing := wrong(configs[name], [of_rank[index] for of_rank in found]):
+            faults[name] = differing
+    assert not faults, "\n".join(f"{name}\n    {what}" for name, what in faults.items())
+
+
+def test_the_batch_is_as_it_is_meant(root: Path) -> None:
+    """Tiles, two images in a prompt, text alone, a teacher with fewer tokens for the same image."""
+    config = config_of(root, "internvl", {})
+    ((outcome, rows),) = run_ranks(step, config, world=1)
+    assert not wrong(config, [(outcome, rows)])
+    assert [[p.num_tokens for p in row.pictures] for row in rows] == [[4], [], [16], [4, 12], [], [], [20], [16]]
+    assert [[p.num_tokens for p in row.teacher_pictures] for row in rows] == [[], [], [4], [4, 4], [], [], [4], [4]]
+
+
+def test_steps_with_images_equal_the_dense_step(root: Path) -> None:
+    compare(root, "internvl", LAYOUTS)
+
+
+@pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1")
+@pytest.mark.parametrize("family", ["internvl", "internvl-qwen3", "llava"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_family_in_every_layout(root: Path, family: str, world: int) -> None:
+    compare(root, family, LAYOUTS if world == 2 else OF_FOUR)
