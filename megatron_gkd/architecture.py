@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,6 +40,8 @@ class Rope:
 
     inv_freq: tuple[float, ...]  # [head_dim / 2], exact float32 values
     attention_factor: float  # 1.0 but for yarn
+    # Longer sequences are turned by other frequencies (dynamic), and refused; None: by the same.
+    most_positions: int | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def read_architecture(path: str | Path) -> Architecture:
         qk_norm=family.qk_norm,
         norm_eps=float(config.rms_norm_eps),
         max_position_embeddings=config.max_position_embeddings,
-        rope=_read_rope(path, config, head_dim),
+        rope=_read_rope(path, config, head_dim, may_be_dynamic=whole is not None),
         moe=_read_experts(path, config) if family.experts else None,
         vision=None if whole is None else vision,
     )
@@ -398,8 +400,12 @@ def _read_experts(path: Path, config: Any) -> MixtureOfExperts:
     return MixtureOfExperts(num_experts, top_k, ffn_hidden_size, normalise, routed)
 
 
-def _read_rope(path: Path, config: Any, head_dim: int) -> Rope:
-    """RoPE numbers from transformers' own functions; the default type, which has none there, is one line."""
+def _read_rope(path: Path, config: Any, head_dim: int, *, may_be_dynamic: bool) -> Rope:
+    """RoPE numbers from transformers' own functions; the default type, which has none there, is one line.
+
+    `dynamic` is the default up to max_position_embeddings. InternVL 3 has it; as text models have always been refused
+    with it, they still are.
+    """
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -407,6 +413,9 @@ def _read_rope(path: Path, config: Any, head_dim: int) -> Rope:
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:
         raise CheckpointError(f"{path}: no RoPE parameters found (rope_theta, or rope_parameters.rope_theta)")
     kind = parameters.get("rope_type", "default")
+    most = config.max_position_embeddings if kind == "dynamic" and may_be_dynamic else None
+    if most is not None:
+        kind = "default"
     if kind not in SUPPORTED_ROPE_TYPES:
         raise CheckpointError(
             f"{path}: rope_type {kind!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
@@ -419,7 +428,7 @@ def _read_rope(path: Path, config: Any, head_dim: int) -> Rope:
     if kind == "default":
         inv_freq = 1.0 / parameters["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         _check_frequencies(path, kind, inv_freq, 1.0, head_dim)
-        return Rope(tuple(inv_freq.tolist()), 1.0)
+        return Rope(tuple(inv_freq.tolist()), 1.0, most)
     compute: Callable[[Any], tuple[torch.Tensor, float]] = ROPE_INIT_FUNCTIONS[kind]
     try:
         inv_freq, attention_factor = compute(config)

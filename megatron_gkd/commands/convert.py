@@ -14,6 +14,9 @@ the model's largest tensors, not by its size (weights/megatron_files.py, weights
 
 Conversion runs on the CPU with gloo, also on machines with GPUs: it computes nothing.
 
+`--to hf` also takes InternVL's older format (`internvl_chat`, which is published with code of its own), one process,
+and writes transformers' own form of it (weights/internvl_chat.py).
+
 `--bridge megatron_bridge` hands a family that is not in our map to another library (weights/megatron_bridge.py); all of
 the above is then that library's, but that OUT is not overwritten and appears complete.
 """
@@ -119,6 +122,7 @@ def run_convert(cfg: ConvertConfig) -> None:
     from megatron_gkd.parallel.together import require_same
     from megatron_gkd.train.alike import program_facts
     from megatron_gkd.weights.hf_writer import check_destination
+    from megatron_gkd.weights.internvl_chat import is_internvl_chat
     from megatron_gkd.weights.megatron_files import is_megatron_checkpoint, what_it_is
 
     platform.init_distributed(platform.setup("cpu"))
@@ -127,6 +131,9 @@ def run_convert(cfg: ConvertConfig) -> None:
     }
     require_same({**flags, **program_facts()}, "started alike")
     cfg = with_local_files(cfg)
+    if cfg.to == "hf" and is_internvl_chat(cfg.model):
+        _of_older_internvl(cfg)
+        return
     if is_megatron_checkpoint(cfg.model) != (cfg.to == "hf"):
         found = "is already a Megatron checkpoint" if cfg.to == "megatron" else what_it_is(cfg.model)
         raise CheckpointError(f"{cfg.model} {found}; --to {cfg.to} needs a directory of the other format")
@@ -147,6 +154,23 @@ def run_convert(cfg: ConvertConfig) -> None:
         logger.info("%s, %s -> %s", arch.model_type, cfg.model, cfg.save)
     if cfg.check:
         _check(cfg, arch, layout)
+
+
+def _of_older_internvl(cfg: ConvertConfig) -> None:
+    """InternVL's format with remote code, as the Hugging Face directory that training takes."""
+    import torch.distributed as dist
+
+    from megatron_gkd.weights.internvl_chat import convert_internvl_chat
+
+    for flag in ("dtype", "hf_config", "check"):
+        if getattr(cfg, flag):
+            raise ConfigError(f"--{flag}: tensors of InternVL's older format are copied bit for bit; leave it out")
+    if dist.get_world_size() > 1:
+        raise ConfigError(
+            f"{cfg.model} has InternVL's older format, which one process converts: start it without torchrun"
+        )
+    convert_internvl_chat(cfg.model, cfg.save)
+    logger.info("InternVL's older format, %s -> %s", cfg.model, cfg.save)
 
 
 def _to_megatron(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
@@ -221,7 +245,7 @@ def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
     from megatron_gkd.parallel.groups import build_groups
     from megatron_gkd.parallel.together import gathered, on_first
     from megatron_gkd.weights.chunks import ExpertRank, check_chunks
-    from megatron_gkd.weights.compare import model_logits, reference_logits, sample_tokens
+    from megatron_gkd.weights.compare import model_logits, reference_logits, sample_image, sample_tokens
     from megatron_gkd.weights.megatron_files import MegatronCheckpoint
     from megatron_gkd.weights.source import ModelSource
 
@@ -230,10 +254,12 @@ def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
     chunks = ModelSource(hf_dir, arch).build(layout, groups, ModelOptions.on("cpu"), dtype="fp32")
     MegatronCheckpoint(megatron_dir, chunks, arch, groups).fill(check_chunks(chunks, arch, ExpertRank.of(groups)))
     tokens = sample_tokens(hf_dir, arch)
-    logits = model_logits(chunks, layout, groups, arch, tokens)
+    seen = sample_image(hf_dir, arch, tokens)
+    tokens = tokens if seen is None else seen.tokens
+    logits = model_logits(chunks, layout, groups, arch, tokens, seen)
     difference = 0.0
     if logits is not None and groups.tp.rank() == 0 and groups.dp.rank() == 0:
-        difference = float((logits - reference_logits(hf_dir, tokens)).abs().max())
+        difference = float((logits - reference_logits(hf_dir, tokens, seen)).abs().max())
         print(f"largest difference of {logits.numel()} logits from transformers': {difference:.3g}", flush=True)
     worst = [value for value in gathered(difference) if not value <= cfg.check_tolerance]
     if worst:  # NaN is worse than any number

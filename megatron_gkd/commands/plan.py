@@ -16,6 +16,7 @@ from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import LocalTeacher
+from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.model.divisible import check_fit
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
@@ -45,6 +46,7 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
 
     asked, config = asked_and_config
     config = with_known_models(planned_dtype(config))
+    _refuse_images(config)
     if asked.search:
         _search(asked, config)
         return
@@ -70,6 +72,14 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     for one in found:
         print("\n".join(_lines(asked, one, student, teacher, sampler)), end="\n\n")
     print("\n".join(f"assumed: {text}" for text in _ASSUMED))
+
+
+def _refuse_images(config: RunConfig) -> None:
+    """Raise NotBuiltError for models with a vision tower, whose bytes would be counted wrongly."""
+    kind = config.teacher.kind
+    for path in (config.model.model, *([kind.path] if isinstance(kind, LocalTeacher) else [])):
+        if read_architecture(path).vision is not None:
+            raise NotBuiltError(f"plan does not count a vision tower and its pixels, and {path} has one")
 
 
 def _search(asked: PlanConfig, config: RunConfig) -> None:

@@ -130,18 +130,18 @@ def collate(
 
 
 def _media(samples: Sequence[Sample], starts: Sequence[int]) -> Media | None:
-    """`starts` are the flat indices of the samples' first tokens. The places come from the prompts as they were
-    expanded: a sampled completion may hold the same token id, which is text there."""
-    pictures = tuple(picture for sample in samples for picture in sample.pictures)
+    """`starts` are the flat indices of the samples' first tokens."""
+    placed = [(picture, start) for start, sample in zip(starts, samples, strict=True) for picture in sample.pictures]
+    return media_of([picture for picture, _ in placed], [start for _, start in placed])
+
+
+def media_of(pictures: Sequence[Picture], starts: Sequence[int]) -> Media | None:
+    """Of pictures whose prompts begin at these flat indices; None of none. The places are those of the prompts as they
+    were expanded: a sampled completion may hold the same token id, which is text there."""
     if not pictures:
         return None
-    index = [
-        start + place
-        for start, sample in zip(starts, samples, strict=True)
-        for picture in sample.pictures
-        for place in picture.places
-    ]
-    return Media(pictures, len(index), _int64(index), torch.arange(len(index)))
+    index = [start + place for picture, start in zip(pictures, starts, strict=True) for place in picture.places]
+    return Media(tuple(pictures), len(index), _int64(index), torch.arange(len(index)))
 
 
 def _padding(tokens: torch.Tensor, starts: Sequence[int], samples: Sequence[Sample]) -> torch.Tensor:

@@ -63,6 +63,19 @@ def decode(data: bytes, name: str) -> Any:
         raise DataError(f"{name} is a damaged image: {error}") from None
 
 
+def striped_picture(width: int = 48, height: int = 32) -> Picture:
+    """A picture of stripes, for checks that need one; it has no places in a prompt."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    stripes = bytes(
+        (30 * (x % 8) + 40 * channel) % 256 for _ in range(height) for x in range(width) for channel in range(3)
+    )
+    Image.frombytes("RGB", (width, height), stripes).save(file, "PNG")
+    data = file.getvalue()
+    return Picture("the test picture", None, data, _digest(data), (width, height), ())
+
+
 def pack(row: Row) -> bytes:
     """The pictures of a row as bytes; none for a row without pictures."""
     if not row.pictures and not row.teacher_pictures:

@@ -63,7 +63,7 @@ FAMILIES: Final[dict[str, Family]] = {
 }
 # Known by name, and why they are refused.
 REFUSED: Final = {
-    "internvl_chat": "its code is remote, and never run; give the repository whose name ends in -hf",
+    "internvl_chat": "its code is remote, and never run; convert it first: megatron-gkd convert --to hf",
     "qwen3_vl": "its tower adds rows to the hidden states of later layers (deepstack)",
     "qwen3_vl_moe": "its tower adds rows to the hidden states of later layers (deepstack)",
     "qwen2_vl": "its positions have three parts (M-RoPE)",

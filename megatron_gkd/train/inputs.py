@@ -134,6 +134,11 @@ def _tell_reach(config: RunConfig, student: Architecture, teacher: Architecture 
     """Warn where rows may be longer than a model was made for."""
     longest = config.data.max_length
     for flag, arch in (("model", student), ("teacher_model", teacher)):
+        if arch is not None and longest > (arch.rope.most_positions or longest):
+            raise ConfigError(
+                f"--max_length {longest}: --{flag} has other rotary frequencies beyond {arch.rope.most_positions} "
+                f"positions (rope_type dynamic), which are not built; give at most {arch.rope.most_positions}"
+            )
         if arch is not None and (most := reach(config.get(flag), arch)) < longest and _is_first():
             logger.warning(
                 "--max_length %d is above the %d positions of --%s (max_position_embeddings, with its RoPE scaling): "

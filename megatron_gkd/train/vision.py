@@ -7,7 +7,6 @@ has its tower, so pixels are made there and nowhere else.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +16,10 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import LocalTeacher, ServerTeachers
 from megatron_gkd.data.image_tokens import ImageTokens, read_image_tokens
+from megatron_gkd.data.pictures import striped_picture
 from megatron_gkd.errors import ConfigError, NotBuiltError
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.observe.logging import get_logger
-from megatron_gkd.records import Picture
 
 logger = get_logger(__name__)
 
@@ -68,17 +67,8 @@ def freeze_towers(chunks: Sequence[HiddenStateGPTModel], config: RunConfig) -> N
         if chunk.vision is None:
             continue
         chunk.vision.freeze(tower=config.model.freeze_vision, projector=config.model.freeze_projector)
-        if unused := chunk.vision.freeze_unused(_blank()):
+        if unused := chunk.vision.freeze_unused(striped_picture()):
             logger.info("%d weights of the vision tower have no part in its rows and are kept as they are", len(unused))
-
-
-def _blank() -> Picture:
-    """A small grey image."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("RGB", (32, 32), (127, 127, 127)).save(file, "PNG")
-    return Picture("a grey image", None, file.getvalue(), "", (32, 32), ())
 
 
 def _refuse(config: RunConfig, student: Architecture, teacher: Architecture | None) -> None:

@@ -7,19 +7,24 @@ Communication: the schedule's over the pipeline group, one all-gather of [1, S, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_gkd.architecture import Architecture
-from megatron_gkd.data.collate import MicroBatch, without_loss
+from megatron_gkd.data.chat import load_tokenizer
+from megatron_gkd.data.collate import MicroBatch, media_of, without_loss
+from megatron_gkd.data.image_tokens import ImageTokens, read_image_tokens
+from megatron_gkd.data.pictures import striped_picture
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.records import Picture
 from megatron_gkd.weights.hf_files import side_files
 
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -46,15 +51,34 @@ def sample_tokens(hf_dir: str | Path, arch: Architecture) -> torch.Tensor:
     return ids
 
 
-def reference_logits(hf_dir: str | Path, tokens: torch.Tensor) -> torch.Tensor:
-    """[1, S, V] of transformers, in fp32 on the CPU."""
-    from transformers import AutoModelForCausalLM
+class Seen(NamedTuple):
+    """An image of a sample text, for a model that sees images."""
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(hf_dir), dtype=torch.float32, trust_remote_code=False, local_files_only=True
-    )
+    tokens: torch.Tensor  # [1, S]: the image's, before those of the text
+    images: ImageTokens
+    picture: Picture  # in its place
+
+
+def sample_image(hf_dir: str | Path, arch: Architecture, tokens: torch.Tensor) -> Seen | None:
+    """None for a model of text alone."""
+    if arch.vision is None:
+        return None
+    family, token_id = arch.vision.family, arch.vision.image_token_id
+    images = read_image_tokens(hf_dir, family, token_id, load_tokenizer(hf_dir), max_tiles=None)
+    ids, (picture,) = images.expand((token_id, *tokens[0].tolist()), [striped_picture()])
+    return Seen(torch.tensor([ids]), images, picture)
+
+
+def reference_logits(hf_dir: str | Path, tokens: torch.Tensor, seen: Seen | None = None) -> torch.Tensor:
+    """[1, S, V] of transformers, in fp32 on the CPU."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind: Any = AutoModelForCausalLM if seen is None else AutoModelForImageTextToText
+    model = kind.from_pretrained(str(hf_dir), dtype=torch.float32, trust_remote_code=False, local_files_only=True)
     with torch.no_grad():
-        logits: torch.Tensor = model.eval()(tokens).logits
+        logits: torch.Tensor = model.eval()(
+            input_ids=tokens, **({} if seen is None else seen.images.inputs([seen.picture]))
+        ).logits
     return logits
 
 
@@ -64,8 +88,15 @@ def model_logits(
     groups: ProcessGroupCollection,
     arch: Architecture,
     tokens: torch.Tensor,
+    seen: Seen | None = None,
 ) -> torch.Tensor | None:
     """[1, S, V] of the megatron-core model, without padding; None outside the last pipeline stage."""
+    batch = without_loss(tokens)
+    if seen is not None:
+        batch = replace(batch, media=media_of([seen.picture], [0]))
+        for chunk in chunks:
+            if chunk.vision is not None:
+                chunk.vision.prepare = seen.images.inputs
 
     def forward_step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:
         def collect(hidden: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
@@ -79,7 +110,5 @@ def model_logits(
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        out = run_schedule(
-            chunks, layout, groups, forward_step, [without_loss(tokens)], forward_only=True, collect=True
-        )
+        out = run_schedule(chunks, layout, groups, forward_step, [batch], forward_only=True, collect=True)
     return out[0][..., : arch.vocab_size] if out else None

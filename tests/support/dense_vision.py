@@ -54,9 +54,11 @@ def load(path: str | Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def stored_name(name: str) -> str:
+def stored_name(name: str, family: str) -> str:
     """Of a parameter, in the files that tests/support/vision_models.py writes."""
     name = name.removeprefix("model.")
+    if family == "llava":
+        name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
     if name == "lm_head.weight":
         return "language_model.lm_head.weight"
     name = name.removeprefix("model.")
@@ -70,19 +72,20 @@ def dense_vision_step(
 
     def step(dtype: torch.dtype) -> DenseStep:
         model = Seeing(student, dtype)
+        family = model.model.config.model_type
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not stored_name(name).startswith(frozen or ("-",)))
+            parameter.requires_grad_(not stored_name(name, family).startswith(frozen or ("-",)))
         optimizer = adam(model, training)
         with torch.no_grad():
             other = Seeing(teacher, dtype)
             logits = [completion_logits(other, sample) for sample in teacher.samples]
         loss, metrics = loss_and_metrics(model, logits, student.samples, objective, 1, None)
         loss.backward()
-        trained = {stored_name(n): p for n, p in model.named_parameters() if p.grad is not None}
+        trained = {stored_name(n, family): p for n, p in model.named_parameters() if p.grad is not None}
         gradients = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(list(model.parameters()), training.clip_grad)
         optimizer.step()
-        weights = {stored_name(n): p.detach().clone() for n, p in model.named_parameters()}
+        weights = {stored_name(n, family): p.detach().clone() for n, p in model.named_parameters()}
         return DenseStep(float(loss.detach()), float(norm), metrics, weights, gradients)
 
     with Float64():

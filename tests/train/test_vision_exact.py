@@ -24,8 +24,11 @@ import torch
 
 from megatron_gkd.config.run import DistillationConfig
 from megatron_gkd.data.pictures import load
+from megatron_gkd.model import build
 from megatron_gkd.records import Picture, Row, Sample
 from megatron_gkd.schedule import make_samples
+from megatron_gkd.train import setup
+from megatron_gkd.weights.hf_files import HFCheckpoint
 from tests.support.dense_step import DenseStep, Objective, differences
 from tests.support.dense_vision import Side, dense_vision_step
 from tests.support.effort import FULL
@@ -111,11 +114,11 @@ def samples_of(rows: Any) -> tuple[Sample, ...]:
     return make_samples(indices, [rows[index] for index in indices], ["dataset"] * len(SHAPES))
 
 
-def step(config: Any, packing: bool = False, fault: Any = None) -> tuple[StepOutcome, list[Row]]:
+def step(config: Any, packing: bool = False, fault: str | None = None) -> tuple[StepOutcome, list[Row]]:
     """On a rank. The second: the rows, on the first rank."""
     with megatron(), pytest.MonkeyPatch.context() as patch:
         if fault is not None:
-            fault(patch)
+            FAULTS[fault][0](patch)
         trainer = Trainer(config)
         rows = trainer.run.plans._draws.rows  # type: ignore[union-attr]
         outcome = trainer.step(
@@ -130,7 +133,7 @@ def step(config: Any, packing: bool = False, fault: Any = None) -> tuple[StepOut
         return outcome, [rows[index] for index in range(len(rows))] if trainer.run.is_writer else []
 
 
-def steps(cells: list[tuple[Any, bool, Any]]) -> list[tuple[StepOutcome, list[Row]]]:
+def steps(cells: list[tuple[Any, bool, str | None]]) -> list[tuple[StepOutcome, list[Row]]]:
     return [step(*cell) for cell in cells]
 
 
@@ -204,3 +207,86 @@ def test_steps_with_images_equal_the_dense_step(root: Path) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_family_in_every_layout(root: Path, family: str, world: int) -> None:
     compare(root, family, LAYOUTS if world == 2 else OF_FOUR)
+
+
+# ---- mistakes that leave some of the numbers right ------------------------------------------------------------------
+
+
+def rows_in_sequence_major_order(patch: pytest.MonkeyPatch) -> None:
+    """The tower's rows go into the sequence position by position instead of sample by sample."""
+    original = build.merged_input
+
+    def merged(embedding: Any, tower: Any, tokens: Any, position_ids: Any, media: Any, **kwargs: Any) -> Any:
+        if media is not None:
+            length = tokens.shape[1]
+            order = torch.argsort(media.index % length * len(tokens) + media.index // length)
+            media = replace(media, index=media.index[order])
+        return original(embedding, tower, tokens, position_ids, media, **kwargs)
+
+    patch.setattr(build, "merged_input", merged)
+
+
+def marked(name: str) -> Any:
+    """Every parameter of tower and projector with an attribute that megatron-core reads."""
+
+    def fault(patch: pytest.MonkeyPatch) -> None:
+        original = setup.freeze_towers
+
+        def freeze(chunks: Any, config: Any) -> None:
+            original(chunks, config)
+            for chunk in chunks:
+                for parameter in () if chunk.vision is None else chunk.vision.parameters():
+                    setattr(parameter, name, True)
+
+        patch.setattr(setup, "freeze_towers", freeze)
+
+    return fault
+
+
+PROJECTOR, DECODER = "multi_modal_projector.linear_1.weight", "language_model.model.norm.weight"
+FAULTS: dict[str, tuple[Any, set[str], set[str]]] = {  # what it must show in, and what stays right
+    "sequence-major": (rows_in_sequence_major_order, {"loss", "grad_norm", f"gradient of {PROJECTOR}"}, set()),
+    "marked as sequence parallel": (
+        marked("sequence_parallel"),
+        {"grad_norm", f"gradient of {PROJECTOR}"},
+        {"loss", f"gradient of {DECODER}"},
+    ),
+    "marked as tensor parallel": (
+        marked("tensor_model_parallel"),
+        {"grad_norm"},
+        {"loss", f"gradient of {PROJECTOR}", f"gradient of {DECODER}"},
+    ),
+}
+
+
+def test_planted_mistakes_are_told_apart(root: Path) -> None:
+    config = config_of(root, "internvl", dict(tensor=2, sequence=True, teacher_tensor=1))
+    found = run_ranks(steps, [(config, False, fault) for fault in FAULTS], world=2)
+    for index, (name, (_, shows, right)) in enumerate(FAULTS.items()):
+        differing = wrong(config, [of_rank[index] for of_rank in found])
+        assert shows <= differing.keys(), (name, differing)
+        assert not right & differing.keys(), (name, differing)
+
+
+def test_frozen_parts_stay_and_the_rest_is_trained(root: Path) -> None:
+    """The defaults: the tower frozen, the projector trained; and neither."""
+    frozen = {"tower": (True, False, ("vision_tower.",)), "both": (True, True, ("vision_tower.", "multi_modal"))}
+    layout = dict(tensor=2, sequence=True, teacher_tensor=1)
+    configs = [
+        config_of(root, "internvl", layout, freeze_vision=tower, freeze_projector=projector)
+        for tower, projector, _ in frozen.values()
+    ]
+    found = run_ranks(steps, [(config, False, None) for config in configs], world=2)
+    for index, (config, (_, _, names)) in enumerate(zip(configs, frozen.values(), strict=True)):
+        assert not wrong(config, [of_rank[index] for of_rank in found], names)
+
+
+def test_weights_that_no_row_depends_on_are_kept(root: Path) -> None:
+    """LLaVA takes the rows of the last layer but one: weight decay would move the last one's weights."""
+    config = config_of(root, "llava", {})
+    ((outcome, rows),) = run_ranks(step, config, world=1)
+    assert not wrong(config, [(outcome, rows)])
+    assert outcome.weights is not None
+    name = "vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight"
+    with HFCheckpoint(config.model.model) as checkpoint:
+        assert torch.equal(outcome.weights[name], checkpoint.read(name))
