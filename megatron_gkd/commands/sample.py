@@ -23,27 +23,29 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from megatron_gkd import platform
-from megatron_gkd.architecture import read_architecture
+from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.dtypes import chosen
 from megatron_gkd.config.sample import SampleConfig
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
 from megatron_gkd.data.clock import Clock
+from megatron_gkd.data.image_tokens import ImageTokens, read_image_tokens
 from megatron_gkd.data.policy import RowSummary, Tokenised, check_variables
 from megatron_gkd.data.prompts import Prompt, completion_text, make_row, read_back, read_prompts
 from megatron_gkd.data.result_file import ResultFile, progress_path
-from megatron_gkd.errors import ConfigError, DataError
+from megatron_gkd.errors import ConfigError, DataError, NotBuiltError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.progress import Progress
-from megatron_gkd.rollout.engines import server_urls
+from megatron_gkd.rollout.engines import engine_image_options, server_urls
 from megatron_gkd.rollout.protocol import Completion, Engine, Request, SamplingSettings
 from megatron_gkd.rollout.requests import seed_of
 from megatron_gkd.train.hub_files import with_local_files
@@ -55,6 +57,7 @@ logger = get_logger(__name__)
 _DECIDE = (
     *("model", "max_new_tokens", "num_return_sequences", "temperature", "top_p", "top_k", "seed", "dtype"),
     *("truncated", "respelled", "on_bad_row", "overlong", "chat_template_kwargs", "enable_thinking"),
+    "max_image_tiles",
 )
 
 
@@ -69,7 +72,9 @@ def run_sample(config: SampleConfig) -> None:
     config = with_local_files(_with_dtype(config))
     encoder = ChatEncoder(load_tokenizer(config.model), earlier_clock(config.result_path))
     check_variables(json.loads(config.template_kwargs), encoder)
-    longest_of_model = read_architecture(config.model).max_position_embeddings
+    arch = read_architecture(config.model)
+    images = _image_tokens(config, arch, encoder)
+    longest_of_model = arch.max_position_embeddings
     longest = min(config.vllm_max_model_len or longest_of_model, longest_of_model)
     if config.max_new_tokens >= longest:
         raise ConfigError(
@@ -77,14 +82,15 @@ def run_sample(config: SampleConfig) -> None:
             "(the model's length, or --vllm_max_model_len); give a smaller one"
         )
     stop_ids = stop_tokens(config.model, encoder)
-    survey = _Survey(config, encoder, longest)
+    survey = _Survey(config, encoder, longest, images)
     result = ResultFile(config.result_path, _fingerprint(config, survey, encoder.clock))
     if result.complete:
         logger.info("%s is complete: %s", config.result_path, _account(result.counts))
         return
     if result.resumed:
         logger.info("%s: going on after %d of %d records", config.result_path, result.records_done, survey.num_records)
-    engine = open_engine(config, longest if config.vllm_max_model_len else survey.longest_needed)
+    length = longest if config.vllm_max_model_len else survey.longest_needed
+    engine = open_engine(config, length, engine_image_options(images, survey.most_images))
     try:
         counts = _sample_all(config, encoder, survey, result, engine, stop_ids)
     finally:
@@ -95,19 +101,23 @@ def run_sample(config: SampleConfig) -> None:
 class _Survey:
     """The first reading: what there is, before any work is done."""
 
-    def __init__(self, config: SampleConfig, encoder: ChatEncoder, longest: int) -> None:
-        self.num_records = self.num_prompts = self.longest_needed = 0
+    def __init__(self, config: SampleConfig, encoder: ChatEncoder, longest: int, images: ImageTokens | None) -> None:
+        self.num_records = self.num_prompts = self.longest_needed = self.most_images = 0
+        self.images = images
         self._room = longest - config.max_new_tokens
         self._stop_at_bad, self._stop_at_overlong = config.on_bad_row == "stop", config.overlong == "stop"
         digest, found = hashlib.sha256(), RowSummary()
-        for item in read_prompts(config.dataset, encoder, variables=json.loads(config.template_kwargs)):
+        variables = json.loads(config.template_kwargs)
+        for item in read_prompts(config.dataset, encoder, variables=variables, images=images):
             self.num_records += 1
             prompt = self.usable(item, Counter())
             digest.update(json.dumps(prompt and prompt.ids).encode())
+            digest.update("".join(picture.digest for picture in prompt.pictures).encode() if prompt else b"")
             if prompt is not None:
                 self.num_prompts += 1
                 own = {name: value for name, value in prompt.options.items() if name not in prompt.variables}
                 found.note(Tokenised((), (), tuple(encoder.left_out.of([(prompt.text, None)], prompt.options, own))))
+                self.most_images = max(self.most_images, len(prompt.pictures))
                 self.longest_needed = max(self.longest_needed, len(prompt.ids) + config.max_new_tokens)
         for warning in found.warnings():
             logger.warning("%s: %s", ", ".join(config.dataset), warning)
@@ -142,10 +152,12 @@ def _sample_all(
     engine: Engine,
     stop_ids: tuple[int, ...],
 ) -> Counter[str]:
-    settings = SamplingSettings(config.temperature, config.top_p, config.top_k, stop_ids)
+    banned = () if survey.images is None else (survey.images.image_token_id,)
+    settings = SamplingSettings(config.temperature, config.top_p, config.top_k, stop_ids, banned)
     counts = Counter(result.counts)
+    variables = json.loads(config.template_kwargs)
     records = read_prompts(
-        config.dataset, encoder, start=result.records_done, variables=json.loads(config.template_kwargs)
+        config.dataset, encoder, start=result.records_done, variables=variables, images=survey.images
     )
     with Progress(survey.num_records, done_steps=result.records_done, unit="record") as progress:
         for batch in _batches(records, config.write_batch_size):
@@ -171,7 +183,10 @@ def _requests(config: SampleConfig, prompts: list[Prompt]) -> list[Request]:
     """All completions of all prompts, prompt by prompt."""
     n = config.num_return_sequences
     return [
-        Request(prompt.index * n + k, prompt.ids, config.max_new_tokens, seed_of(config.seed, prompt.index, k))
+        Request(
+            *(prompt.index * n + k, prompt.ids, config.max_new_tokens, seed_of(config.seed, prompt.index, k)),
+            *(prompt.pictures, prompt.bare),
+        )
         for prompt in prompts
         for k in range(n)
     ]
@@ -228,8 +243,22 @@ def _with_dtype(config: SampleConfig) -> SampleConfig:
     return replace(config, dtype=chosen(config.dtype, kind))
 
 
-def open_engine(config: SampleConfig, max_model_len: int) -> Engine:
-    """The engine that `--vllm_mode` names, with the weights of the model's directory."""
+def _image_tokens(config: SampleConfig, arch: Architecture, encoder: ChatEncoder) -> ImageTokens | None:
+    """How the model sees images; None for one of text alone. Raises ConfigError or NotBuiltError."""
+    if arch.vision is None:
+        if config.max_image_tiles is not None:
+            raise ConfigError(f"--max_image_tiles is of a model with a vision tower, and {config.model} has none")
+        return None
+    if config.vllm_mode != "colocate":
+        raise NotBuiltError(
+            f"--vllm_mode {config.vllm_mode} is not built for a vision-language model ({config.model}): give colocate"
+        )
+    family, token_id, tiles = arch.vision.family, arch.vision.image_token_id, config.max_image_tiles
+    return read_image_tokens(config.model, family, token_id, encoder.tokenizer, max_tiles=tiles)
+
+
+def open_engine(config: SampleConfig, max_model_len: int, options: Mapping[str, Any] = MappingProxyType({})) -> Engine:
+    """The engine that `--vllm_mode` names, with the weights of the model's directory. `options`: of a colocated one."""
     if config.vllm_mode == "colocate":
         from megatron_gkd.rollout.vllm.colocate import ColocatedEngine
 
@@ -240,6 +269,7 @@ def open_engine(config: SampleConfig, max_model_len: int) -> Engine:
             max_model_len=max_model_len,
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
             read_weights=True,
+            engine_options=options,
         )
     from megatron_gkd.rollout.vllm.server import ServerEngine, SubprocessEngine
 

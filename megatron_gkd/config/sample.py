@@ -51,6 +51,9 @@ class SampleConfig(Section):
     )
     chat_template_kwargs: str | None = kwargs_setting()
     enable_thinking: bool | None = thinking_setting()
+    max_image_tiles: int | None = setting(
+        None, "Of a vision-language model: most tiles of an image; null: as its processor says.", ge=1
+    )
     infer_backend: Literal["vllm"] = setting("vllm", "Engine.")
     vllm_mode: Literal["colocate", "server", "subprocess"] = setting(
         "colocate",

@@ -10,6 +10,7 @@ is trained. Decoding is PIL's, into RGB, upright as its EXIF data says.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -74,6 +75,14 @@ def striped_picture(width: int = 48, height: int = 32) -> Picture:
     Image.frombytes("RGB", (width, height), stripes).save(file, "PNG")
     data = file.getvalue()
     return Picture("the test picture", None, data, _digest(data), (width, height), ())
+
+
+def reference(picture: Picture) -> str:
+    """What a row of a column `images` says of it: the file's whole path, or its bytes as a data: URI."""
+    if picture.path is not None:
+        return str(Path(picture.path).absolute())
+    assert picture.data is not None
+    return f"data:image;base64,{base64.b64encode(picture.data).decode()}"
 
 
 def pack(row: Row) -> bytes:

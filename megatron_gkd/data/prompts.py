@@ -21,13 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from megatron_gkd.data.chat import ChatEncoder, Message
 from megatron_gkd.data.files import Columns, read_records
 from megatron_gkd.data.forms import form_columns, read_record
+from megatron_gkd.data.image_forms import TAG, ImageSource, numbers_in, take_images, with_tags
+from megatron_gkd.data.image_tokens import ImageTokens
+from megatron_gkd.data.pictures import read_picture, reference
 from megatron_gkd.errors import DataError
+from megatron_gkd.records import Picture
 
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 ReadBack = Literal["exact", "respelled", "changed"]
@@ -45,6 +50,8 @@ class Prompt:
     options: Mapping[str, Any]  # what the chat template was given beside the turns
     variables: Mapping[str, Any]  # of them those that were given for all rows
     marks: tuple[bool | None, ...]  # of the turns: whether they carry the loss
+    bare: tuple[int, ...] = ()  # with images: the ids with one placeholder for each, as the template writes them
+    pictures: tuple[Picture, ...] = ()  # of the prompt, in reading order
 
 
 def read_prompts(
@@ -53,10 +60,13 @@ def read_prompts(
     *,
     start: int = 0,
     variables: Mapping[str, Any] = NO_VARIABLES,
+    images: ImageTokens | None = None,
 ) -> Iterator[Prompt | tuple[int, str, str]]:
     """Prompts from record `start` on, in order; (index, place, what is wrong) for a record without a usable one.
 
-    `variables`: the chat template's for all rows; a row's own win.
+    Args:
+        variables: the chat template's for all rows; a row's own win.
+        images: how the model sees images; None: a record with images is not usable.
     """
     index = -1
     for path, records in [(path, read_records(path)) for path in paths]:
@@ -68,14 +78,28 @@ def read_prompts(
             try:
                 if isinstance(record, str):
                     raise DataError(record)
+                sources: list[ImageSource] = []
+                if images is not None:
+                    record, sources = take_images(record)
                 reading = read_record(record)
                 text, _ = reading.pair
                 options = {**variables, **reading.options}
                 ids, _ = encoder.encode(text, None, options)
+                bare, pictures = ids, tuple[Picture, ...]()
+                if images is not None:
+                    ids, pictures = images.expand(ids, _pictures(text, sources, Path(path).parent))
             except DataError as error:
                 yield index, place, str(error)
             else:
-                yield Prompt(index, place, record, text, ids, options, variables, reading.marks)
+                yield Prompt(index, place, record, text, ids, options, variables, reading.marks, bare, pictures)
+
+
+def _pictures(text: str | Sequence[Message], sources: Sequence[ImageSource], folder: Path) -> list[Picture]:
+    """The images of a prompt, in reading order. Raises DataError where the row of a result could not say where."""
+    texts = [text] if isinstance(text, str) else [turn["content"] for turn in text]
+    if sources and any(TAG in one for one in texts):
+        raise DataError(f"the text of a row with images has {TAG} where no image stands; write it in another way")
+    return [read_picture(sources[n], folder, n) for one in texts for n in numbers_in(one)]
 
 
 def completion_text(encoder: ChatEncoder, token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:
@@ -91,7 +115,7 @@ def read_back(encoder: ChatEncoder, prompt: Prompt, token_ids: Sequence[int], st
         prompt_ids, completion_ids = encoder.encode(prompt.text, text, prompt.options)
     except DataError:
         return "changed"
-    if prompt_ids != prompt.ids or completion_ids is None:
+    if prompt_ids != (prompt.bare or prompt.ids) or completion_ids is None:
         return "changed"
     if completion_ids == tuple(token_ids):
         return "exact"
@@ -106,10 +130,12 @@ def make_row(prompt: Prompt, text: str, sampling: dict[str, Any]) -> dict[str, A
             row.pop(name, None)
         named = prompt.options.items()
         row["chat_template_kwargs"] = {name: value for name, value in named if name not in ("tools", "documents")}
+    if prompt.pictures:
+        row["images"] = [reference(picture) for picture in prompt.pictures]
     if isinstance(prompt.text, str):
-        return row | {"prompt": prompt.text, "completion": text, "sampling": sampling}
+        return row | {"prompt": with_tags(prompt.text), "completion": text, "sampling": sampling}
     turns = [
-        dict(turn) if mark is None else {**turn, "loss": mark}
+        {**turn, "content": with_tags(turn["content"])} | ({} if mark is None else {"loss": mark})
         for turn, mark in zip(prompt.text, prompt.marks, strict=False)
     ]
     if "prompt" in prompt.record:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
 from megatron_gkd.config.dtypes import Dtype
 from megatron_gkd.config.run import SamplingConfig
+from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel.together import on_first
 from megatron_gkd.rollout.protocol import Engine
@@ -35,8 +38,13 @@ def open_engines(
     dtype: Dtype,
     max_model_len: int,
     group: dist.ProcessGroup,
+    image_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> LocalEngines:
-    """Collective over `group`, all ranks of the run. Raises ConfigError or RolloutError."""
+    """Collective over `group`, all ranks of the run. Raises ConfigError or RolloutError.
+
+    Args:
+        image_options: of a colocated engine whose model sees images (`engine_image_options`).
+    """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if sampling.vllm_mode == "colocate":
         from megatron_gkd.rollout.vllm.colocate import ColocatedEngine
@@ -49,10 +57,18 @@ def open_engines(
             max_model_len=max_model_len,
             gpu_memory_utilization=sampling.vllm_gpu_memory_utilization,
             sleep_level=sampling.sleep_level,
-            engine_options=sampling.engine_options,
+            engine_options={**image_options, **sampling.engine_options},
         )
         return LocalEngines({rank // tensor: engine}, world_size // tensor, reports=rank % tensor == 0)
     return _servers_on_rank_0(sampling, model_path=model_path, dtype=dtype, max_model_len=max_model_len, group=group)
+
+
+def engine_image_options(images: ImageTokens | None, most: int) -> dict[str, Any]:
+    """What vLLM is told of images, of which a prompt has `most`: its processor has to do what ours does."""
+    if images is None:
+        return {}
+    options = {} if images.max_tiles is None else {"mm_processor_kwargs": {"max_patches": images.max_tiles}}
+    return {"limit_mm_per_prompt": {"image": max(most, 1), "video": 0}, "skip_tokenizer_init": False, **options}
 
 
 def server_urls(host: str, port: int) -> list[str]:

@@ -18,6 +18,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from megatron_gkd.records import Picture
+
 FinishReason = Literal["stop", "length"]
 DEFAULT_TIMEOUT_S = 600.0  # of one call to an engine
 
@@ -30,6 +32,7 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     stop_token_ids: tuple[int, ...] = ()  # the stop token is kept as the completion's last token
+    banned_token_ids: tuple[int, ...] = ()  # never sampled; of a colocated engine
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Request:
     prompt_ids: tuple[int, ...]
     max_tokens: int
     seed: int
+    pictures: tuple[Picture, ...] = ()  # of the prompt
+    bare_ids: tuple[int, ...] = ()  # with pictures: the prompt with one placeholder for each, which an engine expands
 
 
 @dataclass(frozen=True)

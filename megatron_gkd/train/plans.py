@@ -29,7 +29,7 @@ from megatron_gkd.train.checkpoint import TrainerState
 from megatron_gkd.train.fit import max_tokens
 from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
-from megatron_gkd.train.sampling import engine_length
+from megatron_gkd.train.sampling import engine_length, seeing
 
 
 def plan_of(config: RunConfig, step: int, samples: Sequence[Sample], student: Layout, teacher: Layout) -> StepPlan:
@@ -83,7 +83,7 @@ class StepPlans:
     def requests(self, step: int) -> list[Request]:
         """What is asked of the sampling engines for a step."""
         config, (_, rows, sources) = self._inputs.config, self._draws[step]
-        return make_requests(
+        requests = make_requests(
             {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
             run_seed=config.training.seed,
             step=step,
@@ -91,6 +91,8 @@ class StepPlans:
             max_length=config.data.max_length,
             max_model_len=engine_length(config, self._inputs.student_arch),
         )
+        images = self._inputs.sight.student
+        return [request if images is None else seeing(request, rows[request.key], images) for request in requests]
 
     def plan(self, step: int) -> StepPlan:
         """The plan of step `step`, counted from 0. A pure function of the configuration, the data, the step, and, where

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -170,7 +170,7 @@ class Rollouts:
         for step, of_step in asked.items():
             for request in of_step:
                 origin.append((step, request.key))
-                requests.append(Request(len(requests), request.prompt_ids, request.max_tokens, request.seed))
+                requests.append(replace(request, key=len(requests)))
         for key, completion in self._bridge.sample(requests, settings).items():
             step, position = origin[key]
             self._pending[step][position] = Completion(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import on_first
 from megatron_gkd.platform import Platform
 from megatron_gkd.records import Row
-from megatron_gkd.rollout.engines import open_engines, probe_servers
-from megatron_gkd.rollout.protocol import SamplingSettings
+from megatron_gkd.rollout.engines import engine_image_options, open_engines, probe_servers
+from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
 from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
@@ -56,7 +58,14 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
     sampling, length = config.sampling, engine_length(config, arch)
     group = student.groups.intra_dist_opt  # all ranks of the student's layout
     dtype = config.model.precision
-    local = open_engines(sampling, model_path=config.model.model, dtype=dtype, max_model_len=length, group=group)
+    local = open_engines(
+        sampling,
+        model_path=config.model.model,
+        dtype=dtype,
+        max_model_len=length,
+        group=group,
+        image_options=engine_image_options(inputs.sight.student, most_pictures(inputs)),
+    )
     source = ModelSource(config.model.model, arch)
     bucket_bytes = sampling.weight_bucket_mb * 2**20
     stream = source.stream(student.chunks, student.groups, dtype=dtype, bucket_bytes=bucket_bytes)
@@ -99,7 +108,23 @@ class _OfDevice:
 def step_settings(inputs: Inputs, step: int) -> SamplingSettings:
     """How the completions of a step are drawn; steps are counted from 0."""
     sampling, temperature = inputs.config.sampling, inputs.config.values_at(step + 1).temperature
-    return SamplingSettings(temperature, sampling.top_p, sampling.top_k, inputs.stop_ids)
+    images = inputs.sight.student
+    banned = () if images is None else (images.image_token_id,)
+    return SamplingSettings(temperature, sampling.top_p, sampling.top_k, inputs.stop_ids, banned)
+
+
+def seeing(request: Request, row: Row, images: ImageTokens) -> Request:
+    """The request with the images of its row."""
+    if not row.pictures:
+        return request
+    return replace(request, pictures=row.pictures, bare_ids=images.bare(row.prompt_ids, row.pictures))
+
+
+def most_pictures(inputs: Inputs) -> int:
+    """Of a row that is sampled from."""
+    if inputs.sight.student is None or inputs.rows is None:
+        return 0
+    return max((len(inputs.rows[index].pictures) for index in range(len(inputs.rows))), default=0)
 
 
 def probes(rows: Rows, max_model_len: int) -> list[Sequence[int]]:

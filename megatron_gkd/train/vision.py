@@ -88,7 +88,12 @@ def _refuse(config: RunConfig, student: Architecture, teacher: Architecture | No
         )
     trained = not (config.model.freeze_vision and config.model.freeze_projector)
     not_built = [
-        (config.lmbda.most > 0, "--lmbda above 0 (sampling from it)", "give --lmbda 0"),
+        (
+            config.lmbda.most > 0 and config.sampling.vllm_mode != "colocate",
+            f"--vllm_mode {config.sampling.vllm_mode}",
+            "give colocate, or --lmbda 0",
+        ),
+        (config.lmbda.most > 0 and config.data.streaming, "--streaming true with --lmbda above 0", "leave it out"),
         (
             config.distillation.samples_teacher,
             "--seq_kd true (sampling from its teacher)",

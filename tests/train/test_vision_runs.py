@@ -81,7 +81,7 @@ def test_a_resumed_run_is_the_same_run(root: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (dict(lmbda=0.5), "--lmbda above 0 .* is not built for a vision-language student"),
+        (dict(lmbda=0.5, vllm_mode="subprocess"), "--vllm_mode subprocess is not built for a vision-language student"),
         (dict(seq_kd=True), "--seq_kd true .* is not built for a vision-language student"),
         (dict(overlap_grad_reduce=True), "--overlap_grad_reduce with a trained tower"),
         (dict(tuner_type="lora"), "--tuner_type lora is not built for a vision-language student"),

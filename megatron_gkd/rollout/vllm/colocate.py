@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
+from megatron_gkd.data.pictures import load
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.parallel.together import from_first
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
@@ -78,6 +79,7 @@ class ColocatedEngine:
         self._sleep_level = sleep_level
         self._on_gpu = torch.cuda.is_available()
         arch = read_architecture(model_path)
+        self._sees_images = arch.vision is not None
         length = min(max_model_len or arch.max_position_embeddings, arch.max_position_embeddings)
         options: dict[str, Any] = {
             "model": model_path,
@@ -140,6 +142,8 @@ class ColocatedEngine:
             self._call("gkd_end")
             with self._guard():
                 done = self._engine.reset_prefix_cache()
+                if self._sees_images:  # else the rows of images that were seen before are the old tower's
+                    self._engine.llm_engine.reset_encoder_cache()
             if not done:
                 raise RolloutError("vLLM did not drop its cached prefixes: requests were still running")
 
@@ -156,7 +160,9 @@ class ColocatedEngine:
     def generate(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion]:
         with self._state.sampling(f"sample {len(requests)} completions") as version:
             parameters = [_sampling_parameters(request, settings) for request in requests]
-            outputs = self._run([request.prompt_ids for request in requests], parameters)
+            outputs = self._run([_prompt(request) for request in requests], parameters)
+            for request, output in zip(requests, outputs, strict=True):
+                _check_expansion(request, output.prompt_token_ids)
         return [
             _completion(request, output.outputs[0], version) for request, output in zip(requests, outputs, strict=True)
         ]
@@ -166,7 +172,7 @@ class ColocatedEngine:
             from vllm import SamplingParams
 
             parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-            outputs = self._run(sequences, [parameters] * len(sequences))
+            outputs = self._run([_tokens(ids) for ids in sequences], [parameters] * len(sequences))
         return [
             [float(row[token].logprob) for row, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
             for ids, output in zip(sequences, outputs, strict=True)
@@ -176,18 +182,15 @@ class ColocatedEngine:
         with self._state.sampling("sample a token"):
             from vllm import SamplingParams
 
-            (output,) = self._run([prompt], [SamplingParams(temperature=0, max_tokens=1, detokenize=False)])
+            (output,) = self._run([_tokens(prompt)], [SamplingParams(temperature=0, max_tokens=1, detokenize=False)])
         if output.num_cached_tokens is None:
             raise RolloutError("this version of vLLM does not say how much of a prompt it took from its cache")
         return int(output.num_cached_tokens)
 
-    def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
-        from vllm import TokensPrompt
-
-        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+    def _run(self, prompts: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
         try:
             with self._guard():
-                return list(self._engine.generate(inputs, list(parameters), use_tqdm=False))
+                return list(self._engine.generate(list(prompts), list(parameters), use_tqdm=False))
         except Exception as error:
             raise RolloutError(
                 f"vLLM failed while it sampled {len(prompts)} sequences: {_first_line(error)}"
@@ -264,6 +267,31 @@ def _cpu_kv_bytes(arch: Architecture, dtype: str, tensor_parallel_size: int, max
     return max(one, min(max(one * _SEQUENCES_AT_ONCE_ON_CPU, least), most))
 
 
+def _tokens(ids: Sequence[int]) -> Any:
+    from vllm import TokensPrompt
+
+    return TokensPrompt(prompt_token_ids=list(ids))
+
+
+def _prompt(request: Request) -> Any:
+    """With one placeholder for each image: ids that are expanded already would be expanded again, without an error."""
+    if not request.pictures:
+        return _tokens(request.prompt_ids)
+    from vllm import TokensPrompt
+
+    images = [load(picture) for picture in request.pictures]
+    return TokensPrompt(prompt_token_ids=list(request.bare_ids), multi_modal_data={"image": images})
+
+
+def _check_expansion(request: Request, prompt_ids: Sequence[int]) -> None:
+    """vLLM's processor and ours agree about tiles and order."""
+    if request.pictures and tuple(prompt_ids) != request.prompt_ids:
+        raise RolloutError(
+            f"sample {request.key}: vLLM makes {len(prompt_ids)} tokens of its prompt with images, and "
+            f"{len(request.prompt_ids)} are meant: its processor (mm_processor_kwargs, version) is another one"
+        )
+
+
 def _sampling_parameters(request: Request, settings: SamplingSettings) -> Any:
     from vllm import SamplingParams
 
@@ -274,6 +302,8 @@ def _sampling_parameters(request: Request, settings: SamplingSettings) -> Any:
         seed=request.seed,
         max_tokens=request.max_tokens,
         stop_token_ids=list(settings.stop_token_ids),
+        # A placeholder that is sampled is text, which nothing could tell from an image's.
+        logit_bias=dict.fromkeys(settings.banned_token_ids, -100.0) or None,
         ignore_eos=True,  # those of the model's generation config: what stops is what the settings say
         logprobs=0,
         detokenize=False,
