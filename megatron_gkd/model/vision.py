@@ -113,11 +113,9 @@ def merged_input(
 
 def _recompute_buffers(module: torch.nn.Module) -> None:
     """Buffers that no checkpoint has, made anew: positions."""
-    for prefix, owner in module.named_modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is None:
-                continue
-            if name != "position_ids":
-                raise CheckpointError(f"the vision tower has a buffer {prefix}.{name}, which is not known here")
-            positions = torch.arange(buffer.shape[-1], dtype=buffer.dtype, device=buffer.device)
-            owner._buffers[name] = positions.expand(buffer.shape).clone()
+    for name, buffer in list(module.named_buffers()):
+        owner, _, own_name = name.rpartition(".")
+        if own_name != "position_ids":
+            raise CheckpointError(f"the vision tower has a buffer {name}, which is not known here")
+        positions = torch.arange(buffer.shape[-1], dtype=buffer.dtype).expand(buffer.shape).clone()
+        module.get_submodule(owner).register_buffer(own_name, positions, persistent=False)
