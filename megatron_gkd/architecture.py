@@ -233,10 +233,13 @@ def _vision_language(path: Path, raw: dict[str, Any]) -> tuple[Any, dict[str, An
         raise CheckpointError(f"{path}: a {model_type} config.json needs the objects text_config and vision_config")
     _check_raw(path, raw, _Family(FAMILIES[model_type].hf_class))
     _check_numbers(path, text)
+    _check_numbers(path, {name: value for name, value in raw.items() if name in _TRUTH})
     whole = _load_config(path)
-    # That of the top level decides: transformers asks the whole model's config.
-    whole.text_config.tie_word_embeddings = whole.tie_word_embeddings
-    return whole, {**text, "tie_word_embeddings": whole.tie_word_embeddings}
+    # What the top level says decides: transformers asks the whole model's config. Where it says nothing its default
+    # is true, and transformers takes a stored head all the same; so the decoder's own is what is meant.
+    tied = raw.get("tie_word_embeddings", whole.text_config.tie_word_embeddings)
+    whole.text_config.tie_word_embeddings = tied
+    return whole, {**text, "tie_word_embeddings": tied}
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:

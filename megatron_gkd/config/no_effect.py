@@ -44,7 +44,7 @@ EVALUATION: Final = frozenset(
         *("bias_dropout_fusion", "bias_activation_fusion"),
         *("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "adapters"),
         *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
-        *("loss_scale", "chat_template_kwargs", "enable_thinking", "prompt_only"),
+        *("loss_scale", "chat_template_kwargs", "enable_thinking", "max_image_tiles", "prompt_only"),
     }
 )
 # Of the engines, what is of training's steps, and of how tokens are drawn, what greedy completions depend on.

@@ -41,7 +41,7 @@ from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.fit import check_batch, check_warmup, layouts, refuse_student, without_borrowed_experts
 from megatron_gkd.train.run_clock import run_clock
 from megatron_gkd.train.shared_rows import shared_rows
-from megatron_gkd.train.vision import Sight, read_sight
+from megatron_gkd.train.vision import BLIND, Sight, read_sight
 from megatron_gkd.weights.stop_tokens import stop_tokens
 
 logger = get_logger(__name__)
@@ -196,7 +196,7 @@ def _vocabulary(
 
 
 def _training_rows(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock, sight: Sight
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock, sight: Sight = BLIND
 ) -> Rows:
     data, world = config.data, dist.group.WORLD
     assert world is not None
@@ -234,7 +234,7 @@ def _needs_completions(config: RunConfig) -> bool:
 
 
 def _eval_rows(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock, sight: Sight
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock, sight: Sight = BLIND
 ) -> Rows | None:
     """Read whole, and in their own proportions, however the training rows are."""
     data, world = config.data, dist.group.WORLD

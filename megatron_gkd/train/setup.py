@@ -44,7 +44,7 @@ from megatron_gkd.train.supervised import SupervisedLoss
 from megatron_gkd.train.teacher_identity import identity_of
 from megatron_gkd.train.teacher_sampling import build_teacher_samples
 from megatron_gkd.train.teachers import Taught, reach
-from megatron_gkd.train.vision import freeze_towers, prepare_towers
+from megatron_gkd.train.vision import prepare_towers
 from megatron_gkd.weights.source import ModelSource
 
 logger = get_logger(__name__)
@@ -208,7 +208,6 @@ def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGrou
     chunks = source.build(layout, groups, options, dtype=config.model.precision)
     source.load(chunks, groups)
     prepare_towers(chunks, inputs.sight.student)
-    freeze_towers(chunks, config)
     if config.tuner.is_lora:
         put_adapters_on(chunks, config, inputs.student_arch, groups)
     return student_of(config, chunks, layout, groups, options, train_iters=inputs.train_iters)
@@ -234,6 +233,8 @@ def student_of(
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         freeze_embeddings=config.model.freeze_embeddings,
         freeze_router=config.model.freeze_router,
+        freeze_vision=config.model.freeze_vision,
+        freeze_projector=config.model.freeze_projector,
         optimizer_options=optimizer_options(config),
         empty_unused_memory_level=config.kernels.empty_unused_memory_level,
         offload=config.offload,

@@ -42,6 +42,7 @@ from megatron_gkd.model.pipeline import ForwardStep, run_schedule
 from megatron_gkd.model.router import Routers
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train.overlap import connect
+from megatron_gkd.train.vision import freeze_towers
 from megatron_gkd.weights.chunks import settle
 
 
@@ -71,6 +72,8 @@ class Student:
         use_distributed_optimizer: bool = False,
         freeze_embeddings: bool = False,
         freeze_router: bool = False,
+        freeze_vision: bool = False,
+        freeze_projector: bool = False,
         optimizer_options: Mapping[str, Any] | None = None,
         empty_unused_memory_level: int = 0,
         offload: OffloadConfig | None = None,
@@ -82,6 +85,7 @@ class Student:
         """
         if freeze_embeddings:
             _freeze_embeddings(chunks)
+        freeze_towers(chunks, tower=freeze_vision, projector=freeze_projector)
         self.routers = Routers(chunks, groups)
         if freeze_router:
             self.routers.freeze()

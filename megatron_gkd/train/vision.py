@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +31,9 @@ class Sight:
 
     student: ImageTokens | None = None
     teacher: ImageTokens | None = None  # of a local teacher
+
+
+BLIND: Final = Sight()
 
 
 def read_sight(
@@ -61,24 +65,20 @@ def prepare_towers(chunks: Sequence[HiddenStateGPTModel], images: ImageTokens | 
             chunk.vision.prepare = images.inputs
 
 
-def freeze_towers(chunks: Sequence[HiddenStateGPTModel], config: RunConfig) -> None:
-    """As --freeze_vision and --freeze_projector say; and weights that no output depends on."""
+def freeze_towers(chunks: Sequence[HiddenStateGPTModel], *, tower: bool, projector: bool) -> None:
+    """Keep a vision tower's weights, or its projector's; and those that no output depends on."""
     for chunk in chunks:
         if chunk.vision is None:
             continue
-        chunk.vision.freeze(tower=config.model.freeze_vision, projector=config.model.freeze_projector)
-        if unused := chunk.vision.freeze_unused(striped_picture()):
+        chunk.vision.freeze(tower=tower, projector=projector)
+        unused = chunk.vision.freeze_unused(striped_picture()) if chunk.vision.prepare is not None else []
+        if unused:
             logger.info("%d weights of the vision tower have no part in its rows and are kept as they are", len(unused))
 
 
 def _refuse(config: RunConfig, student: Architecture, teacher: Architecture | None) -> None:
-    """Raise for flags of another kind of student, and for what images are not built for."""
+    """Raise for a teacher that is blind, and for what images are not built for."""
     if student.vision is None:
-        for flag in ("freeze_vision", "freeze_projector", "max_image_tiles"):
-            if not config.is_default(flag):
-                raise ConfigError(
-                    f"--{flag} is of a vision-language student, and {config.model.model} has no vision tower"
-                )
         return
     is_local = isinstance(config.teacher.kind, LocalTeacher)
     if is_local and teacher is not None and teacher.vision is None:

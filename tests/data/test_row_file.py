@@ -27,6 +27,7 @@ from safetensors import safe_open
 from megatron_gkd.data import row_file, row_key
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
 from megatron_gkd.data.clock import Clock
+from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.data.policy import RowPolicy, RowSummary
 from megatron_gkd.data.row_file import DamagedRowsError, read_rows, write_rows
 from megatron_gkd.data.row_key import read_content, rows_key
@@ -266,7 +267,9 @@ def test_the_name_tells_apart_what_gives_other_rows(
             keys[name] = key(data, tokenizer=tokenizer())
     keys["special token"] = key(data, tokenizer=chat_tokenizer(extra=("<new>",)))
     keys["template"] = key(data, tokenizer=chat_tokenizer(CHATML + " "))
+    images = ImageTokens("llava", 5, (), (), 4, None, "{}")
     changes: list[dict[str, Any]] = [
+        *(dict(images=images), dict(images=images, teacher_images=replace(images, per_tile=2))),
         *(dict(max_length=49), dict(max_completion_length=8), dict(on_bad_row="skip"), dict(overlong="stop")),
         *(dict(max_rows=7), dict(tag_key="tag"), dict(loss_scale="all"), dict(one_row=True), dict(prompt_only="drop")),
         *(dict(template_kwargs=f'{{"v": {value}}}') for value in ("true", '{"a": 1, "b": 2}', '{"b": 2, "a": 1}')),

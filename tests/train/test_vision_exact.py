@@ -27,7 +27,7 @@ from megatron_gkd.data.pictures import load
 from megatron_gkd.model import build
 from megatron_gkd.records import Picture, Row, Sample
 from megatron_gkd.schedule import make_samples
-from megatron_gkd.train import setup
+from megatron_gkd.train import student
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from tests.support.dense_step import DenseStep, Objective, differences
 from tests.support.dense_vision import Side, dense_vision_step
@@ -230,15 +230,15 @@ def marked(name: str) -> Any:
     """Every parameter of tower and projector with an attribute that megatron-core reads."""
 
     def fault(patch: pytest.MonkeyPatch) -> None:
-        original = setup.freeze_towers
+        original = student.freeze_towers
 
-        def freeze(chunks: Any, config: Any) -> None:
-            original(chunks, config)
+        def freeze(chunks: Any, **parts: bool) -> None:
+            original(chunks, **parts)
             for chunk in chunks:
                 for parameter in () if chunk.vision is None else chunk.vision.parameters():
                     setattr(parameter, name, True)
 
-        patch.setattr(setup, "freeze_towers", freeze)
+        patch.setattr(student, "freeze_towers", freeze)
 
     return fault
 

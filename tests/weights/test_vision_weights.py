@@ -139,6 +139,18 @@ def test_the_top_level_says_whether_the_head_is_tied(tmp_path: Path) -> None:
         check_manifest(checkpoint, arch)
 
 
+def test_where_the_top_level_says_nothing_of_the_head_the_decoder_does(tmp_path: Path) -> None:
+    """As published: transformers leaves defaults out of config.json, and takes the head that is stored."""
+    path = write_tiny_vision(tmp_path / "model", layers=1)
+    raw = json.loads((path / "config.json").read_text())
+    del raw["tie_word_embeddings"]
+    del raw["text_config"]["tie_word_embeddings"]
+    (path / "config.json").write_text(json.dumps(raw))
+    assert not read_architecture(path).tied_embeddings
+    stored = load_file(path / "model.safetensors")["language_model.lm_head.weight"]
+    assert torch.equal(load(path, torch.float32).lm_head.weight, stored)
+
+
 # ---- InternVL's older format ----------------------------------------------------------------------------------------
 
 
