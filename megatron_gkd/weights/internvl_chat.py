@@ -32,6 +32,7 @@ from megatron_gkd.weights.plan import Span, hf_tensor_shapes
 from megatron_gkd.weights.safetensors_format import TensorSpec
 
 MODEL_TYPE: Final = "internvl_chat"
+DECODERS: Final = ("qwen2", "qwen3", "llama")
 # Of a tensor's name here -> there.
 _RENAMED: Final = tuple(
     (re.compile(pattern), name)
@@ -81,7 +82,15 @@ _OF_TEXT: Final = frozenset(  # options of a decoder that say something of it, w
     {
         *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_theta"),
-        *("rope_scaling", "attention_bias", "mlp_bias", "attention_dropout", "sliding_window", "use_sliding_window"),
+        *(
+            "rope_scaling",
+            "rope_parameters",
+            "attention_bias",
+            "mlp_bias",
+            "attention_dropout",
+            "sliding_window",
+            "use_sliding_window",
+        ),
         *("max_window_layers", "bos_token_id", "eos_token_id", "pad_token_id", "architectures"),
     }
 )
@@ -219,6 +228,10 @@ def _config(source: Path, raw: Mapping[str, Any], image_token_id: int, *, tied: 
     text, vision = raw.get("llm_config"), raw.get("vision_config")
     if not isinstance(text, dict) or not isinstance(vision, dict):
         raise CheckpointError(f"{source}: an {MODEL_TYPE} config.json needs the objects llm_config and vision_config")
+    if text.get("model_type") not in DECODERS:
+        raise CheckpointError(
+            f"{source}: its decoder is {text.get('model_type')!r}; converted are models with {', '.join(DECODERS)}"
+        )
     refused = [f"{name} {value!r}" for name, value in _refused(raw, vision)]
     if refused:
         raise CheckpointError(f"{source}: config.json has {refused[0]}, which has no meaning in transformers' form")

@@ -238,7 +238,7 @@ def test_internvls_older_format_is_converted_by_names(tmp_path: Path) -> None:
         (dict(select_layer=-4), "select_layer -4, which has no meaning"),
         (dict(use_thumbnail=False), "use_thumbnail False, which has no meaning"),
         (dict(vision_config={"dropout": 0.1}), r"vision_config.dropout 0.1"),
-        (dict(llm_config={"model_type": "internlm2"}), "internlm2.*not supported"),
+        (dict(llm_config={"model_type": "internlm2"}), "its decoder is 'internlm2'; converted are models with qwen2"),
     ],
 )
 def test_of_the_older_format_what_has_no_meaning_is_refused(tmp_path: Path, change: Any, message: str) -> None:
