@@ -127,14 +127,15 @@ def read_image_tokens(
         return ImageTokens(family, image_token_id, (), (), number, None, described)
     assert family == "internvl", family
     names = [getattr(tokenizer, name, None) for name in ("start_image_token", "end_image_token")]
-    ids = [tokenizer.convert_tokens_to_ids(n or default) for n, default in zip(names, ("<img>", "</img>"), strict=True)]
-    if any(token_id is None or token_id == tokenizer.unk_token_id for token_id in ids):
+    defaults = ("<img>", "</img>")
+    found: list[Any] = [tokenizer.convert_tokens_to_ids(n or d) for n, d in zip(names, defaults, strict=True)]
+    if any(token_id is None or token_id == tokenizer.unk_token_id for token_id in found):
         raise CheckpointError(f"{path}: the tokenizer has no tokens that begin and end an image (<img>, </img>)")
     per_tile = files.get("image_seq_length", 256)
     own = getattr(processor, "max_patches", None)
     if type(per_tile) is not int or per_tile < 1 or type(own) is not int:
         raise CheckpointError(f"{path}: the processor's image_seq_length or max_patches is missing, or no number")
-    return ImageTokens(family, image_token_id, (ids[0],), (ids[1],), per_tile, max_tiles or own, described)
+    return ImageTokens(family, image_token_id, (found[0],), (found[1],), per_tile, max_tiles or own, described)
 
 
 def _processor_files(path: Path) -> dict[str, Any]:
@@ -154,8 +155,9 @@ def _processor_files(path: Path) -> dict[str, Any]:
 def _load_processor(path: Path) -> Any:
     from transformers import AutoImageProcessor
 
+    loader: Any = AutoImageProcessor
     try:
-        return AutoImageProcessor.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        return loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, ImportError, KeyError
         raise CheckpointError(f"{path}: its image processor cannot be loaded: {error}") from error
 

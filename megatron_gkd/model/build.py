@@ -57,7 +57,7 @@ class HiddenStateGPTModel(GPTModel):
             None  # a child of the first chunk of a vision-language model; not on the class: that would hide it
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, media: Media | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """GPTModel's, with the pictures of the tokens; a chunk without a vision tower leaves them alone."""

@@ -17,6 +17,7 @@ Other stages, and other chunks of this one, never see pictures.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ class VisionTower(torch.nn.Module):
     """Tower and projector under transformers' names. `prepare`: pictures -> what the tower is fed (image_tokens.py)."""
 
     prepare: Prepare | None
+    _model: Any  # transformers', without its decoder
 
     def __init__(self, part: VisionPart, dtype: torch.dtype) -> None:
         """Without values: `load_hf_weights` fills every parameter. On the meta device where that is the default."""

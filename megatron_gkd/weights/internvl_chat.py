@@ -180,7 +180,7 @@ def _write_files(source: Path, raw: Mapping[str, Any], out: Path, *, has_head: b
         if name != "config.json" and (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     tokenizer = load_tokenizer(source)
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<img>", "</img>", "<IMG_CONTEXT>")}
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<img>", "</img>", "<IMG_CONTEXT>")}
     if lacking := [name for name, token_id in ids.items() if token_id in (None, tokenizer.unk_token_id)]:
         raise CheckpointError(f"{source}: its tokenizer has no token {lacking[0]}")
     config = _config(source, raw, ids["<IMG_CONTEXT>"], tied=not has_head)
