@@ -138,7 +138,7 @@ def test_the_answer_in_the_image_is_learnt(root: Path, tmp_path: Path) -> None:
     for with_images in (True, False):
         rows = write_colours(tmp_path, with_images=with_images)
         flags = inputs(root) | dict(
-            dataset=rows, objective="sft", train_iters=80, global_batch_size=16, lr=0.003, save_steps=1000
+            dataset=rows, objective="sft", train_iters=30, global_batch_size=16, lr=0.003, save_steps=1000
         )
         flags.pop("teacher_model")
         run = train(**flags, save_hf=False, save=tmp_path / f"run_{with_images}")
