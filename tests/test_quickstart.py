@@ -4,7 +4,8 @@ What must hold at the end: held-out forward KL fell by the factor stated here, t
 and gives finite logits, the report and the TensorBoard files are there, and a second call does nothing twice. The real
 model's variant is run at night, and left out, by name, where its package cannot be fetched.
 
-The ranks are forked from a process that has imported vLLM (support/vllm_zygote.py); with the real model they start as a user's do.
+The ranks are forked from a process that has imported vLLM (support/vllm_zygote.py); with the real model they start as a
+user's do.
 
 Needs the environment that launch/setup_env.sh makes (else the script would install into a foreign one). Not covered:
 the numbers of the full run; those are measured, and stand in README.md.
