@@ -182,9 +182,11 @@ def fault(name: str | None) -> Iterator[None]:
         return probs.detach(), routing_map
 
     def unbiased(self: Router, *args: Any, **kwargs: Any) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self, "expert_bias", torch.nn.Parameter(torch.zeros_like(self.expert_bias), False))
-            return routing(self, *args, **kwargs)
+        kept = self.expert_bias.detach().clone()
+        self.expert_bias.zero_()
+        probs, routing_map = routing(self, *args, **kwargs)
+        self.expert_bias.copy_(kept)
+        return probs, routing_map
 
     def unmarked(self: WholeLinear, *args: Any) -> None:
         whole(self, *args)
@@ -200,7 +202,8 @@ def fault(name: str | None) -> Iterator[None]:
                 def not_summed(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
                     for chunk in chunks:
                         for parameter, tensor in chunk.named_parameters():
-                            tensor.sequence_parallel &= not parameter.endswith("gate_weight")
+                            if parameter.endswith("gate_weight"):
+                                tensor.sequence_parallel = False
                     finalize(chunks, *args, **kwargs)
 
                 patch.setattr(student_module, "finalize_model_grads", not_summed)
