@@ -404,7 +404,9 @@ def _read_rope(path: Path, config: Any, head_dim: int, *, partial: bool) -> Rope
         _check_real(path, "partial_rotary_factor", factor, (0.0, 1.0))
         head_dim = int(head_dim * factor)
         if head_dim % 2 or not head_dim:
-            raise CheckpointError(f"{path}: partial_rotary_factor {factor} turns {head_dim} dimensions, not an even number")
+            raise CheckpointError(
+                f"{path}: partial_rotary_factor {factor} turns {head_dim} dimensions, not an even number"
+            )
     _check_real(path, "rope_theta", parameters["rope_theta"])
     if kind == "default":
         inv_freq = 1.0 / parameters["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)

@@ -182,7 +182,8 @@ class OwnModules:
 
 
 def use_own_modules(
-    spec: TransformerBlockSubmodules, own: OwnModules = OwnModules()  # noqa: B008 - frozen
+    spec: TransformerBlockSubmodules,
+    own: OwnModules = OwnModules(),
 ) -> TransformerBlockSubmodules:
     """Put them in the place of megatron-core's in a block spec that megatron-core made; changes `spec`."""
     for layer in spec.layer_specs or []:
@@ -201,7 +202,7 @@ def local_block_spec(
     *,
     qk_norm: bool,
     core_attention: type[SDPAttention] = SDPAttention,
-    own: OwnModules = OwnModules(),  # noqa: B008 - frozen
+    own: OwnModules = OwnModules(),
 ) -> TransformerBlockSubmodules:
     """Spec of one model chunk, layer by layer; parameter names are those of megatron-core's local spec."""
     dense, routed = (

@@ -109,7 +109,9 @@ def read_latent(path: Path, config: Any) -> LatentAttention:
         if getattr(config, name, wanted) != wanted:
             raise CheckpointError(f"{path}: {name} is {shown(getattr(config, name))}; the other sizes give {wanted}")
     if not config.rope_interleave:
-        raise CheckpointError(f"{path}: rope_interleave false is not supported: megatron-core turns pairs of neighbours")
+        raise CheckpointError(
+            f"{path}: rope_interleave false is not supported: megatron-core turns pairs of neighbours"
+        )
     query_rank = None if config.q_lora_rank is None else _whole(path, config, "q_lora_rank")
     scale = (plain + rotary) ** -0.5 * _yarn_scale(getattr(config, "rope_parameters", None)) ** 2
     kv_rank, value = _whole(path, config, "kv_lora_rank"), _whole(path, config, "v_head_dim")

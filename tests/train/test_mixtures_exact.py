@@ -25,7 +25,7 @@ from megatron_gkd.model import heads_norm as heads_norm_module
 from megatron_gkd.model.latent_attention import WholeLinear
 from megatron_gkd.model.router import BiasedRouter, Router
 from megatron_gkd.train import student as student_module
-from tests.support.checkpoints import MIXTURES, OF_MIXTURES, write_tiny_checkpoint
+from tests.support.checkpoints import MIXTURES, write_tiny_checkpoint
 from tests.support.dense_step import DenseStep, Objective, dense_step, differences
 from tests.support.effort import FULL
 from tests.support.mixtures import margins_of
@@ -123,9 +123,7 @@ def faults_of(config: RunConfig, outcomes: list[StepOutcome]) -> dict[str, float
     assert len({(outcome.loss, outcome.grad_norm) for outcome in outcomes}) == 1, "ranks report different numbers"
     (written,) = [outcome for outcome in outcomes if outcome.weights is not None]
     assert written.weights is not None
-    return differences(
-        written.loss, written.grad_norm, written.metrics, written.weights, expected, written.gradients
-    )
+    return differences(written.loss, written.grad_norm, written.metrics, written.weights, expected, written.gradients)
 
 
 @pytest.fixture(scope="module")
