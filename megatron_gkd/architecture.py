@@ -3,10 +3,10 @@
     arch = read_architecture("path/to/Qwen3-8B")        # needs config.json only; no weights, no network, no remote code
 
 Supported: llama (2, 3, 3.1, 3.2, SmolLM2, ...), mistral without a sliding window, qwen2 (2, 2.5), qwen3, and the
-mixtures of experts qwen3_moe, mixtral, qwen2_moe, olmoe, glm4_moe and deepseek_v3. All of them are one decoder (pre-norm
-RMSNorm, grouped-query attention with rotate-half RoPE, SwiGLU without biases) and differ in the q/k/v bias, the q/k
-norm, head_dim, the tied head, the RoPE frequencies, and in whether (some) layers have a mixture of experts in place of
-the MLP; deepseek_v3 has latent attention (model/mixture_config.py).
+mixtures of experts qwen3_moe, mixtral, qwen2_moe, olmoe, glm4_moe and deepseek_v3. All of them are one decoder
+(pre-norm RMSNorm, grouped-query attention with rotate-half RoPE, SwiGLU without biases) and differ in the q/k/v bias,
+the q/k norm, head_dim, the tied head, the RoPE frequencies, and in whether (some) layers have a mixture of experts in
+place of the MLP; deepseek_v3 has latent attention (model/mixture_config.py).
 
 Everything else is refused here, by name, before a weight is read: an option that is not understood would give a model
 that runs and is wrong. RoPE is taken from transformers' own functions as numbers (`inv_freq` per frequency pair and

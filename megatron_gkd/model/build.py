@@ -164,7 +164,7 @@ def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions
 
 
 def _latent_options(arch: Architecture) -> dict[str, Any]:
-    """Of latent attention. Its rotary embedding is our own, which no fusion knows ("yarn" says that it has a factor)."""
+    """Of latent attention. Its rotary embedding is our own, which no fusion knows ("yarn": it has a factor)."""
     if arch.latent is None:
         return {}
     return dict(

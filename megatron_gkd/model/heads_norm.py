@@ -1,4 +1,4 @@
-"""Self-attention whose queries and keys are normalised over all heads at once (olmoe), which megatron-core does not have.
+"""Self-attention whose queries and keys are normalised over all heads at once (olmoe). megatron-core has none such.
 
     y = w * x / sqrt(mean(x^2) + eps)        x: all heads of a token, [A h]; the mean over all of them
 

@@ -1,5 +1,5 @@
-"""Multi-head latent attention (deepseek_v3, Moonlight) without Transformer Engine: megatron-core's MLASelfAttention, with
-what it leaves to Transformer Engine, or to its global parallel_state, in its place.
+"""Multi-head latent attention (deepseek_v3, Moonlight) without Transformer Engine: megatron-core's MLASelfAttention,
+with what it leaves to Transformer Engine, or to its global parallel_state, in its place.
 
     q = W_qb norm(W_qa x)  (or W_q x),   [c, r] = W_kva x,   [k, v] = W_kvb norm(c)
     of each head: query (q_plain, turned q_rotary), key (k, turned r: the same r for all heads), value v

@@ -184,6 +184,11 @@ def _check_extra(extra: Iterable[tuple[str, Any]]) -> None:
 def check_student(config: RunConfig, arch: Architecture, layout: Layout, kind: Kind) -> None:
     """Raise LayoutError or ConfigError where the levers do not fit the student's layers."""
     _check_recompute(config.recompute, arch, layout)
+    if arch.latent is not None and config.kernels.apply_rope_fusion:
+        raise ConfigError(
+            f"--apply_rope_fusion true: latent attention ({arch.model_type}) has a rotary embedding that no fusion "
+            "knows; leave it out"
+        )
     if config.model.freeze_embeddings and layout.chunk_layers(arch.num_layers)[0] == 0:
         raise LayoutError(
             f"--freeze_embeddings leaves the first stage, which has no layer, nothing to train ({layout.describe()}): "

@@ -24,12 +24,23 @@ from megatron_gkd.config.run import DistillationConfig, RunConfig, TrainingConfi
 from megatron_gkd.model import heads_norm as heads_norm_module
 from megatron_gkd.model.latent_attention import WholeLinear
 from megatron_gkd.model.router import BiasedRouter, Router
+from megatron_gkd.schedule import plan_step
 from megatron_gkd.train import student as student_module
 from tests.support.checkpoints import MIXTURES, write_tiny_checkpoint
-from tests.support.dense_step import DenseStep, Objective, dense_step, differences
+from tests.support.dense_step import (
+    DenseStep,
+    Objective,
+    all_logits,
+    by_checkpoint_name,
+    dense_step,
+    differences,
+    load,
+    loss_and_metrics,
+    stored_tensors,
+)
 from tests.support.effort import FULL
 from tests.support.mixtures import margins_of
-from tests.support.numerics import LEAST_MARGIN, Float64, transformers_model
+from tests.support.numerics import LEAST_MARGIN, Float64, error_ratio, transformers_model
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
 from tests.support.trainers import StepOutcome, T, Trainer, make_samples, run_config, write_rows
@@ -76,7 +87,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mixtures")
 
 
-def config_of(root: Path, family: str, layout: str) -> RunConfig:
+def config_of(root: Path, family: str, layout: str, **flags: Any) -> RunConfig:
     paths = []
     for name, vocab_size, seed in (("student", 340, 11), ("teacher", 300, 12)):
         path = root / f"{family}_{name}"
@@ -90,7 +101,7 @@ def config_of(root: Path, family: str, layout: str) -> RunConfig:
     sizes = {T[name]: value for name, value in LAYOUTS[layout][1].items()}
     step = dict(micro_batch_size=1, global_batch_size=len(SAMPLES), train_iters=1, use_distributed_optimizer=False)
     constant = dict(lr_decay_style="constant", lr_warmup_fraction=0.0)
-    return run_config(*paths, dataset, **step, **constant, **OPTIMIZER, **sizes)
+    return run_config(*paths, dataset, **step, **constant, **OPTIMIZER, **sizes, **flags)
 
 
 def run_cells(cells: list[tuple[RunConfig, dict[str, Any], str | None]]) -> list[StepOutcome]:
@@ -105,7 +116,7 @@ def run_cells(cells: list[tuple[RunConfig, dict[str, Any], str | None]]) -> list
 
 
 @cache
-def truth(student: str, teacher: str) -> DenseStep:
+def dense(student: str, teacher: str) -> DenseStep:
     for path in (student, teacher):
         with Float64(), torch.no_grad():
             model = transformers_model(path, torch.float64)
@@ -118,7 +129,7 @@ def truth(student: str, teacher: str) -> DenseStep:
 
 def faults_of(config: RunConfig, outcomes: list[StepOutcome]) -> dict[str, float]:
     """What is further from the truth than rounding explains; of the ranks of one cell."""
-    expected = truth(config.model.model, str(config.teacher.teacher_model))
+    expected = dense(config.model.model, str(config.teacher.teacher_model))
     assert expected.grad_norm > OPTIMIZER["clip_grad"]
     assert len({(outcome.loss, outcome.grad_norm) for outcome in outcomes}) == 1, "ranks report different numbers"
     (written,) = [outcome for outcome in outcomes if outcome.weights is not None]
@@ -144,6 +155,69 @@ def results(root: Path) -> dict[tuple[str, str], tuple[RunConfig, list[StepOutco
 def test_a_step_equals_the_dense_step(results: Any, family: str, layout: str) -> None:
     config, outcomes = results[family, layout]
     assert not (wrong := faults_of(config, outcomes)), wrong
+
+
+# ---- routers ---------------------------------------------------------------------------------------------------------
+
+COEFFICIENT = 0.3
+ROUTERS: dict[str, dict[str, Any]] = {  # family -> flags
+    "glm4_moe": dict(moe_aux_loss_coeff=COEFFICIENT),
+    "qwen2_moe": dict(moe_aux_loss_coeff=COEFFICIENT),
+    "deepseek_v3": dict(freeze_router=True),
+    "olmoe": dict(freeze_router=True),
+}
+
+
+def balanced_gradients(
+    student: str, teacher: str, micro_batches: list[list[int]], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """By transformers: of the distillation and of the routers' loss, c * mean over micro-batches of sum over layers of
+    E / (k T^2) sum_e count_e sum_t p_te, with p the scores over their sum, and the counts those of the top k of p."""
+    model = load(student, dtype)
+    loss, _ = loss_and_metrics(model, all_logits(teacher, SAMPLES, dtype), SAMPLES, OBJECTIVE, 12, None)
+    top_k, is_sigmoid = model.config.num_experts_per_tok, hasattr(model.config, "n_routed_experts")
+    logits: list[torch.Tensor] = []
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    hooks = [gate.register_forward_hook(lambda _, __, output: logits.append(output[0])) for gate in gates]
+    total = torch.zeros((), dtype=dtype)
+    for positions in micro_batches:
+        logits.clear()
+        for sample in (SAMPLES[position] for position in positions):
+            model(torch.tensor([[*sample.prompt_ids, *sample.completion_ids][:-1]]))
+        for layer in range(len(gates)):
+            scores = torch.cat(logits[layer :: len(gates)])
+            p = scores.sigmoid() if is_sigmoid else scores.softmax(-1)
+            p = p / p.sum(-1, keepdim=True)
+            counts = torch.zeros_like(p).scatter(1, p.topk(top_k).indices, 1.0).sum(0)
+            total = total + p.shape[1] / (top_k * p.shape[0] ** 2) * (counts * p.sum(0)).sum()
+    (loss + COEFFICIENT * total / len(micro_batches)).backward()
+    for hook in hooks:
+        hook.remove()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    return by_checkpoint_name(model, gradients)
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_routers_are_balanced_or_frozen(faulty: Any, family: str) -> None:
+    config, outcomes = faulty[family]
+    written = outcomes[0]
+    if "freeze_router" in ROUTERS[family]:
+        before = load(config.model.model, torch.float32)
+        stored = by_checkpoint_name(before, stored_tensors(before))
+        same = {name for name, tensor in stored.items() if torch.equal(written.weights[name], tensor)}
+        assert same == {name for name in stored if ".mlp.gate." in name} != set()
+        return
+    models = config.model.model, str(config.teacher.teacher_model)
+    plan = plan_step(0, SAMPLES, data_parallel_size=2, **PADDED)
+    micro_batches = [list(positions) for replica in plan.student for positions in replica]
+    with Float64():
+        truth = balanced_gradients(*models, micro_batches, torch.float64)
+    reference = balanced_gradients(*models, micro_batches, torch.float32)
+    ratios = {name: error_ratio(written.gradients[name], reference[name], value) for name, value in truth.items()}
+    assert {name: ratio for name, ratio in ratios.items() if not ratio <= 1} == {}
+    alone = dense(*models).gradients
+    moved = [name for name in truth if name.endswith("gate.weight") and not torch.equal(truth[name], alone[name])]
+    assert moved, "the routers' loss has no part in it"
 
 
 # ---- the comparison itself -------------------------------------------------------------------------------------------
@@ -222,16 +296,20 @@ def fault(name: str | None) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def faulty(root: Path) -> dict[str, dict[str, float]]:
+def faulty(root: Path) -> dict[str, tuple[RunConfig, list[StepOutcome]]]:
+    """Steps with a fault, and those of ROUTERS without one."""
     configs = {name: config_of(root, family, layout) for name, (family, layout, _) in FAULTS.items()}
     cells = [(config, LAYOUTS[FAULTS[name][1]][2], name) for name, config in configs.items()]
-    per_rank = run_ranks(run_cells, cells, world=2)
+    routers = {family: config_of(root, family, "EP2", **flags) for family, flags in ROUTERS.items()}
+    per_rank = run_ranks(run_cells, cells + [(config, PADDED, None) for config in routers.values()], world=2)
+    names = (configs | routers).items()
     return {
-        name: faults_of(config, list(outcomes))
-        for (name, config), outcomes in zip(configs.items(), zip(*per_rank, strict=True), strict=True)
+        name: (config, list(outcomes))
+        for (name, config), outcomes in zip(names, zip(*per_rank, strict=True), strict=True)
     }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_found(faulty: dict[str, dict[str, float]], name: str) -> None:
-    assert any(re.match(FAULTS[name][2], found) for found in faulty[name]), faulty[name]
+def test_planted_faults_are_found(faulty: Any, name: str) -> None:
+    wrong = faults_of(*faulty[name])
+    assert any(re.match(FAULTS[name][2], found) for found in wrong), wrong

@@ -259,7 +259,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     with HFCheckpoint(path) as checkpoint:
         check_manifest(checkpoint, read_architecture(path))
     save_file(tensors | {"model.layers.3.eh_proj.weight": torch.zeros(4, 8)}, file, {"format": "pt"})
-    with HFCheckpoint(path) as checkpoint, pytest.raises(CheckpointError, match="model.layers.3.eh_proj"):
+    with HFCheckpoint(path) as checkpoint, pytest.raises(CheckpointError, match=r"model\.layers\.3\.eh_proj"):
         check_manifest(checkpoint, read_architecture(path))
 
 
