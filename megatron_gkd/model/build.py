@@ -202,7 +202,8 @@ def _expert_options(arch: Architecture, options: ModelOptions, *, dtype: str) ->
         moe_router_load_balancing_type="aux_loss" if options.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=options.moe_aux_loss_coeff,
         moe_router_dtype=None if dtype == "fp32" else "fp32",
-        moe_grouped_gemm=_on_transformer_engine(options),
+        moe_grouped_gemm=options.moe_grouped_gemm,
+        moe_permute_fusion=options.moe_permute_fusion,
     )
 
 

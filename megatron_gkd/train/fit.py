@@ -125,7 +125,7 @@ def refuse_student(config: RunConfig, arch: Architecture, layout: Layout) -> Non
     in a layout in which megatron-core does not train it: it demands that tensor-parallel ranks route different tokens.
     (A teacher may have it.)
     """
-    for flag in ("moe_aux_loss_coeff", "freeze_router"):
+    for flag in ("moe_aux_loss_coeff", "freeze_router", "moe_grouped_gemm", "moe_permute_fusion"):
         if arch.moe is None and not config.is_default(flag):
             raise ConfigError(
                 f"--{flag} is for a mixture of experts, and a {arch.model_type} model has no router; leave it out"

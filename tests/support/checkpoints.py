@@ -58,10 +58,10 @@ OF_MIXTURES: dict[str, dict[str, Any]] = {
     "qwen2_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=False)
     | dict(shared_expert_intermediate_size=56, mlp_only_layers=[0]),
     "olmoe": dict(num_experts=4, num_experts_per_tok=2),
-    "glm4_moe": _SIGMOID | dict(use_qk_norm=True, attention_bias=True, head_dim=24, n_group=1, topk_group=1),
+    "glm4_moe": _SIGMOID | dict(use_qk_norm=True, attention_bias=True, n_group=1, topk_group=1),
     "deepseek_v3": _SIGMOID
     | dict(n_group=4, topk_group=2, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8)
-    | dict(v_head_dim=12, num_key_value_heads=None),
+    | dict(v_head_dim=12, num_key_value_heads=None, scoring_func="sigmoid", topk_method="noaux_tc"),
 }
 
 
@@ -125,7 +125,7 @@ def tiny_model(
     """The fp32 transformers model behind a tiny checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if family in ("qwen3", "qwen3_moe") and head_dim is None:
+    if family in ("qwen3", "qwen3_moe", "glm4_moe") and head_dim is None:
         head_dim = hidden_size // heads + 8
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
