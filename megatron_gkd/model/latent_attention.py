@@ -62,10 +62,11 @@ class LatentRotary(RotaryEmbedding):
 
     def __init__(self, rope: Rope, cp_group: dist.ProcessGroup) -> None:
         super().__init__(2 * len(rope.inv_freq), 1.0, cp_group=cp_group)
-        self.inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float32, device=self.inv_freq.device)
+        device = torch.cuda.current_device()
+        self.inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float32, device=device)
         self.factor = rope.attention_factor
 
-    def forward(self, length: int, *, packed_seq: bool = False) -> tuple[torch.Tensor, float]:  # type: ignore[override]
+    def forward(self, length: int, *, packed_seq: bool = False) -> tuple[torch.Tensor, float]:
         return super().forward(length, packed_seq=packed_seq), self.factor
 
 

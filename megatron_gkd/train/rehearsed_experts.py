@@ -51,7 +51,7 @@ def even_loads() -> Iterator[None]:
 
     def routed(self: Router, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         probs, routing_map = routing(self, *args, **kwargs)
-        return probs, even_map(*routing_map.shape, top_k=self.topk)
+        return probs, even_map(routing_map.shape[0], routing_map.shape[1], self.topk)
 
     def gathered(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, FakeTensor):

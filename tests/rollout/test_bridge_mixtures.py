@@ -1,7 +1,8 @@
-"""vLLM takes the tensors of Qwen2-MoE, OLMoE, GLM-4 MoE and DeepSeek-V3 under the names that are pushed to it, and then
-computes what transformers does.
+"""vLLM takes the tensors of Qwen2-MoE, OLMoE and GLM-4 MoE under the names that are pushed to it, and then computes
+what transformers does.
 
-As test_bridge.py, whose checks these are; with GKD_TEST_FULL=1 alone. Does not cover: GPUs.
+As test_bridge.py, whose checks these are; with GKD_TEST_FULL=1 alone. Does not cover: GPUs; DeepSeek-V3, which is
+refused (tests/train/test_mixtures_runs.py).
 """
 
 from __future__ import annotations
@@ -20,14 +21,12 @@ from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
-# vLLM's kernels on a CPU want heads of 32 or more numbers, and latent vectors of 512 + 64. It takes the norms' epsilon
-# from config.json in latent attention, where transformers has 1e-6, and has 1e-5 in OLMoE's norms of queries and keys,
-# whatever config.json says.
+# vLLM's kernels on a CPU want heads of 32 or more numbers. It has an epsilon of 1e-5 in OLMoE's norms of queries and
+# keys, whatever config.json says.
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_moe": dict(hidden_size=128),
     "olmoe": dict(hidden_size=128, rms_norm_eps=1e-5),
     "glm4_moe": dict(head_dim=32),
-    "deepseek_v3": dict(qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=32, kv_lora_rank=512, rms_norm_eps=1e-6),
 }
 
 

@@ -17,6 +17,7 @@ from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError, NotBuiltError
 from megatron_gkd.model.levers import check_student
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.train.fit import refuse_student
 from megatron_gkd.train.search import search
 from megatron_gkd.train.step_time import Rates, elements, layer_flops
 from megatron_gkd.weights.hf_files import HFCheckpoint
@@ -149,6 +150,17 @@ def test_a_search_of_layers_that_differ_is_refused(root: Path, models: dict[str,
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags", [dict(lmbda=0.5), dict(lmbda="0:0,10:0.5"), dict(eval_generate=4, eval_dataset=["e"])], ids=str
+)
+def test_a_student_with_latent_attention_does_not_sample(models: dict[str, str], root: Path, flags: Any) -> None:
+    arch = read_architecture(models["deepseek_v3"])
+    common: dict[str, Any] = dict(model="S", teacher_model="T", dataset=["d"], lmbda=0.0)
+    with pytest.raises(NotBuiltError, match=r"sampling by a deepseek_v3 student.*give --lmbda 0"):
+        refuse_student(RunConfig.from_flat(common | flags), arch, Layout())
+    refuse_student(RunConfig.from_flat(common), arch, Layout())
 
 
 def test_latent_attention_has_no_rope_fusion(models: dict[str, str], root: Path) -> None:
