@@ -2,10 +2,11 @@
 
     arch = read_architecture("path/to/Qwen3-8B")        # needs config.json only; no weights, no network, no remote code
 
-Supported: llama (2, 3, 3.1, 3.2, SmolLM2, ...), mistral without a sliding window, qwen2 (2, 2.5), qwen3, qwen3_moe,
-mixtral. All of them are one decoder (pre-norm RMSNorm, grouped-query attention with rotate-half RoPE, SwiGLU without
-biases) and differ in the q/k/v bias, the q/k norm, head_dim, the tied head, the RoPE frequencies, and in whether (some)
-layers have a mixture of experts in place of the MLP.
+Supported: llama (2, 3, 3.1, 3.2, SmolLM2, ...), mistral without a sliding window, qwen2 (2, 2.5), qwen3, and the
+mixtures of experts qwen3_moe, mixtral, qwen2_moe, olmoe, glm4_moe and deepseek_v3. All of them are one decoder
+(pre-norm RMSNorm, grouped-query attention with rotate-half RoPE, SwiGLU without biases) and differ in the q/k/v bias,
+the q/k norm, head_dim, the tied head, the RoPE frequencies, and in whether (some) layers have a mixture of experts in
+place of the MLP; deepseek_v3 has latent attention (model/mixture_config.py).
 
 A vision-language model (internvl, llava) is such a decoder with a tower and a projector before it
 (model/vision_config.py): its `text_config` is read as a config.json of its own.
@@ -28,7 +29,9 @@ from megatron_gkd.config.json_file import read_json, shown, whole_number
 from megatron_gkd.data.git_lfs import refuse_lfs_pointer
 from megatron_gkd.errors import CheckpointError, NotBuiltError
 from megatron_gkd.model.known_options import refuse_unknown_options
+from megatron_gkd.model.mixture_config import LatentAttention, MixtureOfExperts, read_experts, read_latent
 from megatron_gkd.model.vision_config import FAMILIES, REFUSED, VisionPart, read_vision
+from megatron_gkd.records import StableText, later
 
 
 @dataclass(frozen=True)
@@ -38,29 +41,14 @@ class Rope:
     Cos and sin are scaled by attention_factor.
     """
 
-    inv_freq: tuple[float, ...]  # [head_dim / 2], exact float32 values
+    inv_freq: tuple[float, ...]  # [n / 2], exact float32 values; of a head's n first dimensions, the others stay
     attention_factor: float  # 1.0 but for yarn
     # Longer sequences are turned by other frequencies (dynamic), and refused; None: by the same.
     most_positions: int | None = field(default=None, repr=False)
 
 
-@dataclass(frozen=True)
-class MixtureOfExperts:
-    """Layers whose MLP is routed: each token goes to the `top_k` experts with the largest router logits."""
-
-    num_experts: int
-    top_k: int
-    ffn_hidden_size: int  # of one expert
-    normalise_top_k: bool  # weights are a softmax over the chosen experts; False: over all experts, not normalised
-    layers: tuple[int, ...]  # that have experts; the others have an ordinary MLP
-
-    def __post_init__(self) -> None:
-        assert 1 <= self.top_k <= self.num_experts, self
-        assert self.layers, self
-
-
-@dataclass(frozen=True)
-class Architecture:
+@dataclass(frozen=True, repr=False)
+class Architecture(StableText):
     """The decoder, independent of any parallel layout."""
 
     model_type: str
@@ -78,12 +66,17 @@ class Architecture:
     max_position_embeddings: int
     rope: Rope
     moe: MixtureOfExperts | None = None
-    vision: VisionPart | None = None  # tower and projector of a vision-language model, before this decoder
+    qk_norm_over_heads: bool = later(False)  # with qk_norm: one norm over all heads (olmoe), in place of one a head
+    latent: LatentAttention | None = later(None)  # in place of queries, keys and values of their own (qkv)
+    num_predict_layers: int = later(
+        0
+    )  # for several tokens at once, behind the decoder: in checkpoints, not in the logits
+    vision: VisionPart | None = later(None)  # tower and projector of a vision-language model, before this decoder
 
     def __post_init__(self) -> None:
         assert self.num_heads % self.num_kv_heads == 0, self
         assert self.head_dim % 2 == 0, self
-        assert len(self.rope.inv_freq) == self.head_dim // 2, self
+        assert 0 < len(self.rope.inv_freq) <= self.head_dim // 2, self
 
     def padded_vocab_size(self, tp: int, multiple: int = 128) -> int:
         """Rows of the embedding under `tp` ranks: the next multiple of `multiple * tp`, the same number on each."""
@@ -100,6 +93,11 @@ class Architecture:
         return self.num_heads * self.head_dim
 
     @property
+    def attention_size(self) -> int:
+        """Columns of the attention's output projection: all heads' values."""
+        return self.query_size if self.latent is None else self.num_heads * self.latent.value_dim
+
+    @property
     def kv_size(self) -> int:
         """Rows of all key heads, and of all value heads."""
         return self.num_kv_heads * self.head_dim
@@ -111,6 +109,7 @@ class _Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     experts: bool = False
+    partial_rope: bool = False  # a part of each head is turned (partial_rotary_factor)
 
 
 _FAMILIES: Final = {
@@ -120,16 +119,17 @@ _FAMILIES: Final = {
     "qwen3": _Family("Qwen3ForCausalLM", qk_norm=True),
     "qwen3_moe": _Family("Qwen3MoeForCausalLM", qk_norm=True, experts=True),
     "mixtral": _Family("MixtralForCausalLM", experts=True),
+    "qwen2_moe": _Family("Qwen2MoeForCausalLM", qkv_bias=True, experts=True),
+    "olmoe": _Family("OlmoeForCausalLM", qk_norm=True, experts=True),
+    "glm4_moe": _Family("Glm4MoeForCausalLM", experts=True, partial_rope=True),
+    "deepseek_v3": _Family("DeepseekV3ForCausalLM", experts=True),
 }
 SUPPORTED_MODEL_TYPES: Final = tuple(_FAMILIES)
-_OTHER_MOE_MODEL_TYPES: Final = (
-    "qwen2_moe",
-    "olmoe",
-    "gpt_oss",
-    "deepseek_v2",
-    "deepseek_v3",
-    "glm4_moe",
-)
+# Mixtures that are known and not built: the reason.
+_OTHER_MOE_MODEL_TYPES: Final = {
+    "gpt_oss": "its attention has sinks, which megatron-core 0.16 computes with Transformer Engine alone, and windows",
+    "deepseek_v2": "it chooses groups of experts by their best one, and megatron-core by the sum of several",
+}
 # What the numbers of a config.json may be, checked before transformers sees them: it makes lists of as many layers as
 # it is told. Whole numbers are at least 1 and at most this; none is near what a model has.
 _WHOLE: Final = {
@@ -145,6 +145,15 @@ _WHOLE: Final = {
     "num_experts_per_tok": 2**14,
     "moe_intermediate_size": 2**22,
     "decoder_sparse_step": 10_000,
+    "n_routed_experts": 2**14,
+    "n_shared_experts": 2**10,
+    "kv_lora_rank": 2**20,
+    "q_lora_rank": 2**20,
+    "qk_nope_head_dim": 2**14,
+    "qk_rope_head_dim": 2**14,
+    "v_head_dim": 2**14,
+    "n_group": 2**14,
+    "topk_group": 2**14,
     "max_position_embeddings": 2**31,
 }
 _REAL: Final = {  # finite, above the first number and up to the second
@@ -152,8 +161,10 @@ _REAL: Final = {  # finite, above the first number and up to the second
     "rope_theta": (0.0, 1e12),
     "attention_dropout": (-1e-9, 1.0),
     "router_jitter_noise": (-1e-9, 1.0),
+    "routed_scaling_factor": (0.0, 1e4),
 }
 _TRUTH: Final = ("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob", "use_sliding_window")
+_TRUTH_OF_MIXTURES: Final = ("qkv_bias", "use_qk_norm", "rope_interleave")
 _MOST_CONFIG_BYTES: Final = 10**7
 _MOST_EXPERTS: Final = 2**20  # of all layers
 SUPPORTED_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
@@ -174,7 +185,8 @@ def read_architecture(path: str | Path) -> Architecture:
         raise CheckpointError(f"{path}: model_type is {shown(model_type)}; {_supported()}")
     if model_type in _OTHER_MOE_MODEL_TYPES:
         raise NotBuiltError(
-            f"{path}: model_type {model_type!r} is a mixture of experts of a kind that is not built yet; {_supported()}"
+            f"{path}: model_type {model_type!r} is a mixture of experts of a kind that is not built: "
+            f"{_OTHER_MOE_MODEL_TYPES[model_type]}; {_supported()}"
         )
     if model_type not in _FAMILIES:
         raise CheckpointError(f"{path}: model_type {model_type!r} is not supported; {_supported()}")
@@ -185,7 +197,10 @@ def read_architecture(path: str | Path) -> Architecture:
     config = _load_config(path) if whole is None else whole.text_config
     _check_options(path, config)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    latent = read_latent(path, config) if model_type == "deepseek_v3" else None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if latent is not None:
+        head_dim = latent.plain_dim + latent.rotary_dim
     for name in (
         "num_hidden_layers",
         "hidden_size",
@@ -213,12 +228,21 @@ def read_architecture(path: str | Path) -> Architecture:
         ffn_hidden_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         tied_embeddings=bool(config.tie_word_embeddings),
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
+        qkv_bias=bool(getattr(config, _SWITCHES.get((config.model_type, "bias"), ""), family.qkv_bias)),
+        qk_norm=bool(getattr(config, _SWITCHES.get((config.model_type, "norm"), ""), family.qk_norm)),
         norm_eps=float(config.rms_norm_eps),
         max_position_embeddings=config.max_position_embeddings,
-        rope=_read_rope(path, config, head_dim, may_be_dynamic=whole is not None),
-        moe=_read_experts(path, config) if family.experts else None,
+        rope=_read_rope(
+            path,
+            config,
+            latent.rotary_dim if latent else head_dim,
+            partial=family.partial_rope,
+            may_be_dynamic=whole is not None,
+        ),
+        moe=read_experts(path, config) if family.experts else None,
+        qk_norm_over_heads=model_type == "olmoe",
+        latent=latent,
+        num_predict_layers=_predict_layers(path, config),
         vision=None if whole is None else vision,
     )
 
@@ -240,6 +264,22 @@ def _vision_language(path: Path, raw: dict[str, Any]) -> tuple[Any, dict[str, An
     tied = raw.get("tie_word_embeddings", whole.text_config.tie_word_embeddings)
     whole.text_config.tie_word_embeddings = tied
     return whole, {**text, "tie_word_embeddings": tied}
+
+
+# Options that decide about the bias of q, k and v, and about the norm of q and k, where the family does not.
+_SWITCHES: Final = {
+    ("qwen2_moe", "bias"): "qkv_bias",
+    ("glm4_moe", "bias"): "attention_bias",
+    ("glm4_moe", "norm"): "use_qk_norm",
+}
+
+
+def _predict_layers(path: Path, config: Any) -> int:
+    number = getattr(config, "num_nextn_predict_layers", 0) or 0
+    try:
+        return whole_number(number, 100)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: num_nextn_predict_layers must be an integer, 0 or more: {error}") from None
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
@@ -303,7 +343,7 @@ def _check_numbers(path: Path, raw: dict[str, Any]) -> None:
             _check_whole(path, name, value)
         elif name in _REAL:
             _check_real(path, name, value)
-        elif name in _TRUTH and type(value) is not bool:
+        elif name in _TRUTH + _TRUTH_OF_MIXTURES and type(value) is not bool:
             raise CheckpointError(f"{path}: {name} is {shown(value)}; give true or false")
         elif name in ("layer_types", "mlp_only_layers"):
             kind = str if name == "layer_types" else int
@@ -311,7 +351,7 @@ def _check_numbers(path: Path, raw: dict[str, Any]) -> None:
                 raise CheckpointError(f"{path}: {name} is {shown(value)}; it must be a list of {kind.__name__}")
         elif name in ("rope_scaling", "rope_parameters"):
             _check_rope_numbers(path, name, value)
-    experts = raw.get("num_experts") or raw.get("num_local_experts") or 1
+    experts = raw.get("num_experts") or raw.get("num_local_experts") or raw.get("n_routed_experts") or 1
     if (raw.get("num_hidden_layers") or 1) * experts > _MOST_EXPERTS:
         raise CheckpointError(f"{path}: {raw['num_hidden_layers']} layers of {experts} experts; no model has so many")
 
@@ -356,11 +396,12 @@ def _check_options(path: Path, config: Any) -> None:
         (bool(getattr(config, "mlp_bias", False)), "mlp_bias true (biases on gate, up and down projections)"),
         # In llama and qwen3 it also adds o_proj.bias; qwen2 has its q/k/v bias whatever this says, as in transformers.
         (
-            config.model_type != "qwen2" and bool(getattr(config, "attention_bias", False)),
+            config.model_type not in ("qwen2", "glm4_moe") and bool(getattr(config, "attention_bias", False)),
             "attention_bias true (it adds a bias to o_proj)",
         ),
         (bool(getattr(config, "attention_dropout", 0.0)), "attention_dropout above 0 (set it to 0 in config.json)"),
         (bool(getattr(config, "router_jitter_noise", 0.0)), "router_jitter_noise above 0 (set it to 0 in config.json)"),
+        (getattr(config, "clip_qkv", None) is not None, "clip_qkv (queries, keys and values cut to a range)"),
         (_uses_sliding_window(config), "a sliding window (sliding_window / layer_types); only full attention is built"),
     ]
     for refused, what in refusals:
@@ -369,45 +410,23 @@ def _check_options(path: Path, config: Any) -> None:
 
 
 def _uses_sliding_window(config: Any) -> bool:
-    # These two ask each layer what it is (modeling_qwen2.py, modeling_qwen3.py); the others ask for the window alone.
-    if config.model_type in ("qwen2", "qwen3") and getattr(config, "layer_types", None):
+    # These ask each layer what it is (modeling_qwen2.py, modeling_qwen3.py, ...); the others ask for the window alone.
+    if config.model_type in ("qwen2", "qwen3", "qwen2_moe") and getattr(config, "layer_types", None):
         return any(kind != "full_attention" for kind in config.layer_types)
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return True
     return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
 
 
-def _read_experts(path: Path, config: Any) -> MixtureOfExperts:
-    """Routing as the two families compute it: softmax over all experts in fp32, top-k, in mixtral always normalised."""
-    qwen3 = config.model_type == "qwen3_moe"
-    names = ("num_experts" if qwen3 else "num_local_experts", "num_experts_per_tok")
-    for name in (*names, "moe_intermediate_size") if qwen3 else names:
-        _check_whole(path, name, getattr(config, name))
-    num_experts, top_k = (getattr(config, name) for name in names)
-    if not 1 <= top_k <= num_experts:
-        raise CheckpointError(f"{path}: {top_k} experts per token of {num_experts}")
-    normalise = bool(config.norm_topk_prob) if qwen3 else True
-    if top_k == 1 and normalise:
-        raise CheckpointError(f"{path}: one expert per token with a normalised weight (always 1) is not supported")
-    layers = range(config.num_hidden_layers)
-    if qwen3:
-        step, dense = config.decoder_sparse_step, tuple(config.mlp_only_layers or ())
-        if not isinstance(step, int) or step < 1 or not set(dense) <= set(layers):
-            raise CheckpointError(f"{path}: decoder_sparse_step {step!r} or mlp_only_layers {dense!r} is out of range")
-        routed = tuple(layer for layer in layers if layer not in dense and (layer + 1) % step == 0)
-    else:
-        routed = tuple(layers)
-    if not routed:
-        raise CheckpointError(f"{path}: no layer has experts; such a {config.model_type} is not supported")
-    ffn_hidden_size = config.moe_intermediate_size if qwen3 else config.intermediate_size
-    return MixtureOfExperts(num_experts, top_k, ffn_hidden_size, normalise, routed)
-
-
-def _read_rope(path: Path, config: Any, head_dim: int, *, may_be_dynamic: bool) -> Rope:
+def _read_rope(path: Path, config: Any, head_dim: int, *, partial: bool, may_be_dynamic: bool) -> Rope:
     """RoPE numbers from transformers' own functions; the default type, which has none there, is one line.
 
     `dynamic` is the default up to max_position_embeddings. InternVL 3 has it; as text models have always been refused
     with it, they still are.
+
+    Args:
+        head_dim: dimensions of a head that can be turned.
+        partial: whether the family turns a part of them where config.json says so.
     """
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -423,10 +442,16 @@ def _read_rope(path: Path, config: Any, head_dim: int, *, may_be_dynamic: bool) 
         raise CheckpointError(
             f"{path}: rope_type {kind!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
         )
-    if parameters.get("partial_rotary_factor") not in (None, 1.0):
-        raise CheckpointError(
-            f"{path}: partial_rotary_factor {parameters['partial_rotary_factor']} is not supported (only 1)"
-        )
+    factor = parameters.get("partial_rotary_factor")
+    if factor not in (None, 1.0) and not partial:
+        raise CheckpointError(f"{path}: partial_rotary_factor {factor} is not supported (only 1)")
+    if factor is not None and partial:
+        _check_real(path, "partial_rotary_factor", factor, (0.0, 1.0))
+        head_dim = int(head_dim * factor)
+        if head_dim % 2 or not head_dim:
+            raise CheckpointError(
+                f"{path}: partial_rotary_factor {factor} turns {head_dim} dimensions, not an even number"
+            )
     _check_real(path, "rope_theta", parameters["rope_theta"])
     if kind == "default":
         inv_freq = 1.0 / parameters["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)

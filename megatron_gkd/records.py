@@ -45,16 +45,34 @@ class Picture:
         return sum(end - first for first, end in self.spans)
 
 
-@dataclass(frozen=True)
-class Row:
+def later(default: Any) -> Any:
+    """A field of a StableText that was not there from the beginning; its default is what held before."""
+    return field(default=default, metadata={"later": True})
+
+
+class StableText:
+    """repr() of a dataclass that stays the same when fields are added, since checkpoints keep it to be compared with: a
+    field that came later is left out where it says what held before."""
+
+    def __repr__(self) -> str:
+        said = []
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if item.repr and not (item.metadata.get("later") and value == item.default):
+                said.append(f"{item.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(said)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Row(StableText):
     """One tokenised row of a data set. `completion_ids` is None for a row that has a prompt only."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...] | None
     teacher_prompt_ids: tuple[int, ...] | None = None  # the teacher's prompt; None: prompt_ids
     tag: str | None = None  # which of several teachers scores it
-    pictures: tuple[Picture, ...] = ()  # of the prompt
-    teacher_pictures: tuple[Picture, ...] = ()  # of the teacher's own prompt
+    pictures: tuple[Picture, ...] = later(())  # of the prompt
+    teacher_pictures: tuple[Picture, ...] = later(())  # of the teacher's own prompt
 
     def __post_init__(self) -> None:
         if not self.prompt_ids or self.teacher_prompt_ids == ():

@@ -12,7 +12,7 @@ import torch
 
 from megatron_gkd.architecture import SUPPORTED_MODEL_TYPES, Architecture, MixtureOfExperts, read_architecture
 from megatron_gkd.errors import CheckpointError, NotBuiltError
-from tests.support.checkpoints import FAMILIES, ROPES
+from tests.support.checkpoints import FAMILIES, MIXTURES, ROPES
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -32,6 +32,10 @@ LLAMA: dict[str, Any] = {
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"} | {
     "qwen3_moe": "Qwen3Moe",
     "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2Moe",
+    "olmoe": "Olmoe",
+    "glm4_moe": "Glm4Moe",
+    "deepseek_v3": "DeepseekV3",
 }
 
 
@@ -55,7 +59,7 @@ def read(path: Path, **changes: Any) -> Architecture:
 
 
 def test_supported_families_are_those_of_the_test_checkpoints() -> None:
-    assert set(SUPPORTED_MODEL_TYPES) == set(FAMILIES)
+    assert set(SUPPORTED_MODEL_TYPES) == {*FAMILIES, *MIXTURES}
 
 
 def test_llama_config_field_by_field(tmp_path: Path) -> None:
@@ -185,8 +189,10 @@ def test_qwen2_ignores_attention_bias_as_transformers_does(tmp_path: Path) -> No
 
 
 def test_mixture_of_experts_is_not_built_yet(tmp_path: Path) -> None:
-    with pytest.raises(NotBuiltError, match=r"qwen2_moe.*mixture of experts"):
-        read(tmp_path, model_type="qwen2_moe")
+    with pytest.raises(NotBuiltError, match=r"gpt_oss.*mixture of experts of a kind.*sinks"):
+        read(tmp_path, model_type="gpt_oss")
+    with pytest.raises(NotBuiltError, match=r"deepseek_v2.*groups of experts"):
+        read(tmp_path, model_type="deepseek_v2")
 
 
 EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}

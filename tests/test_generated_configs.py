@@ -22,16 +22,18 @@ import torch
 from megatron_gkd.architecture import _REAL, _TRUTH, _WHOLE, Architecture, read_architecture
 from megatron_gkd.errors import GKDError
 from megatron_gkd.model.known_options import _HARMLESS, _JUDGED, _JUDGED_OF, _ONLY
-from tests.support.effort import count
+from tests.support.checkpoints import MIXTURES, OF_MIXTURES
+from tests.support.effort import FULL, count
 from tests.test_architecture import LLAMA, of_family
 
 pytestmark = pytest.mark.timeout(600)
 
 NUM = count(16, 400)  # a family
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", *(MIXTURES if FULL else ()))
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True),
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    **OF_MIXTURES,
 }
 # Names of other families, of tomorrow, of training, and misspelt ones.
 FOREIGN = (

@@ -70,7 +70,7 @@ def make_tokenizer(rows: list[dict[str, Any]]) -> Any:
 
 
 def make_teacher(out: Path, tokenizer: Any, seed: int) -> None:
-    """A random Llama: 4 layers x 64, 4 heads of 32 and 2 key-value heads: it splits over 2 ranks by tensor or pipeline."""
+    """A random Llama: 4 layers x 64, 4 heads of 32, 2 key-value heads: it splits over 2 ranks, tensor or pipeline."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -117,6 +117,12 @@ class KernelsConfig(Section):
     bias_activation_fusion: bool | None = setting(
         None, "SwiGLU of both models in one kernel (Megatron-LM: bias_swiglu_fusion); CUDA."
     )
+    moe_grouped_gemm: bool | None = setting(
+        None, "The products of all experts of a layer in one, of both models; CUDA, with Transformer Engine."
+    )
+    moe_permute_fusion: bool | None = setting(
+        None, "Sort tokens by experts in one kernel, in both models; CUDA, with Transformer Engine 2.1."
+    )
     cross_entropy_loss_fusion: bool | None = setting(
         None, "The loss is not megatron-core's: true demands --loss_path fused, the default, false --loss_path logits."
     )

@@ -41,7 +41,7 @@ EVALUATION: Final = frozenset(
         *("model", "dtype", "gkd_logits_topk", "topk_tail", "micro_batch_size", "global_batch_size", "log_level"),
         *("max_tokens_per_gpu", "use_hf"),
         *("deterministic_mode", "attention_backend", "apply_rope_fusion"),
-        *("bias_dropout_fusion", "bias_activation_fusion"),
+        *("bias_dropout_fusion", "bias_activation_fusion", "moe_grouped_gemm", "moe_permute_fusion"),
         *("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "adapters"),
         *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
         *("loss_scale", "chat_template_kwargs", "enable_thinking", "max_image_tiles", "prompt_only"),

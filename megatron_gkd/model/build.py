@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
@@ -36,8 +36,11 @@ from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.data.collate import Media
 from megatron_gkd.model.context_attention import ContextAttention
 from megatron_gkd.model.divisible import check_in
-from megatron_gkd.model.layers import SDPAttention, local_block_spec, use_own_modules
+from megatron_gkd.model.heads_norm import HeadsNormAttention
+from megatron_gkd.model.latent_attention import latent_attention_spec, set_rotary
+from megatron_gkd.model.layers import OwnModules, SDPAttention, SelfAttention, local_block_spec, use_own_modules
 from megatron_gkd.model.options import ModelOptions
+from megatron_gkd.model.router import BiasedRouter, Router
 from megatron_gkd.model.stage_layers import StageLayers
 from megatron_gkd.model.vision import VisionTower, merged_input
 from megatron_gkd.parallel.layout import Layout
@@ -136,7 +139,8 @@ class HiddenStateGPTModel(GPTModel):
 def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions, *, dtype: str) -> TransformerConfig:
     """The TransformerConfig of `arch` in `layout`."""
     params_dtype = DTYPES[dtype]
-    return TransformerConfig(
+    make = TransformerConfig if arch.latent is None else MLATransformerConfig
+    return make(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.num_heads,
@@ -149,7 +153,7 @@ def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
+        qk_layernorm=arch.qk_norm and not arch.qk_norm_over_heads,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=params_dtype,
@@ -175,7 +179,23 @@ def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions
         **_expert_options(arch, options, dtype=dtype),
         calculate_per_token_loss=True,
         perform_initialization=False,
-        **options.transformer_fields(),
+        **options.transformer_fields() | _latent_options(arch),
+    )
+
+
+def _latent_options(arch: Architecture) -> dict[str, Any]:
+    """Of latent attention. Its rotary embedding is our own, which no fusion knows ("yarn": it has a factor)."""
+    if arch.latent is None:
+        return {}
+    return dict(
+        q_lora_rank=arch.latent.query_rank,
+        kv_lora_rank=arch.latent.kv_rank,
+        qk_head_dim=arch.latent.plain_dim,
+        qk_pos_emb_head_dim=arch.latent.rotary_dim,
+        v_head_dim=arch.latent.value_dim,
+        softmax_scale=arch.latent.softmax_scale,
+        rope_type="yarn",
+        apply_rope_fusion=False,
     )
 
 
@@ -190,13 +210,20 @@ def _expert_options(arch: Architecture, options: ModelOptions, *, dtype: str) ->
         moe_router_topk=moe.top_k,
         moe_ffn_hidden_size=moe.ffn_hidden_size,
         # megatron-core's softmax after top-k is the softmax over all experts, normalised over the chosen ones.
-        moe_router_pre_softmax=not moe.normalise_top_k,
+        moe_router_pre_softmax=moe.score == "softmax" and not moe.normalise_top_k,
+        moe_router_score_function=moe.score,
+        moe_router_topk_scaling_factor=None if moe.scaling == 1.0 else moe.scaling,
+        moe_router_num_groups=moe.groups[0] if moe.groups else None,
+        moe_router_group_topk=moe.groups[1] if moe.groups else None,
+        moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size or None,
+        moe_shared_expert_gate=moe.shared_gate,
         # A list also makes megatron-core number the layers in the keys of its checkpoints, as it must for mixed ones.
         moe_layer_freq=1 if all_layers else [int(arch.has_experts(layer)) for layer in range(arch.num_layers)],
         moe_router_load_balancing_type="aux_loss" if options.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=options.moe_aux_loss_coeff,
         moe_router_dtype=None if dtype == "fp32" else "fp32",
-        moe_grouped_gemm=_on_transformer_engine(options),
+        moe_grouped_gemm=options.moe_grouped_gemm,
+        moe_permute_fusion=options.moe_permute_fusion,
     )
 
 
@@ -239,7 +266,7 @@ def build_model(
         )
         if arch.vision is not None and model.pre_process:
             model.vision = VisionTower(arch.vision, DTYPES[dtype])
-        _set_frequencies(model, arch)
+        _set_frequencies(model, arch, groups)
         _mark_tensor_parallel(model)
         _mark_experts(model)
         if not use_cpu:
@@ -257,12 +284,24 @@ def _block_spec(
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
         )
-        return use_own_modules(spec)
+        return use_own_modules(spec, _own_modules(arch, config))
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     has_experts = [arch.has_experts(layer) for layer in range(first, first + num_layers)]
-    core_attention = ContextAttention if config.context_parallel_size > 1 else SDPAttention
-    return local_block_spec(has_experts, qk_norm=arch.qk_norm, core_attention=core_attention)
+    own, qk_norm = _own_modules(arch, config), bool(config.qk_layernorm)
+    return local_block_spec(has_experts, qk_norm=qk_norm, core_attention=_core_attention(config), own=own)
+
+
+def _core_attention(config: TransformerConfig) -> type[SDPAttention]:
+    return ContextAttention if config.context_parallel_size > 1 else SDPAttention
+
+
+def _own_modules(arch: Architecture, config: TransformerConfig) -> OwnModules:
+    return OwnModules(
+        attention=HeadsNormAttention if arch.qk_norm_over_heads else SelfAttention,
+        latent=latent_attention_spec(_core_attention(config)) if arch.latent else None,
+        router=BiasedRouter if arch.moe is not None and arch.moe.correction_bias else Router,
+    )
 
 
 def _on_transformer_engine(options: ModelOptions) -> bool:
@@ -296,10 +335,13 @@ def _mark_experts(model: GPTModel) -> None:
                 weight.allreduce = False
 
 
-def _set_frequencies(model: GPTModel, arch: Architecture) -> None:
+def _set_frequencies(model: GPTModel, arch: Architecture, groups: ProcessGroupCollection) -> None:
     """Rotary frequencies as transformers computes them: megatron-core hard-codes llama3's low, high and original
     factors.
     """
+    if arch.latent is not None:
+        set_rotary(model, arch.rope, groups.cp)
+        return
     model.rotary_pos_emb.inv_freq = torch.tensor(
         arch.rope.inv_freq, dtype=torch.float32, device=model.rotary_pos_emb.inv_freq.device
     )
@@ -313,7 +355,7 @@ def _set_attention_factor(config: Any, arch: Architecture) -> None:
     mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and mscale = 10 * (factor - 1) it is exactly
     `factor`.
     """
-    if arch.rope.attention_factor != 1.0:
+    if arch.rope.attention_factor != 1.0 and arch.latent is None:
         config.yarn_rotary_scaling_factor = math.e
         config.yarn_mscale = 10.0 * (arch.rope.attention_factor - 1.0)
         config.yarn_mscale_all_dim = 0.0

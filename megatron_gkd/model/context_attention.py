@@ -12,9 +12,10 @@ approximated: every softmax sees its whole row.
 Legend: s tokens of this rank, S = s * cp of the whole row, b sequences, h heads/tp, g key and value groups/tp, d head
 dimension.
 
-Communication, per layer over the CP group: forward one all-gather of [s, b, g, 2 d] (K and V side by side) in the
-model's dtype; backward one reduce-scatter (sum) of [S, b, g, 2 d], which hands each rank the gradient of its own keys
-and values from the queries of all ranks. The whole row's keys and values of a layer are alive until its backward.
+Communication, per layer over the CP group: forward one all-gather of [s, b, g, 2 d] (K and V side by side, which have
+sizes of their own in latent attention) in the model's dtype; backward one reduce-scatter (sum) of [S, b, g, 2 d], which
+hands each rank the gradient of its own keys and values from the queries of all ranks. The whole row's keys and values
+of a layer are alive until its backward.
 
 Not here: dropout, windows, overlap of communication and arithmetic (Transformer Engine's attention does that on GPUs).
 """
@@ -69,7 +70,9 @@ class ContextAttention(SDPAttention):
         """`lengths`: of the whole sequences that lie end to end."""
         size, rank = self.cp.size(), self.cp.rank()
         gathered = gather_sequence(torch.cat((key, value), dim=-1), self.cp)
-        keys, values = gathered[places_of(tuple(lengths), size, query.device)].chunk(2, dim=-1)
+        keys, values = gathered[places_of(tuple(lengths), size, query.device)].split(
+            (key.shape[-1], value.shape[-1]), dim=-1
+        )
         outputs, here, start = [], 0, 0
         for length in lengths:
             for first, end in held_spans(length, size, rank):

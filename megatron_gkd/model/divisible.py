@@ -50,6 +50,8 @@ def check_layout(
     _check_experts(arch, tp, ep, etp)
     if arch.num_heads % tp != 0:
         raise LayoutError(_does_not_divide("tensor", tp, arch.num_heads, "attention heads"))
+    if arch.qk_norm_over_heads and arch.num_kv_heads % tp != 0:
+        raise LayoutError(_does_not_divide("tensor", tp, arch.num_kv_heads, "key/value heads, normalised together"))
     if arch.num_kv_heads % tp != 0 and tp % arch.num_kv_heads != 0:
         raise LayoutError(
             f"tensor-parallel size {tp} neither divides the {arch.num_kv_heads} key/value heads nor is their multiple"
@@ -57,7 +59,9 @@ def check_layout(
     dense = arch.moe is None or len(arch.moe.layers) < arch.num_layers
     if dense and arch.ffn_hidden_size % tp != 0:
         raise LayoutError(_does_not_divide("tensor", tp, arch.ffn_hidden_size, "rows of the MLP (intermediate_size)"))
-    if (arch.query_size + 2 * arch.kv_size) % tp != 0:
+    if arch.latent is not None:
+        _check_latent(arch, tp)
+    elif (arch.query_size + 2 * arch.kv_size) % tp != 0:
         raise LayoutError(_does_not_divide("tensor", tp, arch.query_size + 2 * arch.kv_size, "rows of q, k and v"))
     if chunks > 1 and pp == 1:
         raise LayoutError(f"virtual pipeline size {vpp} needs a pipeline-parallel size of at least 2")
@@ -66,6 +70,14 @@ def check_layout(
     elif arch.num_layers % (pp * chunks) != 0:
         what = "pipeline" if chunks == 1 else f"virtual pipeline ({pp} stages x {chunks} chunks)"
         raise LayoutError(_does_not_divide(what, pp * chunks, arch.num_layers, "decoder layers"))
+
+
+def _check_latent(arch: Architecture, tp: int) -> None:
+    """megatron-core makes the projections to the latent vectors cut, before they are whole (latent_attention.py)."""
+    assert arch.latent is not None
+    for size in (arch.latent.query_rank or 0, arch.latent.kv_rank + arch.latent.rotary_dim):
+        if size % tp != 0:
+            raise LayoutError(_does_not_divide("tensor", tp, size, "numbers of a latent vector"))
 
 
 def _check_experts(arch: Architecture, tp: int, ep: int, etp: int) -> None:
@@ -78,6 +90,8 @@ def _check_experts(arch: Architecture, tp: int, ep: int, etp: int) -> None:
             )
     elif arch.moe.num_experts % ep != 0:
         raise LayoutError(_does_not_divide("expert", ep, arch.moe.num_experts, "experts"))
+    elif arch.moe.shared_ffn_hidden_size % tp != 0:
+        raise LayoutError(_does_not_divide("tensor", tp, arch.moe.shared_ffn_hidden_size, "rows of the shared experts"))
     elif arch.moe.ffn_hidden_size % etp != 0:
         what = "rows of an expert (moe_intermediate_size)"
         raise LayoutError(_does_not_divide("expert-tensor", etp, arch.moe.ffn_hidden_size, what))

@@ -25,6 +25,11 @@ _JUDGED: Final = frozenset(
         *("attention_bias", "mlp_bias", "attention_dropout", "sliding_window", "layer_types"),
     }
 )
+_SIGMOID_ROUTERS: Final = (
+    *("n_routed_experts", "num_local_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "first_k_dense_replace"),
+    *("num_nextn_predict_layers", "num_mtp_layers"),
+)
 _JUDGED_OF: Final = {
     "qwen2": frozenset({"use_sliding_window", "max_window_layers"}),
     "qwen3": frozenset({"use_sliding_window", "max_window_layers"}),
@@ -35,6 +40,21 @@ _JUDGED_OF: Final = {
         }
     ),
     "mixtral": frozenset({"num_local_experts", "num_experts_per_tok", "router_jitter_noise"}),
+    "qwen2_moe": frozenset(
+        {
+            *("use_sliding_window", "max_window_layers", "decoder_sparse_step", "moe_intermediate_size", "qkv_bias"),
+            *("num_experts", "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers"),
+            "shared_expert_intermediate_size",
+        }
+    ),
+    "olmoe": frozenset({"num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "clip_qkv"}),
+    "glm4_moe": frozenset({*_SIGMOID_ROUTERS, "use_qk_norm"}),
+    "deepseek_v3": frozenset(
+        {
+            *(*_SIGMOID_ROUTERS, "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+            *("qk_head_dim", "rope_interleave"),
+        }
+    ),
 }
 
 # No part in the logits: initial values, caching, precision that is stored, texts, names, losses that are not used here,
@@ -90,6 +110,18 @@ _ONLY: Final[Mapping[str, tuple[Any, ...]]] = {
     "num_shared_experts": (0, None),
 }
 
+# The same, of one family: what its published checkpoints say, and transformers' class takes for granted.
+_ONLY_OF: Final[Mapping[str, Mapping[str, tuple[Any, ...]]]] = {
+    "deepseek_v3": {
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "moe_layer_freq": (1,),
+        "ep_size": (1,),
+    },
+}
+# Of training: losses that are not used here.
+_HARMLESS_OF: Final = {"deepseek_v3": frozenset({"aux_loss_alpha", "seq_aux"})}
+
 _ROPE: Final = frozenset(
     {
         *("rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"),
@@ -102,15 +134,18 @@ _ROPE: Final = frozenset(
 def refuse_unknown_options(path: Path, raw: Mapping[str, Any], model_type: str) -> None:
     """Raise CheckpointError for options of `path`/config.json that are not known to be understood or harmless."""
     judged = _JUDGED | _JUDGED_OF.get(model_type, frozenset())
+    only, harmless = {**_ONLY, **_ONLY_OF.get(model_type, {})}, _HARMLESS | _HARMLESS_OF.get(model_type, frozenset())
     unknown = []
     for name, value in raw.items():
-        if name in _ONLY:
-            if not any(value == known and type(value) is type(known) for known in _ONLY[name]):
+        if name in judged:
+            continue
+        if name in only:
+            if not any(value == known and type(value) is type(known) for known in only[name]):
                 raise CheckpointError(
                     f"{path}: config.json has {name} {str(value)[:80]!r}: not supported "
-                    f"(only {' or '.join(map(repr, _ONLY[name]))}), it would compute something else"
+                    f"(only {' or '.join(map(repr, only[name]))}), it would compute something else"
                 )
-        elif name not in judged and name not in _HARMLESS:
+        elif name not in harmless:
             unknown.append(name)
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(part := raw.get(name), Mapping):

@@ -11,6 +11,8 @@ megatron-core's local spec:
   query never sees a later position.
 * `SelfAttention`: megatron-core's, but with more tensor-parallel ranks than KV heads it uses the model's own TP group.
 
+Families that need another attention or router have it put in (`OwnModules`): heads_norm.py, latent_attention.py.
+
 Not here: dropout (distillation runs with 0; anything else is refused), sliding windows. Under context parallelism
 `ContextAttention` (context_attention.py) stands in the place of `SDPAttention`.
 """
@@ -18,6 +20,7 @@ Not here: dropout (distillation runs with 0; anything else is refused), sliding 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -74,6 +78,8 @@ class SDPAttention(torch.nn.Module):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__()
         if config.attention_dropout:
@@ -166,40 +172,61 @@ class SelfAttention(CoreSelfAttention):
         return query, key, value
 
 
-def use_own_modules(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """Put `SelfAttention` and `Router` in the place of megatron-core's in a block spec that megatron-core made; changes
-    `spec`.
-    """
+@dataclass(frozen=True)
+class OwnModules:
+    """What of a model's layers is not megatron-core's."""
+
+    attention: type[SelfAttention] = SelfAttention
+    latent: ModuleSpec | None = None  # the whole self-attention, in place of `attention`
+    router: type[Router] = Router
+
+
+def use_own_modules(
+    spec: TransformerBlockSubmodules,
+    own: OwnModules = OwnModules(),
+) -> TransformerBlockSubmodules:
+    """Put them in the place of megatron-core's in a block spec that megatron-core made; changes `spec`."""
     for layer in spec.layer_specs or []:
         attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
-        if attention.module is CoreSelfAttention:
-            attention.module = SelfAttention
+        if own.latent is not None:
+            layer.submodules.self_attention = own.latent
+        elif attention.module is CoreSelfAttention:
+            attention.module = own.attention
         if mlp.module is MoELayer:
-            mlp.submodules.router = Router
+            mlp.submodules.router = own.router
     return spec
 
 
 def local_block_spec(
-    has_experts: Sequence[bool], *, qk_norm: bool, core_attention: type[SDPAttention] = SDPAttention
+    has_experts: Sequence[bool],
+    *,
+    qk_norm: bool,
+    core_attention: type[SDPAttention] = SDPAttention,
+    own: OwnModules = OwnModules(),
 ) -> TransformerBlockSubmodules:
     """Spec of one model chunk, layer by layer; parameter names are those of megatron-core's local spec."""
     dense, routed = (
-        _layer_spec(qk_norm=qk_norm, experts=experts, core_attention=core_attention) for experts in (False, True)
+        _layer_spec(qk_norm=qk_norm, experts=experts, core_attention=core_attention, own=own)
+        for experts in (False, True)
     )
     return TransformerBlockSubmodules(layer_specs=[routed if e else dense for e in has_experts], layer_norm=RMSNorm)
 
 
-def _layer_spec(*, qk_norm: bool, experts: bool, core_attention: type[SDPAttention]) -> ModuleSpec:
+def _layer_spec(*, qk_norm: bool, experts: bool, core_attention: type[SDPAttention], own: OwnModules) -> ModuleSpec:
     head_norm = RMSNorm if qk_norm else IdentityOp
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     mlp = ModuleSpec(module=MLP, submodules=linear)
     # The fused names of the TE spec, so that a distributed checkpoint does not depend on which spec wrote it. In front
-    # of experts the TE spec has a norm of its own.
-    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    # of experts, and of latent attention, the TE spec has a norm of its own.
+    names = {} if own.latent else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if experts:
         mlp = ModuleSpec(
             module=MoELayer,
-            submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linear), router=Router),
+            submodules=MoESubmodules(
+                experts=ModuleSpec(module=SequentialMLP, submodules=linear),
+                shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linear),  # where the config has some
+                router=own.router,
+            ),
         )
     else:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
@@ -207,8 +234,9 @@ def _layer_spec(*, qk_norm: bool, experts: bool, core_attention: type[SDPAttenti
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
+            self_attention=own.latent
+            or ModuleSpec(
+                module=own.attention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,

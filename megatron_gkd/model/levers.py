@@ -42,6 +42,8 @@ _ON_CUDA: Final[dict[str, str | None]] = {
     "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda",
     "bias_dropout_fusion": None,
     "bias_activation_fusion": None,
+    "moe_grouped_gemm": _TE,
+    "moe_permute_fusion": _TE,
     "empty_unused_memory_level": None,
     "use_precision_aware_optimizer": _TE,
     "optimizer_cpu_offload": _TE,
@@ -81,6 +83,7 @@ def student_options(config: RunConfig, kind: Kind) -> ModelOptions:
         bucket_size=overlap.ddp_bucket_size,
         moe_aux_loss_coeff=config.training.moe_aux_loss_coeff,
         transformer_engine=not config.tuner.is_lora,
+        moe_grouped_gemm=not config.tuner.is_lora and _fuses(config, "moe_grouped_gemm", kind),
         extra=tuple(sorted(kernels.extra.items())),
     )
     _check_extra(options.extra)
@@ -138,6 +141,8 @@ def _of_both(config: RunConfig, kind: Kind) -> ModelOptions:
         bias_dropout_fusion=_fuses(config, "bias_dropout_fusion", kind),
         bias_activation_fusion=_fuses(config, "bias_activation_fusion", kind),
         apply_rope_fusion=_fuses(config, "apply_rope_fusion", kind),
+        moe_grouped_gemm=_fuses(config, "moe_grouped_gemm", kind),
+        moe_permute_fusion=_fuses(config, "moe_permute_fusion", kind),
         attention_backend=AttnBackend[kernels.attention_backend],
         deterministic_mode=kernels.deterministic_mode,
     )
@@ -184,6 +189,16 @@ def _check_extra(extra: Iterable[tuple[str, Any]]) -> None:
 def check_student(config: RunConfig, arch: Architecture, layout: Layout, kind: Kind) -> None:
     """Raise LayoutError or ConfigError where the levers do not fit the student's layers."""
     _check_recompute(config.recompute, arch, layout)
+    if arch.latent is not None and config.kernels.apply_rope_fusion:
+        raise ConfigError(
+            f"--apply_rope_fusion true: latent attention ({arch.model_type}) has a rotary embedding that no fusion "
+            "knows; leave it out"
+        )
+    if config.kernels.moe_grouped_gemm and config.tuner.is_lora:
+        raise ConfigError(
+            "--moe_grouped_gemm true: a student with adapters has megatron-core's own layers, each expert a product of "
+            "its own; leave it out"
+        )
     if config.model.freeze_embeddings and layout.chunk_layers(arch.num_layers)[0] == 0:
         raise LayoutError(
             f"--freeze_embeddings leaves the first stage, which has no layer, nothing to train ({layout.describe()}): "

@@ -20,7 +20,7 @@ DDP: Final = frozenset(
     }
 )
 
-EXPERTS: Final = frozenset({"moe_aux_loss_coeff"})
+EXPERTS: Final = frozenset({"moe_aux_loss_coeff", "moe_grouped_gemm", "moe_permute_fusion"})
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class ModelOptions:
     attention_backend: AttnBackend = AttnBackend.auto
     deterministic_mode: bool = False
     persist_layer_norm: bool = False
+    moe_grouped_gemm: bool = False
+    moe_permute_fusion: bool = False
     moe_aux_loss_coeff: float = 0.0  # of the routers' load-balancing loss (model/router.py)
     grad_reduce_in_fp32: bool = True
     overlap_grad_reduce: bool = False

@@ -63,6 +63,20 @@ class Router(TopKRouter):
         return MoEAuxLossAutoScaler.apply(probs, loss * coefficient * self.loss_weight)
 
 
+class BiasedRouter(Router):
+    """With a correction bias [E], fp32: experts are chosen by score + bias, and weighed by the score alone.
+
+    The bias has no gradient, and it stays as the checkpoint has it. megatron-core's own is moved after every step
+    towards even loads (`moe_router_enable_expert_bias`); of a student that was balanced in its training, that would
+    change what its experts see. As a parameter without gradient it is loaded, saved and exported as all others.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        bias = torch.empty(self.num_experts, dtype=torch.float32, device=self.weight.device)
+        self.expert_bias = torch.nn.Parameter(bias, requires_grad=False)  # read by TopKRouter.routing
+
+
 class Routers:
     """All routers of this rank's chunks, through a training step."""
 

@@ -14,6 +14,7 @@ Different from a run on that machine, on purpose:
 * All micro-batches of the rehearsal have lengths that are told; pipelines exchange no shapes.
 * A number that is read from a fake tensor is 1 (there are no values): the norm of the gradient, for instance. Tokens
   and lengths of micro-batches are real.
+* Every expert gets as many tokens as the others (rehearsed_experts.py).
 
 `Communication`: none. What would be sent is counted by the group that it would be sent over (`traffic`).
 """
@@ -63,6 +64,7 @@ from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.fit import layouts, without_borrowed_experts
 from megatron_gkd.train.objective import TrainingObjective
 from megatron_gkd.train.plans import plan_of
+from megatron_gkd.train.rehearsed_experts import even_loads
 from megatron_gkd.train.setup import objective_of, student_of
 from megatron_gkd.train.step import distill
 from megatron_gkd.train.student import Student
@@ -107,7 +109,10 @@ def rehearse(
     archs = archs or architectures(config)
     check_adapters(config, archs[0], student_layout)
     counter = AllocationCounter(lines=lines)
-    with _without_peers(world_size, rank) as peers, FakeTensorMode(allow_non_fake_inputs=True), counter, peers:
+    with ExitStack() as stack:
+        peers = stack.enter_context(_without_peers(world_size, rank))
+        for mode in (FakeTensorMode(allow_non_fake_inputs=True), counter, peers, even_loads()):
+            stack.enter_context(mode)
         parts = _Parts.build(config, archs, student_layout, teacher_layout, counter)
         if isinstance(parts.teacher, TeacherPipeline):
             peers.name_groups(parts.teacher.groups, "teacher's ")
@@ -195,7 +200,7 @@ class _Parts:
     def step(self, plan: StepPlan, counter: AllocationCounter) -> None:
         """`distill`, with what it does told apart."""
         optimizer: Any = self.student.optimizer
-        for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for member in (optimizer, *getattr(optimizer, "chained_optimizers", ())):
             member.get_grad_norm = lambda: 1.0
         with patch.object(optimizer, "step", _under(counter, "update", optimizer.step)):
             distill(

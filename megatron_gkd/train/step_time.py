@@ -62,13 +62,20 @@ def elements(arch: Architecture, layout: Layout, stage: int) -> int:
 
 def layer_flops(arch: Architecture, length: int) -> float:
     """Of a forward pass through one layer, a token of a sequence of `length`: linear layers, and causal attention."""
-    attention = arch.hidden_size * (arch.query_size + 2 * arch.kv_size) + arch.query_size * arch.hidden_size
+    if arch.latent is None:
+        attention = arch.hidden_size * (arch.query_size + 2 * arch.kv_size)
+    else:
+        latent, rank = arch.latent, arch.latent.query_rank
+        attention = arch.hidden_size * (latent.kv_rank + latent.rotary_dim)
+        attention += latent.kv_rank * arch.num_heads * (latent.plain_dim + latent.value_dim)
+        attention += arch.query_size * (arch.hidden_size if rank is None else rank) + arch.hidden_size * (rank or 0)
+    attention += arch.attention_size * arch.hidden_size
     if arch.moe is None:
         mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
     else:
         mlp = arch.hidden_size * arch.moe.num_experts
-        mlp += 3 * arch.hidden_size * arch.moe.ffn_hidden_size * arch.moe.top_k
-    return 2.0 * (attention + mlp) + 2.0 * length * arch.query_size
+        mlp += 3 * arch.hidden_size * (arch.moe.ffn_hidden_size * arch.moe.top_k + arch.moe.shared_ffn_hidden_size)
+    return 2.0 * (attention + mlp) + length * (arch.query_size + arch.attention_size)
 
 
 def step_seconds(

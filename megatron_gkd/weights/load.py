@@ -27,7 +27,7 @@ from megatron_gkd.errors import CheckpointError, ShapeError
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
 from megatron_gkd.weights.hf_files import HFCheckpoint
-from megatron_gkd.weights.naming import Unit, hf_names, is_ignored_hf_name, transform
+from megatron_gkd.weights.naming import Unit, hf_names, is_ignored_hf_name, predicts_ahead, transform
 from megatron_gkd.weights.plan import Rectangle, hf_tensor_shapes, plan, shard_shape
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,9 @@ def check_manifest(checkpoint: HFCheckpoint, arch: Architecture) -> None:
             f"{checkpoint.path} has no {_first(missing)}, which a {arch.model_type} model like this needs{hint}"
         )
     extra = {name for name in stored - manifest.keys() if not is_ignored_hf_name(name)}
+    if ahead := {name for name in extra if predicts_ahead(name, arch)}:
+        log.info("%s: left out %s, of layers that predict further tokens", checkpoint.path, _first(ahead))
+        extra -= ahead
     if arch.tied_embeddings and head in extra:
         _check_tied_head(checkpoint, embedding, head)
         extra.remove(head)

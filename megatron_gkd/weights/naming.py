@@ -13,7 +13,7 @@ value.
 The tensors of a vision tower and its projector (model/vision.py) are units of their own, whole on every TP rank, whose
 names are transformers'. All names in files have the prefixes of the directory's spelling (model/vision_config.py).
 
-Not covered: shared experts, router biases, multi-token prediction (refused by name).
+Not covered: router biases that are added to logits, multi-token prediction (refused by name).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Final, Literal, NamedTuple
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError, NotBuiltError
 
-Transform = Literal["replicated", "columns", "vocabulary", "qkv", "gated"]
+Transform = Literal["replicated", "columns", "rows", "vocabulary", "qkv", "gated"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class ParsedName(NamedTuple):
 _L = "model.layers.{layer}."
 _E = _L + "mlp.experts.{expert}."
 _MIXTRAL = _L + "block_sparse_moe.experts.{expert}."
+_S = _L + "mlp.shared_expert."
 _ATTENTION = tuple(f"{_L}self_attn.{x}_proj" for x in "qkv")
 
 
@@ -82,6 +83,59 @@ def _has_experts(arch: Architecture, layer: int) -> bool:
 def _is_dense(arch: Architecture, layer: int) -> bool:
     return not arch.has_experts(layer)
 
+
+def _has_shared_experts(arch: Architecture, layer: int) -> bool:
+    return arch.moe is not None and arch.moe.shared_ffn_hidden_size > 0 and arch.has_experts(layer)
+
+
+def _query_rank(arch: Architecture) -> int | None:
+    return None if arch.latent is None else arch.latent.query_rank
+
+
+_LATENT = (
+    Role(
+        "query",
+        "rows",
+        (_L + "self_attn.q_proj.weight",),
+        ("self_attention.linear_q_proj.weight",),
+        present=lambda arch, layer: arch.latent is not None and arch.latent.query_rank is None,
+    ),
+    Role(
+        "query_down",
+        "replicated",
+        (_L + "self_attn.q_a_proj.weight",),
+        ("self_attention.linear_q_down_proj.weight",),
+        present=lambda arch, layer: _query_rank(arch) is not None,
+    ),
+    Role(
+        "query_up",
+        "rows",
+        (_L + "self_attn.q_b_proj.weight",),
+        ("self_attention.linear_q_up_proj.weight",),
+        present=lambda arch, layer: _query_rank(arch) is not None,
+    ),
+    Role(
+        "latent_down",
+        "replicated",
+        (_L + "self_attn.kv_a_proj_with_mqa.weight",),
+        ("self_attention.linear_kv_down_proj.weight",),
+        present=lambda arch, layer: arch.latent is not None,
+    ),
+    Role(
+        "latent_norm",
+        "replicated",
+        (_L + "self_attn.kv_a_layernorm.weight",),
+        ("self_attention.kv_layernorm.weight",),
+        present=lambda arch, layer: arch.latent is not None,
+    ),
+    Role(
+        "latent_up",
+        "rows",
+        (_L + "self_attn.kv_b_proj.weight",),
+        ("self_attention.linear_kv_up_proj.weight",),
+        present=lambda arch, layer: arch.latent is not None,
+    ),
+)
 
 ROLES: Final[dict[str, Role]] = {
     role.name: role
@@ -99,7 +153,13 @@ ROLES: Final[dict[str, Role]] = {
             (_L + "input_layernorm.weight",),
             ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
         ),
-        Role("qkv", "qkv", tuple(f"{x}.weight" for x in _ATTENTION), ("self_attention.linear_qkv.weight",)),
+        Role(
+            "qkv",
+            "qkv",
+            tuple(f"{x}.weight" for x in _ATTENTION),
+            ("self_attention.linear_qkv.weight",),
+            present=lambda arch, layer: arch.latent is None,
+        ),
         Role(
             "qkv_bias",
             "qkv",
@@ -112,15 +172,27 @@ ROLES: Final[dict[str, Role]] = {
             "replicated",
             (_L + "self_attn.q_norm.weight",),
             ("self_attention.q_layernorm.weight",),
-            present=lambda arch, layer: arch.qk_norm,
+            present=lambda arch, layer: (arch.qk_norm and not arch.qk_norm_over_heads) or _query_rank(arch) is not None,
+            hf_names_of={"deepseek_v3": (_L + "self_attn.q_a_layernorm.weight",)},
         ),
         Role(
             "key_norm",
             "replicated",
             (_L + "self_attn.k_norm.weight",),
             ("self_attention.k_layernorm.weight",),
-            present=lambda arch, layer: arch.qk_norm,
+            present=lambda arch, layer: arch.qk_norm and not arch.qk_norm_over_heads,
         ),
+        *(
+            Role(
+                f"{role}_norm_over_heads",
+                "rows",
+                (f"{_L}self_attn.{x}_norm.weight",),
+                (f"self_attention.{x}_layernorm.weight_over_heads",),
+                present=lambda arch, layer: arch.qk_norm_over_heads,
+            )
+            for role, x in (("query", "q"), ("key", "k"))
+        ),
+        *_LATENT,
         Role("attention_output", "columns", (_L + "self_attn.o_proj.weight",), ("self_attention.linear_proj.weight",)),
         Role(
             "mlp_norm",
@@ -143,6 +215,36 @@ ROLES: Final[dict[str, Role]] = {
             ("mlp.router.weight",),
             present=_has_experts,
             hf_names_of={"mixtral": (_L + "block_sparse_moe.gate.weight",)},
+        ),
+        Role(
+            "correction_bias",
+            "replicated",
+            (_L + "mlp.gate.e_score_correction_bias",),
+            ("mlp.router.expert_bias",),
+            present=lambda arch, layer: arch.has_experts(layer) and arch.moe is not None and arch.moe.correction_bias,
+        ),
+        Role(
+            "shared_gate_up",
+            "gated",
+            (_L + "mlp.shared_experts.gate_proj.weight", _L + "mlp.shared_experts.up_proj.weight"),
+            ("mlp.shared_experts.linear_fc1.weight",),
+            present=_has_shared_experts,
+            hf_names_of={"qwen2_moe": (_S + "gate_proj.weight", _S + "up_proj.weight")},
+        ),
+        Role(
+            "shared_down",
+            "columns",
+            (_L + "mlp.shared_experts.down_proj.weight",),
+            ("mlp.shared_experts.linear_fc2.weight",),
+            present=_has_shared_experts,
+            hf_names_of={"qwen2_moe": (_S + "down_proj.weight",)},
+        ),
+        Role(
+            "shared_gate",
+            "replicated",
+            (_L + "mlp.shared_expert_gate.weight",),
+            ("mlp.shared_experts.gate_weight",),
+            present=lambda arch, layer: _has_shared_experts(arch, layer) and bool(arch.moe and arch.moe.shared_gate),
         ),
         Role(
             "expert_gate_up",
@@ -179,8 +281,7 @@ _LAYER: Final = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _BY_NAME: Final = {(role.per_layer, name): role.name for role in ROLES.values() for name in role.core_names}
 _EXPERT: Final = re.compile(r"(?<=local_experts\.)\d+|(?<=\.weight)\d+$")
 _NOT_BUILT: Final = (
-    (re.compile(r"\.mlp\.shared_experts\."), "shared experts"),
-    (re.compile(r"\.mlp\.router\.(bias|expert_bias)$"), "router biases"),
+    (re.compile(r"\.mlp\.router\.bias$"), "router biases"),
     (re.compile(r"\.mlp\.experts\.(linear_fc[12]\.weight|weight[12])$"), "experts in one tensor"),
     (re.compile(r"^mtp\."), "multi-token prediction"),
 )
@@ -266,3 +367,11 @@ def layer_units(arch: Architecture, layer: int, experts: range | None = None) ->
 def is_ignored_hf_name(name: str) -> bool:
     """A tensor of an HF checkpoint that is known to hold no weight."""
     return any(pattern.fullmatch(name) for pattern in _IGNORED_HF)
+
+
+def predicts_ahead(name: str, arch: Architecture) -> bool:
+    """A tensor of a layer for the prediction of further tokens, which stands behind the decoder's: transformers leaves
+    it out, too.
+    """
+    first = arch.num_layers
+    return name.startswith(tuple(f"model.layers.{n}." for n in range(first, first + arch.num_predict_layers)))

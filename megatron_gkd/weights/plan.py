@@ -11,6 +11,8 @@ or permuted within a head):
 
     replicated   the HF tensor as it is, on every rank.
     columns      [H, X]: columns r*X/n .. (r+1)*X/n   (attention output X = A*h, down projection X = I).
+    rows         [X, ...]: rows r*X/n .. (r+1)*X/n   (heads one after the other, X = A*h: latent attention, a norm over
+                 all heads).
     vocabulary   [V, H] followed by zero rows up to the padded vocabulary; rows r*P/n .. (r+1)*P/n of that.
     qkv          [(A+2G)*h, H]: for each KV group g, the rows of its A/G query heads, of its key head, of its value
                  head; then an equal chunk of the rows. That holds for n > G too, where a chunk may begin inside a
@@ -70,9 +72,11 @@ def unit_shapes(unit: Unit, arch: Architecture) -> dict[str, tuple[int, ...]]:
         "attention_norm": ((hidden,),),
         "qkv": ((query, hidden), (kv, hidden), (kv, hidden)),
         "qkv_bias": ((query,), (kv,), (kv,)),
-        "query_norm": ((arch.head_dim,),),
+        "query_norm": ((arch.head_dim if arch.latent is None else arch.latent.query_rank or 0,),),
         "key_norm": ((arch.head_dim,),),
-        "attention_output": ((hidden, query),),
+        "query_norm_over_heads": ((query,),),
+        "key_norm_over_heads": ((kv,),),
+        "attention_output": ((hidden, arch.attention_size),),
         "mlp_norm": ((hidden,),),
         "gate_up": ((ffn, hidden), (ffn, hidden)),
         "down": ((hidden, ffn),),
@@ -83,8 +87,23 @@ def unit_shapes(unit: Unit, arch: Architecture) -> dict[str, tuple[int, ...]]:
         expert = arch.moe.ffn_hidden_size
         shapes |= {
             "router": ((arch.moe.num_experts, hidden),),
+            "correction_bias": ((arch.moe.num_experts,),),
+            "shared_gate_up": ((arch.moe.shared_ffn_hidden_size, hidden),) * 2,
+            "shared_down": ((hidden, arch.moe.shared_ffn_hidden_size),),
+            "shared_gate": ((1, hidden),),
             "expert_gate_up": ((expert, hidden), (expert, hidden)),
             "expert_down": ((hidden, expert),),
+        }
+    if arch.latent is not None:
+        latent, heads = arch.latent, arch.num_heads
+        rank = latent.query_rank or 0
+        shapes |= {
+            "query": ((query, hidden),),
+            "query_down": ((rank, hidden),),
+            "query_up": ((query, rank),),
+            "latent_down": ((latent.kv_rank + latent.rotary_dim, hidden),),
+            "latent_norm": ((latent.kv_rank,),),
+            "latent_up": ((heads * (latent.plain_dim + latent.value_dim), latent.kv_rank),),
         }
     return dict(zip(hf_names(unit, arch), shapes[unit.role], strict=True))
 
@@ -111,6 +130,8 @@ def plan(unit: Unit, arch: Architecture, rank: int, size: int, padded_vocab: int
         case "columns":
             rows, columns = shapes[names[0]]
             return (Rectangle(names[0], (0, rows), _chunk(role, columns, rank, size)),)
+        case "rows":
+            return (Rectangle(names[0], _chunk(role, shapes[names[0]][0], rank, size)),)
         case "vocabulary":
             return tuple(cut(_padded_rows(names[0], arch, padded_vocab), _chunk(role, padded_vocab, rank, size)))
         case "qkv":

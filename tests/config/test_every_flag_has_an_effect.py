@@ -42,7 +42,10 @@ REFUSED = {
     "lora_dropout",
 }
 
-FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "bias_dropout_fusion", "bias_activation_fusion")
+FUSIONS = (
+    *("apply_rope_fusion", "gradient_accumulation_fusion", "bias_dropout_fusion", "bias_activation_fusion"),
+    *("moe_grouped_gemm", "moe_permute_fusion"),
+)
 ONE_VALUE = ("masked_softmax_fusion", "attention_softmax_in_fp32", "cross_entropy_loss_fusion")
 OFFLOAD = (
     "use_precision_aware_optimizer",

@@ -168,6 +168,8 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("gradient_accumulation_fusion", None, ("false", False), ("x",)),
     ("bias_dropout_fusion", None, ("true", True), ("x",)),
     ("bias_activation_fusion", None, ("true", True), ("x",)),
+    ("moe_grouped_gemm", None, ("false", False), ("x",)),
+    ("moe_permute_fusion", None, ("true", True), ("x",)),
     ("cross_entropy_loss_fusion", None, ("true", True), ("x",)),
     ("tp_comm_overlap", False, ("true", True), ("x",)),
     ("fp8_format", None, ("hybrid", "hybrid"), ("e5m2",)),

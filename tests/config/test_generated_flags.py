@@ -165,6 +165,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "gradient_accumulation_fusion": (True, False),
     "bias_dropout_fusion": (True, False),
     "bias_activation_fusion": (True, False),
+    "moe_grouped_gemm": (True, False),
+    "moe_permute_fusion": (True, False),
     "cross_entropy_loss_fusion": (True, False),
     "tp_comm_overlap": (True,),
     "fp8_format": ("hybrid",),

@@ -40,6 +40,8 @@ CUDA_ALONE: list[tuple[dict[str, Any], str]] = [
     (dict(gradient_accumulation_fusion=True), "--gradient_accumulation_fusion true"),
     (dict(bias_dropout_fusion=True), "--bias_dropout_fusion true"),
     (dict(bias_activation_fusion=True), "--bias_activation_fusion true"),
+    (dict(moe_grouped_gemm=True), "--moe_grouped_gemm true"),
+    (dict(moe_permute_fusion=True), "--moe_permute_fusion true"),
     (dict(empty_unused_memory_level=1), "--empty_unused_memory_level 1"),
     (AWARE, "--use_precision_aware_optimizer true"),
     (dict(AWARE, optimizer_cpu_offload=True), "--use_precision_aware_optimizer true"),
@@ -69,7 +71,10 @@ def test_what_needs_a_package(flags: dict[str, Any], package: str, monkeypatch: 
     student_options(config_of(**flags), "cuda")
 
 
-FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "bias_dropout_fusion", "bias_activation_fusion")
+FUSIONS = (
+    *("apply_rope_fusion", "gradient_accumulation_fusion", "bias_dropout_fusion", "bias_activation_fusion"),
+    *("moe_grouped_gemm", "moe_permute_fusion"),
+)
 
 
 @pytest.mark.parametrize(

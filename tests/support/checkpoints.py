@@ -23,6 +23,8 @@ import torch
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 MOE_FAMILIES: tuple[Family, ...] = ("qwen3_moe", "mixtral")
+# Further mixtures, which have tests of their own (tests/weights/test_mixtures.py) in place of the grids of FAMILIES.
+MIXTURES = ("qwen2_moe", "olmoe", "glm4_moe", "deepseek_v3")
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TOKENIZER_SIZE = 256 + 3
@@ -47,6 +49,19 @@ ROPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 48,
     },
     "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+_SIGMOID: dict[str, Any] = dict(n_routed_experts=8, num_experts_per_tok=4, moe_intermediate_size=24)
+_SIGMOID |= dict(n_shared_experts=2, first_k_dense_replace=1, routed_scaling_factor=1.7, num_nextn_predict_layers=0)
+OF_MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=False)
+    | dict(shared_expert_intermediate_size=56, mlp_only_layers=[0]),
+    "olmoe": dict(num_experts=4, num_experts_per_tok=2),
+    "glm4_moe": _SIGMOID | dict(use_qk_norm=True, attention_bias=True, n_group=1, topk_group=1),
+    "deepseek_v3": _SIGMOID
+    | dict(n_group=4, topk_group=2, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8)
+    | dict(v_head_dim=12, num_key_value_heads=None, scoring_func="sigmoid", topk_method="noaux_tc"),
 }
 
 
@@ -110,7 +125,7 @@ def tiny_model(
     """The fp32 transformers model behind a tiny checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if family in ("qwen3", "qwen3_moe") and head_dim is None:
+    if family in ("qwen3", "qwen3_moe", "glm4_moe") and head_dim is None:
         head_dim = hidden_size // heads + 8
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -136,6 +151,7 @@ def tiny_model(
     if family == "mixtral":
         options |= {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
         options.setdefault("head_dim", hidden_size // heads)  # without it transformers fails on yarn
+    options |= OF_MIXTURES.get(family, {})
     config = AutoConfig.for_model(family, **(options | config_options))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -154,6 +170,9 @@ def _randomise(model: torch.nn.Module) -> None:
             parameter.normal_(0.0, 0.5)
         else:
             parameter.normal_(1.0, 0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # large enough that it decides, and not so that it does alone
+            buffer.normal_(0.0, 0.1)
 
 
 def tiny_tokenizer() -> Any:

@@ -133,8 +133,7 @@ def _dense_steps(
         gradients = by_checkpoint_name(student, {name: p.grad.clone() for name, p in student.named_parameters()})
         grad_norm = torch.nn.utils.clip_grad_norm_(list(student.parameters()), max_norm)
         optimizer.step()
-        weights = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
-        weights = by_checkpoint_name(student, weights)
+        weights = by_checkpoint_name(student, stored_tensors(student))
         steps.append(DenseStep(float(loss.detach()), float(grad_norm), metrics, weights, gradients))
     return steps
 
@@ -232,6 +231,13 @@ def adam(model: torch.nn.Module, training: TrainingConfig, fault: Fault | None =
 
 def load(path: str, dtype: torch.dtype = torch.float32) -> Any:
     return transformers_model(path, dtype)
+
+
+def stored_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters and stored buffers (a router's correction bias), copied, by transformers' name."""
+    stored = model.state_dict().keys()
+    named = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in stored)]
+    return {name: tensor.detach().clone() for name, tensor in named}
 
 
 def by_checkpoint_name(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

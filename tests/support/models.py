@@ -6,13 +6,15 @@ Dimensions are those of the models' published config.json files, typed in. RoPE 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
-from megatron_gkd.architecture import Architecture, MixtureOfExperts, Rope
+from megatron_gkd.architecture import Architecture, LatentAttention, MixtureOfExperts, Rope
 from megatron_gkd.weights.naming import ROLES, Unit, layer_units
 from megatron_gkd.weights.plan import plan, shard_shape
+from tests.support.checkpoints import MIXTURES
 
 _FIELDS = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_size", "vocab_size")
 _REAL: dict[str, tuple[str, bool, tuple[int, ...]]] = {
@@ -44,8 +46,8 @@ def architecture(
     return Architecture(
         model_type=model_type,
         tied_embeddings=tied,
-        qkv_bias=model_type == "qwen2",
-        qk_norm=model_type in ("qwen3", "qwen3_moe"),
+        qkv_bias=model_type in ("qwen2", "qwen2_moe"),
+        qk_norm=model_type in ("qwen3", "qwen3_moe", "olmoe"),
         norm_eps=1e-6,
         max_position_embeddings=4096,
         rope=Rope((1.0,) * (sizes["head_dim"] // 2), 1.0),
@@ -59,8 +61,16 @@ REAL_MODELS = {name: architecture(*fields, _EXPERTS.get(name)) for name, fields 
 
 def small(model_type: str = "qwen3", *, tied: bool = False, kv_heads: int = 2, vocab_size: int = 50) -> Architecture:
     """layers 4, hidden 12, heads 4 of 6, ffn 20: every size is another, so that a mix-up changes a shape."""
-    experts = (4, 2, 28) if model_type in ("qwen3_moe", "mixtral") else None
-    return architecture(model_type, tied, (4, 12, 4, kv_heads, 6, 20, vocab_size), experts)
+    experts = (4, 2, 28) if model_type in ("qwen3_moe", "mixtral", *MIXTURES) else None
+    latent = LatentAttention(8, 10, 4, 2, 5, 0.4) if model_type == "deepseek_v3" else None
+    heads = 4 if latent else kv_heads
+    arch = architecture(model_type, tied, (4, 12, 4, heads, 6, 20, vocab_size), experts)
+    if arch.moe is not None and model_type in ("qwen2_moe", "glm4_moe", "deepseek_v3"):
+        more: dict[str, Any] = dict(shared_ffn_hidden_size=36, shared_gate=model_type == "qwen2_moe")
+        if model_type != "qwen2_moe":
+            more |= dict(score="sigmoid", correction_bias=True)
+        arch = replace(arch, moe=replace(arch.moe, **more))
+    return replace(arch, latent=latent, qk_norm_over_heads=model_type == "olmoe")
 
 
 Spec = Literal["local", "te"]
@@ -70,6 +80,7 @@ def core_name(unit: Unit, arch: Architecture, spec: Spec, layer: int | None, exp
     """megatron-core's name of a unit's parameter, which is in a local layer and a local expert."""
     names = ROLES[unit.role].core_names
     unfused = unit.role == "mlp_norm" and unit.layer is not None and arch.has_experts(unit.layer)
+    unfused = unfused or (unit.role == "attention_norm" and arch.latent is not None)
     name = (names[-1] if spec == "te" and not unfused else names[0]).format(expert=expert)
     return name if layer is None else f"decoder.layers.{layer}.{name}"
 

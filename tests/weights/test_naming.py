@@ -38,6 +38,18 @@ BOTH = {
     "decoder.layers.3.mlp.linear_fc1.weight": ("gate_up", 3),
     "decoder.layers.3.mlp.linear_fc2.weight": ("down", 3),
     "decoder.layers.3.mlp.router.weight": ("router", 3),
+    "decoder.layers.3.mlp.router.expert_bias": ("correction_bias", 3),
+    "decoder.layers.3.mlp.shared_experts.linear_fc1.weight": ("shared_gate_up", 3),
+    "decoder.layers.3.mlp.shared_experts.linear_fc2.weight": ("shared_down", 3),
+    "decoder.layers.3.mlp.shared_experts.gate_weight": ("shared_gate", 3),
+    "decoder.layers.3.self_attention.q_layernorm.weight_over_heads": ("query_norm_over_heads", 3),
+    "decoder.layers.3.self_attention.k_layernorm.weight_over_heads": ("key_norm_over_heads", 3),
+    "decoder.layers.3.self_attention.linear_q_proj.weight": ("query", 3),
+    "decoder.layers.3.self_attention.linear_q_down_proj.weight": ("query_down", 3),
+    "decoder.layers.3.self_attention.linear_q_up_proj.weight": ("query_up", 3),
+    "decoder.layers.3.self_attention.linear_kv_down_proj.weight": ("latent_down", 3),
+    "decoder.layers.3.self_attention.kv_layernorm.weight": ("latent_norm", 3),
+    "decoder.layers.3.self_attention.linear_kv_up_proj.weight": ("latent_up", 3),
 }
 EXPERTS = {
     "decoder.layers.3.mlp.experts.local_experts.17.linear_fc1.weight": ("expert_gate_up", 3, 17),
@@ -103,7 +115,6 @@ def test_unknown_names_are_refused(name: str) -> None:
         ("decoder.layers.0.mlp.router.bias", "router biases"),
         ("decoder.layers.0.mlp.experts.weight1", "experts in one tensor"),
         ("decoder.layers.0.mlp.experts.linear_fc1.weight", "experts in one tensor"),
-        ("decoder.layers.0.mlp.shared_experts.linear_fc1.weight", "shared experts"),
         ("mtp.layers.0.eh_proj.weight", "multi-token"),
     ],
 )
@@ -142,6 +153,12 @@ def test_roles_of_the_families() -> None:
     routed = common - {"gate_up", "down"} | {"router", "expert_gate_up", "expert_down"}
     assert set(layer_roles(small("mixtral"), 0)) == routed
     assert set(layer_roles(small("qwen3_moe"), 0)) == routed | {"query_norm", "key_norm"}
+    shared = {"shared_gate_up", "shared_down"}
+    assert set(layer_roles(small("qwen2_moe"), 0)) == routed | {"qkv_bias", "shared_gate"} | shared
+    assert set(layer_roles(small("olmoe"), 0)) == routed | {"query_norm_over_heads", "key_norm_over_heads"}
+    assert set(layer_roles(small("glm4_moe"), 0)) == routed | {"correction_bias"} | shared
+    latent = {"query_down", "query_norm", "query_up", "latent_down", "latent_norm", "latent_up"}
+    assert set(layer_roles(small("deepseek_v3"), 0)) == routed - {"qkv"} | {"correction_bias"} | shared | latent
 
 
 def test_a_layer_without_experts_among_layers_with_them() -> None:

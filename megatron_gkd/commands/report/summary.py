@@ -167,7 +167,7 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
             cells = "".join(f"{_cell(key, values.get(key)):>12}" for values in columns.values())
             yield f"  {name:<30}{cells}   {_change(key, old, new)}".rstrip()
     if supervised:
-        yield f"  step {supervised['step']}: taught on the data's completions; after: on its own too, judged by the teacher"
+        yield f"  step {supervised['step']}: taught on the data's completions; after: on the student's own too"
     yield from _export(summary)
 
 

@@ -1,0 +1,173 @@
+"""Runs, plans and refusals of the mixtures after Mixtral: a DeepSeek-V3 student with a GLM-4 MoE teacher goes on in
+another layout, with the teacher on ranks of its own; what is planned is what ranks hold.
+
+As test_experts_runs.py, test_rehearsal.py and test_search.py. Only a part of it runs in the gate.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_gkd.architecture import read_architecture
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.errors import ConfigError, NotBuiltError
+from megatron_gkd.model.levers import check_student
+from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.train.fit import refuse_student
+from megatron_gkd.train.search import search
+from megatron_gkd.train.step_time import Rates, elements, layer_flops
+from megatron_gkd.weights.hf_files import HFCheckpoint
+from tests.support.checkpoint_runs import FLAGS, SAVED_AT, STEPS, assert_same_bits, checkpoint_of
+from tests.support.checkpoints import MIXTURES, write_tiny_checkpoint
+from tests.support.effort import FULL
+from tests.support.mixtures import write_published
+from tests.support.ranks import run_ranks
+from tests.support.ranks_at_work import load_model, megatron
+from tests.support.runs import exported, metrics, train
+from tests.support.trainers import T, run_config, write_rows
+from tests.train.test_rehearsal import real, rehearsed
+
+pytestmark = pytest.mark.slow
+
+SIZES: dict[str, Any] = dict(layers=2, hidden_size=32, ffn_hidden_size=48)
+HOME: dict[str, Any] = dict(expert=2, teacher_expert=2)  # of two ranks
+OTHER: dict[str, Any] = dict(tensor=2, sequence=True, expert=2, expert_tensor=1, teacher_tensor=1, teacher_expert=1)
+OTHER |= dict(teacher_expert_tensor=1, teacher_placement="separate", teacher_world_size=1)  # of three
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mixtures")
+
+
+@pytest.fixture(scope="module")
+def models(root: Path) -> dict[str, str]:
+    return {
+        name: str(write_tiny_checkpoint(root / name, name, seed=seed, **SIZES)) for seed, name in enumerate(MIXTURES)
+    }
+
+
+@pytest.fixture(scope="module")
+def inputs(root: Path, models: dict[str, str]) -> dict[str, Any]:
+    rows, held_out = write_rows(root / "rows.jsonl", 21), write_rows(root / "held_out.jsonl", 5, seed=9)
+    flags = FLAGS | dict(model=models["deepseek_v3"], teacher_model=models["glm4_moe"])
+    return flags | dict(dataset=[rows], eval_dataset=[held_out])
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path, inputs: dict[str, Any]) -> Path:
+    return train(world=2, **inputs, **HOME, save=root / "whole")
+
+
+def test_a_run_goes_on_in_another_layout(tmp_path: Path, inputs: dict[str, Any], whole: Path) -> None:
+    run_dir = train(world=3, **inputs, **OTHER, save=tmp_path / "run", load=checkpoint_of(whole))
+    ours, theirs = metrics(run_dir), metrics(whole, first_step=SAVED_AT + 1)
+    assert [row["step"] for row in ours] == list(range(SAVED_AT + 1, STEPS + 1))
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(expected, rel=1e-6)
+    weights, expected_weights = exported(run_dir), exported(whole)
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in expected_weights.items():
+        assert (weights[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+    with HFCheckpoint(inputs["model"]) as source:
+        same = {name for name in weights if torch.equal(weights[name], source.read(name))}
+    assert same == {name for name in weights if name.endswith("e_score_correction_bias")} != set()
+
+
+@pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1")
+def test_a_resumed_run_is_the_same_run(tmp_path: Path, inputs: dict[str, Any], whole: Path) -> None:
+    resumed = train(world=2, **inputs, **HOME, save=tmp_path / "run", load=checkpoint_of(whole))
+    assert_same_bits(resumed, whole, SAVED_AT + 1)
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+def config_of(root: Path, student: str, teacher: str, **flags: Any) -> RunConfig:
+    common: dict[str, Any] = dict(micro_batch_size=2, global_batch_size=4, train_iters=2, dtype="fp32")
+    rows = write_rows(root / "planned.jsonl", 4)
+    return run_config(student, teacher, rows, **common, **{T.get(name, name): value for name, value in flags.items()})
+
+
+PLANNED = [("deepseek_v3", "olmoe"), *([("qwen2_moe", "glm4_moe"), ("olmoe", "deepseek_v3")] if FULL else [])]
+
+
+@pytest.mark.parametrize(("student", "teacher"), PLANNED)
+def test_a_rehearsed_rank_holds_what_a_real_one_does(
+    root: Path, models: dict[str, str], student: str, teacher: str
+) -> None:
+    layout = dict(tensor=2, sequence=True, expert=2, expert_tensor=1)
+    config = config_of(root, models[student], models[teacher], **layout)
+    ranks = list(zip(run_ranks(real, config, world=2), rehearsed(config, 2), strict=True))
+    for (built, peak), of_rank in ranks:
+        assert of_rank.built.total == sum(built.values())
+        assert of_rank.peaks[1].by_category.get("loss") == peak.get("loss")
+    # Where tokens go is decided by values: all ranks together hold as much, and a rank more or less than another.
+    activations = "student: activations"
+    assert sum(of_rank.peaks[1].by_category[activations] for _, of_rank in ranks) == pytest.approx(
+        sum(peak[activations] for (_, peak), _ in ranks), rel=1e-3
+    )
+
+
+def counted(paths: list[str], layout: Layout) -> list[int]:
+    with megatron():
+        models = [load_model(Path(path), layout) for path in paths]
+    return [sum(p.numel() for chunk in model.chunks for p in chunk.parameters()) for model in models]
+
+
+def test_parameters_are_those_of_real_ranks(models: dict[str, str]) -> None:
+    layout = Layout(tensor=2, expert=2, expert_tensor=1, sequence_parallel=True)
+    archs = [read_architecture(path) for path in models.values()]
+    assert run_ranks(counted, list(models.values()), layout, world=2) == [[elements(a, layout, 0) for a in archs]] * 2
+
+
+def test_operations_of_a_layer_by_hand(tmp_path: Path) -> None:
+    arch = read_architecture(write_published(tmp_path / "model", "DeepSeek-V3"))
+    down, up = 7168 * (1536 + 512 + 64), 1536 * 128 * 192 + 512 * 128 * 256
+    experts = 3 * 7168 * 2048 * 9 + 7168 * 256  # eight and the shared one, and the router
+    assert layer_flops(arch, 10) == 2 * (down + up + 128 * 128 * 7168 + experts) + 10 * 128 * (192 + 128)
+
+
+RATES = Rates(1e12, 1e11, 1e10, ranks_per_node=2)
+
+
+@pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1")
+def test_layouts_are_searched(root: Path, models: dict[str, str]) -> None:
+    config = config_of(root, models["olmoe"], models["olmoe"])
+    with megatron():
+        found = search(config, world_size=2, length=(5, 60), room=10**10, rates=RATES)
+    assert found.fitting
+
+
+def test_a_search_of_layers_that_differ_is_refused(root: Path, models: dict[str, str]) -> None:
+    config = config_of(root, models["deepseek_v3"], models["olmoe"])
+    with megatron(), pytest.raises(NotBuiltError, match=r"--search of a deepseek_v3 model whose layers differ"):
+        search(config, world_size=2, length=(5, 60), room=10**10, rates=RATES)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags", [dict(lmbda=0.5), dict(lmbda="0:0,10:0.5"), dict(eval_generate=4, eval_dataset=["e"])], ids=str
+)
+def test_a_student_with_latent_attention_does_not_sample(models: dict[str, str], root: Path, flags: Any) -> None:
+    arch = read_architecture(models["deepseek_v3"])
+    common: dict[str, Any] = dict(model="S", teacher_model="T", dataset=["d"], lmbda=0.0)
+    with pytest.raises(NotBuiltError, match=r"sampling by a deepseek_v3 student.*give --lmbda 0"):
+        refuse_student(RunConfig.from_flat(common | flags), arch, Layout())
+    refuse_student(RunConfig.from_flat(common), arch, Layout())
+
+
+def test_latent_attention_has_no_rope_fusion(models: dict[str, str], root: Path) -> None:
+    arch = read_architecture(models["deepseek_v3"])
+    config = config_of(root, models["deepseek_v3"], models["olmoe"])
+    check_student(config, arch, Layout(), "cuda")
+    asked = config_of(root, models["deepseek_v3"], models["olmoe"], apply_rope_fusion=True)
+    with pytest.raises(ConfigError, match=r"--apply_rope_fusion true.*latent attention"):
+        check_student(asked, arch, Layout(), "cuda")
+    check_student(asked, read_architecture(models["olmoe"]), Layout(), "cuda")
