@@ -38,7 +38,7 @@ def check(path, *options):
 def test_every_part_runs_on_a_cpu_or_says_that_it_needs_cuda(tmp_path):
     wanted = NAMES if os.environ.get("GKD_TEST_FULL") == "1" else GATE
     with forked_programs():
-        code, parts = check(tmp_path, "--parts", *wanted, "--seconds", str(LIMIT_S))
+        code, parts = check(tmp_path, "--parts", *wanted, "--seconds", str(LIMIT_S), "--patience", "100")
     told = {name: part.get("output") for name, part in parts.items() if part["status"] not in ("ok", "left out")}
     assert code == 0, told
     assert {name for name, part in parts.items() if part["status"] == "left out"} == {"kernels"}

@@ -64,6 +64,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="OUT", required=True, help="where the results go, after every part")
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="only these")
     parser.add_argument("--seconds", type=float, default=520.0, help="for all parts together (520)")
+    parser.add_argument("--patience", type=float, default=1.0, help="times each part's own limit (1)")
     parser.add_argument("--dir", help="where models are written: 20 GB, fast (the system's temporary directory)")
     return parser.parse_args(arguments)
 
@@ -83,7 +84,7 @@ def _carry_out(part: Part, options: argparse.Namespace, directory: Path, left_s:
             [sys.executable, RUN, *words], cwd=ROOT, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            status = "ok" if process.wait(min(part.limit_s, left_s)) == 0 else "failed"
+            status = "ok" if process.wait(min(options.patience * part.limit_s, left_s)) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "cut"
             with contextlib.suppress(ProcessLookupError):
