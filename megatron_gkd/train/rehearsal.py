@@ -124,10 +124,18 @@ def rehearse(
 
 
 def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
-    """The student's, and a local teacher's."""
+    """The student's, and a local teacher's. Raises NotBuiltError for a mixture of experts."""
     kind = config.teacher.kind
     teacher = read_architecture(kind.path) if isinstance(kind, LocalTeacher) else None
-    return read_architecture(config.model.model), teacher
+    found = read_architecture(config.model.model), teacher
+    for flag, arch in zip(("--model", "--teacher_model"), found, strict=True):
+        if arch is not None and arch.moe is not None:
+            raise NotBuiltError(
+                f"not built yet: plan with a mixture of experts ({flag} is a {arch.model_type} model): how many tokens "
+                "an expert takes is decided by values, and a rehearsal has none; the weights of a rank are arithmetic "
+                "(docs/memory.md)"
+            )
+    return found
 
 
 def _refuse_offload(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""The predicted seconds that `plan` prints beside the bytes: they follow the rates that are given and the bytes that
+"""A mixture of experts is refused in a line, and the predicted seconds that `plan` prints beside the bytes: they follow the rates that are given and the bytes that
 ranks hand over. Not covered: whether they are right (nothing has been timed on a GPU)."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gkd import cli
 from megatron_gkd.commands.plan import _seconds
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.config.plan import PlanConfig
@@ -44,3 +45,15 @@ def test_a_student_that_teaches_itself_has_a_teachers_pass() -> None:
         seconds(ASKED, 0, "--teacher_model", str(MODELS / "Qwen3-1.7B"))["teacher"], rel=1e-6
     )
     assert "teacher" not in seconds(ASKED, 0, "--objective", "sft")
+
+
+@pytest.mark.parametrize("search", ["", "--search"])
+@pytest.mark.parametrize("flag", ["--model", "--teacher_model"])
+def test_a_mixture_of_experts_is_refused_by_name(flag: str, search: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rehearsal would end within megatron-core, where tokens are sorted by expert."""
+    models = {"--model": "Qwen3-8B", "--teacher_model": "Qwen3-8B"} | {flag: "Qwen3-30B-A3B"}
+    words = [word for name, model in models.items() for word in (name, str(MODELS / model))]
+    code = cli.main(["plan", *words, *f"--world_size 8 --lmbda 0 --save none --train_iters 1 {search}".split()])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-gkd: error")]
+    assert code == 2
+    assert f"plan with a mixture of experts ({flag} is a qwen3_moe model)" in line
