@@ -95,7 +95,8 @@ HEAD: Final = """\
 Known pairs of models on 8, 16 and 64 GPUs of 80 GB, made by `python -m tools.recipes` without a GPU: one rank of each
 kind goes through a step on tensors without memory ([Memory](memory.md#rehearsed)). **None of this has run on GPUs.**
 Where the table says `whole`, all layers of both models did; else the student's first and last stage with few layers,
-from which all follow, as in [`plan --search`](commands.md#plan): there 5 % below to 15 % above the whole.
+from which all follow, as in [`plan --search`](commands.md#plan): for the first pair 0 to 1.5 % below the whole, on tiny
+models 5 % below to 15 % above.
 A step is {samples} samples of {prompt} + {completion} tokens, the JSD over the full vocabulary, both models on the same
 ranks, bf16, the distributed optimizer. By phase, and by rank and category where whole: [recipes.json](recipes.json).
 Mixtures of experts (Qwen3-235B-A22B) are not rehearsed yet: how many tokens an expert takes is decided by values.
