@@ -1,6 +1,6 @@
 """A mixture of experts is refused in a line, and the predicted seconds that `plan` prints beside the bytes follow the
-rates that are given and the bytes that ranks hand over. Not covered: whether they are right (nothing has been timed on a
-GPU).
+rates that are given and the bytes that ranks hand over. Not covered: whether they are right (nothing has been timed on
+a GPU).
 """
 
 from __future__ import annotations
