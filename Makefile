@@ -1,7 +1,7 @@
 # make help: what there is. The environment is made by launch/setup_env.sh on first use.
 VENV ?= $(if $(GKD_VENV),$(GKD_VENV),.venv)
 PYTHON := $(VENV)/bin/python
-SHELL_SCRIPTS := $(wildcard launch/*.sh) launch/slurm.sbatch tests/setup_swift.sh benchmarks/setup_trl.sh tests/compat.sh .ci/run
+SHELL_SCRIPTS := $(wildcard launch/*.sh) launch/slurm.sbatch tests/setup_swift.sh benchmarks/setup_trl.sh benchmarks/gpu_check.sh tests/compat.sh .ci/run
 PYTEST_ARGS ?=
 
 export OMP_NUM_THREADS := 1

@@ -4,9 +4,9 @@ leaves of the stop.
     OMP_NUM_THREADS=1 python -m benchmarks.bench_checkpoint --json benchmarks/results/checkpoint_cpu.json
     python -m benchmarks.bench_checkpoint --quick                 # seconds; says only that everything runs
 
-One process, one thread, no GPU: a random Llama student in fp32 with AdamW's two moments (8 layers, hidden 768: 1.1 GB
-of checkpoint), in a temporary directory (--dir; by default where TMPDIR says). The methods run in turn, round by round,
-so that a change of the machine's load meets all of them:
+One process, one thread, on the CPU or with `--device cuda` on a GPU: a random Llama student in fp32 with AdamW's two
+moments (8 layers, hidden 768: 1.1 GB of checkpoint), in a temporary directory (--dir; by default where TMPDIR says).
+The methods run in turn, round by round, so that a change of the machine's load meets all of them:
 
     write    plain: as many bytes from memory into files of the same sizes, flushed to the disk
     save     a synchronous save: shards, checksums, manifest, flushed, renamed
@@ -39,7 +39,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.bench_convert import CPU, make_model, plain_read, plain_write
+from benchmarks.bench_convert import make_model, plain_read, plain_write
 from benchmarks.measure import Seconds, environment, quantiles, timed
 
 PLAIN = {"save": "write", "stop": "write", "hash": "read", "verify": "read", "load": "read"}
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     from megatron_gkd import platform
 
-    platform.init_distributed(platform.setup("cpu"))
+    platform.init_distributed(platform.setup(options.device))
     try:
         with tempfile.TemporaryDirectory(dir=options.dir) as name:
             report = measure(Path(name), options)
@@ -67,6 +67,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", metavar="OUT", help="write all rows to this file")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds: a test that everything runs")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="measured calls of each method (5)")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers (8)")
     parser.add_argument("--hidden", type=int, default=768, help="hidden size, a multiple of 128 (768)")
@@ -80,7 +81,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The report: environment, case, rows."""
     make_model(root / "source", options.layers, options.hidden)
-    bench = Bench(root)
+    bench = Bench(root, options.device)
     methods: dict[str, Callable[[], Seconds]] = {
         "write": bench.write, "save": bench.save, "stop": bench.stop, "read": bench.read,
         "hash": bench.hash, "verify": bench.verify, "load": bench.load,
@@ -92,7 +93,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
             if round_:  # the first one warms the page cache, and imports
                 seconds[name].append(taken)
     report: dict[str, Any] = {
-        "environment": environment(CPU),
+        "environment": environment(torch.device(options.device)),
         "case": {"layers": options.layers, "hidden": options.hidden, "dtype": "float32", "bytes": bench.num_bytes},
         "load_average_1min_at_end": round(os.getloadavg()[0], 1),
         "rows": [],
@@ -115,7 +116,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
 class Bench:
     """A student, a checkpoint of it, and the methods; each measures itself, since what it prepares does not count."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, kind: str = "cpu") -> None:
         from megatron_gkd.architecture import read_architecture
         from megatron_gkd.config.run import RunConfig, TrainingConfig
         from megatron_gkd.model.build import build_model
@@ -123,23 +124,25 @@ class Bench:
         from megatron_gkd.parallel.groups import build_groups
         from megatron_gkd.parallel.layout import Layout
         from megatron_gkd.train.checkpoint import TrainerState, describe_run
+        from megatron_gkd.train.checkpoint.rng import seed_tracker
         from megatron_gkd.train.checkpoint.saving import Save
         from megatron_gkd.train.student import Student
 
-        self.root = root
+        self.root, self.device = root, torch.device(kind)
         arch, layout = read_architecture(root / "source"), Layout()
         groups = build_groups(layout)
-        chunks = build_model(arch, layout, groups, ModelOptions.on("cpu"), dtype="fp32")
+        seed_tracker(0, groups)
+        chunks = build_model(arch, layout, groups, ModelOptions.on(kind), dtype="fp32")
         self.student = Student(
             chunks,
             layout,
             groups,
             TrainingConfig(),
-            ModelOptions.on("cpu"),
+            ModelOptions.on(kind),
             train_iters=10,
             use_distributed_optimizer=True,
         )
-        description = describe_run(RunConfig.from_flat({"model": str(root / "source")}), self.student, "cpu")
+        description = describe_run(RunConfig.from_flat({"model": str(root / "source")}), self.student, kind)
         self.state = TrainerState(1, 8, "rows", "student", True)
         self.options: dict[str, Any] = {"description": description}
         self.checkpoint = Save(root / "kept", self.student, self.state, **self.options).finish()
@@ -148,7 +151,7 @@ class Bench:
         self.num_bytes = sum(len(part) for part in self.memory)
 
     def write(self) -> Seconds:
-        taken = timed(lambda: plain_write(self.root / "plain", self.memory), CPU)
+        taken = timed(lambda: plain_write(self.root / "plain", self.memory), self.device)
         shutil.rmtree(self.root / "plain")
         return taken
 
@@ -156,7 +159,7 @@ class Bench:
         from megatron_gkd.train.checkpoint.saving import Save
 
         run_dir = self.root / "saved"
-        taken = timed(lambda: Save(run_dir, self.student, self.state, **self.options).finish(), CPU)
+        taken = timed(lambda: Save(run_dir, self.student, self.state, **self.options).finish(), self.device)
         shutil.rmtree(run_dir)
         return taken
 
@@ -169,30 +172,32 @@ class Bench:
             run_dir = self.root / "saved"
             begun.append(Save(run_dir, self.student, self.state, in_background=True, **self.options))
 
-        first = timed(begin, CPU)
+        first = timed(begin, self.device)
         while not begun[0].is_written():
             time.sleep(0.01)
-        second = timed(begun[0].finish, CPU)
+        second = timed(begun[0].finish, self.device)
         shutil.rmtree(self.root / "saved")
         return Seconds(first.wall_s + second.wall_s, first.cpu_s + second.cpu_s)
 
     def read(self) -> Seconds:
-        return timed(lambda: plain_read(self.files, self.memory), CPU)
+        return timed(lambda: plain_read(self.files, self.memory), self.device)
 
     def hash(self) -> Seconds:
         from megatron_gkd.train.checkpoint.files import hash_file
 
-        return timed(lambda: [hash_file(path) for path in self.files], CPU)
+        return timed(lambda: [hash_file(path) for path in self.files], self.device)
 
     def verify(self) -> Seconds:
         from megatron_gkd.train.checkpoint import choose_checkpoint
 
-        return timed(lambda: choose_checkpoint(self.root / "kept"), CPU)
+        return timed(lambda: choose_checkpoint(self.root / "kept"), self.device)
 
     def load(self) -> Seconds:
         from megatron_gkd.train.checkpoint import load_checkpoint
 
-        return timed(lambda: load_checkpoint(self.checkpoint, self.student, expected=self.state, **self.options), CPU)
+        return timed(
+            lambda: load_checkpoint(self.checkpoint, self.student, expected=self.state, **self.options), self.device
+        )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.bench_step --student DIR --teacher DIR --ranks 2 --json OUT
     python -m benchmarks.bench_step --quick                 # tiny models: says only that everything runs
 
-The parts are those of a run (train/setup.py), on data-parallel gloo ranks of one thread each; every round trains on the
-same samples, and the levers (LEVERS) are built one after the other in the same processes. Phases, in the order of a
-step, of the slowest rank:
+The parts are those of a run (train/setup.py), on data-parallel gloo ranks of one thread each, or with `--device cuda`
+on one GPU; every round trains on the same samples, and the levers (LEVERS) are built one after the other in the same
+processes. On a GPU the clocks wait for it at the borders of phases. Phases, in the order of a step, of the slowest
+rank:
 
     plan       rows to samples and micro-batches
     teacher    its forward pass, and the signals
@@ -20,17 +21,21 @@ step, of the slowest rank:
 `products` are the matrix products of the teacher's pass and of the student's step alone, of the micro-batches' shapes,
 in the same process and round: linear layers and attention scores, once forward for the teacher, once forward and twice
 backward for the student, and both heads for the loss tokens. `of_products` is the student's part over its products.
+`flops` are those products' operations on a rank, both models', attention as whole squares; `tflop_per_s` is that over
+the step's seconds.
 
-`peak_bytes`: most that tensors had allocated at once in the student's step, over what there is between steps (the
-profiler's events, in a step of its own). `reduced_bytes`: gradients that a rank hands to the reduction. `sent_bytes`:
-signals that a rank sends.
+`peak_bytes`: most that tensors had allocated at once in a step, over what there is between steps (the profiler's
+events or the caching allocator's counter, in a step of its own); `held_bytes`: what a GPU holds between steps.
+`reduced_bytes`: gradients that a rank hands to the reduction. `sent_bytes`: signals that a rank sends.
 
-Sampling and pushes of weights: bench_rollout.py. Not covered: tensor and pipeline parallelism, CUDA.
+Sampling and pushes of weights: bench_rollout.py. Not covered: tensor and pipeline parallelism, several GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import json
 import sys
 import tempfile
@@ -43,7 +48,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from benchmarks.measure import environment, peak_bytes, quantiles, timed, tiny_pair
+from benchmarks.measure import environment, peak_bytes, quantiles, synchronize, timed, tiny_pair
 from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.flags import parse_run_config
@@ -71,7 +76,8 @@ CPU: Final = torch.device("cpu")
 class Clock:
     """Seconds by phase. It is also what megatron-core's schedules take for `config.timers`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
+        self._device = device
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._name, self._start_s = "", 0.0
 
@@ -80,26 +86,31 @@ class Clock:
         return self
 
     def start(self, barrier: bool = False) -> None:
+        synchronize(self._device)
         self._start_s = time.perf_counter()
 
     def stop(self, barrier: bool = False) -> None:
+        synchronize(self._device)
         if self._name:
             self.seconds[self._name] += time.perf_counter() - self._start_s
 
     def timed(self, name: str, action: Any, *arguments: Any, **options: Any) -> Any:
         """The action's result; its seconds are the phase's."""
+        synchronize(self._device)
         start_s = time.perf_counter()
         try:
             return action(*arguments, **options)
         finally:
+            synchronize(self._device)
             self.seconds[name] += time.perf_counter() - start_s
 
 
 class Products:
     """The matrix products of micro-batches, on tensors of their own."""
 
-    def __init__(self, arch: Architecture, dtype: torch.dtype) -> None:
-        self._arch, self._dtype = arch, dtype
+    def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+        self._arch, self._new = arch, functools.partial(torch.ones, dtype=dtype, device=device)
+        self.flops = 0  # of all that was multiplied
         hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
         self._linears = [
             (hidden, arch.query_size + 2 * arch.kv_size),
@@ -107,8 +118,8 @@ class Products:
             (hidden, 2 * ffn),
             (ffn, hidden),
         ]
-        self._weights = {shape: torch.ones(shape, dtype=dtype) for shape in self._linears}
-        self._head = torch.ones(hidden, arch.vocab_size, dtype=dtype)
+        self._weights = {shape: self._new(shape) for shape in self._linears}
+        self._head = self._new((hidden, arch.vocab_size))
 
     def multiply(self, batches: Iterable[MicroBatch], *, backward: bool, head: bool) -> None:
         """All of them, one after the other."""
@@ -122,7 +133,8 @@ class Products:
                 self._linear(len(batch.loss_index), self._head, backward)
 
     def _linear(self, num_tokens: int, weight: torch.Tensor, backward: bool) -> None:
-        x = torch.ones(num_tokens, weight.shape[0], dtype=self._dtype)
+        self.flops += 2 * num_tokens * weight.numel() * (3 if backward else 1)
+        x = self._new((num_tokens, weight.shape[0]))
         y = x @ weight
         if backward:
             torch.matmul(y, weight.T)
@@ -134,7 +146,8 @@ class Products:
         borders = batch.cu_seqlens
         lengths = [length] * batch.tokens.shape[0] if borders is None else borders.diff().tolist()
         for n in lengths:
-            x = torch.ones(heads, n, size, dtype=self._dtype)
+            self.flops += 4 * heads * n * n * size * (3 if backward else 1)
+            x = self._new((heads, n, size))
             for _ in range(3 if backward else 1):
                 torch.matmul(torch.matmul(x, x.mT), x)
 
@@ -150,13 +163,13 @@ class _TimedLoss:
 
 
 def config_of(options: argparse.Namespace, data: Path, lever: str) -> RunConfig:
-    length = options.prompt_tokens + options.completion_tokens
+    length = options.max_length or 4 * (options.prompt_tokens + options.completion_tokens)
     words = f"""
         --model {options.student} --teacher_model {options.teacher} --dataset {data} --save {data.parent / "run"}
-        --lmbda 0 --train_iters {options.rounds + 3} --global_batch_size {options.batch} --device cpu
-        --micro_batch_size {options.micro_batch} --dtype {options.dtype} --max_length {4 * length} --save_hf false
+        --lmbda 0 --train_iters {options.rounds + 3} --global_batch_size {options.batch} --device {options.device}
+        --micro_batch_size {options.micro_batch} --dtype {options.dtype} --max_length {length} --save_hf false
         --report_to none --log_level error --use_distributed_optimizer true --shuffle false"""
-    levers = [word.format(tokens=4 * length) for word in LEVERS[lever]]
+    levers = [word.format(tokens=length) for word in LEVERS[lever]]
     config = parse_run_config([*words.split(), *levers])
     if lever == "token budget":
         config = replace(config, training=replace(config.training, micro_batch_size=1))
@@ -215,21 +228,23 @@ def lever_rounds(options: argparse.Namespace, data: Path, lever: str) -> dict[st
     assert isinstance(run, Run)
     assert run.plans is not None
     dtype = next(run.student.chunks[0].parameters()).dtype
-    student, teacher = (Products(read_architecture(path), dtype) for path in (options.student, options.teacher))
+    device = run.platform.device
+    student, teacher = (Products(read_architecture(path), dtype, device) for path in (options.student, options.teacher))
     found: list[dict[str, float]] = []
     floors: list[tuple[float, float]] = []
     sent = 0
     for number in range(options.rounds + 1):
-        clock = Clock()
+        clock = Clock(device)
         plan = clock.timed("plan", run.plans.plan, number)
         sent = step(run, plan, clock)
         mine = student_batches(plan, run.student)
         layout = run.teacher.layout
         collate = Collator(plan.samples, plan.teacher, layout, packing=plan.packing)
         theirs = [collate(positions) for positions in plan.teacher[run.student.groups.dp.rank()]]
+        student.flops = teacher.flops = 0
         floor = (
-            timed(lambda t=theirs: teacher.multiply(t, backward=False, head=True), CPU).wall_s,
-            timed(lambda m=mine: student.multiply(m, backward=True, head=True), CPU).wall_s,
+            timed(lambda t=theirs: teacher.multiply(t, backward=False, head=True), device).wall_s,
+            timed(lambda m=mine: student.multiply(m, backward=True, head=True), device).wall_s,
         )
         if number:  # the first round warms up
             found.append(_slowest(clock.seconds))
@@ -243,7 +258,9 @@ def lever_rounds(options: argparse.Namespace, data: Path, lever: str) -> dict[st
             "teacher": quantiles([floor[0] for floor in floors]),
             "student": quantiles([floor[1] for floor in floors]),
         },
-        "peak_bytes": peak_bytes(lambda: step(run, plan, Clock()), CPU),
+        "peak_bytes": peak_bytes(lambda: step(run, plan, Clock()), device),
+        "held_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+        "flops": student.flops + teacher.flops,
         "reduced_bytes": sum(b.grad_data.nbytes for chunk in run.student.chunks for b in chunk.buffers),
         "sent_bytes": sent,
         "micro_batches": len(mine),
@@ -252,6 +269,8 @@ def lever_rounds(options: argparse.Namespace, data: Path, lever: str) -> dict[st
     }
     of_student = [sum(seconds[name] for name in PHASES[2:]) for seconds in found]
     row["student_s"] = quantiles(of_student)
+    row["tflop_per_s"] = row["flops"] / row["wall_s"]["median"] / 1e12
+    row["tokens_per_s"] = options.ranks * row["tokens"] / row["wall_s"]["median"]
     row["of_products"] = row["student_s"]["median"] / row["products_s"]["student"]["median"]
     run.teacher.close()
     return row
@@ -259,7 +278,8 @@ def lever_rounds(options: argparse.Namespace, data: Path, lever: str) -> dict[st
 
 def _slowest(seconds: dict[Any, float]) -> dict[Any, float]:
     """Of all ranks, phase by phase."""
-    values = torch.tensor(list(seconds.values()), dtype=torch.float64)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    values = torch.tensor(list(seconds.values()), dtype=torch.float64, device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return dict(zip(seconds, values.tolist(), strict=True))
 
@@ -267,9 +287,14 @@ def _slowest(seconds: dict[Any, float]) -> dict[Any, float]:
 def rank_main(rank: int, options: argparse.Namespace, directory: str) -> None:
     """All levers, one after the other."""
     torch.set_num_threads(1)
-    platform.setup("cpu")
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=options.ranks)
-    rows = [lever_rounds(options, Path(directory, "rows.jsonl"), lever) for lever in options.levers]
+    backend = platform.setup(options.device).backend
+    dist.init_process_group(backend, init_method=f"file://{directory}/store", rank=rank, world_size=options.ranks)
+    rows = []
+    for lever in options.levers:
+        rows.append(lever_rounds(options, Path(directory, "rows.jsonl"), lever))
+        gc.collect()  # what a cycle still holds of it
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
     for row in rows:
         row["of_plain"] = row["student_s"]["median"] / rows[0]["student_s"]["median"]
     if rank == 0:
@@ -291,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     for row in rows:
         row |= {"student": Path(options.student).name, "teacher": Path(options.teacher).name, "dtype": options.dtype}
         row |= {"ranks": options.ranks, "batch": options.batch}
-    report = {"environment": environment(CPU), "rows": rows}
+    report = {"environment": environment(torch.device(options.device)), "rows": rows}
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
@@ -306,13 +331,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="OUT", help="write all rows to this file")
     parser.add_argument("--quick", action="store_true", help="tiny models, two rounds: a test that everything runs")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel processes (1)")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each lever (5)")
     parser.add_argument("--batch", type=int, default=8, help="samples of a step (8)")
     parser.add_argument("--micro-batch", type=int, default=2, help="samples of a micro-batch (2)")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of the longest prompt, about (64)")
     parser.add_argument("--completion-tokens", type=int, default=192, help="of the longest completion, about (192)")
+    parser.add_argument("--max-length", type=int, help="--max_length of the run, and the token budget (4 x those two)")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and options.ranks > 1:
+        parser.error("--ranks above 1 is for --device cpu: one GPU has one rank")
     if options.levers[0] != "plain":
         parser.error("--levers must begin with plain, which the others are compared with")
     if not options.quick and not (options.teacher and options.student):

@@ -31,7 +31,7 @@ from megatron_gkd.errors import CheckpointError, NotBuiltError
 from megatron_gkd.model.known_options import refuse_unknown_options
 from megatron_gkd.model.mixture_config import LatentAttention, MixtureOfExperts, read_experts, read_latent
 from megatron_gkd.model.vision_config import FAMILIES, REFUSED, VisionPart, read_vision
-from megatron_gkd.records import StableText, later
+from megatron_gkd.records import LATER, StableText
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,14 @@ class Architecture(StableText):
     max_position_embeddings: int
     rope: Rope
     moe: MixtureOfExperts | None = None
-    qk_norm_over_heads: bool = later(False)  # with qk_norm: one norm over all heads (olmoe), in place of one a head
-    latent: LatentAttention | None = later(None)  # in place of queries, keys and values of their own (qkv)
-    num_predict_layers: int = later(
-        0
-    )  # for several tokens at once, behind the decoder: in checkpoints, not in the logits
-    vision: VisionPart | None = later(None)  # tower and projector of a vision-language model, before this decoder
+    # With qk_norm: one norm over all heads (olmoe), in place of one a head.
+    qk_norm_over_heads: bool = field(default=False, metadata=LATER)
+    # In place of queries, keys and values of their own (qkv).
+    latent: LatentAttention | None = field(default=None, metadata=LATER)
+    # For several tokens at once, behind the decoder: in checkpoints, not in the logits.
+    num_predict_layers: int = field(default=0, metadata=LATER)
+    # Tower and projector of a vision-language model, before this decoder.
+    vision: VisionPart | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         assert self.num_heads % self.num_kv_heads == 0, self

@@ -15,8 +15,9 @@ Legend: P prompt tokens, C completion tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Final, Literal
 
 from megatron_gkd.errors import DataError
 
@@ -45,9 +46,8 @@ class Picture:
         return sum(end - first for first, end in self.spans)
 
 
-def later(default: Any) -> Any:
-    """A field of a StableText that was not there from the beginning; its default is what held before."""
-    return field(default=default, metadata={"later": True})
+# Of a field of a StableText that was not there from the beginning; its default is what held before.
+LATER: Final = MappingProxyType({"later": True})
 
 
 class StableText:
@@ -71,8 +71,8 @@ class Row(StableText):
     completion_ids: tuple[int, ...] | None
     teacher_prompt_ids: tuple[int, ...] | None = None  # the teacher's prompt; None: prompt_ids
     tag: str | None = None  # which of several teachers scores it
-    pictures: tuple[Picture, ...] = later(())  # of the prompt
-    teacher_pictures: tuple[Picture, ...] = later(())  # of the teacher's own prompt
+    pictures: tuple[Picture, ...] = field(default=(), metadata=LATER)  # of the prompt
+    teacher_pictures: tuple[Picture, ...] = field(default=(), metadata=LATER)  # of the teacher's own prompt
 
     def __post_init__(self) -> None:
         if not self.prompt_ids or self.teacher_prompt_ids == ():

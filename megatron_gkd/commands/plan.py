@@ -9,13 +9,14 @@ the optimizer's shards. Models are known by their config.json; weights and rows 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.config.servers import LocalTeacher
+from megatron_gkd.config.servers import LocalTeacher, NoTeacher
 from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.model.divisible import check_fit
 from megatron_gkd.observe.logging import get_logger
@@ -25,6 +26,7 @@ from megatron_gkd.train.fit import check_batch, refuse_student
 if TYPE_CHECKING:
     from megatron_gkd.train.rehearsal import Rehearsed
     from megatron_gkd.train.search import Found, Searched
+    from megatron_gkd.train.step_time import Rates
 
 logger = get_logger(__name__)
 
@@ -61,9 +63,10 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
         rehearse(config, world_size=asked.world_size, rank=rank, lengths=batch, lines=asked.lines > 0)
         for rank in kinds(student, teacher)
     ]
-    sampler = sampler_bytes(asked, config)
+    sampler, seconds = sampler_bytes(asked, config), _seconds(asked, config, found, student, teacher)
     if asked.output == "json":
-        print(json.dumps([_record(asked, one, student, teacher, sampler) for one in found], indent=1))
+        records = [_record(asked, one, student, teacher, sampler) | {"phases_s": seconds} for one in found]
+        print(json.dumps(records, indent=1))
         return
     local = isinstance(kind, LocalTeacher)
     print(f"student {student.describe()}{f'; teacher {teacher.describe()}' if local else ''}; {config.model.dtype}")
@@ -71,6 +74,8 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     print(f"{len(batch)} samples a step of {prompt} + {completion} tokens; GB are 10^9 bytes\n")
     for one in found:
         print("\n".join(_lines(asked, one, student, teacher, sampler)), end="\n\n")
+    print(f"predicted: {sum(seconds.values()):.2f} s a step: {_phases(seconds)}")
+    print(f"assumed: {_rates_text(asked)}")
     print("\n".join(f"assumed: {text}" for text in _ASSUMED))
 
 
@@ -82,17 +87,49 @@ def _refuse_images(config: RunConfig) -> None:
             raise NotBuiltError(f"plan does not count a vision tower and its pixels, and {path} has one")
 
 
-def _search(asked: PlanConfig, config: RunConfig) -> None:
-    """Print the layouts that fit, the fastest first, and why the others do not."""
-    from megatron_gkd.train.search import search
+def _seconds(
+    asked: PlanConfig, config: RunConfig, found: list[Rehearsed], student: Layout, teacher: Layout
+) -> dict[str, float]:
+    """Of a step, by phase; the bytes on the links are those of the rank that hands over most."""
+    from megatron_gkd.train.rehearsal import architectures
+    from megatron_gkd.train.step_time import step_seconds
+
+    arch, of_teacher = architectures(config)
+    if of_teacher is None and not isinstance(config.teacher.kind, NoTeacher):
+        of_teacher = arch  # the student itself
+    handed: Counter[str] = Counter()
+    for one in found:
+        handed |= Counter(one.traffic)
+    lengths = asked.lengths(config.data.max_length)
+    return step_seconds(config, arch, of_teacher, student, teacher, lengths, handed, _rates(asked))
+
+
+def _rates(asked: PlanConfig) -> Rates:
     from megatron_gkd.train.step_time import Rates
 
-    rates = Rates(
+    return Rates(
         asked.matmul_tflops * 1e12,
         asked.node_gb_per_s * GB,
         asked.network_gb_per_s * GB,
         asked.ranks_per_node or 8,
     )
+
+
+def _rates_text(asked: PlanConfig) -> str:
+    return (
+        f"{asked.matmul_tflops:g} TFLOP/s of matrix products, {asked.node_gb_per_s:g} GB/s in a node, "
+        f"{asked.network_gb_per_s:g} GB/s between nodes; nothing overlaps; sampling is not in it"
+    )
+
+
+def _phases(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {of_phase:.2f} s" for name, of_phase in seconds.items())
+
+
+def _search(asked: PlanConfig, config: RunConfig) -> None:
+    """Print the layouts that fit, the fastest first, and why the others do not."""
+    from megatron_gkd.train.search import search
+
     beside = sampler_bytes(asked, config) + round(asked.reserved_gb * GB)
     length = asked.lengths(config.data.max_length)
     found = search(
@@ -100,7 +137,7 @@ def _search(asked: PlanConfig, config: RunConfig) -> None:
         world_size=asked.world_size,
         length=length,
         room=round(asked.gpu_memory_gb * GB) - beside,
-        rates=rates,
+        rates=_rates(asked),
         told=lambda text: logger.info("%s", text),
     )
     if asked.output == "json":
@@ -117,10 +154,7 @@ def _search(asked: PlanConfig, config: RunConfig) -> None:
     print(f"\n{sum(found.impossible.values())} layouts are not possible:\n")
     for reason, count in found.impossible.most_common(_MOST_SHOWN):
         print(f"  {count:>4} x {reason}")
-    print(
-        f"\nassumed: {asked.matmul_tflops:g} TFLOP/s of matrix products, {asked.node_gb_per_s:g} GB/s in a node, "
-        f"{asked.network_gb_per_s:g} GB/s between nodes; nothing overlaps; sampling is not in it"
-    )
+    print(f"\nassumed: {_rates_text(asked)}")
     print("\n".join(f"assumed: {text}" for text in _ASSUMED))
 
 
@@ -142,7 +176,7 @@ def _found_record(one: Found, beside: int, fits: bool) -> dict[str, Any]:
 def _found_lines(one: Found, beside: int) -> Iterator[str]:
     how = "rehearsed" if one.rehearsed else "extrapolated"
     yield f"  {one.seconds:>8.2f} s  {(one.num_bytes + beside) / GB:>7.1f} GB ({how})  {one.flags()}"
-    yield "              " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in one.phases.items())
+    yield "              " + _phases(one.phases)
 
 
 def kinds(student: Layout, teacher: Layout) -> list[int]:

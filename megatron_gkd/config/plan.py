@@ -14,7 +14,7 @@ class PlanConfig(Section):
 
     world_size: int = setting(1, "Ranks that the run is to have.", ge=1)
     ranks_per_node: int | None = setting(
-        None, "Ranks of a node, for --teacher_nodes and --search; null: there 8.", ge=1
+        None, "Ranks of a node, for --teacher_nodes and predicted times; null: there 8.", ge=1
     )
     gpu_memory_gb: float = setting(80.0, "Memory of a rank's GPU, 10^9 bytes.", gt=0)
     reserved_gb: float = setting(
@@ -31,10 +31,14 @@ class PlanConfig(Section):
         "Look for layouts that fit, in the order of predicted time, instead of planning the one that the flags say.",
     )
     matmul_tflops: float = setting(
-        400.0, "With --search: rate of matrix products, 10^12 operations a second and GPU.", gt=0
+        400.0, "For predicted times: rate of matrix products, 10^12 operations a second and GPU.", gt=0
     )
-    node_gb_per_s: float = setting(350.0, "With --search: rate between GPUs of a node, 10^9 bytes a second.", gt=0)
-    network_gb_per_s: float = setting(40.0, "With --search: rate between nodes, 10^9 bytes a second and GPU.", gt=0)
+    node_gb_per_s: float = setting(
+        350.0, "For predicted times: rate between GPUs of a node, 10^9 bytes a second.", gt=0
+    )
+    network_gb_per_s: float = setting(
+        40.0, "For predicted times: rate between nodes, 10^9 bytes a second and GPU.", gt=0
+    )
     lines: int = setting(0, "Lines of code that are named for each kind of memory, those that hold most.", ge=0)
     output: Literal["text", "json"] = setting("text", "What is printed.")
 

@@ -17,13 +17,13 @@ is 2 are the two the same; one group, or all groups allowed, is no limit.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from megatron_gkd.config.json_file import shown, whole_number
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.records import StableText, later
+from megatron_gkd.records import LATER, StableText
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,12 +35,15 @@ class MixtureOfExperts(StableText):
     ffn_hidden_size: int  # of one expert
     normalise_top_k: bool  # weights are a softmax over the chosen experts; False: over all experts, not normalised
     layers: tuple[int, ...]  # that have experts; the others have an ordinary MLP
-    score: Literal["softmax", "sigmoid"] = later("softmax")
-    scaling: float = later(1.0)  # of the weights
-    correction_bias: bool = later(False)  # a number for each expert that is added where experts are chosen
-    groups: tuple[int, int] | None = later(None)  # (groups of experts, groups that a token's experts may be of)
-    shared_ffn_hidden_size: int = later(0)  # of the MLP that sees every token beside the experts; 0: there is none
-    shared_gate: bool = later(False)  # its output times a sigmoid of its own
+    score: Literal["softmax", "sigmoid"] = field(default="softmax", metadata=LATER)
+    scaling: float = field(default=1.0, metadata=LATER)  # of the weights
+    # A number for each expert that is added where experts are chosen.
+    correction_bias: bool = field(default=False, metadata=LATER)
+    # (groups of experts, groups that a token's experts may be of).
+    groups: tuple[int, int] | None = field(default=None, metadata=LATER)
+    # Of the MLP that sees every token beside the experts; 0: there is none.
+    shared_ffn_hidden_size: int = field(default=0, metadata=LATER)
+    shared_gate: bool = field(default=False, metadata=LATER)  # its output times a sigmoid of its own
 
     def __post_init__(self) -> None:
         assert 1 <= self.top_k <= self.num_experts, self

@@ -42,6 +42,7 @@ from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
 from megatron_gkd.train.garbage import Garbage
 from megatron_gkd.train.health import Health
 from megatron_gkd.train.hub_files import RECORD, write_record
+from megatron_gkd.train.planned_memory import PlannedMemory
 from megatron_gkd.train.preflight import refuse_earlier_run
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import begin, open_checkpoints
@@ -118,6 +119,8 @@ class StudentPart:
         self._spikes = LossSpikes(run.config.logging.loss_spike_factor)
         self._replicas = Replicas(run.student, run.config.parallel.check_replicas_steps)
         self.checkpoints = open_checkpoints(run)
+        peak_bytes = run.platform.peak_memory_bytes if run.platform.kind == "cuda" else None
+        self._planned = PlannedMemory(self._run_dir, run.student.layout, dist.get_rank(), peak_bytes)
         kernels = run.config.kernels
         self._garbage = Garbage(kernels.manual_gc_interval if kernels.manual_gc else None)
         self._progress: Progress | None = None
@@ -199,6 +202,7 @@ class StudentPart:
         if self._agreement is not None:
             stop = self._agreement.after_step(self._signals.received is not None)
         self._replicas.check(step)
+        self._planned.check(step)
         self._garbage.after_step(step)
         return stop
 

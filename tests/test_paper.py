@@ -1,0 +1,76 @@
+"""docs/recipes.md and docs/scaling.md are what their commands make of the code as it is: the pages are made again, and
+what a cell was made from is compared; with GKD_TEST_FULL=1 every cell is rehearsed again.
+
+The simulation of lost ranks is held against Daly's formula, which is written from the paper.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from tests.support.effort import FULL
+from tests.support.ranks_at_work import megatron
+from tools import recipes, scaling
+
+AGAIN = list(recipes.cells()) if FULL else []
+
+
+def test_the_page_of_scaling_is_current() -> None:
+    assert scaling.PAGE.read_text() == scaling.page(), "python -m tools.scaling"
+
+
+def test_the_page_of_recipes_is_current() -> None:
+    records = recipes.written()
+    assert recipes.PAGE.read_text() == recipes.page(records), "python -m tools.recipes"
+    assert [(record["recipe"], record["gpus"]) for record in records] == list(recipes.cells())
+    for record in records:
+        cell = record["recipe"], record["gpus"]
+        assert record["made_from"] == recipes.digest(*cell), f"{cell}: python -m tools.recipes"
+        assert record["fits"] == (record["needed_bytes"] <= recipes.GPU_BYTES)
+        if "ranks" in record:  # a whole rehearsal
+            most = max(sum(rank["peak_bytes"].values()) for rank in record["ranks"])
+            assert record["needed_bytes"] == most + recipes.RESERVED_BYTES
+
+
+def test_another_layout_or_model_is_another_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, gpus = next(recipes.cells())
+    before = recipes.digest(name, gpus)
+    changed = recipes.RECIPES[name]._replace(layouts={gpus: "--tensor_model_parallel_size 2"})
+    monkeypatch.setitem(recipes.RECIPES, name, changed)
+    assert recipes.digest(name, gpus) != before
+    monkeypatch.setitem(recipes.RECIPES, name, changed._replace(layouts={gpus: recipes.RECIPES[name].layouts[gpus]}))
+    monkeypatch.setattr(recipes, "PROMPT", 1)
+    assert recipes.digest(name, gpus) != before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "gpus"), AGAIN)
+def test_a_cell_is_what_its_rehearsal_finds(name: str, gpus: int) -> None:
+    (record,) = (one for one in recipes.written() if (one["recipe"], one["gpus"]) == (name, gpus))
+    again = recipes.whole if "ranks" in record else recipes.extrapolated
+    with megatron():
+        assert json.loads(json.dumps(again(name, gpus))) == record
+
+
+def test_the_interval_of_the_formula_loses_least() -> None:
+    """Of Daly's and others, in the simulation."""
+    for delta in (5.0, 60.0):
+        best = scaling.daly(delta)
+        shares = {factor: scaling.useful(best * factor, delta) for factor in (0.3, 0.6, 1.0, 1.6, 3.0)}
+        assert max(shares, key=lambda factor: shares[factor]) == 1.0, shares
+        assert scaling.daly(delta) == pytest.approx(math.sqrt(2 * delta * scaling.MTBF_S), rel=0.1)
+
+
+def test_without_losses_only_saving_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "MTBF_S", 1e12)
+    assert scaling.useful(600.0, 60.0) == pytest.approx(600 / 660, rel=1e-3)
+
+
+def test_more_ranks_wait_longer_and_hold_less() -> None:
+    waits = [scaling.waiting(ranks, 10.0) for ranks in (1, 8, 512, 4096)]
+    assert abs(waits[0]) < 0.05
+    assert waits == sorted(waits)
+    assert scaling.waiting(4096, 20.0) > waits[-1]

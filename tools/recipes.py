@@ -1,0 +1,260 @@
+#!/usr/bin/env python
+"""Known pairs of models on 8, 16 and 64 GPUs of 80 GB, rehearsed: what a rank holds, and what a step would take.
+
+    python -m tools.recipes                  # rehearse all that is not current, write docs/recipes.json and recipes.md
+    python -m tools.recipes --whole NAME     # rehearse all layers of this pair, current or not (minutes a cell)
+    python -m tools.recipes --list           # the cells, and whether what is written of them is current
+
+A cell is a pair (examples/models), a number of GPUs and the flags of `train`. It is rehearsed as `plan --search` does:
+the student's first and last stage with few layers, from which all layers follow (megatron_gkd/train/search.py), or
+whole, as `plan` does: one rank of each kind, all layers of both models. With as many micro-batches as are in flight at
+once. The step's time is arithmetic (train/step_time.py) at the rates that `plan --search` assumes. docs/recipes.json
+keeps with each cell a digest of what it was made from; docs/recipes.md is made from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from megatron_gkd.platform import import_megatron
+
+import_megatron()
+
+from megatron_gkd.commands.plan import kinds  # noqa: E402
+from megatron_gkd.config.flags import parse_run_config  # noqa: E402
+from megatron_gkd.config.run import RunConfig  # noqa: E402
+from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse  # noqa: E402
+from megatron_gkd.train.search import _batch, _estimate, _Measured, _micro_batches  # noqa: E402
+from megatron_gkd.train.step_time import Rates, step_seconds  # noqa: E402
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+MODELS: Final = ROOT / "examples" / "models"
+JSON, PAGE = ROOT / "docs" / "recipes.json", ROOT / "docs" / "recipes.md"
+PROMPT, COMPLETION = 1024, 3072  # tokens of every sample
+GPU_BYTES: Final = 80e9
+RESERVED_BYTES: Final = 4e9  # plan's --reserved_gb
+RATES: Final = Rates(400e12, 350e9, 40e9, 8)  # the defaults of plan --search
+SAMPLES: Final = 128  # of a step
+COMMON: Final = (
+    f"--lmbda 0 --dtype bf16 --max_length {PROMPT + COMPLETION} --global_batch_size {SAMPLES} --micro_batch_size 1 "
+    "--train_iters 2 --use_distributed_optimizer true --dataset none --save none"
+)
+
+
+class Recipe(NamedTuple):
+    """A pair and its layouts by number of GPUs."""
+
+    teacher: str
+    student: str
+    layouts: dict[int, str]
+
+
+def _flags(tensor: int, pipeline: int, teacher: tuple[int, int], more: str = "") -> str:
+    words = f"--tensor_model_parallel_size {tensor} --pipeline_model_parallel_size {pipeline}"
+    words += " --sequence_parallel true" * (tensor > 1)
+    words += f" --teacher_tensor_model_parallel_size {teacher[0]} --teacher_pipeline_model_parallel_size {teacher[1]}"
+    return f"{words} {more}".strip()
+
+
+FULL: Final = "--recompute_granularity full"
+RECIPES: Final = {
+    "qwen2.5_72b_to_7b": Recipe(
+        "Qwen2.5-72B",
+        "Qwen2.5-7B",
+        {8: _flags(4, 1, (8, 1), FULL), 16: _flags(4, 1, (8, 1), FULL), 64: _flags(2, 1, (8, 2), FULL)},
+    ),
+    "llama3.1_70b_to_8b": Recipe(
+        "Llama-3.1-70B",
+        "Llama-3.1-8B",
+        {8: _flags(4, 1, (8, 1), FULL), 16: _flags(4, 1, (8, 1), FULL), 64: _flags(2, 1, (8, 2), FULL)},
+    ),
+    "qwen3_32b_to_1.7b": Recipe(
+        "Qwen3-32B",
+        "Qwen3-1.7B",
+        {
+            8: _flags(2, 2, (8, 1), "--context_parallel_size 2 --teacher_context_parallel_size 1"),
+            16: _flags(2, 1, (8, 1)),
+            64: _flags(1, 1, (8, 1), FULL),
+        },
+    ),
+}
+PEERS: Final = {("qwen3_32b_to_1.7b", 8): (75e9, 50.0)}  # bytes and seconds that NeMo-RL's own test of this job allows
+
+
+HEAD: Final = """\
+# Rehearsed recipes
+
+Known pairs of models on 8, 16 and 64 GPUs of 80 GB, made by `python -m tools.recipes` without a GPU: one rank of each
+kind goes through a step on tensors without memory ([Memory](memory.md#rehearsed)). **None of this has run on GPUs.**
+Where the table says `whole`, all layers of both models did; else the student's first and last stage with few layers,
+from which all follow, as in [`plan --search`](commands.md#plan): for the first pair 0 to 1.5 % below the whole, on tiny
+models 5 % below to 15 % above.
+A step is {samples} samples of {prompt} + {completion} tokens, the JSD over the full vocabulary, both models on the same
+ranks, bf16, the distributed optimizer. By phase, and by rank and category where whole: [recipes.json](recipes.json).
+Mixtures of experts (Qwen3-235B-A22B) are not among them yet.
+
+* GB (10^9 bytes) of the fullest rank, at the peak of a step, with 4 GB for CUDA, NCCL and fragmentation. Layers are
+  those of a run without Transformer Engine, and the loss is torch's: an upper bound.
+* Seconds are arithmetic at 400 TFLOP/s of matrix products, 350 GB/s in a node and 40 GB/s between nodes, without
+  overlap: for the order of magnitude alone. Sampling is not in them.
+"""
+
+
+def digest(name: str, gpus: int) -> str:
+    """Of all that a cell is made from but the code."""
+    recipe = RECIPES[name]
+    shapes = [(MODELS / model / "config.json").read_text() for model in (recipe.teacher, recipe.student)]
+    made_from = [gpus, recipe.layouts[gpus], COMMON, PROMPT, COMPLETION, *shapes]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+
+
+def cells() -> Iterator[tuple[str, int]]:
+    for name, recipe in RECIPES.items():
+        for gpus in recipe.layouts:
+            yield name, gpus
+
+
+def configured(name: str, gpus: int) -> RunConfig:
+    """The run of a cell."""
+    recipe = RECIPES[name]
+    models = f"--model {MODELS / recipe.student} --teacher_model {MODELS / recipe.teacher}"
+    config = parse_run_config(f"{models} {COMMON} {recipe.layouts[gpus]}".split())
+    config.validate("train")
+    return config
+
+
+def extrapolated(name: str, gpus: int) -> dict[str, Any]:
+    """The record of a cell, from few layers. No process group may exist in this process."""
+    config = configured(name, gpus)
+    (arch, of_teacher), (student, _) = architectures(config), planned_layouts(config, gpus)
+    own = replace(
+        config.teacher,
+        teacher_expert_model_parallel_size=None,
+        teacher_expert_tensor_parallel_size=None,
+        teacher_context_parallel_size=None,
+    )
+    plain = replace(config.recompute, recompute_granularity="none")
+    base = replace(config, teacher=own, recompute=plain)
+    measured = _Measured.of(base, arch, of_teacher, student, (PROMPT, COMPLETION))
+    found = _estimate(config, arch, of_teacher, gpus, (PROMPT, COMPLETION), measured, RATES)
+    return _record(name, gpus, found.num_bytes, found.phases)
+
+
+def whole(name: str, gpus: int) -> dict[str, Any]:
+    """The same from all layers, and what each kind of rank holds. (Adam's moments are there before step 1.)"""
+    config = configured(name, gpus)
+    (arch, of_teacher), (student, teacher) = architectures(config), planned_layouts(config, gpus)
+    micro_batches = _micro_batches(config, student)
+    small = replace(config, training=_batch(config, student, min(micro_batches, student.pipeline)))
+    lengths = [(PROMPT, COMPLETION)] * small.training.global_batch_size
+    ranks: list[dict[str, Any]] = []
+    handed: dict[str, float] = {}
+    for rank in kinds(student, teacher):
+        one = rehearse(small, world_size=gpus, rank=rank, lengths=lengths, archs=(arch, of_teacher), num_steps=1)
+        peak = one.peaks[0].by_category
+        ranks.append({"rank": rank, "peak_bytes": peak, "between_steps_bytes": one.built.total})
+        for group, num_bytes in one.traffic.items():
+            scaled = num_bytes * micro_batches / _micro_batches(small, student)
+            handed[group] = max(handed.get(group, 0.0), scaled)
+    phases = step_seconds(config, arch, of_teacher, student, teacher, (PROMPT, COMPLETION), handed, RATES)
+    return _record(name, gpus, max(sum(one["peak_bytes"].values()) for one in ranks), phases) | {"ranks": ranks}
+
+
+def _record(name: str, gpus: int, num_bytes: int, phases: dict[str, float]) -> dict[str, Any]:
+    layouts = planned_layouts(configured(name, gpus), gpus)
+    return {
+        "recipe": name,
+        "gpus": gpus,
+        "made_from": digest(name, gpus),
+        "flags": RECIPES[name].layouts[gpus],
+        "student": layouts[0].describe(),
+        "teacher": layouts[1].describe(),
+        "needed_bytes": int(num_bytes + RESERVED_BYTES),
+        "fits": num_bytes + RESERVED_BYTES <= GPU_BYTES,
+        "phases_s": {phase: round(seconds, 3) for phase, seconds in phases.items()},
+    }
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """docs/recipes.md."""
+    lines = [*HEAD.format(samples=SAMPLES, prompt=PROMPT, completion=COMPLETION).splitlines(), ""]
+    for name, recipe in RECIPES.items():
+        lines += [f"## {recipe.teacher} to {recipe.student}", ""]
+        lines += ["| GPUs | student | teacher | GB of 80 | | of | teacher, s | student, s | groups, s |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        mine = [record for record in records if record["recipe"] == name]
+        for record in mine:
+            phases = record["phases_s"]
+            groups = sum(seconds for phase, seconds in phases.items() if phase not in ("teacher", "student"))
+            verdict = "fits" if record["fits"] else "**does not fit**"
+            held = f"{record['needed_bytes'] / 1e9:.1f} | {verdict} | {'whole' if 'ranks' in record else 'few layers'}"
+            lines.append(
+                f"| {record['gpus']} | {record['student']} | {record['teacher']} | {held} | "
+                f"{phases.get('teacher', 0):.1f} | {phases['student']:.1f} | {groups:.1f} |"
+            )
+        lines += ["", "Flags beside the models, the data and those of the common part:", "", "```text"]
+        lines += [line for record in mine for line in _folded(f"{record['gpus']}: {record['flags']}")]
+        lines += ["```", ""]
+        for record in mine:
+            if (limits := PEERS.get((name, record["gpus"]))) is not None:
+                seconds = sum(record["phases_s"].values())
+                lines += [
+                    f"NeMo-RL tests a job of this pair on 8 H100, TP 2 x PP 2 x CP 2, packed, against limits of "
+                    f"{limits[0] / 1e9:g} GB and",
+                    f"{limits[1]:g} s a step. Here, in that layout, padded, for the batch above: "
+                    f"{record['needed_bytes'] / 1e9:.1f} GB and {seconds:.1f} s, predicted.",
+                    "Its batch is not ours, so only the memory can be held beside it.",
+                    "",
+                ]
+    lines += ["The common part:", "", "```text", *_folded(COMMON), "```", ""]
+    return "\n".join(lines)
+
+
+def _folded(text: str, width: int = 110) -> Iterator[str]:
+    line = ""
+    for word in text.split():
+        if line and len(line) + len(word) >= width:
+            yield line
+            line = "   "
+        line = f"{line} {word}".lstrip() if line.strip() else f"{line}{' ' * bool(line)}{word}"
+    yield line
+
+
+def written() -> list[dict[str, Any]]:
+    return json.loads(JSON.read_text())["cells"] if JSON.exists() else []
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--whole", nargs="+", choices=list(RECIPES), default=[], help="all layers of these pairs")
+    parser.add_argument("--list", action="store_true", help="rehearse nothing")
+    options = parser.parse_args(arguments)
+    found = {(record["recipe"], record["gpus"]): record for record in written()}
+    for cell in cells():
+        current = found.get(cell, {}).get("made_from") == digest(*cell)
+        if options.list:
+            print(f"{cell[0]:<22}{cell[1]:>4}  {'current' if current else 'NOT current'}")
+        if options.list or (cell[0] not in options.whole if options.whole else current):
+            continue
+        start_s = time.monotonic()
+        found[cell] = whole(*cell) if options.whole else extrapolated(*cell)
+        needed = found[cell]["needed_bytes"] / 1e9
+        print(f"{cell[0]:<22}{cell[1]:>4}  {needed:.1f} GB, {time.monotonic() - start_s:.0f} s", flush=True)
+        records = [found[cell] for cell in cells() if cell in found]
+        JSON.write_text(json.dumps({"made_by": "python -m tools.recipes", "cells": records}, indent=1) + "\n")
+        PAGE.write_text(page(records))
+    if not options.list and found:
+        PAGE.write_text(page([found[cell] for cell in cells() if cell in found]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
