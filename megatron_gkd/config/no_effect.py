@@ -43,6 +43,7 @@ EVALUATION: Final = frozenset(
         *("deterministic_mode", "attention_backend", "apply_rope_fusion"),
         *("bias_dropout_fusion", "bias_activation_fusion"),
         *("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "adapters"),
+        "modules_to_save",
         *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
         *("loss_scale", "chat_template_kwargs", "enable_thinking", "prompt_only"),
     }

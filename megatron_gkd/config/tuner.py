@@ -31,7 +31,12 @@ class TunerConfig(Section):
     target_modules: list[str] = setting(
         (ALL_LINEAR,),
         "Matrices that have an adapter, by the last part of their Hugging Face names (q_proj, down_proj, ...); "
-        "all-linear: all matrices of the layers. Experts have none.",
+        "all-linear: all matrices of the layers, those of experts too.",
+    )
+    modules_to_save: list[str] = setting(
+        (),
+        "Modules that are trained whole beside the adapters, and saved with them: embed_tokens, lm_head, norm, "
+        "input_layernorm, post_attention_layernorm, q_norm, k_norm.",
     )
     adapters: str | None = setting(
         None,
