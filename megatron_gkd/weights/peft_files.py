@@ -6,8 +6,9 @@
 `BASE`, a key of the safetensors file's metadata, holds the fingerprint of the weights that the adapter belongs to
 (fingerprint.py): an adapter on another base is another model. Files of other programs have none.
 
-Refused in reading, by name: what is not plain LoRA, with modules trained whole or without (other kinds, biases, DoRA, ranks by pattern), and tensors that a
-LoRA of these matrices does not have. Pickled adapters (`adapter_model.bin`) are never opened.
+Refused in reading, by name: what is not plain LoRA, if with modules that are trained whole (other kinds, biases, DoRA,
+ranks by pattern), and tensors that a LoRA of these matrices and modules does not have. Pickled adapters
+(`adapter_model.bin`) are never opened.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class _Added(torch.nn.Module):
 
 
 def adapted(model: Any, tensors: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.nn.Parameter]:
-    """Freeze the model, put adapters on it and give it the modules' values; returns what is trained, by peft's names."""
+    """Freeze the model, put adapters on it, set the modules; returns what is trained, by peft's names."""
     model.requires_grad_(False)
     dtype = next(model.parameters()).dtype
     found = {name: torch.nn.Parameter(x.to(dtype)) for name, x in tensors.items() if ".lora_" in name}
