@@ -206,11 +206,8 @@ def _tuner_problems(cfg: RunConfig) -> Iterator[str]:
             yield f"--{flag} is of a student whose weights are trained, and --tuner_type lora freezes all; leave it out"
     if cfg.training.moe_aux_loss_coeff:
         yield "--moe_aux_loss_coeff trains routers, and --tuner_type lora freezes them; leave it out"
-    if cfg.kernels.attention_backend != "auto":
-        yield (
-            f"--attention_backend {cfg.kernels.attention_backend} is of Transformer Engine's attention, and adapters "
-            "are on megatron-core's own layers; leave it out"
-        )
+    if cfg.kernels.attention_backend == "flash" and cfg.model.dtype == "fp32":
+        yield "--attention_backend flash is torch's beside adapters, and knows no fp32; leave it out, or give --dtype"
 
 
 def _lengths_problems(cfg: RunConfig) -> Iterator[str]:

@@ -44,6 +44,8 @@ def check_adapters(config: RunConfig, arch: Architecture, layout: Layout) -> Non
     lora, names, whole = lora_of(config), config.tuner.target_modules, config.tuner.modules_to_save
     adapters.check_targets(arch, lora, names)
     whole_modules.check_modules(arch, whole)
+    if changed := adapters.what_peft_changes(arch, lora, names):
+        logger.warning("peft does not load this run's adapter as it is (%s); --merge_lora true merges it here", changed)
     counts, adapted = layout.chunk_layers(arch.num_layers), {unit.layer for unit in adapters.targets(arch, names)}
     first = 0
     for count in counts:

@@ -92,6 +92,23 @@ def check_targets(arch: Architecture, lora: Lora, target_modules: Sequence[str])
                 )
 
 
+def what_peft_changes(arch: Architecture, lora: Lora, target_modules: Sequence[str]) -> str:
+    """Why peft (0.20, with transformers 5) does not load such an adapter as what it is; "" where it does. It joins the
+    adapters of an expert's gate and up into one of twice the rank and alpha."""
+    chosen = targets(arch, target_modules)
+    names = {
+        role: {module.rsplit(".", 1)[-1] for u in chosen if u.role == role for module in chosen[u]} for role in _ROLES
+    }
+    joined = len(names["expert_gate_up"])
+    if joined == 1:
+        return f"of an expert's gate and up it takes both or none, and {min(names['expert_gate_up'])} stands alone"
+    if joined and lora.use_rslora:
+        return "under --use_rslora it scales those of experts' gates and ups by another sqrt(2)"
+    if (joined or names["expert_down"]) and (names["gate_up"] or names["down"]):
+        return "it takes the MLPs of all layers for experts, and leaves out the adapters of those without"
+    return ""
+
+
 def shapes(arch: Architecture, lora: Lora, target_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
     """The manifest of an adapter: peft's name -> shape, in order."""
     manifest: dict[str, tuple[int, int]] = {}

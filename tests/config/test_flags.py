@@ -42,6 +42,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("use_rslora", False, ("true", True), ("2",)),
     ("lora_dropout", 0.0, ("0.1", 0.1), ("-0.1", "1")),
     ("target_modules", ["all-linear"], ("q_proj", ["q_proj"]), ()),
+    ("modules_to_save", [], ("norm", ["norm"]), ()),
     ("adapters", None, ("A", "A"), ()),
     ("merge_lora", False, ("true", True), ("2",)),
     ("objective", "gkd", ("sft", "sft"), ("dpo",)),

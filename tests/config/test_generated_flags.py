@@ -41,6 +41,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "use_rslora": (True,),
     "lora_dropout": (0.1,),
     "target_modules": (["q_proj"],),
+    "modules_to_save": (["norm"],),
     "adapters": ("A",),
     "merge_lora": (True,),
     "objective": ("sft",),

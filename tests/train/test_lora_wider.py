@@ -7,17 +7,27 @@ A run is small, of a tiny Qwen3-MoE with a tied head. Gradients: test_lora_exact
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.nn.attention import SDPBackend
 
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError
+from megatron_gkd.model import layers, levers
+from megatron_gkd.model.layers import SDPAttention
+from megatron_gkd.model.lora import Lora
+from megatron_gkd.weights.adapters import check_targets, what_peft_changes
 from megatron_gkd.weights.whole_modules import check_modules
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.dense_lora import ALL, EMBEDDING, HEAD, PREFIX, write_adapter
@@ -201,6 +211,24 @@ def test_a_module_that_is_none() -> None:
 
 
 @pytest.mark.parametrize(
+    ("family", "modules", "rslora", "said"),
+    [
+        ("mixtral", ["all-linear"], False, ""),
+        ("mixtral", ["q_proj", "w2"], True, ""),
+        ("qwen3", ["all-linear"], True, ""),
+        ("mixtral", ["w1", "w2"], False, "it takes both or none, and w1 stands alone"),
+        ("qwen3_moe", ["gate_proj", "up_proj"], True, r"by another sqrt\(2\)"),
+    ],
+)
+def test_what_peft_makes_of_experts_is_known(family: Any, modules: list[str], rslora: bool, said: str) -> None:
+    """Each of these was loaded by peft 0.20 with transformers 5.19 and compared: the first three are bit for bit ours,
+    the fourth is refused, the last is far off."""
+    arch, lora = small(family), Lora(2, 4.0, rslora)
+    check_targets(arch, lora, modules)
+    assert re.search(said or "^$", what_peft_changes(arch, lora, modules))
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         (dict(ensure_weight_tying=False), "trained the embedding apart from the head"),
@@ -231,3 +259,28 @@ def test_an_adapter_of_another_model(
     save_file(tensors, file)
     with pytest.raises(RankFailureError, match=said):
         train(**given, adapters=adapter, save=tmp_path / "run")
+
+
+# ---- attention beside adapters ---------------------------------------------------------------------------------------
+
+
+def test_attention_beside_adapters_is_torchs_by_name(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Transformer Engine, on a GPU; the kernel is chosen where the attention is computed."""
+    given = {name: value for name, value in flags.items() if name not in ("dataset", "eval_dataset", "report_to")}
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    given |= dict(dataset=[str(flags["dataset"])], lmbda=0.0, attention_backend="unfused", device="cuda")
+    monkeypatch.setattr(levers, "find_spec", lambda name: None)
+    config = RunConfig.from_flat(given)
+    config.validate("train")
+    options = levers.student_options(config, "cuda")
+    assert not options.transformer_engine
+    layer: Any = SimpleNamespace(attention_dropout=0.0, context_parallel_size=1, window_size=None)
+    layer.attention_backend = options.attention_backend
+    attention = SDPAttention(layer, 1, AttnMaskType.causal, "self")
+    called: list[Any] = []
+    monkeypatch.setattr(layers, "sdpa_kernel", lambda kernels: called.append(kernels) or nullcontext())
+    qkv = torch.randn(3, 4, 1, 2, 8)
+    attention(*qkv, None)
+    assert called == [[SDPBackend.MATH]]
+    with pytest.raises(ConfigError, match="flash is torch's beside adapters, and knows no fp32"):
+        RunConfig.from_flat(given | dict(attention_backend="flash", dtype="fp32")).validate("train")
