@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.nn.attention import SDPBackend
 
+from megatron_gkd.commands.convert import parse_convert_config, run_convert
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model import layers, levers
@@ -33,8 +34,8 @@ from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.dense_lora import ALL, EMBEDDING, HEAD, PREFIX, write_adapter
 from tests.support.effort import FULL
 from tests.support.models import small
-from tests.support.ranks import RankFailureError
-from tests.support.runs import exported, metrics, train
+from tests.support.ranks import RankFailureError, run_ranks
+from tests.support.runs import command_line, exported, metrics, train
 from tests.support.trainers import write_rows
 
 MODULES = ["embed_tokens", "norm", "input_layernorm", "q_norm"]
@@ -143,6 +144,39 @@ def test_it_goes_on_in_another_layout(
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     ours, theirs = adapter_of(again), adapter_of(whole)
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4) for name in theirs)
+
+
+# ---- conversion of a checkpoint --------------------------------------------------------------------------------------
+
+
+def converted(argv: list[str]) -> None:
+    run_convert(parse_convert_config(argv))
+
+
+def test_a_checkpoint_becomes_what_its_run_exports(whole: Path, flags: dict[str, Any], tmp_path: Path) -> None:
+    """In another layout than the run's; bit for bit."""
+    given = dict(model=whole / "checkpoints" / f"step_{STEPS:08d}", hf_config=flags["model"])
+    layout: dict[str, Any] = dict(tensor=2)
+    run_ranks(converted, command_line(to="peft", **given, save=tmp_path / "peft"), world=1)
+    run_ranks(converted, command_line(to="hf", **given, **layout, save=tmp_path / "hf"), world=2)
+    ours, theirs = load_file(tmp_path / "peft" / "adapter_model.safetensors"), adapter_of(whole)
+    assert {name: x.tolist() for name, x in ours.items()} == {name: x.tolist() for name, x in theirs.items()}
+    config, of_run = (
+        json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path / "peft", whole / "adapter")
+    )
+    assert config == of_run
+    ours, theirs = load_file(tmp_path / "hf" / "model.safetensors"), exported(whole)
+    assert {name: x.tolist() for name, x in ours.items()} == {name: x.tolist() for name, x in theirs.items()}
+    for wrong, said in (
+        (dict(to="peft", hf_config=flags["teacher_model"]), "holds adapters of other weights than those of"),
+        (dict(to="hf", check=True), "--check compares whole models"),
+    ):
+        with pytest.raises(RankFailureError, match=said):
+            run_ranks(converted, command_line(**given | wrong, save=tmp_path / "wrong"), world=1)
+    given.pop("hf_config")
+    with pytest.raises(ConfigError, match="--to peft needs --hf_config"):
+        parse_convert_config(command_line(to="peft", **given, save=tmp_path / "wrong"))
+    assert not (tmp_path / "wrong").exists()
 
 
 # ---- the base as teacher ---------------------------------------------------------------------------------------------
