@@ -28,6 +28,7 @@ STUDENTS_ENGINES: Final = (
     *OF_ENGINES,
     *("vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level", "vllm_server_host"),
     *("vllm_server_port", "steps_per_generation", "rollout_lag", "weight_bucket_mb", "verify_sync_every"),
+    "vllm_enable_lora",
 )
 TEACHERS_COMPLETIONS: Final = (
     *("seq_kd", "teacher_samples_cache", "teacher_sampling_steps"),

@@ -15,6 +15,7 @@ from typing import Final, Literal
 from megatron_gkd.config.schema import Section, default_of, setting, show
 
 ALL_LINEAR: Final = "all-linear"
+LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # sizes of an adapter in vLLM
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -35,8 +36,13 @@ def open_engines(
     dtype: Dtype,
     max_model_len: int,
     group: dist.ProcessGroup,
+    adapter: Mapping[str, Any] | None = None,
 ) -> LocalEngines:
-    """Collective over `group`, all ranks of the run. Raises ConfigError or RolloutError."""
+    """Collective over `group`, all ranks of the run. Raises ConfigError or RolloutError.
+
+    Args:
+        adapter: of a colocated engine that is sent adapters alone (vllm/colocate.py).
+    """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if sampling.vllm_mode == "colocate":
         from megatron_gkd.rollout.vllm.colocate import ColocatedEngine
@@ -49,6 +55,7 @@ def open_engines(
             max_model_len=max_model_len,
             gpu_memory_utilization=sampling.vllm_gpu_memory_utilization,
             sleep_level=sampling.sleep_level,
+            adapter=adapter,
             engine_options=sampling.engine_options,
         )
         return LocalEngines({rank // tensor: engine}, world_size // tensor, reports=rank % tensor == 0)

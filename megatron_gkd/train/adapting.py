@@ -150,11 +150,16 @@ def write_adapter(
         return
     shapes = adapters.shapes(arch, lora, names) | whole_modules.shapes(arch, whole)
     manifest = [TensorSpec(name, shape, DTYPES[dtype]) for name, shape in shapes.items()]
-    described = peft_files.peft_config(
+    peft_files.write(out_dir, described(config, arch), manifest, tensors, base=base)
+
+
+def described(config: RunConfig, arch: Architecture) -> dict[str, Any]:
+    """The adapter as adapter_config.json has it."""
+    whole = config.tuner.modules_to_save
+    return peft_files.peft_config(
         config.model.model,
-        lora,
-        adapters.leaf_names(arch, names),
+        lora_of(config),
+        adapters.leaf_names(arch, config.tuner.target_modules),
         whole_modules.peft_modules(arch, whole),
         is_tied=whole_modules.ties(arch, whole),
     )
-    peft_files.write(out_dir, described, manifest, tensors, base=base)

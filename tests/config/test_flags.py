@@ -86,6 +86,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("vllm_tensor_parallel_size", 1, ("2", 2), ("0",)),
     ("vllm_enforce_eager", False, ("true", True), ("x",)),
     ("vllm_max_num_seqs", None, ("64", 64), ("0",)),
+    ("vllm_enable_lora", False, ("true", True), ("2",)),
     ("vllm_engine_kwargs", None, ('{"block_size": 32}', '{"block_size": 32}'), ("[1]", "x")),
     ("vllm_max_model_len", None, ("8192", 8192), ("1",)),
     ("sleep_level", 0, ("2", 2), ("3", "x")),

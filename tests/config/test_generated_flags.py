@@ -84,6 +84,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "vllm_tensor_parallel_size": (2,),
     "vllm_enforce_eager": (True,),
     "vllm_max_num_seqs": (8,),
+    "vllm_enable_lora": (True,),
     "vllm_engine_kwargs": ('{"block_size": 32}',),
     "vllm_max_model_len": (700,),
     "sleep_level": (1, 2),
