@@ -189,12 +189,14 @@ def test_the_base_teaches_with_the_values_it_had(flags: dict[str, Any], tmp_path
     model = write_tiny_checkpoint(tmp_path / "model", "qwen3", seed=3, **sizes)
     copy = shutil.copytree(model, tmp_path / "copy")
     rows = write_rows(tmp_path / "rows.jsonl", 8, teacher_prompts=True)
-    given = flags | layout | dict(model=model, dataset=rows, on_teacher_fault="warn", save_hf=False, save_steps=100)
+    given = flags | layout | dict(model=model, dataset=rows, on_teacher_fault="warn", merge_lora=True, save_steps=100)
     given |= dict(modules_to_save=["embed_tokens", "lm_head", "norm"], use_distributed_optimizer=True)
     second = train(world=2, **given | dict(teacher_model=copy), save=tmp_path / "second")
     base = train(world=2, **given | dict(teacher_model=model), save=tmp_path / "base")
     assert metrics(base) == metrics(second)
     assert metrics(base, file="evaluation.jsonl") == metrics(second, file="evaluation.jsonl") != []
+    merged, expected = exported(base), exported(second)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items()), "the values that were trained"
 
 
 # ---- full training's first step --------------------------------------------------------------------------------------
