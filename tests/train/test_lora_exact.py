@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from megatron_gkd.config.run import DistillationConfig, TrainingConfig
+from megatron_gkd.model import lora
 from megatron_gkd.parallel.together import from_first
 from megatron_gkd.train.step import distill
 from megatron_gkd.weights import adapters, whole_modules
@@ -178,3 +179,43 @@ def test_a_step_equals_the_formula(root: Path, case: str) -> None:
         for outcome, gradients, weights in steps:
             found = differences(outcome.loss, outcome.grad_norm, outcome.metrics, weights, expected, gradients or None)
             assert not found
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def run_faulty_step(config: Any, fault: str) -> list[Any]:
+    def as_dense(adapter: Any, mark: Any = lora.Adapter._mark) -> None:
+        mark(adapter)
+        for parameter in adapter.parameters():
+            parameter.allreduce = True
+
+    def counted_twice(adapter: Any, mark: Any = lora.Adapter._mark) -> None:
+        mark(adapter)
+        for parameter in adapter.parameters():
+            parameter.shared = False
+
+    faults: dict[str, Any] = {
+        "not summed over the expert-tensor ranks": patch.object(lora, "_summed", lambda parameter, group: parameter),
+        "summed as a dense layer's": patch.object(lora.Adapter, "_mark", as_dense),
+        "a copy counted in the norm": patch.object(lora.Adapter, "_mark", counted_twice),
+    }
+    with faults[fault]:
+        return run_step(config)
+
+
+@pytest.mark.parametrize(
+    ("fault", "case"),
+    [
+        ("summed as a dense layer's", "EP2, experts"),
+        ("not summed over the expert-tensor ranks", "ETP2 alone"),
+        ("a copy counted in the norm", "ETP2 alone"),
+    ],
+)
+@pytest.mark.skipif(not FULL, reason="the layouts are those of the whole grid")
+def test_planted_faults_are_found(root: Path, fault: str, case: str) -> None:
+    world, family, layout, of_adapter = CASES[case]
+    config = config_of(root, family, layout, of_adapter)
+    expected = truth(config.model.model, config.teacher.teacher_model, config.tuner.adapters)
+    for outcome, gradients, weights in run_ranks(run_faulty_step, config, fault, world=world)[0][:2]:
+        assert differences(outcome.loss, outcome.grad_norm, outcome.metrics, weights, expected, gradients)

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model import layers, levers
 from megatron_gkd.model.layers import SDPAttention
-from megatron_gkd.model.lora import Lora
+from megatron_gkd.model.lora import Lora, base_value
+from megatron_gkd.weights import export
 from megatron_gkd.weights.adapters import check_targets, what_peft_changes
 from megatron_gkd.weights.whole_modules import check_modules
 from tests.support.checkpoints import write_tiny_checkpoint
@@ -35,7 +37,7 @@ from tests.support.dense_lora import ALL, EMBEDDING, HEAD, PREFIX, write_adapter
 from tests.support.effort import FULL
 from tests.support.models import small
 from tests.support.ranks import RankFailureError, run_ranks
-from tests.support.runs import command_line, exported, metrics, train
+from tests.support.runs import command_line, exported, metrics, train, train_on_this_rank
 from tests.support.trainers import write_rows
 
 MODULES = ["embed_tokens", "norm", "input_layernorm", "q_norm"]
@@ -197,6 +199,19 @@ def test_the_base_teaches_with_the_values_it_had(flags: dict[str, Any], tmp_path
     assert metrics(base, file="evaluation.jsonl") == metrics(second, file="evaluation.jsonl") != []
     merged, expected = exported(base), exported(second)
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items()), "the values that were trained"
+
+
+def train_and_send_the_base(argv: list[str]) -> None:
+    with patch.object(export, "_value", lambda parameter: base_value(parameter.tensor)):
+        train_on_this_rank(argv)
+
+
+@pytest.mark.skipif(not FULL, reason="a fault in what test_the_base_teaches_with_the_values_it_had compares")
+def test_a_module_left_at_its_base_value_in_what_is_sent_is_found(flags: dict[str, Any], tmp_path: Path) -> None:
+    given = flags | dict(teacher_model=flags["model"], merge_lora=True, sft_alpha=1.0, save=tmp_path / "run")
+    run_ranks(train_and_send_the_base, command_line(**given), world=1)
+    merged, trained = exported(tmp_path / "run"), adapter_of(tmp_path / "run")
+    assert not torch.equal(merged[EMBEDDING], trained[PREFIX + EMBEDDING])
 
 
 # ---- full training's first step --------------------------------------------------------------------------------------
