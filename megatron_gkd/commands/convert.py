@@ -100,6 +100,8 @@ def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
 
 def _refuse_with_bridge(cfg: ConvertConfig) -> None:
     """What another library's conversion does not take."""
+    if cfg.to == "peft":
+        raise ConfigError(f"--bridge {cfg.bridge} knows no adapters of ours: leave it out with --to peft")
     taken = ("to", "model", "save", "hf_config", "bridge", "log_level")
     for name, flag in flags_of(ConvertConfig, "convert").items():
         if name not in taken and getattr(cfg, name) != default_of(flag.item):
@@ -116,6 +118,7 @@ def run_convert(cfg: ConvertConfig) -> None:
         cfg = with_local_files(cfg)
         from megatron_gkd.weights.megatron_bridge import convert_with_megatron_bridge
 
+        assert cfg.to != "peft", "parse_convert_config refuses it"
         convert_with_megatron_bridge(cfg.to, cfg.model, cfg.save, hf_config=cfg.hf_config)
         return
     import torch.distributed as dist

@@ -121,7 +121,8 @@ class Adapter(torch.nn.Module):
             setattr(whole, name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, b = self.A, self.B
+        a: torch.Tensor = self.A
+        b: torch.Tensor = self.B
         if self.is_expert:
             a, b = (_summed(a, self.tp_group), b) if self.is_column else (a, _summed(b, self.tp_group))
             return self._outputs(linear(x, a) * self.lora.scale, b)
@@ -213,7 +214,7 @@ def adapters_of(chunks: Iterable[torch.nn.Module]) -> list[Adapter]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Adapter)]
 
 
-def base_value(parameter: torch.nn.Parameter) -> torch.Tensor:
+def base_value(parameter: torch.Tensor) -> torch.Tensor:
     """The base's value of a weight that has no adapter, without a graph."""
     value: torch.Tensor | None = getattr(parameter, "of_base", None)
     return parameter.detach() if value is None else value
