@@ -245,7 +245,9 @@ def collect(
         if not first[one.adapter.is_expert]:
             continue
         copies = "" if one.adapter.tp_group.rank() == 0 else "A" if one.adapter.is_column else "B"
-        parts = (part._replace(tensor=part.tensor.cpu()) for part in one.parts(read) if part.kind != copies)
+        # Copies: with a view all of its memory would be sent, which is every adapter's (DDP's buffer).
+        own = (part for part in one.parts(read) if part.kind != copies)
+        parts = (part._replace(tensor=part.tensor.to("cpu", copy=True)) for part in own)
         mine.setdefault(one.parameter.unit.layer or 0, []).extend(parts)
     matrices = targets(arch, [ALL_LINEAR])
     for layer in range(arch.num_layers):
