@@ -3,6 +3,7 @@
     megatron-gkd convert --to megatron --model HF_DIR --save OUT            one process, no GPU
     torchrun --nproc-per-node 4 -m megatron_gkd convert --to hf --model MEGATRON_DIR --save OUT \\
         --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2
+    megatron-gkd convert --to peft --model SAVE/checkpoints/step_00000100 --hf_config BASE --save OUT
 
 A Megatron directory is a `torch_dist` checkpoint of the model alone, in megatron-core's own names, so that any layout
 loads it; beside the shards stand the files of the Hugging Face directory that are not weights, byte for byte, and
@@ -11,6 +12,9 @@ hf_dtypes.json. The layout says only how the ranks share the work.
 OUT must not exist; it appears complete or not at all (a hidden directory beside it is renamed). Memory is bounded by
 the model's largest tensors, not by its size (weights/megatron_files.py, weights/export.py): `memory_bound_bytes`.
 `--check` does load the whole model, twice on the last rank.
+
+A checkpoint of a run with adapters holds nothing of its base, --hf_config: it becomes their directory in peft's format,
+or (--to hf) the model with the adapters merged (train/convert_adapter.py).
 
 Conversion runs on the CPU with gloo, also on machines with GPUs: it computes nothing.
 
@@ -54,7 +58,9 @@ logger = get_logger(__name__)
 class ConvertConfig(Section):
     """Conversion of a checkpoint between Hugging Face and Megatron."""
 
-    to: Literal["megatron", "hf"] = setting(help="Format that is written.")
+    to: Literal["megatron", "hf", "peft"] = setting(
+        help="Format that is written; peft: the adapter of a checkpoint of a run with adapters."
+    )
     model: str = setting(
         help="Directory that is read: the other format. With --to megatron also a name on Hugging Face's hub.",
         path=True,
@@ -72,7 +78,7 @@ class ConvertConfig(Section):
     hf_config: str | None = setting(
         None,
         "With --to hf: Hugging Face directory to take config and tokenizer from, where the checkpoint has none "
-        "(one of a training run).",
+        "(one of a training run). Of adapters, also with --to peft: the model that they were trained on.",
         path=True,
     )
     check: bool = setting(False, "Afterwards, compare logits on a sample text with transformers'; loads the model.")
@@ -86,8 +92,10 @@ class ConvertConfig(Section):
 def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
     """What a command line asks for."""
     cfg = parse_section(argv, ConvertConfig, command="convert")
-    if cfg.hf_config is not None and cfg.to != "hf":
-        raise ConfigError("--hf_config goes with --to hf; with --to megatron the files come from --model")
+    if cfg.hf_config is not None and cfg.to == "megatron":
+        raise ConfigError("--hf_config goes with --to hf and peft; with --to megatron the files come from --model")
+    if cfg.to == "peft" and cfg.hf_config is None:
+        raise ConfigError("--to peft needs --hf_config: the model that the adapters were trained on")
     if cfg.bridge != "own":
         _refuse_with_bridge(cfg)
     return cfg
@@ -95,6 +103,8 @@ def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
 
 def _refuse_with_bridge(cfg: ConvertConfig) -> None:
     """What another library's conversion does not take."""
+    if cfg.to == "peft":
+        raise ConfigError(f"--bridge {cfg.bridge} knows no adapters of ours: leave it out with --to peft")
     taken = ("to", "model", "save", "hf_config", "bridge", "log_level")
     for name, flag in flags_of(ConvertConfig, "convert").items():
         if name not in taken and getattr(cfg, name) != default_of(flag.item):
@@ -111,6 +121,7 @@ def run_convert(cfg: ConvertConfig) -> None:
         cfg = with_local_files(cfg)
         from megatron_gkd.weights.megatron_bridge import convert_with_megatron_bridge
 
+        assert cfg.to != "peft", "parse_convert_config refuses it"
         convert_with_megatron_bridge(cfg.to, cfg.model, cfg.save, hf_config=cfg.hf_config)
         return
     import torch.distributed as dist
@@ -121,6 +132,7 @@ def run_convert(cfg: ConvertConfig) -> None:
     from megatron_gkd.parallel.layout import Layout
     from megatron_gkd.parallel.together import require_same
     from megatron_gkd.train.alike import program_facts
+    from megatron_gkd.train.convert_adapter import convert_adapter, holds_adapters
     from megatron_gkd.weights.hf_writer import check_destination
     from megatron_gkd.weights.internvl_chat import is_internvl_chat
     from megatron_gkd.weights.megatron_files import is_megatron_checkpoint, what_it_is
@@ -134,7 +146,7 @@ def run_convert(cfg: ConvertConfig) -> None:
     if cfg.to == "hf" and is_internvl_chat(cfg.model):
         _of_older_internvl(cfg)
         return
-    if is_megatron_checkpoint(cfg.model) != (cfg.to == "hf"):
+    if is_megatron_checkpoint(cfg.model) != (cfg.to != "megatron"):
         found = "is already a Megatron checkpoint" if cfg.to == "megatron" else what_it_is(cfg.model)
         raise CheckpointError(f"{cfg.model} {found}; --to {cfg.to} needs a directory of the other format")
     check_destination(Path(cfg.save))
@@ -148,7 +160,16 @@ def run_convert(cfg: ConvertConfig) -> None:
         name="conversion",
     )
     check_layout(arch, layout.tensor, layout.pipeline, ep=layout.expert, etp=layout.expert_tensor_size)
+    adapts = cfg.to != "megatron" and holds_adapters(cfg.model)
+    if adapts or cfg.to == "peft":
+        _check_adapters(cfg, adapts)
     dist.barrier()  # every rank has seen that the destination is free
+    if adapts:
+        convert_adapter(
+            cfg.model, cfg.hf_config or "", cfg.save, layout, to="hf" if cfg.to == "hf" else "peft", dtype=cfg.dtype,
+            bucket_bytes=BUCKET_BYTES,
+        )  # fmt: skip
+        return
     (_to_megatron if cfg.to == "megatron" else _to_hf)(cfg, arch, layout)
     if dist.get_rank() == 0:
         logger.info("%s, %s -> %s", arch.model_type, cfg.model, cfg.save)
@@ -171,6 +192,18 @@ def _of_older_internvl(cfg: ConvertConfig) -> None:
         )
     convert_internvl_chat(cfg.model, cfg.save)
     logger.info("InternVL's older format, %s -> %s", cfg.model, cfg.save)
+
+
+def _check_adapters(cfg: ConvertConfig, adapts: bool) -> None:
+    """Raise CheckpointError or ConfigError for what a checkpoint of adapters, or of whole weights, is not."""
+    if not adapts:
+        raise CheckpointError(f"{cfg.model} holds a whole model, no adapters beside one: give --to hf")
+    if cfg.hf_config is None:
+        raise CheckpointError(
+            f"{cfg.model} holds adapters alone: give --hf_config, the model that they were trained on"
+        )
+    if cfg.check:
+        raise ConfigError("--check compares whole models, and not merged ones: leave it out (megatron-gkd eval does)")
 
 
 def _to_megatron(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:

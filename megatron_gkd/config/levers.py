@@ -102,7 +102,9 @@ class KernelsConfig(Section):
     """Kernels and number formats of megatron-core; null: on where the device and the installed packages have them."""
 
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = setting(
-        "auto", "Attention of Transformer Engine, for both models; auto: its choice, on a CPU torch's."
+        "auto",
+        "Attention of Transformer Engine, for both models (of a student with adapters torch's); auto: its choice, on a "
+        "CPU torch's.",
     )
     masked_softmax_fusion: bool = setting(False, "Of an attention that is not used here; true is refused.")
     attention_softmax_in_fp32: bool = setting(True, "Softmax of attention in fp32, as every attention here has it.")

@@ -28,6 +28,7 @@ STUDENTS_ENGINES: Final = (
     *OF_ENGINES,
     *("vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level", "vllm_server_host"),
     *("vllm_server_port", "steps_per_generation", "rollout_lag", "weight_bucket_mb", "verify_sync_every"),
+    "vllm_enable_lora",
 )
 TEACHERS_COMPLETIONS: Final = (
     *("seq_kd", "teacher_samples_cache", "teacher_sampling_steps"),
@@ -43,6 +44,7 @@ EVALUATION: Final = frozenset(
         *("deterministic_mode", "attention_backend", "apply_rope_fusion"),
         *("bias_dropout_fusion", "bias_activation_fusion", "moe_grouped_gemm", "moe_permute_fusion"),
         *("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "adapters"),
+        "modules_to_save",
         *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
         *("loss_scale", "chat_template_kwargs", "enable_thinking", "max_image_tiles", "prompt_only"),
     }

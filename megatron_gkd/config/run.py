@@ -272,6 +272,11 @@ class SamplingConfig(Section):
     vllm_gpu_memory_utilization: float = setting(0.9, "Share of each GPU's memory for a colocated vLLM.", gt=0, le=1)
     vllm_tensor_parallel_size: int = setting(1, "Tensor parallel size of a colocated vLLM.", ge=1)
     vllm_enforce_eager: bool = setting(False, "Sample without CUDA graphs and compilation, as on a CPU in any case.")
+    vllm_enable_lora: bool = setting(
+        False,
+        "With --tuner_type lora: send the adapter alone, into the LoRA of a colocated vLLM that holds the weights of "
+        "--model; false: merged weights.",
+    )
     vllm_max_num_seqs: int | None = setting(None, "Maximum number of sequences that an engine samples at once.", ge=1)
     vllm_engine_kwargs: str | None = setting(
         None,

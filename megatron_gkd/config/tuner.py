@@ -15,6 +15,7 @@ from typing import Final, Literal
 from megatron_gkd.config.schema import Section, default_of, setting, show
 
 ALL_LINEAR: Final = "all-linear"
+LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # sizes of an adapter in vLLM
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,12 @@ class TunerConfig(Section):
     target_modules: list[str] = setting(
         (ALL_LINEAR,),
         "Matrices that have an adapter, by the last part of their Hugging Face names (q_proj, down_proj, ...); "
-        "all-linear: all matrices of the layers. Experts have none.",
+        "all-linear: all matrices of the layers, those of experts too.",
+    )
+    modules_to_save: list[str] = setting(
+        (),
+        "Modules that are trained whole beside the adapters, and saved with them: embed_tokens, lm_head, norm, "
+        "input_layernorm, post_attention_layernorm, q_norm, k_norm.",
     )
     adapters: str | None = setting(
         None,

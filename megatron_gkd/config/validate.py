@@ -14,6 +14,7 @@ from megatron_gkd.config.not_built import Command
 from megatron_gkd.config.schema import show
 from megatron_gkd.config.secret import Secret
 from megatron_gkd.config.servers import LocalTeacher, NoTeacher, SelfTeaching, ServerTeachers
+from megatron_gkd.config.tuner import LORA_RANKS
 from megatron_gkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -199,6 +200,8 @@ def _parallel_problems(cfg: RunConfig) -> Iterator[str]:
 
 def _tuner_problems(cfg: RunConfig) -> Iterator[str]:
     yield from cfg.tuner.problems()
+    if cfg.sampling.vllm_enable_lora:
+        yield from _problems_of_vllms_lora(cfg)
     if not cfg.tuner.is_lora:
         return
     for flag in ("freeze_embeddings", "freeze_router"):
@@ -206,11 +209,23 @@ def _tuner_problems(cfg: RunConfig) -> Iterator[str]:
             yield f"--{flag} is of a student whose weights are trained, and --tuner_type lora freezes all; leave it out"
     if cfg.training.moe_aux_loss_coeff:
         yield "--moe_aux_loss_coeff trains routers, and --tuner_type lora freezes them; leave it out"
-    if cfg.kernels.attention_backend != "auto":
-        yield (
-            f"--attention_backend {cfg.kernels.attention_backend} is of Transformer Engine's attention, and adapters "
-            "are on megatron-core's own layers; leave it out"
-        )
+    if cfg.kernels.attention_backend == "flash" and cfg.model.dtype == "fp32":
+        yield "--attention_backend flash is torch's beside adapters, and knows no fp32; leave it out, or give --dtype"
+
+
+def _problems_of_vllms_lora(cfg: RunConfig) -> Iterator[str]:
+    """Where the adapter alone cannot be sent; merged weights can."""
+    sampling, given = cfg.sampling, "--vllm_enable_lora true"
+    if not cfg.tuner.is_lora:
+        yield f"{given} sends an adapter, and --tuner_type is full: give --tuner_type lora, or leave it out"
+    if sampling.vllm_mode != "colocate":
+        yield f"{given} is for a colocated vLLM, and --vllm_mode is {sampling.vllm_mode}: leave one of them out"
+    if sampling.sleep_level == 2:
+        yield f"{given} needs the base's weights to stay in vLLM, and --sleep_level 2 forgets them: give 0 or 1"
+    if cfg.tuner.modules_to_save:
+        yield f"{given} with --modules_to_save: vLLM's LoRA has no such modules; leave one of them out"
+    if cfg.tuner.lora_rank > LORA_RANKS[-1]:
+        yield f"{given} takes adapters up to rank {LORA_RANKS[-1]}, and --lora_rank is {cfg.tuner.lora_rank}"
 
 
 def _lengths_problems(cfg: RunConfig) -> Iterator[str]:

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_gkd.model.layers import SDPAttention
@@ -85,8 +84,7 @@ class ContextAttention(SDPAttention):
     def _attend_chunk(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Queries [c, b, h, d] at the end of keys and values [p + c, b, g, d] -> [c, b, h * d]."""
         q, k, v = self._heads(query, key, value)
-        mask = causal_lower_right(q.shape[2], k.shape[2])
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.softmax_scale)
+        out = self._products(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
         return out.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -8,7 +8,8 @@ megatron-core's local spec:
   sequence parallelism.)
 * `SDPAttention`: core attention through torch's scaled_dot_product_attention, causal, grouped queries, padded
   [s, b, heads, head_dim] or packed [t, heads, head_dim] with `cu_seqlens`. Right padding needs no mask: a causal
-  query never sees a later position.
+  query never sees a later position. Which of torch's kernels is the config's `attention_backend`: flash, fused (cuDNN's
+  or the memory-efficient one), unfused (plain products), or auto, torch's choice.
 * `SelfAttention`: megatron-core's, but with more tensor-parallel ranks than KV heads it uses the model's own TP group.
 
 Families that need another attention or router have it put in (`OwnModules`): heads_norm.py, latent_attention.py.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -31,7 +32,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention as CoreSelfAttention
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -41,10 +42,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.model.router import Router
+
+_KERNELS: Final[dict[AttnBackend, list[SDPBackend]]] = {
+    AttnBackend.flash: [SDPBackend.FLASH_ATTENTION],
+    AttnBackend.fused: [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    AttnBackend.unfused: [SDPBackend.MATH],
+}
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -96,6 +104,7 @@ class SDPAttention(torch.nn.Module):
                 f"attention mask {attn_mask_type}, window {config.window_size}: only full causal attention is built"
             )
         self.softmax_scale = softmax_scale
+        self._kernels = _KERNELS.get(config.attention_backend)
 
     def forward(
         self,
@@ -125,8 +134,14 @@ class SDPAttention(torch.nn.Module):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         q, k, v = self._heads(query, key, value)
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return self._products(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+
+    def _products(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask: Any) -> torch.Tensor:
+        """torch's attention, by the kernel that was asked for."""
+        if self._kernels is None:
+            return scaled_dot_product_attention(q, k, v, scale=self.softmax_scale, **mask)
+        with sdpa_kernel(self._kernels):
+            return scaled_dot_product_attention(q, k, v, scale=self.softmax_scale, **mask)
 
     @staticmethod
     def _heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:

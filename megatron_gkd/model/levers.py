@@ -164,6 +164,8 @@ def _refuse_without(config: RunConfig, kind: Kind) -> None:
         given = f"--{flag} {str(value).lower() if isinstance(value, bool) else value}"
         if kind == "cpu":
             raise ConfigError(f"{given} needs CUDA, and this run is on a CPU: leave it out, or give --device cuda")
+        if flag == "attention_backend" and config.tuner.is_lora:
+            continue  # torch's kernels, of layers without Transformer Engine
         if package is not None and find_spec(package) is None:
             raise ConfigError(
                 f"{given} needs the package {package}, which is not installed: install it, or leave it out"

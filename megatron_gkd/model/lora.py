@@ -22,11 +22,19 @@ Communication over the layer's TP group, of [S, B, k r] in the model's type, bes
     row, SP           forward reduce-scatter, backward all-gather; the gradient of B is that of a part of the sequence,
                       and marked likewise.
 
-Invariants: the base weight has neither gradient nor optimizer state. What is equal on all TP ranks (A of a column, B of
-a row) counts once in the gradient's norm: it is not marked `tensor_model_parallel`. Rows of B of matrices that are not
-adapted are 0, take no part, and stay 0. With B = 0 the model is its base.
+An expert's layers are cut over the expert-tensor ranks, and the dispatcher around them communicates: it gives all of
+these ranks the expert's tokens and sums what they return, so that outputs are parts of a sum, and gradients of inputs
+too. Here:
 
-Not here: names, cuts and values of adapters (weights/adapters.py); dropout; experts, embedding, head, norms, routers.
+    column or row     forward none; backward an all-reduce of the gradient of what all ranks have, of its size
+
+Invariants: the base weight has neither gradient nor optimizer state. What is equal on all TP ranks (A of a column, B of
+a row) counts once in the gradient's norm: it is not marked `tensor_model_parallel`; of an expert, whose ranks are
+other ones, the first rank counts it, and the others mark it `shared`. Rows of B of matrices that are not adapted are 0,
+take no part, and stay 0. With B = 0 the model is its base.
+
+Not here: names, cuts and values of adapters (weights/adapters.py); dropout; grouped experts, embedding, head, norms,
+routers.
 """
 
 from __future__ import annotations
@@ -92,9 +100,9 @@ class Adapter(torch.nn.Module):
         self.lora, self.matrices, self.spans, self.is_on = lora, tuple(matrices), tuple(spans), True
         assert sum(rows for _, rows in self.spans) == weight.shape[0], (self.spans, weight.shape)
         self.is_column = isinstance(layer, ColumnParallelLinear)
-        self.tp_group: dist.ProcessGroup = layer.tp_group
-        assert not layer.is_expert, "experts have no adapters"
-        self.sequence_parallel = bool(layer.config.sequence_parallel)
+        self.tp_group: dist.ProcessGroup = layer.tp_group  # of an expert: its expert-tensor ranks
+        self.is_expert = bool(layer.is_expert)
+        self.sequence_parallel = bool(layer.config.sequence_parallel) and not self.is_expert
         options: dict[str, Any] = dict(dtype=weight.dtype, device=weight.device)
         self.A = torch.nn.Parameter(torch.empty(len(self.matrices) * lora.rank, weight.shape[1], **options))
         self.B = torch.nn.Parameter(torch.empty(weight.shape[0], lora.rank, **options))
@@ -104,10 +112,21 @@ class Adapter(torch.nn.Module):
         """Tell megatron-core how the parameters are cut, and over whom their gradients are summed."""
         cut, whole = (self.B, self.A) if self.is_column else (self.A, self.B)
         set_tensor_model_parallel_attributes(cut, is_parallel=True, dim=0 if self.is_column else 1, stride=1)
-        setattr(whole, "sequence_parallel", self.sequence_parallel)  # noqa: B010 - read by finalize_model_grads
+        marks: dict[str, bool] = {"sequence_parallel": self.sequence_parallel}  # read by finalize_model_grads
+        if self.is_expert:
+            first = self.tp_group.rank() == 0
+            marks |= {"tensor_model_parallel": first, "shared": not first}  # read by the gradient's norm
+            cut.allreduce = whole.allreduce = False  # type: ignore[attr-defined] # experts have a DDP of their own
+        for name, value in marks.items():
+            setattr(whole, name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._outputs(self._whole(linear(x, self.A)) * self.lora.scale)
+        a: torch.Tensor = self.A
+        b: torch.Tensor = self.B
+        if self.is_expert:
+            a, b = (_summed(a, self.tp_group), b) if self.is_column else (a, _summed(b, self.tp_group))
+            return self._outputs(linear(x, a) * self.lora.scale, b)
+        return self._outputs(self._whole(linear(x, a)) * self.lora.scale, b)
 
     def _whole(self, low: torch.Tensor) -> torch.Tensor:
         """A x of this rank -> what its rows of B are multiplied with. See the module's docstring."""
@@ -122,21 +141,21 @@ class Adapter(torch.nn.Module):
             return reduce_scatter_to_sequence_parallel_region(low, group=group)
         return reduce_from_tensor_model_parallel_region(low, group=group)
 
-    def _outputs(self, low: torch.Tensor) -> torch.Tensor:
+    def _outputs(self, low: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """[..., k r] -> [..., out]: one product per block of A, put in the order of the rows."""
         blocks = {block for block, _ in self.spans if block is not None}
         if not blocks:  # more TP ranks than KV heads; the ranks that have some wait for this one in the backward pass
-            return linear(low[..., : self.lora.rank], self.B) * 0.0
-        if self.spans == ((0, self.B.shape[0]),) and len(self.matrices) == 1:
-            return linear(low, self.B)
-        of_block, rows = low.split(self.lora.rank, dim=-1), self.B.split([size for _, size in self.spans])
+            return linear(low[..., : self.lora.rank], b) * 0.0
+        if self.spans == ((0, b.shape[0]),) and len(self.matrices) == 1:
+            return linear(low, b)
+        of_block, rows = low.split(self.lora.rank, dim=-1), b.split([size for _, size in self.spans])
         parts: dict[int, Iterator[torch.Tensor]] = {}
         for block in blocks:
             own = [part for part, (other, _) in zip(rows, self.spans, strict=True) if other == block]
             outputs = linear(of_block[block], torch.cat(own))
             parts[block] = iter(outputs.split([len(part) for part in own], dim=-1))
         shape = low.shape[:-1]
-        found = [low.new_zeros(*shape, size) if b is None else next(parts[b]) for b, size in self.spans]
+        found = [low.new_zeros(*shape, size) if k is None else next(parts[k]) for k, size in self.spans]
         return torch.cat(found, dim=-1)
 
     @torch.no_grad()
@@ -154,6 +173,26 @@ class Adapter(torch.nn.Module):
                 found[row : row + size].addmm_(part, blocks[block], alpha=self.lora.scale)
             row += size
         return found.to(weight.dtype)
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """A parameter that all ranks of the group have; its gradient is the sum over them."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        whole = gradients[0].clone(memory_format=torch.contiguous_format)  # gloo is silently wrong on others
+        dist.all_reduce(whole, group=ctx.group)
+        return whole, None
+
+
+def _summed(parameter: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    found: torch.Tensor = parameter if group.size() == 1 else _SumOfGradients.apply(parameter, group)
+    return found
 
 
 def put_on(layer: ColumnParallelLinear | RowParallelLinear, adapter: Adapter) -> None:
@@ -175,15 +214,27 @@ def adapters_of(chunks: Iterable[torch.nn.Module]) -> list[Adapter]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Adapter)]
 
 
+def base_value(parameter: torch.Tensor) -> torch.Tensor:
+    """The base's value of a weight that has no adapter, without a graph."""
+    value: torch.Tensor | None = getattr(parameter, "of_base", None)
+    return parameter.detach() if value is None else value
+
+
 @contextlib.contextmanager
-def switched_off(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
+def switched_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Within it the model is its base. To be entered on all ranks together: adapters communicate."""
     adapters = adapters_of(chunks)
     assert all(adapter.is_on for adapter in adapters), "they are off already"
+    whole = [p for chunk in chunks for p in chunk.parameters() if hasattr(p, "of_base")]
+    trained = [p.data for p in whole]
     try:
         for adapter in adapters:
             adapter.is_on = False
+        for parameter in whole:
+            parameter.data = base_value(parameter)
         yield
     finally:
         for adapter in adapters:
             adapter.is_on = True
+        for parameter, value in zip(whole, trained, strict=True):
+            parameter.data = value

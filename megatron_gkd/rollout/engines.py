@@ -39,11 +39,13 @@ def open_engines(
     max_model_len: int,
     group: dist.ProcessGroup,
     image_options: Mapping[str, Any] = MappingProxyType({}),
+    adapter: Mapping[str, Any] | None = None,
 ) -> LocalEngines:
     """Collective over `group`, all ranks of the run. Raises ConfigError or RolloutError.
 
     Args:
         image_options: of a colocated engine whose model sees images (`engine_image_options`).
+        adapter: of a colocated engine that is sent adapters alone (vllm/colocate.py).
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if sampling.vllm_mode == "colocate":
@@ -57,6 +59,7 @@ def open_engines(
             max_model_len=max_model_len,
             gpu_memory_utilization=sampling.vllm_gpu_memory_utilization,
             sleep_level=sampling.sleep_level,
+            adapter=adapter,
             engine_options={**image_options, **sampling.engine_options},
         )
         return LocalEngines({rank // tensor: engine}, world_size // tensor, reports=rank % tensor == 0)

@@ -12,8 +12,8 @@ The teacher's head is the student's own, read anew for each micro-batch and deta
 no gradient reaches it, or anything else, through the teacher's side. Where a row's two prompts are equal its divergence
 is 0; so data without any `teacher_prompt` are refused (data/rows.py).
 
-A student with adapters (model/lora.py) is taught by its base: the same pass with the adapters switched off. Embedding
-and head have none, so the head is the base's.
+A student with adapters (model/lora.py) is taught by its base: the same pass with the adapters switched off, and with
+the base's values of modules that are trained whole, which are kept for it.
 
 Costs one more forward pass and no memory for weights. Not here: a teacher of older weights, or of their average.
 """
@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.model.build import HiddenStateGPTModel
-from megatron_gkd.model.lora import switched_off
+from megatron_gkd.model.lora import base_value, switched_off
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.platform import new_group
 from megatron_gkd.records import StepPlan
@@ -84,8 +84,9 @@ class SelfTeacher:
         return exchange(self.spec, step_routes(plan, self.layout, self.layout), local, self.signal_group)
 
     def head(self) -> torch.Tensor:
-        """The current head [V/tp, H], without a graph; on the last stage. For DistillationLoss.teacher_head."""
-        return self._student.models[-1].head_weight().detach()
+        """The current head [V/tp, H] (of a base: its own), without a graph; on the last stage. For
+        DistillationLoss.teacher_head."""
+        return base_value(self._student.models[-1].head_weight())
 
     def close(self) -> None:
         """Nothing: it lives and ends with its process."""

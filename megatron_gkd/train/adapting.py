@@ -7,6 +7,7 @@ held against the names and shapes of the matrices, and a warning says that no mo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_gkd.model.lora import Lora
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import on_first
-from megatron_gkd.weights import adapters, peft_files
+from megatron_gkd.weights import adapters, peft_files, whole_modules
 from megatron_gkd.weights.fingerprint import fingerprint
 from megatron_gkd.weights.safetensors_format import TensorSpec
 
@@ -40,8 +41,11 @@ def check_adapters(config: RunConfig, arch: Architecture, layout: Layout) -> Non
     --tuner_type lora."""
     if not config.tuner.is_lora:
         return
-    lora, names = lora_of(config), config.tuner.target_modules
+    lora, names, whole = lora_of(config), config.tuner.target_modules, config.tuner.modules_to_save
     adapters.check_targets(arch, lora, names)
+    whole_modules.check_modules(arch, whole)
+    if changed := adapters.what_peft_changes(arch, lora, names):
+        logger.warning("peft does not load this run's adapter as it is (%s); --merge_lora true merges it here", changed)
     counts, adapted = layout.chunk_layers(arch.num_layers), {unit.layer for unit in adapters.targets(arch, names)}
     first = 0
     for count in counts:
@@ -54,7 +58,9 @@ def check_adapters(config: RunConfig, arch: Architecture, layout: Layout) -> Non
     if (path := config.tuner.adapters) is not None:
         with peft_files.PeftAdapter(path) as adapter:
             _check_same(lora, adapter)
-            adapter.check(adapters.shapes(arch, lora, names))
+            adapter.check(adapters.shapes(arch, lora, names) | whole_modules.shapes(arch, whole))
+            if whole_modules.ties(arch, whole):
+                adapter.check_tied()
 
 
 def _check_same(lora: Lora, adapter: peft_files.PeftAdapter) -> None:
@@ -94,21 +100,32 @@ def _base_of(config: RunConfig) -> str:
 
 
 def put_adapters_on(chunks: Sequence[torch.nn.Module], config: RunConfig, arch: Architecture, groups: Any) -> None:
-    """On the loaded student, before DDP: adapters, of --adapters or new ones; all else is frozen."""
+    """On the loaded student, before DDP: adapters, of --adapters or new ones; all else but --modules_to_save is
+    frozen."""
     tuner = config.tuner
-    adapters.attach(chunks, arch, groups, lora_of(config), tuner.target_modules)
+    prepare(chunks, config, arch, groups)
     if tuner.adapters is None:
         adapters.fill(chunks, arch, groups, adapters.initial(config.training.seed))
     else:
-        read_adapter(chunks, arch, groups, tuner.adapters)
+        read_adapter(chunks, config, arch, groups, tuner.adapters)
     trained, total = adapters.num_parameters(chunks)
     logger.info("adapters of rank %d: %d of this rank's %d parameters are trained", tuner.lora_rank, trained, total)
 
 
-def read_adapter(chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any, path: str | Path) -> None:
-    """Fill the adapters of this rank's chunks from a file that has been checked."""
+def prepare(chunks: Sequence[torch.nn.Module], config: RunConfig, arch: Architecture, groups: Any) -> None:
+    """What is trained, and what is not; the adapters have no values yet."""
+    tuner = config.tuner
+    adapters.attach(chunks, arch, groups, lora_of(config), tuner.target_modules)
+    whole_modules.unfreeze(chunks, arch, groups, tuner.modules_to_save, keep_base=config.base_teaches)
+
+
+def read_adapter(
+    chunks: Sequence[torch.nn.Module], config: RunConfig, arch: Architecture, groups: Any, path: str | Path
+) -> None:
+    """Fill what is trained of this rank's chunks from a file that has been checked."""
     with peft_files.PeftAdapter(path) as adapter:
         adapters.fill(chunks, arch, groups, adapter.read)
+        whole_modules.fill(chunks, arch, groups, config.tuner.modules_to_save, adapter.read_rows)
 
 
 def write_adapter(
@@ -123,12 +140,26 @@ def write_adapter(
     is_writer: bool,
 ) -> None:
     """Write the adapter in peft's format. Collective over the student's ranks."""
-    lora, names = lora_of(config), config.tuner.target_modules
-    layers = adapters.collect(chunks, arch, groups)
+    lora, names, whole = lora_of(config), config.tuner.target_modules, config.tuner.modules_to_save
+    tensors = itertools.chain(
+        adapters.collect(chunks, arch, groups), whole_modules.collect(chunks, arch, groups, whole)
+    )
     if not is_writer:
-        for _ in layers:
+        for _ in tensors:
             pass
         return
-    manifest = [TensorSpec(n, shape, DTYPES[dtype]) for n, shape in adapters.shapes(arch, lora, names).items()]
-    described = peft_files.peft_config(config.model.model, lora, adapters.leaf_names(arch, names))
-    peft_files.write(out_dir, described, manifest, layers, base=base)
+    shapes = adapters.shapes(arch, lora, names) | whole_modules.shapes(arch, whole)
+    manifest = [TensorSpec(name, shape, DTYPES[dtype]) for name, shape in shapes.items()]
+    peft_files.write(out_dir, described(config, arch), manifest, tensors, base=base)
+
+
+def described(config: RunConfig, arch: Architecture) -> dict[str, Any]:
+    """The adapter as adapter_config.json has it."""
+    whole = config.tuner.modules_to_save
+    return peft_files.peft_config(
+        config.model.model,
+        lora_of(config),
+        adapters.leaf_names(arch, config.tuner.target_modules),
+        whole_modules.peft_modules(arch, whole),
+        is_tied=whole_modules.ties(arch, whole),
+    )

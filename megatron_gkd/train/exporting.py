@@ -106,7 +106,7 @@ def measure_export(run: Run, run_dir: Path, record: Mapping[str, Any], *, traine
         return
     assert run.eval_rows is not None
     if run.config.tuner.is_lora:
-        read_adapter(run.student.models, run.architecture, run.student.groups, out_dir)
+        read_adapter(run.student.models, run.config, run.architecture, run.student.groups, out_dir)
     else:
         ModelSource(out_dir, run.architecture).load(run.student.models, run.student.groups)
     exported = evaluate(run, run.eval_rows)

@@ -59,7 +59,7 @@ from megatron_gkd.records import Sample, StepPlan
 from megatron_gkd.teacher.itself import SelfTeacher
 from megatron_gkd.teacher.nobody import Nobody
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
-from megatron_gkd.train.adapting import check_adapters, lora_of
+from megatron_gkd.train.adapting import check_adapters, prepare
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.fit import layouts, without_borrowed_experts
 from megatron_gkd.train.objective import TrainingObjective
@@ -68,7 +68,6 @@ from megatron_gkd.train.rehearsed_experts import even_loads
 from megatron_gkd.train.setup import objective_of, student_of
 from megatron_gkd.train.step import distill
 from megatron_gkd.train.student import Student
-from megatron_gkd.weights.adapters import attach
 
 NUM_STEPS = 2
 
@@ -190,7 +189,7 @@ class _Parts:
         with counter.category("student: weights, gradients, optimizer"):
             chunks = build_model(arch, student_layout, groups, options, dtype=config.model.precision)
             if config.tuner.is_lora:
-                attach(chunks, arch, groups, lora_of(config), config.tuner.target_modules)
+                prepare(chunks, config, arch, groups)
             student = student_of(config, chunks, student_layout, groups, options, train_iters=NUM_STEPS)
         student.config.variable_seq_lengths = False  # shapes are values, and there are none
         with counter.category("teacher: weights"):

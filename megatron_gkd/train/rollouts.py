@@ -142,6 +142,7 @@ class Rollouts:
         if seconds := took(push.gather_s + push.load_s):
             logger.info("the weights after %d updates reached the engines%s", version, seconds)
         self.metrics |= {"push_gather_s": push.gather_s, "push_load_s": push.load_s, "push_attempts": push.attempts}
+        self.metrics["push_bytes"] = push.num_bytes
 
     def _sample_window(self, step: int, requests_of: RequestsOf) -> None:
         """A step and those that are sampled with it. Where nothing is asked for (--lmbda 0 so far), nothing is pushed

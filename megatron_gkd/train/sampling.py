@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
+
+import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.errors import ConfigError
+from megatron_gkd.model.build import DTYPES
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import on_first
-from megatron_gkd.platform import Platform
+from megatron_gkd.platform import Platform, setup
 from megatron_gkd.records import Row
 from megatron_gkd.rollout.engines import engine_image_options, open_engines, probe_servers
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
+from megatron_gkd.train.adapting import described, lora_of
 from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.score import student_logprobs
 from megatron_gkd.train.student import Student
+from megatron_gkd.weights import adapters
+from megatron_gkd.weights.adapter_delivery import AdapterDelivery
 from megatron_gkd.weights.checksum import Sums, Tensors
 from megatron_gkd.weights.delivery import Delivery
 from megatron_gkd.weights.source import ModelSource
@@ -44,6 +51,11 @@ def check_servers(inputs: Inputs, rows: Rows | None) -> None:
     sampling, length = config.sampling, engine_length(config, arch)
     if rows is not None:
         check_prompts(rows, length)
+    if sampling.vllm_enable_lora and arch.moe is not None and setup(config.parallel.device).kind == "cpu":
+        raise ConfigError(
+            f"--vllm_enable_lora true of a {arch.model_type} model: beside LoRA vLLM's experts are Triton kernels, and "
+            "this run is on a CPU: leave it out, and merged weights are sent"
+        )
     if sampling.vllm_mode == "server":
         on_first(
             lambda: probe_servers(
@@ -58,6 +70,7 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
     sampling, length = config.sampling, engine_length(config, arch)
     group = student.groups.intra_dist_opt  # all ranks of the student's layout
     dtype = config.model.precision
+    adapter = described(config, arch) if sampling.vllm_enable_lora else None
     local = open_engines(
         sampling,
         model_path=config.model.model,
@@ -65,15 +78,14 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
         max_model_len=length,
         group=group,
         image_options=engine_image_options(inputs.sight.student, most_pictures(inputs)),
+        adapter=adapter,
     )
-    source = ModelSource(config.model.model, arch)
-    bucket_bytes = sampling.weight_bucket_mb * 2**20
-    stream = source.stream(student.chunks, student.groups, dtype=dtype, bucket_bytes=bucket_bytes)
     beside = sampling.vllm_mode == "colocate"
+    buckets, manifest = _weights(config, arch, student) if adapter is None else _adapters(config, arch, student)
     bridge = RolloutBridge(
         local,
-        buckets=_OfDevice(student, Delivery(stream, group, to="everyone" if beside else "writer")),
-        manifest=source.manifest(dtype),
+        buckets=_OfDevice(student, buckets),
+        manifest=manifest,
         group=group,
         dtype=dtype,
         probes=probes(rows, length),
@@ -97,12 +109,31 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
 class _OfDevice:
     """Passes over weights that are on the device when a pass begins (--offload_model)."""
 
-    def __init__(self, student: Student, delivery: Delivery) -> None:
+    def __init__(self, student: Student, delivery: Delivery | AdapterDelivery) -> None:
         self._student, self._delivery = student, delivery
 
     def __iter__(self) -> Iterator[tuple[Tensors, Sums]]:
         _ = self._student.chunks  # brings them back
         return iter(self._delivery)
+
+
+_Manifest = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def _weights(config: RunConfig, arch: Architecture, student: Student) -> tuple[Delivery, _Manifest]:
+    """All weights, of a student with adapters merged: what comes, and what has to have come."""
+    sampling, dtype = config.sampling, config.model.precision
+    source, bucket_bytes = ModelSource(config.model.model, arch), sampling.weight_bucket_mb * 2**20
+    stream = source.stream(student.chunks, student.groups, dtype=dtype, bucket_bytes=bucket_bytes)
+    to: Literal["everyone", "writer"] = "everyone" if sampling.vllm_mode == "colocate" else "writer"
+    return Delivery(stream, student.groups.intra_dist_opt, to=to), dict(source.manifest(dtype))
+
+
+def _adapters(config: RunConfig, arch: Architecture, student: Student) -> tuple[AdapterDelivery, _Manifest]:
+    """The same of adapters alone."""
+    needed = adapters.shapes(arch, lora_of(config), config.tuner.target_modules)
+    dtype = DTYPES[config.model.precision]
+    return AdapterDelivery(student.models, arch, student.groups), {n: (shape, dtype) for n, shape in needed.items()}
 
 
 def step_settings(inputs: Inputs, step: int) -> SamplingSettings:

@@ -9,7 +9,9 @@ Each adapter is cut as the plan of its weight says (plan.py): rows of B as the r
 columns. So values do not depend on the layout, those of a new adapter neither: each matrix A is drawn whole, from a
 generator of its own, uniform in +-1/sqrt(in) (peft's kaiming_uniform with a = sqrt(5)); B is 0.
 
-Experts have none: a mixture of experts is adapted in its attention alone.
+Each expert's matrices have adapters of their own, by the names of the checkpoint (`...mlp.experts.3.gate_proj`), as
+peft writes them where experts are modules. Where transformers holds the experts of a layer in two tensors, peft joins
+them as it loads them: A one below the other, B on the diagonal. vLLM takes them as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.tuner import ALL_LINEAR
-from megatron_gkd.errors import ConfigError, NotBuiltError
+from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.lora import Adapter, Lora, put_on
 from megatron_gkd.parallel.together import gathered
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, unwrap
@@ -73,8 +75,7 @@ def leaf_names(arch: Architecture, target_modules: Sequence[str] = (ALL_LINEAR,)
 
 
 def check_targets(arch: Architecture, lora: Lora, target_modules: Sequence[str]) -> None:
-    """Raise ConfigError for a name that no matrix has and for a rank above a matrix's, NotBuiltError for adapters of
-    experts."""
+    """Raise ConfigError for a name that no matrix has, and for a rank above a matrix's."""
     known = leaf_names(arch)
     if unknown := [name for name in target_modules if name not in (ALL_LINEAR, *known)]:
         raise ConfigError(
@@ -89,11 +90,23 @@ def check_targets(arch: Architecture, lora: Lora, target_modules: Sequence[str])
                     f"--lora_rank {lora.rank} is above the rank of {module} ({shape[0]} x {shape[1]}); give at most "
                     f"{min(shape)}"
                 )
-    if any(unit.expert is not None for unit in found):
-        raise NotBuiltError(
-            f"--target_modules {' '.join(target_modules)}: adapters of experts are not built; of a {arch.model_type} "
-            "model give the attention's: q_proj k_proj v_proj o_proj"
-        )
+
+
+def what_peft_changes(arch: Architecture, lora: Lora, target_modules: Sequence[str]) -> str:
+    """Why peft (0.20, with transformers 5) does not load such an adapter as what it is; "" where it does. It joins the
+    adapters of an expert's gate and up into one of twice the rank and alpha."""
+    chosen = targets(arch, target_modules)
+    names = {
+        role: {module.rsplit(".", 1)[-1] for u in chosen if u.role == role for module in chosen[u]} for role in _ROLES
+    }
+    joined = len(names["expert_gate_up"])
+    if joined == 1:
+        return f"of an expert's gate and up it takes both or none, and {min(names['expert_gate_up'])} stands alone"
+    if joined and lora.use_rslora:
+        return "under --use_rslora it scales those of experts' gates and ups by another sqrt(2)"
+    if (joined or names["expert_down"]) and (names["gate_up"] or names["down"]):
+        return "it takes the MLPs of all layers for experts, and leaves out the adapters of those without"
+    return ""
 
 
 def shapes(arch: Architecture, lora: Lora, target_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -227,10 +240,14 @@ def collect(
     parts. Memory: the adapters of a layer, twice.
     """
     mine: dict[int, list[Part]] = {}
-    sends = groups.dp.rank() == 0 and groups.cp.rank() == 0
-    for one in placed(chunks, arch, groups) if sends else ():
-        copies = "" if groups.tp.rank() == 0 else "A" if one.adapter.is_column else "B"
-        parts = (part._replace(tensor=part.tensor.cpu()) for part in one.parts(read) if part.kind != copies)
+    first = {False: groups.dp.rank() == 0 and groups.cp.rank() == 0, True: groups.expt_dp.rank() == 0}
+    for one in placed(chunks, arch, groups):
+        if not first[one.adapter.is_expert]:
+            continue
+        copies = "" if one.adapter.tp_group.rank() == 0 else "A" if one.adapter.is_column else "B"
+        # Copies: with a view all of its memory would be sent, which is every adapter's (DDP's buffer).
+        own = (part for part in one.parts(read) if part.kind != copies)
+        parts = (part._replace(tensor=part.tensor.to("cpu", copy=True)) for part in own)
         mine.setdefault(one.parameter.unit.layer or 0, []).extend(parts)
     matrices = targets(arch, [ALL_LINEAR])
     for layer in range(arch.num_layers):

@@ -95,6 +95,7 @@ class HFTensorStream:
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
         read: Callable[[Parameter], torch.Tensor] | None = None,
+        only: Callable[[Unit], bool] = lambda unit: True,
         in_place: bool = False,
     ) -> None:
         """Make the static schedule.
@@ -105,6 +106,7 @@ class HFTensorStream:
             dtypes: of the exported tensors: one for all, one per HF name, or None for the parameters' own.
             read: the value of a parameter, on the CPU, where the chunks hold none (conversion); None: the parameter,
                 with its adapter merged where it has one (model/lora.py).
+            only: which units are exported.
             in_place: hand out views of the model's own memory where an HF tensor lies in it as it is. For a reader that
                 is done with each tensor before it asks for the next one, and does not write to it.
 
@@ -123,7 +125,7 @@ class HFTensorStream:
         parameters = check_chunks(chunks, arch, ExpertRank.of(pg_collection))
         self._local = {parameter.unit: parameter for parameter in parameters}
         owners = self._gather_owners(parameters)
-        specs = {unit: _unit_specs(unit, arch, owners[unit][1], dtypes) for unit in units(arch)}
+        specs = {unit: _unit_specs(unit, arch, owners[unit][1], dtypes) for unit in units(arch) if only(unit)}
         self.manifest = tuple(spec for unit in specs for spec in specs[unit])
         self.buckets = tuple(make_buckets({u: owners[u][0] for u in specs}, specs, bucket_bytes))
         self.device = parameters[0].tensor.device if parameters and read is None else torch.device("cpu")

@@ -167,8 +167,8 @@ class MegatronCheckpoint:
         }
         if any(key.startswith(ADAPTER_KEYS) for key in self._stored):
             raise CheckpointError(
-                f"{self.path} holds adapters alone, beside weights that it does not have: take the export of its run "
-                "(SAVE/adapter; with --merge_lora the merged weights in SAVE/hf)"
+                f"{self.path} holds adapters alone, without the other weights: megatron-gkd convert takes it "
+                "as its run wrote it, with state.json, and --hf_config, the model that they were trained on"
             )
         # Our name of a tensor -> the stored one: wrappers (DDP, Float16Module) leave their prefix in it.
         self._names = {_unwrapped(key): key for key in self._stored}

@@ -6,8 +6,9 @@
 `BASE`, a key of the safetensors file's metadata, holds the fingerprint of the weights that the adapter belongs to
 (fingerprint.py): an adapter on another base is another model. Files of other programs have none.
 
-Refused in reading, by name: what is not plain LoRA (other kinds, biases, DoRA, ranks by pattern), and tensors that a
-LoRA of these matrices does not have. Pickled adapters (`adapter_model.bin`) are never opened.
+Refused in reading, by name: what is not plain LoRA, if with modules that are trained whole (other kinds, biases, DoRA,
+ranks by pattern), and tensors that a LoRA of these matrices and modules does not have. Pickled adapters
+(`adapter_model.bin`) are never opened.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from megatron_gkd.model.lora import Lora
 from megatron_gkd.weights.hf_files import cast_checked
 from megatron_gkd.weights.memory import memory_of
 from megatron_gkd.weights.safetensors_format import FLOATS, TensorSpec, read_header, write_header
+from megatron_gkd.weights.whole_modules import check_tied
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -40,7 +42,6 @@ _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "lora_bias": (False, None),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
-    "modules_to_save": ([], None),
     "layers_to_transform": ([], None),
     "layer_replication": ([], None),
     "trainable_token_indices": ([], {}, None),
@@ -50,8 +51,21 @@ _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
 }
 
 
-def peft_config(base: str, lora: Lora, target_modules: Sequence[str]) -> dict[str, Any]:
-    """adapter_config.json of the adapter. `target_modules`: last parts of names (adapters.py, `leaf_names`)."""
+def peft_config(
+    base: str,
+    lora: Lora,
+    target_modules: Sequence[str],
+    modules_to_save: Sequence[str] | None = None,
+    *,
+    is_tied: bool = False,
+) -> dict[str, Any]:
+    """adapter_config.json of the adapter.
+
+    Args:
+        target_modules: last parts of names (adapters.py, `leaf_names`).
+        modules_to_save: whole_modules.py, `peft_modules`.
+        is_tied: one of these modules is both embedding and head.
+    """
     whole = lora.alpha == int(lora.alpha)
     return {
         "peft_type": "LORA",
@@ -66,7 +80,8 @@ def peft_config(base: str, lora: Lora, target_modules: Sequence[str]) -> dict[st
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": None if modules_to_save is None else list(modules_to_save),
+        "ensure_weight_tying": is_tied,
     }
 
 
@@ -134,7 +149,7 @@ class PeftAdapter:
     def lora(self) -> Lora:
         return Lora(self.config["r"], float(self.config["lora_alpha"]), bool(self.config.get("use_rslora")))
 
-    def check(self, manifest: Mapping[str, tuple[int, int]]) -> None:
+    def check(self, manifest: Mapping[str, tuple[int, ...]]) -> None:
         """Raise CheckpointError unless the file holds these tensors, in these shapes, and no other one."""
         if missing := manifest.keys() - self._entries.keys():
             raise CheckpointError(f"{self.path} has no {min(missing)}{_more(missing)}: {_ADVICE}")
@@ -154,6 +169,24 @@ class PeftAdapter:
         assert tuple(tensor.shape) == (rows, columns), (name, tensor.shape)
         return tensor
 
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows first .. last - 1 of a tensor on the CPU, in the file's dtype."""
+        rows: torch.Tensor = self._handle.get_slice(name)[first:last]
+        return rows
+
+    def check_tied(self) -> None:
+        """Raise CheckpointError unless embedding and head are one, as they are in the student."""
+        if said := check_tied(self._entries, self.config, self._same):
+            raise CheckpointError(f"{self.path} {said}: it is an adapter of another model")
+
+    def _same(self, name: str, other: str) -> bool:
+        one, two = self._entries[name], self._entries[other]
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        steps = range(0, one.shape[0], _COMPARE_ROWS)
+        parts = ([self.read_rows(n, row, row + _COMPARE_ROWS) for n in (name, other)] for row in steps)
+        return all(torch.equal(*pair) for pair in parts)
+
     def __enter__(self) -> Self:
         return self
 
@@ -161,7 +194,11 @@ class PeftAdapter:
         del self._handle
 
 
-_ADVICE: Final = "give the --target_modules that it was trained with, and the model that it belongs to as --model"
+_COMPARE_ROWS: Final = 8192
+_ADVICE: Final = (
+    "give the --target_modules and --modules_to_save that it was trained with, and the model that it belongs to as "
+    "--model"
+)
 
 
 def _more(names: Any) -> str:

@@ -2,8 +2,12 @@
 
     h = W x + s B A x,   s = alpha / r, or alpha / sqrt(r)      (arXiv 2106.09685, equation 3; rslora: 2312.03732)
 
-on each adapted `torch.nn.Linear`, W and everything else frozen; then clipping and AdamW over all A and B. As
-dense_step.py, in float64 and in float32, and no code of the package but the records. Names are peft's.
+on each adapted `torch.nn.Linear`, W and everything else frozen but modules that are trained whole; then clipping and
+AdamW over all that is trained. As dense_step.py, in float64 and in float32, and no code of the package but the records.
+Names are peft's.
+
+transformers holds the experts of a layer in two tensors; each expert's matrix has an adapter, whose product is added to
+its part of them.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from tests.support.dense_step import DenseStep, Objective, all_logits, load, los
 from tests.support.numerics import Float64
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MIXTRAL = ("w1", "w3", "w2")  # the last three, in an expert of Mixtral
+PREFIX, HEAD, EMBEDDING = "base_model.model.", "lm_head.weight", "model.embed_tokens.weight"
 
 
 def write_adapter(
@@ -34,21 +40,33 @@ def write_adapter(
     alpha: float = 8.0,
     rslora: bool = False,
     modules: Sequence[str] = ALL,
+    whole: Sequence[str] = (),
     seed: int = 0,
     **config: Any,
 ) -> str:
-    """An adapter in peft's format with values of the size of the weights, B too; written without the package."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    for name, module in load(str(model)).named_modules():
-        if isinstance(module, torch.nn.Linear) and name.rsplit(".", 1)[-1] in modules:
-            prefix = f"base_model.model.{name}"
-            a = torch.randn(rank, module.in_features, generator=generator) / math.sqrt(module.in_features)
-            b = torch.randn(module.out_features, rank, generator=generator) * 0.1
-            tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+    """An adapter in peft's format with values of the size of the weights, B too; written without the package.
+
+    Args:
+        whole: modules that are trained whole, by the last part of their names; each element is a little off the base's.
+    """
+    generator, tensors, base = torch.Generator().manual_seed(seed), dict[str, torch.Tensor](), load(str(model))
+    for name, (out, inputs) in matrices(base).items():
+        if name.rsplit(".", 1)[-1] in modules:
+            a = torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)
+            b = torch.randn(out, rank, generator=generator) * 0.1
+            tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
+    for name, parameter in base.named_parameters():
+        if name.rsplit(".", 2)[-2] in whole:
+            change = 1 + 0.05 * torch.randn(parameter.shape, generator=generator)
+            tensors[PREFIX + name] = parameter.detach() * change
+    is_tied = base.config.tie_word_embeddings and PREFIX + EMBEDDING in tensors
+    if is_tied:
+        tensors[PREFIX + HEAD] = tensors[PREFIX + EMBEDDING].clone()
     path.mkdir(parents=True)
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
     fields = dict(peft_type="LORA", r=rank, lora_alpha=alpha, use_rslora=rslora, bias="none", lora_dropout=0.0)
     fields |= dict(base_model_name_or_path=str(model), target_modules=list(modules), task_type="CAUSAL_LM")
+    fields |= dict(modules_to_save=list(whole) or None, ensure_weight_tying=is_tied)
     (path / "adapter_config.json").write_text(json.dumps(fields | config))
     return str(path)
 
@@ -59,19 +77,70 @@ def scale_of(path: Path | str) -> float:
     return float(config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank))
 
 
-def adapted(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """Freeze the model and put adapters on it; returns their parameters, by peft's names."""
-    model.requires_grad_(False)
-    found: dict[str, torch.Tensor] = {}
+def matrices(model: Any) -> dict[str, tuple[int, int]]:
+    """Name of each matrix that may have an adapter, as the checkpoint has it -> (out, in)."""
+    found = {}
     for name, module in model.named_modules():
-        a_name, b_name = (f"base_model.model.{name}.lora_{kind}.weight" for kind in "AB")
-        if a_name in tensors:
-            dtype = next(module.parameters()).dtype
-            a, b = (torch.nn.Parameter(tensors[n].to(dtype)) for n in (a_name, b_name))
-            found |= {a_name: a, b_name: b}
-            module.register_forward_hook(lambda _, x, h, a=a, b=b: h + scale * ((x[0] @ a.T) @ b.T))
-    assert found.keys() == tensors.keys()
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
+            found[name] = (module.out_features, module.in_features)
+        elif hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, torch.nn.Parameter):
+            for (gate, up), down in _experts(model, name, module):
+                found |= dict.fromkeys((gate, up), (module.down_proj.shape[2], module.down_proj.shape[1]))
+                found[down] = tuple(module.down_proj.shape[1:])
     return found
+
+
+def _experts(model: Any, name: str, module: Any) -> list[tuple[tuple[str, str], str]]:
+    """((gate, up), down) of each expert, by the checkpoint's names."""
+    mixtral = model.config.model_type == "mixtral"
+    name = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
+    gate, up, down = MIXTRAL if mixtral else ALL[4:]
+    numbers = range(len(module.gate_up_proj))
+    return [((f"{name}.{e}.{gate}", f"{name}.{e}.{up}"), f"{name}.{e}.{down}") for e in numbers]
+
+
+class _Added(torch.nn.Module):
+    """Experts' matrices in one tensor -> with the products of their adapters."""
+
+    def __init__(self, products: list[list[tuple[torch.Tensor, torch.Tensor] | torch.Tensor]], scale: float) -> None:
+        super().__init__()
+        self.products, self.scale = products, scale  # of each expert, one below the other; zeros where it has none
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        deltas = [torch.cat([x if isinstance(x, torch.Tensor) else x[1] @ x[0] for x in one]) for one in self.products]
+        return weight + self.scale * torch.stack(deltas)
+
+
+def adapted(model: Any, tensors: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.nn.Parameter]:
+    """Freeze the model, put adapters on it, set the modules; returns what is trained, by peft's names."""
+    model.requires_grad_(False)
+    dtype = next(model.parameters()).dtype
+    found = {name: torch.nn.Parameter(x.to(dtype)) for name, x in tensors.items() if ".lora_" in name}
+
+    def of(name: str) -> Any:
+        parts = [f"{PREFIX}{name}.lora_{kind}.weight" for kind in "AB"]
+        return tuple(found[part] for part in parts) if parts[0] in found else None
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and of(name):
+            a, b = of(name)
+            module.register_forward_hook(lambda _, x, h, a=a, b=b: h + scale * ((x[0] @ a.T) @ b.T))
+        elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+            _put_on_experts(module, _experts(model, name, module), of, scale)
+    for name, parameter in model.named_parameters():
+        if PREFIX + name in tensors:
+            parameter.data.copy_(tensors[PREFIX + name])
+            found[PREFIX + name] = parameter.requires_grad_()
+    return found
+
+
+def _put_on_experts(module: Any, names: Any, of: Any, scale: float) -> None:
+    inner, hidden = module.down_proj.shape[2], module.down_proj.shape[1]
+    zeros = {shape: module.down_proj.new_zeros(shape) for shape in ((inner, hidden), (hidden, inner))}
+    gate_up = [[of(name) or zeros[inner, hidden] for name in pair] for pair, _ in names]
+    down = [[of(name) or zeros[hidden, inner]] for _, name in names]
+    for parameter, products in (("gate_up_proj", gate_up), ("down_proj", down)):
+        torch.nn.utils.parametrize.register_parametrization(module, parameter, _Added(products, scale), unsafe=True)
 
 
 def dense_lora_step(
@@ -98,17 +167,17 @@ def dense_lora_step(
         logits = all_logits(teacher, teacher_samples, dtype)
         loss, metrics = loss_and_metrics(model, logits, samples, objective, topk, None)
         loss.backward()
-        gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()}
         norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.clip_grad or math.inf)
         betas = (training.adam_beta1, training.adam_beta2)
-        torch.optim.AdamW(
-            list(parameters.values()),
-            lr=training.lr,
-            betas=betas,
-            eps=training.adam_eps,
-            weight_decay=training.weight_decay,
-        ).step()
+        for p in parameters.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        decayed, norms = ([p for p in parameters.values() if (p.ndim > 1) == kind] for kind in (True, False))
+        groups = [dict(params=decayed, weight_decay=training.weight_decay), dict(params=norms, weight_decay=0.0)]
+        torch.optim.AdamW(groups, lr=training.lr, betas=betas, eps=training.adam_eps).step()
         weights = {name: p.detach().clone() for name, p in parameters.items()}
+        if PREFIX + HEAD in values and PREFIX + HEAD not in weights:  # tied: the file names it twice
+            weights[PREFIX + HEAD], gradients[PREFIX + HEAD] = (x[PREFIX + EMBEDDING] for x in (weights, gradients))
         return DenseStep(float(loss.detach()), float(norm), metrics, weights, gradients)
 
     with Float64():

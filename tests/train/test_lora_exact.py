@@ -1,5 +1,6 @@
 """A training step of adapters equals the formula in plain torch, in every layout: loss, norm, every gradient and every
-updated matrix of every adapter (tests/support/dense_lora.py).
+updated matrix of every adapter (tests/support/dense_lora.py), of experts' too, and of every module that is trained
+whole beside them.
 
 The adapter begins with a B that is not 0, from a file in peft's format; of a student with tied embeddings and norms of
 heads, and of one without. Layouts of every kind that changes who holds what (the gate has some), each
@@ -19,8 +20,10 @@ import pytest
 import torch
 
 from megatron_gkd.config.run import DistillationConfig, TrainingConfig
+from megatron_gkd.model import lora
+from megatron_gkd.parallel.together import from_first
 from megatron_gkd.train.step import distill
-from megatron_gkd.weights import adapters
+from megatron_gkd.weights import adapters, whole_modules
 from tests.support.dense_lora import ALL, dense_lora_step, write_adapter
 from tests.support.dense_step import DenseStep, Objective, differences
 from tests.support.effort import FULL
@@ -37,15 +40,43 @@ MIDDLE = Objective(0.5, "full", 0.5)
 SOME: dict[str, Any] = dict(modules=("q_proj", "v_proj", "up_proj", "o_proj"), rslora=True, rank=3)
 ATTENTION: dict[str, Any] = dict(modules=("q_proj", "k_proj", "v_proj", "o_proj"), rank=5)
 VALUES: dict[str, Any] = dict(modules=("v_proj",), rank=2)  # of which half of the ranks have no row
+EXPERTS: dict[str, Any] = dict(modules=ALL, rank=3)
+OF_MIXTRAL: dict[str, Any] = dict(modules=("q_proj", "w1", "w2"), rank=6)
+MODULES = ("embed_tokens", "norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")  # of Qwen3
+WHOLE: dict[str, Any] = dict(modules=("q_proj", "down_proj"), rank=7, whole=MODULES)  # tied: the head too
+APART: dict[str, Any] = dict(modules=("v_proj", "up_proj"), rank=8, whole=("lm_head", "input_layernorm"))
 CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "TP2": (2, "qwen3", dict(tensor=2, sharded=False), {}),
     "TP2 SP, some": (2, "qwen3", dict(tensor=2, sequence=True, sharded=False), SOME),
-    "PP2": (2, "qwen3", dict(pipeline=2, sharded=False), {}),
-    "EP2, attention": (2, "qwen3_moe", dict(expert=2, sharded=False, teacher_expert=1), ATTENTION),
+    "PP2, tied modules": (2, "qwen3", dict(pipeline=2, sharded=False), WHOLE),
+    "EP2, experts": (2, "qwen3_moe", dict(expert=2, sharded=False, teacher_expert=1), EXPERTS),
     "TP4 above the KV heads": (4, "llama", dict(tensor=4, sequence=True, sharded=False), VALUES),
 }
 if FULL:
+    moe: dict[str, Any] = dict(sharded=False, teacher_expert=1, teacher_expert_tensor=1)
     CASES |= {
+        "EP2, attention": (2, "qwen3_moe", dict(expert=2, **moe), ATTENTION),
+        "EP2, Mixtral": (2, "mixtral", dict(expert=2, **moe), OF_MIXTRAL),
+        "ETP2 TP2 SP": (2, "qwen3_moe", dict(tensor=2, sequence=True, expert_tensor=2, **moe), EXPERTS),
+        "ETP2 alone": (2, "mixtral", dict(expert_tensor=2, **moe), OF_MIXTRAL),
+        "EP2 TP2 SP": (2, "qwen3_moe", dict(tensor=2, sequence=True, expert=2, expert_tensor=1, **moe), EXPERTS),
+        "EP2 ETP2 TP2 SP DP2": (
+            4,
+            "mixtral",
+            dict(tensor=2, sequence=True, expert=2, expert_tensor=2, **moe),
+            OF_MIXTRAL,
+        ),
+        "EP2 PP2, sharded optimizer": (4, "mixtral", dict(expert=2, pipeline=2) | moe | dict(sharded=True), OF_MIXTRAL),
+        "TP2 SP, tied modules": (2, "qwen3", dict(tensor=2, sequence=True, sharded=False), WHOLE),
+        "TP2, modules": (2, "llama", dict(tensor=2, sharded=False), APART),
+        "PP2 VPP2, modules": (2, "llama", dict(pipeline=2, virtual=2, sharded=False), APART),
+        "TP2 PP2, tied modules, sharded optimizer": (
+            4,
+            "qwen3",
+            dict(tensor=2, pipeline=2, sequence=True, sharded=True),
+            WHOLE,
+        ),
+        "PP2": (2, "qwen3", dict(pipeline=2, sharded=False), {}),
         "one": (1, "llama", dict(sharded=False), {}),
         "TP2 SP": (2, "llama", dict(tensor=2, sequence=True, sharded=False), {}),
         "PP2 VPP2": (2, "llama", dict(pipeline=2, virtual=2, sharded=False), {}),
@@ -71,6 +102,7 @@ def config_of(root: Path, family: str, layout: dict[str, Any], of_adapter: dict[
         write_adapter(adapter, student, **of_adapter)
     tuner = dict(tuner_type="lora", lora_rank=of_adapter.get("rank", 4), lora_alpha=8.0, adapters=str(adapter))
     tuner |= dict(use_rslora=of_adapter.get("rslora", False), target_modules=list(of_adapter.get("modules", ALL)))
+    tuner |= dict(modules_to_save=list(of_adapter.get("whole", ())))
     sizes = {T[name]: value for name, value in layout.items()}
     step = dict(micro_batch_size=1, global_batch_size=len(SAMPLES), train_iters=1)
     constant = dict(lr_decay_style="constant", lr_warmup_fraction=0.0)
@@ -83,8 +115,11 @@ def step_of(trainer: Trainer, *, packing: bool) -> tuple[StepOutcome, dict[str, 
     whole, gradients = not trainer.config.parallel.use_distributed_optimizer, dict[str, torch.Tensor]()
 
     def collected(read: Any = torch.Tensor.detach) -> dict[str, torch.Tensor]:
-        layers = adapters.collect(run.student.models, run.architecture, run.student.groups, read=read)
-        return {name: tensor for layer in layers for name, tensor in layer.items()}
+        student: Any = (run.student.models, run.architecture, run.student.groups)
+        whole = trainer.config.tuner.modules_to_save
+        layers = [*adapters.collect(*student, read=read)]
+        of_modules = [*whole_modules.collect(*student, whole, read=lambda parameter: read(parameter.tensor))]
+        return {name: tensor for layer in layers + from_first(of_modules) for name, tensor in layer.items()}
 
     def keep(*args: Any, **kwargs: Any) -> Any:
         def before_update(*_: object) -> bool:
@@ -106,9 +141,10 @@ def frozen_is_untouched(trainer: Trainer, before: dict[str, torch.Tensor]) -> li
     named = [(name, p) for chunk in student.models for name, p in chunk.named_parameters()]
     held = {id(p) for group in student.optimizer.param_groups for p in group["params"]}
     wrong = [name for name, p in named if name in before and not torch.equal(p, before[name])]
-    wrong += [name for name, p in named if ".adapter." not in name and (hasattr(p, "main_grad") or id(p) in held)]
-    in_buffers = sum(buffer.numel_unpadded for chunk in student.chunks for buffer in chunk.buffers)
-    trained = sum(p.numel() for name, p in named if ".adapter." in name)
+    wrong += [name for name, p in named if not p.requires_grad and (hasattr(p, "main_grad") or id(p) in held)]
+    buffers = [b for chunk in student.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    in_buffers = sum(p.numel() for buffer in buffers for p in buffer.params)
+    trained = sum(p.numel() for _, p in named if p.requires_grad)
     return wrong + ([] if in_buffers == trained else [f"{in_buffers} gradients of {trained} parameters"])
 
 
@@ -117,9 +153,7 @@ def run_step(config: Any) -> list[Any]:
         found = []
         trainer = Trainer(config)
         models = trainer.run.student.models
-        before = {
-            name: p.detach().clone() for m in models for name, p in m.named_parameters() if ".adapter." not in name
-        }
+        before = {name: p.detach().clone() for m in models for name, p in m.named_parameters() if not p.requires_grad}
         for packing in (False, True):
             trainer.rewind()
             if trainer.config.parallel.use_distributed_optimizer:
@@ -145,3 +179,43 @@ def test_a_step_equals_the_formula(root: Path, case: str) -> None:
         for outcome, gradients, weights in steps:
             found = differences(outcome.loss, outcome.grad_norm, outcome.metrics, weights, expected, gradients or None)
             assert not found
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def run_faulty_step(config: Any, fault: str) -> list[Any]:
+    def as_dense(adapter: Any, mark: Any = lora.Adapter._mark) -> None:
+        mark(adapter)
+        for parameter in adapter.parameters():
+            parameter.allreduce = True
+
+    def counted_twice(adapter: Any, mark: Any = lora.Adapter._mark) -> None:
+        mark(adapter)
+        for parameter in adapter.parameters():
+            parameter.shared = False
+
+    faults: dict[str, Any] = {
+        "not summed over the expert-tensor ranks": patch.object(lora, "_summed", lambda parameter, group: parameter),
+        "summed as a dense layer's": patch.object(lora.Adapter, "_mark", as_dense),
+        "a copy counted in the norm": patch.object(lora.Adapter, "_mark", counted_twice),
+    }
+    with faults[fault]:
+        return run_step(config)
+
+
+@pytest.mark.parametrize(
+    ("fault", "case"),
+    [
+        ("summed as a dense layer's", "EP2, experts"),
+        ("not summed over the expert-tensor ranks", "ETP2 alone"),
+        ("a copy counted in the norm", "ETP2 alone"),
+    ],
+)
+@pytest.mark.skipif(not FULL, reason="the layouts are those of the whole grid")
+def test_planted_faults_are_found(root: Path, fault: str, case: str) -> None:
+    world, family, layout, of_adapter = CASES[case]
+    config = config_of(root, family, layout, of_adapter)
+    expected = truth(config.model.model, config.teacher.teacher_model, config.tuner.adapters)
+    for outcome, gradients, weights in run_ranks(run_faulty_step, config, fault, world=world)[0][:2]:
+        assert differences(outcome.loss, outcome.grad_norm, outcome.metrics, weights, expected, gradients)

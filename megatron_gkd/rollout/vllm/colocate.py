@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
+from megatron_gkd.config.tuner import LORA_RANKS
 from megatron_gkd.data.pictures import load
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.parallel.together import from_first
@@ -36,6 +37,7 @@ from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 from megatron_gkd.rollout.vllm.guard import EngineGuard, keep_process_groups, own_shared_memory
 from megatron_gkd.rollout.vllm.local_server import WORKER_EXTENSION
+from megatron_gkd.rollout.vllm.worker import ADAPTER_ID
 
 _QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -60,6 +62,7 @@ class ColocatedEngine:
         gpu_memory_utilization: float = 0.9,
         sleep_level: int = 0,
         read_weights: bool = False,
+        adapter: Mapping[str, Any] | None = None,
         seed: int = 0,
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -68,6 +71,8 @@ class ColocatedEngine:
         Args:
             model_path: Hugging Face directory; its config.json is used, and its weights if `read_weights` (version 0).
                 Else the weights are undefined, and nothing can be sampled, until the first update.
+            adapter: as in adapter_config.json: updates are of an adapter beside the weights of `model_path`, which are
+                read now. None: of all weights.
             engine_options: further arguments of vLLM's, by its names; they win.
 
         Raises ConfigError for what can be known before, RolloutError for what vLLM says.
@@ -101,6 +106,14 @@ class ColocatedEngine:
             }
         else:
             options["kv_cache_memory_bytes"] = _cpu_kv_bytes(arch, dtype, tensor_parallel_size, length)
+        self._adapter = adapter
+        if adapter is not None:
+            # The head is left as it is: beside LoRA vLLM (0.32) on a CPU fails on log-probabilities of several prompts.
+            options |= {"load_format": "auto", "enable_lora": True, "max_loras": 1}
+            options |= {
+                "max_lora_rank": lora_rows(adapter["r"]),
+                "lora_target_modules": list(adapter["target_modules"]),
+            }
         options |= engine_options or {}
         token = from_first(f"gkd-{secrets.token_hex(8)}")
         with self._guard():
@@ -131,15 +144,18 @@ class ColocatedEngine:
 
     def begin(self) -> None:
         with self._state.begin():
-            self._call("gkd_begin")
+            self._call("gkd_begin" if self._adapter is None else "gkd_begin_adapter")
 
     def bucket(self, tensors: Sequence[tuple[str, torch.Tensor]], sums: Mapping[str, tuple[int, int]]) -> None:
         with self._state.bucket():
-            self._call("gkd_bucket", list(tensors), dict(sums))
+            self._call("gkd_bucket" if self._adapter is None else "gkd_adapter", list(tensors), dict(sums))
 
     def end(self, version: int) -> None:
         with self._state.end(version):
-            self._call("gkd_end")
+            if self._adapter is None:
+                self._call("gkd_end")
+            else:
+                self._call("gkd_end_adapter", dict(self._adapter))
             with self._guard():
                 done = self._engine.reset_prefix_cache()
                 if self._sees_images:  # else the rows of images that were seen before are the old tower's
@@ -153,7 +169,7 @@ class ColocatedEngine:
     def abort(self) -> None:
         with self._state.abort() as unfinished:
             if unfinished:
-                self._call("gkd_abort")
+                self._call("gkd_abort" if self._adapter is None else "gkd_abort_adapter")
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 
@@ -190,11 +206,22 @@ class ColocatedEngine:
     def _run(self, prompts: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
         try:
             with self._guard():
-                return list(self._engine.generate(list(prompts), list(parameters), use_tqdm=False))
+                request = self._lora_request()
+                return list(
+                    self._engine.generate(list(prompts), list(parameters), use_tqdm=False, lora_request=request)
+                )
         except Exception as error:
             raise RolloutError(
                 f"vLLM failed while it sampled {len(prompts)} sequences: {_first_line(error)}"
             ) from error
+
+    def _lora_request(self) -> Any:
+        """The adapter that updates have put into the worker; None where they are of all weights."""
+        if self._adapter is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest("student", ADAPTER_ID, "in memory")  # read from nowhere: the number is known there
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -235,6 +262,11 @@ class ColocatedEngine:
             raise
         except Exception as error:
             raise RolloutError(f"vLLM's worker failed in {method}: {_first_line(error)}") from error
+
+
+def lora_rows(rank: int) -> int:
+    """Rows that vLLM keeps for an adapter: the least of its sizes that holds the rank."""
+    return next(size for size in LORA_RANKS if size >= rank)
 
 
 def _check_start(tensor_parallel_size: int) -> None:

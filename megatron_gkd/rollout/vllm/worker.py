@@ -3,6 +3,10 @@ weights from Hugging Face named tensors, in buckets.
 
     gkd_begin() ; gkd_bucket(items)* or gkd_bucket_file(name, ...)* or gkd_bucket_group(...)* ; gkd_end() | gkd_abort()
 
+    gkd_begin_adapter() ; gkd_adapter(items, sums)* ; gkd_end_adapter(config) | gkd_abort_adapter()
+
+The second way leaves the base as it was loaded, and replaces the one adapter in vLLM's own LoRA, from memory.
+
 `gkd_info` says what this worker holds; `gkd_read_token` and `gkd_group_join` find and make a way for the weights.
 
 It goes through vLLM's layerwise reload (`initialize_layerwise_reload`, `model.load_weights`,
@@ -39,6 +43,9 @@ MODEL_FIELDS = (  # of config.json: two models that differ in none of these have
 )
 
 
+ADAPTER_ID = 1  # vLLM's number of the adapter; requests for it name it so
+
+
 class DamagedTransferError(RuntimeError):
     """A tensor arrived that is not the one that was sent. (RuntimeError: it crosses process borders by its text.)"""
 
@@ -71,11 +78,7 @@ class RolloutWorker:
         loaded so far.
         """
         self._check_updating()
-        for name, tensor in items:
-            found = checksum(tensor)
-            if sums is not None and found != tuple(sums[name]):
-                raise DamagedTransferError(f"{name} was damaged on the way: checksum {found}, sent {tuple(sums[name])}")
-            self._gkd_received[name] = (found, float(tensor.float().norm()))
+        self._check_sums(items, sums)
         with self._in_vllm() as model:
             model.load_weights(iter(items))
         return len(self._gkd_received)
@@ -133,6 +136,51 @@ class RolloutWorker:
             if getattr(method, "moe_kernel", 0) is None and hasattr(method, "_gkd_kernel"):
                 method.moe_kernel = method._gkd_kernel  # type: ignore[union-attr]
         self._gkd_updating = False
+
+    # ---- an adapter beside the base ----------------------------------------------------------------------------------
+
+    def gkd_begin_adapter(self) -> None:
+        """A whole adapter comes; the one that is there stays until `gkd_end_adapter`."""
+        self._gkd_updating = True
+        self._gkd_num_updates = getattr(self, "_gkd_num_updates", 0) + 1
+        self._gkd_received = {}
+        self._gkd_adapter: dict[str, torch.Tensor] = {}
+
+    def gkd_adapter(self, items: Sequence[tuple[str, torch.Tensor]], sums: Sums) -> int:
+        """Keep whole matrices by peft's names, after a look at their checksums."""
+        self._check_updating()
+        self._check_sums(items, sums)
+        self._gkd_adapter |= dict(items)
+        return len(self._gkd_received)
+
+    def gkd_end_adapter(self, config: dict[str, Any]) -> int:
+        """Put the adapter in the place of the one before. `config`: as in adapter_config.json."""
+        from vllm.lora.peft_helper import PEFTHelper
+
+        self._check_updating()
+        loader = self.model_runner.lora_manager
+        manager, helper = loader._adapter_manager, PEFTHelper.from_dict(config)
+        helper.validate_legal(loader.lora_config)
+        found = loader._lora_model_cls.from_lora_tensors(
+            ADAPTER_ID, self._gkd_adapter, helper, device="cpu", dtype=loader.lora_config.lora_dtype
+        )
+        manager.remove_adapter(ADAPTER_ID)
+        manager.add_adapter(found)
+        manager.activate_adapter(ADAPTER_ID)
+        self.gkd_abort_adapter()
+        return len(self._gkd_received)
+
+    def gkd_abort_adapter(self) -> None:
+        """Forget what has come."""
+        self._gkd_adapter, self._gkd_updating = {}, False
+
+    def _check_sums(self, items: Sequence[tuple[str, torch.Tensor]], sums: Sums | None) -> None:
+        """Take receipts. Raises DamagedTransferError for a tensor with another checksum than it was sent with."""
+        for name, tensor in items:
+            found = checksum(tensor)
+            if sums is not None and found != tuple(sums[name]):
+                raise DamagedTransferError(f"{name} was damaged on the way: checksum {found}, sent {tuple(sums[name])}")
+            self._gkd_received[name] = (found, float(tensor.float().norm()))
 
     def _check_updating(self) -> None:
         """So that no weight changes without a new number of updates."""

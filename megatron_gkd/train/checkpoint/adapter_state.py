@@ -1,9 +1,11 @@
 """Adapters (model/lora.py) as megatron-core's dist_checkpointing sees them: each matrix under a key of its own, by the
 role and the global layer of its weight, cut as the weight is. So a checkpoint of adapters is loaded in any
-layout, as one of whole models is, and holds nothing of the base.
+layout, as one of whole models is, and holds nothing of the base. What is trained whole beside them stands under
+megatron-core's own keys.
 
     adapter.layers.3.qkv.B      [rows of q, k and v in megatron-core's order, r]: chunks of rows over TP
     adapter.layers.3.gate_up.B  [gate; up]: a rank has a chunk of each, as megatron-core's factory for the weight says
+    adapter.layers.3.expert_down.5.A    of expert 5 of all, cut over the expert-tensor ranks
 """
 
 from __future__ import annotations
@@ -17,33 +19,48 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
 from megatron_gkd.model.lora import Adapter
-from megatron_gkd.weights.naming import ADAPTER_KEYS, ROLES, parse
+from megatron_gkd.weights.naming import ADAPTER_KEYS, ROLES, is_adapter, parse
 
 
-def sharded_adapters(chunk: Any, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Parameter name in the chunk -> its part of the whole tensor; empty for a chunk without adapters."""
+def sharded_adapters(chunk: Any, groups: ProcessGroupCollection, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Parameter name in the chunk -> its part of the whole tensor; empty for a chunk without adapters.
+
+    Args:
+        metadata: for megatron-core's `sharded_state_dict`.
+    """
     found: dict[str, Any] = {}
     for name, adapter in _adapters(chunk):
-        role, layer, _, _ = parse(f"{name}.weight")
+        role, layer, expert, _ = parse(f"{name}.weight")
         assert layer is not None, name
-        key = f"{ADAPTER_KEYS}{chunk.decoder.layers[layer].layer_number - 1}.{role}"
+        block = chunk.decoder.layers[layer]
+        key = f"{ADAPTER_KEYS}{block.layer_number - 1}.{role}"
+        if expert is not None:
+            key += f".{groups.ep.rank() * block.mlp.num_local_experts + expert}"
         for kind, parameter, axis in (("A", adapter.A, 1), ("B", adapter.B, 0)):
             is_cut = adapter.is_column == (kind == "B")
             sharded = _sharded(f"{key}.{kind}", parameter, axis if is_cut else None, adapter, groups)
             if kind == "B" and ROLES[role].transform == "gated":
                 sharded = apply_swiglu_sharded_factory(sharded, ())
             found[f"{name}.adapter.{kind}"] = sharded
+    if found and (whole := _whole(chunk)):
+        own = chunk.sharded_state_dict(metadata=metadata)
+        found |= {name: own[name] for name in whole}
     return found
+
+
+def _whole(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What is trained and belongs to no adapter."""
+    return {name: p for name, p in chunk.named_parameters() if p.requires_grad and not is_adapter(name)}
 
 
 def _sharded(
     key: str, parameter: torch.nn.Parameter, axis: int | None, adapter: Adapter, groups: ProcessGroupCollection
 ) -> Any:
     """`axis`: along which the TP ranks have a part each; None: they have the same."""
-    tp = adapter.tp_group
+    tp, replicas = adapter.tp_group, groups.expt_dp if adapter.is_expert else groups.dp_cp
     copy = 0 if axis is not None else tp.rank()
     offsets = [] if axis is None else [(axis, tp.rank(), tp.size())]
-    return ShardedTensor.from_rank_offsets(key, parameter, *offsets, replica_id=(0, copy, groups.dp_cp.rank()))
+    return ShardedTensor.from_rank_offsets(key, parameter, *offsets, replica_id=(0, copy, replicas.rank()))
 
 
 @torch.no_grad()
@@ -51,6 +68,7 @@ def load_adapters(chunk: Any, loaded: Mapping[str, torch.Tensor]) -> bool:
     """Copy what was read for `sharded_adapters`; False for a chunk without adapters."""
     own = {f"{name}.adapter.{kind}": getattr(a, kind) for name, a in _adapters(chunk) for kind in "AB"}
     if own:
+        own |= _whole(chunk)
         assert own.keys() == loaded.keys(), sorted(own.keys() ^ loaded.keys())
         for name, parameter in own.items():
             parameter.copy_(loaded[name])

@@ -36,7 +36,7 @@ def sharded_state(student: Student | None, *, is_loading: bool, with_optimizer: 
         "dp_cp_group": student.groups.dp_cp,
     }
     models = {
-        f"model{i}": sharded_adapters(model, student.groups) or model.sharded_state_dict(metadata=metadata)
+        f"model{i}": sharded_adapters(model, student.groups, metadata) or model.sharded_state_dict(metadata=metadata)
         for i, model in enumerate(student.models)
     }
     # One chunk: its own names, as the optimizer knows them; several (virtual pipeline): by chunk.

@@ -53,6 +53,7 @@ _FREE_FLAGS: Final = frozenset(
         "teacher_pipeline_model_parallel_layout",
         *("merge_lora", "adapters"),  # what is written; what a run began with
         *("vllm_enforce_eager", "vllm_max_num_seqs", "vllm_engine_kwargs"),
+        "vllm_enable_lora",
         *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level"),
         *("vllm_server_host", "vllm_server_port", "weight_bucket_mb", "verify_sync_every"),
     }

@@ -1,0 +1,151 @@
+"""Modules that are trained whole beside adapters (peft's `modules_to_save`), by Hugging Face names: embedding, head and
+norms of a model whose other weights are frozen.
+
+    check_modules(arch, ["embed_tokens", "norm"])       refuses names that no such module has
+    unfreeze(chunks, arch, groups, names, ...)          after `attach` (adapters.py), before DDP
+    fill(chunks, arch, groups, names, read)             from whole tensors by peft's names
+    collect(chunks, arch, groups, names)                whole tensors again, on the rank that writes
+
+A name is the last part of a module's: `input_layernorm` is that of all layers, `norm` the last one alone (peft, which
+compares the ends of names, is told `model.norm`).
+
+A tied head is the embedding: either name trains the one matrix, on both ends of a pipeline. peft needs
+`ensure_weight_tying` for that, and then writes the matrix under both names; so do we. A file in which the head was left
+behind, or differs, is another model, and refused.
+
+Gradients and optimizer state are megatron-core's own, as in full training: no weight decay on norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
+from megatron_gkd.weights.export import HFTensorStream
+from megatron_gkd.weights.load import parameter_plan
+from megatron_gkd.weights.naming import ROLES
+from megatron_gkd.weights.plan import unit_shapes, units
+
+_KINDS: Final = ("embedding", "attention_norm", "query_norm", "key_norm", "mlp_norm", "final_norm", "head")
+_NAMES: Final = {ROLES[role].hf_names[0].removesuffix(".weight").rsplit(".", 1)[-1]: role for role in _KINDS}
+_PREFIX: Final = "base_model.model."
+
+
+def check_modules(arch: Architecture, names: Sequence[str]) -> None:
+    """Raise ConfigError for a name that no module has which can be trained whole."""
+    present = {unit.role for unit in units(arch)} | {"head"}
+    known = [name for name, role in _NAMES.items() if role in present]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(
+            f"--modules_to_save {unknown[0]}: of a {arch.model_type} model these can be trained beside adapters: "
+            f"{', '.join(known)} (matrices of layers have adapters: --target_modules)"
+        )
+
+
+def roles_of(arch: Architecture, names: Sequence[str]) -> set[str]:
+    """The roles (naming.py) that are trained; of a tied head both ends."""
+    found = {_NAMES[name] for name in names}
+    return found | {"embedding", "head"} if arch.tied_embeddings and found & {"embedding", "head"} else found
+
+
+def ties(arch: Architecture, names: Sequence[str]) -> bool:
+    """Whether a matrix is trained that is both embedding and head."""
+    return arch.tied_embeddings and "head" in roles_of(arch, names)
+
+
+def peft_modules(arch: Architecture, names: Sequence[str]) -> list[str] | None:
+    """The names as adapter_config.json has them."""
+    roles = roles_of(arch, names) - ({"head"} if arch.tied_embeddings else set())
+    return ["model.norm" if name == "norm" else name for name, role in _NAMES.items() if role in roles] or None
+
+
+def shapes(arch: Architecture, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """peft's name -> shape, in order."""
+    roles, found = roles_of(arch, names), dict[str, tuple[int, ...]]()
+    for unit in units(arch):
+        if unit.role in roles:
+            for name, shape in unit_shapes(unit, arch).items():
+                found |= dict.fromkeys(_stored_as(name, arch), shape)
+    return found
+
+
+def _stored_as(name: str, arch: Architecture) -> list[str]:
+    """peft's names of a Hugging Face tensor: of a tied embedding the head's too."""
+    is_both = arch.tied_embeddings and name == ROLES["embedding"].hf_names[0]
+    return [_PREFIX + name, *([_PREFIX + ROLES["head"].hf_names[0]] if is_both else [])]
+
+
+def _trained(chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any, names: Sequence[str]) -> list[Any]:
+    roles = roles_of(arch, names)
+    parameters: list[Parameter] = check_chunks(chunks, arch, ExpertRank.of(groups))
+    return [parameter for parameter in parameters if parameter.unit.role in roles]
+
+
+def unfreeze(
+    chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any, names: Sequence[str], *, keep_base: bool
+) -> None:
+    """The modules' parameters ask for gradients; with `keep_base` the values of now are kept beside them, as those of
+    the base (model/lora.py, `switched_off`)."""
+    for parameter in _trained(chunks, arch, groups, names):
+        parameter.tensor.requires_grad_(True)
+        if keep_base:
+            parameter.tensor.of_base = parameter.tensor.detach().clone()
+
+
+@torch.no_grad()
+def fill(
+    chunks: Sequence[torch.nn.Module],
+    arch: Architecture,
+    groups: Any,
+    names: Sequence[str],
+    read: Callable[[str, int, int], torch.Tensor],
+) -> None:
+    """Give every such parameter its values.
+
+    Args:
+        read: peft's name, first row, last row + 1 -> these rows of the whole tensor, on the CPU.
+    """
+    for parameter in _trained(chunks, arch, groups, names):
+        row = 0
+        for rectangle in parameter_plan(parameter, arch, groups.tp.rank(), groups.tp.size(), ExpertRank.of(groups)):
+            part = parameter.tensor[row : row + rectangle.num_rows]
+            row += rectangle.num_rows
+            if rectangle.name is None:
+                part.zero_()  # vocabulary padding
+            else:
+                part.copy_(read(_PREFIX + rectangle.name, *rectangle.rows))
+
+
+def collect(
+    chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any, names: Sequence[str], **options: Any
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole tensors by peft's names, on the CPU of the writing rank; nothing on others, which have to ask for all too.
+
+    Args:
+        options: of HFTensorStream, whose communication it makes.
+    """
+    roles = roles_of(arch, names)
+    if not roles:
+        return
+    stream = HFTensorStream(chunks, arch, groups, only=lambda unit: unit.role in roles, **options)
+    for name, tensor in stream:
+        yield {peft_name: tensor.cpu() for peft_name in _stored_as(name, arch)}
+
+
+def check_tied(entries: Mapping[str, Any], config: Mapping[str, Any], same: Callable[[str, str], bool]) -> str:
+    """Of a file with the matrix of a tied student: what is wrong with it, or "".
+
+    Args:
+        same: whether two tensors of the file have the same values.
+    """
+    embedding, head = (_PREFIX + ROLES[role].hf_names[0] for role in ("embedding", "head"))
+    if not config.get("ensure_weight_tying"):
+        return "trained the embedding apart from the head, which is tied to it here (ensure_weight_tying is off)"
+    if embedding in entries and head in entries and not same(embedding, head):
+        return f"{head} differs from {embedding}, and the head is tied to the embedding"
+    return ""

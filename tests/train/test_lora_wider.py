@@ -1,0 +1,337 @@
+"""Adapters of experts, and modules that are trained whole beside adapters, in runs: files, merged weights, resume, the
+base as teacher; and a first step that is that of full training.
+
+A run is small, of a tiny Qwen3-MoE with a tied head. Gradients: test_lora_exact.py. Not covered: vLLM; bf16.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.nn.attention import SDPBackend
+
+from megatron_gkd.commands.convert import parse_convert_config, run_convert
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.model import layers, levers
+from megatron_gkd.model.layers import SDPAttention
+from megatron_gkd.model.lora import Lora, base_value
+from megatron_gkd.weights import export
+from megatron_gkd.weights.adapters import check_targets, what_peft_changes
+from megatron_gkd.weights.whole_modules import check_modules
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.dense_lora import ALL, EMBEDDING, HEAD, PREFIX, write_adapter
+from tests.support.effort import FULL
+from tests.support.models import small
+from tests.support.ranks import RankFailureError, run_ranks
+from tests.support.runs import command_line, exported, metrics, train, train_on_this_rank
+from tests.support.trainers import write_rows
+
+MODULES = ["embed_tokens", "norm", "input_layernorm", "q_norm"]
+LORA: dict[str, Any] = dict(tuner_type="lora", lora_rank=4, lora_alpha=8, modules_to_save=MODULES)
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("lora_wider")
+    sizes: dict[str, Any] = dict(tied=True, layers=2, hidden_size=32, ffn_hidden_size=48, moe_intermediate_size=24)
+    student = write_tiny_checkpoint(root / "student", "qwen3_moe", seed=1, **sizes)
+    teacher = write_tiny_checkpoint(root / "teacher", "qwen3", seed=2, layers=1, hidden_size=32)
+    return dict(
+        model=student,
+        teacher_model=teacher,
+        dataset=write_rows(root / "rows.jsonl", 8),
+        eval_dataset=write_rows(root / "held_out.jsonl", 2, seed=9),
+        lmbda=0,
+        global_batch_size=4,
+        train_iters=STEPS,
+        save_steps=1,
+        lr=3e-2,
+        adam_eps=1e-4,
+        lr_warmup_fraction=0,
+        max_length=256,
+        report_to="none",
+        device="cpu",
+        **LORA,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    layout: dict[str, Any] = dict(expert=2, teacher_expert=1, merge_lora=True)
+    return train(world=2, **flags, **layout, save=tmp_path_factory.mktemp("whole") / "run")
+
+
+def adapter_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def test_merged_weights_are_the_formula_and_the_modules(whole: Path, flags: dict[str, Any]) -> None:
+    base, merged, tensors = load_file(flags["model"] / "model.safetensors"), exported(whole), adapter_of(whole)
+    assert merged.keys() == base.keys()
+    assert torch.equal(tensors.pop(PREFIX + HEAD), tensors[PREFIX + EMBEDDING])
+    for name, weight in base.items():
+        prefix = PREFIX + name.removesuffix(".weight")
+        if PREFIX + name in tensors:
+            assert torch.equal(merged[name], tensors.pop(PREFIX + name)), name
+            assert not torch.equal(merged[name], weight), f"{name} is not trained"
+        elif f"{prefix}.lora_A.weight" in tensors:
+            a, b = (tensors.pop(f"{prefix}.lora_{kind}.weight").double() for kind in "AB")
+            torch.testing.assert_close(merged[name], (weight.double() + 8 / 4 * b @ a).float(), rtol=1e-6, atol=1e-7)
+            assert not torch.equal(merged[name], weight), f"{name} is not trained"
+        else:
+            assert name.endswith(("mlp.gate.weight", "k_norm.weight", "post_attention_layernorm.weight")), name
+            assert torch.equal(merged[name], weight), name
+    assert not tensors
+
+
+def test_the_adapter_says_what_it_is(whole: Path) -> None:
+    config = json.loads((whole / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["embed_tokens", "input_layernorm", "q_norm", "model.norm"]
+    assert config["ensure_weight_tying"] is True
+    assert set(config["target_modules"]) == set(ALL)
+    assert f"{PREFIX}model.layers.1.mlp.experts.3.down_proj.lora_B.weight" in adapter_of(whole)
+    record = json.loads((whole / "export.json").read_text())
+    assert record["exported"] == record["trained"], "read back and evaluated"
+
+
+def test_a_checkpoint_holds_what_is_trained(whole: Path) -> None:
+    """Each value, and each of its moments, once, and nothing else."""
+    stored = FileSystemReader(whole / "checkpoints" / f"step_{STEPS:08d}").read_metadata().state_dict_metadata
+    trained = sum(tensor.numel() for name, tensor in adapter_of(whole).items() if name != PREFIX + HEAD)
+    trained += 32 * (384 - 300)  # padding of the embedding
+    sizes = {name: entry.size.numel() for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    of_optimizer = [name for name in sizes if name.startswith("optimizer.state.")]
+    assert sum(sizes[name] for name in sizes.keys() - of_optimizer) == trained
+    for kind in ("exp_avg", "exp_avg_sq"):
+        assert sum(sizes[name] for name in of_optimizer if name.startswith(f"optimizer.state.{kind}.")) == trained
+
+
+def test_a_resumed_run_is_the_same_run(whole: Path, flags: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = whole / "checkpoints" / "step_00000001"
+    again = train(world=2, **flags, expert=2, teacher_expert=1, load=checkpoint, save=tmp_path / "again")
+    assert metrics(again, first_step=2) == metrics(whole, first_step=2)
+    ours, theirs = adapter_of(again), adapter_of(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+OTHERS: list[dict[str, Any]] = [dict(tensor=2, sequence=True)]
+if FULL:
+    OTHERS += [dict(pipeline=2, teacher_pipeline=1), dict(tensor=2, sequence=True, expert_tensor=1)]
+
+
+@pytest.mark.parametrize("layout", OTHERS, ids=str)
+def test_it_goes_on_in_another_layout(
+    whole: Path, flags: dict[str, Any], layout: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = whole / "checkpoints" / "step_00000001"
+    again = train(world=2, **flags, **layout, load=checkpoint, save=tmp_path / "again")
+    for ours, theirs in zip(metrics(again, first_step=2), metrics(whole, first_step=2), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    ours, theirs = adapter_of(again), adapter_of(whole)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4) for name in theirs)
+
+
+# ---- conversion of a checkpoint --------------------------------------------------------------------------------------
+
+
+def converted(argv: list[str]) -> None:
+    run_convert(parse_convert_config(argv))
+
+
+def test_a_checkpoint_becomes_what_its_run_exports(whole: Path, flags: dict[str, Any], tmp_path: Path) -> None:
+    """In another layout than the run's; bit for bit."""
+    given = dict(model=whole / "checkpoints" / f"step_{STEPS:08d}", hf_config=flags["model"])
+    layout: dict[str, Any] = dict(tensor=2)
+    run_ranks(converted, command_line(to="peft", **given, save=tmp_path / "peft"), world=1)
+    run_ranks(converted, command_line(to="hf", **given, **layout, save=tmp_path / "hf"), world=2)
+    ours, theirs = load_file(tmp_path / "peft" / "adapter_model.safetensors"), adapter_of(whole)
+    assert {name: x.tolist() for name, x in ours.items()} == {name: x.tolist() for name, x in theirs.items()}
+    config, of_run = (
+        json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path / "peft", whole / "adapter")
+    )
+    assert config == of_run
+    ours, theirs = load_file(tmp_path / "hf" / "model.safetensors"), exported(whole)
+    assert {name: x.tolist() for name, x in ours.items()} == {name: x.tolist() for name, x in theirs.items()}
+    for wrong, said in (
+        (dict(to="peft", hf_config=flags["teacher_model"]), "holds adapters of other weights than those of"),
+        (dict(to="hf", check=True), "--check compares whole models"),
+    ):
+        with pytest.raises(RankFailureError, match=said):
+            run_ranks(converted, command_line(**given | wrong, save=tmp_path / "wrong"), world=1)
+    given.pop("hf_config")
+    with pytest.raises(ConfigError, match="--to peft needs --hf_config"):
+        parse_convert_config(command_line(to="peft", **given, save=tmp_path / "wrong"))
+    assert not (tmp_path / "wrong").exists()
+
+
+# ---- the base as teacher ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [dict(tensor=2), *([dict(pipeline=2)] if FULL else [])], ids=str)
+def test_the_base_teaches_with_the_values_it_had(flags: dict[str, Any], tmp_path: Path, layout: dict[str, int]) -> None:
+    """Embedding, head and norms of the student have moved; its teacher is as a copy of the base is."""
+    sizes: dict[str, Any] = dict(layers=2, hidden_size=32, ffn_hidden_size=48)
+    model = write_tiny_checkpoint(tmp_path / "model", "qwen3", seed=3, **sizes)
+    copy = shutil.copytree(model, tmp_path / "copy")
+    rows = write_rows(tmp_path / "rows.jsonl", 8, teacher_prompts=True)
+    given = flags | layout | dict(model=model, dataset=rows, on_teacher_fault="warn", merge_lora=True, save_steps=100)
+    given |= dict(modules_to_save=["embed_tokens", "lm_head", "norm"], use_distributed_optimizer=True)
+    second = train(world=2, **given | dict(teacher_model=copy), save=tmp_path / "second")
+    base = train(world=2, **given | dict(teacher_model=model), save=tmp_path / "base")
+    assert metrics(base) == metrics(second)
+    assert metrics(base, file="evaluation.jsonl") == metrics(second, file="evaluation.jsonl") != []
+    merged, expected = exported(base), exported(second)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items()), "the values that were trained"
+
+
+def train_and_send_the_base(argv: list[str]) -> None:
+    with patch.object(export, "_value", lambda parameter: base_value(parameter.tensor)):
+        train_on_this_rank(argv)
+
+
+@pytest.mark.skipif(not FULL, reason="a fault in what test_the_base_teaches_with_the_values_it_had compares")
+def test_a_module_left_at_its_base_value_in_what_is_sent_is_found(flags: dict[str, Any], tmp_path: Path) -> None:
+    given = flags | dict(teacher_model=flags["model"], merge_lora=True, sft_alpha=1.0, save=tmp_path / "run")
+    run_ranks(train_and_send_the_base, command_line(**given), world=1)
+    merged, trained = exported(tmp_path / "run"), adapter_of(tmp_path / "run")
+    assert not torch.equal(merged[EMBEDDING], trained[PREFIX + EMBEDDING])
+
+
+# ---- full training's first step --------------------------------------------------------------------------------------
+
+
+def test_a_full_rank_takes_full_trainings_first_step(flags: dict[str, Any], tmp_path: Path) -> None:
+    """With r = in, A the identity, B = 0 and s = 1 the gradient of B is that of W, and of A is 0. So AdamW's first step
+    of B, without weight decay, is that of W; and with embedding, head and norms trained whole the merged student is
+    full training's, its norm and clipping too. All matrices are square."""
+    sizes: dict[str, Any] = dict(layers=1, hidden_size=32, ffn_hidden_size=32, heads=2, kv_heads=2, head_dim=16)
+    model = write_tiny_checkpoint(tmp_path / "model", "llama", seed=4, **sizes)
+    adapter = Path(write_adapter(tmp_path / "adapter", model, rank=32, alpha=32.0))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    values = {name: torch.eye(32) if ".lora_A." in name else torch.zeros(32, 32) for name in tensors}
+    modules = ["embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm"]
+    values |= {
+        PREFIX + name: tensor
+        for name, tensor in load_file(model / "model.safetensors").items()
+        if PREFIX + name.removesuffix(".weight") + ".lora_A.weight" not in values
+    }
+    save_file(values, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | dict(modules_to_save=modules)))
+    given = {name: value for name, value in flags.items() if name not in LORA}
+    given |= dict(model=model, train_iters=1, weight_decay=0.0, clip_grad=0.02, lr_decay_style="constant", tensor=2)
+    lora: dict[str, Any] = dict(tuner_type="lora", lora_rank=32, lora_alpha=32, modules_to_save=modules)
+    full = train(world=2, **given, save=tmp_path / "full")
+    ours = train(world=2, **given, **lora, adapters=adapter, merge_lora=True, save=tmp_path / "lora")
+    expected, found, before = exported(full), exported(ours), load_file(model / "model.safetensors")
+    (of_full,), (of_lora,) = metrics(full), metrics(ours)
+    assert of_full["grad_norm"] > 0.02
+    assert of_lora["grad_norm"] == pytest.approx(of_full["grad_norm"], rel=1e-5)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        step = (weight - before[name]).abs().max()
+        assert step > 1e-2, name
+        assert (found[name] - weight).abs().max() < 1e-4 * step, name
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_module_that_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"--modules_to_save q_proj: of a qwen3_moe model .*lm_head \(matrices"):
+        check_modules(small("qwen3_moe"), ["norm", "q_proj"])
+    with pytest.raises(ConfigError, match="--modules_to_save q_norm: of a llama model"):
+        check_modules(small("llama"), ["q_norm"])
+
+
+@pytest.mark.parametrize(
+    ("family", "modules", "rslora", "said"),
+    [
+        ("mixtral", ["all-linear"], False, ""),
+        ("mixtral", ["q_proj", "w2"], True, ""),
+        ("qwen3", ["all-linear"], True, ""),
+        ("mixtral", ["w1", "w2"], False, "it takes both or none, and w1 stands alone"),
+        ("qwen3_moe", ["gate_proj", "up_proj"], True, r"by another sqrt\(2\)"),
+    ],
+)
+def test_what_peft_makes_of_experts_is_known(family: Any, modules: list[str], rslora: bool, said: str) -> None:
+    """Each of these was loaded by peft 0.20 with transformers 5.19 and compared: the first three are bit for bit ours,
+    the fourth is refused, the last is far off."""
+    arch, lora = small(family), Lora(2, 4.0, rslora)
+    check_targets(arch, lora, modules)
+    assert re.search(said or "^$", what_peft_changes(arch, lora, modules))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(ensure_weight_tying=False), "trained the embedding apart from the head"),
+        (HEAD, "differs from base_model.model.model.embed_tokens.weight"),
+        (
+            EMBEDDING,
+            "has no base_model.model.model.embed_tokens.weight: give the --target_modules and --modules_",
+        ),
+        ({}, "holds base_model.model.model.layers.0.input_layernorm.weight .and 3 more., which is not asked for"),
+    ],
+    ids=["apart", "differs", "lacks", "not asked for"],
+)
+def test_an_adapter_of_another_model(
+    whole: Path, flags: dict[str, Any], tmp_path: Path, change: Any, said: str
+) -> None:
+    adapter = shutil.copytree(whole / "adapter", tmp_path / "adapter")
+    file, given = adapter / "adapter_model.safetensors", flags
+    tensors = load_file(file)
+    if change == {}:
+        given = flags | dict(modules_to_save=["embed_tokens", "norm"])
+    elif isinstance(change, dict):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    elif change == HEAD:
+        tensors[PREFIX + HEAD] = tensors[PREFIX + HEAD] + 1
+    else:
+        del tensors[PREFIX + change]
+    save_file(tensors, file)
+    with pytest.raises(RankFailureError, match=said):
+        train(**given, adapters=adapter, save=tmp_path / "run")
+
+
+# ---- attention beside adapters ---------------------------------------------------------------------------------------
+
+
+def test_attention_beside_adapters_is_torchs_by_name(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Transformer Engine, on a GPU; the kernel is chosen where the attention is computed."""
+    given = {name: value for name, value in flags.items() if name not in ("dataset", "eval_dataset", "report_to")}
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    given |= dict(dataset=[str(flags["dataset"])], lmbda=0.0, attention_backend="unfused", device="cuda")
+    monkeypatch.setattr(levers, "find_spec", lambda name: None)
+    config = RunConfig.from_flat(given)
+    config.validate("train")
+    options = levers.student_options(config, "cuda")
+    assert not options.transformer_engine
+    layer: Any = SimpleNamespace(attention_dropout=0.0, context_parallel_size=1, window_size=None)
+    layer.attention_backend = options.attention_backend
+    attention = SDPAttention(layer, 1, AttnMaskType.causal, "self")
+    called: list[Any] = []
+    monkeypatch.setattr(layers, "sdpa_kernel", lambda kernels: called.append(kernels) or nullcontext())
+    qkv = torch.randn(3, 4, 1, 2, 8)
+    attention(*qkv, None)
+    assert called == [[SDPBackend.MATH]]
+    with pytest.raises(ConfigError, match="flash is torch's beside adapters, and knows no fp32"):
+        RunConfig.from_flat(given | dict(attention_backend="flash", dtype="fp32")).validate("train")
