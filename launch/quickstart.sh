@@ -6,16 +6,16 @@
 #   bash launch/quickstart.sh --offline   # the same on tiny random models made here: nothing is fetched but packages
 #   bash launch/quickstart.sh --steps 5 --out runs/short --beta 0.5      # further flags go to `megatron-gkd train`
 #
-# Stages: environment (.venv, pinned packages), model and data (cache/), training on 2 processes with both models in
-# pipeline parallel (torchrun, gloo), report. The first half of the steps learns from the data's completions, the second
-# from what the student samples itself, by a vLLM in each of the two processes. Each stage that is done is not done again: a second run starts in seconds
-# and prints the report; an interrupted run goes on from its last checkpoint.
+# Stages: environment (.venv, pinned packages), model and data (cache/), training on 2 processes, a replica of both
+# models in each (torchrun, gloo), report. The first half of the steps learns from the data's completions, the second
+# from what the student samples itself, by a vLLM in each of the two processes. Each stage that is done is not done
+# again: a second run starts in seconds and prints the report; an interrupted run goes on from its last checkpoint.
 #
-# Hardware: 2 CPU cores, 6 GB of memory, 4 GB of disk. No GPU. See docs/quickstart.md.
+# Hardware: 2 CPU cores, 8 GB of memory, 4 GB of disk. No GPU. See docs/quickstart.md.
 # Time:     set-up 1 to 5 minutes once; then at most 10 minutes on 2 idle cores, with --offline well under one.
 # Expect:   a live line (step, loss, tokens/s, time left), then a table before, half-way and after, over held-out text:
-#           the student's most probable token is the teacher's in three of four places, and more. OUT/hf is the student for transformers; OUT/report holds the table, the
-#           curve and report.html, a page to look at.
+#           the student's most probable token is the teacher's in three of four places, and more. OUT/hf is the student
+#           for transformers; OUT/report holds the table, the curve and report.html, a page to look at.
 #
 # Options:
 #   --offline      tiny random models instead of SmolLM2 (also GKD_OFFLINE=1): shows the machinery, learns no skill
