@@ -64,7 +64,12 @@ class Sampled:
 def step_plans(config: RunConfig, rows: CountedRows, draws: Draws, **options: Any) -> StepPlans:
     arch = SimpleNamespace(max_position_embeddings=100)
     inputs: Any = SimpleNamespace(
-        config=config, draws=draws, student_arch=arch, student_layout=Layout(), teacher_layout=Layout()
+        config=config,
+        draws=draws,
+        student_arch=arch,
+        student_layout=Layout(),
+        teacher_layout=Layout(),
+        sight=SimpleNamespace(student=None),
     )
     return StepPlans(inputs, **options)
 
