@@ -134,7 +134,8 @@ def test_quickstart_dry_run_shows_every_stage(tmp_path: Path):
     assert [next(i for i, line in enumerate(commands) if name in line) for name in order] == list(range(6))
     train = commands[4]
     assert "--nproc-per-node 2" in train
-    assert f"--save {out} --train_iters 7 --beta 0.5" in train
+    schedule = r"--lmbda stepwise\,0:0\,5:1 --eval_steps 4 --save_steps 4"  # four steps on the data, three on its own
+    assert f"--save {out} --train_iters 7 {schedule} --beta 0.5" in train
     assert not out.exists()
 
 

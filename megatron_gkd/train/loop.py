@@ -120,7 +120,7 @@ class StudentPart:
         self._replicas = Replicas(run.student, run.config.parallel.check_replicas_steps)
         self.checkpoints = open_checkpoints(run)
         peak_bytes = run.platform.peak_memory_bytes if run.platform.kind == "cuda" else None
-        self._planned = PlannedMemory(self._run_dir, run.student.layout, dist.get_rank(), peak_bytes)
+        self._planned = PlannedMemory(self._run_dir, run.student.layout, peak_bytes)
         kernels = run.config.kernels
         self._garbage = Garbage(kernels.manual_gc_interval if kernels.manual_gc else None)
         self._progress: Progress | None = None

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import torch.distributed as dist
+
 from megatron_gkd.config.json_file import read_json
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
@@ -27,18 +29,22 @@ _KEYS: Final = ("student_stage", "needed_bytes", "sampler_bytes", "peak_bytes")
 class PlannedMemory:
     """Of one rank."""
 
-    def __init__(self, run_dir: Path, layout: Layout, rank: int, peak_bytes: Callable[[], int] | None) -> None:
+    def __init__(self, run_dir: Path, layout: Layout, peak_bytes: Callable[[], int] | None) -> None:
         """
         Args:
             layout: the student's.
             peak_bytes: the most that this rank has held so far; None: it is not known.
         """
-        self._rank, self._peak_bytes = rank, peak_bytes
+        self._peak_bytes = peak_bytes
+        self._planned: int | None = None
         plan = _read(run_dir / FILE)
-        stage = layout.coordinate(rank).pp
+        if not plan:
+            return
+        self._rank = dist.get_rank()
+        stage = layout.coordinate(self._rank).pp
         mine = [record for record in plan if record["student_stage"] == stage] or plan
-        self._planned = max((record["needed_bytes"] - record["sampler_bytes"] for record in mine), default=None)
-        if plan and rank == 0:
+        self._planned = max(record["needed_bytes"] - record["sampler_bytes"] for record in mine)
+        if self._rank == 0:
             logger.info("%s", _summary(plan))
 
     def check(self, step: int) -> None:

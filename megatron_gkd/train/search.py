@@ -27,7 +27,7 @@ from typing import Final
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig, TrainingConfig
 from megatron_gkd.config.servers import LocalTeacher
-from megatron_gkd.errors import ConfigError, LayoutError
+from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.divisible import check_in
 from megatron_gkd.parallel.layout import Coordinate, Layout
 from megatron_gkd.train.fit import check_batch, refuse_student
@@ -105,7 +105,7 @@ def search(
 
     Raises NotBuiltError for a run that is not rehearsed.
     """
-    arch, of_teacher = architectures(config)
+    arch, of_teacher = _architectures(config)
     impossible: Counter[str] = Counter()
     fitting, too_large = list[Found](), list[Found]()
     for base, student in _students(config, arch, world_size, sum(length), impossible):
@@ -125,6 +125,17 @@ def search(
         (checked if whole.num_bytes <= room else too_large).append(whole)
     too_large.sort(key=lambda found: found.num_bytes)
     return Searched(checked + fitting, too_large, impossible)
+
+
+def _architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
+    found = architectures(config)
+    for arch in found:
+        if arch is not None and arch.moe is not None and len(arch.moe.layers) < arch.num_layers:
+            raise NotBuiltError(
+                f"not built yet: plan --search of a {arch.model_type} model whose layers differ (some have no experts)"
+                "; give the layout, and leave out --search"
+            )
+    return found
 
 
 def _students(

@@ -8,8 +8,10 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train.planned_memory import PlannedMemory
@@ -37,7 +39,8 @@ PLAN = [record(0, 20.0), record(1, 30.0)]
 
 def planned(path: Path, plan: Any, rank: int, seen: list[float] | None) -> PlannedMemory:
     (path / "plan.json").write_text(plan if isinstance(plan, str) else json.dumps(plan))
-    return PlannedMemory(path, LAYOUT, rank, None if seen is None else lambda: int(seen[-1] * 1e9))
+    with patch.object(dist, "get_rank", lambda: rank):
+        return PlannedMemory(path, LAYOUT, None if seen is None else lambda: int(seen[-1] * 1e9))
 
 
 def test_a_rank_that_holds_more_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -72,7 +75,7 @@ def test_what_is_no_plan_is_named_and_left(tmp_path: Path, caplog: pytest.LogCap
 
 def test_without_a_plan_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="megatron_gkd")
-    PlannedMemory(tmp_path, LAYOUT, 0, lambda: 10**12).check(1)
+    PlannedMemory(tmp_path, LAYOUT, lambda: 10**12).check(1)
     assert not caplog.records
 
 

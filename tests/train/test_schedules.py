@@ -61,7 +61,7 @@ class Bridge:
     def push(self, version: int) -> Any:
         self.pushes.append(version)
         self.version = version
-        return SimpleNamespace(gather_s=0.0, load_s=0.0, attempts=1)
+        return SimpleNamespace(gather_s=0.0, load_s=0.0, attempts=1, num_bytes=0)
 
     def generate(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion]:
         self.sampled.append((settings.temperature, len(requests)))
