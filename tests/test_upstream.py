@@ -187,7 +187,8 @@ def source(dotted: str) -> str:
 def defines(node: ast.AST, name: str) -> bool:
     if isinstance(node, ast.Assign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        return any(isinstance(target, ast.Name) and target.id == name for target in targets)
+        names = [target.id if isinstance(target, ast.Name) else getattr(target, "attr", None) for target in targets]
+        return name in names  # of a module, a class, or an instance (self.name)
     if isinstance(node, ast.alias):
         return (node.asname or node.name) == name
     return isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name
