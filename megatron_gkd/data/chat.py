@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -311,20 +311,21 @@ class ChatEncoder:
         arguments_as_text: bool | None = None,
     ) -> str:
         """The template's text of turns. Raises DataError. `arguments_as_text`: None: as the template wants it."""
-        messages: Any = [self._for_template(turn) for turn in turns]
+        messages: Any = _in_time(lambda: [self._for_template(turn) for turn in turns])
         has_calls = any("tool_calls" in turn for turn in turns)
         if has_calls and (self.arguments_as_text if arguments_as_text is None else arguments_as_text):
             messages = [with_text_arguments(turn) for turn in messages]
         try:
-            with time_limit(MOST_SECONDS):
-                text = self.tokenizer.apply_chat_template(
+            text = _in_time(
+                lambda: self.tokenizer.apply_chat_template(
                     messages,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     **{**options, **self._of_clock},
                 )
-        except TimeLimitError as error:
-            raise DataError(f"the chat template did not end within {MOST_SECONDS:g} s") from error
+            )
+        except DataError:
+            raise
         except (
             Exception
         ) as error:  # templates are programs: besides jinja's own errors they raise TypeError, ValueError, KeyError ...
@@ -344,15 +345,27 @@ class ChatEncoder:
         """Whether the template writes the text of parts, and not that of a string (LLaVA's)."""
 
         def writes(content: Any) -> bool:
-            with contextlib.suppress(Exception):
-                turns: Any = [{"role": "user", "content": content}]
+            turns: Any = [{"role": "user", "content": content}]
+            try:
                 return _PROBE in str(self.tokenizer.apply_chat_template(turns, tokenize=False, **self._of_clock))
-            return False
+            except TimeLimitError:
+                raise  # render says so
+            except Exception:
+                return False
 
         return not writes(_PROBE) and writes(parts(_PROBE))
 
     def _end_of_turn(self) -> str:
         return repr(self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id))
+
+
+def _in_time(work: Callable[[], T]) -> T:
+    """What a template makes, which is a program. Raises DataError where it does not end."""
+    try:
+        with time_limit(MOST_SECONDS):
+            return work()
+    except TimeLimitError as error:
+        raise DataError(f"the chat template did not end within {MOST_SECONDS:g} s") from error
 
 
 def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
