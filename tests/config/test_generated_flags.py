@@ -265,7 +265,7 @@ def says_the_default(flag: str, config: RunConfig) -> bool:
         return value == ["core_attn"]
     if flag in ("cross_entropy_loss_fusion", "finetune"):  # another value, or another --load, is refused
         return True
-    if flag.endswith("_fusion") and value is False:  # on a CPU
+    if (flag.endswith("_fusion") or flag == "moe_grouped_gemm") and value is False:  # on a CPU
         return True
     explicit: dict[str, Any] = dict(
         recompute_method="uniform",

@@ -112,14 +112,15 @@ def test_killed_runs_end_up_as_the_uninterrupted_one(
     assert answer["codes"] == [0] * WORLD, zygote.output()
     generator = random.Random(f"kill -9, {layout}")
     kills = hidden = runs = starts = 0
-    while kills < KILLS:
+    while kills < KILLS or not hidden:  # at least one falls into a save: nearly every second one does
+        assert kills < KILLS + 20, "no kill fell into a save"
         runs += 1
         run_dir, done = tmp_path / f"run{runs}", False
         while not done:
             starts += 1
             argv = command_line(**flags, save=run_dir, auto_resume=True, async_save=starts % 2 == 0)
             victim = generator.randrange(WORLD)
-            point = (victim, generator.randint(1, answer["events"][victim])) if kills < KILLS else None
+            point = (victim, generator.randint(1, answer["events"][victim])) if kills < KILLS or not hidden else None
             codes = zygote.run(argv, point)["codes"]
             done = codes == [0] * WORLD
             assert done or (point is not None and codes[victim] == -9), zygote.output()
@@ -129,5 +130,4 @@ def test_killed_runs_end_up_as_the_uninterrupted_one(
         assert metrics(run_dir) == metrics(whole), f"run {runs}"
         left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
         assert left == ["latest", "step_00000003", "step_00000004"]
-    assert hidden, "no kill fell into a save"
     print(f"{layout}: {kills} kills in {starts} starts of {runs} runs; {hidden} left a save or a deletion unfinished")
