@@ -165,8 +165,8 @@ class Student:
 
     def leave_device(self) -> None:
         """What is offloaded goes to host memory until it is used again. Collective with --overlap_param_gather."""
-        if self._of_model:
-            settle(self.chunks)  # what is gathered beside the computation has arrived
+        if self._of_model and not any(part.num_bytes for part in self._of_model):
+            settle(self._chunks)  # what is gathered beside the computation has arrived
         for part in (*self._of_model, *self._of_optimizer):
             part.leave()
 

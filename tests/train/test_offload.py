@@ -94,6 +94,10 @@ def bytes_here(trainer: Trainer) -> int:
     return sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def never(self: Parked) -> None:
+    raise AssertionError("nobody has asked for it")
+
+
 def steps_of(config: RunConfig) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor] | None, list[int]]:
     """(loss, norm) of each step, the weights after the last one, and bytes on the device while the teacher works."""
     trainer, here = Trainer(config), list[int]()
@@ -101,6 +105,8 @@ def steps_of(config: RunConfig) -> tuple[list[tuple[float, float]], dict[str, to
 
     def watching(self: TeacherPipeline, *args: Any) -> Any:
         here.append(bytes_here(trainer))
+        with patch.object(Parked, "come_back", never):
+            trainer.run.student.leave_device()  # again, as where engines have sampled before: nothing is copied
         return original(self, *args)
 
     with patch.object(TeacherPipeline, "signals", watching):
