@@ -35,6 +35,7 @@ from megatron_gkd.config.checks import CheckDataConfig
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
 from megatron_gkd.data.collate import collate
 from megatron_gkd.data.files import Columns, read_records
+from megatron_gkd.data.image_forms import parts
 from megatron_gkd.data.image_tokens import ImageTokens, read_image_tokens
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.data.second_reading import Conversation, read_again, teachers_turns
@@ -276,9 +277,7 @@ def _render(
     messages: Any = [dict(turn) for turn in turns]
     if encoder.wants_parts:
         messages = [
-            {**turn, "content": [{"type": "text", "text": turn["content"]}]}
-            if isinstance(turn["content"], str)
-            else turn
+            {**turn, "content": parts(turn["content"])} if isinstance(turn["content"], str) else turn
             for turn in messages
         ]
     apply = encoder.tokenizer.apply_chat_template

@@ -13,11 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.config.servers import LocalTeacher, NoTeacher
-from megatron_gkd.errors import NotBuiltError
+from megatron_gkd.config.servers import NoTeacher
 from megatron_gkd.model.divisible import check_fit
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
@@ -43,21 +41,21 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     """Rehearse and print. Raises LayoutError or ConfigError for what `train` would refuse, NotBuiltError for what is
     not rehearsed yet."""
     from megatron_gkd.train.hub_files import with_known_models
-    from megatron_gkd.train.rehearsal import planned_layouts, rehearse
+    from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse
     from megatron_gkd.train.setup import planned_dtype
 
     asked, config = asked_and_config
     config = with_known_models(planned_dtype(config))
-    _refuse_images(config)
     if asked.search:
         _search(asked, config)
         return
     student, teacher = planned_layouts(config, asked.world_size, ranks_per_node=asked.ranks_per_node)
     check_batch(config, student)
-    refuse_student(config, read_architecture(config.model.model), student)
-    check_fit("model", read_architecture(config.model.model), student)
-    if isinstance(kind := config.teacher.kind, LocalTeacher):
-        check_fit("teacher_model", read_architecture(kind.path), teacher)
+    arch, of_teacher = architectures(config)
+    refuse_student(config, arch, student)
+    check_fit("model", arch, student)
+    if of_teacher is not None:
+        check_fit("teacher_model", of_teacher, teacher)
     batch = [asked.lengths(config.data.max_length)] * config.training.global_batch_size
     found = [
         rehearse(config, world_size=asked.world_size, rank=rank, lengths=batch, lines=asked.lines > 0)
@@ -68,8 +66,8 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
         records = [_record(asked, one, student, teacher, sampler) | {"phases_s": seconds} for one in found]
         print(json.dumps(records, indent=1))
         return
-    local = isinstance(kind, LocalTeacher)
-    print(f"student {student.describe()}{f'; teacher {teacher.describe()}' if local else ''}; {config.model.dtype}")
+    beside = "" if of_teacher is None else f"; teacher {teacher.describe()}"
+    print(f"student {student.describe()}{beside}; {config.model.dtype}")
     prompt, completion = batch[0]
     print(f"{len(batch)} samples a step of {prompt} + {completion} tokens; GB are 10^9 bytes\n")
     for one in found:
@@ -77,14 +75,6 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     print(f"predicted: {sum(seconds.values()):.2f} s a step: {_phases(seconds)}")
     print(f"assumed: {_rates_text(asked)}")
     print("\n".join(f"assumed: {text}" for text in _ASSUMED))
-
-
-def _refuse_images(config: RunConfig) -> None:
-    """Raise NotBuiltError for models with a vision tower, whose bytes would be counted wrongly."""
-    kind = config.teacher.kind
-    for path in (config.model.model, *([kind.path] if isinstance(kind, LocalTeacher) else [])):
-        if read_architecture(path).vision is not None:
-            raise NotBuiltError(f"plan does not count a vision tower and its pixels, and {path} has one")
 
 
 def _seconds(

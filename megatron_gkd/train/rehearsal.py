@@ -128,10 +128,15 @@ def rehearse(
 
 
 def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
-    """The student's, and a local teacher's."""
+    """The student's, and a local teacher's. Raises NotBuiltError for a vision tower, whose bytes would be counted
+    wrongly."""
     kind = config.teacher.kind
-    teacher = read_architecture(kind.path) if isinstance(kind, LocalTeacher) else None
-    return read_architecture(config.model.model), teacher
+    paths = [config.model.model, *([kind.path] if isinstance(kind, LocalTeacher) else [])]
+    found = [read_architecture(path) for path in paths]
+    for path, arch in zip(paths, found, strict=True):
+        if arch.vision is not None:
+            raise NotBuiltError(f"plan does not count a vision tower and its pixels, and {path} has one")
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _refuse_offload(config: RunConfig) -> None:

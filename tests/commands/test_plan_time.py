@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gkd import cli
 from megatron_gkd.commands.plan import _seconds
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.observe.allocations import Alive
 from megatron_gkd.train.rehearsal import Rehearsed, planned_layouts
+from tests.support.vision_models import write_tiny_vision
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
 ASKED = PlanConfig(world_size=8)
@@ -45,3 +47,13 @@ def test_a_student_that_teaches_itself_has_a_teachers_pass() -> None:
         seconds(ASKED, 0, "--teacher_model", str(MODELS / "Qwen3-1.7B"))["teacher"], rel=1e-6
     )
     assert "teacher" not in seconds(ASKED, 0, "--objective", "sft")
+
+
+@pytest.mark.parametrize("search", ["", "--search"])
+def test_a_vision_tower_is_not_counted(tmp_path: Path, search: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_vision(tmp_path / "model", "llava", decoder="llama", seed=1)
+    models = f"--model {tmp_path / 'model'} --teacher_model {tmp_path / 'model'}"
+    code = cli.main(["plan", *f"{models} --world_size 2 --lmbda 0 --save none --train_iters 1 {search}".split()])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-gkd: error")]
+    assert code == 2
+    assert f"plan does not count a vision tower and its pixels, and {tmp_path / 'model'} has one" in line

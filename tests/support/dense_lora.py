@@ -29,6 +29,11 @@ from tests.support.numerics import Float64
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MIXTRAL = ("w1", "w3", "w2")  # the last three, in an expert of Mixtral
+# Of short runs with adapters.
+RUN: dict[str, Any] = dict(
+    lmbda=0, global_batch_size=4, lr=3e-2, adam_eps=1e-4, lr_warmup_fraction=0, max_length=256, report_to="none",
+    device="cpu",
+)  # fmt: skip
 PREFIX, HEAD, EMBEDDING = "base_model.model.", "lm_head.weight", "model.embed_tokens.weight"
 
 

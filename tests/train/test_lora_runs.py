@@ -21,7 +21,7 @@ from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import GKDError
 from megatron_gkd.weights.fingerprint import fingerprint
 from tests.support.checkpoints import write_tiny_checkpoint
-from tests.support.dense_lora import ALL, write_adapter
+from tests.support.dense_lora import ALL, RUN, write_adapter
 from tests.support.ranks import RankFailureError, run_ranks
 from tests.support.ranks_at_work import megatron
 from tests.support.runs import exported, metrics, train
@@ -42,16 +42,9 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         teacher_model=teacher,
         dataset=write_rows(root / "rows.jsonl", 12, teacher_prompts=True),
         eval_dataset=write_rows(root / "held_out.jsonl", 4, seed=9, teacher_prompts=True),
-        lmbda=0,
-        global_batch_size=4,
         train_iters=STEPS,
         save_steps=2,
-        lr=3e-2,
-        adam_eps=1e-4,
-        lr_warmup_fraction=0,
-        max_length=256,
-        report_to="none",
-        device="cpu",
+        **RUN,
         **LORA,
     )
 

@@ -35,7 +35,7 @@ from megatron_gkd.weights import export
 from megatron_gkd.weights.adapters import check_targets, what_peft_changes
 from megatron_gkd.weights.whole_modules import check_modules
 from tests.support.checkpoints import write_tiny_checkpoint
-from tests.support.dense_lora import ALL, EMBEDDING, HEAD, PREFIX, write_adapter
+from tests.support.dense_lora import ALL, EMBEDDING, HEAD, PREFIX, RUN, write_adapter
 from tests.support.effort import FULL
 from tests.support.models import small
 from tests.support.ranks import RankFailureError, run_ranks
@@ -58,16 +58,9 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         teacher_model=teacher,
         dataset=write_rows(root / "rows.jsonl", 8),
         eval_dataset=write_rows(root / "held_out.jsonl", 2, seed=9),
-        lmbda=0,
-        global_batch_size=4,
         train_iters=STEPS,
         save_steps=1,
-        lr=3e-2,
-        adam_eps=1e-4,
-        lr_warmup_fraction=0,
-        max_length=256,
-        report_to="none",
-        device="cpu",
+        **RUN,
         **LORA,
     )
 
