@@ -6,7 +6,8 @@
 Two modes: offline (the data set's completions) and on_policy (--max_new_tokens from the student: here vLLM, in TRL
 transformers' generate). Runs alternate, a round being one of each system and mode; each is a new process, or a new
 pair of them, and its first steps are left out (--warmup). TRL has one process with a thread for each core, this
-project one rank a core with both models in pipeline stages; both in float32.
+project one rank a core, each with a replica of both models (--layout replicas) or a pipeline stage of both (stages);
+both in float32.
 
 Columns: seconds and CPU seconds of a step (of all processes of a run together), completion tokens a second, and the
 peak of the proportional set size of all processes. CPU seconds are those between the ends of two steps, so an
@@ -40,8 +41,8 @@ from benchmarks.measure import ROOT, environment, quantiles
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
 from megatron_gkd.data.rows import load_rows
 
-POLL_S = 0.05
-MEMORY_EVERY = 10  # polls
+POLL_S = 0.2
+MEMORY_EVERY = 15  # polls: the proportional set size walks all pages
 SAME_LOSS = 1e-4  # relative
 COLUMNS = ("wall_s", "cpu_s", "tokens_per_s", "peak_bytes")
 
@@ -159,7 +160,8 @@ def _ours(
     flags = dict(model=options.student, teacher_model=options.teacher, dataset=options.dataset, save=out / "run")
     flags |= dict(train_iters=options.steps, global_batch_size=options.batch, micro_batch_size=options.micro_batch)
     flags |= dict(lr=options.lr, lr_decay_style="constant", beta=options.beta, max_length=options.max_length)
-    flags |= dict(pipeline_model_parallel_size=options.cores, teacher_pipeline_model_parallel_size=options.cores)
+    if options.layout == "stages":
+        flags |= dict(pipeline_model_parallel_size=options.cores, teacher_pipeline_model_parallel_size=options.cores)
     flags |= dict(shuffle="false", dtype="fp32", device="cpu", report_to="none", save_hf="false", weight_decay=0.01)
     flags |= dict(logging_steps=1, save_steps=10**9, on_teacher_fault="warn")
     if mode == "on_policy":
@@ -225,7 +227,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("student", "teacher", "steps", "warmup", "rounds", "batch", "lr", "beta", "max_new_tokens", "cores")
+    names = ("student", "teacher", "steps", "warmup", "rounds", "batch", "lr", "beta", "max_new_tokens", "cores", "layout")
     return {name: getattr(options, name) for name in names}
 
 
@@ -257,6 +259,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.5)
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--layout", choices=["replicas", "stages"], default="replicas", help="of this project's ranks")
     parser.add_argument("--trl", help="python of TRL's environment (default: what setup_trl.sh makes)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="tiny models, one short offline round")

@@ -136,4 +136,4 @@ def test_bench_data(tmp_path):
 def test_recorded_results_can_be_read(path):
     report = json.loads(path.read_text(encoding="utf-8"))
     assert report["environment"]["commit"], "a recorded result names the code that made it"
-    assert len(report["rows"]) > 5
+    assert len(report["rows"]) > 3, "at the least two systems in two modes"
