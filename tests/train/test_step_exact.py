@@ -208,12 +208,13 @@ def counts(num_samples: int) -> dict[str, int]:
     return {"tokens": sum(sample.num_loss_tokens for sample in samples), **of_sources}
 
 
-# Of context parallelism the gate has one family, and the other one where the two ends of a pipeline share an embedding.
+# The gate has both families, of which one shares its embedding between the two ends of a pipeline, in one process and in
+# pipelines; of the other layouts one family.
 CASES = [
     (family, layout)
     for family in PAIRS
     for layout in LAYOUTS
-    if FULL or "CP" not in layout or family == "llama" or layout == "CP2 PP2"
+    if FULL or layout in ("TP1", "PP2", "TP2 PP2", "CP2 PP2") or family == ("llama" if "CP" in layout else "qwen3")
 ]
 
 
