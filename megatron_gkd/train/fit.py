@@ -97,11 +97,6 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
     training = config.training
     per_pass = layout.data * training.micro_batch_size
     if config.data.packing or training.max_tokens_per_gpu is not None:
-        if layout.virtual_pipeline and not config.data.packing:  # whose micro-batches all have one shape [B, S]
-            raise NotBuiltError(
-                f"a token budget is not built for a virtual pipeline without packing ({layout.describe()}): give "
-                "--packing true, or leave out --max_tokens_per_gpu or --virtual_pipeline_model_parallel_size"
-            )
         if training.global_batch_size < layout.data:
             how = "packed for" if config.data.packing else "shared by token count by"
             raise ConfigError(
