@@ -32,6 +32,7 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         virtual_pipeline=_virtual_pipeline(parallel.virtual_pipeline_model_parallel_size),
         sequence_parallel=parallel.sequence_parallel,
         split=_split(config, ""),
+        token_multiple=config.kernels.fp8_tokens,
     )
     teacher_layout = Layout.for_world(
         teacher_ranks or world_size,

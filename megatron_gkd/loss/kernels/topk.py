@@ -143,10 +143,14 @@ def select_kernel(
 
 @triton.jit
 def _block(logits_ptr, first, num_columns, BLOCK: tl.constexpr):
-    """(values, their columns, which of them are there)."""
+    """(values, their columns, which of them are there). All but the last block are read without a mask: wide loads."""
     columns = first + tl.arange(0, BLOCK)
     inside = columns < num_columns
-    return tl.load(logits_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32), columns, inside
+    if first + BLOCK <= num_columns:
+        x = tl.load(logits_ptr + columns)
+    else:
+        x = tl.load(logits_ptr + columns, mask=inside, other=float("-inf"))
+    return x.to(tl.float32), columns, inside
 
 
 @triton.jit
