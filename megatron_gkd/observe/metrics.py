@@ -66,7 +66,7 @@ class Metrics:
         return {name: count for name, (_, count) in self._pairs().items()}
 
     def _pairs(self) -> dict[str, tuple[float, float]]:
-        sums, counts = on_host = self._on_host or self._totals.tolist()
+        sums, counts = on_host = self._on_host or self._totals.cpu().tolist()
         if self._reduced:  # nothing is added any more
             self._on_host = on_host
         return {name: (sums[i], counts[i]) for name, i in self._index.items()}
