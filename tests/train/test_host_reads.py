@@ -2,8 +2,8 @@
 that say they are on one (tests/support/fake_cuda.py).
 
 Covered: forward pass of the models, signals, the loss with its gradients, metrics; of a packed batch, and with
-GKD_TEST_FULL=1 of padded ones, a top K, whole logits, supervised. Not covered, since such tensors have no backward pass: autograd, DDP and the optimizer (megatron-core reads the gradient's
-norm, and that is the only number it needs).
+GKD_TEST_FULL=1 of padded ones, a top K, whole logits, supervised. Not covered, since such tensors have no backward
+pass: autograd, DDP and the optimizer (megatron-core reads the gradient's norm, and that is the only number it needs).
 """
 
 from __future__ import annotations
