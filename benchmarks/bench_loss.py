@@ -12,9 +12,9 @@ Per case: every method runs once unmeasured (liger-kernel compiles then), its re
 change of the machine's load meets all of them. Ratios are of the medians of CPU seconds on CPU (other processes then
 count least) and of wall seconds on CUDA.
 
-A row holds: method, tokens, hidden, vocab, dtype, beta, topk, rounds; wall_s and cpu_s with median, p20, p80; peak_bytes
-(over the inputs, gradients included), gradient_bytes (of the returned gradients), peak_extra_bytes (without them);
-loss_error, hidden_grad_error, head_grad_error relative to `naive`, and time_to_products.
+A row holds: method, tokens, hidden, vocab, dtype, beta, topk, rounds; wall_s and cpu_s with median, p20, p80;
+peak_bytes (over the inputs, gradients included), gradient_bytes (of the returned gradients), peak_extra_bytes (without
+them); loss_error, hidden_grad_error, head_grad_error relative to `naive`, and time_to_products.
 """
 
 from __future__ import annotations

@@ -47,7 +47,12 @@ def _is_set(flag: str) -> Callable[[RunConfig], bool]:
 
 
 NOT_BUILT: tuple[NotBuilt, ...] = (
-    NotBuilt("tp_comm_overlap", _is_set("tp_comm_overlap"), "its buffers are not made here; leave it out", TRAIN),
+    NotBuilt(
+        "tp_comm_overlap",
+        _is_set("tp_comm_overlap"),
+        "its buffers have one shape for all micro-batches, and rows differ; leave it out",
+        TRAIN,
+    ),
     NotBuilt(
         "fp8_recipe",
         lambda cfg: cfg.kernels.fp8_recipe == "delayed",

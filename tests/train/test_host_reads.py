@@ -37,7 +37,7 @@ WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select
 
 
 class HostReads(TorchDispatchMode):
-    """Where numbers are read from tensors on the device, `file:line of the innermost call in the package`."""
+    """Where numbers are read from tensors on the device: `operation at file:line`, of the innermost call but torch's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class HostReads(TorchDispatchMode):
         name, kwargs = func._schema.name.split("::")[1], kwargs or {}
         tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
         if any(t.device.type == "cuda" for t in tensors) and self._waits(name, args, kwargs):
-            frames = [f for f in traceback.extract_stack() if "megatron_gkd" in f.filename or "core" in f.filename]
+            frames = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
             self.places.append(f"{name} at {Path(frames[-1].filename).name}:{frames[-1].lineno}")
         return func(*args, **kwargs)
 

@@ -13,7 +13,7 @@ counts the keys that begin like it by their next 8 (two passes for bfloat16, thr
 last pass writes, in ascending order, the columns of all keys above the K-th and of the first ones that equal it: ties
 go to the lower column. A row of 150,000 logits stays in the L2 cache between the passes. -0.0 equals 0.0; any K.
 
-Compute dtype float32. NaN logits make the sums NaN, and are selected as if above infinity. No collectives.
+Compute dtype float32. NaN logits make the sums NaN; which columns they displace is open. No collectives.
 
 Legend: C rows, v columns of this rank, B lanes, K selected.
 """
