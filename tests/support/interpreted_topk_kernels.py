@@ -21,6 +21,10 @@ from megatron_gkd.fused_linear_jsd import TopKTeacher, fused_linear_distill
 from megatron_gkd.loss import kernels
 from megatron_gkd.loss import reference as ref
 from megatron_gkd.loss.divergence import Divergence
+from megatron_gkd.loss.fused import sparse
+from megatron_gkd.loss.outcomes import OwnedIds
+from megatron_gkd.loss.vocab_topk import shard_argmax
+from megatron_gkd.parallel.vocab import VocabShard
 from megatron_gkd.topk_jsd import topk_jsd, topk_masses
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_topk
 from tests.support.effort import FULL
@@ -79,6 +83,21 @@ def test_rows_that_are_not_a_number_are_selected_within_their_bounds():
     assert found[1, :3].tolist() == [0, 1, 2]
     assert ((found >= 0) & (found < 37)).all()
     assert stats[1].isnan().all()
+
+
+def test_the_most_probable_token_is_found_on_either_side_of_the_support():
+    """Ties abound, also between a token of the support and one outside; one row has no token of it here."""
+    _small_blocks()
+    generator = torch.Generator().manual_seed(3)
+    setting = sparse.SparseSetting(torch.float32, torch.float32, torch.device("cpu"), 37, 100, want_best=True)
+    work = sparse.KernelSparse(setting, 12)
+    work.student_Cv.copy_(torch.randint(0, 3, (12, 37), generator=generator))
+    ids = torch.rand(12, 60, generator=generator).argsort(1)[:, :12] + 90  # some of other ranks
+    ids[0] = 5
+    owned = OwnedIds.of(ids, VocabShard(100, 37, 37, 200, 37))
+    expected = shard_argmax(work.student_Cv, 100, torch.float32)
+    support = sparse.Support(owned, owned.gather(work.student_Cv, torch.float32))
+    assert torch.equal(work.stats(work.student_Cv, support)[2:], expected)
 
 
 def _topk_by_both():

@@ -37,7 +37,7 @@ WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select
 
 
 class HostReads(TorchDispatchMode):
-    """Where numbers are read from tensors on the device: `operation at file:line`, of the innermost call but torch's."""
+    """Where numbers are read from tensors on the device: `operation at file:line`, the innermost but torch's."""
 
     def __init__(self) -> None:
         super().__init__()
