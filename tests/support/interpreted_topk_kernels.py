@@ -90,9 +90,9 @@ def test_the_most_probable_token_is_found_on_either_side_of_the_support():
     _small_blocks()
     generator = torch.Generator().manual_seed(3)
     setting = sparse.SparseSetting(torch.float32, torch.float32, torch.device("cpu"), 37, 100, want_best=True)
-    work = sparse.KernelSparse(setting, 12)
-    work.student_Cv.copy_(torch.randint(0, 3, (12, 37), generator=generator))
-    ids = torch.rand(12, 60, generator=generator).argsort(1)[:, :12] + 90  # some of other ranks
+    work = sparse.KernelSparse(setting, 40)
+    work.student_Cv.copy_(torch.randint(0, 3, (40, 37), generator=generator))
+    ids = torch.rand(40, 60, generator=generator).argsort(1)[:, :12] + 90  # some of other ranks
     ids[0] = 5
     owned = OwnedIds.of(ids, VocabShard(100, 37, 37, 200, 37))
     expected = shard_argmax(work.student_Cv, 100, torch.float32)
