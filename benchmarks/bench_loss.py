@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.bench_loss --json benchmarks/results/loss_cpu.json
     python -m benchmarks.bench_loss --quick                       # seconds; says only that everything runs
+    python -m benchmarks.bench_loss --topk 64                     # of a teacher that is given by its top K
 
 On a machine without CUDA: T = 1024 tokens, H = 1024, V = 32768 and 151936, float32, one thread, and the fused loss
 also on two gloo ranks (name `fused_tp2`). With CUDA: T = 8192, H = 4096, V = 128256, bfloat16.
@@ -11,9 +12,9 @@ Per case: every method runs once unmeasured (liger-kernel compiles then), its re
 change of the machine's load meets all of them. Ratios are of the medians of CPU seconds on CPU (other processes then
 count least) and of wall seconds on CUDA.
 
-A row holds: method, tokens, hidden, vocab, dtype, beta, rounds; wall_s and cpu_s with median, p20, p80; peak_bytes
-(over the inputs, gradients included), gradient_bytes (of the returned gradients), peak_extra_bytes (without them);
-loss_error, hidden_grad_error, head_grad_error relative to `naive`, and time_to_products.
+A row holds: method, tokens, hidden, vocab, dtype, beta, topk, rounds; wall_s and cpu_s with median, p20, p80;
+peak_bytes (over the inputs, gradients included), gradient_bytes (of the returned gradients), peak_extra_bytes (without
+them); loss_error, hidden_grad_error, head_grad_error relative to `naive`, and time_to_products.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.loss_methods import Case, Inputs, Result, methods
+from benchmarks.loss_methods import Case, Inputs, Result, methods, topk_methods
 from benchmarks.loss_ranks import FusedOnRanks
 from benchmarks.measure import Seconds, environment, peak_bytes, quantiles, timed
 
@@ -81,6 +82,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, nargs="+", help="vocabulary sizes instead of the usual ones")
     parser.add_argument("--tokens", type=int, help="tokens instead of the usual number")
     parser.add_argument("--beta", type=float, nargs="+", default=[0.5], help="values of beta (0.5)")
+    parser.add_argument("--topk", type=int, default=0, help="give the teacher by its K most probable tokens instead")
     parser.add_argument("--methods", nargs="+", help="only these; products and naive are always measured")
     parser.add_argument("--no-compile", action="store_true", help="leave out `liger`, which goes through torch.compile")
     return parser.parse_args(arguments)
@@ -94,7 +96,8 @@ def _cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
     else:
         tokens, hidden, vocabularies, dtype = 1024, 1024, [32768, 151936], torch.float32
     vocabularies = options.vocab or vocabularies
-    return [Case(options.tokens or tokens, hidden, v, dtype, beta) for v in vocabularies for beta in options.beta]
+    tokens, k = options.tokens or tokens, options.topk
+    return [Case(tokens, hidden, v, dtype, beta, k) for v in vocabularies for beta in options.beta]
 
 
 def measure(case: Case, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -102,10 +105,12 @@ def measure(case: Case, options: argparse.Namespace, device: torch.device) -> li
     rounds = 2 if options.quick else options.rounds
     inputs = Inputs.draw(case, dist.new_group([0]), device)
     probe_Hn = torch.randn(case.hidden, 4, generator=torch.Generator().manual_seed(2))
-    ranks = FusedOnRanks(case) if device.type == "cpu" and _wanted("fused_tp2", options) else None
+    on_ranks = device.type == "cpu" and not case.topk and _wanted("fused_tp2", options)
+    ranks = FusedOnRanks(case) if on_ranks else None
+    compiled = not (options.no_compile or options.quick)
     actions = {
         name: action
-        for name, action in methods(compiled=not (options.no_compile or options.quick)).items()
+        for name, action in (topk_methods() if case.topk else methods(compiled=compiled)).items()
         if name in ("products", "naive") or _wanted(name, options)
     }
 
@@ -154,7 +159,7 @@ def _wanted(name: str, options: argparse.Namespace) -> bool:
 def _row(name: str, case: Case, rounds: int, gradient_bytes: int) -> dict[str, Any]:
     return {
         "method": name, "tokens": case.tokens, "hidden": case.hidden, "vocab": case.vocab,
-        "dtype": str(case.dtype).removeprefix("torch."), "beta": case.beta, "rounds": rounds,
+        "dtype": str(case.dtype).removeprefix("torch."), "beta": case.beta, "topk": case.topk, "rounds": rounds,
         "gradient_bytes": gradient_bytes,
     }  # fmt: skip
 

@@ -16,6 +16,9 @@ of student_head [V, H]), where
 | fused | fused_linear_jsd |
 | products | the four matrix products alone; its "gradients" are not gradients |
 
+With `topk` K the teacher is given by its K most probable tokens and the loss is the JSD over them and one outcome for
+the rest (loss/outcomes.py): `topk_methods`, of three products.
+
 torch.compile needs a C++ compiler on CPU; `methods(compiled=False)` leaves `liger` out.
 
 Legend: T tokens, C tokens of a chunk, V vocabulary, H hidden size.
@@ -31,7 +34,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_gkd.fused_linear_jsd import fused_linear_jsd
+from megatron_gkd.fused_linear_jsd import TopKTeacher, fused_linear_distill, fused_linear_jsd
+from megatron_gkd.loss import kernels
+from megatron_gkd.loss.divergence import Divergence
+from megatron_gkd.loss.vocab_topk import vocab_parallel_topk
+from megatron_gkd.topk_jsd import topk_jsd
 from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
 
 CHUNK_TOKENS = 128  # of `chunked` and `liger_eager_128`
@@ -48,6 +55,7 @@ class Case:
     vocab: int
     dtype: torch.dtype
     beta: float
+    topk: int = 0  # 0: the teacher is given by its hidden states
 
 
 @dataclass
@@ -60,6 +68,7 @@ class Inputs:
     teacher_head: torch.Tensor
     beta: float
     group: dist.ProcessGroup
+    top: TopKTeacher | None = None
 
     @staticmethod
     def draw(case: Case, group: dist.ProcessGroup, device: torch.device) -> Inputs:
@@ -79,11 +88,23 @@ class Inputs:
         student_head = teacher_head + normal(case.vocab, 1.0 / math.sqrt(case.hidden))
         student_hidden = (0.5 * teacher_hidden + 0.5 * noise).requires_grad_()
         head = shard(student_head).requires_grad_()
-        return Inputs(student_hidden, head, teacher_hidden, shard(teacher_head), case.beta, group)
+        inputs = Inputs(student_hidden, head, teacher_hidden, shard(teacher_head), case.beta, group)
+        inputs.top = top_of(inputs, case.topk) if case.topk else None
+        return inputs
 
     def gradients(self, loss: torch.Tensor) -> Result:
         hidden_grad, head_grad = torch.autograd.grad(loss, (self.student_hidden, self.student_head))
         return loss.detach(), hidden_grad, head_grad
+
+
+@torch.no_grad()
+def top_of(inputs: Inputs, k: int) -> TopKTeacher:
+    """The teacher's signal, chunk by chunk."""
+    chunks = []
+    for hidden in inputs.teacher_hidden.split(CHUNK_TOKENS):
+        values, ids, lse = vocab_parallel_topk(hidden @ inputs.teacher_head.T, k, tp_group=inputs.group)
+        chunks.append((values.float() - lse.float().unsqueeze(1), ids))
+    return TopKTeacher(torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks]), "bucket")
 
 
 def dense_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float) -> torch.Tensor:
@@ -154,6 +175,53 @@ def fused(inputs: Inputs) -> Result:
     return inputs.gradients(loss)
 
 
+def naive_topk(inputs: Inputs) -> Result:
+    """Dense, by autograd: both models' log-probabilities over the K tokens and the rest."""
+    assert inputs.top is not None
+    log_q = F.log_softmax((inputs.student_hidden @ inputs.student_head.T).float(), dim=-1)
+    inside = log_q.gather(1, inputs.top.indices)
+    rest_q = log_q.scatter(1, inputs.top.indices, -torch.inf).logsumexp(1, keepdim=True)
+    rest_p = torch.log((1 - inputs.top.logprobs.exp().sum(1, keepdim=True)).clamp(min=2**-23))
+    both = torch.cat([inside, rest_q], 1), torch.cat([inputs.top.logprobs, rest_p], 1)
+    return inputs.gradients(dense_jsd(*both, inputs.beta) / inputs.student_hidden.shape[0])
+
+
+def unfused_topk(inputs: Inputs) -> Result:
+    assert inputs.top is not None
+    logits, top = inputs.student_hidden @ inputs.student_head.T, inputs.top
+    values = topk_jsd(logits, top.logprobs, top.indices, beta=inputs.beta, tail=top.tail, tp_group=inputs.group)
+    del logits
+    return inputs.gradients(values.mean())
+
+
+def fused_topk(inputs: Inputs) -> Result:
+    tokens = inputs.student_hidden.shape[0]
+    weights = torch.full((tokens,), 1.0 / tokens, device=inputs.student_hidden.device)
+    found = fused_linear_distill(
+        inputs.student_hidden, inputs.student_head, inputs.top, Divergence(inputs.beta), tp_group=inputs.group,
+        token_weights=weights,
+    )  # fmt: skip
+    return inputs.gradients(found.loss_sum)
+
+
+def by_torch(method: Callable[[Inputs], Result]) -> Callable[[Inputs], Result]:
+    """Without the kernels."""
+
+    def found(inputs: Inputs) -> Result:
+        with kernels.forced(False):
+            return method(inputs)
+
+    return found
+
+
+@torch.no_grad()
+def products_topk(inputs: Inputs) -> Result:
+    """The least of a student alone: its logits, two gradients."""
+    student_logits = inputs.student_hidden @ inputs.student_head.T
+    hidden_grad = student_logits @ inputs.student_head
+    return student_logits[0, 0].float(), hidden_grad, student_logits.T @ inputs.student_hidden
+
+
 @torch.no_grad()
 def products(inputs: Inputs) -> Result:
     """The least that any method has to multiply: two logits, two gradients."""
@@ -175,4 +243,15 @@ def methods(*, compiled: bool) -> dict[str, Callable[[Inputs], Result]]:
         "liger_eager_128": lambda inputs: liger(inputs, chunk_tokens=CHUNK_TOKENS, compiled=False),
         "unfused": unfused,
         "fused": fused,
+    }
+
+
+def topk_methods() -> dict[str, Callable[[Inputs], Result]]:
+    """The same of a teacher by its top K."""
+    return {
+        "products": products_topk,
+        "naive": naive_topk,
+        "unfused": unfused_topk,
+        "fused": fused_topk,
+        "fused_torch": by_torch(fused_topk),
     }

@@ -77,6 +77,7 @@ def plan_micro_batches(
     max_tokens: int | None = None,
     allow_partial: bool = False,
     multiple_of: int = 1,
+    one_shape: bool = False,
 ) -> MicroBatchPlan:
     """Splits a global batch into `[data-parallel rank][micro-batch]` tuples of positions, with invariants I1-I7 of the
     module.
@@ -92,6 +93,8 @@ def plan_micro_batches(
             `micro_batch_size` samples instead of exactly that many; in either form there may be fewer samples than
             ranks, and empty micro-batches (I7).
         multiple_of: lengths (packed: of the micro-batch) are padded to a multiple of this, which counts as tokens.
+        one_shape: all micro-batches are padded to the longest sample and to as many rows (an interleaved pipeline):
+            with `max_tokens`, in the padded form, they have as many samples as then fit, shared evenly.
     """
     num_ranks = _integer("data_parallel_size", data_parallel_size, least=1)
     micro_batch_size = _integer("micro_batch_size", micro_batch_size, least=1)
@@ -120,6 +123,11 @@ def plan_micro_batches(
             padded = [-(-length // multiple_of) * multiple_of for length in lengths]
             if not allow_partial and padded[longest_first[0]] > max_tokens:
                 raise _too_long(longest_first[0], padded[longest_first[0]], max_tokens)
+            if one_shape:
+                padded = [max(padded)] * len(padded)
+                most = max(1, max_tokens // padded[0])
+                num_batches = -(-len(lengths) // (num_ranks * most)) * num_ranks
+                max_tokens = -(-len(lengths) // num_batches) * padded[0]
             batches = _cap(longest_first, padded, max_tokens)
     return _deal(_fill_up(batches, lengths, num_ranks), lengths, num_ranks)
 
@@ -191,10 +199,12 @@ def plan_step(
     packing: bool = False,
     max_tokens: int | None = None,
     multiple_of: int = 1,
+    one_shape: bool = False,
 ) -> StepPlan:
     """The plan of one step: the student's micro-batches, and the teacher's for its own ranks and size (the student's
-    where left out; `teacher_max_tokens` sets it in tokens, raised to the longest sample's length). `max_tokens` and
-    `multiple_of` are of the student's, as in `plan_micro_batches`; with packing `max_tokens` is of both.
+    where left out; `teacher_max_tokens` sets it in tokens, raised to the longest sample's length). `max_tokens`,
+    `multiple_of` and `one_shape` are of the student's, as in `plan_micro_batches`; with packing `max_tokens` is of
+    both.
 
     The teacher only runs forward and its signals are keyed by position, so it need not divide the batch: where it does
     not, its micro-batches are smaller (`allow_partial`), and never a reason to refuse a step.
@@ -218,6 +228,7 @@ def plan_step(
         packing=packing,
         max_tokens=max_tokens,
         multiple_of=multiple_of,
+        one_shape=one_shape,
     )
     teacher_lengths = [sample.for_teacher.num_inputs for sample in samples]
     if teacher_max_tokens is not None:

@@ -103,7 +103,7 @@ def topk_masses(
     owned = sp.OwnedIds.of(topk_indices, shard)
     valid_Tv = student_logits[:, : shard.num_valid]
     logits_TK = all_reduce_sum_(owned.gather(valid_Tv, dtype), group)
-    tail_lse_T = _tail_lse(valid_Tv, owned, dtype, group)
+    tail_lse_T = _tail_lse(valid_Tv, owned, group)
     return support_masses(logits_TK, tail_lse_T, topk_logprobs, topk_indices, dtype)
 
 
@@ -130,7 +130,7 @@ class _TopKDivergence(torch.autograd.Function):
         owned = sp.OwnedIds.of(topk_indices, shard)
         valid_Tv = student_Tv[:, : shard.num_valid]
         logits_TK = all_reduce_sum_(owned.gather(valid_Tv, dtype), group)
-        tail_lse_T = _tail_lse(valid_Tv, owned, dtype, group) if tail else None
+        tail_lse_T = _tail_lse(valid_Tv, owned, group) if tail else None
         loss = sp.support_loss(logits_TK, tail_lse_T, topk_logprobs, topk_indices, divergence)
         # Only the tail's share of the gradient needs the logits again; they are the input, not a copy.
         ctx.save_for_backward(topk_indices, loss.grad_TO, *((student_Tv, tail_lse_T) if tail else ()))
@@ -146,7 +146,7 @@ class _TopKDivergence(torch.autograd.Function):
         valid_Tv = grad_Tv[:, : ctx.shard.num_valid]
         weighted_TO = grad_TO * grad_output_T.double().unsqueeze(1)
         logits_Tv, tail_lse_T = (tail[0][:, : ctx.shard.num_valid], tail[1]) if tail else (valid_Tv, None)
-        scratch_Bv1 = sp.scratch_for(shape[0], valid_Tv.shape[1], sm.compute_dtype(grad_Tv), grad_TO.device)
+        scratch_Bv1 = sp.scratch_for(valid_Tv)
         sp.write_gradient_(
             valid_Tv, logits_Tv, sp.OwnedIds.of(topk_indices, ctx.shard), weighted_TO, tail_lse_T, scratch_Bv1
         )
@@ -171,8 +171,7 @@ def _prepare(
     return group, shard
 
 
-def _tail_lse(valid_Tv: torch.Tensor, owned: sp.OwnedIds, dtype: torch.dtype, group: dist.ProcessGroup) -> torch.Tensor:
+def _tail_lse(valid_Tv: torch.Tensor, owned: sp.OwnedIds, group: dist.ProcessGroup) -> torch.Tensor:
     """Log-sum-exp over every rank's columns outside the support, [T] float64. Communication: 1 all-gather of [2, T]."""
-    scratch_Bv1 = sp.scratch_for(valid_Tv.shape[0], valid_Tv.shape[1], dtype, valid_Tv.device)
-    stats_R2T = all_gather_stack(sp.tail_stats(valid_Tv, owned, scratch_Bv1), group)
+    stats_R2T = all_gather_stack(sp.tail_stats(valid_Tv, owned, sp.scratch_for(valid_Tv)), group)
     return sm.combine_lse(stats_R2T[:, 0], stats_R2T[:, 1], 1.0)

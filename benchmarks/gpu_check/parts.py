@@ -35,7 +35,8 @@ def _own(module: str) -> Arguments:
 def _kernels(device: str, quick: bool, directory: Path, out: Path) -> list[str]:
     # Without the project's settings, some of which are those of plugins that a bare machine does not have.
     bare = ["-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider"]
-    return ["pytest", "-q", *bare, "tests/loss/kernels/test_on_gpu.py"]
+    files = ("test_on_gpu.py", "test_topk_on_gpu.py")
+    return ["pytest", "-q", *bare, *(f"tests/loss/kernels/{name}" for name in files)]
 
 
 def _loss(vocab: int) -> Arguments:
@@ -73,7 +74,7 @@ PARTS: Final = (
     Part("models", 75, "random models of the shapes Qwen3-0.6B and Qwen3-8B, written", _own("models")),
     Part("step", 100, "a training step of 0.6B beside a teacher of 8B, by phase, with levers", _step),
     Part("memory", 75, "peak of that step against the plan's", _own("memory")),
-    Part("topk", 45, "the top-K loss of 8192 x 4096 x 151936", _own("topk")),
+    Part("topk", 45, "top-K loss and selection, 8192 x 4096 x 151936, by kernels and by torch", _own("topk")),
     Part("loss_152064", 75, "loss benchmark of 8192 x 4096 x 152064 beside Liger", _loss(152064)),
     Part("save_load", 60, "save and load of a checkpoint with its optimizer, against plain files", _save_load),
 )  # fmt: skip

@@ -1,10 +1,12 @@
-"""The fused top-K loss: time and memory beside its products, and a few tokens against float64."""
+"""The fused top-K loss and the teacher's selection of a top K: time and memory beside the products, by the kernels and
+by torch, and a few tokens against float64."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,8 +16,9 @@ from benchmarks.gpu_check.part import Result, run
 from benchmarks.measure import peak_bytes, quantiles, timed
 from megatron_gkd import platform
 from megatron_gkd.fused_linear_jsd import TopKTeacher, fused_linear_distill
-from megatron_gkd.loss import reference
+from megatron_gkd.loss import kernels, reference
 from megatron_gkd.loss.divergence import Divergence
+from megatron_gkd.loss.vocab_topk import vocab_parallel_topk
 
 CHECKED = 64  # tokens
 BF16_LIMIT = 2e-2  # relative, of a divergence of logits that are rounded to bf16; FP32_LIMIT of those in fp32
@@ -57,10 +60,24 @@ def measure(options: argparse.Namespace, result: Result) -> None:
             found = loss(tail)[1][:CHECKED].double().cpu()
             error = float((found - truth[tail]).norm() / truth[tail].norm())
             result.holds(f"top {k}, {tail}: relative error of the divergence", error, limit)
-        for name, action in {
-            "products": products,
-            **{tail: partial(loss, tail) for tail in ("renormalize", "bucket")},
-        }.items():
+        logits = (student.detach() + noise)[:2048] @ head.detach().T  # a chunk of the teacher's
+
+        def selection() -> tuple[torch.Tensor, ...]:
+            return vocab_parallel_topk(logits, k, tp_group=group)
+
+        def by_torch(action: Callable[[], object]) -> None:
+            with kernels.forced(False):
+                action()
+
+        actions: dict[str, Callable[[], object]] = {"products": products, "selection": selection}
+        actions |= {tail: partial(loss, tail) for tail in ("renormalize", "bucket")}
+        if kernels.chosen(device, dtype):
+            found_ids = selection()[1]
+            with kernels.forced(False):
+                other_ids = selection()[1]
+            result.holds("tokens that are selected otherwise by torch", float((found_ids != other_ids).sum()), 0.0)
+            actions |= {f"{name}, by torch": partial(by_torch, actions[name]) for name in ("selection", "bucket")}
+        for name, action in actions.items():
             action()
             peak = peak_bytes(action, device)
             result[name] = {"wall_s": quantiles([timed(action, device).wall_s for _ in range(5)]), "peak_bytes": peak}

@@ -129,8 +129,14 @@ class KernelsConfig(Section):
         None, "The loss is not megatron-core's: true demands --loss_path fused, the default, false --loss_path logits."
     )
     tp_comm_overlap: bool = setting(False, "Overlap tensor parallel communication with matrix products.")
-    fp8_format: Literal["e4m3", "hybrid"] | None = setting(None, "Matrix products of the student in fp8.")
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = setting(None, "Scaling of fp8.")
+    fp8_format: Literal["e4m3", "hybrid"] | None = setting(
+        None,
+        "Matrix products of the student's layers in fp8, its weights in --dtype; hybrid: gradients in e5m2; CUDA, with "
+        "Transformer Engine.",
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = setting(
+        None, "Scaling of fp8; null: tensorwise (Megatron-LM: delayed). mxfp8 needs Blackwell."
+    )
     fp8_param_gather: bool = setting(False, "Keep and gather weights in fp8.")
     deterministic_mode: bool = setting(
         False, "Kernels that give the same bits in every run; operations without one are an error."
@@ -151,6 +157,13 @@ class KernelsConfig(Section):
         assert isinstance(self.extra, dict)
 
     @property
+    def fp8_tokens(self) -> int:
+        """What the tokens of a rank's part of a row are a multiple of: whole blocks of fp8's products; 1 without."""
+        if self.fp8_format is None:
+            return 1
+        return {"blockwise": 128, "mxfp8": 32}.get(self.fp8_recipe or "tensorwise", 16)
+
+    @property
     def extra(self) -> dict[str, Any]:
         """--megatron_extra_kwargs. Raises ConfigError."""
         return json_object("megatron_extra_kwargs", self.megatron_extra_kwargs, example='{"qk_clip": false}')
@@ -167,6 +180,8 @@ class KernelsConfig(Section):
                 f"--cross_entropy_loss_fusion {str(self.cross_entropy_loss_fusion).lower()} means --loss_path {path} "
                 "here; change one of them"
             )
+        if self.fp8_recipe is not None and self.fp8_format is None:
+            yield f"--fp8_recipe {self.fp8_recipe} needs --fp8_format; give both, or neither"
         if not self.manual_gc and self.manual_gc_interval != 100:
             yield "--manual_gc_interval needs --manual_gc; give both, or neither"
 

@@ -47,10 +47,23 @@ def _is_set(flag: str) -> Callable[[RunConfig], bool]:
 
 
 NOT_BUILT: tuple[NotBuilt, ...] = (
-    NotBuilt("tp_comm_overlap", _is_set("tp_comm_overlap"), "its buffers are not made here; leave it out", TRAIN),
-    *(
-        NotBuilt(flag, _is_set(flag), "lengths are not padded to what fp8 takes; train in bf16", TRAIN)
-        for flag in ("fp8_format", "fp8_recipe", "fp8_param_gather")
+    NotBuilt(
+        "tp_comm_overlap",
+        _is_set("tp_comm_overlap"),
+        "its buffers have one shape for all micro-batches, and rows differ; leave it out",
+        TRAIN,
+    ),
+    NotBuilt(
+        "fp8_recipe",
+        lambda cfg: cfg.kernels.fp8_recipe == "delayed",
+        "its maxima are reduced over groups of a global state that is not made here; give tensorwise",
+        TRAIN,
+    ),
+    NotBuilt(
+        "fp8_param_gather",
+        _is_set("fp8_param_gather"),
+        "main weights would begin with weights that are rounded to fp8; leave it out",
+        TRAIN,
     ),
     NotBuilt(
         "moe_router_load_balancing_type",

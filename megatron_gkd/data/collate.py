@@ -5,7 +5,8 @@ Legend: B sequences, S padded length, T loss tokens, N segments; P prompt tokens
 A sample feeds its first P + C - 1 tokens; its loss positions are the last C of them, its labels the completion (see
 records).
 
-    padded   [B, S]: a sample a row, padded on the right; S is the longest sample rounded up to `pad_to_multiple_of`
+    padded   [B, S]: a sample a row, padded on the right; S is the longest sample rounded up to `pad_to_multiple_of`;
+             rows of padding follow where there are fewer samples than `num_rows`
     packed   [1, S]: samples end to end, `cu_seqlens` at their borders; where S is not a multiple of
              `pad_to_multiple_of`, one more segment of padding follows, so that attention never mixes padding with a
              sample. With `pad_segments_to` each sample is padded to a multiple of it, inside its own segment
@@ -75,6 +76,7 @@ def collate(
     *,
     pad_to_multiple_of: int = 1,
     pad_segments_to: int = 1,
+    num_rows: int = 1,
     packing: bool = False,
     pad_id: int = 0,
     share_of: Callable[[Sample], LossShare] = LossShare.of,
@@ -84,6 +86,7 @@ def collate(
     Args:
         pad_to_multiple_of: S is a multiple of it (sequence parallelism needs the tensor-parallel size here).
         pad_segments_to: of a pack, so is the length of each sample's segment (context parallelism cuts each of them).
+        num_rows: of the padded form, the least B.
         pad_id: any id of the vocabulary; no loss and no sample's hidden state depends on it.
         share_of: which loss tokens of a sample this rank holds.
 
@@ -108,7 +111,7 @@ def collate(
         inputs = [[*row, *[pad_id] * (_round_up(len(row), pad_segments_to) - len(row))] for row in inputs]
         tokens, position_ids, starts, cu_seqlens, max_seqlen = _pack(inputs, pad_to_multiple_of, pad_id)
     else:
-        tokens, position_ids, starts = _pad(inputs, pad_to_multiple_of, pad_id)
+        tokens, position_ids, starts = _pad(inputs, pad_to_multiple_of, num_rows, pad_id)
     shares = tuple(map(share_of, samples))
     first_loss = [start + len(sample.prompt_ids) - 1 for start, sample in zip(starts, samples, strict=True)]
     held = [(n, token) for n, share in enumerate(shares) for token in share.tokens]
@@ -160,11 +163,14 @@ def _sampled_logprobs(samples: Sequence[Sample], held: Sequence[tuple[int, int]]
     return torch.tensor([torch.nan if k is None else k[token] for k, (_, token) in zip(known, held, strict=True)])
 
 
-def _pad(inputs: Sequence[Sequence[int]], multiple: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def _pad(
+    inputs: Sequence[Sequence[int]], multiple: int, num_rows: int, pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """-> tokens [B, S], position ids [B, S] (they run on through the padding), flat index of each sample's first
     token."""
     length = _round_up(max(map(len, inputs), default=1), multiple)
-    rows = [[*row, *[pad_id] * (length - len(row))] for row in inputs] or [[pad_id] * length]
+    rows = [[*row, *[pad_id] * (length - len(row))] for row in inputs]
+    rows += [[pad_id] * length] * (max(1, num_rows) - len(rows))
     return _int64(rows), torch.arange(length).repeat(len(rows), 1), [b * length for b in range(len(inputs))]
 
 

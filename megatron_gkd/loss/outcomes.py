@@ -11,7 +11,7 @@ the student's logits at the support and z_tail = log sum_{v outside S} exp(z_v):
 z_tail is summed over the columns OUTSIDE S, relative to their own maximum, so a tail of 1e-30 keeps all its digits;
 the teacher's tail is only known as 1 - sum, so it is bounded below by the float32 epsilon (float64
 log-probabilities: float64's), where 1 - sum has no digits left. With K = V there is no tail. What is [T, K] is
-float64: K is small, V is not.
+float64: K is small, V is not. What is [T, v] is torch's, or that of loss/kernels/topk.py where kernels.chosen says so.
 
 An index below 0 marks an ABSENT entry (a server that returned fewer than K): no probability on either side, no
 gradient.
@@ -29,6 +29,7 @@ import torch
 
 from megatron_gkd.errors import ConfigError, ShapeError
 from megatron_gkd.loss import arguments as checks
+from megatron_gkd.loss import kernels
 from megatron_gkd.loss import sharded_softmax as sm
 from megatron_gkd.loss.divergence import Divergence, bound_log_ratio_
 from megatron_gkd.parallel.vocab import VocabShard
@@ -153,13 +154,27 @@ def outside_logits(logits_Bv: torch.Tensor, owned: OwnedIds, scratch_Bv1: torch.
 
 def tail_stats(logits_Cv: torch.Tensor, owned: OwnedIds, scratch_Bv1: torch.Tensor) -> torch.Tensor:
     """This rank's (max, sumexp) over its columns outside the support, [2, C], block by block."""
-    max_C = torch.full((logits_Cv.shape[0],), -torch.inf, dtype=scratch_Bv1.dtype, device=logits_Cv.device)
-    sumexp_C = torch.zeros_like(max_C)
+    shape, device = (2, logits_Cv.shape[0]), logits_Cv.device
+    out_2C = torch.zeros(shape, dtype=sm.compute_dtype(logits_Cv), device=device)
+    out_2C[0] = -torch.inf
+    by_kernels = kernels.chosen(device, logits_Cv.dtype)
     for rows in sm.token_chunks(logits_Cv.shape[0] if logits_Cv.shape[1] else 0, max(1, scratch_Bv1.shape[0])):
         y_Bv = outside_logits(logits_Cv[rows], owned[rows], scratch_Bv1)
-        max_C[rows] = y_Bv.amax(-1)
-        sumexp_C[rows] = y_Bv.sub_(sm.finite_shift(max_C[rows]).unsqueeze(-1)).exp_().sum(-1)
-    return torch.stack([max_C, sumexp_C])
+        if by_kernels:
+            from megatron_gkd.loss.kernels import launch_topk
+
+            out_2C[:, rows] = launch_topk.stats(y_Bv)
+        else:
+            out_2C[0, rows] = max_B = y_Bv.amax(-1)
+            out_2C[1, rows] = y_Bv.sub_(sm.finite_shift(max_B).unsqueeze(-1)).exp_().sum(-1)
+    return out_2C
+
+
+def tail_scale(tail_lse_C: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(shift in `dtype`, factor in float64) with exp(z - z_tail) = exp(z - shift) * factor: the float64 log-sum-exp
+    split in two, so that no row inherits its rounding."""
+    high_C = sm.finite_shift(tail_lse_C.to(dtype))
+    return high_C, torch.exp(high_C.double() - sm.finite_shift(tail_lse_C))
 
 
 def write_gradient_(
@@ -174,20 +189,30 @@ def write_gradient_(
     tail's share.
     """
     num_support = owned.owned.shape[1]
+    by_kernels = kernels.chosen(logits_Cv.device, logits_Cv.dtype)
     for rows in sm.token_chunks(logits_Cv.shape[0], max(1, scratch_Bv1.shape[0])):
         if tail_lse_C is None:
             grad_Cv[rows].zero_()
         else:
             y_Bv = outside_logits(logits_Cv[rows], owned[rows], scratch_Bv1)
-            lse_B, dtype = tail_lse_C[rows], y_Bv.dtype
-            high_B = sm.finite_shift(lse_B.to(dtype))
-            weight_B = grad_CO[rows, num_support] * torch.exp(high_B.double() - sm.finite_shift(lse_B))
-            grad_Cv[rows] = y_Bv.sub_(high_B.unsqueeze(-1)).exp_().mul_(weight_B.to(dtype).unsqueeze(-1))
+            high_B, factor_B = tail_scale(tail_lse_C[rows], sm.compute_dtype(logits_Cv))
+            weight_B = grad_CO[rows, num_support] * factor_B
+            if by_kernels:
+                from megatron_gkd.loss.kernels import launch_topk
+
+                launch_topk.gradient_(grad_Cv[rows], y_Bv, shift_C=high_B, factor_C=weight_B)
+            else:
+                weight_B1 = weight_B.to(y_Bv.dtype).unsqueeze(-1)
+                grad_Cv[rows] = y_Bv.sub_(high_B.unsqueeze(-1)).exp_().mul_(weight_B1)
         owned[rows].add_(grad_Cv[rows], grad_CO[rows, :num_support])
 
 
-def scratch_for(num_tokens: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """One block of rows with the extra column that `outside_logits` needs."""
-    return torch.empty(
-        sm.block_tokens_for(num_tokens, num_columns, dtype, device), num_columns + 1, dtype=dtype, device=device
-    )
+def scratch_for(logits_Tv: torch.Tensor) -> torch.Tensor:
+    """Blocks of rows of such logits, with the extra column that `outside_logits` needs: what torch computes in, or what
+    the kernels read."""
+    (num_tokens, num_columns), dtype, device = logits_Tv.shape, sm.compute_dtype(logits_Tv), logits_Tv.device
+    block = sm.block_tokens_for(num_tokens, num_columns, dtype, device)
+    if kernels.chosen(device, logits_Tv.dtype):
+        dtype = logits_Tv.dtype
+        block = min(block, sm.chunk_tokens_for((num_columns + 1) * dtype.itemsize))
+    return torch.empty(block, num_columns + 1, dtype=dtype, device=device)

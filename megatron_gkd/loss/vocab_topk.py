@@ -4,7 +4,7 @@
 
 Ties: of equal logits the lower global id comes first, in every layout. torch.topk leaves ties open, so it is only
 asked for the K-th VALUE: every column above it is in, of the columns equal to it the first ids fill the rest, and a
-stable sort orders them.
+stable sort orders them. Where kernels.chosen says so, select_kernel (kernels/topk.py) finds the same columns.
 
 Shapes: logits [T, V/tp] -> values [T, K], indices [T, K] int64 global ids, logsumexp [T]; values and logsumexp are
 float32 (float64 for float64 input). K may exceed V/tp. Padding (global id >= vocab_size) is never chosen and not
@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.loss import arguments as checks
+from megatron_gkd.loss import kernels
 from megatron_gkd.loss import sharded_softmax as sm
 from megatron_gkd.parallel.collectives import all_gather_stack, require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
@@ -47,19 +48,18 @@ def vocab_parallel_topk(
     bits = torch.int32 if dtype == torch.float32 else torch.int64
     packed = torch.zeros(num_tokens, 2 * width + 2, dtype=bits, device=logits.device)
     packed.view(dtype)[:, :width] = -torch.inf
-    chunk = sm.chunk_tokens_for(4 * shard.max_columns * dtype.itemsize)
-    block = sm.block_tokens_for(min(chunk, num_tokens), num_columns, dtype, logits.device)
-    scratch_Bv = torch.empty(block, num_columns, dtype=dtype, device=logits.device)
+    found = min(width, num_columns)
+    by_kernels = kernels.chosen(logits.device, logits.dtype)
+    # Of the torch path: its masks and sums are as long as a chunk.
+    chunk = max(1, num_tokens) if by_kernels else sm.chunk_tokens_for(4 * shard.max_columns * dtype.itemsize)
     for rows in sm.token_chunks(num_tokens, chunk):
         logits_Cv = logits[rows, :num_columns]
-        found = min(width, num_columns)
+        columns_Ck, stats_2C = (_select_by_kernel if by_kernels else _select)(logits_Cv, found, dtype)
         if found > 0:
-            values_Ck, columns_Ck = _local_topk(logits_Cv, found)
+            values_Ck, columns_Ck = _descending(logits_Cv, columns_Ck)
             packed.view(dtype)[rows, :found] = values_Ck.to(dtype)
             packed[rows, width : width + found] = (columns_Ck + shard.start).to(bits)
-        max_C = sm.shard_max(logits_Cv, dtype)
-        packed.view(dtype)[rows, -2] = max_C
-        packed.view(dtype)[rows, -1] = sm.shard_sumexp(logits_Cv, max_C, 1.0, scratch_Bv)
+        packed.view(dtype)[rows, -2:] = stats_2C.T
     gathered = all_gather_stack(packed, group)
     floats = gathered.view(dtype)
     # Candidates of the ranks side by side: of equal values, the lower id stands further left, and real ones left of
@@ -104,16 +104,33 @@ def _prepare(
     return group, shard, sm.compute_dtype(logits)
 
 
-def _local_topk(logits_Cv: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, columns) [C, k] of the k largest, ties to the lower column. No data-dependent shapes, so no device
-    sync.
+def _select(logits_Cv: torch.Tensor, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(columns [C, k] of the k largest, ascending, ties to the lower one; this rank's (max, sumexp) [2, C]). No
+    data-dependent shapes, so no device sync.
     """
+    max_C = sm.shard_max(logits_Cv, dtype)
+    block = sm.block_tokens_for(*logits_Cv.shape, dtype, logits_Cv.device)
+    scratch_Bv = torch.empty(block, logits_Cv.shape[1], dtype=dtype, device=logits_Cv.device)
+    stats_2C = torch.stack([max_C, sm.shard_sumexp(logits_Cv, max_C, 1.0, scratch_Bv)])
+    if k == 0:
+        return max_C.new_empty((len(max_C), 0), dtype=torch.int64), stats_2C
     threshold_C1 = logits_Cv.topk(k, dim=-1).values[:, -1:]
     above_Cv = logits_Cv > threshold_C1
     equal_Cv = logits_Cv == threshold_C1
     room_C1 = k - above_Cv.sum(-1, keepdim=True, dtype=torch.int32)
     chosen_Cv = above_Cv | (equal_Cv & (equal_Cv.cumsum(-1, dtype=torch.int32) <= room_C1))
     num_chosen = chosen_Cv.shape[0] * k
-    columns_Ck = torch.nonzero_static(chosen_Cv, size=num_chosen, fill_value=0)[:, 1].view(-1, k)  # ascending per row
+    return torch.nonzero_static(chosen_Cv, size=num_chosen, fill_value=0)[:, 1].view(-1, k), stats_2C
+
+
+def _select_by_kernel(logits_Cv: torch.Tensor, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in one launch, without temporaries."""
+    from megatron_gkd.loss.kernels import launch_topk
+
+    return launch_topk.select(logits_Cv, k)
+
+
+def _descending(logits_Cv: torch.Tensor, columns_Ck: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, columns) by value, the lower column first where they are equal."""
     values_Ck, order_Ck = torch.sort(logits_Cv.gather(1, columns_Ck), dim=-1, descending=True, stable=True)
     return values_Ck, columns_Ck.gather(1, order_Ck)

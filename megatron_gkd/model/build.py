@@ -52,6 +52,9 @@ class HiddenStateGPTModel(GPTModel):
     """GPTModel whose last stage returns the final hidden state instead of logits."""
 
     before_head: Callable[[], None] | None = None  # called before the head's weight is read (train/overlap.py)
+    # Rotary embedding and attention ask for the lengths of a pack as numbers, in every layer; from the device, each
+    # would wait for it. Kernels of Transformer Engine read them there.
+    reads_lengths_on_host = True
     vision: VisionTower | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -266,6 +269,7 @@ def build_model(
         )
         if arch.vision is not None and model.pre_process:
             model.vision = VisionTower(arch.vision, DTYPES[dtype])
+        model.reads_lengths_on_host = not (_on_transformer_engine(options) or config.apply_rope_fusion)
         _set_frequencies(model, arch, groups)
         _mark_tensor_parallel(model)
         _mark_experts(model)

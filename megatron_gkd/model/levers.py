@@ -44,11 +44,13 @@ _ON_CUDA: Final[dict[str, str | None]] = {
     "bias_activation_fusion": None,
     "moe_grouped_gemm": _TE,
     "moe_permute_fusion": _TE,
+    "fp8_format": _TE,
     "empty_unused_memory_level": None,
     "use_precision_aware_optimizer": _TE,
     "optimizer_cpu_offload": _TE,
 }
 _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
+_FP8_CAPABILITY: Final = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 # Fields of TransformerConfig that are the project's own business, or another flag's.
 _OWN: Final = frozenset(
     {
@@ -86,6 +88,8 @@ def student_options(config: RunConfig, kind: Kind) -> ModelOptions:
         moe_grouped_gemm=not config.tuner.is_lora and _fuses(config, "moe_grouped_gemm", kind),
         extra=tuple(sorted(kernels.extra.items())),
     )
+    if kernels.fp8_format is not None:
+        options = replace(options, fp8=kernels.fp8_format, fp8_recipe=kernels.fp8_recipe or "tensorwise")
     _check_extra(options.extra)
     if recompute.recompute_granularity == "full":
         return replace(
@@ -170,6 +174,13 @@ def _refuse_without(config: RunConfig, kind: Kind) -> None:
             raise ConfigError(
                 f"{given} needs the package {package}, which is not installed: install it, or leave it out"
             )
+    if kind == "cuda" and config.kernels.fp8_format is not None and torch.cuda.is_available():
+        recipe, found = config.kernels.fp8_recipe or "tensorwise", torch.cuda.get_device_capability()
+        if found < (needed := _FP8_CAPABILITY[recipe]):
+            raise ConfigError(
+                f"--fp8_recipe {recipe} needs a GPU of compute capability {needed[0]}.{needed[1]}, and this one has "
+                f"{found[0]}.{found[1]}: train in bf16"
+            )
     wanted = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     lacking = [f"{name}={value}" for name, value in wanted.items() if os.environ.get(name) != value]
     if kind == "cuda" and config.kernels.deterministic_mode and lacking:
@@ -196,6 +207,8 @@ def check_student(config: RunConfig, arch: Architecture, layout: Layout, kind: K
             f"--apply_rope_fusion true: latent attention ({arch.model_type}) has a rotary embedding that no fusion "
             "knows; leave it out"
         )
+    if config.kernels.fp8_format is not None:
+        _check_fp8(config, arch, layout)
     if config.kernels.moe_grouped_gemm and config.tuner.is_lora:
         raise ConfigError(
             "--moe_grouped_gemm true: a student with adapters has megatron-core's own layers, each expert a product of "
@@ -214,6 +227,31 @@ def check_student(config: RunConfig, arch: Architecture, layout: Layout, kind: K
             raise ConfigError(
                 f"--megatron_extra_kwargs {', '.join(extra)}: megatron-core refuses them: {text}"
             ) from error
+
+
+def _check_fp8(config: RunConfig, arch: Architecture, layout: Layout) -> None:
+    """Raise ConfigError where the student's products are not those that fp8 has."""
+    given = f"--fp8_format {config.kernels.fp8_format}"
+    if config.model.precision != "bf16":
+        raise ConfigError(f"{given} beside --dtype {config.model.precision}: what is not in fp8 is in bf16; give it")
+    if config.tuner.is_lora or arch.latent is not None:
+        what = "a student with adapters" if config.tuner.is_lora else f"latent attention ({arch.model_type})"
+        raise ConfigError(f"{given}: {what} has layers that are not Transformer Engine's; leave it out")
+    tp, multiple = layout.tensor, config.kernels.fp8_tokens
+    widths = {
+        "hidden size": arch.hidden_size,
+        "queries, keys and values of a rank": (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim // tp,
+        "attention output of a rank": arch.num_heads * arch.head_dim // tp,
+        "MLP width of a rank": arch.ffn_hidden_size // tp,
+    }
+    if arch.moe is not None:
+        widths["expert's width of a rank"] = arch.moe.ffn_hidden_size // layout.expert_tensor_size
+    for name, width in widths.items():
+        if width % multiple:
+            raise ConfigError(
+                f"{given}: the {name} is {width}, and products of this recipe need a multiple of {multiple}: train in "
+                "bf16, or give another tensor parallel size"
+            )
 
 
 def _check_recompute(recompute: RecomputeConfig, arch: Architecture, layout: Layout) -> None:

@@ -50,6 +50,8 @@ class ModelOptions:
     recompute_num_layers: int | None = None
     recompute_modules: tuple[str, ...] | None = None
     transformer_engine: bool = True  # take its layers where it is installed; False: megatron-core's own (model/lora.py)
+    fp8: Literal["e4m3", "hybrid"] | None = None  # products of Transformer Engine's layers
+    fp8_recipe: str = "delayed"  # megatron-core's default
     extra: tuple[tuple[str, Any], ...] = ()  # further fields of TransformerConfig, of --megatron_extra_kwargs
 
     @classmethod

@@ -27,7 +27,7 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_backward_pipelining_without_interleaving,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_gkd.data.collate import MicroBatch, without_loss
 from megatron_gkd.parallel.layout import Layout
@@ -55,7 +55,8 @@ def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch, device: torc
     """Feed one micro-batch to one model chunk. Returns [S(/tp), B, H]; only the first chunk reads the tokens."""
     packed = None
     if micro_batch.cu_seqlens is not None:
-        cu_seqlens = micro_batch.cu_seqlens.to(device)
+        on_host = get_attr_wrapped_model(model, "reads_lengths_on_host", allow_none=False)
+        cu_seqlens = micro_batch.cu_seqlens if on_host else micro_batch.cu_seqlens.to(device)
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,

@@ -5,7 +5,8 @@ A layout asks for multiples:
     sequence parallelism    TP ranks share the tokens that a rank is fed
     context parallelism     a sequence is cut into 2 * cp chunks (parallel/zigzag.py)
     both                    whole lengths are multiples of cp * lcm(2, tp); segments of a pack, of 2 * cp
-    interleaved schedule    all micro-batches of a step have one length, that of the longest
+    interleaved schedule    all micro-batches of a step have one length, that of the longest, and in the padded form one
+                            number of rows, that of the fullest
 
 Collation (train/batches.py) and the routing of signals (teacher/signals.py) both ask here: so they cannot differ.
 """
@@ -29,7 +30,9 @@ class Sequences:
         """`samples`: as this model is fed them, by position."""
         self.samples, self.layout, self.packing = samples, layout, packing
         self.segment_multiple, self.row_multiple = layout.segment_multiple, layout.row_multiple
+        self.num_rows = 1  # at least, of a padded micro-batch
         if common_shape(layout):
+            self.num_rows = 1 if packing else max(1, max(len(batch) for batches in plan for batch in batches))
             self.row_multiple = max(
                 _round_up(sum(self.lengths(batch)) if packing else self.lengths(batch)[0], self.row_multiple)
                 if batch
@@ -48,9 +51,11 @@ class Sequences:
     def num_fed(self, positions: Sequence[int]) -> int:
         """Tokens that a replica is fed for a micro-batch, padding included."""
         if not positions:
-            return self.row_multiple
+            return self.row_multiple * self.num_rows
         lengths = self.lengths(positions)
-        return _round_up(sum(lengths), self.row_multiple) if self.packing else sum(lengths)
+        if self.packing:
+            return _round_up(sum(lengths), self.row_multiple)
+        return lengths[0] * max(len(positions), self.num_rows)
 
     def share(self, position: int, length: int, rank: int) -> LossShare:
         """Of a sample in a sequence of `length`: the loss tokens that context-parallel rank `rank` holds."""

@@ -3,7 +3,7 @@
     metrics = Metrics(["loss", "agreement"], device)
     metrics.add("loss", loss_sum, num_tokens)          # tensors or numbers; nothing is synchronised
     metrics.reduce(all_reduce)                         # one flat float64 tensor [2 N], whatever was added
-    metrics.means()                                    # {"loss": ...}: global sum / global count
+    metrics.means()                                    # {"loss": ...}: global sum / global count, copied once
 
 A mean is formed once, after the sums of all ranks and micro-batches: long samples count for all their tokens, in
 every layout. The names are fixed at the start, so that every rank makes the same collective whatever its data: a name
@@ -29,6 +29,7 @@ class Metrics:
         # [2, N] float64: row 0 sums, row 1 counts. Counts of tokens stay exact up to 2^53.
         self._totals = torch.zeros(2, len(self.names), dtype=torch.float64, device=device)
         self._reduced = False
+        self._on_host: list[list[float]] | None = None  # once reduced and asked for
 
     def add(self, name: str, value_sum: Number, count: Number) -> None:
         """Add a sum over `count` items. Tensors are scalars and may be on the device: they are added there."""
@@ -65,5 +66,7 @@ class Metrics:
         return {name: count for name, (_, count) in self._pairs().items()}
 
     def _pairs(self) -> dict[str, tuple[float, float]]:
-        sums, counts = self._totals.tolist()
+        sums, counts = on_host = self._on_host or self._totals.cpu().tolist()
+        if self._reduced:  # nothing is added any more
+            self._on_host = on_host
         return {name: (sums[i], counts[i]) for name, i in self._index.items()}

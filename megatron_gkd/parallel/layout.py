@@ -44,6 +44,7 @@ class Layout:
     rank_offset: int = 0
     expert_tensor: int | None = None  # None: as `tensor`, Megatron's default
     split: PipelineSplit | None = None  # None: all stages have as many layers
+    token_multiple: int = 1  # what the tokens that a rank's layers see are a multiple of (fp8)
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "data", "context", "expert"):
@@ -87,6 +88,7 @@ class Layout:
         sequence_parallel: bool = False,
         rank_offset: int = 0,
         split: PipelineSplit | None = None,
+        token_multiple: int = 1,
         name: str = "student",
     ) -> Layout:
         """The layout whose data-parallel size fills `world_size` ranks from `rank_offset` on. Raises LayoutError when
@@ -115,6 +117,7 @@ class Layout:
                 rank_offset=rank_offset,
                 expert_tensor=expert_tensor,
                 split=split,
+                token_multiple=token_multiple,
             )
         except LayoutError as error:
             raise LayoutError(f"the {name}'s layout: {error}") from error
@@ -142,8 +145,8 @@ class Layout:
     @property
     def row_multiple(self) -> int:
         """What the length of a row, or of a whole pack, is a multiple of: TP ranks share a rank's part of it under
-        sequence parallelism."""
-        shared = self.tensor if self.sequence_parallel else 1
+        sequence parallelism, and each part has whole blocks of tokens."""
+        shared = self.token_multiple * (self.tensor if self.sequence_parallel else 1)
         return self.context * math.lcm(1 if self.context == 1 else 2, shared)
 
     @property

@@ -66,6 +66,7 @@ class Collator:
             [sequences.samples[p] for p in positions],
             pad_to_multiple_of=sequences.row_multiple,
             pad_segments_to=sequences.segment_multiple,
+            num_rows=sequences.num_rows,
             packing=sequences.packing,
             pad_id=self.pad_id,
             share_of=lambda sample: sequences.share(sample.position, lengths[sample.position], self.rank),

@@ -94,7 +94,7 @@ def evaluate(run: Run, rows: Rows, record: TokenRecord | None = None) -> dict[st
         record: takes them by token: of all rows by place, and of the first ones in full.
     """
     objective = HeldOut(run.loss, record)
-    metrics = Metrics(objective.names())
+    metrics = Metrics(objective.names(), run.platform.device)
     for number, plan in enumerate(evaluation_plans(run.config, rows, run.student.layout, run.teacher.layout)):
         if record is not None:
             record.choose([] if number else [sample for sample in plan.samples if sample.num_loss_tokens])

@@ -32,6 +32,7 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         virtual_pipeline=_virtual_pipeline(parallel.virtual_pipeline_model_parallel_size),
         sequence_parallel=parallel.sequence_parallel,
         split=_split(config, ""),
+        token_multiple=config.kernels.fp8_tokens,
     )
     teacher_layout = Layout.for_world(
         teacher_ranks or world_size,
@@ -97,11 +98,6 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
     training = config.training
     per_pass = layout.data * training.micro_batch_size
     if config.data.packing or training.max_tokens_per_gpu is not None:
-        if layout.virtual_pipeline and not config.data.packing:  # whose micro-batches all have one shape [B, S]
-            raise NotBuiltError(
-                f"a token budget is not built for a virtual pipeline without packing ({layout.describe()}): give "
-                "--packing true, or leave out --max_tokens_per_gpu or --virtual_pipeline_model_parallel_size"
-            )
         if training.global_batch_size < layout.data:
             how = "packed for" if config.data.packing else "shared by token count by"
             raise ConfigError(

@@ -172,7 +172,7 @@ class StudentPart:
         assert run.plans is not None
         with timers.phase("plan"):
             plan = run.plans.plan(step - 1)
-        metrics = Metrics([*run.loss.names(), "signal_bytes", "stop_requests"])
+        metrics = Metrics([*run.loss.names(), "signal_bytes", "stop_requests"], run.platform.device)
 
         def loss_is_finite(reports: list[Any], num_bytes: int) -> bool:
             add_reports(metrics, reports, run.student)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.dataset import Rows
+from megatron_gkd.model.pipeline import common_shape
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import from_first
 from megatron_gkd.records import Sample, StepPlan
@@ -45,6 +46,7 @@ def plan_of(config: RunConfig, step: int, samples: Sequence[Sample], student: La
         packing=config.data.packing,
         max_tokens=max_tokens(config, student),
         multiple_of=student.row_multiple,
+        one_shape=common_shape(student),
     )
     return replace(plan, values=config.values_at(step + 1))
 

@@ -328,9 +328,8 @@ class _NoPeers(TorchDispatchMode):
         self.sent[name] += sum(t.nbytes for t in tree_iter(args) if isinstance(t, torch.Tensor))
 
 
-@contextmanager
-def _without_peers(world_size: int, rank: int) -> Iterator[_NoPeers]:
-    """A world in which every collective returns at once, and what a fake world cannot do is left out."""
+def replacements() -> tuple[tuple[Any, str, Any], ...]:
+    """(owner, name, value) of what cannot be where tensors have no values and groups no peers."""
 
     def gather(found: list[Any], mine: Any, group: Any = None) -> None:
         found[:] = [mine] * len(found)
@@ -339,17 +338,25 @@ def _without_peers(world_size: int, rank: int) -> Iterator[_NoPeers]:
         with unset_fake_temporarily():  # lengths of a pack are read by the model
             return collate(self, positions)
 
+    return (
+        (dist, "all_gather_object", gather),
+        (Collator, "__call__", collate_real),
+        (parallel_state, "_GLOBAL_MEMORY_BUFFER", None),  # scratch, which each rank has for itself
+        (megatron_random.CudaRNGStatesTracker, "fork", lambda self, name="": nullcontext()),
+    )
+
+
+@contextmanager
+def _without_peers(world_size: int, rank: int) -> Iterator[_NoPeers]:
+    """A world in which every collective returns at once, and what a fake world cannot do is left out."""
     assert not dist.is_initialized(), "a rehearsal needs a process of its own"
     platform.setup("cpu")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         with ExitStack() as stack:
             for owner, name, value in (
-                (dist, "all_gather_object", gather),
-                (Collator, "__call__", collate_real),
+                *replacements(),
                 (context_attention, "places_of", functools.lru_cache(4)(context_attention.places_of.__wrapped__)),
-                (parallel_state, "_GLOBAL_MEMORY_BUFFER", None),  # scratch, which each rank has for itself
-                (megatron_random.CudaRNGStatesTracker, "fork", lambda self, name="": nullcontext()),
                 (fused_task, "CHUNK_BYTES", fused_task.CHUNK_BYTES_CUDA),
                 (fused_task, "MOST_TOKENS", fused_task.MOST_TOKENS_CUDA),
                 (sharded_softmax, "_BLOCK_BYTES_CPU", 2**40),

@@ -36,8 +36,6 @@ REFUSED = {
     "moe_router_load_balancing_type",
     "moe_z_loss_coeff",
     "tp_comm_overlap",
-    "fp8_format",
-    "fp8_recipe",
     "fp8_param_gather",
     "lora_dropout",
 }

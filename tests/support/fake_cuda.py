@@ -25,17 +25,13 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import random as megatron_random
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_iter
 
 from megatron_gkd import platform
-from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.loss import kernels
-from megatron_gkd.train.batches import Collator
-from megatron_gkd.train.rehearsal import _NoPeers
+from megatron_gkd.train.rehearsal import _NoPeers, replacements
 
 _CUDA: Final = 1  # of c10::DeviceType
 _META: Final = 14
@@ -63,13 +59,6 @@ def fake_cuda(*, world_size: int = 1, rank: int = 0) -> Iterator[torch.device]:
     """The device. No process group may exist yet in this process, and none does afterwards."""
     cuda: Any = torch.cuda
 
-    def gather(found: list[Any], mine: Any, group: Any = None) -> None:
-        found[:] = [mine] * len(found)
-
-    def collate_real(self: Collator, positions: Any, collate: Any = Collator.__call__) -> MicroBatch:
-        with unset_fake_temporarily():  # lengths of a pack are read by the model
-            return collate(self, positions)
-
     assert not dist.is_initialized(), "groups without peers need a process without a group"
     assert platform._undo is None, "what sends CUDA to the CPU is installed"
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -77,11 +66,8 @@ def fake_cuda(*, world_size: int = 1, rank: int = 0) -> Iterator[torch.device]:
         with ExitStack() as stack:
             for owner, name, value in (
                 *((cuda, name, value) for name, value in _device_queries().items()),
-                (dist, "all_gather_object", gather),
-                (Collator, "__call__", collate_real),
+                *replacements(),
                 (torch.nn.Module, "cuda", _move),
-                (parallel_state, "_GLOBAL_MEMORY_BUFFER", None),
-                (megatron_random.CudaRNGStatesTracker, "fork", lambda self, name="": nullcontext()),
             ):
                 stack.enter_context(patch.object(owner, name, value))
             stack.enter_context(_device_guard())

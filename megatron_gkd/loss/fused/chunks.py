@@ -6,8 +6,8 @@ products back.
     head gradient [v, H] += G^T @ hidden      float32, or float64 for float64 input
 
 G overwrites the chunk's buffers: nothing here is larger than [C, V/tp] but the head's gradient. Divergence and
-gradient come from dense.py (teacher given by hidden states) and loss/outcomes.py (teacher given by its top K); CE =
-logsumexp - label logit at temperature 1, from the same logits.
+gradient come from dense.py (teacher given by hidden states), and from loss/outcomes.py and sparse.py (teacher given by
+its top K, or none); CE = logsumexp - label logit at temperature 1, from the same logits.
 
 Communication per chunk, over the TP group: 1 all-gather (softmax statistics, [2 to 8, C]) and 1 all-reduce
 (divergence sums and label logits [2 or 3, C]; top-K: logits at support and label [C, K or K + 1]); of the cross
@@ -24,8 +24,9 @@ from megatron_gkd.loss import outcomes as sp
 from megatron_gkd.loss import sharded_softmax as sm
 from megatron_gkd.loss.divergence import Sums
 from megatron_gkd.loss.fused.dense import LabelPart, dense_work
-from megatron_gkd.loss.fused.task import FusedTask, HiddenTeacher, TopKTeacher, dense_setting
-from megatron_gkd.loss.vocab_topk import merge_argmax, shard_argmax
+from megatron_gkd.loss.fused.sparse import Support, SupportGradient, sparse_work
+from megatron_gkd.loss.fused.task import FusedTask, HiddenTeacher, TopKTeacher, dense_setting, sparse_setting
+from megatron_gkd.loss.vocab_topk import merge_argmax
 from megatron_gkd.parallel.collectives import all_gather_stack, all_reduce_sum_
 from megatron_gkd.topk_jsd import support_masses
 
@@ -143,34 +144,26 @@ class TopKChunks:
     """The same for a teacher that is given by its top K."""
 
     def __init__(self, task: FusedTask, teacher: TopKTeacher, num_rows: int) -> None:
-        self.task, self.teacher, v = task, teacher, task.shard.num_valid
-        device, dtype = task.student_hidden.device, task.student_hidden.dtype
-        self.student_Cv = torch.empty(num_rows, v, dtype=dtype, device=device)
-        self.g_Cv = torch.empty(num_rows, v, dtype=task.dtype, device=device)
-        # Logits that are already in the divergence's dtype are overwritten by Q.
-        narrow = dtype != task.dtype
-        self.q_Cv = torch.empty(num_rows, v, dtype=task.dtype, device=device) if narrow else self.student_Cv
-        self.scratch_Bv1 = sp.scratch_for(num_rows, v, task.dtype, device)
+        self.task, self.teacher = task, teacher
+        self.sparse = sparse_work(sparse_setting(task), num_rows, with_support=True)
+        self.student_Cv = self.sparse.student_Cv
 
     def run_(self, rows: slice, student_Cv: torch.Tensor, values: Values, want_grad: bool) -> torch.Tensor:
         """Loss of a chunk; returns the weighted gradient of the student's logits, [C, v]."""
-        task, scratch_Bv1 = self.task, self.scratch_Bv1
-        shard, group, dtype = task.shard, task.group, task.dtype
+        task, shard, group, dtype = self.task, self.task.shard, self.task.group, self.task.dtype
         logprobs_CK, ids_CK = self.teacher.logprobs[rows], self.teacher.indices[rows]
         num_support = ids_CK.shape[1]
         owned = sp.OwnedIds.of(ids_CK, shard)
-        stats = [sp.tail_stats(student_Cv, owned, scratch_Bv1)]
-        if task.want_agreement:
-            stats.append(shard_argmax(student_Cv, shard.start, dtype))
-        gathered_RnC = all_gather_stack(torch.cat(stats), group)
+        support = Support(owned, owned.gather(student_Cv, dtype))  # before the logits are overwritten
+        of_label, picked = None, [support.logits_CK]
+        if task.labels is not None:
+            of_label = sp.OwnedIds.of(task.labels.ids[rows], shard)
+            picked.append(of_label.gather(student_Cv, dtype).unsqueeze(1))
+        gathered_RnC = all_gather_stack(self.sparse.stats(student_Cv, support), group)
         tail_lse_C = sm.combine_lse(gathered_RnC[:, 0], gathered_RnC[:, 1], 1.0)
         if task.want_agreement:
             values["agreement"][rows] = (merge_argmax(gathered_RnC[:, 2:4]) == ids_CK[:, 0]).to(dtype)
 
-        label, picked = None, [owned.gather(student_Cv, dtype)]
-        if task.labels is not None:
-            label = sp.OwnedIds.of(task.labels.ids[rows], shard)
-            picked.append(label.gather(student_Cv, dtype).unsqueeze(1))
         logits_Cn = all_reduce_sum_(torch.cat(picked, dim=1), group)
         logits_CK = logits_Cn[:, :num_support]
         outside_C = tail_lse_C if sp.has_tail(num_support, shard, self.teacher.tail) else None
@@ -178,48 +171,35 @@ class TopKChunks:
         values["per_token"][rows] = loss.divergence_T.to(dtype)
         masses = support_masses(logits_CK, tail_lse_C, logprobs_CK, ids_CK, dtype)
         values["teacher_mass"][rows], values["student_mass"][rows] = masses
-        inside_C = torch.logsumexp(logits_CK.double().masked_fill(ids_CK < 0, -torch.inf), dim=1)
-        lse_C = torch.logaddexp(inside_C, tail_lse_C)
-        if task.labels is not None:
-            values["cross_entropy"][rows] = task.labels.cross_entropy(rows, lse_C, logits_Cn[:, num_support])
-        g_Cv, q_Cv = self.g_Cv[: student_Cv.shape[0]], self.q_Cv[: student_Cv.shape[0]]
-        if want_grad:
-            weighted_CO = loss.grad_TO * task.token_weights[rows].double().unsqueeze(1)
-            sp.write_gradient_(g_Cv, student_Cv, owned, weighted_CO, outside_C, scratch_Bv1)
-        if want_grad and task.labels is not None and label is not None:  # g += u (Q - onehot(label))
-            sm.softmax_into_(q_Cv, student_Cv, lse_C, scratch_Bv1.shape[0])
-            g_Cv.addcmul_(q_Cv, task.labels.weights[rows].unsqueeze(1))
-            label.add_(g_Cv, -task.labels.weights[rows])
-        return g_Cv
+        label = None
+        if task.labels is not None and of_label is not None:
+            inside_C = torch.logsumexp(logits_CK.double().masked_fill(ids_CK < 0, -torch.inf), dim=1)
+            label = LabelPart(of_label, task.labels.weights[rows], torch.logaddexp(inside_C, tail_lse_C))
+            values["cross_entropy"][rows] = task.labels.cross_entropy(rows, label.lse_C, logits_Cn[:, num_support])
+        if not want_grad:
+            return student_Cv
+        weighted_CO = loss.grad_TO * task.token_weights[rows].double().unsqueeze(1)
+        return self.sparse.gradient(student_Cv, support, SupportGradient(weighted_CO, outside_C), label)
 
 
 class LabelChunks:
     """The same for the cross entropy alone, without a teacher."""
 
     def __init__(self, task: FusedTask, num_rows: int) -> None:
-        self.task, v = task, task.shard.num_valid
-        device, dtype = task.student_hidden.device, task.student_hidden.dtype
-        self.student_Cv = torch.empty(num_rows, v, dtype=dtype, device=device)
-        # Logits that are already in the loss's dtype are overwritten by the gradient.
-        narrow = dtype != task.dtype
-        self.g_Cv = torch.empty(num_rows, v, dtype=task.dtype, device=device) if narrow else self.student_Cv
-        block = sm.block_tokens_for(num_rows, v, task.dtype, device)
-        self.scratch_Bv = torch.empty(block, v, dtype=task.dtype, device=device)
+        self.task = task
+        self.sparse = sparse_work(sparse_setting(task), num_rows, with_support=False)
+        self.student_Cv = self.sparse.student_Cv
 
     def run_(self, rows: slice, student_Cv: torch.Tensor, values: Values, want_grad: bool) -> torch.Tensor:
         """Loss of a chunk; returns the weighted gradient of the student's logits, [C, v]."""
         task, labels = self.task, self.task.labels
         assert labels is not None, "make_task asks for a teacher or for labels"
-        owned, max_C = sp.OwnedIds.of(labels.ids[rows], task.shard), sm.shard_max(student_Cv, task.dtype)
-        sumexp_C = sm.shard_sumexp(student_Cv, max_C, 1.0, self.scratch_Bv)
-        stats_3C = torch.stack([max_C, sumexp_C, owned.gather(student_Cv, task.dtype)])
+        owned = sp.OwnedIds.of(labels.ids[rows], task.shard)
+        stats_3C = torch.cat([self.sparse.stats(student_Cv, None), owned.gather(student_Cv, task.dtype).unsqueeze(0)])
         gathered_R3C = all_gather_stack(stats_3C, task.group)
         lse_C = sm.combine_lse(gathered_R3C[:, 0], gathered_R3C[:, 1], 1.0)
         values["per_token"][rows] = 0
         values["cross_entropy"][rows] = labels.cross_entropy(rows, lse_C, gathered_R3C[:, 2].double().sum(0))
-        g_Cv = self.g_Cv[: student_Cv.shape[0]]
-        if want_grad:  # u (Q - onehot(label))
-            sm.softmax_into_(g_Cv, student_Cv, lse_C, self.scratch_Bv.shape[0])
-            g_Cv.mul_(labels.weights[rows].unsqueeze(1))
-            owned.add_(g_Cv, -labels.weights[rows])
-        return g_Cv
+        if not want_grad:
+            return student_Cv
+        return self.sparse.gradient(student_Cv, None, None, LabelPart(owned, labels.weights[rows], lse_C))

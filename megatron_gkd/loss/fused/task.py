@@ -20,6 +20,7 @@ from megatron_gkd.loss import arguments as checks
 from megatron_gkd.loss import outcomes as sp
 from megatron_gkd.loss import sharded_softmax as sm
 from megatron_gkd.loss.divergence import Divergence
+from megatron_gkd.loss.fused import sparse
 from megatron_gkd.loss.fused.dense import DenseSetting, num_wide_buffers
 from megatron_gkd.parallel.collectives import require_group
 from megatron_gkd.parallel.vocab import VocabShard, vocab_shard
@@ -182,16 +183,22 @@ def dense_setting(task: FusedTask, teacher: HiddenTeacher) -> DenseSetting:
     )  # fmt: skip
 
 
+def sparse_setting(task: FusedTask) -> sparse.SparseSetting:
+    """The same of a task with a sparse teacher, or with none."""
+    return sparse.SparseSetting(
+        student_dtype=task.student_hidden.dtype, dtype=task.dtype, device=task.student_hidden.device,
+        num_columns=task.shard.num_valid, first_id=task.shard.start, want_best=task.want_agreement,
+    )  # fmt: skip
+
+
 def bytes_per_token(task: FusedTask) -> int:
     """Of all [C, v] buffers; from numbers that are alike on every rank, because it decides the number of chunks."""
     size = task.student_hidden.dtype.itemsize
-    if task.teacher is None:
-        num_wide = int(task.student_hidden.dtype != task.dtype)
-    elif isinstance(task.teacher, TopKTeacher):
-        num_wide = 1 + int(task.student_hidden.dtype != task.dtype)
-    else:
+    if isinstance(task.teacher, HiddenTeacher):
         size += task.teacher.hidden.dtype.itemsize
         num_wide = num_wide_buffers(dense_setting(task, task.teacher))
+    else:
+        num_wide = sparse.num_wide_buffers(sparse_setting(task), with_support=task.teacher is not None)
     return (size + num_wide * task.dtype.itemsize) * task.shard.max_columns
 
 

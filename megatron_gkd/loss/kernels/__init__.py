@@ -1,12 +1,14 @@
-"""Triton kernels of the dense divergence, and the rule by which they are chosen.
+"""Triton kernels of the losses, and the rule by which they are chosen.
 
-    dense.py     the three kernels: softmax statistics, divergence sums, gradient
-    launch.py    their launches: tensors in, tensors out, the same values as loss/divergence.py
+    dense.py          divergence from a teacher's logits: softmax statistics, divergence sums, gradient
+    launch.py         their launches: tensors in, tensors out, the same values as loss/divergence.py
+    topk.py           around a sparse teacher: statistics and gradient outside its support, and the selection of a top K
+    launch_topk.py    their launches
 
-Chosen where the tensors are on a CUDA device, triton can be imported, and the divergence is one of `FORMS`, computed in
-float32 from logits in float32, bfloat16 or float16; float64, everything on CPU, and a formula that the kernels do not
-have take the torch path. The rule reads only what is alike on all ranks of a group, because it also decides the chunk
-size. An error inside a kernel is an error: there is no second attempt on the torch path.
+Chosen where the tensors are on a CUDA device, triton can be imported, and the logits are float32, bfloat16 or float16,
+the dense ones where the divergence is one of `FORMS` besides; float64, everything on CPU, and a formula that the
+kernels do not have take the torch path. The rule reads only what is alike on all ranks of a group, because it also
+decides the chunk size. An error inside a kernel is an error: there is no second attempt on the torch path.
 
 `forced` is for tests: with True the kernels run wherever they can, Triton's interpreter on CPU included; with False
 they never do. This file imports neither triton nor the kernels.

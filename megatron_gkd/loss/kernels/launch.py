@@ -45,8 +45,8 @@ def stats(
     want_columns = ids_from is not None
     num_rows = student_Cv.shape[0]
     out_nC = student_Cv.new_empty((5 + want_label + 2 * want_columns, num_rows), dtype=torch.float32)
-    student_Cv, teacher_Cv = _by_rows(student_Cv), _by_rows(teacher_Cv)
-    with _on(student_Cv):
+    student_Cv, teacher_Cv = by_rows(student_Cv), by_rows(teacher_Cv)
+    with on_device_of(student_Cv):
         dense.stats_kernel[(num_rows,)](
             student_Cv, teacher_Cv, out_nC, student_Cv.stride(0), teacher_Cv.stride(0), num_rows,
             student_Cv.shape[1], ids_from or 0, divergence.inverse_temperature,
@@ -60,8 +60,8 @@ def sums(student_Cv: torch.Tensor, teacher_Cv: torch.Tensor, norm: DenseNorm, di
     num_rows = student_Cv.shape[0]
     out_2C = student_Cv.new_empty((2, num_rows), dtype=torch.float32)
     rows_6C = torch.stack(_row_parameters(norm))
-    student_Cv, teacher_Cv = _by_rows(student_Cv), _by_rows(teacher_Cv)
-    with _on(student_Cv):
+    student_Cv, teacher_Cv = by_rows(student_Cv), by_rows(teacher_Cv)
+    with on_device_of(student_Cv):
         dense.sums_kernel[(num_rows,)](
             student_Cv, teacher_Cv, rows_6C, out_2C, student_Cv.stride(0), teacher_Cv.stride(0), num_rows,
             student_Cv.shape[1], *_numbers(divergence),
@@ -98,8 +98,8 @@ def gradient_(
             label_mode = dense.LABEL_OWN_SOFTMAX
             scale_C = torch.exp(norm.student.shift_C.double() - label.lse_C).float()
         label_rows = torch.stack([label.weight_C.float(), scale_C])
-    student_Cv, teacher_Cv = _by_rows(student_Cv), _by_rows(teacher_Cv)
-    with _on(student_Cv):
+    student_Cv, teacher_Cv = by_rows(student_Cv), by_rows(teacher_Cv)
+    with on_device_of(student_Cv):
         dense.gradient_kernel[(num_rows,)](
             student_Cv, teacher_Cv, rows_8C, label_rows, label_column, out_Cv, student_Cv.stride(0),
             teacher_Cv.stride(0), out_Cv.stride(0), num_rows, student_Cv.shape[1], *_numbers(divergence),
@@ -118,11 +118,11 @@ def _numbers(divergence: Divergence) -> tuple[float, float, float]:
     return divergence.inverse_temperature, float(divergence.beta), 1.0 - divergence.beta
 
 
-def _by_rows(x: torch.Tensor) -> torch.Tensor:
+def by_rows(x: torch.Tensor) -> torch.Tensor:
     """`x` with contiguous columns: itself but for transposed logits."""
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
-def _on(x: torch.Tensor) -> AbstractContextManager[object]:
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,4 +1,5 @@
-"""Runs support/interpreted_kernels.py, the kernels under Triton's interpreter, in a process of its own (see there)."""
+"""Runs support/interpreted_kernels.py and support/interpreted_topk_kernels.py, the kernels under Triton's interpreter,
+in a process of their own (see there)."""
 
 import importlib.util
 import os
@@ -28,6 +29,7 @@ def test_kernels_under_the_interpreter():
         "-p",
         "no:cacheprovider",
         "tests/support/interpreted_kernels.py",
+        "tests/support/interpreted_topk_kernels.py",
     ]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT_S)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
