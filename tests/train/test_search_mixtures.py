@@ -1,17 +1,18 @@
 """A search where some layers of the models have experts and some have none: extrapolated bytes near those of a whole
 rehearsal, also of a stage in between that has the most experts; what a layer of each kind computes.
 
-As test_search.py. Not covered: the seconds.
+As test_search.py. The rehearsals themselves: with GKD_TEST_FULL=1. Not covered: the seconds.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_gkd.architecture import read_architecture
+from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train import search as module
@@ -54,21 +55,50 @@ def compare(config: RunConfig, world: int) -> tuple[int, int]:
         return found.num_bytes, module._whole(found, world, LENGTH).num_bytes
 
 
-CASES: dict[str, tuple[int, dict[str, Any]]] = {"EP2, recomputed": (2, dict(expert=2, recompute_granularity="full"))}
-if FULL:
-    CASES |= {
-        "EP2": (2, dict(expert=2)),
-        "PP2": (2, dict(pipeline=2)),
-        "PP4": (4, dict(pipeline=4)),  # of the stages the third has the most bytes of experts, the last the head
-        "TP2 SP EP2": (2, dict(tensor=2, sequence=True, expert=2, expert_tensor=1)),
-    }
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "EP2": (2, dict(expert=2)),
+    "EP2, recomputed": (2, dict(expert=2, recompute_granularity="full")),
+    "PP2": (2, dict(pipeline=2)),
+    "PP4": (4, dict(pipeline=4)),  # of the stages the third has the most bytes of experts, the last the head
+}
 
 
+@pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1: five rehearsals each")
 @pytest.mark.parametrize("case", CASES)
 def test_extrapolated_bytes_are_near_those_of_the_whole(models: tuple[str, str, str], case: str) -> None:
     world, flags = CASES[case]
     extrapolated, whole = compare(config_of(models, **flags), world)
     assert 0.95 * whole <= extrapolated <= 1.15 * whole
+
+
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+def test_bytes_that_grow_by_layers_of_each_kind_are_exact(
+    models: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch, pipeline: int
+) -> None:
+    """From rehearsals that say 1,000 bytes for a layer with experts, 70 for one without, and more on the last stage."""
+    seen: list[tuple[int, int]] = []
+
+    def told(arch: Architecture, rank: int) -> int:
+        assert arch.moe is not None
+        per_stage = arch.num_layers // pipeline
+        of_stage = range(rank * per_stage, (rank + 1) * per_stage)
+        with_experts = sum(layer in arch.moe.layers for layer in of_stage)
+        seen.append((per_stage - with_experts, with_experts))
+        return 5000 + 300 * (rank == pipeline - 1) + 1000 * with_experts + 70 * (per_stage - with_experts)
+
+    def rehearse(config: RunConfig, *, rank: int, archs: Any, **_: Any) -> Any:
+        peak = SimpleNamespace(by_category={"student: weights": told(archs[0], rank)})
+        return SimpleNamespace(peaks=[peak], traffic={"ep": told(archs[0], rank)})
+
+    monkeypatch.setattr(module, "rehearse", rehearse)
+    config = config_of(models, pipeline=pipeline, teacher_pipeline=1)
+    config = replace(config, teacher=replace(config.teacher, teacher_model=None))
+    arch, (student, _) = read_architecture(models[0]), planned_layouts(config, pipeline)
+    measured = module._Measured.of(config, arch, None, student, LENGTH)
+    assert set(seen) == {(0, 2), (0, 4), (2, 2)}
+    found = module._estimate(config, arch, None, pipeline, LENGTH, measured, RATES)
+    whole = {1: 5300 + 3 * 70 + 5 * 1000, 2: 5300 + 4 * 1000, 4: 5300 + 2 * 1000}
+    assert found.num_bytes == whole[pipeline]
 
 
 def test_stages_and_their_layers(models: tuple[str, str, str]) -> None:
