@@ -12,7 +12,6 @@ test_mixtures_exact.py, with the planted faults. Not covered: CUDA, Transformer 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,6 @@ OF_EXPERTS: dict[str, dict[str, Any]] = {
     "CP2 PP2 EP4": dict(context=2, pipeline=2, expert=4),
     "PP2 VPP2 EP2": dict(pipeline=2, virtual=2, expert=2),
 }
-OWN: dict[str, Any] = dict(teacher_placement="separate")
 APART: dict[str, tuple[int, dict[str, Any]]] = {  # ranks of the teacher's own, flags
     "CP2 beside TP2 CP2": (4, dict(context=2, teacher_tensor=2, teacher_context=2)),
     "PP2 beside CP2 PP2": (4, dict(pipeline=2, teacher_pipeline=2, teacher_context=2)),
@@ -175,27 +173,12 @@ def configured(root: Path, family: str, layout: str) -> RunConfig:
     return config_of(root, family, (LAYOUTS | OF_EXPERTS)[layout])
 
 
-@pytest.fixture(scope="module")
-def results(root: Path) -> Callable[[str], dict[str, tuple[RunConfig, list[StepOutcome]]]]:
-    """By layout all cells of a family, in one call of the ranks."""
-
-    @cache
-    def of(family: str) -> dict[str, tuple[RunConfig, list[StepOutcome]]]:
-        layouts = [layout for one, layout in cells() if one == family]
-        configs = [configured(root, family, layout) for layout in layouts]
-        steps = [(config, batching(family, layout)) for config, layout in zip(configs, layouts, strict=True)]
-        found = [
-            [outcome for outcome in outcomes if outcome is not None]
-            for outcomes in zip(*run_ranks(one_step_each, steps, world=8, timeout_s=7200), strict=True)
-        ]
-        return {layout: both for layout, *both in zip(layouts, configs, found, strict=True)}  # type: ignore[misc]
-
-    return of
-
-
 @pytest.mark.parametrize(("family", "layout"), cells(), ids=lambda value: str(value))
-def test_a_step_equals_the_dense_step(results: Any, family: str, layout: str) -> None:
-    config, outcomes = results(family)[layout]
+def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> None:
+    config = configured(root, family, layout)
+    # A call for each cell: process groups end with it, and eight ranks with the groups of many cells have no core left.
+    per_rank = run_ranks(one_step_each, [(config, batching(family, layout))], world=8)
+    outcomes = [outcome for (outcome,) in per_rank if outcome is not None]
     assert len(outcomes) == 8 - APART.get(layout, (0,))[0]
     assert not (wrong := faults_of(config, outcomes, family not in DENSE)), wrong
 
@@ -204,7 +187,7 @@ def test_a_step_equals_the_dense_step(results: Any, family: str, layout: str) ->
 def test_a_teacher_of_four_kinds_of_parallelism_on_ranks_of_its_own(root: Path, family: str) -> None:
     """TP2 x PP2 x CP2 with EP4, beside a student of CP2 EP2."""
     config = config_of(root, family, WIDE, own=8)
-    per_rank = run_ranks(one_step_each, [(config, PACKED)], world=10, timeout_s=7200)
+    per_rank = run_ranks(one_step_each, [(config, PACKED)], world=10)
     outcomes = [outcome for (outcome,) in per_rank if outcome is not None]
     assert len(outcomes) == 2
     assert not (wrong := faults_of(config, outcomes, True)), wrong
