@@ -129,8 +129,10 @@ _FAMILIES: Final = {
 SUPPORTED_MODEL_TYPES: Final = tuple(_FAMILIES)
 # Mixtures that are known and not built: the reason.
 _OTHER_MOE_MODEL_TYPES: Final = {
-    "gpt_oss": "its attention has sinks, which megatron-core 0.16 computes with Transformer Engine alone, and windows",
-    "deepseek_v2": "it chooses groups of experts by their best one, and megatron-core by the sum of several",
+    "gpt_oss": "its attention has sinks and windows, which megatron-core (0.16 to 0.19) without Transformer Engine "
+    "computes neither packed nor under context parallelism, and its experts have biases",
+    "deepseek_v2": "it chooses groups of experts by their best one, and megatron-core by the sum of several; V2-Lite, "
+    "which has no groups, is not built either",
 }
 # What the numbers of a config.json may be, checked before transformers sees them: it makes lists of as many layers as
 # it is told. Whole numbers are at least 1 and at most this; none is near what a model has.

@@ -49,6 +49,8 @@ tests=(
     tests/model/test_build.py::test_tensor_parallel_ranks_may_share_a_kv_head
     # one step in every layout equals a dense one
     tests/train/test_step_exact.py::test_a_step_equals_the_dense_step
+    # expert and context parallelism, shared experts, latent attention
+    tests/train/test_mixtures_exact.py::test_a_step_equals_the_dense_step
     # checkpoint, resume, other layouts, malicious files, conversion
     tests/train/test_checkpoint.py::test_a_resumed_run_is_the_same_run
     tests/train/test_checkpoint.py::test_a_run_goes_on_in_another_layout

@@ -93,6 +93,12 @@ class LatentSelfAttention(MLASelfAttention):
         self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, latent_size)
         self.softmax_scale = self.core_attention.softmax_scale = config.softmax_scale
 
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """megatron-core 0.19 asks which modules it is to build, and would refuse norms without `qk_layernorm`, which
+        means those of the latent vectors there, and of single heads elsewhere: those of the spec."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
 
 def set_rotary(model: Any, rope: Rope, cp_group: dist.ProcessGroup) -> None:
     """One for all layers of a model chunk: what it has computed for a length serves all of them."""

@@ -20,7 +20,9 @@ each layer's forward pass; `Routers.loads`: one of [layers, E + 1] over the layo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -107,12 +109,14 @@ class Routers:
             router.requires_grad_(False)
 
     def loads(self, device: torch.device) -> dict[str, float]:
-        """Metrics of the step, the same on every rank; none for a dense model. Collective over the layout.
+        """Metrics of the step, the same on every rank; none for a dense model. Collective over the layout, and one copy
+        from the device.
 
-        `moe/load_max` and `moe/load_mean`: tokens of a layer's busiest expert over those of an even share (1: balanced,
-        E / k: the same k experts for all tokens), the largest and the mean over the layers; `moe/idle_experts`: share
-        of the experts of all layers that got no token; `moe/aux_loss`: the load-balancing loss without its coefficient,
-        mean over layers.
+        Of layer L, as checkpoints count it: `moe/load/L`, tokens of its busiest expert over those of an even share (1:
+        balanced, E / k: the same k experts for all tokens); `moe/entropy/L`, of the shares of its tokens that experts
+        got, over that of even ones; `moe/aux_loss/L`, the load-balancing loss without its coefficient. Of all:
+        `moe/load_max` and `moe/load_mean`, largest and mean over the layers; `moe/idle_experts`, share of the experts
+        of all layers that got no token; `moe/aux_loss`, mean over the layers.
         """
         if not self.num_experts:
             return {}
@@ -122,16 +126,35 @@ class Routers:
             row[:-1] += router.load
             row[-1] += router.loss
         dist.all_reduce(table, group=self._groups.intra_dist_opt)
-        loads, losses = table[:, :-1], table[:, -1]
-        routed = loads.sum(1) > 0
-        if not bool(routed.any()):
+        return self._metrics(*_described(table))
+
+    def _metrics(self, *by_layer: list[float]) -> dict[str, float]:
+        """`by_layer`: as `_described` gives them. Layers without experts, or without a token, have no metrics."""
+        metrics, rows = dict[str, float](), list[tuple[float, ...]]()
+        for layer, (num_tokens, *row) in enumerate(zip(*by_layer, strict=True)):
+            if num_tokens:
+                rows.append(tuple(row))
+                metrics[f"moe/load/{layer}"], metrics[f"moe/entropy/{layer}"] = row[0], row[1]
+                if self.has_loss:
+                    metrics[f"moe/aux_loss/{layer}"] = row[3] / self._num_micro_batches
+        if not rows:
             return {}
-        busiest = loads[routed].amax(1) / loads[routed].mean(1)
-        metrics = {
-            "moe/load_max": float(busiest.max()),
-            "moe/load_mean": float(busiest.mean()),
-            "moe/idle_experts": float((loads[routed] == 0).double().mean()),
-        }
+        load, _, idle, loss = ([row[i] for row in rows] for i in range(4))
+        metrics |= {"moe/load_max": max(load), "moe/load_mean": fmean(load)}
+        metrics["moe/idle_experts"] = fmean(idle)
         if self.has_loss:
-            metrics["moe/aux_loss"] = float(losses[routed].mean()) / self._num_micro_batches
+            metrics["moe/aux_loss"] = fmean(loss) / self._num_micro_batches
         return metrics
+
+
+def _described(table: torch.Tensor) -> list[list[float]]:
+    """[layers, E + 1], tokens of each expert and the loss -> tokens, load of the busiest expert, entropy over that of
+    even loads, share of idle experts, loss: a list over the layers each. Waits for the device, once.
+    """
+    loads, losses = table[:, :-1], table[:, -1]
+    num_tokens, num_experts = loads.sum(1), loads.shape[1]
+    shares = loads / num_tokens.clamp(min=1)[:, None]
+    entropy = -torch.special.xlogy(shares, shares).sum(1) / math.log(max(num_experts, 2))
+    idle = (loads == 0).double().mean(1)
+    found: list[list[float]] = torch.stack([num_tokens, shares.amax(1) * num_experts, entropy, idle, losses]).tolist()
+    return found

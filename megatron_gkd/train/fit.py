@@ -119,8 +119,7 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
 def refuse_student(config: RunConfig, arch: Architecture, layout: Layout) -> None:
     """Raise ConfigError for flags of routers or of a vision tower that the student does not have, and LayoutError for a
     mixture of experts in a layout in which megatron-core does not train it: it demands that tensor-parallel ranks route
-    different tokens. (A teacher may have it.) NotBuiltError for a student with latent attention that samples: vLLM 0.32
-    on a CPU had other log-probabilities after a push that had arrived whole.
+    different tokens. (A teacher may have it.)
     """
     for flag in ("moe_aux_loss_coeff", "freeze_router", "moe_grouped_gemm", "moe_permute_fusion"):
         if arch.moe is None and not config.is_default(flag):
@@ -130,11 +129,6 @@ def refuse_student(config: RunConfig, arch: Architecture, layout: Layout) -> Non
     for flag in ("freeze_vision", "freeze_projector", "max_image_tiles"):
         if arch.vision is None and not config.is_default(flag):
             raise ConfigError(f"--{flag} is of a student with a vision tower, and {config.model.model} has none")
-    if arch.latent is not None and (config.lmbda.most > 0 or config.generates):
-        raise NotBuiltError(
-            f"not built yet: sampling by a {arch.model_type} student: vLLM's latent attention does not compute with "
-            "the weights that are pushed into it; give --lmbda 0, without --eval_generate"
-        )
     if arch.moe is not None and layout.tensor > 1 and not layout.sequence_parallel:
         raise LayoutError(
             f"--tensor_model_parallel_size {layout.tensor} without --sequence_parallel: megatron-core trains a mixture "

@@ -5,9 +5,11 @@ DEPTHS layers in each model chunk, and what a layer adds is added for each of th
 
     bytes(n) = bytes(a) + (n - a) / (b - a) * (bytes(b) - bytes(a)),         a, b = DEPTHS
 
-category by category. Recomputing all layers is not rehearsed there: of a layer it keeps its input alone. A larger
-micro-batch is not either: activations grow with it. The teacher's weights are counted by the plan that loads them
-(weights/plan.py). The fastest layouts are rehearsed whole at the end, and what that finds is what is told of them.
+category by category. Where some layers have experts and some have none, `n` counts the former; a layer of the latter
+kind adds what it adds to a rehearsal, and of stages in between the first is rehearsed too. Recomputing all layers is
+not rehearsed there: of a layer it keeps its input alone. A larger micro-batch is not either: activations grow with it.
+The teacher's weights are counted by the plan that loads them (weights/plan.py). The fastest layouts are rehearsed whole
+at the end, and what that finds is what is told of them.
 
 Time is arithmetic (step_time.py). Sampling and pushes are not in it: they are the same in every layout.
 
@@ -19,15 +21,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Final
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig, TrainingConfig
 from megatron_gkd.config.servers import LocalTeacher
-from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
+from megatron_gkd.errors import ConfigError, LayoutError
 from megatron_gkd.model.divisible import check_in
 from megatron_gkd.parallel.layout import Coordinate, Layout
 from megatron_gkd.train.fit import check_batch, refuse_student
@@ -105,7 +107,7 @@ def search(
 
     Raises NotBuiltError for a run that is not rehearsed.
     """
-    arch, of_teacher = _architectures(config)
+    arch, of_teacher = architectures(config)
     impossible: Counter[str] = Counter()
     fitting, too_large = list[Found](), list[Found]()
     for base, student in _students(config, arch, world_size, sum(length), impossible):
@@ -125,17 +127,6 @@ def search(
         (checked if whole.num_bytes <= room else too_large).append(whole)
     too_large.sort(key=lambda found: found.num_bytes)
     return Searched(checked + fitting, too_large, impossible)
-
-
-def _architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
-    found = architectures(config)
-    for arch in found:
-        if arch is not None and arch.moe is not None and len(arch.moe.layers) < arch.num_layers:
-            raise NotBuiltError(
-                f"not built yet: plan --search of a {arch.model_type} model whose layers differ (some have no experts)"
-                "; give the layout, and leave out --search"
-            )
-    return found
 
 
 def _students(
@@ -217,6 +208,9 @@ class _Measured:
     traffic: list[dict[str, int]]  # by DEPTHS: bytes handed to collectives in a step, of the stage that hands most
     micro_batches: int  # of the rehearsed step
     teacher: Layout  # the rehearsed one's
+    # Of a model with layers of both kinds: what one without experts adds.
+    dense_peaks: dict[int, dict[str, float]] = field(default_factory=dict)  # stage -> by category
+    dense_traffic: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -227,9 +221,9 @@ class _Measured:
         student: Layout,
         length: tuple[int, int],
     ) -> _Measured:
-        """Of the first and the last stage."""
+        """Of the stages that differ (`_stages`)."""
         # The teacher is there for what the student's ranks hold of it: signals, and its head.
-        one_each = None if of_teacher is None else with_layers(of_teacher, student.pipeline)
+        one_each = None if of_teacher is None else with_layers(of_teacher, 1, student.pipeline)
         config = replace(
             config,
             teacher=replace(
@@ -238,6 +232,7 @@ class _Measured:
             # As many micro-batches as are ever in flight.
             training=_batch(config, student, min(_micro_batches(config, student), student.pipeline)),
         )
+        depths = [(depth, 0) for depth in DEPTHS] + [(DEPTHS[0], DEPTHS[0])] * _differ(arch)
         found = {
             stage: [
                 rehearse(
@@ -245,23 +240,54 @@ class _Measured:
                     world_size=student.world_size,
                     rank=_rank(student, stage),
                     lengths=[length] * config.training.global_batch_size,
-                    archs=(with_layers(arch, depth * student.pipeline), one_each),
+                    archs=(with_layers(arch, depth, student.pipeline, dense=dense), one_each),
                     num_steps=1,
                 )
-                for depth in DEPTHS
+                for depth, dense in depths
             ]
-            for stage in sorted({0, student.pipeline - 1})
+            for stage in _stages(arch, student)
         }
-        traffic = [Counter[str](), Counter[str]()]
+        traffic = [Counter[str]() for _ in depths]
         for of_stage in found.values():
             for largest, one in zip(traffic, of_stage, strict=True):
                 largest |= Counter(one.traffic)
+        peaks = {stage: [one.peaks[-1].by_category for one in of_stage] for stage, of_stage in found.items()}
+        few = len(DEPTHS)
         return cls(
-            {stage: [one.peaks[-1].by_category for one in of_stage] for stage, of_stage in found.items()},
-            [dict(largest) for largest in traffic],
+            {stage: of_stage[:few] for stage, of_stage in peaks.items()},
+            [dict(largest) for largest in traffic[:few]],
             _micro_batches(config, student),
             planned_layouts(config, student.world_size)[1],
+            {stage: _of_one(of_stage) for stage, of_stage in peaks.items() if of_stage[few:]},
+            _of_one(traffic) if traffic[few:] else {},
         )
+
+
+def _of_one(found: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """What a layer without experts adds, by name: the last of `found` has DEPTHS[0] of them, the first has none."""
+    none, some = found[0], found[-1]
+    return {name: (some.get(name, 0) - none.get(name, 0)) / DEPTHS[0] for name in some.keys() | none.keys()}
+
+
+def _differ(arch: Architecture) -> bool:
+    """Whether some layers have experts and some have none."""
+    return arch.moe is not None and len(arch.moe.layers) < arch.num_layers
+
+
+def _stages(arch: Architecture, student: Layout) -> list[int]:
+    """Those that are rehearsed: one in between holds less than the first, unless it has more experts."""
+    last = student.pipeline - 1
+    return sorted({0, last, min(1, last)} if _differ(arch) else {0, last})
+
+
+def _layers(arch: Architecture, student: Layout, stage: int) -> list[tuple[float, float]]:
+    """(without experts, all others): numbers of layers of the stages that a rehearsed stage stands for."""
+    if arch.moe is None or not _differ(arch):
+        return [(0, arch.num_layers / student.pipeline)]
+    last, per_stage = student.pipeline - 1, math.ceil(arch.num_layers / student.pipeline)
+    alike = range(1, last) if 0 < stage < last else [stage]
+    with_experts = [sum(layer // per_stage == one for layer in arch.moe.layers) for one in alike]
+    return [(per_stage - number, number) for number in with_experts]
 
 
 def _micro_batches(config: RunConfig, student: Layout) -> int:
@@ -280,10 +306,11 @@ def _rank(layout: Layout, stage: int) -> int:
     return layout.rank(Coordinate(0, 0, 0, stage))
 
 
-def with_layers(arch: Architecture, num_layers: int) -> Architecture:
-    """The same model with fewer layers, all alike."""
-    moe = None if arch.moe is None else replace(arch.moe, layers=tuple(range(num_layers)))
-    return replace(arch, num_layers=num_layers, moe=moe)
+def with_layers(arch: Architecture, per_stage: int, stages: int, *, dense: int = 0) -> Architecture:
+    """The same model with fewer layers, all alike but `dense` more, without experts, at the start of each stage."""
+    whole = per_stage + dense
+    routed = tuple(layer for layer in range(whole * stages) if layer % whole >= dense)
+    return replace(arch, num_layers=whole * stages, moe=None if arch.moe is None else replace(arch.moe, layers=routed))
 
 
 def extrapolated(at_depths: list[dict[str, int]], category: str, depth: float) -> float:
@@ -316,14 +343,20 @@ def _estimate(
     rates: Rates,
 ) -> Found:
     student, teacher = planned_layouts(config, world_size)
-    depth = arch.num_layers / student.pipeline
     num_bytes = max(
-        _stage_bytes(config, arch, of_teacher, student, teacher, sum(length), measured, stage)
+        _stage_bytes(config, arch, of_teacher, student, teacher, sum(length), measured, stage, layers)
         for stage in measured.peaks
+        for layers in _layers(arch, student, stage)
     )
     ratio = config.training.global_batch_size / student.data / measured.micro_batches
-    handed = {name: extrapolated(measured.traffic, name, depth) * ratio for name in ("tp", "cp", "ep")}
-    phases = step_seconds(config, arch, of_teacher, student, teacher, length, handed, rates)
+    counts = [layers for stage in measured.peaks for layers in _layers(arch, student, stage)]
+
+    def handed(name: str) -> float:
+        of_dense = measured.dense_traffic.get(name, 0)
+        return ratio * max(extrapolated(measured.traffic, name, depth) + dense * of_dense for dense, depth in counts)
+
+    sent = {name: handed(name) for name in ("tp", "cp", "ep")}
+    phases = step_seconds(config, arch, of_teacher, student, teacher, length, sent, rates)
     return Found(config, student, teacher, round(num_bytes), sum(phases.values()), phases)
 
 
@@ -336,10 +369,16 @@ def _stage_bytes(
     length: int,
     measured: _Measured,
     stage: int,
+    layers: tuple[float, float],
 ) -> float:
-    """At the peak of a rank of this stage of the student, beside the fullest stage of the teacher."""
-    depth, width, peaks = arch.num_layers / student.pipeline, BYTES[config.model.precision], measured.peaks[stage]
-    parts = {name: extrapolated(peaks, name, depth) for name in peaks[0].keys() | peaks[1].keys()}
+    """At the peak of a rank of this stage of the student, with `layers` (without experts, all others), beside the
+    fullest stage of the teacher."""
+    (dense, depth), width, peaks = layers, BYTES[config.model.precision], measured.peaks[stage]
+    of_dense = measured.dense_peaks.get(stage, {})
+    parts = {
+        name: extrapolated(peaks, name, depth) + dense * of_dense.get(name, 0)
+        for name in peaks[0].keys() | peaks[1].keys()
+    }
     kept = parts.get(ACTIVATIONS, 0.0)
     if config.recompute.recompute_granularity == "full":
         tokens = -(-length // (student.context * (student.tensor if student.sequence_parallel else 1)))
@@ -347,12 +386,12 @@ def _stage_bytes(
         inputs = tokens * arch.hidden_size * width * in_flight
         without = extrapolated(peaks, ACTIVATIONS, 0)
         one_layer = (extrapolated(peaks, ACTIVATIONS, 1) - without) / in_flight  # the one that is recomputed
-        kept = min(kept, max(without, 0.0) + one_layer + depth * inputs)
+        kept = min(kept, max(without, 0.0) + one_layer + (dense + depth) * inputs)
     parts[ACTIVATIONS] = kept * config.training.micro_batch_size
     if of_teacher is not None:
         # The head that hidden states are multiplied with is among the weights, on the student's last stage.
         own_stage = measured.teacher.coordinate(_rank(student, stage)).pp
-        rehearsed = elements(with_layers(of_teacher, student.pipeline), measured.teacher, own_stage) * width
+        rehearsed = elements(with_layers(of_teacher, 1, student.pipeline), measured.teacher, own_stage) * width
         head = max(0.0, peaks[0].get(TEACHER, 0) - rehearsed)
         parts[TEACHER] = head + max(elements(of_teacher, teacher, own) for own in range(teacher.pipeline)) * width
     return sum(parts.values())
@@ -361,6 +400,7 @@ def _stage_bytes(
 def _whole(found: Found, world_size: int, length: tuple[int, int]) -> Found:
     """Rehearsed as `plan` does, of at most as many micro-batches as are in flight."""
     config, student = found.config, found.student
+    archs = architectures(config)
     small = replace(config, training=_batch(config, student, min(_micro_batches(config, student), student.pipeline)))
     peaks = [
         rehearse(
@@ -368,7 +408,8 @@ def _whole(found: Found, world_size: int, length: tuple[int, int]) -> Found:
             world_size=world_size,
             rank=_rank(student, stage),
             lengths=[length] * small.training.global_batch_size,
+            archs=archs,
         ).peaks
-        for stage in sorted({0, student.pipeline - 1})
+        for stage in _stages(archs[0], student)
     ]
     return replace(found, num_bytes=max(peak.total for of_rank in peaks for peak in of_rank), rehearsed=True)

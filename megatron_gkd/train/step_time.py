@@ -60,8 +60,9 @@ def elements(arch: Architecture, layout: Layout, stage: int) -> int:
     return total
 
 
-def layer_flops(arch: Architecture, length: int) -> float:
-    """Of a forward pass through one layer, a token of a sequence of `length`: linear layers, and causal attention."""
+def layer_flops(arch: Architecture, length: int, *, dense: bool = False) -> float:
+    """Of a forward pass through one layer, a token of a sequence of `length`: linear layers, and causal attention.
+    `dense`: one that has no experts, of a model that has some."""
     if arch.latent is None:
         attention = arch.hidden_size * (arch.query_size + 2 * arch.kv_size)
     else:
@@ -70,7 +71,7 @@ def layer_flops(arch: Architecture, length: int) -> float:
         attention += latent.kv_rank * arch.num_heads * (latent.plain_dim + latent.value_dim)
         attention += arch.query_size * (arch.hidden_size if rank is None else rank) + arch.hidden_size * (rank or 0)
     attention += arch.attention_size * arch.hidden_size
-    if arch.moe is None:
+    if arch.moe is None or dense:
         mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
     else:
         mlp = arch.hidden_size * arch.moe.num_experts
@@ -125,6 +126,16 @@ def step_seconds(
     return phases
 
 
+def _stage_flops(arch: Architecture, layout: Layout, length: int) -> float:
+    """Of a forward pass through the layers of the slowest stage, a token."""
+    routed = range(arch.num_layers) if arch.moe is None else arch.moe.layers
+    if len(routed) == arch.num_layers:
+        return layer_flops(arch, length) * arch.num_layers / layout.pipeline
+    per_stage = math.ceil(arch.num_layers / layout.pipeline)
+    layers = [layer_flops(arch, length, dense=layer not in routed) for layer in range(arch.num_layers)]
+    return max(sum(layers[first : first + per_stage]) for first in range(0, arch.num_layers, per_stage))
+
+
 def _passes_s(
     arch: Architecture,
     layout: Layout,
@@ -137,7 +148,7 @@ def _passes_s(
 ) -> float:
     """`passes` times a forward pass of all samples, and what the last stage does besides for each of them."""
     micro_batches = max(1, math.ceil(samples / layout.data / micro_batch))
-    of_stage = passes * layer_flops(arch, length) * length * arch.num_layers / layout.pipeline
+    of_stage = passes * _stage_flops(arch, layout, length) * length
     slowest = (of_stage + head_flops) * micro_batch / (layout.tensor * layout.context)
     return slowest * (micro_batches + (layout.pipeline - 1) / layout.num_chunks) / rates.flops
 

@@ -1,8 +1,7 @@
-"""vLLM takes the tensors of Qwen2-MoE, OLMoE and GLM-4 MoE under the names that are pushed to it, and then computes
-what transformers does.
+"""vLLM takes the tensors of Qwen2-MoE, OLMoE, GLM-4 MoE and DeepSeek-V3 under the names that are pushed to it, and then
+computes what transformers does.
 
-As test_bridge.py, whose checks these are; with GKD_TEST_FULL=1 alone. Does not cover: GPUs; DeepSeek-V3, which is
-refused (tests/train/test_mixtures_runs.py).
+As test_bridge.py, whose checks these are; with GKD_TEST_FULL=1 alone. Does not cover: GPUs.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_moe": dict(hidden_size=128),
     "olmoe": dict(hidden_size=128, rms_norm_eps=1e-5),
     "glm4_moe": dict(head_dim=32),
+    # The one size that its latent attention has on a CPU, which is that of every published model.
+    "deepseek_v3": dict(hidden_size=128, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=32),
 }
 
 

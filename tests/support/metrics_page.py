@@ -47,5 +47,5 @@ def names_of_a_step(row: dict[str, float], *headings: str) -> set[str]:
 
 
 def undocumented(rows: Iterable[dict[str, float]]) -> set[str]:
-    """Names of these rows, of steps or of evaluations, that the page lacks."""
-    return {name for row in rows for name in row} - names_under(*EVERYTHING)
+    """Names of these rows, of steps or of evaluations, that the page lacks; it has L for the number of a layer."""
+    return {re.sub(r"/\d+$", "/L", name) for row in rows for name in row} - names_under(*EVERYTHING)

@@ -10,6 +10,7 @@ Not covered: CUDA; more than one step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -89,7 +90,8 @@ def dense_balanced(
         parameter.requires_grad_(not (freeze and name.endswith("mlp.gate.weight")))
     teacher = all_logits(teacher_path, samples, dtype)
     loss, _ = loss_and_metrics(student, teacher, samples, OBJECTIVE, 1, None)
-    total, loads = torch.zeros((), dtype=dtype), None
+    of_layers: Any = 0  # the losses, without coefficient, over all micro-batches
+    loads = None
     for positions in micro_batches:
         rows = [torch.tensor([[*samples[p].prompt_ids, *samples[p].completion_ids][:-1]]) for p in positions]
         of_rows = [student(row, output_router_logits=True).router_logits for row in rows]
@@ -98,20 +100,26 @@ def dense_balanced(
             continue
         counts = torch.stack([torch.zeros_like(p).scatter(1, p.topk(2).indices, 1.0).sum(0) for p in probs])
         factor = counts.shape[1] / (2 * probs[0].shape[0] ** 2)
-        total = total + factor * sum((count * p.sum(0)).sum() for count, p in zip(counts, probs, strict=True))
+        of_layers = of_layers + factor * torch.stack([(n * p.sum(0)).sum() for n, p in zip(counts, probs, strict=True)])
         loads = counts if loads is None else loads + counts
     assert loads is not None
-    aux_loss = total / len(micro_batches)
-    (loss + coefficient * aux_loss).backward()
+    aux_losses = of_layers / len(micro_batches)
+    (loss + coefficient * aux_losses.sum()).backward()
     named = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in student.named_parameters()}
     busiest = loads.amax(1) / loads.mean(1)
+    entropies = torch.distributions.Categorical(loads).entropy() / math.log(loads.shape[1])
+    first = student.config.num_hidden_layers - len(loads)  # all behind it have experts
+    named_layers = range(first, first + len(loads))
     metrics = {
+        **{f"moe/load/{layer}": float(load) for layer, load in zip(named_layers, busiest, strict=True)},
+        **{f"moe/entropy/{layer}": float(entropy) for layer, entropy in zip(named_layers, entropies, strict=True)},
         "moe/load_max": float(busiest.max()),
         "moe/load_mean": float(busiest.mean()),
         "moe/idle_experts": float((loads == 0).double().mean()),
     }
     if coefficient:
-        metrics["moe/aux_loss"] = float(aux_loss.detach()) / len(loads)
+        metrics["moe/aux_loss"] = float(aux_losses.detach().mean())
+        metrics |= {f"moe/aux_loss/{layer}": float(x) for layer, x in zip(named_layers, aux_losses, strict=True)}
     return Balanced(float(loss.detach()), by_checkpoint_name(student, named), metrics)
 
 

@@ -59,7 +59,7 @@ def test_parameters_are_those_of_real_ranks(models: tuple[str, str, str], layout
 def compare(config: RunConfig) -> tuple[int, int]:
     """Bytes that are extrapolated, and those of a rehearsal of the whole."""
     with megatron():
-        arch, of_teacher = module._architectures(config)
+        arch, of_teacher = module.architectures(config)
         student, _ = planned_layouts(config, 2)
         one = replace(config, training=replace(config.training, micro_batch_size=1))
         base = replace(one, recompute=replace(one.recompute, recompute_granularity="none"))

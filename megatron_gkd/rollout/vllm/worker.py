@@ -17,9 +17,11 @@ some GPU kernels. Each rank takes what it needs of the full tensors; nothing is 
 The reload keeps references to incoming tensors until a fused layer (q, k and v; gate and up; all experts) is complete:
 a bucket's memory must not be written again before `gkd_end`. Tensors received into a re-used buffer are cloned first.
 
-Two faults of vLLM (0.28 - 0.32) on CPU, undone here: (A) experts skip their packing on every reload, because the kernel
-object of the first load is still there; (B) a tied head has a packed copy of its own, which a reload of the embedding
-leaves as it was.
+Three faults of vLLM (0.28 - 0.32) on CPU, undone here: (A) experts skip their packing on every reload, because the
+kernel object of the first load is still there; (B) a tied head has a packed copy of its own, which a reload of the
+embedding leaves as it was; (C) the kernel of rotary positions turns queries [tokens, heads * dim], and latent
+attention hands it [tokens, heads, dim], which it turns wrongly. (C) is undone where a worker is first asked or updated,
+so that it does not matter whether weights were pushed or read from disk.
 
 Nothing of vLLM is imported with this module; it must be importable in vLLM's own processes.
 """
@@ -67,6 +69,7 @@ class RolloutWorker:
         with self._in_vllm() as model:
             if self.device.type == "cpu":
                 _drop_expert_kernels(model)
+                _mend_rotary(model)
             self._gkd_updating = True
             self._gkd_num_updates = getattr(self, "_gkd_num_updates", 0) + 1
             initialize_layerwise_reload(model)
@@ -189,6 +192,8 @@ class RolloutWorker:
 
     def gkd_info(self) -> dict[str, Any]:
         """What a pusher on the other side of a connection cannot see: the model, and an update that was left open."""
+        if self.device.type == "cpu":
+            _mend_rotary(self.model_runner.get_model())
         config = self.model_config.hf_text_config
         return {
             "rank": self.rank,
@@ -255,3 +260,11 @@ def _repack_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "cpu_linear") and type(module).__name__ in ("ParallelLMHead", "VocabParallelEmbedding"):
             module.quant_method.process_weights_after_loading(module)  # type: ignore[operator, union-attr]
+
+
+def _mend_rotary(model: torch.nn.Module) -> None:
+    """Fault C: rotary positions by torch's operations."""
+    for module in model.modules():
+        if type(module).__name__ == "MultiHeadLatentAttentionWrapper":
+            rotary: Any = module.rotary_emb
+            rotary._forward_method = rotary.forward_native
