@@ -119,8 +119,11 @@ def what_peft_changes(arch: Architecture, lora: Lora, target_modules: Sequence[s
         return f"of an expert's gate and up it takes both or none, and {min(names['expert_gate_up'])} stands alone"
     if joined and lora.use_rslora:
         return "under --use_rslora it scales those of experts' gates and ups by another sqrt(2)"
-    if (joined or names["expert_down"]) and (names["gate_up"] or names["down"]):
-        return "it takes the MLPs of all layers for experts, and leaves out the adapters of those without"
+    if joined or names["expert_down"]:
+        if names["shared_gate_up"] or names["shared_down"]:
+            return "it takes all matrices of these names for experts', and leaves out the adapters of shared experts"
+        if names["gate_up"] or names["down"]:
+            return "it takes the MLPs of all layers for experts, and leaves out the adapters of those without"
     return ""
 
 

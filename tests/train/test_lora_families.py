@@ -19,13 +19,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_gkd.config.run import TrainingConfig
+from megatron_gkd.config.run import RunConfig, TrainingConfig
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.model.lora import Lora
 from megatron_gkd.train.adapting import write_adapter as write_ours
+from megatron_gkd.weights.adapters import check_targets, what_peft_changes
+from megatron_gkd.weights.whole_modules import check_modules
 from tests.support.dense_lora import ALL, PREFIX, adapted, dense_lora_step, scale_of, write_adapter
 from tests.support.dense_step import DenseStep, completion_logits, differences, loss_and_metrics
 from tests.support.dense_vision import Seeing, Side
 from tests.support.dense_vision import load as load_vision
 from tests.support.effort import FULL
+from tests.support.models import small
 from tests.support.numerics import Float64
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
@@ -259,3 +264,34 @@ def test_a_run_with_images_resumes_and_merges(root: Path, tmp_path: Path, family
         torch.testing.assert_close(tensor, tensors[name], rtol=1e-3, atol=1e-4)
     stored = {name.replace(PREFIX + DECODER, PREFIX + "language_model.model."): x for name, x in tensors.items()}
     check_merged(load_file(Path(plain.model.model) / "model.safetensors"), exported(whole), stored)
+
+
+# ---- what is said, and what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "modules", "said"),
+    [
+        ("deepseek_v3", ["all-linear"], "leaves out the adapters of shared experts"),
+        ("qwen2_moe", ["gate_proj", "up_proj", "down_proj"], "leaves out the adapters of shared experts"),
+        ("deepseek_v3", ["q_a_proj", "kv_b_proj", "o_proj"], ""),
+        ("olmoe", ["all-linear"], ""),
+    ],
+)
+def test_what_peft_makes_of_these_is_known(family: Any, modules: list[str], said: str) -> None:
+    """Loaded by peft 0.20 with transformers 5.19 and compared: the first two are far off, the others bit for bit."""
+    arch, lora = small(family), Lora(2, 4.0)
+    check_targets(arch, lora, modules)
+    assert what_peft_changes(arch, lora, modules).endswith(said)
+    assert bool(said) == bool(what_peft_changes(arch, lora, modules))
+
+
+def test_what_is_refused() -> None:
+    given = dict(model="S", teacher_model="T", dataset=["d"], lmbda=0.0, tuner_type="lora")
+    for flag, value in (("freeze_vision", False), ("freeze_projector", True)):
+        with pytest.raises(ConfigError, match=f"--{flag} is of a student whose weights are trained"):
+            RunConfig.from_flat(given | {flag: value}).validate("train")
+    with pytest.raises(ConfigError, match="--modules_to_save q_norm: of a deepseek_v3 model these"):
+        check_modules(small("deepseek_v3"), ["q_norm"])
+    with pytest.raises(ConfigError, match="--lora_rank 40 is above the rank of"):
+        check_targets(small("deepseek_v3"), Lora(40, 8.0), ["q_a_proj"])

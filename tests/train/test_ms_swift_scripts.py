@@ -31,11 +31,11 @@ from tests.test_end_to_end import records
 pytestmark = pytest.mark.slow
 PLUGIN = Path(__file__).resolve().parent.parent.parent / "examples/opsd/opsd_plugin.py"
 
-# Of every script: what is small here. Sleeping is of GPUs.
+# Of every script: what is small here. Sleeping and the kernel are of GPUs.
 SMALL = {
     "--max_length": "480", "--max_completion_length": "8", "--vllm_max_model_len": "512", "--global_batch_size": "4",
     "--micro_batch_size": "2", "--train_iters": "2", "--num_train_epochs": "1", "--save_steps": "1",
-    "--sleep_level": "0",
+    "--sleep_level": "0", "--attention_backend": "auto",
 }  # fmt: skip
 
 
