@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_gkd.config.checks import CheckTrainConfig
+from megatron_gkd.config.checks import CheckDataConfig, CheckTrainConfig
 from megatron_gkd.config.hub_names import FORMS, names_in
 from megatron_gkd.config.not_built import Command
 from megatron_gkd.config.run import RunConfig
@@ -66,6 +66,8 @@ def check_own_paths(config: Section) -> None:
             _check_model(flag, path)  # the others have looked
     for path in getattr(config, "dataset", []):
         _check_data("dataset", path)
+    if isinstance(config, CheckDataConfig):
+        check_row_flags(config.external_plugins, config.prompt_template, config.teacher_prompt_template)
 
 
 def _check_model(flag: str, path: str, *, use_hf: bool = True) -> None:

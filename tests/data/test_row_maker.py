@@ -9,11 +9,14 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_gkd import cli
+from megatron_gkd.commands.report import answers
+from megatron_gkd.config.run import RunConfig
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.data.policy import RowPolicy
 from megatron_gkd.data.row_key import read_content, rows_key
@@ -21,6 +24,8 @@ from megatron_gkd.data.row_maker import RowMaker, check_row_flags, make_row_make
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.errors import ConfigError, DataError
+from megatron_gkd.train.alike import start_facts
+from megatron_gkd.train.generate import _records
 from tests.support.tiny_tokenizers import chat_tokenizer
 
 EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples/opsd/opsd_plugin.py"
@@ -242,3 +247,35 @@ def test_check_data_reads_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFi
     assert "rows used                3" in printed
     assert "WRONG" not in printed
     assert ("told" if by == "function" else "It is 5.") in printed
+
+
+# ---- whoever else has to know ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "check train", "check data"])
+def test_every_command_refuses_a_file_before_it_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    data = write(tmp_path / "d.jsonl", *PROBLEMS)
+    given = ["--model", str(tmp_path), "--dataset", data, "--external_plugins", "nowhere.py"]
+    given += [] if command == "check data" else ["--save", str(tmp_path / "run"), "--lmbda", "0", "--device", "cpu"]
+    assert cli.main([*command.split(), *given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: --external_plugins nowhere.py: there is no such file; give a Python file, and write a" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_compare_the_file_and_a_verifier_is_given_what_it_made(tmp_path: Path) -> None:
+    file = plugin(
+        tmp_path / "p.py", "def make_row(row):\n    return row | {'prompt': 'a', 'answer': row['solution']}\n"
+    )
+    config = RunConfig.from_flat({"model": str(tmp_path), "external_plugins": [file]})
+    before = start_facts(config, config)[f"--external_plugins {file}"]
+    maker = make_row_maker([file], None, None)
+    data = write(tmp_path / "d.jsonl", *PROBLEMS)
+    assert [record["answer"] for record in _records([f"{data}:3", f"{data}:1"], maker)] == ["It is 4.", "It is 5."]
+    Path(file).write_text(Path(file).read_text() + "\n")
+    assert start_facts(config, config)[f"--external_plugins {file}"] != before
+    with pytest.raises(ConfigError, match="made by --external_plugins, and a report executes nothing"):
+        answers._held_out(SimpleNamespace(config=config), TOKENIZER, 1)  # type: ignore[arg-type]
