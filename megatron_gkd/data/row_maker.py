@@ -185,7 +185,7 @@ class RowMaker:
                 rest = {name: value for name, value in found.items() if name not in TURNS}
                 found = rest | {"prompt": self.prompt.filled(found.get)}
             if self.teacher_prompt is not None:
-                found = {**found, "teacher_prompt": _for_teacher(found, self.teacher_prompt)}
+                found = {**found, "teacher_prompt": _for_teacher(dict(found), self.teacher_prompt)}
         except DataError as error:
             return str(error)
         return {name: value for name, value in found.items() if value is not None}

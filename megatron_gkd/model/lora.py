@@ -45,7 +45,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ from torch.nn.functional import linear
 
 from megatron_gkd.model.latent_attention import WholeLinear
 
-AdaptedLayer = ColumnParallelLinear | RowParallelLinear | WholeLinear
+AdaptedLayer: TypeAlias = ColumnParallelLinear | RowParallelLinear | WholeLinear
 Span = tuple[int | None, int]  # consecutive rows of B: the block of A that they go with (None: not adapted), how many
 
 
@@ -205,8 +205,12 @@ def _summed(parameter: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return found
 
 
-def put_on(layer: AdaptedLayer, adapter: Adapter) -> None:
-    """From now on the layer's output has the adapter's added, while it is on; `layer.adapter` is the adapter."""
+def put_on(layer: Any, adapter: Adapter) -> None:
+    """From now on the layer's output has the adapter's added, while it is on; `layer.adapter` is the adapter.
+
+    Args:
+        layer: an AdaptedLayer.
+    """
 
     def add(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], outputs: Any) -> Any:
         if not adapter.is_on:

@@ -117,9 +117,9 @@ def _question(
     """The prompt as a reader wants it, without the template around it, and the data set's own completion."""
     path, _, line = rows.place(index).rpartition(":")
     record = next(record for number, record in read_records(path) if number == int(line))
-    record = record if maker is None else maker.made(record)
-    assert isinstance(record, dict), "a row that was loaded has columns"
-    question = {"prompt": prompt_text(record)}
+    columns = record if maker is None else maker.made(record)
+    assert isinstance(columns, dict), "a row that was loaded has columns"
+    question = {"prompt": prompt_text(columns)}
     completion = rows[index].completion_ids
     if completion is not None:
         question["reference"] = str(tokenizer.decode(list(completion), skip_special_tokens=True))
