@@ -23,8 +23,9 @@ from megatron_gkd.data.row_key import read_content, rows_key
 from megatron_gkd.data.row_maker import RowMaker, check_row_flags, make_row_maker
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.data.streaming import StreamedRows
-from megatron_gkd.errors import ConfigError, DataError
+from megatron_gkd.errors import CheckpointError, ConfigError, DataError
 from megatron_gkd.train.alike import start_facts
+from megatron_gkd.train.checkpoint import state
 from megatron_gkd.train.generate import _records
 from tests.support.tiny_tokenizers import chat_tokenizer
 
@@ -250,6 +251,27 @@ def test_check_data_reads_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 # ---- whoever else has to know ----------------------------------------------------------------------------------------
+
+
+def test_a_resume_with_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state.dist, "get_world_size", lambda: 1)
+
+    def described(text: str, folder: str, **flags: Any) -> dict[str, Any]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        file = plugin(tmp_path / folder / "rows.py", text)
+        config = RunConfig.from_flat({"model": "S", "external_plugins": [file]} | flags)
+        return dict(state.describe_run(config, None, "cpu").config)
+
+    text = "def make_row(row):\n    return row\n"
+    saved = described(text, "a")
+    assert not state.changed_flags(saved, described(text, "b")), "the same file at another place"
+    for other, said in (
+        (described(text + "\n", "b"), r"--external_plugins rows\.py \(\w{12}\) \(saved\) -> rows\.py \(\w{12}\)"),
+        (described(text, "b", teacher_prompt_template="{a}"), r"--teacher_prompt_template null \(saved\) -> {a}"),
+        (described(text, "b", prompt_template="{a}"), r"--prompt_template null \(saved\) -> {a}"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            state.refuse_changed_flags(tmp_path, state.changed_flags(saved, other))
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "check train", "check data"])
