@@ -245,7 +245,8 @@ class RowPolicy:
         if "teacher_prompt" in record:
             if len(pairs) > 1:
                 raise DataError(f"`teacher_prompt` stands in place of one prompt, and {several}; mark one of them")
-            teachers = [(teachers_prompt(record["teacher_prompt"], reading.pair[0]), None)]
+            own, _ = next(iter(pairs), reading.pair)
+            teachers = [(teachers_prompt(record["teacher_prompt"], own), None)]
             of_teacher, _ = yield from encoder.encoding(*teachers[0], options)
         tag = None if self.tag_key is None else record.get(self.tag_key)
         if tag is not None and not isinstance(tag, str):

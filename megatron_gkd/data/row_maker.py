@@ -212,7 +212,7 @@ def _call(plugin: Plugin, record: Mapping[str, Any]) -> Mapping[str, Any] | None
     """Raises DataError for a function that fails, or gives anything else than columns or None."""
     try:
         answer = plugin.load()(copy.deepcopy(dict(record)))
-    except Exception as error:  # whatever the function does
+    except (Exception, SystemExit) as error:  # whatever the function does
         raise DataError(f"{plugin.path}: {HOOK}: {_said(error)}") from error
     if answer is None:
         return None
@@ -246,6 +246,7 @@ def _for_teacher(record: Columns, template: Template) -> str:
 
 def _texts(record: Columns) -> dict[str, str | None]:
     """`prompt` and `completion` of a row of any form."""
-    prompt, completion = read_record(record).pair
+    reading = read_record(record)
+    prompt, completion = next(iter(reading.pairs("last_round")), reading.pair)
     answer = completion if completion is None or isinstance(completion, str) else completion["content"]
     return {"prompt": prompt if isinstance(prompt, str) else last_of_user(prompt)["content"], "completion": answer}

@@ -7,17 +7,17 @@ bridge is driven by hand. Not covered: GPUs.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.model.lora import base_value
-from megatron_gkd.weights import export, whole_modules
+from megatron_gkd.weights import whole_modules
 from tests.rollout.test_adapter_push import other_values
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import FULL
@@ -42,6 +42,20 @@ def other_modules(run: Any, seed: int) -> None:
     whole_modules.fill(student.models, run.architecture, student.groups, MODULES, read)
 
 
+@contextlib.contextmanager
+def at_their_base(run: Any) -> Iterator[None]:
+    """A fault: the modules are sent as the base has them."""
+    whole = [p for chunk in run.student.models for p in chunk.parameters() if hasattr(p, "of_base")]
+    assert whole, "the base teaches, and its values are kept"
+    trained = [p.detach().clone() for p in whole]
+    with torch.no_grad():
+        for parameter in whole:
+            parameter.copy_(parameter.of_base)
+        yield
+        for parameter, value in zip(whole, trained, strict=True):
+            parameter.copy_(value)
+
+
 def pushes(config: RunConfig) -> tuple[float, list[str]]:
     with megatron():
         run = build_run(config)
@@ -59,7 +73,7 @@ def pushes(config: RunConfig) -> tuple[float, list[str]]:
                     faults.append(str(stale.value))
                 bridge.push(version)
                 largest = max(largest, bridge.verify().largest)
-            with patch.object(export, "_value", lambda parameter: base_value(parameter.tensor)):
+            with at_their_base(run):
                 bridge.push(3)
             with pytest.raises(RolloutError) as left:
                 bridge.verify()

@@ -8,11 +8,13 @@ the same rows by templates. What each flag means: config/test_ms_swift.py.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.errors import GKDError
@@ -22,6 +24,7 @@ from tests.config.test_ms_swift import DENSE, EXAMPLES, MULTI_TURN, SELF_TEACHIN
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import FULL
 from tests.support.fake_teacher_server import FakeServer, serve
+from tests.support.ports import reserve_port
 from tests.support.ranks import run_ranks
 from tests.support.serving import start_server
 from tests.support.trainers import WORDS
@@ -70,12 +73,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     options: dict[str, Any] = dict(head_dim=32, max_position_embeddings=1024)
     student = write_tiny_checkpoint(root / "student", "qwen3", layers=2, tied=True, seed=1, **options)
     teacher = write_tiny_checkpoint(root / "teacher", "qwen3", layers=2, seed=2, **options)
+    for path in (student, teacher):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.chat_template += "{% if enable_thinking is defined %}{% endif %}"  # as Qwen3's, it has the variable
+        tokenizer.save_pretrained(path)
     return {"--model": str(student), "--teacher_model": str(teacher)}
 
 
-def train(lines: list[list[str]]) -> list[str]:
-    """One after the other on a rank; what each ends with, "" for a run that is complete."""
+def train(lines: list[list[str]], secret: str = "") -> list[str]:
+    """One after the other on a rank; what each ends with, "" for a run that is complete.
+
+    Args:
+        secret: the file of the rollout server's.
+    """
     ends = []
+    if secret:
+        os.environ["GKD_ROLLOUT_SECRET_FILE"] = secret
     for argv in lines:
         config = parse_run_config(argv)
         config.validate("train")
@@ -148,12 +161,14 @@ def test_scripts_on_colocated_engines(
 def test_a_script_with_a_teacher_at_a_server(models: dict[str, str], tmp_path: Path) -> None:
     """Both servers are there: a rollout server, and one that teaches."""
     fake = FakeServer(max_model_len=1024, max_logprobs=64)
-    options: dict[str, Any] = dict(dtype="bf16", max_model_len=512)
+    reserved = reserve_port()
+    port = reserved.getsockname()[1]
+    options: dict[str, Any] = dict(dtype="bf16", max_model_len=513, port=port)
     with serve(fake) as teacher, start_server(Path(models["--model"]), **options) as server:
-        host, _, port = server.url.rpartition("/")[2].partition(":")
         given = models | {"--dataset": write_alpaca(tmp_path / "rows.jsonl"), "--teacher_model_server": teacher}
-        given |= {"--vllm_server_host": host, "--vllm_server_port": port}
+        given |= {"--vllm_server_host": "127.0.0.1", "--vllm_server_port": str(port)}
         words = exchanged(TEACHER_SERVER, given, save=tmp_path / "run", device="cpu")
-        assert run_ranks(train, [words], world=1, with_vllm=True) == [[""]]
+        assert run_ranks(train, [words], str(server.secret_file), world=1, with_vllm=True) == [[""]]
+    reserved.close()
     assert len(records(tmp_path / "run/metrics.jsonl")) == 2
     assert fake.scored
