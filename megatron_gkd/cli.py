@@ -186,11 +186,12 @@ def _check_train(argv: list[str]) -> Action:
 def _plan(argv: list[str]) -> Action:
     from megatron_gkd.config.flags import parse_beside_train
     from megatron_gkd.config.plan import PlanConfig
-    from megatron_gkd.train.preflight import check_models
+    from megatron_gkd.train.preflight import check_models, check_rows_made
 
     asked, config = parse_beside_train(argv, PlanConfig, command="plan", defaults={"dataset": ["(not read)"]})
     config.validate("train")
     check_models(config)
+    check_rows_made(config)
     return _later("commands.plan:run_plan", (asked, config), config.logging.log_level)
 
 

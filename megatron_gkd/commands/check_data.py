@@ -37,6 +37,7 @@ from megatron_gkd.data.collate import collate
 from megatron_gkd.data.files import Columns, read_records
 from megatron_gkd.data.image_forms import parts
 from megatron_gkd.data.image_tokens import ImageTokens, read_image_tokens
+from megatron_gkd.data.row_maker import RowMaker, make_row_maker
 from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.data.second_reading import Conversation, read_again, teachers_turns
 from megatron_gkd.data.show import show_row
@@ -116,6 +117,7 @@ def run_check_data(config: CheckDataConfig) -> None:
     config = with_local_files(config, weights=False)
     encoder = ChatEncoder(load_tokenizer(config.model))
     images = _image_tokens(config, encoder)
+    maker = make_row_maker(config.external_plugins, config.prompt_template, config.teacher_prompt_template)
     rows = load_rows(
         config.dataset,
         encoder.tokenizer,
@@ -128,12 +130,13 @@ def run_check_data(config: CheckDataConfig) -> None:
         template_kwargs=config.template_kwargs,
         clock=encoder.clock,
         images=images,
+        maker=maker,
     )
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for index in range(min(config.num_rows, len(rows))):
         print(show_row(encoder, rows[index], rows.place(index), colours=colours, images=images), end="\n\n")
     scale, variables = config.loss_scale, config.template_kwargs
-    found = check_rows(encoder, rows, config.dataset, loss_scale=scale, variables=variables, images=images)
+    found = check_rows(encoder, rows, config.dataset, loss_scale=scale, variables=variables, images=images, maker=maker)
     print(visible("\n".join(found.lines(rows))), flush=True)
     if 0 < rows.summary.num_prompt_only < len(rows):
         print(
@@ -200,12 +203,13 @@ def check_rows(
     loss_scale: str = "last_round",
     variables: str = "{}",
     images: ImageTokens | None = None,
+    maker: RowMaker | None = None,
 ) -> Account:
     """The checks of the module docstring. `variables`: the flags' for the template, as JSON."""
     found, may_be_cut = Account(), rows.summary.num_truncated > 0
     given = json.loads(variables)
     may_be_fewer = any("overlong" in reason for reason in rows.summary.dropped)
-    for place, record, of_record in _records(rows, paths):
+    for place, record, of_record in _records(rows, paths, maker):
         wanted = [
             _Rendered(encoder, conversation, may_be_cut=may_be_cut)
             for conversation in read_again(
@@ -234,13 +238,15 @@ def check_rows(
                 problem, wanted = None, wanted[at + 1 :]
             else:
                 problem, wanted = (problems or ["the record has no such turn to train on"])[0], wanted[1:]
-            problem = problem or problem_of_mask or _teachers_problem(encoder, row, record, given)
+            problem = problem or problem_of_mask or _teachers_problem(encoder, row, record, given, loss_scale)
             if problem:
                 found.problems.append(f"{place}: {problem}")
     return found
 
 
-def _records(rows: RowDataset, paths: Sequence[str]) -> Iterator[tuple[str, Columns, list[Row]]]:
+def _records(
+    rows: RowDataset, paths: Sequence[str], maker: RowMaker | None
+) -> Iterator[tuple[str, Columns, list[Row]]]:
     """(place, record, its rows) of every record with rows: a second reading, in the order of the first."""
     index = 0
     for path in paths:
@@ -250,11 +256,14 @@ def _records(rows: RowDataset, paths: Sequence[str]) -> Iterator[tuple[str, Colu
                 of_record.append(rows[index])
                 index += 1
             if of_record:
-                assert not isinstance(record, str), "a row that was loaded has columns"
-                yield place, record, of_record
+                columns = record if maker is None else maker.made(record)
+                assert isinstance(columns, dict), "a row that was loaded has columns"
+                yield place, columns, of_record
 
 
-def _teachers_problem(encoder: ChatEncoder, row: Row, record: Columns, variables: dict[str, Any]) -> str | None:
+def _teachers_problem(
+    encoder: ChatEncoder, row: Row, record: Columns, variables: dict[str, Any], loss_scale: str
+) -> str | None:
     prompt = record.get("teacher_prompt")
     if prompt is None:
         return None if row.teacher_prompt_ids is None else "the teacher has a prompt of its own, and the row none"
@@ -262,9 +271,9 @@ def _teachers_problem(encoder: ChatEncoder, row: Row, record: Columns, variables
         ids = encoder.encode(prompt, None)[0]
     else:
         as_text = encoder.arguments_as_text
-        options = read_again(record, loss_scale="all", variables=variables, text_arguments=as_text)[0].options
-        turns = teachers_turns(prompt, text_arguments=as_text)
-        ids = _render(encoder, turns, options, add_generation_prompt=True)[1]
+        own = read_again(record, loss_scale=loss_scale, variables=variables, text_arguments=as_text)[-1]
+        turns = teachers_turns(prompt, own.turns, text_arguments=as_text)
+        ids = _render(encoder, turns, own.options, add_generation_prompt=True)[1]
     return None if ids == row.teacher_prompt_ids else "the teacher's prompt has not the tokenizer's own tokens"
 
 

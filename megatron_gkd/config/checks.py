@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_gkd.config import environment
 from megatron_gkd.config.dtypes import Dtype, DtypeChoice
 from megatron_gkd.config.hub_names import read_name
+from megatron_gkd.config.row_flags import plugins_setting, prompt_template_setting, teacher_prompt_template_setting
 from megatron_gkd.config.schema import Section, setting
 from megatron_gkd.config.servers import parse_servers
 from megatron_gkd.config.template_flags import kwargs_setting, template_kwargs, thinking_setting
@@ -103,6 +104,9 @@ class CheckDataConfig(Section):
     )
     chat_template_kwargs: str | None = kwargs_setting()
     enable_thinking: bool | None = thinking_setting()
+    external_plugins: list[str] = plugins_setting()
+    prompt_template: str | None = prompt_template_setting()
+    teacher_prompt_template: str | None = teacher_prompt_template_setting()
     max_image_tiles: int | None = setting(
         None, "As in training of a vision-language student: most tiles of an image; null: the processor's.", ge=1
     )

@@ -35,6 +35,7 @@ from megatron_gkd.config.not_built import NOT_BUILT
 from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import Flag, RunConfig, flags, flags_of
 from megatron_gkd.config.sample import SampleConfig
+from megatron_gkd.config.schedules import read_schedule
 from megatron_gkd.config.schema import Section, check, fits, optional, setting, show, type_hints, type_text
 from megatron_gkd.errors import ConfigError
 
@@ -46,7 +47,11 @@ if TYPE_CHECKING:
 class CompatibilityConfig(Section):
     """Accepted so that ms-swift command lines run as they stand; other names of theirs: docs/from_ms_swift.md."""
 
-    rlhf_type: Literal["gkd"] = setting("gkd", "The method; there is one.")
+    rlhf_type: Literal["gkd"] | None = setting(
+        None,
+        "The method; there is one. Where it is given the command line is one of ms-swift's, and --max_length counts "
+        "the prompt alone: --max_completion_length is added to it.",
+    )
 
 
 S = TypeVar("S", bound=Section)
@@ -57,6 +62,7 @@ def parse_run_config(argv: Sequence[str], *, command: str = "train") -> RunConfi
     """What a command line asks for. Types and ranges are checked here; combinations by `validate()`."""
     table = flags() | flags_of(CompatibilityConfig, "compatibility")
     values = parse(translate(argv), table, prog=f"megatron-gkd {command}", headings=_headings())
+    values = _with_room_for_completions(values)
     return RunConfig.from_flat({name: value for name, value in values.items() if name in flags()})
 
 
@@ -72,9 +78,17 @@ def parse_beside_train(
     table = own | flags() | flags_of(CompatibilityConfig, "compatibility")
     headings = {command: str(cls.__doc__)} | _headings()
     values = parse(translate(argv), table, prog=f"megatron-gkd {command}", headings=headings)
-    run = {name: value for name, value in values.items() if name in flags()}
+    run = {name: value for name, value in _with_room_for_completions(values).items() if name in flags()}
     run |= {name: value for name, value in (defaults or {}).items() if not run.get(name)}
     return cls(**{name: values[name] for name in own}), RunConfig.from_flat(run)
+
+
+def _with_room_for_completions(values: dict[str, Any]) -> dict[str, Any]:
+    """With --rlhf_type: --max_length is the prompt's in ms-swift, which takes this sum for both."""
+    if values.get("rlhf_type") is None:
+        return values
+    longest = read_schedule("max_completion_length", values["max_completion_length"], whole=True).most
+    return values | {"max_length": values["max_length"] + round(longest)}
 
 
 def parse_section(argv: Sequence[str], cls: type[S], *, command: str) -> S:
@@ -328,8 +342,8 @@ several files wins; unknown flags and keys are errors. The resolved configuratio
 directory and can be given to `--config`. A boolean flag is given as `--packing`, `--packing true` or `--packing false`,
 a flag of several values as `--dataset a.jsonl b.jsonl`.
 Hyphens and underscores are the same. `null` means that a value is not set.
-`--rlhf_type gkd` is accepted and is the only method. What ms-swift calls otherwise is taken under its names too:
-[Coming from ms-swift](from_ms_swift.md).
+`--rlhf_type gkd` says that a command line is one of ms-swift's: `--max_length` then counts the prompt alone. What
+ms-swift calls otherwise is taken under its names too: [Coming from ms-swift](from_ms_swift.md).
 """
 
 

@@ -67,18 +67,11 @@ FLAGS: Final[Mapping[str, Theirs]] = {
     "train_type": Theirs("tuner_type"),
     "multi_turn_scheduler": _refused(_NO_TURNS),
     "max_turns": _refused(_NO_TURNS, holds=("1",)),
-    "external_plugins": _refused(
-        "no file of code is taken; a prompt of the teacher's own is the column teacher_prompt of --dataset"
-    ),
     "vllm_server_pass_dataset": _refused(
         "servers are given token ids alone (--vllm_mode server); leave it out", holds=("false",)
     ),
     "remove_unused_columns": _refused(
         "columns with a meaning are read, and the others named; leave it out, or change --dataset", holds=("false",)
-    ),
-    "vllm_server_timeout": _refused(
-        "start the servers of --vllm_server_host first (launch/rollout_server.sh): one that cannot be reached is tried "
-        "for 20 s; leave it out"
     ),
     "split_dataset_ratio": _refused("give held-out rows as --eval_dataset", holds=("0", "0.0")),
     "eval_iters": _refused("give --eval_samples, the number of held-out rows"),

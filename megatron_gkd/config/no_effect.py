@@ -28,7 +28,7 @@ STUDENTS_ENGINES: Final = (
     *OF_ENGINES,
     *("vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level", "vllm_server_host"),
     *("vllm_server_port", "steps_per_generation", "rollout_lag", "weight_bucket_mb", "verify_sync_every"),
-    "vllm_enable_lora",
+    *("vllm_enable_lora", "vllm_server_timeout"),
 )
 TEACHERS_COMPLETIONS: Final = (
     *("seq_kd", "teacher_samples_cache", "teacher_sampling_steps"),
@@ -47,6 +47,7 @@ EVALUATION: Final = frozenset(
         "modules_to_save",
         *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
         *("loss_scale", "chat_template_kwargs", "enable_thinking", "max_image_tiles", "prompt_only"),
+        *("external_plugins", "prompt_template", "teacher_prompt_template"),
     }
 )
 # Of the engines, what is of training's steps, and of how tokens are drawn, what greedy completions depend on.
@@ -124,7 +125,8 @@ def _without(names: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]
 def _unused_by_servers(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     sampling = cfg.sampling
     if sampling.vllm_mode != "server":
-        yield f"it is of --vllm_mode server, and the mode is {sampling.vllm_mode}", ("vllm_server_port",)
+        of_servers = ("vllm_server_port", "vllm_server_timeout")
+        yield f"it is of --vllm_mode server, and the mode is {sampling.vllm_mode}", of_servers
         return
     yield "the servers' own matter with --vllm_mode server", ("vllm_gpu_memory_utilization", *OF_ENGINES)
     if _every_host_has_a_port(sampling.vllm_server_host or ""):

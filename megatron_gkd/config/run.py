@@ -30,6 +30,7 @@ from megatron_gkd.config.levers import (
     vllm_options,
 )
 from megatron_gkd.config.not_built import NOT_BUILT, Command, refuse_not_built
+from megatron_gkd.config.row_flags import plugins_setting, prompt_template_setting, teacher_prompt_template_setting
 from megatron_gkd.config.schedules import Schedule, check_schedules, constant, read_schedule
 from megatron_gkd.config.schema import Section, default_of, setting, show, type_hints, type_text
 from megatron_gkd.config.servers import (
@@ -291,6 +292,12 @@ class SamplingConfig(Section):
         None, "Host of the rollout server; several with commas, each with its own port as HOST:PORT if need be."
     )
     vllm_server_port: int = setting(8000, "Port of the rollout servers that are named without one.", ge=1, le=65535)
+    vllm_server_timeout: float = setting(
+        20.0,
+        "Seconds for which a rollout server that cannot be reached yet is tried at the start, at most 0.9 of "
+        "--distributed_timeout_minutes.",
+        gt=0,
+    )
     steps_per_generation: int = setting(
         1, "Steps whose completions are sampled at once, with the weights of the first; 1 is strictly on-policy.", ge=1
     )
@@ -411,6 +418,9 @@ class DataConfig(Section):
     )
     chat_template_kwargs: str | None = kwargs_setting()
     enable_thinking: bool | None = thinking_setting()
+    external_plugins: list[str] = plugins_setting()
+    prompt_template: str | None = prompt_template_setting()
+    teacher_prompt_template: str | None = teacher_prompt_template_setting()
     max_image_tiles: int | None = setting(
         None,
         "Most tiles that an image is cut into, for the student and its teacher (a whole view comes on top where there "

@@ -204,7 +204,7 @@ def _tuner_problems(cfg: RunConfig) -> Iterator[str]:
         yield from _problems_of_vllms_lora(cfg)
     if not cfg.tuner.is_lora:
         return
-    for flag in ("freeze_embeddings", "freeze_router"):
+    for flag in ("freeze_embeddings", "freeze_router", "freeze_vision", "freeze_projector"):
         if not cfg.is_default(flag):
             yield f"--{flag} is of a student whose weights are trained, and --tuner_type lora freezes all; leave it out"
     if cfg.training.moe_aux_loss_coeff:

@@ -22,7 +22,7 @@ leaves it out, and so do marks that leave no turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ FORMS = (
     "`instruction` with `input` and `output` (Alpaca)"
 )
 
+TURNS = ("messages", "prompt", "conversations", "instruction", "input", "history")  # of any form, before a completion
 _COMPLETIONS = ("completion", "response", "output")  # of any form
 _SYSTEM = ("system", "system_prompt")
 
@@ -115,6 +116,24 @@ def prompt_of(column: str, value: Any) -> Prompt:
     """A column that holds a prompt: a string, or chat turns that end with the user's (or a tool's)."""
     prompt = _text(column, value) if isinstance(value, str) else _ended(column, _turns(column, value))
     return _without_marks(column, (prompt, None))[0][0]
+
+
+def teachers_prompt(value: Any, prompt: Prompt) -> Prompt:
+    """The column `teacher_prompt` of a row with this prompt: text stands in place of the user's last turn, turns in
+    place of all."""
+    given = prompt_of("teacher_prompt", value)
+    if not isinstance(given, str) or isinstance(prompt, str):
+        return given
+    place = prompt.index(last_of_user(prompt))
+    return [*prompt[:place], {**prompt[place], "content": given}, *prompt[place + 1 :]]
+
+
+def last_of_user(turns: Sequence[Message]) -> Message:
+    """Raises DataError where the user has no turn."""
+    for turn in reversed(turns):
+        if turn["role"] == "user":
+            return turn
+    raise DataError("the prompt has no turn of the user, in whose place the teacher's text would stand")
 
 
 def form_columns(record: Columns) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ One that leaves no room for a prompt token is dropped and counted apart. The tea
 way and is never cut either, since what it is there for would be lost unseen: a row whose own does not fit is dropped
 and counted apart, or stops the run.
 
+Before that the user's own functions and templates make the record's columns (row_maker.py), or leave it out.
+
 A record gives one row, or several where several of its turns carry the loss (forms.py), or none where marks say so.
 With the rows goes what is not used of the record: columns that mean nothing here, and what the chat template leaves out
 (left_out.py), both counted by name.
@@ -24,10 +26,11 @@ from typing import Any, Literal, NamedTuple
 from megatron_gkd.data.chat import ChatEncoder, Encoding
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.files import Columns
-from megatron_gkd.data.forms import LossScale, Pair, prompt_of, read_record
+from megatron_gkd.data.forms import LossScale, Pair, read_record, teachers_prompt
 from megatron_gkd.data.image_forms import ImageSource, numbers_in, take_images
 from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.data.pictures import read_picture
+from megatron_gkd.data.row_maker import RowMaker
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.records import Picture, Row
 
@@ -44,6 +47,7 @@ class Tokenised(NamedTuple):
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()  # columns
     lost: tuple[str, ...] = ()  # what the chat template leaves out, each time it does
+    left_out: bool = False  # by a function of the user's
 
 
 @dataclass
@@ -57,7 +61,7 @@ class RowSummary:
     num_truncated: int = 0  # of the used ones: prompts cut at the left
     num_teacher_prompts: int = 0  # of the used ones
     num_pictures: int = 0  # in prompts of the used ones
-    # "malformed" | "marked" | "overlong" | "completion_overlong" | "teacher_prompt_overlong" -> rows
+    # "malformed" | "left_out" | "marked" | "overlong" | "completion_overlong" | "teacher_prompt_overlong" -> rows
     dropped: dict[str, int] = field(default_factory=dict)
     # the same keys -> place and reason of the first of them
     first_dropped: dict[str, str] = field(default_factory=dict)
@@ -163,6 +167,7 @@ class RowPolicy:
         prompt_only: a row without a completion: "keep" it, or "drop" and count it.
         images: how a vision-language student sees images; None: a row with images is malformed.
         teacher_images: how its teacher does; None: alike.
+        maker: what makes the columns of a record; None: they are read as they are.
     """
 
     max_length: int
@@ -178,6 +183,7 @@ class RowPolicy:
     prompt_only: PromptOnly = "keep"
     images: ImageTokens | None = None
     teacher_images: ImageTokens | None = None
+    maker: RowMaker | None = None
 
     def __post_init__(self) -> None:
         if self.on_bad_row not in ("stop", "skip"):
@@ -209,12 +215,21 @@ class RowPolicy:
         """Raises ConfigError for a variable that was given for every row and that the chat template does not name."""
         check_variables(self.variables, encoder)
 
-    def encoding(self, record: Columns | str, encoder: ChatEncoder, folder: Path = Path()) -> Encoding[Tokenised]:
+    def made(self, record: Columns | str) -> Columns | str | None:
+        """A record's columns, for `encoding`; None: it is left out."""
+        return record if self.maker is None else self.maker.made(record)
+
+    def encoding(
+        self, record: Columns | str | None, encoder: ChatEncoder, folder: Path = Path()
+    ) -> Encoding[Tokenised]:
         """A record as rows, for `ChatEncoder.encode_all`; DataError for a malformed one.
 
         Args:
+            record: as `made` gives it.
             folder: what paths of images are relative to.
         """
+        if record is None:
+            return Tokenised((), left_out=True)
         if isinstance(record, str):
             raise DataError(record)
         sources: list[ImageSource] = []
@@ -230,7 +245,8 @@ class RowPolicy:
         if "teacher_prompt" in record:
             if len(pairs) > 1:
                 raise DataError(f"`teacher_prompt` stands in place of one prompt, and {several}; mark one of them")
-            teachers = [(prompt_of("teacher_prompt", record["teacher_prompt"]), None)]
+            own, _ = next(iter(pairs), reading.pair)
+            teachers = [(teachers_prompt(record["teacher_prompt"], own), None)]
             of_teacher, _ = yield from encoder.encoding(*teachers[0], options)
         tag = None if self.tag_key is None else record.get(self.tag_key)
         if tag is not None and not isinstance(tag, str):
@@ -274,7 +290,9 @@ class RowPolicy:
                 raise DataError(f"{place}: {encoded}; correct the row, or pass --on_bad_row skip") from encoded
             summary.drop("malformed", f"{place}: {encoded}")
             return []
-        if not encoded.rows:
+        if encoded.left_out:
+            summary.drop("left_out", f"{place}: by the function of --external_plugins")
+        elif not encoded.rows:
             summary.drop("marked", f"{place}: its marks say that no turn carries the loss")
         summary.num_more += max(len(encoded.rows) - 1, 0)
         fitted = []

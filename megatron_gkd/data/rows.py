@@ -29,6 +29,7 @@ from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.data.order import check_weights
 from megatron_gkd.data.pictures import content, pack, unpack
 from megatron_gkd.data.policy import OnBadRow, Overlong, RowPolicy, RowSummary, Tokenised
+from megatron_gkd.data.row_maker import RowMaker
 from megatron_gkd.data.suspicions import Suspicions
 from megatron_gkd.errors import DataError
 from megatron_gkd.observe.logging import get_logger
@@ -203,12 +204,14 @@ def load_rows(
     weights: Sequence[float] = (),
     clock: Clock | None = None,
     images: ImageTokens | None = None,
+    maker: RowMaker | None = None,
 ) -> RowDataset:
     """Reads and tokenises files, in the order given. The arguments are those of `tokenise` and of `RowPolicy`."""
     policy = RowPolicy(
         *(max_length, max_completion_length, on_bad_row, overlong, max_rows, tag_key, loss_scale, template_kwargs),
         clock=clock,
         images=images,
+        maker=maker,
     )
     return tokenise(paths, tokenizer, policy, weights=weights)
 
@@ -242,7 +245,7 @@ def tokenise(
                     collected.summary.note(encoded)
                 rows = policy.take(encoded, place, collected.summary)
                 for row in rows[: None if policy.max_rows is None else policy.max_rows - len(collected)]:
-                    assert not isinstance(record, str), "a row that is used has columns"
+                    assert isinstance(record, dict), "a row that is used has columns"
                     collected.summary.suspect(suspicions.of(record, row), place)
                     collected.append(row, file, line)
             if on_read is not None:
@@ -269,18 +272,18 @@ def _encoded(
     policy: RowPolicy,
     collected: _Collected,
     folder: Path,
-) -> Iterator[list[tuple[tuple[int, Columns | str], Tokenised | DataError]]]:
-    """Batches of ((line, record), its rows or what is wrong with it), until `max_rows` rows are collected.
+) -> Iterator[list[tuple[tuple[int, Columns | str | None], Tokenised | DataError]]]:
+    """Batches of ((line, columns), its rows or what is wrong with it), until `max_rows` rows are collected.
 
     A batch has no more records than rows are still wanted. An error of the file itself comes after the records that
     were read before it.
     """
     while True:
         wanted = BATCH_ROWS if policy.max_rows is None else min(BATCH_ROWS, policy.max_rows - len(collected))
-        batch: list[tuple[int, Columns | str]] = []
+        batch: list[tuple[int, Columns | str | None]] = []
         failure: DataError | None = None
         try:
-            batch.extend(islice(records, wanted))
+            batch.extend((line, policy.made(record)) for line, record in islice(records, wanted))
         except DataError as error:
             failure = error
         if batch:

@@ -52,10 +52,11 @@ def read_again(
     return rows if is_answered else [*rows, Conversation(bare, None, options, text_only)]
 
 
-def teachers_turns(prompt: Any, *, text_arguments: bool) -> list[dict[str, Any]]:
-    """The turns of a column `teacher_prompt`."""
+def teachers_turns(prompt: Any, turns: list[dict[str, Any]], *, text_arguments: bool) -> list[dict[str, Any]]:
+    """The turns of a column `teacher_prompt`. `turns`: the row's own."""
     if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
+        last = max(number for number, turn in enumerate(turns) if turn["role"] == "user")
+        return [{**turn, "content": prompt} if number == last else turn for number, turn in enumerate(turns)]
     turns = [_message(turn, text_arguments) for turn in prompt]
     return [{name: value for name, value in turn.items() if name not in _MARKS} for turn in turns]
 

@@ -18,8 +18,8 @@ _DIM, _TRAINED, _SPECIAL, _OFF = "\x1b[2m", "\x1b[1;32m", "\x1b[7m", "\x1b[0m"
 
 
 def show_row(encoder: ChatEncoder, row: Row, place: str, *, colours: bool, images: ImageTokens | None = None) -> str:
-    """Several lines: those of the prompt begin with `|`, those that are trained on with `>`. Of an image its name, size
-    and tokens, and one placeholder in the prompt.
+    """Several lines: those of the prompt (and of the teacher's, where it has its own) begin with `|`, those that are
+    trained on with `>`. Of an image its name, size and tokens, and one placeholder in the prompt.
     """
     completion = row.completion_ids
     trained = "no completion: it has to be sampled" if completion is None else f"{len(completion)} trained on"
@@ -29,6 +29,10 @@ def show_row(encoder: ChatEncoder, row: Row, place: str, *, colours: bool, image
         lines.append(f"  image   | {visible(picture.name)}: {width}x{height} pixels, {number} tokens")
     prompt_ids = row.prompt_ids if images is None else images.bare(row.prompt_ids, row.pictures)
     lines += _marked(encoder, prompt_ids, "prompt  |", _DIM if colours else "")
+    if row.teacher_prompt_ids is not None:
+        told = row.teacher_prompt_ids
+        told = told if images is None else images.bare(told, row.teacher_pictures)
+        lines += _marked(encoder, told, "teacher |", _DIM if colours else "")
     if completion:
         lines += _marked(encoder, completion, "trained >", _TRAINED if colours else "")
     return "\n".join(lines)

@@ -35,6 +35,7 @@ from megatron_gkd.data.dataset import Check, Rows, needs_completion, needs_teach
 from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.data.policy import OnBadRow, Overlong, PromptOnly, RowPolicy, RowSummary, Tokenised
 from megatron_gkd.data.random_access import open_records
+from megatron_gkd.data.row_maker import RowMaker
 from megatron_gkd.data.rows import check_sets
 from megatron_gkd.data.suspicions import Suspicions
 from megatron_gkd.errors import DataError
@@ -76,6 +77,7 @@ class StreamedRows(Rows):
         prompt_only: PromptOnly = "keep",
         images: ImageTokens | None = None,
         teacher_images: ImageTokens | None = None,
+        maker: RowMaker | None = None,
     ) -> None:
         """The arguments are those of `load_rows`. Raises DataError if a checked record says so, or none is usable."""
         self._policy = RowPolicy(
@@ -87,6 +89,7 @@ class StreamedRows(Rows):
             prompt_only=prompt_only,
             images=images,
             teacher_images=teacher_images,
+            maker=maker,
         )
         self._paths = check_sets(paths, weights)
         self.weights, self.summary = tuple(weights), RowSummary()
@@ -141,6 +144,7 @@ class StreamedRows(Rows):
             *([policy.template_kwargs] if policy.variables else []),
             *(["drop"] if policy.prompt_only == "drop" else []),
             *([] if policy.images is None else [(policy.images, policy.teacher_images)]),
+            *([] if policy.maker is None else [policy.maker.content]),
         )
         digest.update(repr((asked, [(len(records), records.digest) for records in self._sets])).encode())
         digest.update(repr([placed.row for placed in self._checked]).encode())
@@ -200,14 +204,15 @@ class StreamedRows(Rows):
         if index in self._dropped:
             return None
         number = bisect_right(self._borders, index) - 1
-        line, record = self._sets[number][index - self._borders[number]]
+        line, read = self._sets[number][index - self._borders[number]]
+        record = self._policy.made(read)
         place, found, folder = f"{self._paths[number]}:{line}", RowSummary(), Path(self._paths[number]).parent
         (encoded,) = self._encoder.encode_all([self._policy.encoding(record, self._encoder, folder)])
         if not isinstance(encoded, DataError):
             self._note(encoded, place)
         for row in self._policy.take(encoded, place, found):
             if self._suspicions is not None:
-                assert not isinstance(record, str), "a row that is used has columns"
+                assert isinstance(record, dict), "a row that is used has columns"
                 self.summary.suspect(self._suspicions.of(record, row), place)
             return _Placed(row, place)
         self._dropped.add(index)

@@ -47,8 +47,11 @@ class LatentNorm(RMSNorm):
 class WholeLinear(torch.nn.Module):
     """W x of this rank's part of the sequence; W [out, in] is whole on every tensor-parallel rank."""
 
-    def __init__(self, config: TransformerConfig, size_in: int, size_out: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, size_in: int, size_out: int, tp_group: dist.ProcessGroup | None
+    ) -> None:
         super().__init__()
+        self.config, self.tp_group, self.is_expert = config, tp_group, False  # as megatron-core's linear layers have
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.empty(size_out, size_in, dtype=config.params_dtype, device=device))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - read by finalize_model_grads
@@ -88,9 +91,9 @@ class LatentSelfAttention(MLASelfAttention):
                 tp_group=pg_collection.tp,
             )
         else:
-            self.linear_q_down_proj = WholeLinear(config, config.hidden_size, config.q_lora_rank)
+            self.linear_q_down_proj = WholeLinear(config, config.hidden_size, config.q_lora_rank, pg_collection.tp)
         latent_size = config.kv_lora_rank + config.qk_pos_emb_head_dim
-        self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, latent_size)
+        self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, latent_size, pg_collection.tp)
         self.softmax_scale = self.core_attention.softmax_scale = config.softmax_scale
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:

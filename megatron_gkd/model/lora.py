@@ -10,6 +10,7 @@ number of adapted matrices, x [S, B, in] or, packed, [T, 1, in]:
 
     column parallel   A [k r, in] on every rank, B [out/n, r] cut as the weight is
     row parallel      A [r, in/n] cut as the weight is, B [out, r] on every rank
+    whole             A [r, in], B [out, r] on every rank: projections to a latent vector (latent_attention.py)
 
 Communication over the layer's TP group, of [S, B, k r] in the model's type, beside what the layer does itself:
 
@@ -21,6 +22,7 @@ Communication over the layer's TP group, of [S, B, k r] in the model's type, bes
     row               forward an all-reduce of A x, of which a rank knows its columns' part; backward none.
     row, SP           forward reduce-scatter, backward all-gather; the gradient of B is that of a part of the sequence,
                       and marked likewise.
+    whole             none; under SP both gradients are those of a part of the sequence, and marked.
 
 An expert's layers are cut over the expert-tensor ranks, and the dispatcher around them communicates: it gives all of
 these ranks the expert's tokens and sums what they return, so that outputs are parts of a sum, and gradients of inputs
@@ -43,7 +45,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -60,6 +62,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch.nn.functional import linear
 
+from megatron_gkd.model.latent_attention import WholeLinear
+
+AdaptedLayer: TypeAlias = ColumnParallelLinear | RowParallelLinear | WholeLinear
 Span = tuple[int | None, int]  # consecutive rows of B: the block of A that they go with (None: not adapted), how many
 
 
@@ -84,7 +89,7 @@ class Adapter(torch.nn.Module):
 
     def __init__(
         self,
-        layer: ColumnParallelLinear | RowParallelLinear,
+        layer: AdaptedLayer,
         lora: Lora,
         *,
         matrices: Sequence[str],
@@ -100,6 +105,7 @@ class Adapter(torch.nn.Module):
         self.lora, self.matrices, self.spans, self.is_on = lora, tuple(matrices), tuple(spans), True
         assert sum(rows for _, rows in self.spans) == weight.shape[0], (self.spans, weight.shape)
         self.is_column = isinstance(layer, ColumnParallelLinear)
+        self.cut = "B" if self.is_column else "A" if isinstance(layer, RowParallelLinear) else ""  # the other: whole
         self.tp_group: dist.ProcessGroup = layer.tp_group  # of an expert: its expert-tensor ranks
         self.is_expert = bool(layer.is_expert)
         self.sequence_parallel = bool(layer.config.sequence_parallel) and not self.is_expert
@@ -110,6 +116,10 @@ class Adapter(torch.nn.Module):
 
     def _mark(self) -> None:
         """Tell megatron-core how the parameters are cut, and over whom their gradients are summed."""
+        if not self.cut:
+            for parameter in (self.A, self.B):
+                setattr(parameter, "sequence_parallel", self.sequence_parallel)  # noqa: B010 - as below
+            return
         cut, whole = (self.B, self.A) if self.is_column else (self.A, self.B)
         set_tensor_model_parallel_attributes(cut, is_parallel=True, dim=0 if self.is_column else 1, stride=1)
         marks: dict[str, bool] = {"sequence_parallel": self.sequence_parallel}  # read by finalize_model_grads
@@ -131,7 +141,7 @@ class Adapter(torch.nn.Module):
     def _whole(self, low: torch.Tensor) -> torch.Tensor:
         """A x of this rank -> what its rows of B are multiplied with. See the module's docstring."""
         group = self.tp_group
-        if group.size() == 1:
+        if group.size() == 1 or not self.cut:
             return low
         if self.is_column:
             if self.sequence_parallel:
@@ -195,8 +205,12 @@ def _summed(parameter: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return found
 
 
-def put_on(layer: ColumnParallelLinear | RowParallelLinear, adapter: Adapter) -> None:
-    """From now on the layer's output has the adapter's added, while it is on; `layer.adapter` is the adapter."""
+def put_on(layer: Any, adapter: Adapter) -> None:
+    """From now on the layer's output has the adapter's added, while it is on; `layer.adapter` is the adapter.
+
+    Args:
+        layer: an AdaptedLayer.
+    """
 
     def add(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], outputs: Any) -> Any:
         if not adapter.is_on:

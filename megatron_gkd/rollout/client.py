@@ -101,7 +101,7 @@ class ServerClient:
         self._script = script
         key = Secret(api_key, f"the environment variable {api_key_env}") if api_key else None
         self._secrets, self._api_key_env = [known for known in (key, secret) if known], api_key_env
-        self._timeout_s, self._retry_s, self._max_concurrency = timeout_s, retry_s, max_concurrency
+        self._timeout_s, self.retry_s, self._max_concurrency = timeout_s, retry_s, max_concurrency
         self._http = httpx.AsyncClient(
             base_url=url,
             headers={"Accept-Encoding": "gzip"}
@@ -205,7 +205,7 @@ class ServerClient:
             if not isinstance(error, RolloutError):
                 return error
             now = time.monotonic()
-            give_up = min(deadline, now + self._retry_s) if give_up is None else give_up
+            give_up = min(deadline, now + self.retry_s) if give_up is None else give_up
             worth_it = not isinstance(error, ServerAnswerError) or error.status >= 500
             if not (again and worth_it) or now + pause_s > give_up:
                 raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -94,16 +95,24 @@ def server_urls(host: str, port: int) -> list[str]:
     return urls
 
 
-def probe_servers(sampling: SamplingConfig, *, model_path: str, dtype: Dtype, max_model_len: int) -> None:
+def probe_servers(
+    sampling: SamplingConfig, *, model_path: str, dtype: Dtype, max_model_len: int, most_s: float
+) -> None:
     """Look at each server of `--vllm_server_host`, and leave it as it is. On one rank.
+
+    Args:
+        most_s: how long the others wait for this rank; all servers together are tried for less, and no longer than
+            --vllm_server_timeout.
 
     Raises ConfigError or RolloutError: it cannot be reached, or has another type, model or length than is needed.
     """
     from megatron_gkd.rollout.vllm.server import ServerEngine
 
     assert sampling.vllm_server_host is not None, "RunConfig.validate refuses --vllm_mode server without a host"
+    give_up = time.monotonic() + min(sampling.vllm_server_timeout, 0.9 * most_s)
     for url in server_urls(sampling.vllm_server_host, sampling.vllm_server_port):
-        engine = ServerEngine(url, model_path=model_path, dtype=dtype)
+        left_s = max(give_up - time.monotonic(), 0.0)
+        engine = ServerEngine(url, model_path=model_path, dtype=dtype, timeout_s=most_s, connect_s=left_s)
         try:
             _check_lengths([engine], [url], max_model_len)
         finally:

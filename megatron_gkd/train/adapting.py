@@ -17,7 +17,7 @@ import torch
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import Dtype
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.errors import CheckpointError, ConfigError, LayoutError, NotBuiltError
+from megatron_gkd.errors import CheckpointError, ConfigError, LayoutError
 from megatron_gkd.model.build import DTYPES
 from megatron_gkd.model.lora import Lora
 from megatron_gkd.observe.logging import get_logger
@@ -41,12 +41,6 @@ def check_adapters(config: RunConfig, arch: Architecture, layout: Layout) -> Non
     --tuner_type lora."""
     if not config.tuner.is_lora:
         return
-    if arch.latent is not None or (arch.moe is not None and arch.moe.shared_ffn_hidden_size):
-        what = "latent attention" if arch.latent is not None else "shared experts"
-        raise NotBuiltError(
-            f"not built yet: --tuner_type lora for a {arch.model_type} student, whose {what} would have no adapters; "
-            "train all its weights"
-        )
     lora, names, whole = lora_of(config), config.tuner.target_modules, config.tuner.modules_to_save
     adapters.check_targets(arch, lora, names)
     whole_modules.check_modules(arch, whole)
@@ -165,7 +159,7 @@ def described(config: RunConfig, arch: Architecture) -> dict[str, Any]:
     return peft_files.peft_config(
         config.model.model,
         lora_of(config),
-        adapters.leaf_names(arch, config.tuner.target_modules),
+        adapters.peft_targets(arch, config.tuner.target_modules),
         whole_modules.peft_modules(arch, whole),
         is_tied=whole_modules.ties(arch, whole),
     )

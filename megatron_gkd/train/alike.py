@@ -58,6 +58,7 @@ def start_facts(config: RunConfig, given: RunConfig) -> dict[str, str]:
         facts |= model_facts("--teacher_model", teacher, weights=isinstance(config.teacher.kind, LocalTeacher))
     if load is not None and has_safetensors(Path(load)):
         facts |= model_facts("--load", load)
+    facts |= {f"--external_plugins {path}": _content(Path(path)) for path in config.data.external_plugins}
     for flag in ("dataset", "eval_dataset"):
         for path, text in zip(config.get(flag), given.get(flag), strict=True):
             facts |= {f"--{flag} {name if path == text else text}": value for name, value in _data(Path(path))}

@@ -21,11 +21,12 @@ import torch.distributed as dist
 
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.data.files import read_records
+from megatron_gkd.data.row_maker import RowMaker
 from megatron_gkd.data.verify import ANSWER, check_answer, load_verifier, verdict
 from megatron_gkd.parallel.together import on_first
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.requests import make_requests
-from megatron_gkd.train.inputs import Inputs
+from megatron_gkd.train.inputs import Inputs, row_maker
 from megatron_gkd.train.rollouts import Rollouts, repeated_share
 from megatron_gkd.train.sampling import engine_length
 
@@ -62,7 +63,7 @@ def read_prompts(inputs: Inputs) -> Prompts:
 
     def read() -> list[dict[str, Any]]:
         load_verifier(name)
-        records = _records(places)
+        records = _records(places, row_maker(inputs.config))
         for request, record, place in zip(requests, records, places, strict=True):
             if ANSWER not in record:
                 ids = list(rows[request.key].completion_ids or ())
@@ -76,8 +77,9 @@ def read_prompts(inputs: Inputs) -> Prompts:
     return Prompts(requests, records if is_first else [], places)
 
 
-def _records(places: list[str]) -> list[dict[str, Any]]:
-    """The records at FILE:LINE, in order; each file is read once, as far as it is needed."""
+def _records(places: list[str], maker: RowMaker | None) -> list[dict[str, Any]]:
+    """The columns of the records at FILE:LINE, as they were made, in order; each file is read once, as far as it is
+    needed."""
     wanted: dict[str, set[int]] = {}
     for place in places:
         path, _, number = place.rpartition(":")
@@ -85,8 +87,10 @@ def _records(places: list[str]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path, lines in wanted.items():
         for line, record in read_records(path):
-            if line in lines and not isinstance(record, str):
-                found[f"{path}:{line}"] = dict(record)
+            if line in lines:
+                columns = record if maker is None else maker.made(record)
+                assert isinstance(columns, dict), "a row that was loaded has columns"
+                found[f"{path}:{line}"] = dict(columns)
             if line >= max(lines):
                 break
     return [dict(found[place]) for place in places]

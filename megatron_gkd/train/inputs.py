@@ -25,6 +25,7 @@ from megatron_gkd.data.chat import ChatEncoder, check_same_tokenizer, load_token
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.data.policy import RowPolicy
+from megatron_gkd.data.row_maker import RowMaker, make_row_maker
 from megatron_gkd.data.rows import RowDataset
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.data.suspicions import describe
@@ -93,8 +94,9 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     clock = run_clock(config)
     if seen := clock.time_variables(tokenizer.chat_template):
         logger.info("the chat template is told the time, in this run and where it is resumed: %s", ", ".join(seen))
-    rows = _training_rows(config, tokenizer, vocab_size, clock, sight) if with_training_data else None
-    eval_rows = _eval_rows(config, tokenizer, vocab_size, clock, sight)
+    maker = all_or_none(lambda: row_maker(config))
+    rows = _training_rows(config, tokenizer, vocab_size, clock, sight, maker) if with_training_data else None
+    eval_rows = _eval_rows(config, tokenizer, vocab_size, clock, sight, maker)
     all_or_none(lambda: _check_rows(config, student_layout, rows, eval_rows))
     return Inputs(config, *models, rows, eval_rows, clock, stop_ids, base, sight)
 
@@ -195,8 +197,19 @@ def _vocabulary(
     return tokenizer, vocab_size
 
 
+def row_maker(config: RunConfig) -> RowMaker | None:
+    """What the flags make of records before they are rows; None: nothing. Plugins are executed. Raises ConfigError."""
+    data = config.data
+    return make_row_maker(data.external_plugins, data.prompt_template, data.teacher_prompt_template)
+
+
 def _training_rows(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock, sight: Sight = BLIND
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    clock: Clock,
+    sight: Sight = BLIND,
+    maker: RowMaker | None = None,
 ) -> Rows:
     data, world = config.data, dist.group.WORLD
     assert world is not None
@@ -212,6 +225,7 @@ def _training_rows(
         prompt_only="drop" if data.prompt_only == "drop" and _needs_completions(config) else "keep",
         images=sight.student,
         teacher_images=sight.teacher,
+        maker=maker,
     )
     weights = data.dataset_weights
     rows: RowDataset | StreamedRows
@@ -234,7 +248,12 @@ def _needs_completions(config: RunConfig) -> bool:
 
 
 def _eval_rows(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clock: Clock, sight: Sight = BLIND
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    clock: Clock,
+    sight: Sight = BLIND,
+    maker: RowMaker | None = None,
 ) -> Rows | None:
     """Read whole, and in their own proportions, however the training rows are."""
     data, world = config.data, dist.group.WORLD
@@ -249,6 +268,7 @@ def _eval_rows(
         prompt_only="drop" if data.prompt_only == "drop" else "keep",
         images=sight.student,
         teacher_images=sight.teacher,
+        maker=maker,
     )
     rows = shared_rows(data.eval_dataset, tokenizer, policy, cache_dir=data.data_cache_dir, group=world)
     return _within(rows, data.eval_dataset, vocab_size)

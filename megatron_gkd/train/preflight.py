@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_gkd.config.checks import CheckTrainConfig
+from megatron_gkd.config.checks import CheckDataConfig, CheckTrainConfig
 from megatron_gkd.config.hub_names import FORMS, names_in
 from megatron_gkd.config.not_built import Command
 from megatron_gkd.config.run import RunConfig
@@ -28,6 +28,7 @@ from megatron_gkd.data.files import check_supported
 from megatron_gkd.data.hub import places
 from megatron_gkd.data.hub.listing import is_commit, kept_commit
 from megatron_gkd.data.hub.snapshot import missing_offline, refuse_missing_client
+from megatron_gkd.data.row_maker import check_row_flags
 from megatron_gkd.errors import CheckpointError, ConfigError, GKDError, NotBuiltError
 from megatron_gkd.observe.advice import go_on
 from megatron_gkd.train.fit import check_batch, layouts, refuse_student, without_borrowed_experts
@@ -39,8 +40,15 @@ def check_paths(config: RunConfig, command: Command) -> None:
     for flag, paths in (("dataset", config.data.dataset), ("eval_dataset", config.data.eval_dataset)):
         for path in paths if command == "train" or flag == "eval_dataset" else []:
             _check_data(flag, path, use_hf=config.model.use_hf)
+    check_rows_made(config)
     if command == "train":
         check_save(config)
+
+
+def check_rows_made(config: RunConfig) -> None:
+    """Raise ConfigError for a plugin or a template that cannot be meant; nothing is executed."""
+    data = config.data
+    check_row_flags(data.external_plugins, data.prompt_template, data.teacher_prompt_template)
 
 
 def check_models(config: RunConfig) -> None:
@@ -58,6 +66,8 @@ def check_own_paths(config: Section) -> None:
             _check_model(flag, path)  # the others have looked
     for path in getattr(config, "dataset", []):
         _check_data("dataset", path)
+    if isinstance(config, CheckDataConfig):
+        check_row_flags(config.external_plugins, config.prompt_template, config.teacher_prompt_template)
 
 
 def _check_model(flag: str, path: str, *, use_hf: bool = True) -> None:

@@ -57,9 +57,10 @@ def check_servers(inputs: Inputs, rows: Rows | None) -> None:
             "this run is on a CPU: leave it out, and merged weights are sent"
         )
     if sampling.vllm_mode == "server":
+        model, most_s = config.model, 60 * config.parallel.distributed_timeout_minutes
         on_first(
             lambda: probe_servers(
-                sampling, model_path=config.model.model, dtype=config.model.precision, max_model_len=length
+                sampling, model_path=model.model, dtype=model.precision, max_model_len=length, most_s=most_s
             )
         )
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -33,8 +34,12 @@ from megatron_gkd.weights.load import parameter_plan
 from megatron_gkd.weights.naming import Unit, layer_units
 from megatron_gkd.weights.plan import Rectangle, unit_shapes
 
-_ROLES: Final = ("qkv", "attention_output", "gate_up", "down", "expert_gate_up", "expert_down")
+_ROLES: Final = (
+    *("qkv", "query", "query_down", "query_up", "latent_down", "latent_up", "attention_output"),
+    *("gate_up", "down", "shared_gate_up", "shared_down", "expert_gate_up", "expert_down"),
+)
 _PREFIX, _SUFFIX = "base_model.model.", ".weight"
+_DECODER: Final = "model.language_model."  # in transformers' vision-language models
 
 
 def module_name(tensor: str) -> str:
@@ -42,8 +47,11 @@ def module_name(tensor: str) -> str:
     return tensor.removesuffix(_SUFFIX)
 
 
-def peft_name(module: str, part: str) -> str:
-    """peft's name of a matrix: `part` is A or B."""
+def peft_name(module: str, part: str, arch: Architecture) -> str:
+    """peft's name of a matrix: `part` is A or B. Of a vision-language model by transformers' name of the module, which
+    its files may spell otherwise."""
+    if arch.vision is not None:
+        module = _DECODER + module.removeprefix(arch.vision.stored_name("model."))
     return f"{_PREFIX}{module}.lora_{part}.weight"
 
 
@@ -72,6 +80,13 @@ def leaf_names(arch: Architecture, target_modules: Sequence[str] = (ALL_LINEAR,)
     """The last parts of the names of the adapted matrices, as peft's `target_modules` has them."""
     modules = (module for unit in targets(arch, target_modules).values() for module in unit)
     return list(dict.fromkeys(module.rsplit(".", 1)[-1] for module in modules))
+
+
+def peft_targets(arch: Architecture, target_modules: Sequence[str]) -> list[str] | str:
+    """`target_modules` as adapter_config.json has it: names, and of a vision-language model, whose tower has matrices
+    of the same names, an expression for those of its decoder."""
+    names = leaf_names(arch, target_modules)
+    return names if arch.vision is None else rf"{re.escape(_DECODER)}.*\.({'|'.join(names)})"
 
 
 def check_targets(arch: Architecture, lora: Lora, target_modules: Sequence[str]) -> None:
@@ -104,8 +119,11 @@ def what_peft_changes(arch: Architecture, lora: Lora, target_modules: Sequence[s
         return f"of an expert's gate and up it takes both or none, and {min(names['expert_gate_up'])} stands alone"
     if joined and lora.use_rslora:
         return "under --use_rslora it scales those of experts' gates and ups by another sqrt(2)"
-    if (joined or names["expert_down"]) and (names["gate_up"] or names["down"]):
-        return "it takes the MLPs of all layers for experts, and leaves out the adapters of those without"
+    if joined or names["expert_down"]:
+        if names["shared_gate_up"] or names["shared_down"]:
+            return "it takes all matrices of these names for experts', and leaves out the adapters of shared experts"
+        if names["gate_up"] or names["down"]:
+            return "it takes the MLPs of all layers for experts, and leaves out the adapters of those without"
     return ""
 
 
@@ -114,8 +132,8 @@ def shapes(arch: Architecture, lora: Lora, target_modules: Sequence[str]) -> dic
     manifest: dict[str, tuple[int, int]] = {}
     for matrices in targets(arch, target_modules).values():
         for module, (rows, columns) in matrices.items():
-            manifest[peft_name(module, "A")] = (lora.rank, columns)
-            manifest[peft_name(module, "B")] = (rows, lora.rank)
+            manifest[peft_name(module, "A", arch)] = (lora.rank, columns)
+            manifest[peft_name(module, "B", arch)] = (rows, lora.rank)
     return manifest
 
 
@@ -211,7 +229,7 @@ def fill(
             out, inputs = sizes[part.module]
             rank = one.adapter.lora.rank
             shape = (rank, inputs) if part.kind == "A" else (out, rank)
-            part.tensor.copy_(read(peft_name(part.module, part.kind), *shape)[part.rows, part.columns])
+            part.tensor.copy_(read(peft_name(part.module, part.kind, arch), *shape)[part.rows, part.columns])
 
 
 def initial(seed: int) -> Callable[[str, int, int], torch.Tensor]:
@@ -244,21 +262,22 @@ def collect(
     for one in placed(chunks, arch, groups):
         if not first[one.adapter.is_expert]:
             continue
-        copies = "" if one.adapter.tp_group.rank() == 0 else "A" if one.adapter.is_column else "B"
+        copies = "" if one.adapter.tp_group.rank() == 0 else "AB".replace(one.adapter.cut, "")
         # Copies: with a view all of its memory would be sent, which is every adapter's (DDP's buffer).
-        own = (part for part in one.parts(read) if part.kind != copies)
+        own = (part for part in one.parts(read) if part.kind not in copies)
         parts = (part._replace(tensor=part.tensor.to("cpu", copy=True)) for part in own)
         mine.setdefault(one.parameter.unit.layer or 0, []).extend(parts)
     matrices = targets(arch, [ALL_LINEAR])
     for layer in range(arch.num_layers):
         gathered_parts = [part for ranks in gathered(mine.get(layer, []), groups.intra_dist_opt) for part in ranks]
         sizes = {name: shape for unit, s in matrices.items() if unit.layer == layer for name, shape in s.items()}
-        yield _assembled(gathered_parts, sizes)
+        whole = _assembled(gathered_parts, sizes)
+        yield {peft_name(module, kind, arch): matrix for (module, kind), matrix in whole.items()}
 
 
-def _assembled(parts: Sequence[Part], sizes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Whole matrices from their parts, in the order of `sizes`; each element comes once."""
-    found: dict[str, torch.Tensor] = {}
+def _assembled(parts: Sequence[Part], sizes: dict[str, tuple[int, ...]]) -> dict[tuple[str, str], torch.Tensor]:
+    """Whole matrices A and B of modules from their parts, in the order of `sizes`; each element comes once."""
+    found: dict[tuple[str, str], torch.Tensor] = {}
     for module, (out, inputs) in sizes.items():
         for kind in ("A", "B"):
             own = [part for part in parts if (part.module, part.kind) == (module, kind)]
@@ -269,7 +288,7 @@ def _assembled(parts: Sequence[Part], sizes: dict[str, tuple[int, ...]]) -> dict
             for part in own:
                 whole[part.rows, part.columns] = part.tensor
             assert sum(part.tensor.numel() for part in own) == whole.numel(), f"{module}, {kind}: not whole, or twice"
-            found[peft_name(module, kind)] = whole
+            found[module, kind] = whole
     return found
 
 

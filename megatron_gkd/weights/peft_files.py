@@ -54,7 +54,7 @@ _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
 def peft_config(
     base: str,
     lora: Lora,
-    target_modules: Sequence[str],
+    target_modules: Sequence[str] | str,
     modules_to_save: Sequence[str] | None = None,
     *,
     is_tied: bool = False,
@@ -62,7 +62,7 @@ def peft_config(
     """adapter_config.json of the adapter.
 
     Args:
-        target_modules: last parts of names (adapters.py, `leaf_names`).
+        target_modules: last parts of names, or an expression (adapters.py, `peft_targets`).
         modules_to_save: whole_modules.py, `peft_modules`.
         is_tied: one of these modules is both embedding and head.
     """
@@ -75,7 +75,7 @@ def peft_config(
         "lora_alpha": int(lora.alpha) if whole else lora.alpha,
         "use_rslora": lora.use_rslora,
         "lora_dropout": 0.0,
-        "target_modules": list(target_modules),
+        "target_modules": target_modules if isinstance(target_modules, str) else list(target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -38,7 +38,7 @@ _PREFIX: Final = "base_model.model."
 
 def check_modules(arch: Architecture, names: Sequence[str]) -> None:
     """Raise ConfigError for a name that no module has which can be trained whole."""
-    present = {unit.role for unit in units(arch)} | {"head"}
+    present = ({unit.role for unit in units(arch)} | {"head"}) - ({"query_norm"} if arch.latent is not None else set())
     known = [name for name, role in _NAMES.items() if role in present]
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(

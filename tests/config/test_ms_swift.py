@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_gkd.config import validate
-from megatron_gkd.config.flags import parse_run_config
+from megatron_gkd.config.flags import parse_run_config, to_yaml
 from megatron_gkd.config.ms_swift import FLAGS, translate
 from megatron_gkd.config.run import RunConfig, flags
 from megatron_gkd.errors import ConfigError
@@ -55,14 +55,14 @@ TEACHER_SERVER = """--rlhf_type gkd --model Qwen/Qwen3.5-4B --teacher_model_serv
  --vllm_server_host 127.0.0.1 --vllm_server_port 8000 --vllm_server_timeout 600 --finetune --no_save_optim
  --no_save_rng --temperature 1.0 --padding_free true --recompute_granularity selective"""
 
-# name -> (the example, what is refused, what is changed for it, what it then means)
-Example = tuple[str, tuple[str, ...], tuple[str, ...], dict[str, Any]]
+# name -> (the example, what is refused, what the rest means)
+Example = tuple[str, tuple[str, ...], dict[str, Any]]
 EXAMPLES: dict[str, Example] = {
     "dense": (
         DENSE,
         (),
-        ("--max_length 16384",),
-        {"dtype": "bf16", "packing": True, "lmbda": 1.0, "sleep_level": 1, "save": "runs/gkd", "lr": 5e-6},
+        {"dtype": "bf16", "packing": True, "lmbda": 1.0, "sleep_level": 1, "save": "runs/gkd", "lr": 5e-6}
+        | {"max_length": 8192 + 8192, "vllm_max_model_len": 16384},
     ),
     "multi_turn": (
         MULTI_TURN,
@@ -70,20 +70,20 @@ EXAMPLES: dict[str, Example] = {
             *("--multi_turn_scheduler math_tip_trick", "--max_turns 2"),
             "--vllm_server_pass_dataset true",
         ),
-        (),
-        {"overlong": "drop", "save": "output", "enable_thinking": False, "packing": True, "save_total_limit": 2},
+        {"overlong": "drop", "save": "output", "enable_thinking": False, "packing": True, "save_total_limit": 2}
+        | {"max_length": 2048 + 1024},
     ),
     "self_teaching": (
         SELF_TEACHING,
-        ("--external_plugins examples/train/rlhf/opsd/opsd_plugin.py",),
         (),
-        {"dtype": "bf16", "teacher_model": None, "train_iters": 1000, "recompute_granularity": "selective"},
+        {"dtype": "bf16", "teacher_model": None, "train_iters": 1000, "recompute_granularity": "selective"}
+        | {"max_length": 8192 + 2048, "external_plugins": ["examples/train/rlhf/opsd/opsd_plugin.py"]},
     ),
     "teacher_server": (
         TEACHER_SERVER,
-        ("--vllm_server_timeout 600",),
-        ("--max_length 4096",),
-        {"gkd_logits_topk": 64, "packing": True, "vllm_server_port": 8000, "finetune": True, "no_save_rng": True},
+        (),
+        {"gkd_logits_topk": 64, "packing": True, "vllm_server_port": 8000, "finetune": True, "no_save_rng": True}
+        | {"max_length": 2048 + 2048, "vllm_server_timeout": 600.0},
     ),
 }
 NAMES = sorted({flag for text, *_ in EXAMPLES.values() for flag in re.findall(r"--(\w+)", text)})
@@ -97,13 +97,6 @@ def without(text: str, refused: tuple[str, ...]) -> str:
     return text
 
 
-def changed(text: str, changes: tuple[str, ...]) -> str:
-    for change in changes:
-        name, value = change.split()
-        text = re.sub(rf"{name} \S+", f"{name} {value}", text)
-    return text
-
-
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if it were installed."""
@@ -112,7 +105,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_refused_in_one_line_with_all_that_is_to_change(name: str) -> None:
-    text, refused, _, _ = EXAMPLES[name]
+    text, refused, _ = EXAMPLES[name]
     if not refused:
         parse_run_config(text.split())
         return
@@ -127,17 +120,14 @@ def test_an_example_is_refused_in_one_line_with_all_that_is_to_change(name: str)
 @pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.usefixtures("vllm")
 def test_the_rest_of_an_example_means_the_same_here(name: str) -> None:
-    text, refused, changes, meant = EXAMPLES[name]
+    text, refused, meant = EXAMPLES[name]
     rest = without(text, refused)
-    if changes:  # a length that counts the prompt alone there
-        with pytest.raises(ConfigError, match=r"--max_length \d+, which counts both: give a larger --max_length"):
-            parse_run_config(rest.split()).validate("train")
-    config = parse_run_config(changed(rest, changes).split())
+    config = parse_run_config(rest.split())
     config.validate("train")
     assert {flag: config.get(flag) for flag in meant} == meant
-    # every flag that both call the same has the value that stands there
-    for flag, value in re.findall(r"--(\w+) ([^\s-]\S*)", changed(rest, changes)):
-        if flag in flags() and not isinstance(config.get(flag), list):
+    # every flag that both call the same has the value that stands there, but for the length, which counts more here
+    for flag, value in re.findall(r"--(\w+) ([^\s-]\S*)", rest):
+        if flag in flags() and flag != "max_length" and not isinstance(config.get(flag), list):
             assert config.get(flag) == parsed(flag, value), flag
 
 
@@ -190,8 +180,8 @@ def test_translated(argv: str, ours: str) -> None:
         ("--torch_dtype float8", "--torch_dtype float8 is ms-swift's: give --dtype fp32, bf16 or fp16"),
         ("--truncation_strategy right", "--truncation_strategy right is ms-swift's: a completion is never cut"),
         (
-            "--max_turns 2 --external_plugins p.py",
-            "--max_turns 2 is .*; --external_plugins p.py is ms-swift's: no",
+            "--max_turns 2 --eval_iters 3",
+            "--max_turns 2 is .*; --eval_iters 3 is ms-swift's: give",
         ),
     ],
 )
@@ -211,7 +201,30 @@ def test_a_file_takes_the_same_names(tmp_path: Path) -> None:
     assert (config.model.dtype, config.data.packing, config.checkpoint.save) == ("bf16", True, "out")
     assert config.data.eval_dataset == ["a", "b"]
     assert config.tuner.is_lora
-    with pytest.raises(ConfigError, match=r"run\.yaml: --external_plugins p.py is ms-swift's: no file of code"):
-        read("external_plugins: p.py\n")
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml: --max_turns 2 is ms-swift's: a completion is sampled in one turn"
+    ):
+        read("max_turns: 2\n")
     with pytest.raises(ConfigError, match=r"run\.yaml: padding_free is packing, which stands there too"):
         read("packing: true\npadding_free: true\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "length"),
+    [
+        ("--max_length 100 --max_completion_length 30", 100),
+        ("--rlhf_type gkd --max_length 100 --max_completion_length 30", 130),
+        ("--rlhf_type gkd --max_length 100", 612),
+        ("--max_completion_length 1:16,50:64 --max_length 100 --rlhf_type=gkd", 164),
+    ],
+)
+def test_a_length_counts_the_prompt_alone_in_their_command_lines(argv: str, length: int, tmp_path: Path) -> None:
+    assert parse_run_config(["--model", "S", *argv.split()]).data.max_length == length
+    file = tmp_path / "run.yaml"
+    words = argv.replace("=", " ").split()
+    pairs = zip(words[::2], words[1::2], strict=True)
+    file.write_text("".join(f"{name[2:]}: {value if value.isdigit() else repr(value)}\n" for name, value in pairs))
+    config = parse_run_config(["--model", "S", "--config", str(file)])
+    assert config.data.max_length == length
+    file.write_text(to_yaml(config))  # what a run directory keeps counts both
+    assert parse_run_config(["--config", str(file)]).data.max_length == length

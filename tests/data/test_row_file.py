@@ -31,6 +31,7 @@ from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.data.policy import RowPolicy, RowSummary
 from megatron_gkd.data.row_file import DamagedRowsError, read_rows, write_rows
 from megatron_gkd.data.row_key import read_content, rows_key
+from megatron_gkd.data.row_maker import Plugin, RowMaker
 from megatron_gkd.data.rows import BATCH_ROWS, RowArrays, RowDataset, load_rows
 from megatron_gkd.errors import DataError
 from tests.support.corpus import TOKENIZERS, write_corpus
@@ -269,6 +270,7 @@ def test_the_name_tells_apart_what_gives_other_rows(
     keys["template"] = key(data, tokenizer=chat_tokenizer(CHATML + " "))
     images = ImageTokens("llava", 5, (), (), 4, None, "{}")
     changes: list[dict[str, Any]] = [
+        *(dict(maker=RowMaker((Plugin("p.py", source),))) for source in ("a", "b")),
         *(dict(images=images), dict(images=images, teacher_images=replace(images, per_tile=2))),
         *(dict(max_length=49), dict(max_completion_length=8), dict(on_bad_row="skip"), dict(overlong="stop")),
         *(dict(max_rows=7), dict(tag_key="tag"), dict(loss_scale="all"), dict(one_row=True), dict(prompt_only="drop")),

@@ -109,7 +109,9 @@ def config_of(root: Path, family: str, layout: dict[str, Any], of_adapter: dict[
     return run_config(student, teacher, dataset, **step, **constant, **OPTIMIZER, **sizes, **tuner | flags)
 
 
-def step_of(trainer: Trainer, *, packing: bool) -> tuple[StepOutcome, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def step_of(
+    trainer: Trainer, *, packing: bool, max_tokens: int = 24
+) -> tuple[StepOutcome, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """One update: its numbers; gradients (of a sharded optimizer none) and matrices of the adapters."""
     run = trainer.run
     whole, gradients = not trainer.config.parallel.use_distributed_optimizer, dict[str, torch.Tensor]()
@@ -129,7 +131,7 @@ def step_of(trainer: Trainer, *, packing: bool) -> tuple[StepOutcome, dict[str, 
         return distill(*args, **kwargs | dict(loss_is_finite=before_update))
 
     distillation = DistillationConfig(beta=MIDDLE.beta, sft_alpha=MIDDLE.sft_alpha)
-    sizes: dict[str, Any] = dict(micro_batch_size=1, packing=True, max_tokens=24) if packing else {}
+    sizes: dict[str, Any] = dict(micro_batch_size=1, packing=True, max_tokens=max_tokens) if packing else {}
     with patch("tests.support.trainers.distill", keep):
         outcome = trainer.step(SAMPLES, distillation, with_weights=False, **dict(micro_batch_size=2) | sizes)
     return outcome, gradients, collected()

@@ -16,8 +16,9 @@ from megatron_gkd.commands.report.run_record import RunRecord
 from megatron_gkd.data.chat import ChatEncoder, load_tokenizer
 from megatron_gkd.data.files import Columns, read_records
 from megatron_gkd.data.forms import prompt_and_completion
+from megatron_gkd.data.row_maker import RowMaker, check_row_flags
 from megatron_gkd.data.rows import RowDataset, load_rows
-from megatron_gkd.errors import GKDError
+from megatron_gkd.errors import ConfigError, GKDError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.train.hub_files import with_recorded_files
 
@@ -42,7 +43,7 @@ def sample_answers(run: RunRecord, *, num_answers: int, max_new_tokens: int) -> 
         return result
     end_id = ChatEncoder(tokenizer).end_of_turn_id
     prompts = [rows[i].prompt_ids for i in range(len(rows))]
-    result["answers"] = [_question(rows, i, tokenizer) for i in range(len(rows))]
+    result["answers"] = [_question(rows, i, tokenizer, _maker(run)) for i in range(len(rows))]
     for who, path in _models(run).items():
         if path is None or not (Path(path) / "config.json").is_file():
             result["answer_notes"].append(f"no answers of {who}: no model at {path or 'hf/ (not exported)'}")
@@ -90,6 +91,8 @@ def _models(run: RunRecord) -> dict[str, str | Path | None]:
 
 def _held_out(run: RunRecord, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> RowDataset:
     data = run.config.data
+    if data.external_plugins:
+        raise ConfigError("its rows are made by --external_plugins, and a report executes nothing")
     return load_rows(
         data.eval_dataset,
         tokenizer,
@@ -99,15 +102,24 @@ def _held_out(run: RunRecord, tokenizer: PreTrainedTokenizerBase, num_rows: int)
         max_rows=num_rows,
         loss_scale=data.loss_scale,
         template_kwargs=data.template_kwargs,
+        maker=_maker(run),
     )
 
 
-def _question(rows: RowDataset, index: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _maker(run: RunRecord) -> RowMaker | None:
+    data = run.config.data
+    return check_row_flags([], data.prompt_template, data.teacher_prompt_template)
+
+
+def _question(
+    rows: RowDataset, index: int, tokenizer: PreTrainedTokenizerBase, maker: RowMaker | None
+) -> dict[str, str]:
     """The prompt as a reader wants it, without the template around it, and the data set's own completion."""
     path, _, line = rows.place(index).rpartition(":")
     record = next(record for number, record in read_records(path) if number == int(line))
-    assert not isinstance(record, str), "a row that was loaded has columns"
-    question = {"prompt": prompt_text(record)}
+    columns = record if maker is None else maker.made(record)
+    assert isinstance(columns, dict), "a row that was loaded has columns"
+    question = {"prompt": prompt_text(columns)}
     completion = rows[index].completion_ids
     if completion is not None:
         question["reference"] = str(tokenizer.decode(list(completion), skip_special_tokens=True))

@@ -74,6 +74,7 @@ class ServerEngine:
         api_key_env: str = "VLLM_API_KEY",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retry_s: float = 20.0,
+        connect_s: float | None = None,
         max_concurrency: int = 256,
         transport: httpx.AsyncBaseTransport | None = None,
         secret: Secret | None = None,
@@ -87,13 +88,14 @@ class ServerEngine:
             api_key_env: environment variable that holds the server's API key, if it has one.
             secret: that of the server (gate.py); None: the one beside its socket, or that of this user.
             timeout_s: of each call; retry_s: how long a server that cannot be reached is tried again.
+            connect_s: how long it is tried at first, where it may still be starting; None: retry_s.
         """
         self._client = ServerClient(
             base_url,
             api_key=os.environ.get(api_key_env),
             api_key_env=api_key_env,
             timeout_s=timeout_s,
-            retry_s=retry_s,
+            retry_s=retry_s if connect_s is None else connect_s,
             max_concurrency=max_concurrency,
             transport=transport,
             secret=secret or _secret_of(base_url),
@@ -109,6 +111,7 @@ class ServerEngine:
         self._state = EngineState(self._client.name, version=0 if read_weights else None, sleep_level=sleep_level)
         try:
             self.max_model_len = self._connect()
+            self._client.retry_s = retry_s
             self._workers = self._workers_info(required=not read_weights)
             _check_workers(self._client.name, self._workers, model_path, dtype)
             if read_weights:

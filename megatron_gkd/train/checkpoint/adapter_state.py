@@ -37,8 +37,7 @@ def sharded_adapters(chunk: Any, groups: ProcessGroupCollection, metadata: dict[
         if expert is not None:
             key += f".{groups.ep.rank() * block.mlp.num_local_experts + expert}"
         for kind, parameter, axis in (("A", adapter.A, 1), ("B", adapter.B, 0)):
-            is_cut = adapter.is_column == (kind == "B")
-            sharded = _sharded(f"{key}.{kind}", parameter, axis if is_cut else None, adapter, groups)
+            sharded = _sharded(f"{key}.{kind}", parameter, axis if kind == adapter.cut else None, adapter, groups)
             if kind == "B" and ROLES[role].transform == "gated":
                 sharded = apply_swiglu_sharded_factory(sharded, ())
             found[f"{name}.adapter.{kind}"] = sharded

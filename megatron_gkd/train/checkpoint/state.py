@@ -23,6 +23,7 @@ from megatron_gkd.config.dtypes import chosen
 from megatron_gkd.config.json_file import read_json
 from megatron_gkd.config.run import RunConfig, flags
 from megatron_gkd.config.schema import show
+from megatron_gkd.data.row_maker import read_plugin
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.train.student import Student
 from megatron_gkd.train.teacher_identity import another_teacher
@@ -55,7 +56,7 @@ _FREE_FLAGS: Final = frozenset(
         *("vllm_enforce_eager", "vllm_max_num_seqs", "vllm_engine_kwargs"),
         "vllm_enable_lora",
         *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "sleep_level"),
-        *("vllm_server_host", "vllm_server_port", "weight_bucket_mb", "verify_sync_every"),
+        *("vllm_server_host", "vllm_server_port", "vllm_server_timeout", "weight_bucket_mb", "verify_sync_every"),
     }
 )
 
@@ -95,7 +96,8 @@ class RunDescription:
 
 def describe_run(config: RunConfig, student: Student | None, device: str) -> RunDescription:
     """The run that is going on; a rank without a student does not know the layout, and the first rank's counts."""
-    values = config.to_flat() | {"dtype": chosen(config.model.dtype, device)}
+    plugins = [read_plugin(path).described for path in config.data.external_plugins]
+    values = config.to_flat() | {"dtype": chosen(config.model.dtype, device), "external_plugins": plugins}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     layout = "" if student is None else student.layout.describe()
     return RunDescription(values, digest, _versions(), layout, dist.get_world_size(), device)
@@ -163,7 +165,8 @@ def refuse_another_run(checkpoint: Path, state: TrainerState, expected: TrainerS
     if state.data_fingerprint != expected.data_fingerprint:
         raise CheckpointError(
             f"{checkpoint} was saved with other training rows: the order of the rows would not go on where it stopped; "
-            "give the same --dataset, --max_length and --overlong, or start without --load"
+            "give the same --dataset, --max_length and --overlong (and what makes the rows: --external_plugins, "
+            "--prompt_template, --teacher_prompt_template), or start without --load"
         )
     if state.use_distributed_optimizer != expected.use_distributed_optimizer:
         saved = str(state.use_distributed_optimizer).lower()
