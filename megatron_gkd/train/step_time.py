@@ -125,6 +125,13 @@ def step_seconds(
     return phases
 
 
+def step_s(config: RunConfig, phases: Mapping[str, float]) -> float:
+    """The step of these phases. A teacher on ranks of its own works beside the student."""
+    of_teacher = sum(seconds for name, seconds in phases.items() if "teacher" in name)
+    rest = sum(phases.values()) - of_teacher
+    return max(of_teacher, rest) if config.teacher.teacher_placement == "separate" else of_teacher + rest
+
+
 def _passes_s(
     arch: Architecture,
     layout: Layout,
