@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Bytes that `megatron-gkd plan` foresees beside bytes that CPU ranks allocate: the grid of docs/memory_grid.md.
 
-    python -m tools.memory_grid              # run all cells that are not written yet (an hour of a core), write the page
+    python -m tools.memory_grid              # run all cells that are not written yet (an hour), write the page
     python -m tools.memory_grid --again      # all of them
 
 A cell is a layout x {dense, mixture of experts} x {recompute none, selective, full} x {padded, packed}. A run of that

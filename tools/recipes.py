@@ -2,13 +2,16 @@
 """Known pairs of models on 8, 16 and 64 GPUs of 80 GB, rehearsed: what a rank holds, and what a step would take.
 
     python -m tools.recipes                  # rehearse all that is not current, write docs/recipes.json and recipes.md
-    python -m tools.recipes --again NAME     # rehearse this pair, current or not (minutes a cell)
+    python -m tools.recipes --again NAME     # rehearse this pair, current or not
+    python -m tools.recipes --whole NAME     # the same with all layers (minutes a cell)
     python -m tools.recipes --list           # the cells, and whether what is written of them is current
 
-A cell is a pair (examples/models), a number of GPUs and the flags of `train`. It is rehearsed as `plan` does: one rank
-of each kind, all layers of both models. With as many micro-batches as are in flight at once; the signals of the others
-are added. The step's time is arithmetic (train/step_time.py) at the rates that `plan` assumes. docs/recipes.json keeps
-with each cell a digest of what it was made from; docs/recipes.md is made from it.
+A cell is a pair (examples/models), a number of GPUs and the flags of `train`. It is rehearsed as `plan` does, one rank
+of each kind, with as many micro-batches as are in flight at once; the signals of the others are added. Either all
+layers of both models are, or DEPTHS layers in each stage, and what a layer adds is added for each of the others: of
+every phase and category, the student's by the student's layers and the teacher's by the teacher's. The step's time is
+arithmetic (train/step_time.py) at the rates that `plan` assumes. docs/recipes.json keeps with each cell a digest of
+what it was made from; docs/recipes.md is made from it.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from megatron_gkd.config.run import RunConfig  # noqa: E402
 from megatron_gkd.observe.allocations import Alive  # noqa: E402
 from megatron_gkd.parallel.layout import Layout  # noqa: E402
 from megatron_gkd.train.rehearsal import Rehearsed, architectures, planned_layouts, rehearse  # noqa: E402
+from megatron_gkd.train.search import DEPTHS, with_layers  # noqa: E402
 from megatron_gkd.train.step_time import Rates, step_seconds  # noqa: E402
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -119,6 +123,7 @@ HEAD: Final = """\
 
 Known pairs of models on 8, 16 and 64 GPUs of 80 GB, made by `python -m tools.recipes` without a GPU: one rank of each
 kind goes through a step on tensors without memory ([Memory](memory.md#rehearsed)). **None of this has run on GPUs.**
+Where the table says `whole`, all layers of both models did; else few layers, from which all follow.
 A step is {samples} samples of {prompt} + {completion} tokens, the JSD over the full vocabulary, both models on the same
 ranks, bf16, the distributed optimizer. By rank, phase and category: [recipes.json](recipes.json). `launch/` has a
 script for each pair.
@@ -153,7 +158,7 @@ def configured(name: str, gpus: int) -> RunConfig:
     return config
 
 
-def rehearsed(name: str, gpus: int) -> dict[str, Any]:
+def rehearsed(name: str, gpus: int, *, whole: bool = False) -> dict[str, Any]:
     """The record of a cell. No process group may exist in this process. (Adam's moments are there before step 1.)"""
     config = configured(name, gpus)
     archs, layouts = architectures(config), planned_layouts(config, gpus)
@@ -161,11 +166,10 @@ def rehearsed(name: str, gpus: int) -> dict[str, Any]:
     micro_batches = SAMPLES // student.data
     few = min(micro_batches, student.pipeline)
     small = replace(config, training=replace(config.training, global_batch_size=few * student.data))
-    lengths = [(PROMPT, COMPLETION)] * small.training.global_batch_size
     ranks: list[dict[str, Any]] = []
     handed: dict[str, float] = {}
     for rank in kinds(student, teacher):
-        one = rehearse(small, world_size=gpus, rank=rank, lengths=lengths, archs=archs, num_steps=1)
+        one = _whole(small, archs, rank, gpus) if whole else _extrapolated(small, archs, layouts, rank, gpus)
         ranks.append(_of_rank(config, archs, layouts, one, micro_batches - few))
         for group, num_bytes in one.traffic.items():
             handed[group] = max(handed.get(group, 0.0), num_bytes * micro_batches / few)
@@ -178,6 +182,7 @@ def rehearsed(name: str, gpus: int) -> dict[str, Any]:
         "flags": RECIPES[name].layouts[gpus],
         "student": student.describe(),
         "teacher": teacher.describe(),
+        "whole": whole,
         "needed_bytes": needed,
         "fits": needed <= ASKED.gpu_memory_gb * 1e9,
         "phases_s": {phase: round(seconds, 3) for phase, seconds in phases.items()},
@@ -185,9 +190,47 @@ def rehearsed(name: str, gpus: int) -> dict[str, Any]:
     }
 
 
+Archs = tuple[Architecture, Architecture | None]
+
+
+def _whole(config: RunConfig, archs: Archs, rank: int, gpus: int) -> Rehearsed:
+    lengths = [(PROMPT, COMPLETION)] * config.training.global_batch_size
+    return rehearse(config, world_size=gpus, rank=rank, lengths=lengths, archs=archs, num_steps=1)
+
+
+def _extrapolated(config: RunConfig, archs: Archs, layouts: tuple[Layout, Layout], rank: int, gpus: int) -> Rehearsed:
+    """From few layers; student and teacher at once, since every category is of one of them."""
+    arch, of_teacher = archs
+    assert of_teacher is not None, "every recipe has a local teacher"
+    at = [
+        _whole(
+            config, tuple(with_layers(a, n * lay.pipeline) for a, lay in zip(archs, layouts, strict=True)), rank, gpus
+        )  # type: ignore[arg-type, misc]
+        for n in DEPTHS
+    ]
+    depths = (arch.num_layers / layouts[0].pipeline, of_teacher.num_layers / layouts[1].pipeline)
+
+    def all_layers(found: list[dict[str, int]]) -> dict[str, int]:
+        names = found[0].keys() | found[1].keys()
+        return {name: round(_line([one.get(name, 0) for one in found], depths["teacher" in name])) for name in names}
+
+    def alive(found: list[Alive]) -> Alive:
+        return sum((Alive.of(*part) for part in all_layers([one.by_category for one in found]).items()), Alive({}))
+
+    phases = {name: alive([one.phases[name] for one in at]) for name in at[0].phases}
+    traffic = all_layers([one.traffic for one in at])
+    return replace(at[1], built=alive([one.built for one in at]), peaks=[], phases=phases, traffic=traffic)
+
+
+def _line(at_depths: list[int], depth: float) -> float:
+    """Through what was found at DEPTHS."""
+    (a, b), (low, high) = DEPTHS, at_depths
+    return max(0.0, low + (depth - a) / (b - a) * (high - low))
+
+
 def _of_rank(
     config: RunConfig,
-    archs: tuple[Architecture, Architecture | None],
+    archs: Archs,
     layouts: tuple[Layout, Layout],
     one: Rehearsed,
     left_out: int,
@@ -210,8 +253,8 @@ def page(records: list[dict[str, Any]]) -> str:
     lines = [*HEAD.format(samples=SAMPLES, prompt=PROMPT, completion=COMPLETION).splitlines(), ""]
     for name, recipe in RECIPES.items():
         lines += [f"## {recipe.teacher} to {recipe.student}", ""]
-        lines += ["| GPUs | student | teacher | GB of 80 | in | | teacher, s | student, s | groups, s |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        lines += ["| GPUs | student | teacher | GB of 80 | in | | of | teacher, s | student, s | groups, s |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
         mine = [record for record in records if record["recipe"] == name]
         for record in mine:
             phases = record["phases_s"]
@@ -219,6 +262,7 @@ def page(records: list[dict[str, Any]]) -> str:
             verdict = "fits" if record["fits"] else "**does not fit**"
             fullest = max(record["ranks"], key=lambda rank: rank["needed_bytes"])
             held = f"{record['needed_bytes'] / 1e9:.1f} | {fullest['fullest_phase']} | {verdict}"
+            held += f" | {'whole' if record['whole'] else 'few layers'}"
             lines.append(
                 f"| {record['gpus']} | {record['student']} | {record['teacher']} | {held} | "
                 f"{phases.get('teacher', 0):.1f} | {phases['student']:.1f} | {groups:.1f} |"
@@ -267,6 +311,7 @@ def written() -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--again", nargs="+", choices=list(RECIPES), default=[], help="these pairs, current or not")
+    parser.add_argument("--whole", nargs="+", choices=list(RECIPES), default=[], help="all layers of these pairs")
     parser.add_argument("--list", action="store_true", help="rehearse nothing")
     options = parser.parse_args(arguments)
     found = {(record["recipe"], record["gpus"]): record for record in written()}
@@ -274,10 +319,11 @@ def main(arguments: list[str] | None = None) -> int:
         current = found.get(cell, {}).get("made_from") == digest(*cell)
         if options.list:
             print(f"{cell[0]:<22}{cell[1]:>4}  {'current' if current else 'NOT current'}")
-        if options.list or (cell[0] not in options.again if options.again else current):
+        asked = [*options.again, *options.whole]
+        if options.list or (cell[0] not in asked if asked else current):
             continue
         start_s = time.monotonic()
-        found[cell] = rehearsed(*cell)
+        found[cell] = rehearsed(*cell, whole=cell[0] in options.whole)
         needed = found[cell]["needed_bytes"] / 1e9
         print(f"{cell[0]:<22}{cell[1]:>4}  {needed:.1f} GB, {time.monotonic() - start_s:.0f} s", flush=True)
         records = [found[cell] for cell in cells() if cell in found]

@@ -52,7 +52,8 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--teacher_placement separate --teacher_world_size 1", "not built yet: plan with a teacher that is not on"),
+        ("--teacher_placement separate --teacher_nodes 1", "nothing says how many ranks a node has"),
+        ("--search --offload_model true", "not built yet: plan --search with --offload_model"),
         ("--tensor_model_parallel_size 3", "3"),
         ("--global_batch_size 7 --micro_batch_size 2", "global_batch_size 7"),
     ],
