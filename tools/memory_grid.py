@@ -2,18 +2,21 @@
 """Bytes that `megatron-gkd plan` foresees beside bytes that CPU ranks allocate: the grid of docs/memory_grid.md.
 
     python -m tools.memory_grid              # run all cells that are not written yet (an hour), write the page
-    python -m tools.memory_grid --again      # all of them
+    python -m tools.memory_grid --rounds 1   # one more cell of every layout
+    python -m tools.memory_grid --again      # forget what is written
 
 A cell is a layout x {dense, mixture of experts} x {recompute none, selective, full} x {padded, packed}. A run of that
-layout is built on gloo ranks and makes two steps under a counter of live tensors (megatron_gkd/observe/allocations.py);
-one rank of each kind is rehearsed (megatron_gkd/train/rehearsal.py). Compared is, on every rank, the peak of the second
-step. A mixture's real loads are those of its random router; the rehearsal's are even, so they may differ.
+layout is built on gloo ranks and makes a step under a counter of live tensors (megatron_gkd/observe/allocations.py),
+and one rank of each kind is rehearsed (megatron_gkd/train/rehearsal.py). Compared is, on every rank, the peak of the
+step (of a second one: tests/train/test_rehearsal.py). Rounds take the cells by turns, so that a few of them hold every
+lever. A mixture's real loads are those of its random router; the rehearsal's are even, so they may differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import sys
 import tempfile
@@ -39,7 +42,7 @@ JSON, PAGE = ROOT / "docs" / "memory_grid.json", ROOT / "docs" / "memory_grid.md
 LENGTHS: Final = [(5, 40), (9, 30), (3, 50), (7, 21)]  # (prompt, completion) tokens of the samples of a step
 COMMON: Final[dict[str, Any]] = dict(micro_batch_size=1, global_batch_size=4, train_iters=2, dtype="fp32")
 FAMILIES: Final = {"dense": "qwen3", "mixture": "qwen3_moe"}
-RECOMPUTE: Final = ("none", "selective", "full")
+LEVERS: Final = list(itertools.product(FAMILIES, ("none", "selective", "full"), (False, True)))
 # Ranks, flags of both kinds of model, flags of the mixture besides.
 LAYOUTS: Final[dict[str, tuple[int, dict[str, Any], dict[str, Any]]]] = {
     "one rank": (1, {}, {}),
@@ -86,10 +89,14 @@ class Compared(NamedTuple):
 def cells() -> Iterator[Cell]:
     """All of them, layout by layout."""
     for layout in LAYOUTS:
-        for model in FAMILIES:
-            for recompute in RECOMPUTE:
-                for packed in (False, True):
-                    yield Cell(layout, model, recompute, packed)
+        for model, recompute, packed in LEVERS:
+            yield Cell(layout, model, recompute, packed)
+
+
+def rounds() -> Iterator[list[Cell]]:
+    """The same, by turns: a cell of every layout, each with other levers."""
+    for turn in range(len(LEVERS)):
+        yield [Cell(layout, *LEVERS[(5 * index + turn) % len(LEVERS)]) for index, layout in enumerate(LAYOUTS)]
 
 
 def configured(cell: Cell, root: Path) -> tuple[int, RunConfig]:
@@ -105,7 +112,7 @@ def configured(cell: Cell, root: Path) -> tuple[int, RunConfig]:
 
 
 def allocated(configs: list[RunConfig]) -> list[int]:
-    """Of this rank, at the peak of the second step of each. Collective."""
+    """Of this rank, at the peak of a step of each. Collective."""
     found = []
     for config in configs:
         with megatron():
@@ -114,12 +121,11 @@ def allocated(configs: list[RunConfig]) -> list[int]:
                 run = build_run(config)
                 gc.collect()  # what a cycle still holds of the building
                 student, teacher = run.student.layout, run.teacher.layout
-                for step in range(2):
-                    counter.restart()
-                    loss: Any = _Counted(run.loss, counter)
-                    timers: Any = _Phases(counter)
-                    plan = _plan(step, config, LENGTHS, student, teacher)
-                    distill(run.student, run.teacher, loss, plan, device=run.platform.device, timers=timers)
+                counter.restart()
+                loss: Any = _Counted(run.loss, counter)
+                timers: Any = _Phases(counter)
+                plan = _plan(0, config, LENGTHS, student, teacher)
+                distill(run.student, run.teacher, loss, plan, device=run.platform.device, timers=timers)
                 found.append(counter.peak.total)
             run.teacher.close()
             del run
@@ -135,7 +141,7 @@ def foreseen(world: int, config: RunConfig) -> list[int]:
     for rank, kind in enumerate(kinds):
         if kind not in found:
             with megatron():
-                found[kind] = rehearse(config, world_size=world, rank=rank, lengths=LENGTHS).peaks[1].total
+                found[kind] = rehearse(config, world_size=world, rank=rank, lengths=LENGTHS, num_steps=1).peaks[0].total
     return [found[kind] for kind in kinds]
 
 
@@ -155,25 +161,26 @@ HEAD: Final = """\
 # Foreseen and allocated bytes
 
 Made by `python -m tools.memory_grid`. What a rehearsal foresees ([Memory](memory.md#rehearsed)) over what a run on CPU
-ranks allocates, less 1, in per cent: at the peak of the second step, on the rank that differs most. 0: the same to the
-byte. Tiny models of four layers; {num_cells} cells, {num_exact} of them exact, the largest difference {worst:.2f} %.
+ranks allocates, less 1, in per cent: at the peak of a step, on the rank that differs most. 0: the same to the byte.
+Tiny models of four layers. {num_cells} of {num_all} cells have been run, {num_exact} of them exact, the largest
+difference {worst:.2f} %.
 
 Rehearsed experts have even loads; those of the run are its random router's. That is where a mixture differs.
 
-| layout | model | recompute | padded | packed | bytes, padded | packed |
-|---|---|---|---|---|---|---|
+| layout | model | recompute | rows | % | bytes |
+|---|---|---|---|---|---|
 """
 
 
 def page(found: dict[Cell, Compared]) -> str:
     """docs/memory_grid.md."""
     off = [abs(pair.ratio - 1) * 100 for pair in found.values()]
-    lines = HEAD.format(num_cells=len(found), num_exact=off.count(0), worst=max(off)).splitlines()
-    for padded in (cell for cell in found if not cell.packed):
-        pairs = [found[padded], found[padded._replace(packed=True)]]
-        per_cent = " | ".join("0" if pair.ratio == 1 else f"{100 * (pair.ratio - 1):+.2f}" for pair in pairs)
-        num_bytes = " | ".join(f"{pair.allocated:,}" for pair in pairs)
-        lines.append(f"| {padded.layout} | {padded.model} | {padded.recompute} | {per_cent} | {num_bytes} |")
+    counts = dict(num_cells=len(found), num_all=len(list(cells())), num_exact=off.count(0))
+    lines = HEAD.format(**counts, worst=max(off)).splitlines()
+    for cell, pair in found.items():
+        per_cent = "0" if pair.ratio == 1 else f"{100 * (pair.ratio - 1):+.2f}"
+        rows = "packed" if cell.packed else "padded"
+        lines.append(f"| {cell.layout} | {cell.model} | {cell.recompute} | {rows} | {per_cent} | {pair.allocated:,} |")
     return "\n".join(lines) + "\n"
 
 
@@ -183,23 +190,28 @@ def written() -> dict[Cell, Compared]:
     return {Cell(*record["cell"]): Compared(record["foreseen"], record["allocated"]) for record in records}
 
 
+def _text(found: dict[Cell, Compared]) -> str:
+    records = ",\n".join(json.dumps({"cell": list(cell), **pair._asdict()}) for cell, pair in found.items())
+    return f'{{"made_by": "python -m tools.memory_grid", "cells": [\n{records}\n]}}\n'
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--again", action="store_true", help="run all cells, written or not")
+    parser.add_argument("--rounds", type=int, default=len(LEVERS), help="that have a cell which is not written")
     options = parser.parse_args(arguments)
     found = {} if options.again else written()
+    left = [some for of_round in rounds() if (some := [cell for cell in of_round if cell not in found])]
     with tempfile.TemporaryDirectory() as root:
-        for layout in LAYOUTS:
-            missing = [cell for cell in cells() if cell.layout == layout and cell not in found]
-            if not missing:
-                continue
-            found |= compare(missing, Path(root))
-            worst = max(abs(found[cell].ratio - 1) for cell in missing)
-            print(f"{layout:<34}{len(missing)} cells, at most {100 * worst:.3f} % off", flush=True)
-            found = {cell: found[cell] for cell in cells() if cell in found}
-            records = [{"cell": list(cell), **pair._asdict()} for cell, pair in found.items()]
-            text = ",\n".join(json.dumps(record) for record in records)
-            JSON.write_text(f'{{"made_by": "python -m tools.memory_grid", "cells": [\n{text}\n]}}\n')
+        for of_round in left[: options.rounds]:
+            for _, some in itertools.groupby(of_round, key=lambda cell: LAYOUTS[cell.layout][0]):
+                found |= compare(list(some), Path(root))
+                found = {cell: found[cell] for cell in cells() if cell in found}
+                JSON.write_text(_text(found))
+                print(
+                    f"{len(found)} cells, at most {max(abs(pair.ratio - 1) for pair in found.values()):.3%} off",
+                    flush=True,
+                )
     PAGE.write_text(page(found))
     return 0
 

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 _PACKAGES = ("megatron_gkd/", "megatron/core/")  # whose lines are named
-_BETWEEN = ("observe/allocations.py", "megatron_gkd/platform.py", "train/rehearsal.py")  # they stand between
+_BETWEEN = ("observe/allocations.py", "megatron_gkd/platform.py", "train/rehearsal.py", "train/rehearsed_experts.py")
 
 
 class _Kind(NamedTuple):
