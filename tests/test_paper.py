@@ -65,10 +65,3 @@ def test_the_interval_of_the_formula_loses_least() -> None:
 def test_without_losses_only_saving_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "MTBF_S", 1e12)
     assert scaling.useful(600.0, 60.0) == pytest.approx(600 / 660, rel=1e-3)
-
-
-def test_more_ranks_wait_longer_and_hold_less() -> None:
-    waits = [scaling.waiting(ranks, 10.0) for ranks in (1, 8, 512, 4096)]
-    assert abs(waits[0]) < 0.05
-    assert waits == sorted(waits)
-    assert scaling.waiting(4096, 20.0) > waits[-1]
