@@ -123,9 +123,9 @@ def rehearse(
         if parts.student is not None:
             peers.name_groups(parts.student.groups)
         peers.name_group("signals", getattr(parts.teacher, "signal_group", None))
-        phases = {"load": counter.peak}
+        loads = [peak.without(away(config, name)) for name, peak in counter.peaks.items()]
         gc.collect()  # what a cycle still holds of the building
-        built, peaks = counter.now, []
+        built, peaks, phases = counter.now, list[Alive](), dict[str, Alive]()
         for step in range(num_steps):
             counter.restart()
             peers.sent.clear()
@@ -135,6 +135,7 @@ def rehearse(
                 name = f"step {step + 1}" if name == "update" else name
                 phases[name] = max(phases.get(name, peak), peak, key=lambda alive: alive.total)
         phases = {name: peak.without(away(config, name)) for name, peak in phases.items() if name != "other"}
+        phases = {"load": max(loads, key=lambda alive: alive.total)} | phases
         chunks = [] if parts.student is None else parts.student.chunks
         num_parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
         return Rehearsed(rank, num_parameters, built, peaks, dict(peers.sent), phases, dict(peers.ranks))
@@ -182,7 +183,9 @@ class _Parts:
         groups = build_groups(student_layout)
         here = student_layout.holds(dist.get_rank())
         student = _student(config, archs[0], student_layout, groups, counter) if here else None
-        teacher, head, vocab_size = rehearsed_teacher(config, archs, student, (student_layout, teacher_layout), counter)
+        with counter.phase("load, the teacher"):
+            pair = student_layout, teacher_layout
+            teacher, head, vocab_size = rehearsed_teacher(config, archs, student, pair, counter)
         loss = None if student is None else objective_of(config, groups, vocab_size=vocab_size, head=head)
         return cls(config, student, teacher, loss)
 

@@ -130,11 +130,12 @@ PHASES: Final = ("load", "sampling", "teacher", "forward", "backward", "step 1",
 def away(config: RunConfig, phase: str) -> Iterator[str]:
     """Categories that are in host memory in this phase (config/levers.py, `OffloadConfig`; HostWeights)."""
     local = isinstance(config.teacher.kind, LocalTeacher) and not config.base_teaches
-    if config.teacher.offload_teacher_model and local and phase not in ("load", "teacher"):
+    if config.teacher.offload_teacher_model and local and phase not in ("other", "load, the teacher", "teacher"):
         yield WEIGHTS
     colocated = local and config.teacher.teacher_placement == "colocate"
-    if config.offload.offload_model and (phase == "sampling" or (phase == "teacher" and colocated)):
+    beside = colocated and phase in ("teacher", "load, the teacher")
+    if config.offload.offload_model and (phase == "sampling" or beside):
         yield STUDENT_WEIGHTS
         yield GRADIENTS
-    if config.offload.offload_optimizer and phase in ("sampling", "teacher", "forward", "backward"):
+    if config.offload.offload_optimizer and (beside or phase in ("sampling", "teacher", "forward", "backward")):
         yield OPTIMIZER
