@@ -204,14 +204,12 @@ def main(arguments: list[str] | None = None) -> int:
     left = [some for of_round in rounds() if (some := [cell for cell in of_round if cell not in found])]
     with tempfile.TemporaryDirectory() as root:
         for of_round in left[: options.rounds]:
-            for _, some in itertools.groupby(of_round, key=lambda cell: LAYOUTS[cell.layout][0]):
-                found |= compare(list(some), Path(root))
+            for cell in of_round:
+                found |= compare([cell], Path(root))
                 found = {cell: found[cell] for cell in cells() if cell in found}
                 JSON.write_text(_text(found))
-                print(
-                    f"{len(found)} cells, at most {max(abs(pair.ratio - 1) for pair in found.values()):.3%} off",
-                    flush=True,
-                )
+                PAGE.write_text(page(found))
+                print(f"{cell.name}: {found[cell].ratio - 1:+.3%}", flush=True)
     PAGE.write_text(page(found))
     return 0
 
