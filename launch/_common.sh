@@ -100,6 +100,49 @@ train_on() {
     (($1 > 1)) || launcher=train_single_node.sh
     exec bash "$root/launch/$launcher" "${@:2}"
 }
+# train_pair RUN REPLICA_RANKS FLAG...: `train` of a large teacher and a student, with the script's arrays student_layout,
+# teacher_layout and together (what makes room where PLACEMENT=colocate), a replica of the student on so many ranks, and
+# the run directory runs/RUN. The environment is as the recipe's header says: TEACHER, STUDENT, DATASET, SAVE, PLACEMENT,
+# TEACHER_NODES, NNODES, NPROC_PER_NODE, BATCH.
+train_pair() {
+    local nnodes=${NNODES:-1} teacher_nodes=${TEACHER_NODES:-1} batch=${BATCH:-128} student_nodes samples
+    local placement model_flags loss_flags data_flags optimizer_flags run_flags
+    export NPROC_PER_NODE=${NPROC_PER_NODE:-8}
+    positive NNODES "$nnodes"
+    positive TEACHER_NODES "$teacher_nodes"
+    positive NPROC_PER_NODE "$NPROC_PER_NODE"
+    positive BATCH "$batch"
+    model_directory TEACHER
+    model_directory STUDENT
+    data_file DATASET
+    case ${PLACEMENT:-separate} in
+        separate)
+            student_nodes=$((nnodes - teacher_nodes))
+            if ((student_nodes <= 0)); then
+                local given="NNODES=$nnodes and TEACHER_NODES=$teacher_nodes"
+                die "PLACEMENT=separate with $given leaves no node for the student; give more, or PLACEMENT=colocate"
+            fi
+            placement=(--teacher_placement separate --teacher_nodes "$teacher_nodes")
+            ;;
+        colocate)
+            [[ -z ${TEACHER_NODES:-} ]] || die "TEACHER_NODES=$TEACHER_NODES is for PLACEMENT=separate; unset it"
+            placement=(--teacher_placement colocate "${together[@]}")
+            student_nodes=$nnodes
+            ;;
+        *) die "PLACEMENT=$PLACEMENT: give separate or colocate" ;;
+    esac
+    samples=$(batch_near "$batch" $((student_nodes * NPROC_PER_NODE / $2)))
+    model_flags=(--model "$STUDENT" --teacher_model "$TEACHER" --dtype bf16)
+    # The data set's completions teach; beta 0.5 weighs both directions of the divergence.
+    loss_flags=(--lmbda 0 --seq_kd false --beta 0.5 --loss_path fused)
+    data_flags=(--dataset "$DATASET" --max_length 4096 --micro_batch_size 1 --global_batch_size "$samples")
+    optimizer_flags=(--lr 1e-5 --min_lr 1e-6 --lr_decay_style cosine --lr_warmup_fraction 0.05)
+    run_flags=(--save "${SAVE:-runs/$1}" --save_steps 100 --save_total_limit 3)
+    # The first pass loads the teacher while the others wait.
+    run_flags+=(--distributed_timeout_minutes 30)
+    train_on "$nnodes" "${model_flags[@]}" "${student_layout[@]}" "${teacher_layout[@]}" "${placement[@]}" \
+        "${loss_flags[@]}" "${data_flags[@]}" "${optimizer_flags[@]}" "${run_flags[@]}" "${@:3}"
+}
 # start_training WORLD_SIZE TORCHRUN_FLAG...: `megatron-gkd train` with extra_flags and what AUTO_RESUME says, on nproc
 # ranks of this node. `check train` is asked once before any rank starts: what every rank would refuse is one line then.
 start_training() {

@@ -39,46 +39,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
 help_if_asked "$@"
-nnodes=${NNODES:-1}
-teacher_nodes=${TEACHER_NODES:-1}
-batch=${BATCH:-128}
-export NPROC_PER_NODE=${NPROC_PER_NODE:-8}
-positive NNODES "$nnodes"
-positive TEACHER_NODES "$teacher_nodes"
-positive NPROC_PER_NODE "$NPROC_PER_NODE"
-positive BATCH "$batch"
-model_directory TEACHER
-model_directory STUDENT
-data_file DATASET
-
-model_flags=(--model "$STUDENT" --teacher_model "$TEACHER" --dtype bf16)
 student_layout=(--tensor_model_parallel_size 2 --sequence_parallel true --use_distributed_optimizer true)
 teacher_layout=(--teacher_tensor_model_parallel_size 8 --teacher_pipeline_model_parallel_size 1)
-case ${PLACEMENT:-separate} in
-    separate)
-        student_nodes=$((nnodes - teacher_nodes))
-        if ((student_nodes <= 0)); then
-            given="NNODES=$nnodes and TEACHER_NODES=$teacher_nodes"
-            die "PLACEMENT=separate with $given leaves no node for the student; give more, or PLACEMENT=colocate"
-        fi
-        placement=(--teacher_placement separate --teacher_nodes "$teacher_nodes")
-        ;;
-    colocate)
-        [[ -z ${TEACHER_NODES:-} ]] || die "TEACHER_NODES=$TEACHER_NODES is for PLACEMENT=separate; unset it"
-        placement=(--teacher_placement colocate --offload_teacher_model true)
-        student_nodes=$nnodes
-        ;;
-    *) die "PLACEMENT=$PLACEMENT: give separate or colocate" ;;
-esac
-# Tensor parallel 2: half of the student's ranks are data parallel, and each takes as many samples of a step.
-samples=$(batch_near "$batch" $((student_nodes * NPROC_PER_NODE / 2)))
-# The data set's completions teach; beta 0.5 weighs both directions of the divergence.
-loss_flags=(--lmbda 0 --seq_kd false --beta 0.5 --loss_path fused)
-data_flags=(--dataset "$DATASET" --max_length 4096 --micro_batch_size 1 --global_batch_size "$samples")
-optimizer_flags=(--lr 1e-5 --min_lr 1e-6 --lr_decay_style cosine --lr_warmup_fraction 0.05)
-run_flags=(--save "${SAVE:-runs/qwen2.5_72b_to_7b}" --save_steps 100 --save_total_limit 3)
-# The first pass loads 145 GB on the teacher's ranks while the others wait.
-run_flags+=(--distributed_timeout_minutes 30)
-
-train_on "$nnodes" "${model_flags[@]}" "${student_layout[@]}" "${teacher_layout[@]}" "${placement[@]}" \
-    "${loss_flags[@]}" "${data_flags[@]}" "${optimizer_flags[@]}" "${run_flags[@]}" "$@"
+together=(--offload_teacher_model true)
+train_pair qwen2.5_72b_to_7b 2 "$@"

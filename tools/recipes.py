@@ -2,14 +2,16 @@
 """Known pairs of models on 8, 16 and 64 GPUs of 80 GB, rehearsed: what a rank holds, and what a step would take.
 
     python -m tools.recipes                  # rehearse all that is not current, write docs/recipes.json and recipes.md
-    python -m tools.recipes --whole NAME     # rehearse all layers of this pair, current or not (minutes a cell)
+    python -m tools.recipes --again NAME     # rehearse this pair, current or not
+    python -m tools.recipes --whole NAME     # the same with all layers (minutes a cell)
     python -m tools.recipes --list           # the cells, and whether what is written of them is current
 
-A cell is a pair (examples/models), a number of GPUs and the flags of `train`. It is rehearsed as `plan --search` does:
-the student's first and last stage with few layers, from which all layers follow (megatron_gkd/train/search.py), or
-whole, as `plan` does: one rank of each kind, all layers of both models. With as many micro-batches as are in flight at
-once. The step's time is arithmetic (train/step_time.py) at the rates that `plan --search` assumes. docs/recipes.json
-keeps with each cell a digest of what it was made from; docs/recipes.md is made from it.
+A cell is a pair (examples/models), a number of GPUs and the flags of `train`. It is rehearsed as `plan` does, one rank
+of each kind, with as many micro-batches as are in flight at once; the signals of the others are added. Either all
+layers of both models are, or DEPTHS layers in each stage, and what a layer adds is added for each of the others: of
+every phase and category, the student's by the student's layers and the teacher's by the teacher's. The step's time is
+arithmetic (train/step_time.py) at the rates that `plan` assumes. docs/recipes.json keeps with each cell a digest of
+what it was made from; docs/recipes.md is made from it.
 """
 
 from __future__ import annotations
@@ -28,20 +30,25 @@ from megatron_gkd.platform import import_megatron
 
 import_megatron()
 
+from megatron_gkd.architecture import Architecture  # noqa: E402
 from megatron_gkd.commands.plan import kinds  # noqa: E402
+from megatron_gkd.commands.plan_ranks import Engine  # noqa: E402
+from megatron_gkd.commands.plan_ranks import record as record_of  # noqa: E402
 from megatron_gkd.config.flags import parse_run_config  # noqa: E402
+from megatron_gkd.config.plan import PlanConfig  # noqa: E402
 from megatron_gkd.config.run import RunConfig  # noqa: E402
-from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse  # noqa: E402
-from megatron_gkd.train.search import _batch, _estimate, _Measured, _micro_batches  # noqa: E402
+from megatron_gkd.observe.allocations import Alive  # noqa: E402
+from megatron_gkd.parallel.layout import Layout  # noqa: E402
+from megatron_gkd.train.rehearsal import Rehearsed, architectures, planned_layouts, rehearse  # noqa: E402
+from megatron_gkd.train.search import DEPTHS, with_layers  # noqa: E402
 from megatron_gkd.train.step_time import Rates, step_seconds  # noqa: E402
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 MODELS: Final = ROOT / "examples" / "models"
 JSON, PAGE = ROOT / "docs" / "recipes.json", ROOT / "docs" / "recipes.md"
 PROMPT, COMPLETION = 1024, 3072  # tokens of every sample
-GPU_BYTES: Final = 80e9
-RESERVED_BYTES: Final = 4e9  # plan's --reserved_gb
-RATES: Final = Rates(400e12, 350e9, 40e9, 8)  # the defaults of plan --search
+ASKED: Final = PlanConfig()  # 80 GB a GPU, 4 of them reserved, and the assumed rates
+RATES: Final = Rates(400e12, 350e9, 40e9, 8)  # the same
 SAMPLES: Final = 128  # of a step
 COMMON: Final = (
     f"--lmbda 0 --dtype bf16 --max_length {PROMPT + COMPLETION} --global_batch_size {SAMPLES} --micro_batch_size 1 "
@@ -65,6 +72,10 @@ def _flags(tensor: int, pipeline: int, teacher: tuple[int, int], more: str = "")
 
 
 FULL: Final = "--recompute_granularity full"
+OFF: Final = "--offload_teacher_model true --offload_model true --offload_optimizer true"
+EXPERTS: Final = "--expert_model_parallel_size 8 --expert_tensor_parallel_size 1"
+OF_TEACHER: Final = "--teacher_expert_model_parallel_size 8 --teacher_expert_tensor_parallel_size 1"
+BOTH: Final = f"{EXPERTS} {OF_TEACHER}"
 RECIPES: Final = {
     "qwen2.5_72b_to_7b": Recipe(
         "Qwen2.5-72B",
@@ -85,6 +96,24 @@ RECIPES: Final = {
             64: _flags(1, 1, (8, 1), FULL),
         },
     ),
+    "qwen3_235b_to_8b": Recipe(
+        "Qwen3-235B-A22B",
+        "Qwen3-8B",
+        {
+            8: _flags(2, 1, (8, 1), f"{OF_TEACHER} {FULL} {OFF}"),
+            16: _flags(2, 1, (8, 2), f"{OF_TEACHER} {FULL}"),
+            64: _flags(2, 1, (8, 2), f"{OF_TEACHER} {FULL}"),
+        },
+    ),
+    "qwen3_235b_to_30b_a3b": Recipe(
+        "Qwen3-235B-A22B",
+        "Qwen3-30B-A3B",
+        {
+            8: _flags(2, 1, (8, 1), f"{BOTH} {FULL} {OFF}"),
+            16: _flags(2, 1, (8, 2), f"{BOTH} {FULL} {OFF}"),
+            64: _flags(2, 1, (8, 2), f"{BOTH} {FULL}"),
+        },
+    ),
 }
 PEERS: Final = {("qwen3_32b_to_1.7b", 8): (75e9, 50.0)}  # bytes and seconds that NeMo-RL's own test of this job allows
 
@@ -94,15 +123,13 @@ HEAD: Final = """\
 
 Known pairs of models on 8, 16 and 64 GPUs of 80 GB, made by `python -m tools.recipes` without a GPU: one rank of each
 kind goes through a step on tensors without memory ([Memory](memory.md#rehearsed)). **None of this has run on GPUs.**
-Where the table says `whole`, all layers of both models did; else the student's first and last stage with few layers,
-from which all follow, as in [`plan --search`](commands.md#plan): for the first pair 0 to 1.5 % below the whole, on tiny
-models 5 % below to 15 % above.
+Where the table says `whole`, all layers of both models did; else few layers, from which all follow.
 A step is {samples} samples of {prompt} + {completion} tokens, the JSD over the full vocabulary, both models on the same
-ranks, bf16, the distributed optimizer. By phase, and by rank and category where whole: [recipes.json](recipes.json).
-Mixtures of experts (Qwen3-235B-A22B) are not among them yet.
+ranks, bf16, the distributed optimizer. By rank, phase and category: [recipes.json](recipes.json). `launch/` has a
+script for each pair.
 
-* GB (10^9 bytes) of the fullest rank, at the peak of a step, with 4 GB for CUDA, NCCL and fragmentation. Layers are
-  those of a run without Transformer Engine, and the loss is torch's: an upper bound.
+* GB (10^9 bytes) of the fullest rank in its fullest phase, with 4 GB for CUDA, NCCL and fragmentation. Layers are
+  those of a run without Transformer Engine, and the loss is torch's: an upper bound. Experts have even loads.
 * Seconds are arithmetic at 400 TFLOP/s of matrix products, 350 GB/s in a node and 40 GB/s between nodes, without
   overlap: for the order of magnitude alone. Sampling is not in them.
 """
@@ -131,56 +158,94 @@ def configured(name: str, gpus: int) -> RunConfig:
     return config
 
 
-def extrapolated(name: str, gpus: int) -> dict[str, Any]:
-    """The record of a cell, from few layers. No process group may exist in this process."""
+def rehearsed(name: str, gpus: int, *, whole: bool = False) -> dict[str, Any]:
+    """The record of a cell. No process group may exist in this process. (Adam's moments are there before step 1.)"""
     config = configured(name, gpus)
-    (arch, of_teacher), (student, _) = architectures(config), planned_layouts(config, gpus)
-    own = replace(
-        config.teacher,
-        teacher_expert_model_parallel_size=None,
-        teacher_expert_tensor_parallel_size=None,
-        teacher_context_parallel_size=None,
-    )
-    plain = replace(config.recompute, recompute_granularity="none")
-    base = replace(config, teacher=own, recompute=plain)
-    measured = _Measured.of(base, arch, of_teacher, student, (PROMPT, COMPLETION))
-    found = _estimate(config, arch, of_teacher, gpus, (PROMPT, COMPLETION), measured, RATES)
-    return _record(name, gpus, found.num_bytes, found.phases)
-
-
-def whole(name: str, gpus: int) -> dict[str, Any]:
-    """The same from all layers, and what each kind of rank holds. (Adam's moments are there before step 1.)"""
-    config = configured(name, gpus)
-    (arch, of_teacher), (student, teacher) = architectures(config), planned_layouts(config, gpus)
-    micro_batches = _micro_batches(config, student)
-    small = replace(config, training=_batch(config, student, min(micro_batches, student.pipeline)))
-    lengths = [(PROMPT, COMPLETION)] * small.training.global_batch_size
+    archs, layouts = architectures(config), planned_layouts(config, gpus)
+    student, teacher = layouts
+    micro_batches = SAMPLES // student.data
+    few = min(micro_batches, student.pipeline)
+    small = replace(config, training=replace(config.training, global_batch_size=few * student.data))
     ranks: list[dict[str, Any]] = []
     handed: dict[str, float] = {}
     for rank in kinds(student, teacher):
-        one = rehearse(small, world_size=gpus, rank=rank, lengths=lengths, archs=(arch, of_teacher), num_steps=1)
-        peak = one.peaks[0].by_category
-        ranks.append({"rank": rank, "peak_bytes": peak, "between_steps_bytes": one.built.total})
+        one = _whole(small, archs, rank, gpus) if whole else _extrapolated(small, archs, layouts, rank, gpus)
+        ranks.append(_of_rank(config, archs, layouts, one, micro_batches - few))
         for group, num_bytes in one.traffic.items():
-            scaled = num_bytes * micro_batches / _micro_batches(small, student)
-            handed[group] = max(handed.get(group, 0.0), scaled)
-    phases = step_seconds(config, arch, of_teacher, student, teacher, (PROMPT, COMPLETION), handed, RATES)
-    return _record(name, gpus, max(sum(one["peak_bytes"].values()) for one in ranks), phases) | {"ranks": ranks}
-
-
-def _record(name: str, gpus: int, num_bytes: int, phases: dict[str, float]) -> dict[str, Any]:
-    layouts = planned_layouts(configured(name, gpus), gpus)
+            handed[group] = max(handed.get(group, 0.0), num_bytes * micro_batches / few)
+    phases = step_seconds(config, *archs, student, teacher, (PROMPT, COMPLETION), handed, RATES)
+    needed = max(one["needed_bytes"] for one in ranks)
     return {
         "recipe": name,
         "gpus": gpus,
         "made_from": digest(name, gpus),
         "flags": RECIPES[name].layouts[gpus],
-        "student": layouts[0].describe(),
-        "teacher": layouts[1].describe(),
-        "needed_bytes": int(num_bytes + RESERVED_BYTES),
-        "fits": num_bytes + RESERVED_BYTES <= GPU_BYTES,
+        "student": student.describe(),
+        "teacher": teacher.describe(),
+        "whole": whole,
+        "needed_bytes": needed,
+        "fits": needed <= ASKED.gpu_memory_gb * 1e9,
         "phases_s": {phase: round(seconds, 3) for phase, seconds in phases.items()},
+        "ranks": ranks,
     }
+
+
+Archs = tuple[Architecture, Architecture | None]
+
+
+def _whole(config: RunConfig, archs: Archs, rank: int, gpus: int) -> Rehearsed:
+    lengths = [(PROMPT, COMPLETION)] * config.training.global_batch_size
+    return rehearse(config, world_size=gpus, rank=rank, lengths=lengths, archs=archs, num_steps=1)
+
+
+def _extrapolated(config: RunConfig, archs: Archs, layouts: tuple[Layout, Layout], rank: int, gpus: int) -> Rehearsed:
+    """From few layers; student and teacher at once, since every category is of one of them."""
+    arch, of_teacher = archs
+    assert of_teacher is not None, "every recipe has a local teacher"
+    at = [
+        _whole(
+            config, tuple(with_layers(a, n * lay.pipeline) for a, lay in zip(archs, layouts, strict=True)), rank, gpus
+        )  # type: ignore[arg-type, misc]
+        for n in DEPTHS
+    ]
+    depths = (arch.num_layers / layouts[0].pipeline, of_teacher.num_layers / layouts[1].pipeline)
+
+    def all_layers(found: list[dict[str, int]]) -> dict[str, int]:
+        names = found[0].keys() | found[1].keys()
+        return {name: round(_line([one.get(name, 0) for one in found], depths["teacher" in name])) for name in names}
+
+    def alive(found: list[Alive]) -> Alive:
+        return sum((Alive.of(*part) for part in all_layers([one.by_category for one in found]).items()), Alive({}))
+
+    phases = {name: alive([one.phases[name] for one in at]) for name in at[0].phases}
+    traffic = all_layers([one.traffic for one in at])
+    return replace(at[1], built=alive([one.built for one in at]), peaks=[], phases=phases, traffic=traffic)
+
+
+def _line(at_depths: list[int], depth: float) -> float:
+    """Through what was found at DEPTHS."""
+    (a, b), (low, high) = DEPTHS, at_depths
+    return max(0.0, low + (depth - a) / (b - a) * (high - low))
+
+
+def _of_rank(
+    config: RunConfig,
+    archs: Archs,
+    layouts: tuple[Layout, Layout],
+    one: Rehearsed,
+    left_out: int,
+) -> dict[str, Any]:
+    """With the hidden states of the micro-batches that were left out, as far as they wait on the device."""
+    assert archs[1] is not None, "every recipe has a local teacher"
+    student = layouts[0]
+    phases = dict(one.phases)
+    if student.coordinate(one.rank).pp == student.pipeline - 1:
+        signals = left_out * COMPLETION // student.context * archs[1].hidden_size * 2
+        signals = min(signals, int(config.teacher.signal_memory_gb * 1e9))
+        phases |= {name: phases[name] + Alive.of("signals", signals) for name in ("teacher", "forward", "backward")}
+    found = record_of(ASKED, config, archs[0], replace(one, phases=phases), layouts, Engine())
+    kept = ("rank", "student_stage", "teacher_stage", "fullest_phase", "needed_bytes", "phases_bytes")
+    return {key: found[key] for key in kept}
 
 
 def page(records: list[dict[str, Any]]) -> str:
@@ -188,18 +253,21 @@ def page(records: list[dict[str, Any]]) -> str:
     lines = [*HEAD.format(samples=SAMPLES, prompt=PROMPT, completion=COMPLETION).splitlines(), ""]
     for name, recipe in RECIPES.items():
         lines += [f"## {recipe.teacher} to {recipe.student}", ""]
-        lines += ["| GPUs | student | teacher | GB of 80 | | of | teacher, s | student, s | groups, s |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        lines += ["| GPUs | student | teacher | GB of 80 | in | | of | teacher, s | student, s | groups, s |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
         mine = [record for record in records if record["recipe"] == name]
         for record in mine:
             phases = record["phases_s"]
             groups = sum(seconds for phase, seconds in phases.items() if phase not in ("teacher", "student"))
             verdict = "fits" if record["fits"] else "**does not fit**"
-            held = f"{record['needed_bytes'] / 1e9:.1f} | {verdict} | {'whole' if 'ranks' in record else 'few layers'}"
+            fullest = max(record["ranks"], key=lambda rank: rank["needed_bytes"])
+            held = f"{record['needed_bytes'] / 1e9:.1f} | {fullest['fullest_phase']} | {verdict}"
+            held += f" | {'whole' if record['whole'] else 'few layers'}"
             lines.append(
                 f"| {record['gpus']} | {record['student']} | {record['teacher']} | {held} | "
                 f"{phases.get('teacher', 0):.1f} | {phases['student']:.1f} | {groups:.1f} |"
             )
+        lines += [""] + [line for record in mine if not record["fits"] for line in _folded(_why(record), "")]
         lines += ["", "Flags beside the models, the data and those of the common part:", "", "```text"]
         lines += [line for record in mine for line in _folded(f"{record['gpus']}: {record['flags']}")]
         lines += ["```", ""]
@@ -218,12 +286,20 @@ def page(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _folded(text: str, width: int = 110) -> Iterator[str]:
+def _why(record: dict[str, Any]) -> str:
+    """It does not fit: what the fullest rank holds then."""
+    fullest = max(record["ranks"], key=lambda rank: rank["needed_bytes"])
+    parts = sorted(fullest["phases_bytes"][fullest["fullest_phase"]].items(), key=lambda item: -item[1])
+    told = ", ".join(f"{name} {num_bytes / 1e9:.1f}" for name, num_bytes in parts[:4])
+    return f"Not on {record['gpus']} GPUs: rank {fullest['rank']} holds, in {fullest['fullest_phase']}, GB: {told}."
+
+
+def _folded(text: str, indent: str = "   ", width: int = 110) -> Iterator[str]:
     line = ""
     for word in text.split():
         if line and len(line) + len(word) >= width:
             yield line
-            line = "   "
+            line = indent
         line = f"{line} {word}".lstrip() if line.strip() else f"{line}{' ' * bool(line)}{word}"
     yield line
 
@@ -234,6 +310,7 @@ def written() -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--again", nargs="+", choices=list(RECIPES), default=[], help="these pairs, current or not")
     parser.add_argument("--whole", nargs="+", choices=list(RECIPES), default=[], help="all layers of these pairs")
     parser.add_argument("--list", action="store_true", help="rehearse nothing")
     options = parser.parse_args(arguments)
@@ -242,10 +319,11 @@ def main(arguments: list[str] | None = None) -> int:
         current = found.get(cell, {}).get("made_from") == digest(*cell)
         if options.list:
             print(f"{cell[0]:<22}{cell[1]:>4}  {'current' if current else 'NOT current'}")
-        if options.list or (cell[0] not in options.whole if options.whole else current):
+        asked = [*options.again, *options.whole]
+        if options.list or (cell[0] not in asked if asked else current):
             continue
         start_s = time.monotonic()
-        found[cell] = whole(*cell) if options.whole else extrapolated(*cell)
+        found[cell] = rehearsed(*cell, whole=cell[0] in options.whole)
         needed = found[cell]["needed_bytes"] / 1e9
         print(f"{cell[0]:<22}{cell[1]:>4}  {needed:.1f} GB, {time.monotonic() - start_s:.0f} s", flush=True)
         records = [found[cell] for cell in cells() if cell in found]

@@ -1,15 +1,14 @@
 #!/usr/bin/env python
 """A step from 8 to 4,096 GPUs on paper: phases, links, stragglers, and ranks that are lost; writes docs/scaling.md.
 
-    python -m tools.scaling            # a second; needs no model and no GPU
+    python -m tools.scaling            # seconds; needs no model and no GPU
 
-Simulated is a step of TEACHER to STUDENT, in a layout that stays the same while replicas are added:
+Simulated are steps of TEACHER to STUDENT, in a layout that stays the same while replicas are added (tools/timeline.py:
+micro-batches, transfers, ranks of drawn speeds), with both models on the same ranks, and with the teacher on ranks of
+its own.
 
-    step = max over ranks of (jitter x (teacher + student) + hiccup) + groups + signals + gradients and weights
-
-Work of a rank is arithmetic (megatron_gkd/train/step_time.py). Jitter and hiccups are drawn for every rank and step;
-all wait for the slowest at the reduction. Rings: (n - 1) / n of the bytes over the slowest link, and LATENCY_S for
-each of the 2 (n - 1) hops in a node and of the 2 log2(nodes) between nodes (trees).
+Work of a rank is arithmetic (megatron_gkd/train/step_time.py). Rings: (n - 1) / n of the bytes over the slowest link,
+and LATENCY_S for each of the 2 (n - 1) hops in a node and of the 2 log2(nodes) between nodes (trees).
 
 Lost ranks: one an hour, in the whole job, whatever its size (MTBF_S), as a Poisson process. With a checkpoint every tau
 seconds that stops training for delta, and a restart that takes R, the shares of useful time are simulated, and beside
@@ -21,7 +20,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -32,6 +31,7 @@ from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train.step_time import Rates, elements, step_seconds
+from tools.timeline import FIRST, SEED, Cluster, Costs, Simulated, simulate
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGE: Final = ROOT / "docs" / "scaling.md"
@@ -43,19 +43,18 @@ RATES: Final = Rates(400e12, 350e9, 40e9, 8)
 SIZES: Final = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 PER_REPLICA: Final = 32  # samples of a step, where the batch grows with the replicas
 FIXED: Final = 2048  # samples of a step, where it does not
-JITTER: Final = 0.02  # standard deviation of a rank's work in a step, relative
-HICCUP, HICCUP_S = 1e-5, 2.0  # chance of a rank in a step, and what it costs
 LATENCY_S: Final = 10e-6  # of a hop
-STEPS: Final = 400  # simulated
+STEPS: Final = 12  # simulated
+APART: Final = (64, 256, 1024, 4096)  # GPUs of which a part is the teacher's
+OF_TEACHER: Final = 5 / 8  # of them
 MTBF_S: Final = 3600.0
 RESTART_S: Final = 240.0  # to notice, start, load the teacher and the checkpoint
 NODE_WRITE, STORE_WRITE = 2e9, 100e9  # bytes a second of a checkpoint: of a node, of the file system
-SEED: Final = 1
 
 
 @dataclass(frozen=True)
 class Point:
-    """A step at one size. Seconds."""
+    """A step at one size. Seconds of work and transfers are those of a rank of the usual speed."""
 
     gpus: int
     samples: int
@@ -64,19 +63,24 @@ class Point:
     groups: float  # tensor-parallel, of both models
     signals: float
     reduction: float  # of gradients, and the gather of weights
-    waiting: float  # for the slowest rank, on average
+    simulated: Simulated
     held_bytes: float  # weights, gradients and optimizer of a rank, both models
 
     @property
     def seconds(self) -> float:
-        return self.teacher + self.student + self.groups + self.signals + self.reduction + self.waiting
+        return self.simulated.step
+
+    @property
+    def waiting(self) -> float:
+        """What the step takes longer than the sum of its parts."""
+        return self.seconds - (self.teacher + self.student + self.groups + self.signals + self.reduction)
 
 
-def point(gpus: int, samples: int, archs: tuple[Architecture, Architecture]) -> Point:
-    """Args: archs: the student's and the teacher's."""
+def point(gpus: int, samples: int, archs: tuple[Architecture, Architecture], *, teacher_gpus: int = 0) -> Point:
+    """Args: archs: the student's and the teacher's; teacher_gpus: that are the teacher's alone, of `gpus`."""
     arch, of_teacher = archs
-    student = Layout(TENSOR, 1, gpus // TENSOR, sequence_parallel=True)
-    teacher = Layout(TEACHER_TENSOR, 1, gpus // TEACHER_TENSOR)
+    student = Layout(TENSOR, 1, (gpus - teacher_gpus) // TENSOR, sequence_parallel=True)
+    teacher = Layout(TEACHER_TENSOR, 1, (teacher_gpus or gpus) // TEACHER_TENSOR)
     flags = f"--model {MODELS / STUDENT} --teacher_model {MODELS / TEACHER} --dataset none --lmbda 0 --dtype bf16"
     config = parse_run_config([*flags.split(), "--global_batch_size", str(samples), "--recompute_granularity", "full"])
     config = replace(config, training=replace(config.training, micro_batch_size=1))
@@ -85,10 +89,21 @@ def point(gpus: int, samples: int, archs: tuple[Architecture, Architecture]) -> 
     # many when it is recomputed, and 6 in the backward pass.
     handed = {"tp": 14 * arch.num_layers * tokens * arch.hidden_size * 2 / TENSOR * (TENSOR - 1)}
     phases = step_seconds(config, arch, of_teacher, student, teacher, (PROMPT, COMPLETION), handed, RATES)
-    work = phases["teacher"] + phases["student"]
-    completions = samples / student.data * COMPLETION
     nodes = max(1, gpus // RATES.ranks_per_node)
     hops = 2 * (min(gpus, RATES.ranks_per_node) - 1) + 2 * math.log2(nodes)
+    # To each rank of the replica, all of it, over that rank's own link.
+    signal = COMPLETION * of_teacher.hidden_size * 2 / (RATES.node_bytes if nodes == 1 else RATES.network_bytes)
+    of_replica = samples / student.data
+    passes = -(-samples // teacher.data)
+    costs = Costs(
+        phases["teacher"] / passes,
+        phases["groups: teacher's tp"] * teacher.data / samples,
+        phases["student"] / of_replica,
+        phases["groups: tp"] / of_replica,
+        signal,
+        phases.get("gradients and weights over replicas", 0.0) + LATENCY_S * hops,
+    )
+    cluster = Cluster(student.data, TENSOR, teacher.data, TEACHER_TENSOR, samples, apart=teacher_gpus > 0)
     own, theirs = elements(arch, student, 0), elements(of_teacher, teacher, 0)
     return Point(
         gpus,
@@ -96,19 +111,20 @@ def point(gpus: int, samples: int, archs: tuple[Architecture, Architecture]) -> 
         phases["teacher"],
         phases["student"],
         phases["groups: tp"] + phases["groups: teacher's tp"],
-        completions * of_teacher.hidden_size * 2 / (RATES.node_bytes if nodes == 1 else RATES.network_bytes),
-        phases.get("gradients and weights over replicas", 0.0) + LATENCY_S * hops,
-        waiting(gpus, work),
+        signal * of_replica,
+        costs.reduction,
+        simulate(cluster, costs, steps=STEPS),
         own * (2 + 4 + 12 / student.data) + theirs * 2,
     )
 
 
-def waiting(ranks: int, work_s: float) -> float:
-    """How much longer than `work_s` the slowest of the ranks needs, on average over STEPS steps."""
-    draw = numpy.random.default_rng(SEED)
-    jitter = draw.normal(1.0, JITTER, (STEPS, ranks)).clip(min=1 - 3 * JITTER)
-    hiccups = (draw.random((STEPS, ranks)) < HICCUP) * HICCUP_S
-    return float((jitter * work_s + hiccups).max(axis=1).mean()) - work_s
+def apart(gpus: int, archs: tuple[Architecture, Architecture]) -> tuple[int, Point]:
+    """(GPUs of the teacher, a step): as many samples a GPU as in the table above, of whole micro-batches a replica."""
+    nodes = gpus // RATES.ranks_per_node
+    of_teacher = round(nodes * OF_TEACHER) * RATES.ranks_per_node
+    replicas = (gpus - of_teacher) // TENSOR
+    samples = round(PER_REPLICA * gpus / TENSOR / replicas) * replicas
+    return of_teacher, point(gpus, samples, archs, teacher_gpus=of_teacher)
 
 
 def daly(delta_s: float, mtbf_s: float = MTBF_S) -> float:
@@ -150,8 +166,9 @@ what does not, and where waiting begins. What is assumed stands at the end.
 
 {teacher} teaches {student}: student TP {tensor} with sequence parallelism and full recomputation, teacher
 TP {teacher_tensor}, on the same ranks; samples of {prompt} + {completion} tokens; replicas are added. Seconds of a
-step: `TP` is what tensor-parallel groups exchange, `reduction` that of gradients with the gather of weights, `waiting`
-for the slowest rank.
+step: `TP` is what tensor-parallel groups exchange, `reduction` that of gradients with the gather of weights. The step
+is simulated, micro-batch by micro-batch; `waiting` is what it takes longer than a rank of the usual speed works and
+sends: for the slowest rank of a group in every layer, for signals, and for the slowest replica at the reduction.
 
 ## The batch grows with the replicas: {per_replica} samples each
 
@@ -163,6 +180,17 @@ for the slowest rank.
 
 Added replicas make a rank's share of the optimizer smaller, and nothing else of its memory: `GB` is weights,
 gradients and optimizer of both models, without activations ([Memory](memory.md)).
+
+## The teacher on ranks of its own
+
+Five eighths of the GPUs are the teacher's, and signals travel while both work. As many samples a GPU as in the first
+table. Per cent of the step that an average rank waits: a student's for signals, and for the slowest replica; a
+teacher's for the student.
+
+{apart}
+
+It pays where both are busy: the teacher's work for each of its GPUs is that of the student for each of its own. The
+layout of the first table needs no such balance.
 
 ## One lost rank an hour
 
@@ -184,8 +212,9 @@ term is J. W. Young's, Communications of the ACM 17 (1974). M: mean time between
 
 * {tflops:g} TFLOP/s of matrix products a GPU; {node:g} GB/s between GPUs of a node of {ranks}, {network:g} GB/s a GPU
   between nodes; {latency:g} us a hop. Nothing overlaps; the network has no congestion.
-* A rank's work varies by {jitter:.0%} (standard deviation) from step to step, and one rank in {hiccup:,.0f} takes
-  {hiccup_s:g} s longer. {steps} steps are drawn, seed {seed}. All ranks wait for the slowest once a step.
+* A rank's speed varies by {jitter:.0%} (standard deviation) from step to step; one rank in {slow:,.0f} is
+  {slower:.0%} slower for good, and one in {hiccup:,.0f} takes {hiccup_s:g} s longer in a step. {steps} steps are drawn,
+  seed {seed}; the means leave out the first {first}.
 * A checkpoint has 14 bytes a parameter; a node writes {node_write:g} GB/s, the file system {store:g} GB/s.
 * Rows are of one length. Sampling, pushes of weights and evaluations are not in a step.
 """
@@ -200,10 +229,12 @@ def page() -> str:
         **dict(teacher=TEACHER, student=STUDENT, tensor=TENSOR, teacher_tensor=TEACHER_TENSOR),
         **dict(prompt=PROMPT, completion=COMPLETION, per_replica=PER_REPLICA, fixed=FIXED),
         **{name: "\n".join(_table(points)) for name, points in (("weak", weak), ("strong", strong))},
+        apart="\n".join(_apart(apart(gpus, archs) for gpus in APART)),
         lost="\n".join(_lost(weak, archs[0])),
         **dict(mtbf=MTBF_S / 3600, restart=RESTART_S, tflops=RATES.flops / 1e12, node=RATES.node_bytes / 1e9),
-        **dict(ranks=RATES.ranks_per_node, network=RATES.network_bytes / 1e9, latency=LATENCY_S * 1e6, jitter=JITTER),
-        **dict(hiccup=1 / HICCUP, hiccup_s=HICCUP_S, steps=STEPS, seed=SEED),
+        **dict(ranks=RATES.ranks_per_node, network=RATES.network_bytes / 1e9, latency=LATENCY_S * 1e6),
+        **dict(jitter=Costs.jitter, slow=1 / Costs.slow_share, slower=Costs.slow, hiccup=1 / Costs.hiccup_share),
+        **dict(hiccup_s=Costs.hiccup, steps=STEPS, seed=SEED, first=FIRST),
         **dict(node_write=NODE_WRITE / 1e9, store=STORE_WRITE / 1e9),
     )
 
@@ -217,6 +248,18 @@ def _lost(points: list[Point], arch: Architecture) -> Iterator[str]:
         shares = " | ".join(f"{useful(interval * factor, delta):.1%}" for factor in (1.0, 2.0, 0.5))
         steps = max(1, round(interval / each.seconds))
         yield f"| {each.gpus:,} | {delta:.1f} | {interval / 60:.1f} min | {steps:,} | {shares} |"
+
+
+def _apart(found: Iterable[tuple[int, Point]]) -> Iterator[str]:
+    yield "| GPUs | the teacher's | samples | step | signals, % | slowest, % | teacher, % | tokens/s/GPU |"
+    yield "|" + "---|" * 8
+    for of_teacher, each in found:
+        seen = each.simulated
+        waits = " | ".join(
+            f"{100 * part / seen.step:.1f}" for part in (seen.for_signals, seen.for_slowest, seen.teacher_idle)
+        )
+        tokens = each.samples * (PROMPT + COMPLETION) / seen.step / each.gpus
+        yield f"| {each.gpus:,} | {of_teacher:,} | {each.samples:,} | {seen.step:.2f} | {waits} | {tokens:,.0f} |"
 
 
 def _table(points: list[Point]) -> Iterator[str]:

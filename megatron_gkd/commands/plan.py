@@ -2,8 +2,9 @@
 with `--search`, which layouts fit (train/search.py).
 
 One rank of each kind is rehearsed (train/rehearsal.py): the run's own code, on tensors without memory. Ranks are of one
-kind where student and teacher have the same stage on them; they differ in nothing that is counted but a few elements of
-the optimizer's shards. Models are known by their config.json; weights and rows are not read.
+kind where student and teacher have the same stage on them, or none; they differ in nothing that is counted but a few
+elements of the optimizer's shards. Models are known by their config.json; weights and rows are not read.
+What is said of a rank: plan_ranks.py; `--picture`: plan_picture.py.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.commands.plan_picture import check_picture, write_picture
+from megatron_gkd.commands.plan_ranks import GB, engine_of, lines, record
 from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.config.servers import NoTeacher
+from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
+from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.divisible import check_fit
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
@@ -28,13 +33,21 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-GB = 1e9
 _MOST_SHOWN = 12
 _ASSUMED = (
     "layers are those of a run without Transformer Engine, and the loss is torch's: with Transformer Engine and the "
     "Triton kernels activations are smaller",
-    "counted are tensors; --reserved_gb stands for everything else",
+    "counted are tensors; --reserved_gb stands for the CUDA context, communicators, workspaces and fragmentation",
 )
+
+
+def _assumed(config: RunConfig) -> Iterator[str]:
+    yield from _ASSUMED
+    match config.teacher.kind:
+        case LocalTeacher(separate=True):
+            yield "the teacher works beside the student: a step takes as long as the slower of the two"
+        case ServerTeachers():
+            yield "the servers answer in time; their GPUs are not planned"
 
 
 def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
@@ -43,49 +56,67 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     from megatron_gkd.train.hub_files import with_known_models
     from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse
     from megatron_gkd.train.setup import planned_dtype
+    from megatron_gkd.train.step_time import step_s
 
     asked, config = asked_and_config
+    if asked.picture is not None:
+        check_picture(asked.picture)
+        if asked.search:
+            raise ConfigError("--picture is of one layout; leave it out with --search")
     config = with_known_models(planned_dtype(config))
     if asked.search:
         _search(asked, config)
         return
-    student, teacher = planned_layouts(config, asked.world_size, ranks_per_node=asked.ranks_per_node)
+    layouts = student, teacher = planned_layouts(config, asked.world_size, ranks_per_node=asked.ranks_per_node)
     check_batch(config, student)
-    arch, of_teacher = architectures(config)
+    archs = arch, of_teacher = architectures(config)
     refuse_student(config, arch, student)
     check_fit("model", arch, student)
     if of_teacher is not None:
         check_fit("teacher_model", of_teacher, teacher)
     batch = [asked.lengths(config.data.max_length)] * config.training.global_batch_size
     found = [
-        rehearse(config, world_size=asked.world_size, rank=rank, lengths=batch, lines=asked.lines > 0)
+        rehearse(
+            config,
+            world_size=asked.world_size,
+            rank=rank,
+            lengths=batch,
+            lines=asked.lines > 0,
+            archs=archs,
+            ranks_per_node=asked.ranks_per_node,
+        )
         for rank in kinds(student, teacher)
     ]
-    sampler, seconds = sampler_bytes(asked, config), _seconds(asked, config, found, student, teacher)
+    engine, seconds = engine_of(asked, config, arch), _seconds(asked, config, archs, found, student, teacher)
+    records = [record(asked, config, arch, one, layouts, engine) | {"phases_s": seconds} for one in found]
+    if asked.picture is not None:
+        write_picture(asked.picture, asked, records)
     if asked.output == "json":
-        records = [_record(asked, one, student, teacher, sampler) | {"phases_s": seconds} for one in found]
         print(json.dumps(records, indent=1))
         return
     beside = "" if of_teacher is None else f"; teacher {teacher.describe()}"
     print(f"student {student.describe()}{beside}; {config.model.dtype}")
     prompt, completion = batch[0]
     print(f"{len(batch)} samples a step of {prompt} + {completion} tokens; GB are 10^9 bytes\n")
-    for one in found:
-        print("\n".join(_lines(asked, one, student, teacher, sampler)), end="\n\n")
-    print(f"predicted: {sum(seconds.values()):.2f} s a step: {_phases(seconds)}")
-    print(f"assumed: {_rates_text(asked)}")
-    print("\n".join(f"assumed: {text}" for text in _ASSUMED))
+    for one in records:
+        print("\n".join(lines(asked, one)), end="\n\n")
+    print(f"predicted: {step_s(config, seconds):.2f} s a step: {_phases(seconds)}")
+    print("\n".join(f"assumed: {text}" for text in (_rates_text(asked), *_assumed(config))))
 
 
 def _seconds(
-    asked: PlanConfig, config: RunConfig, found: list[Rehearsed], student: Layout, teacher: Layout
+    asked: PlanConfig,
+    config: RunConfig,
+    archs: tuple[Architecture, Architecture | None],
+    found: list[Rehearsed],
+    student: Layout,
+    teacher: Layout,
 ) -> dict[str, float]:
     """Of a step, by phase; the bytes on the links are those of the rank that hands over most."""
-    from megatron_gkd.train.rehearsal import architectures
     from megatron_gkd.train.step_time import step_seconds
 
-    arch, of_teacher = architectures(config)
-    if of_teacher is None and not isinstance(config.teacher.kind, NoTeacher):
+    arch, of_teacher = archs
+    if isinstance(config.teacher.kind, SelfTeaching) or config.base_teaches:
         of_teacher = arch  # the student itself
     handed: Counter[str] = Counter()
     for one in found:
@@ -118,9 +149,11 @@ def _phases(seconds: dict[str, float]) -> str:
 
 def _search(asked: PlanConfig, config: RunConfig) -> None:
     """Print the layouts that fit, the fastest first, and why the others do not."""
+    from megatron_gkd.train.rehearsal import architectures
     from megatron_gkd.train.search import search
 
-    beside = sampler_bytes(asked, config) + round(asked.reserved_gb * GB)
+    share = engine_of(asked, config, architectures(config)[0]).share  # in every phase, at the worst
+    beside = share + round(asked.reserved_gb * GB)
     length = asked.lengths(config.data.max_length)
     found = search(
         config,
@@ -144,8 +177,7 @@ def _search(asked: PlanConfig, config: RunConfig) -> None:
     print(f"\n{sum(found.impossible.values())} layouts are not possible:\n")
     for reason, count in found.impossible.most_common(_MOST_SHOWN):
         print(f"  {count:>4} x {reason}")
-    print(f"\nassumed: {_rates_text(asked)}")
-    print("\n".join(f"assumed: {text}" for text in _ASSUMED))
+    print("\n" + "\n".join(f"assumed: {text}" for text in (_rates_text(asked), *_assumed(config))))
 
 
 def _parts(found: Searched) -> tuple[tuple[bool, list[Found]], ...]:
@@ -171,56 +203,8 @@ def _found_lines(one: Found, beside: int) -> Iterator[str]:
 
 def kinds(student: Layout, teacher: Layout) -> list[int]:
     """A rank of each kind, the lowest."""
-    first: dict[tuple[int, int], int] = {}
-    for rank in range(student.world_size):
-        first.setdefault((student.coordinate(rank).pp, teacher.coordinate(rank).pp), rank)
+    first: dict[tuple[int | None, ...], int] = {}
+    for rank in range(max(layout.rank_offset + layout.world_size for layout in (student, teacher))):
+        parts = (layout.coordinate(rank).pp if layout.holds(rank) else None for layout in (student, teacher))
+        first.setdefault(tuple(parts), rank)
     return list(first.values())
-
-
-def sampler_bytes(asked: PlanConfig, config: RunConfig) -> int:
-    """What a colocated vLLM takes of the GPU, beside the run."""
-    samples = config.lmbda.most > 0 or config.generates
-    if not samples or config.sampling.vllm_mode != "colocate":
-        return 0
-    return round(asked.gpu_memory_gb * GB * config.sampling.vllm_gpu_memory_utilization)
-
-
-def _record(asked: PlanConfig, one: Rehearsed, student: Layout, teacher: Layout, sampler: int) -> dict[str, Any]:
-    peak = max(one.peaks, key=lambda alive: alive.total)
-    needed = peak.total + sampler + round(asked.reserved_gb * GB)
-    return {
-        "rank": one.rank,
-        "student_stage": student.coordinate(one.rank).pp,
-        "teacher_stage": teacher.coordinate(one.rank).pp,
-        "student_parameters": one.num_parameters,
-        "between_steps_bytes": one.built.by_category,
-        "peak_bytes": [alive.by_category for alive in one.peaks],
-        "lines": {name: peak.lines(name)[: asked.lines] for name in peak.by_category} if asked.lines else {},
-        "sampler_bytes": sampler,
-        "reserved_bytes": round(asked.reserved_gb * GB),
-        "needed_bytes": needed,
-        "fits": needed <= asked.gpu_memory_gb * GB,
-        "sent_bytes_a_step": one.traffic,
-    }
-
-
-def _lines(asked: PlanConfig, one: Rehearsed, student: Layout, teacher: Layout, sampler: int) -> Iterator[str]:
-    record = _record(asked, one, student, teacher, sampler)
-    peak = max(one.peaks, key=lambda alive: alive.total)
-    yield (
-        f"rank {one.rank}: stage {record['student_stage']} of the student ({one.num_parameters / 1e9:.3f} G parameters)"
-        f", stage {record['teacher_stage']} of the teacher"
-    )
-    rows = dict(peak.by_category)
-    if sampler:
-        rows["vLLM (--vllm_gpu_memory_utilization)"] = sampler
-    rows["reserved (--reserved_gb)"] = record["reserved_bytes"]
-    for name, num_bytes in rows.items():
-        yield f"  {name:<40}{num_bytes / GB:>10.3f} GB"
-        for line, of_line in peak.lines(name)[: asked.lines]:
-            yield f"    {line:<58}{of_line / GB:>10.3f}"
-    verdict = f"GB of {asked.gpu_memory_gb:g}: {'fits' if record['fits'] else 'does NOT fit'}"
-    yield f"  {'at the peak of a step':<40}{record['needed_bytes'] / GB:>10.3f} {verdict}"
-    if one.traffic:
-        sent = ", ".join(f"{name} {num_bytes / GB:.3f}" for name, num_bytes in sorted(one.traffic.items()))
-        yield f"  GB handed to collectives in a step, by group: {sent}"

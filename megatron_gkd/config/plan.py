@@ -41,6 +41,7 @@ class PlanConfig(Section):
     )
     lines: int = setting(0, "Lines of code that are named for each kind of memory, those that hold most.", ge=0)
     output: Literal["text", "json"] = setting("text", "What is printed.")
+    picture: str | None = setting(None, "Also write memory and phases as a picture: a file that ends with .svg.")
 
     def lengths(self, max_length: int) -> tuple[int, int]:
         """(prompt, completion) tokens of a sample."""

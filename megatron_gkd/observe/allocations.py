@@ -6,6 +6,8 @@ tensors, which have sizes and no memory.
             ...
     counter.peak.total, counter.peak.by_category
 
+A phase (`counter.phase(name)`) has a peak of its own; what is alive when it begins is in it.
+
 Every tensor that an operation returns is looked at; its storage is counted once, from its birth to its end, under the
 category of its birth. Not counted: what a kernel needs inside (its workspace), what an allocator holds unused, a
 storage that is resized later, and tensors that were there before.
@@ -16,7 +18,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
@@ -25,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 _PACKAGES = ("megatron_gkd/", "megatron/core/")  # whose lines are named
-_BETWEEN = ("observe/allocations.py", "megatron_gkd/platform.py", "train/rehearsal.py")  # they stand between
+_BETWEEN = ("observe/allocations.py", "megatron_gkd/platform.py", "train/rehearsal.py", "train/rehearsed_experts.py")
 
 
 class _Kind(NamedTuple):
@@ -38,6 +40,14 @@ class Alive:
 
     def __init__(self, by_kind: Mapping[_Kind, int]) -> None:
         self._by_kind = {kind: num_bytes for kind, num_bytes in by_kind.items() if num_bytes}
+
+    @classmethod
+    def of(cls, category: str, num_bytes: int) -> Alive:
+        """Of one category."""
+        return cls({_Kind(category, ""): num_bytes})
+
+    def __add__(self, other: Alive) -> Alive:
+        return Alive(Counter(self._by_kind) + Counter(other._by_kind))
 
     @property
     def total(self) -> int:
@@ -57,6 +67,11 @@ class Alive:
         found = Counter({kind.line: num for kind, num in self._by_kind.items() if kind.category == category})
         return found.most_common()
 
+    def without(self, categories: Iterable[str]) -> Alive:
+        """The others."""
+        left = set(categories)
+        return Alive({kind: num_bytes for kind, num_bytes in self._by_kind.items() if kind.category not in left})
+
 
 class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """See the module docstring."""
@@ -64,10 +79,10 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, *, lines: bool = False) -> None:
         """Args: lines: tell lines of code apart as well."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._lines, self._category = lines, "other"
+        self._lines, self._category, self._phase = lines, "other", "other"
         self._now: Counter[_Kind] = Counter()
-        self._now_bytes = self._peak_bytes = 0
-        self._at_peak: dict[_Kind, int] = {}
+        self._now_bytes = 0
+        self._peaks: dict[str, tuple[int, dict[_Kind, int]]] = {}  # of each phase
         self._alive: dict[int, tuple[_Kind, int, object]] = {}  # by storage
 
     def __enter__(self) -> Self:
@@ -83,6 +98,42 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._category = before
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """The block is (once more) this phase."""
+        before, self._phase = self._phase, name
+        self._look()
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def in_phase(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, every call of which is this phase."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def rename(self, tensors: Iterable[torch.Tensor], category: str) -> None:
+        """Count what these tensors lie in under another category from now on."""
+        for key in {tensor.untyped_storage()._cdata for tensor in tensors} & self._alive.keys():
+            self._rename(key, category)
+
+    def rename_all(self, before: str, category: str) -> None:
+        """The same with all that is alive of a category."""
+        for key in [key for key, (kind, _, _) in self._alive.items() if kind.category == before]:
+            self._rename(key, category)
+
+    def _rename(self, key: int, category: str) -> None:
+        kind, num_bytes, reference = self._alive[key]
+        self._now[kind] -= num_bytes
+        renamed = kind._replace(category=category)
+        self._now[renamed] += num_bytes
+        self._alive[key] = renamed, num_bytes, reference
+
     @property
     def now(self) -> Alive:
         """What is alive."""
@@ -91,11 +142,21 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @property
     def peak(self) -> Alive:
         """What was alive when it was most, since the last `restart`, or since the beginning."""
-        return Alive(self._at_peak)
+        return Alive(max(self._peaks.values(), key=lambda found: found[0])[1] if self._peaks else {})
+
+    @property
+    def peaks(self) -> dict[str, Alive]:
+        """The same of each phase since then."""
+        return {name: Alive(by_kind) for name, (_, by_kind) in self._peaks.items()}
 
     def restart(self) -> None:
-        """Look for a new peak, from what is alive now."""
-        self._peak_bytes, self._at_peak = self._now_bytes, dict(self._now)
+        """Look for new peaks, from what is alive now."""
+        self._peaks.clear()
+        self._look()
+
+    def _look(self) -> None:
+        if self._now_bytes > self._peaks.get(self._phase, (-1,))[0]:
+            self._peaks[self._phase] = self._now_bytes, dict(self._now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -113,8 +174,7 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive[key] = kind, num_bytes, weakref.ref(storage, lambda _: self._forget(key))
         self._now[kind] += num_bytes
         self._now_bytes += num_bytes
-        if self._now_bytes > self._peak_bytes:
-            self.restart()
+        self._look()
 
     def _forget(self, key: int) -> None:
         kind, num_bytes, _ = self._alive.pop(key)

@@ -43,7 +43,9 @@ class PlannedMemory:
         self._rank = dist.get_rank()
         stage = layout.coordinate(self._rank).pp
         mine = [record for record in plan if record["student_stage"] == stage] or plan
-        self._planned = max(record["needed_bytes"] - record["sampler_bytes"] for record in mine)
+        self._planned = max(
+            record.get("own_bytes", record["needed_bytes"] - record["sampler_bytes"]) for record in mine
+        )
         if self._rank == 0:
             logger.info("%s", _summary(plan))
 

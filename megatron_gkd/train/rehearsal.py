@@ -15,6 +15,7 @@ Different from a run on that machine, on purpose:
 * A number that is read from a fake tensor is 1 (there are no values): the norm of the gradient, for instance. Tokens
   and lengths of micro-batches are real.
 * Every expert gets as many tokens as the others (rehearsed_experts.py).
+* What leaves the device between its uses (--offload_...) stays there; `Rehearsed.phases` has it taken off.
 
 `Communication`: none. What would be sent is counted by the group that it would be sent over (`traffic`).
 """
@@ -26,13 +27,14 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as megatron_random
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -42,22 +44,20 @@ from torch.utils._pytree import tree_iter
 
 from megatron_gkd import platform
 from megatron_gkd.architecture import Architecture, read_architecture
+from megatron_gkd.config.levers import OffloadConfig
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.config.servers import LocalTeacher, NoTeacher, ServerTeachers
+from megatron_gkd.config.servers import LocalTeacher
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.loss import sharded_softmax
 from megatron_gkd.loss.fused import task as fused_task
 from megatron_gkd.model import context_attention
-from megatron_gkd.model.build import DTYPES, build_model
+from megatron_gkd.model.build import build_model
 from megatron_gkd.model.levers import rehearsed_options
-from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.observe.allocations import Alive, AllocationCounter
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
-from megatron_gkd.teacher.itself import SelfTeacher
-from megatron_gkd.teacher.nobody import Nobody
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
 from megatron_gkd.train.adapting import check_adapters, prepare
 from megatron_gkd.train.batches import Collator
@@ -65,9 +65,10 @@ from megatron_gkd.train.fit import layouts, without_borrowed_experts
 from megatron_gkd.train.objective import TrainingObjective
 from megatron_gkd.train.plans import plan_of
 from megatron_gkd.train.rehearsed_experts import even_loads
+from megatron_gkd.train.rehearsed_teacher import GRADIENTS, OPTIMIZER, STUDENT_WEIGHTS, away, rehearsed_teacher
 from megatron_gkd.train.setup import objective_of, student_of
-from megatron_gkd.train.step import distill
-from megatron_gkd.train.student import Student
+from megatron_gkd.train.step import distill, teacher_signals
+from megatron_gkd.train.student import Student, optimizer_tensors
 
 NUM_STEPS = 2
 
@@ -81,6 +82,8 @@ class Rehearsed:
     built: Alive  # between steps, before the first
     peaks: list[Alive]  # of each step
     traffic: dict[str, int]  # of the last step: by the group's name, e.g. "tp"
+    phases: dict[str, Alive] = field(default_factory=dict)  # at the peak of each, without what is in host memory then
+    ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the groups, by name
 
 
 def rehearse(
@@ -92,6 +95,7 @@ def rehearse(
     lines: bool = False,
     archs: tuple[Architecture, Architecture | None] | None = None,
     num_steps: int = NUM_STEPS,
+    ranks_per_node: int | None = None,
 ) -> Rehearsed:
     """See the module docstring. Not collective; no process group may exist yet in this process.
 
@@ -100,10 +104,11 @@ def rehearse(
         lines: tell the lines of code apart that hold memory.
         num_steps: what is born in the first one may be alive at the peak of the second.
         archs: in place of those of the configuration's models: the student's, and a local teacher's.
+        ranks_per_node: for --teacher_nodes.
 
     Raises LayoutError or ConfigError for what `train` would refuse.
     """
-    student_layout, teacher_layout = planned_layouts(config, world_size)
+    student_layout, teacher_layout = planned_layouts(config, world_size, ranks_per_node=ranks_per_node)
     # Read before tensors are fake: rotary frequencies are computed with values.
     archs = archs or architectures(config)
     check_adapters(config, archs[0], student_layout)
@@ -115,16 +120,25 @@ def rehearse(
         parts = _Parts.build(config, archs, student_layout, teacher_layout, counter)
         if isinstance(parts.teacher, TeacherPipeline):
             peers.name_groups(parts.teacher.groups, "teacher's ")
-        peers.name_groups(parts.student.groups)
+        if parts.student is not None:
+            peers.name_groups(parts.student.groups)
+        peers.name_group("signals", getattr(parts.teacher, "signal_group", None))
+        loads = [peak.without(away(config, name)) for name, peak in counter.peaks.items()]
         gc.collect()  # what a cycle still holds of the building
-        built, peaks = counter.now, []
+        built, peaks, phases = counter.now, list[Alive](), dict[str, Alive]()
         for step in range(num_steps):
             counter.restart()
             peers.sent.clear()
             parts.step(_plan(step, config, lengths, student_layout, teacher_layout), counter)
             peaks.append(counter.peak)
-        num_parameters = sum(p.numel() for chunk in parts.student.chunks for p in chunk.parameters())
-        return Rehearsed(rank, num_parameters, built, peaks, dict(peers.sent))
+            for name, peak in counter.peaks.items():
+                name = f"step {step + 1}" if name == "update" else name
+                phases[name] = max(phases.get(name, peak), peak, key=lambda alive: alive.total)
+        phases = {name: peak.without(away(config, name)) for name, peak in phases.items() if name != "other"}
+        phases = {"load": max(loads, key=lambda alive: alive.total)} | phases
+        chunks = [] if parts.student is None else parts.student.chunks
+        num_parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+        return Rehearsed(rank, num_parameters, built, peaks, dict(peers.sent), phases, dict(peers.ranks))
 
 
 def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
@@ -139,34 +153,11 @@ def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]
     return found[0], found[1] if len(found) > 1 else None
 
 
-def _refuse_offload(config: RunConfig) -> None:
-    for flag in ("offload_model", "offload_optimizer"):
-        if config.get(flag):
-            raise NotBuiltError(
-                f"not built yet: plan with --{flag} true (leave it out: the step's peak is the same, and what the "
-                "flag frees between two uses is the line of the weights or of the optimizer)"
-            )
-
-
 def planned_layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:
-    """(student's, teacher's), of a run that can be rehearsed. Raises NotBuiltError for one that cannot yet."""
+    """(student's, teacher's); the former where no model of its own teaches on ranks."""
     student, teacher = layouts(config, world_size, ranks_per_node=ranks_per_node)
-    _refuse_offload(config)
-    match config.teacher.kind:
-        case ServerTeachers() | LocalTeacher(separate=True):
-            raise NotBuiltError(
-                "not built yet: plan with a teacher that is not on the student's ranks (give --teacher_model alone, "
-                "without --teacher_placement separate: the student's ranks hold at most as much)"
-            )
-        case LocalTeacher() if config.base_teaches:
-            return student, student
-        case LocalTeacher() as local:
-            if config.teacher.offload_teacher_model:
-                raise NotBuiltError(
-                    "not built yet: plan with --offload_teacher_model true (leave it out: outside of the teacher's "
-                    "pass the run holds less, by the teacher's weights)"
-                )
-            return student, without_borrowed_experts(config, read_architecture(local.path), teacher)
+    if isinstance(config.teacher.kind, LocalTeacher) and not config.base_teaches:
+        return student, without_borrowed_experts(config, read_architecture(config.teacher.kind.path), teacher)
     return student, student
 
 
@@ -175,9 +166,9 @@ class _Parts:
     """What a rank of a run has, as train/setup.py makes it, without weights, rows or servers."""
 
     config: RunConfig
-    student: Student
+    student: Student | None  # None on a rank that the teacher has to itself
     teacher: Teacher
-    loss: TrainingObjective
+    loss: TrainingObjective | None
 
     @classmethod
     def build(
@@ -189,62 +180,50 @@ class _Parts:
         counter: AllocationCounter,
     ) -> _Parts:
         """Made in the order of a run. `archs`: the student's, and a local teacher's."""
-        arch, groups = archs[0], build_groups(student_layout)
-        options = rehearsed_options(config)
-        with counter.category("student: weights, gradients, optimizer"):
-            chunks = build_model(arch, student_layout, groups, options, dtype=config.model.precision)
-            if config.tuner.is_lora:
-                prepare(chunks, config, arch, groups)
-            student = student_of(config, chunks, student_layout, groups, options, train_iters=NUM_STEPS)
-        student.config.variable_seq_lengths = False  # shapes are values, and there are none
-        with counter.category("teacher: weights"):
-            teacher, loss = _teacher_and_loss(config, archs, student, teacher_layout)
+        groups = build_groups(student_layout)
+        here = student_layout.holds(dist.get_rank())
+        student = _student(config, archs[0], student_layout, groups, counter) if here else None
+        with counter.phase("load, the teacher"):
+            pair = student_layout, teacher_layout
+            teacher, head, vocab_size = rehearsed_teacher(config, archs, student, pair, counter)
+        loss = None if student is None else objective_of(config, groups, vocab_size=vocab_size, head=head)
         return cls(config, student, teacher, loss)
 
     def step(self, plan: StepPlan, counter: AllocationCounter) -> None:
-        """`distill`, with what it does told apart."""
+        """`distill`, with what it does told apart; on a rank of the teacher's alone its part."""
+        timers: Any = _Phases(counter)
+        if self.student is None or self.loss is None:
+            with timers.phase("teacher"):
+                teacher_signals(self.teacher, plan)
+            return
         optimizer: Any = self.student.optimizer
         for member in (optimizer, *getattr(optimizer, "chained_optimizers", ())):
             member.get_grad_norm = lambda: 1.0
-        with patch.object(optimizer, "step", _under(counter, "update", optimizer.step)):
-            distill(
-                self.student,
-                self.teacher,
-                _Counted(self.loss, counter),
-                plan,
-                device=torch.device("cpu"),
-                timers=_Phases(counter),  # type: ignore[arg-type]
-            )
+        backward = counter.in_phase("backward", schedules.backward_step)
+        with (
+            patch.object(optimizer, "step", counter.in_phase("update", _under(counter, "update", optimizer.step))),
+            patch.object(schedules, "backward_step", backward),
+        ):
+            loss, device = _Counted(self.loss, counter), torch.device("cpu")
+            distill(self.student, self.teacher, loss, plan, device=device, timers=timers)
 
 
-def _teacher_and_loss(
-    config: RunConfig, archs: tuple[Architecture, Architecture | None], student: Student, teacher_layout: Layout
-) -> tuple[Teacher, TrainingObjective]:
-    """By the kind of teacher, as train/teachers.py makes it, and the run's objective."""
-    arch, of_teacher = archs
-    topk, device, dtype = config.distillation.gkd_logits_topk, torch.device("cpu"), config.model.precision
-    has_head = topk is None and student.groups.pp.rank() == student.layout.pipeline - 1
-    vocab_size = arch.vocab_size
-    teacher: Teacher
-    head: torch.Tensor | Callable[[], torch.Tensor] | None = None
-    match config.teacher.kind:
-        case NoTeacher():
-            teacher = Nobody(student.layout)
-        case LocalTeacher() if not config.base_teaches:
-            assert of_teacher is not None
-            groups = build_groups(teacher_layout)
-            vocab_size = min(arch.vocab_size, of_teacher.vocab_size)
-            chunks = build_model(of_teacher, teacher_layout, groups, ModelOptions.on("cpu"), dtype=dtype)
-            chunks[0].config.variable_seq_lengths = False
-            teacher = TeacherPipeline(
-                chunks, teacher_layout, groups, student.layout, vocab_size=vocab_size, device=device, topk=topk
-            )
-            columns = arch.padded_vocab_size(student.layout.tensor) // student.layout.tensor
-            head = torch.empty(columns, of_teacher.hidden_size, dtype=DTYPES[dtype]) if has_head else None
-        case _:
-            teacher = itself = SelfTeacher(student, vocab_size=vocab_size, device=device, topk=topk)
-            head = itself.head if has_head else None
-    return teacher, objective_of(config, student.groups, vocab_size=vocab_size, head=head)
+def _student(config: RunConfig, arch: Architecture, layout: Layout, groups: Any, counter: AllocationCounter) -> Student:
+    """With its memory told apart."""
+    options = rehearsed_options(config)
+    with counter.category("student: buffers"):
+        chunks = build_model(arch, layout, groups, options, dtype=config.model.precision)
+        if config.tuner.is_lora:
+            prepare(chunks, config, arch, groups)
+        config = replace(config, offload=OffloadConfig())
+        student = student_of(config, chunks, layout, groups, options, train_iters=NUM_STEPS)
+    student.config.variable_seq_lengths = False  # shapes are values, and there are none
+    counter.rename(optimizer_tensors(student.optimizer), OPTIMIZER)
+    buffers = [buffer for chunk in student.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    counter.rename((buffer.grad_data for buffer in buffers), GRADIENTS)
+    # Last: a weight of --dtype fp32 is the optimizer's main weight as well.
+    counter.rename((weight for chunk in student.chunks for weight in chunk.parameters()), STUDENT_WEIGHTS)
+    return student
 
 
 def _plan(
@@ -289,8 +268,12 @@ class _Phases:
     def __init__(self, counter: AllocationCounter) -> None:
         self._counter = counter
 
-    def phase(self, name: str) -> Any:
-        return self._counter.category(self.NAMES[name])
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with self._counter.category(self.NAMES[name]), self._counter.phase("forward" if name == "student" else name):
+            yield
+        if name == "teacher":  # what outlives the pass
+            self._counter.rename_all(self.NAMES[name], "signals")
 
 
 class _NoPeers(TorchDispatchMode):
@@ -300,12 +283,18 @@ class _NoPeers(TorchDispatchMode):
         super().__init__()
         self.sent: Counter[str] = Counter()
         self._names: dict[str, str] = {}
+        self.ranks: dict[str, tuple[int, ...]] = {}
 
     def name_groups(self, groups: Any, owner: str = "") -> None:
         """What the report calls the groups of a model."""
         for name in ("pp", "dp_cp", "ep", "cp", "tp"):
-            if (group := getattr(groups, name, None)) is not None:
-                self._names[group.group_name] = owner + name
+            self.name_group(owner + name, getattr(groups, name, None))
+
+    def name_group(self, name: str, group: Any) -> None:
+        """One of them; None is none."""
+        if group is not None:
+            self._names[group.group_name] = name
+            self.ranks[name] = tuple(dist.get_process_group_ranks(group))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):

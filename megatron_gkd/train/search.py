@@ -107,6 +107,7 @@ def search(
 
     Raises NotBuiltError for a run that is not rehearsed.
     """
+    _refuse(config)
     arch, of_teacher = architectures(config)
     impossible: Counter[str] = Counter()
     fitting, too_large = list[Found](), list[Found]()
@@ -127,6 +128,17 @@ def search(
         (checked if whole.num_bytes <= room else too_large).append(whole)
     too_large.sort(key=lambda found: found.num_bytes)
     return Searched(checked + fitting, too_large, impossible)
+
+
+def _refuse(config: RunConfig) -> None:
+    """What a layout that is given is planned with, and a search is not."""
+    asked = [flag for flag in ("offload_model", "offload_optimizer", "offload_teacher_model") if config.get(flag)]
+    if config.teacher.teacher_placement == "separate":
+        asked.append("teacher_placement separate")
+    if asked:
+        raise NotBuiltError(
+            f"not built yet: plan --search with --{asked[0]}; plan the layout that is given, without --search"
+        )
 
 
 def _students(

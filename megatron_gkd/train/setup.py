@@ -165,6 +165,8 @@ def build(config: RunConfig, *, with_training_data: bool = True) -> Run | Teache
     # The tracker's states are only drawn from with dropout, which is 0; sequence parallelism demands that they exist.
     seed_tracker(config.training.seed, groups if here else None)
     student = _build_student(inputs, where, groups) if here else None
+    if student is not None and inputs.teacher_arch is not None:
+        student.leave_device()  # what is offloaded leaves its room to a teacher that is loaded now
     taught, arch, layout = reached.make(student), inputs.student_arch, inputs.student_layout
     if student is not None:
         logger.info("student %s, %s; teacher %s", arch.model_type, layout.describe(), reached.told)

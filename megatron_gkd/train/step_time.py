@@ -136,6 +136,13 @@ def _stage_flops(arch: Architecture, layout: Layout, length: int) -> float:
     return max(sum(layers[first : first + per_stage]) for first in range(0, arch.num_layers, per_stage))
 
 
+def step_s(config: RunConfig, phases: Mapping[str, float]) -> float:
+    """The step of these phases. A teacher on ranks of its own works beside the student."""
+    of_teacher = sum(seconds for name, seconds in phases.items() if "teacher" in name)
+    rest = sum(phases.values()) - of_teacher
+    return max(of_teacher, rest) if config.teacher.teacher_placement == "separate" else of_teacher + rest
+
+
 def _passes_s(
     arch: Architecture,
     layout: Layout,

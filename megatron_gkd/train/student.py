@@ -184,7 +184,7 @@ class Student:
 
         def state() -> list[torch.Tensor]:
             own = {weight.untyped_storage() for weight in weights()}
-            return [t for t in _optimizer_tensors(self._optimizer) if t.untyped_storage() not in own]
+            return [t for t in optimizer_tensors(self._optimizer) if t.untyped_storage() not in own]
 
         of_model = (Parked(weights, device), Parked(gradients, device, keep=False)) if offload.offload_model else ()
         return of_model, (Parked(state, device),) if offload.offload_optimizer else ()
@@ -294,7 +294,7 @@ def _optimizer_config(
     )
 
 
-def _optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
+def optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
     """Main weights and state."""
     for member in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = member.optimizer

@@ -38,10 +38,16 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = rehearsed(config_of(root, pipeline=2), 2)
     assert [one["rank"] for one in ranks] == [0, 1]
     for one, expected in zip(ranks, found, strict=True):
-        assert one["needed_bytes"] == max(peak.total for peak in expected.peaks)
+        assert one["needed_bytes"] == max(sum(parts.values()) for parts in one["phases_bytes"].values())
         assert one["fits"] == (one["needed_bytes"] <= 2.5e6)
         assert sum(one["sent_bytes_a_step"].values()) > 0
-        assert all(line.split(":")[0].endswith(".py") for lines in one["lines"].values() for line, _ in lines)
+        assert one["lines"]
+        for line in (line for lines in one["lines"].values() for line, _ in lines):
+            assert line.split(":")[0].endswith(".py")
+            assert "rehears" not in line, "of the model, not of what stands between"
+        assert list(one["phases_bytes"]) == ["load", "teacher", "forward", "backward", "step 1", "step 2", "save"]
+        steps = [sum(parts.values()) for name, parts in one["phases_bytes"].items() if name not in ("load", "save")]
+        assert max(steps) == max(peak.total for peak in expected.peaks)
     alone = ["--world_size", "1", "--pipeline_model_parallel_size", "1", "--global_batch_size", "2"]
     assert cli.main([*argv.split(), *alone]) == 0
     text = capsys.readouterr().out
@@ -52,7 +58,8 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--teacher_placement separate --teacher_world_size 1", "not built yet: plan with a teacher that is not on"),
+        ("--teacher_placement separate --teacher_nodes 1", "nothing says how many ranks a node has"),
+        ("--search --offload_model true", "not built yet: plan --search with --offload_model"),
         ("--tensor_model_parallel_size 3", "3"),
         ("--global_batch_size 7 --micro_batch_size 2", "global_batch_size 7"),
     ],

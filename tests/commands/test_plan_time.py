@@ -14,7 +14,7 @@ from megatron_gkd.commands.plan import _seconds
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.observe.allocations import Alive
-from megatron_gkd.train.rehearsal import Rehearsed, planned_layouts
+from megatron_gkd.train.rehearsal import Rehearsed, architectures, planned_layouts
 from tests.support.vision_models import write_tiny_vision
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
@@ -25,7 +25,7 @@ def seconds(asked: PlanConfig, handed: int, *flags: str) -> dict[str, float]:
     words = f"--model {MODELS / 'Qwen3-1.7B'} --dataset none --dtype bf16 --global_batch_size 64 --save none".split()
     config = parse_run_config([*words, "--tensor_model_parallel_size", "2", *flags])
     found = [Rehearsed(rank, 1, Alive({}), [], {"tp": handed // (rank + 1)}) for rank in range(2)]
-    return _seconds(asked, config, found, *planned_layouts(config, asked.world_size))
+    return _seconds(asked, config, architectures(config), found, *planned_layouts(config, asked.world_size))
 
 
 TEACHER = ("--teacher_model", str(MODELS / "Qwen3-32B"), "--teacher_tensor_model_parallel_size", "8")

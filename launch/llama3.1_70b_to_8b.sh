@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Llama-3.1-70B-Instruct teaches Llama-3.1-8B, each in its own layout: the teacher TP 8, the student TP 2.
+#
+#   export TEACHER=/models/Llama-3.1-70B-Instruct STUDENT=/models/Llama-3.1-8B
+#   export DATASET=train.jsonl SAVE=/shared/runs/llama3.1_70b_to_8b
+#   # on each of 3 nodes: the student on 2, the teacher on 1
+#   NNODES=3 RDZV_ENDPOINT=node0 bash launch/llama3.1_70b_to_8b.sh
+#   PLACEMENT=colocate bash launch/llama3.1_70b_to_8b.sh   # one node: both on the same 8 GPUs, the teacher offloaded
+#   PLACEMENT=colocate bash launch/llama3.1_70b_to_8b.sh --dry-run        # print the command, check all, start nothing
+#
+# Further flags go to `megatron-gkd train` and win over those here (but --dataset, which is DATASET's). The teacher
+# hands over its last hidden states, and the student's ranks apply its head, in the fused loss over the full vocabulary.
+#
+# THIS HAS NOT BEEN RUN ON THE HARDWARE THAT IT IS FOR. The layouts and code paths are tested on tiny models on CPU
+# ranks; the memory is rehearsed without a GPU (docs/recipes.md). Start with --train_iters 5 and look at it.
+#
+# Hardware: nodes of 8 GPUs of 80 GB. bf16 weights of the teacher: 141 GB, 18 GB a GPU. PLACEMENT=separate: 2 nodes or
+#           more. PLACEMENT=colocate: 1 node or more, and host memory for the teacher's weights (141 GB a node).
+# Time:     not measured; predicted in docs/recipes.md.
+# Expect:   as train_single_node.sh and train_multi_node.sh say.
+#
+# Environment:
+#   TEACHER, STUDENT  Hugging Face directories (required); the vocabulary has to be the same
+#   DATASET           training data, one JSONL or Parquet file (required)
+#   SAVE              run directory (default: runs/llama3.1_70b_to_8b)
+#   PLACEMENT         separate: the teacher on nodes of its own, working ahead; colocate: on the student's GPUs
+#                     (default: separate)
+#   TEACHER_NODES     nodes of the teacher with PLACEMENT=separate (default: 1)
+#   NNODES            nodes (default: 1) and, above 1, what train_multi_node.sh asks for
+#   NPROC_PER_NODE    GPUs a node (default: 8)
+#   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken
+#                     (default: 128)
+set -euo pipefail
+# shellcheck source=_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
+
+help_if_asked "$@"
+student_layout=(--tensor_model_parallel_size 2 --sequence_parallel true --use_distributed_optimizer true)
+teacher_layout=(--teacher_tensor_model_parallel_size 8 --teacher_pipeline_model_parallel_size 1)
+together=(--offload_teacher_model true)
+train_pair llama3.1_70b_to_8b 2 "$@"

@@ -1,0 +1,218 @@
+#!/usr/bin/env python
+"""Bytes that `megatron-gkd plan` foresees beside bytes that CPU ranks allocate: the grid of docs/memory_grid.md.
+
+    python -m tools.memory_grid              # run all cells that are not written yet (an hour), write the page
+    python -m tools.memory_grid --rounds 1   # one more cell of every layout
+    python -m tools.memory_grid --again      # forget what is written
+
+A cell is a layout x {dense, mixture of experts} x {recompute none, selective, full} x {padded, packed}. A run of that
+layout is built on gloo ranks and makes a step under a counter of live tensors (megatron_gkd/observe/allocations.py),
+and one rank of each kind is rehearsed (megatron_gkd/train/rehearsal.py). Compared is, on every rank, the peak of the
+step (of a second one: tests/train/test_rehearsal.py). Rounds take the cells by turns, so that a few of them hold every
+lever. A mixture's real loads are those of its random router; the rehearsal's are even, so they may differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from megatron_gkd.platform import import_megatron
+
+import_megatron()
+
+from megatron_gkd.config.run import RunConfig  # noqa: E402
+from megatron_gkd.observe.allocations import AllocationCounter  # noqa: E402
+from megatron_gkd.train.fit import layouts  # noqa: E402
+from megatron_gkd.train.rehearsal import _Counted, _Phases, _plan, rehearse  # noqa: E402
+from megatron_gkd.train.step import distill  # noqa: E402
+from tests.support.ranks import _destroy_groups_left, run_ranks  # noqa: E402
+from tests.support.ranks_at_work import megatron  # noqa: E402
+from tests.support.trainers import T, build_run, run_config, write_pair, write_rows  # noqa: E402
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+JSON, PAGE = ROOT / "docs" / "memory_grid.json", ROOT / "docs" / "memory_grid.md"
+LENGTHS: Final = [(5, 40)] * 4  # (prompt, completion) tokens of the samples of a step; pipelines exchange no shapes
+COMMON: Final[dict[str, Any]] = dict(micro_batch_size=1, global_batch_size=4, train_iters=2, dtype="fp32")
+FAMILIES: Final = {"dense": "qwen3", "mixture": "qwen3_moe"}
+LEVERS: Final = list(itertools.product(FAMILIES, ("none", "selective", "full"), (False, True)))
+# Ranks, flags of both kinds of model, flags of the mixture besides.
+LAYOUTS: Final[dict[str, tuple[int, dict[str, Any], dict[str, Any]]]] = {
+    "one rank": (1, {}, {}),
+    "TP2": (2, dict(tensor=2), dict(sequence=True, expert_tensor=2)),
+    "TP2 SP": (2, dict(tensor=2, sequence=True), dict(expert=2, expert_tensor=1)),
+    "PP2": (2, dict(pipeline=2), {}),
+    "PP2 VPP2": (2, dict(pipeline=2, virtual=2), {}),
+    "PP2, the teacher TP2": (2, dict(pipeline=2, teacher_tensor=2, teacher_pipeline=1), {}),
+    "DP2": (2, {}, {}),
+    "DP2, distributed optimizer": (2, dict(sharded=True), dict(expert=2)),
+    "DP2, distributed optimizer, bf16": (2, dict(sharded=True, dtype="bf16"), dict(expert=2)),
+    "CP2": (2, dict(context=2, teacher_context=1), dict(expert=2)),
+    "TP2 SP PP2": (4, dict(tensor=2, sequence=True, pipeline=2), dict(expert=2, expert_tensor=1)),
+    "TP2 SP DP2": (4, dict(tensor=2, sequence=True, sharded=True), dict(expert=2)),
+    "PP2 DP2": (4, dict(pipeline=2, sharded=True), dict(expert=2)),
+    "PP4": (4, dict(pipeline=4, teacher_pipeline=2), {}),
+}
+
+
+class Cell(NamedTuple):
+    """Of the grid."""
+
+    layout: str
+    model: str
+    recompute: str
+    packed: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout}, {self.model}, recompute {self.recompute}, {'packed' if self.packed else 'padded'}"
+
+
+class Compared(NamedTuple):
+    """The rank that differs most."""
+
+    foreseen: int
+    allocated: int
+
+    @property
+    def ratio(self) -> float:
+        return self.foreseen / self.allocated
+
+
+def cells() -> Iterator[Cell]:
+    """All of them, layout by layout."""
+    for layout in LAYOUTS:
+        for model, recompute, packed in LEVERS:
+            yield Cell(layout, model, recompute, packed)
+
+
+def rounds() -> Iterator[list[Cell]]:
+    """The same, by turns: a cell of every layout, each with other levers."""
+    for turn in range(len(LEVERS)):
+        yield [Cell(layout, *LEVERS[(5 * index + turn) % len(LEVERS)]) for index, layout in enumerate(LAYOUTS)]
+
+
+def configured(cell: Cell, root: Path) -> tuple[int, RunConfig]:
+    """(ranks, the run) of a cell; its models and rows are in `root`."""
+    world, both, of_mixture = LAYOUTS[cell.layout]
+    flags = both | (of_mixture if cell.model == "mixture" else {})
+    named = {T.get(name, name): value for name, value in (COMMON | flags).items()}
+    named["recompute_granularity"] = cell.recompute
+    if cell.packed:
+        named |= dict(packing=True, max_length=96)
+    student, teacher = write_pair(root, FAMILIES[cell.model])
+    return world, run_config(student, teacher, write_rows(root / "rows.jsonl", 4, teacher_prompts=True), **named)
+
+
+def allocated(configs: list[RunConfig]) -> list[int]:
+    """Of this rank, at the peak of a step of each. Collective."""
+    found = []
+    for config in configs:
+        with megatron():
+            counter = AllocationCounter()
+            with counter, counter.category("built"):
+                run = build_run(config)
+                gc.collect()  # what a cycle still holds of the building
+                student, teacher = run.student.layout, run.teacher.layout
+                counter.restart()
+                loss: Any = _Counted(run.loss, counter)
+                timers: Any = _Phases(counter)
+                plan = _plan(0, config, LENGTHS, student, teacher)
+                distill(run.student, run.teacher, loss, plan, device=run.platform.device, timers=timers)
+                found.append(counter.peak.total)
+            run.teacher.close()
+            del run
+        _destroy_groups_left()  # each has threads, and twelve runs would have hundreds
+    return found
+
+
+def foreseen(world: int, config: RunConfig) -> list[int]:
+    """Of every rank, from one of each kind."""
+    student, teacher = layouts(config, world)
+    kinds = [(student.coordinate(rank).pp, teacher.coordinate(rank).pp) for rank in range(world)]
+    found: dict[tuple[int, int], int] = {}
+    for rank, kind in enumerate(kinds):
+        if kind not in found:
+            with megatron():
+                found[kind] = rehearse(config, world_size=world, rank=rank, lengths=LENGTHS, num_steps=1).peaks[0].total
+    return [found[kind] for kind in kinds]
+
+
+def compare(some: list[Cell], root: Path) -> dict[Cell, Compared]:
+    """Of cells of the same number of ranks, on one set of them."""
+    runs = [configured(cell, root) for cell in some]
+    (world,) = {ranks for ranks, _ in runs}
+    of_ranks = run_ranks(allocated, [config for _, config in runs], world=world)
+    found = {}
+    for index, (cell, (_, config)) in enumerate(zip(some, runs, strict=True)):
+        pairs = [Compared(own, rank[index]) for own, rank in zip(foreseen(world, config), of_ranks, strict=True)]
+        found[cell] = max(pairs, key=lambda pair: abs(pair.ratio - 1))
+    return found
+
+
+HEAD: Final = """\
+# Foreseen and allocated bytes
+
+Made by `python -m tools.memory_grid`. What a rehearsal foresees ([Memory](memory.md#rehearsed)) over what a run on CPU
+ranks allocates, less 1, in per cent: at the peak of a step, on the rank that differs most. 0: the same to the byte.
+Tiny models of four layers. {num_cells} of {num_all} cells have been run, {num_exact} of them exact, the largest
+difference {worst:.2f} %.
+
+Rehearsed experts have even loads; those of the run are its random router's. That is where a mixture differs.
+
+| layout | model | recompute | rows | % | bytes |
+|---|---|---|---|---|---|
+"""
+
+
+def page(found: dict[Cell, Compared]) -> str:
+    """docs/memory_grid.md."""
+    off = [abs(pair.ratio - 1) * 100 for pair in found.values()]
+    counts = dict(num_cells=len(found), num_all=len(list(cells())), num_exact=off.count(0))
+    lines = HEAD.format(**counts, worst=max(off)).splitlines()
+    for cell, pair in found.items():
+        per_cent = "0" if pair.ratio == 1 else f"{100 * (pair.ratio - 1):+.2f}"
+        rows = "packed" if cell.packed else "padded"
+        lines.append(f"| {cell.layout} | {cell.model} | {cell.recompute} | {rows} | {per_cent} | {pair.allocated:,} |")
+    return "\n".join(lines) + "\n"
+
+
+def written() -> dict[Cell, Compared]:
+    """What docs/memory_grid.json says."""
+    records = json.loads(JSON.read_text())["cells"] if JSON.exists() else []
+    return {Cell(*record["cell"]): Compared(record["foreseen"], record["allocated"]) for record in records}
+
+
+def _text(found: dict[Cell, Compared]) -> str:
+    records = ",\n".join(json.dumps({"cell": list(cell), **pair._asdict()}) for cell, pair in found.items())
+    return f'{{"made_by": "python -m tools.memory_grid", "cells": [\n{records}\n]}}\n'
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--again", action="store_true", help="run all cells, written or not")
+    parser.add_argument("--rounds", type=int, default=len(LEVERS), help="that have a cell which is not written")
+    options = parser.parse_args(arguments)
+    found = {} if options.again else written()
+    left = [some for of_round in rounds() if (some := [cell for cell in of_round if cell not in found])]
+    with tempfile.TemporaryDirectory() as root:
+        for of_round in left[: options.rounds]:
+            for cell in of_round:
+                found |= compare([cell], Path(root))
+                found = {cell: found[cell] for cell in cells() if cell in found}
+                JSON.write_text(_text(found))
+                PAGE.write_text(page(found))
+                print(f"{cell.name}: {found[cell].ratio - 1:+.3%}", flush=True)
+    PAGE.write_text(page(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
