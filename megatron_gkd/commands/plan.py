@@ -42,6 +42,7 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     not rehearsed yet."""
     from megatron_gkd.train.hub_files import with_known_models
     from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse
+    from megatron_gkd.train.rehearsed_pictures import Shown
     from megatron_gkd.train.setup import planned_dtype
 
     asked, config = asked_and_config
@@ -57,8 +58,9 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     if of_teacher is not None:
         check_fit("teacher_model", of_teacher, teacher)
     batch = [asked.lengths(config.data.max_length)] * config.training.global_batch_size
+    shown = Shown(asked.images_per_sample, (asked.image_width, asked.image_height))
     found = [
-        rehearse(config, world_size=asked.world_size, rank=rank, lengths=batch, lines=asked.lines > 0)
+        rehearse(config, world_size=asked.world_size, rank=rank, lengths=batch, lines=asked.lines > 0, shown=shown)
         for rank in kinds(student, teacher)
     ]
     sampler, seconds = sampler_bytes(asked, config), _seconds(asked, config, found, student, teacher)
@@ -70,6 +72,8 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     print(f"student {student.describe()}{beside}; {config.model.dtype}")
     prompt, completion = batch[0]
     print(f"{len(batch)} samples a step of {prompt} + {completion} tokens; GB are 10^9 bytes\n")
+    if arch.vision is not None:
+        print(f"in each prompt {shown.number} images of {shown.size[0]} x {shown.size[1]}; the tower's time is not counted\n")
     for one in found:
         print("\n".join(_lines(asked, one, student, teacher, sampler)), end="\n\n")
     print(f"predicted: {sum(seconds.values()):.2f} s a step: {_phases(seconds)}")

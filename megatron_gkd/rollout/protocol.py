@@ -32,7 +32,7 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     stop_token_ids: tuple[int, ...] = ()  # the stop token is kept as the completion's last token
-    banned_token_ids: tuple[int, ...] = ()  # never sampled; of a colocated engine
+    banned_token_ids: tuple[int, ...] = ()  # never sampled
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ from megatron_gkd.train.fit import layouts, without_borrowed_experts
 from megatron_gkd.train.objective import TrainingObjective
 from megatron_gkd.train.plans import plan_of
 from megatron_gkd.train.rehearsed_experts import even_loads
+from megatron_gkd.train.rehearsed_pictures import RehearsedSight, Shown
 from megatron_gkd.train.setup import objective_of, student_of
 from megatron_gkd.train.step import distill
 from megatron_gkd.train.student import Student
@@ -92,6 +93,7 @@ def rehearse(
     lines: bool = False,
     archs: tuple[Architecture, Architecture | None] | None = None,
     num_steps: int = NUM_STEPS,
+    shown: Shown | None = None,
 ) -> Rehearsed:
     """See the module docstring. Not collective; no process group may exist yet in this process.
 
@@ -100,6 +102,7 @@ def rehearse(
         lines: tell the lines of code apart that hold memory.
         num_steps: what is born in the first one may be alive at the peak of the second.
         archs: in place of those of the configuration's models: the student's, and a local teacher's.
+        shown: the images of every sample, where the student sees images.
 
     Raises LayoutError or ConfigError for what `train` would refuse.
     """
@@ -107,12 +110,15 @@ def rehearse(
     # Read before tensors are fake: rotary frequencies are computed with values.
     archs = archs or architectures(config)
     check_adapters(config, archs[0], student_layout)
+    sight = None if shown is None or archs[0].vision is None else RehearsedSight(config, archs, shown)
     counter = AllocationCounter(lines=lines)
     with ExitStack() as stack:
+        if sight is not None:
+            stack.enter_context(sight.fake_towers())
         peers = stack.enter_context(_without_peers(world_size, rank))
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), counter, peers, even_loads()):
             stack.enter_context(mode)
-        parts = _Parts.build(config, archs, student_layout, teacher_layout, counter)
+        parts = _Parts.build(config, archs, student_layout, teacher_layout, counter, sight)
         if isinstance(parts.teacher, TeacherPipeline):
             peers.name_groups(parts.teacher.groups, "teacher's ")
         peers.name_groups(parts.student.groups)
@@ -121,22 +127,18 @@ def rehearse(
         for step in range(num_steps):
             counter.restart()
             peers.sent.clear()
-            parts.step(_plan(step, config, lengths, student_layout, teacher_layout), counter)
+            parts.step(_plan(step, config, lengths, student_layout, teacher_layout, sight), counter)
             peaks.append(counter.peak)
         num_parameters = sum(p.numel() for chunk in parts.student.chunks for p in chunk.parameters())
         return Rehearsed(rank, num_parameters, built, peaks, dict(peers.sent))
 
 
 def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
-    """The student's, and a local teacher's. Raises NotBuiltError for a vision tower, whose bytes would be counted
-    wrongly."""
+    """The student's, and a local teacher's."""
     kind = config.teacher.kind
-    paths = [config.model.model, *([kind.path] if isinstance(kind, LocalTeacher) else [])]
-    found = [read_architecture(path) for path in paths]
-    for path, arch in zip(paths, found, strict=True):
-        if arch.vision is not None:
-            raise NotBuiltError(f"plan does not count a vision tower and its pixels, and {path} has one")
-    return found[0], found[1] if len(found) > 1 else None
+    return read_architecture(config.model.model), read_architecture(kind.path) if isinstance(
+        kind, LocalTeacher
+    ) else None
 
 
 def _refuse_offload(config: RunConfig) -> None:
@@ -187,18 +189,21 @@ class _Parts:
         student_layout: Layout,
         teacher_layout: Layout,
         counter: AllocationCounter,
+        sight: RehearsedSight | None = None,
     ) -> _Parts:
         """Made in the order of a run. `archs`: the student's, and a local teacher's."""
         arch, groups = archs[0], build_groups(student_layout)
         options = rehearsed_options(config)
         with counter.category("student: weights, gradients, optimizer"):
             chunks = build_model(arch, student_layout, groups, options, dtype=config.model.precision)
+            if sight is not None:
+                sight.prepare(chunks, sight.sight.student)
             if config.tuner.is_lora:
                 prepare(chunks, config, arch, groups)
             student = student_of(config, chunks, student_layout, groups, options, train_iters=NUM_STEPS)
         student.config.variable_seq_lengths = False  # shapes are values, and there are none
         with counter.category("teacher: weights"):
-            teacher, loss = _teacher_and_loss(config, archs, student, teacher_layout)
+            teacher, loss = _teacher_and_loss(config, archs, student, teacher_layout, sight)
         return cls(config, student, teacher, loss)
 
     def step(self, plan: StepPlan, counter: AllocationCounter) -> None:
@@ -218,7 +223,11 @@ class _Parts:
 
 
 def _teacher_and_loss(
-    config: RunConfig, archs: tuple[Architecture, Architecture | None], student: Student, teacher_layout: Layout
+    config: RunConfig,
+    archs: tuple[Architecture, Architecture | None],
+    student: Student,
+    teacher_layout: Layout,
+    sight: RehearsedSight | None,
 ) -> tuple[Teacher, TrainingObjective]:
     """By the kind of teacher, as train/teachers.py makes it, and the run's objective."""
     arch, of_teacher = archs
@@ -235,6 +244,8 @@ def _teacher_and_loss(
             groups = build_groups(teacher_layout)
             vocab_size = min(arch.vocab_size, of_teacher.vocab_size)
             chunks = build_model(of_teacher, teacher_layout, groups, ModelOptions.on("cpu"), dtype=dtype)
+            if sight is not None:
+                sight.prepare(chunks, sight.sight.teacher)
             chunks[0].config.variable_seq_lengths = False
             teacher = TeacherPipeline(
                 chunks, teacher_layout, groups, student.layout, vocab_size=vocab_size, device=device, topk=topk
@@ -248,8 +259,15 @@ def _teacher_and_loss(
 
 
 def _plan(
-    step: int, config: RunConfig, lengths: Sequence[tuple[int, int]], student: Layout, teacher: Layout
+    step: int,
+    config: RunConfig,
+    lengths: Sequence[tuple[int, int]],
+    student: Layout,
+    teacher: Layout,
+    sight: RehearsedSight | None = None,
 ) -> StepPlan:
+    if sight is not None:
+        return plan_of(config, step, sight.samples(lengths), student, teacher)
     samples = tuple(
         Sample(i, i, (0,) * prompt, (0,) * rest, "dataset", None) for i, (prompt, rest) in enumerate(lengths)
     )

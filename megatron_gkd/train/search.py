@@ -130,6 +130,10 @@ def search(
 def _architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
     found = architectures(config)
     for arch in found:
+        if arch is not None and arch.vision is not None:
+            raise NotBuiltError(
+                "not built yet: plan --search of a model with a vision tower; give the layout, and leave out --search"
+            )
         if arch is not None and arch.moe is not None and len(arch.moe.layers) < arch.num_layers:
             raise NotBuiltError(
                 f"not built yet: plan --search of a {arch.model_type} model whose layers differ (some have no experts)"
