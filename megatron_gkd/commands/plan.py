@@ -73,7 +73,8 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     prompt, completion = batch[0]
     print(f"{len(batch)} samples a step of {prompt} + {completion} tokens; GB are 10^9 bytes\n")
     if arch.vision is not None:
-        print(f"in each prompt {shown.number} images of {shown.size[0]} x {shown.size[1]}; the tower's time is not counted\n")
+        size = f"{shown.size[0]} x {shown.size[1]}"
+        print(f"in each prompt {shown.number} images of {size}; the time of the vision tower is not counted\n")
     for one in found:
         print("\n".join(_lines(asked, one, student, teacher, sampler)), end="\n\n")
     print(f"predicted: {sum(seconds.values()):.2f} s a step: {_phases(seconds)}")

@@ -81,15 +81,21 @@ class RehearsedSight:
 
     @contextmanager
     def fake_towers(self) -> Iterator[None]:
-        """Towers are described on the meta device, which fake tensors have no part in."""
-        describe = vision.meta_model
+        """Towers are described on the meta device, which fake tensors have no part in; what replaces a parameter there
+        is one of its own, as its data alone would stay on that device."""
+        describe, future = vision.meta_model, torch.__future__
+        before = future.get_overwrite_module_params_on_conversion()
 
         def described(*args: Any) -> Any:
             with unset_fake_temporarily():
                 return describe(*args)
 
-        with patch.object(vision, "meta_model", described):
-            yield
+        future.set_overwrite_module_params_on_conversion(True)
+        try:
+            with patch.object(vision, "meta_model", described):
+                yield
+        finally:
+            future.set_overwrite_module_params_on_conversion(before)
 
     def _expanded(self, images: ImageTokens | None) -> tuple[tuple[int, ...], tuple[Picture, ...]]:
         if images is None:

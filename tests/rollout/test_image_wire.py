@@ -26,7 +26,7 @@ from megatron_gkd.teacher.servers.servers import Seen, TeacherServers
 from tests.support.fake_teacher_server import FakeServer, FakeSwift, behind_urls, random_teacher
 from tests.teacher.servers.test_servers import NEEDS, SEQUENCES, assert_right
 
-PLACEHOLDER = 7
+PLACEHOLDER = 250
 IMAGES = ImageTokens("llava", PLACEHOLDER, (), (), 3, None, "{}")  # three tokens an image
 SETTINGS = SamplingSettings(0.5, stop_token_ids=(4,), banned_token_ids=(PLACEHOLDER,))
 
@@ -79,7 +79,7 @@ def test_a_request_has_the_bare_prompt_and_the_pixels_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda answer: answer | {"prompt_token_ids": [1, 7, 7, 2]}, "makes 4 tokens .* and 5 are meant"),
+        (lambda answer: answer | {"prompt_token_ids": [1, 250, 250, 2]}, "makes 4 tokens .* and 5 are meant"),
         (lambda answer: answer | {"prompt_token_ids": None}, "does not say how it expanded"),
         (lambda answer: answer | {"choices": [answer["choices"][0] | {"logprobs": None}]}, "without its token ids"),
         (lambda answer: answer | {"choices": [answer["choices"][0] | {"finish_reason": "abort"}]}, "with 'abort'"),
@@ -101,7 +101,7 @@ def connected(*fakes: FakeServer) -> TeacherServers:
 def test_a_teacher_is_asked_about_sequences_with_images_and_without() -> None:
     bare = (1, PLACEHOLDER, 2)
     ids, placed = IMAGES.expand(bare, [striped_picture()])
-    sequences = [*SEQUENCES[:2], (ids, (3, PLACEHOLDER, 5)), *SEQUENCES[2:], (ids, (9,))]
+    sequences = [*SEQUENCES[:2], (ids, (3, 5)), *SEQUENCES[2:], (ids, (9,))]
     seen = [None, None, Seen(bare, placed), *[None] * len(SEQUENCES[2:]), Seen(bare, placed)]
     with connected(Seeing(), Seeing()) as servers:
         servers.check_images(IMAGES)
@@ -117,11 +117,11 @@ def test_a_teacher_is_asked_about_sequences_with_images_and_without() -> None:
 def test_servers_that_cannot_see_are_found_at_the_start() -> None:
     off = Seeing()
     off.enabled = False
-    with connected(off) as servers, pytest.raises(RolloutError, match="403 .* start it with --enable-scale-out"):
+    with connected(off) as servers, pytest.raises(RolloutError, match=r"403 .* start it with --enable-scale-out"):
         servers.check_images(IMAGES)
-    with connected(Seeing(), Seeing(per_image=4)) as servers:
-        with pytest.raises(RolloutError, match="makes 36 tokens .* and 35 are meant"):
-            servers.check_images(IMAGES)
+    other = r"makes 36 tokens .* and 35 are meant"
+    with connected(Seeing(), Seeing(per_image=4)) as servers, pytest.raises(RolloutError, match=other):
+        servers.check_images(IMAGES)
     with connected(FakeSwift()) as servers, pytest.raises(RolloutError, match="takes text alone"):
         servers.check_images(IMAGES)
 

@@ -117,7 +117,7 @@ def test_the_student_is_trained_on_captions(root: Path) -> None:
         assert captions.is_file(), said[-3000:]
     else:
         images, encoder = rule_of(root / "teacher"), ChatEncoder(load_tokenizer(root / "teacher"))
-        prompts = [p for p in read_prompts([str(root / "prompts.jsonl")], encoder, images=images)]
+        prompts = read_prompts([str(root / "prompts.jsonl")], encoder, images=images)
         rows = [make_row(p, f"picture {p.index}", {}) for p in prompts if isinstance(p, Prompt)]
         captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_ranks(train_on_this_rank, [*words(root, f"{TRAIN} {REST}"), "--device", "cpu"], world=1)

@@ -161,9 +161,12 @@ def test_a_server_samples_what_transformers_would_before_and_after_a_push(root: 
 def test_a_server_that_was_not_started_for_images_says_so(root: Path) -> None:
     _, requests = asked_of(root, rule_of(root / "student"))
     options: dict[str, Any] = dict(dtype="fp32", max_model_len=256, kv_cache_bytes=64 * 2**20, read_weights=True)
-    with forked_programs(), SubprocessEngine(str(root / "student"), **options) as engine:
-        with pytest.raises(RolloutError, match="it does not take images; start it with --enable-scale-out"):
-            engine.generate(requests, SamplingSettings(0.0))
+    with (
+        forked_programs(),
+        SubprocessEngine(str(root / "student"), **options) as engine,
+        pytest.raises(RolloutError, match="it does not take images; start it with --enable-scale-out"),
+    ):
+        engine.generate(requests, SamplingSettings(0.0))
 
 
 # ---- the teacher ----------------------------------------------------------------------------------------------------
