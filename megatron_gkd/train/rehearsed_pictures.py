@@ -81,21 +81,19 @@ class RehearsedSight:
 
     @contextmanager
     def fake_towers(self) -> Iterator[None]:
-        """Towers are described on the meta device, which fake tensors have no part in; what replaces a parameter there
-        is one of its own, as its data alone would stay on that device."""
-        describe, future = vision.meta_model, torch.__future__
-        before = future.get_overwrite_module_params_on_conversion()
+        """Towers are described on the meta device, which fake tensors have no part in; there they are fake."""
+        describe = vision.meta_model
 
         def described(*args: Any) -> Any:
             with unset_fake_temporarily():
-                return describe(*args)
+                model = describe(*args)
+            for module in model.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+            return model
 
-        future.set_overwrite_module_params_on_conversion(True)
-        try:
-            with patch.object(vision, "meta_model", described):
-                yield
-        finally:
-            future.set_overwrite_module_params_on_conversion(before)
+        with patch.object(vision, "meta_model", described):
+            yield
 
     def _expanded(self, images: ImageTokens | None) -> tuple[tuple[int, ...], tuple[Picture, ...]]:
         if images is None:
