@@ -187,7 +187,9 @@ class ServerClient:
 
         async def one(index: int, body: Mapping[str, Any]) -> Any:
             async with slots:
-                answer = await self._send("POST", path, what, body, True, deadline, most and most[index])
+                answer = await self._send(
+                    "POST", path, what, body, True, deadline, None if most is None else most[index]
+                )
                 return self._read(what, partial(read, index), answer)
 
         tasks = [asyncio.create_task(one(index, body)) for index, body in enumerate(bodies)]

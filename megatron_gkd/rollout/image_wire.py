@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final
 
 from megatron_gkd.data.pictures import load
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.records import Picture
+from megatron_gkd.records import Picture, SeenSequence
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.wire import (
+    MINUS_INFINITY,
     OTHER_FORM,
     checked_completion,
     completion_body,
@@ -47,6 +49,20 @@ def image_topk_body(bare_ids: Sequence[int], pictures: Sequence[Picture], k: int
     """Score a prompt with pictures and its completion; the server samples one more token, which is not looked at."""
     scoring = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "detokenize": False}
     return _body(bare_ids, pictures) | {"sampling_params": scoring}
+
+
+def read_image_scores(ids: SeenSequence, answer: Any, server: str) -> list[float]:
+    """The log-probability of each token but the first, in an answer to `image_topk_body` of no others."""
+    check_expansion(answer, ids, "a probe", server)
+    try:
+        rows = answer["prompt_logprobs"]
+        values = [read_number(row[str(token)]["logprob"]) for row, token in zip(rows[1:], ids[1:], strict=True)]
+    except OTHER_FORM as error:
+        raise RolloutError(
+            f"{server} answered without the log-probabilities of a sequence with images ({type(error).__name__}: "
+            f"{error})"
+        ) from error
+    return [-math.inf if value <= MINUS_INFINITY else value for value in values]
 
 
 def read_image_completion(request: Request, answer: Any, version: int, server: str) -> Completion:

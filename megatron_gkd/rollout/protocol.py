@@ -96,7 +96,8 @@ class Engine(Protocol):
         """Completions, in the order of the requests."""
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability (nats, temperature 1) of each token but the first given those before it."""
+        """Log-probability (nats, temperature 1) of each token but the first given those before it. A SeenSequence has
+        pictures."""
 
     def cached_tokens(self, prompt: Sequence[int]) -> int:
         """How many tokens of a prompt the engine takes from its prefix cache when it samples one token from it (and so

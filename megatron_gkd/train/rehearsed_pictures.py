@@ -26,6 +26,7 @@ from megatron_gkd.data.pictures import striped_picture
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model import vision
 from megatron_gkd.model.build import HiddenStateGPTModel
+from megatron_gkd.model.vision_config import meta_model
 from megatron_gkd.records import Picture, Sample
 from megatron_gkd.train.vision import read_sight
 
@@ -82,7 +83,7 @@ class RehearsedSight:
     @contextmanager
     def fake_towers(self) -> Iterator[None]:
         """Towers are described on the meta device, which fake tensors have no part in; there they are fake."""
-        describe = vision.meta_model
+        describe = meta_model
 
         def described(*args: Any) -> Any:
             with unset_fake_temporarily():

@@ -17,7 +17,7 @@ from megatron_gkd.model.build import DTYPES
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import on_first
 from megatron_gkd.platform import Platform, setup
-from megatron_gkd.records import Row
+from megatron_gkd.records import Row, SeenSequence
 from megatron_gkd.rollout.engines import engine_image_options, open_engines, probe_servers
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
@@ -90,7 +90,7 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
         manifest=manifest,
         group=group,
         dtype=dtype,
-        probes=probes(rows, length),
+        probes=probes(rows, length, inputs.sight.student),
         score=lambda sequences: student_logprobs(
             student.chunks, student.layout, student.groups, sequences, vocab_size=arch.vocab_size, device=where.device
         ),
@@ -174,12 +174,21 @@ def most_pictures(inputs: Inputs) -> int:
     return max((max(len(row.pictures), len(row.teacher_pictures)) for row in rows), default=0)
 
 
-def probes(rows: Rows, max_model_len: int) -> list[Sequence[int]]:
-    """Sequences for verification: the beginnings of the first rows, the same in every run on the same data."""
+def probes(rows: Rows, max_model_len: int, images: ImageTokens | None = None) -> list[Sequence[int]]:
+    """Sequences for verification: the beginnings of the first rows, the same in every run on the same data; of those
+    with pictures the first, whole."""
     length = min(_PROBE_TOKENS, max_model_len - 1)
     found: list[Sequence[int]] = []
+    has_seen = False
     for index in range(min(_NUM_PROBES, len(rows))):
         row = rows[index]
+        if images is not None and row.pictures:
+            rest = (row.completion_ids or ())[:_PROBE_TOKENS]
+            if not has_seen and len(row.prompt_ids) + len(rest) < max_model_len:
+                bare = images.bare(row.prompt_ids, row.pictures)
+                found.append(SeenSequence.of((*row.prompt_ids, *rest), row.pictures, (*bare, *rest)))
+                has_seen = True
+            continue
         ids = (*row.prompt_ids, *(row.completion_ids or ()))[-length:]
         if len(ids) > 1:
             found.append(ids)

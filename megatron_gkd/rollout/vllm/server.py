@@ -38,9 +38,17 @@ from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.config.secret import Secret
 from megatron_gkd.errors import RolloutError
+from megatron_gkd.records import SeenSequence
 from megatron_gkd.rollout.client import UNIX, ServerAnswerError, ServerClient
 from megatron_gkd.rollout.gate import read_secret, rollout_secret
-from megatron_gkd.rollout.image_wire import FLAGS, PATH, image_completion_body, read_image_completion
+from megatron_gkd.rollout.image_wire import (
+    FLAGS,
+    PATH,
+    image_completion_body,
+    image_topk_body,
+    read_image_completion,
+    read_image_scores,
+)
 from megatron_gkd.rollout.protocol import DEFAULT_TIMEOUT_S, Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 from megatron_gkd.rollout.vllm.local_server import SECRET_NAME, LocalServer, as_flags
@@ -222,10 +230,23 @@ class ServerEngine:
         for index, ids in enumerate(sequences):
             self._check_length(ids, f"sequence {index}")
 
-        def read(index: int, answer: Any, _: int) -> list[float]:
-            return read_scores(sequences[index], answer, self._client.name)
+        of_text = [ids for ids in sequences if not isinstance(ids, SeenSequence)]
+        seen = [ids for ids in sequences if isinstance(ids, SeenSequence)]
 
-        return self._complete(f"score {len(sequences)} sequences", [score_body(ids) for ids in sequences], read)
+        def read(index: int, answer: Any, _: int) -> list[float]:
+            return read_scores(of_text[index], answer, self._client.name)
+
+        def read_seen(index: int, answer: Any, _: int) -> list[float]:
+            return read_image_scores(seen[index], answer, self._client.name)
+
+        what = f"score {len(sequences)} sequences"
+        scores = self._complete(what, [score_body(ids) for ids in of_text], read)
+        of_seen: list[list[float]] = []
+        if seen:
+            bodies = [image_topk_body(ids.bare_ids, ids.pictures, 0) for ids in seen]
+            of_seen = self._complete(f"score {len(seen)} sequences with images", bodies, read_seen, PATH)
+        in_order = {False: iter(scores), True: iter(of_seen)}
+        return [next(in_order[isinstance(ids, SeenSequence)]) for ids in sequences]
 
     def cached_tokens(self, prompt: Sequence[int]) -> int:
         self._check_length(prompt, "the prompt")
