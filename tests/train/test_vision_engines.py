@@ -28,7 +28,7 @@ from megatron_gkd.rollout.vllm.server import ServerEngine, SubprocessEngine
 from tests.support.dense_vision import load
 from tests.support.effort import FULL
 from tests.support.ports import reserve_port
-from tests.support.ranks import run_ranks
+from tests.support.ranks import RankFailureError, run_ranks
 from tests.support.real_teacher_server import Served
 from tests.support.runs import command_line, train_on_this_rank
 from tests.support.serving import push, weights
@@ -88,7 +88,9 @@ def differences(root: Path, run: Path, stale: str = "", **changes: Any) -> list[
 
 
 def test_a_colocated_internvl_sees_what_the_trainer_sees(root: Path, tmp_path: Path) -> None:
-    found = differences(root, tmp_path / "run", eval_dataset=root / "rows.jsonl", eval_generate=3)
+    found = differences(
+        root, tmp_path / "run", eval_dataset=root / "rows.jsonl", eval_generate=3, eval_verifier="exact"
+    )
     assert len(found) == 2
     assert max(found) < TOLERANCE
     (before, *_, after) = read_rows(tmp_path / "run" / "evaluation.jsonl")
@@ -106,6 +108,9 @@ def test_an_older_towers_rows_would_be_seen(root: Path, tmp_path: Path, engine: 
     first, second = differences(root, tmp_path / "stale", engine, **mode)
     assert first < TOLERANCE, "nothing is cached yet"
     assert second > 10 * TOLERANCE
+    if engine == "ServerEngine":  # a probe with an image finds it, before anything is sampled
+        with pytest.raises(RankFailureError, match="do not hold the trainer's weights"):
+            differences(root, tmp_path / "found", engine, **mode, verify_sync_every=1)
 
 
 # ---- a server against transformers ----------------------------------------------------------------------------------
