@@ -24,7 +24,7 @@ from megatron_gkd.observe.writers import read_rows
 from megatron_gkd.rollout.engines import engine_image_options
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.vllm.colocate import ColocatedEngine
-from megatron_gkd.rollout.vllm.server import ServerEngine, SubprocessEngine
+from megatron_gkd.rollout.vllm.server import SubprocessEngine
 from tests.support.dense_vision import load
 from tests.support.effort import FULL
 from tests.support.ports import reserve_port
@@ -65,22 +65,21 @@ def flags(root: Path, **changes: Any) -> dict[str, Any]:
     return given | changes
 
 
-def train_with(argv: list[str], stale: str = "") -> None:
-    """`stale`: engines that do not drop what an older tower made of images."""
+def train_with(argv: list[str], stale: bool = False) -> None:
+    """`stale`: an engine that does not drop what an older tower made of images."""
     with pytest.MonkeyPatch.context() as patch, forked_programs():
-        for engine in (ColocatedEngine, ServerEngine):
-            end: Any = engine.end
+        if stale:
+            end = ColocatedEngine.end
 
-            def forgetful(self: Any, version: int, end: Any = end) -> None:
+            def forgetful(self: ColocatedEngine, version: int) -> None:
                 self._sees_images = False
                 end(self, version)
 
-            if stale == engine.__name__:
-                patch.setattr(engine, "end", forgetful)
+            patch.setattr(ColocatedEngine, "end", forgetful)
         train_on_this_rank(argv)
 
 
-def differences(root: Path, run: Path, stale: str = "", **changes: Any) -> list[float]:
+def differences(root: Path, run: Path, *, stale: bool = False, **changes: Any) -> list[float]:
     """Between the sampler's log-probabilities and the trainer's, of each step."""
     given = flags(root, lmbda=1, freeze_vision=False, health_steps=1, **changes)
     run_ranks(train_with, command_line(**given, save=run), stale, world=1, with_vllm=True)
@@ -98,19 +97,19 @@ def test_a_colocated_internvl_sees_what_the_trainer_sees(root: Path, tmp_path: P
 
 
 @only_full
-@pytest.mark.parametrize("engine", ["ColocatedEngine", "ServerEngine"])
-def test_an_older_towers_rows_would_be_seen(root: Path, tmp_path: Path, engine: str) -> None:
-    mode = dict(vllm_mode="colocate" if engine == "ColocatedEngine" else "subprocess")
-    if engine == "ServerEngine":
-        found = differences(root, tmp_path / "right", **mode)
-        assert len(found) == 2
-        assert max(found) < TOLERANCE
-    first, second = differences(root, tmp_path / "stale", engine, **mode)
+def test_an_older_towers_rows_would_be_seen_and_are_found(root: Path, tmp_path: Path) -> None:
+    first, second = differences(root, tmp_path / "stale", stale=True)
     assert first < TOLERANCE, "nothing is cached yet"
     assert second > 10 * TOLERANCE
-    if engine == "ServerEngine":  # a probe with an image finds it, before anything is sampled
-        with pytest.raises(RankFailureError, match="do not hold the trainer's weights"):
-            differences(root, tmp_path / "found", engine, **mode, verify_sync_every=1)
+    with pytest.raises(RankFailureError, match="do not hold the trainer's weights"):  # a probe has an image
+        differences(root, tmp_path / "found", stale=True, verify_sync_every=1)
+
+
+@only_full
+def test_a_server_of_the_run_sees_what_the_trainer_sees(root: Path, tmp_path: Path) -> None:
+    found = differences(root, tmp_path / "run", vllm_mode="subprocess")
+    assert len(found) == 2
+    assert max(found) < TOLERANCE
 
 
 # ---- a server against transformers ----------------------------------------------------------------------------------

@@ -312,11 +312,12 @@ class TeacherServers:
     def check_images(self, images: ImageTokens) -> None:
         """Whether every server takes images, and makes as many tokens of them: asked with one. Raises RolloutError."""
         picture = striped_picture()
-        bare = (images.image_token_id, *self.needs.probe[:-1])
+        *probe, last = (token for token in self.needs.probe if token != images.image_token_id)
+        bare = (images.image_token_id, *probe)
         ids, placed = images.expand(bare, [picture])
         for server in self._servers:
             try:
-                self._start_seeing(server, [(ids, self.needs.probe[-1:])], [Seen(bare, placed)]).result()
+                self._start_seeing(server, [(ids, (last,))], [Seen(bare, placed)]).result()
             except ServerAnswerError as error:
                 raise RolloutError(
                     f"{error}: the rows have images, and it does not take them; start it with {image_wire.FLAGS}"
