@@ -227,7 +227,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("student", "teacher", "steps", "warmup", "rounds", "batch", "lr", "beta", "max_new_tokens", "cores", "layout")
+    names = (
+        "student",
+        "teacher",
+        "steps",
+        "warmup",
+        "rounds",
+        "batch",
+        "lr",
+        "beta",
+        "max_new_tokens",
+        "cores",
+        "layout",
+    )
     return {name: getattr(options, name) for name in names}
 
 

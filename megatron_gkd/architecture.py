@@ -8,7 +8,7 @@ mixtures of experts qwen3_moe, mixtral, qwen2_moe, olmoe, glm4_moe and deepseek_
 the q/k norm, head_dim, the tied head, the RoPE frequencies, and in whether (some) layers have a mixture of experts in
 place of the MLP; deepseek_v3 has latent attention (model/mixture_config.py).
 
-A vision-language model (internvl, llava) is such a decoder with a tower and a projector before it
+A vision-language model (internvl, llava, smolvlm) is such a decoder with a tower and a projector before it
 (model/vision_config.py): its `text_config` is read as a config.json of its own.
 
 Everything else is refused here, by name, before a weight is read: an option that is not understood would give a model
@@ -259,6 +259,7 @@ def _vision_language(path: Path, raw: dict[str, Any]) -> tuple[Any, dict[str, An
     text = raw.get("text_config")
     if not isinstance(text, dict) or not isinstance(raw.get("vision_config"), dict):
         raise CheckpointError(f"{path}: a {model_type} config.json needs the objects text_config and vision_config")
+    text = {name: value for name, value in text.items() if name not in FAMILIES[model_type].unread}
     _check_raw(path, raw, _Family(FAMILIES[model_type].hf_class))
     _check_numbers(path, text)
     _check_numbers(path, {name: value for name, value in raw.items() if name in _TRUTH})

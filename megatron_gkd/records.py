@@ -14,7 +14,7 @@ Legend: P prompt tokens, C completion tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Final, Literal
@@ -44,6 +44,19 @@ class Picture:
     @property
     def num_tokens(self) -> int:
         return sum(end - first for first, end in self.spans)
+
+
+class SeenSequence(tuple[int, ...]):
+    """The tokens of a sequence with pictures in its prompt, as a model is fed them."""
+
+    pictures: tuple[Picture, ...]
+    bare_ids: tuple[int, ...]  # the same with one placeholder for each picture
+
+    @classmethod
+    def of(cls, ids: Iterable[int], pictures: tuple[Picture, ...], bare_ids: tuple[int, ...]) -> SeenSequence:
+        found = cls(ids)
+        found.pictures, found.bare_ids = pictures, bare_ids
+        return found
 
 
 # Of a field of a StableText that was not there from the beginning; its default is what held before.

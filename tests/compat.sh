@@ -61,6 +61,8 @@ tests=(
     # sampling: weights into a real vLLM, and a run of the plain command line
     "tests/rollout/test_bridge.py::test_ranks[1]"
     tests/train/test_on_policy.py::test_the_command_line_of_the_readme_with_defaults
+    # images in a real vLLM, which needs torchvision
+    tests/train/test_vision_engines.py::test_a_colocated_internvl_sees_what_the_trainer_sees
     # what is private upstream is still there
     tests/test_upstream.py
 )

@@ -34,6 +34,7 @@ CHECK_FLAGS = (
 OTHER_PROGRAMS = {
     "torchrun": {"--nproc-per-node", "--nnodes"},
     "sbatch": {"--nodes", "--time"},
+    "launch/rollout_server.sh": {"--enable-scale-out", "--limit-mm-per-prompt", "--mm-processor-kwargs"},  # vLLM's
     "swift deploy": {
         *("--api_key", "--host", "--max_logprobs", "--model_type", "--port", "--template", "--torch_dtype"),
         *("--use_chat_template", "--vllm_enforce_eager", "--vllm_engine_kwargs", "--infer_backend"),

@@ -55,6 +55,7 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     not rehearsed yet."""
     from megatron_gkd.train.hub_files import with_known_models
     from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse
+    from megatron_gkd.train.rehearsed_pictures import Shown
     from megatron_gkd.train.setup import planned_dtype
     from megatron_gkd.train.step_time import step_s
 
@@ -75,6 +76,7 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     if of_teacher is not None:
         check_fit("teacher_model", of_teacher, teacher)
     batch = [asked.lengths(config.data.max_length)] * config.training.global_batch_size
+    shown = Shown(asked.images_per_sample, (asked.image_width, asked.image_height))
     found = [
         rehearse(
             config,
@@ -84,6 +86,7 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
             lines=asked.lines > 0,
             archs=archs,
             ranks_per_node=asked.ranks_per_node,
+            shown=shown,
         )
         for rank in kinds(student, teacher)
     ]
@@ -98,6 +101,9 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     print(f"student {student.describe()}{beside}; {config.model.dtype}")
     prompt, completion = batch[0]
     print(f"{len(batch)} samples a step of {prompt} + {completion} tokens; GB are 10^9 bytes\n")
+    if arch.vision is not None:
+        size = f"{shown.size[0]} x {shown.size[1]}"
+        print(f"in each prompt {shown.number} images of {size}; the time of the vision tower is not counted\n")
     for one in records:
         print("\n".join(lines(asked, one)), end="\n\n")
     print(f"predicted: {step_s(config, seconds):.2f} s a step: {_phases(seconds)}")

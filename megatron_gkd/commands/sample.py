@@ -42,7 +42,7 @@ from megatron_gkd.data.image_tokens import ImageTokens, read_image_tokens
 from megatron_gkd.data.policy import RowSummary, Tokenised, check_variables
 from megatron_gkd.data.prompts import Prompt, completion_text, make_row, read_back, read_prompts
 from megatron_gkd.data.result_file import ResultFile, progress_path
-from megatron_gkd.errors import ConfigError, DataError, NotBuiltError
+from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.rollout.engines import engine_image_options, server_urls
@@ -90,7 +90,8 @@ def run_sample(config: SampleConfig) -> None:
     if result.resumed:
         logger.info("%s: going on after %d of %d records", config.result_path, result.records_done, survey.num_records)
     length = longest if config.vllm_max_model_len else survey.longest_needed
-    engine = open_engine(config, length, engine_image_options(images, survey.most_images))
+    options = engine_image_options(images, survey.most_images, in_server=config.vllm_mode != "colocate")
+    engine = open_engine(config, length, options)
     try:
         counts = _sample_all(config, encoder, survey, result, engine, stop_ids)
     finally:
@@ -244,21 +245,18 @@ def _with_dtype(config: SampleConfig) -> SampleConfig:
 
 
 def _image_tokens(config: SampleConfig, arch: Architecture, encoder: ChatEncoder) -> ImageTokens | None:
-    """How the model sees images; None for one of text alone. Raises ConfigError or NotBuiltError."""
+    """How the model sees images; None for one of text alone. Raises ConfigError."""
     if arch.vision is None:
         if config.max_image_tiles is not None:
             raise ConfigError(f"--max_image_tiles is of a model with a vision tower, and {config.model} has none")
         return None
-    if config.vllm_mode != "colocate":
-        raise NotBuiltError(
-            f"--vllm_mode {config.vllm_mode} is not built for a vision-language model ({config.model}): give colocate"
-        )
     family, token_id, tiles = arch.vision.family, arch.vision.image_token_id, config.max_image_tiles
     return read_image_tokens(config.model, family, token_id, encoder.tokenizer, max_tiles=tiles)
 
 
 def open_engine(config: SampleConfig, max_model_len: int, options: Mapping[str, Any] = MappingProxyType({})) -> Engine:
-    """The engine that `--vllm_mode` names, with the weights of the model's directory. `options`: of a colocated one."""
+    """The engine that `--vllm_mode` names, with the weights of the model's directory. `options`: of one that is made
+    here."""
     if config.vllm_mode == "colocate":
         from megatron_gkd.rollout.vllm.colocate import ColocatedEngine
 
@@ -283,6 +281,7 @@ def open_engine(config: SampleConfig, max_model_len: int, options: Mapping[str, 
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
             read_weights=True,
             timeout_s=timeout_s,
+            engine_options=options,
         )
     assert config.vllm_server_host is not None
     (url,) = server_urls(config.vllm_server_host, config.vllm_server_port)

@@ -65,6 +65,12 @@ FLAGS: Final[Mapping[str, Theirs]] = {
         "data_cache_dir", {"true": _HOLDS, "false": "none"}, "give --data_cache_dir, a directory or none"
     ),
     "train_type": Theirs("tuner_type"),
+    "freeze_vit": Theirs("freeze_vision"),
+    "freeze_aligner": Theirs("freeze_projector"),
+    "freeze_llm": _refused("the decoder is trained; leave it out", holds=("false",)),
+    "vit_lr": _refused("there is one learning rate, --lr; leave it out"),
+    "aligner_lr": _refused("there is one learning rate, --lr; leave it out"),
+    "vit_gradient_checkpointing": _refused("activations of a vision tower are kept; leave it out", holds=("false",)),
     "multi_turn_scheduler": _refused(_NO_TURNS),
     "max_turns": _refused(_NO_TURNS, holds=("1",)),
     "vllm_server_pass_dataset": _refused(

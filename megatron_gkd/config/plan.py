@@ -26,6 +26,9 @@ class PlanConfig(Section):
     completion_tokens: int | None = setting(
         None, "Completion of every sample; null: what the prompt leaves of --max_length.", ge=1
     )
+    images_per_sample: int = setting(1, "Of a student that sees images: how many are in every prompt.", ge=0)
+    image_width: int = setting(640, "Of each of these images, in pixels.", ge=1, le=2**16)
+    image_height: int = setting(480, "Likewise.", ge=1, le=2**16)
     search: bool = setting(
         False,
         "Look for layouts that fit, in the order of predicted time, instead of planning the one that the flags say.",

@@ -5,6 +5,8 @@ A chat template writes ONE placeholder for an image. The model is fed as many as
     internvl   <img>, (tiles) x (tokens of a tile), </img>: as many tiles as fit the image's shape, up to the
                processor's max_patches (--max_image_tiles), and, if there are several, the whole image as one more
     llava      one image of a fixed size: the patches of the resized image
+    smolvlm    for each tile, row by row, a token around images, that of its row and column, and (tokens of a tile),
+               with a line break after each row; then the whole image, with tokens of its own
 
 Counting needs the image's size alone. The numbers come from the directory's processor files and from transformers'
 image processor, the torchvision form of it where torchvision is installed, else the PIL form. The two give slightly
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -43,6 +45,8 @@ class ImageTokens:
     per_tile: int  # placeholders
     max_tiles: int | None  # None: an image is one tile
     processor_json: str  # transformers' image processor
+    # smolvlm: tokens of its texts, by text
+    texts: tuple[tuple[str, tuple[int, ...]], ...] = field(default=(), repr=False)
 
     def num_tiles(self, size: tuple[int, int]) -> int:
         """Of an image of (width, height)."""
@@ -50,6 +54,20 @@ class ImageTokens:
             return 1
         options = {"crop_to_patches": True, "max_patches": self.max_tiles}
         return int(_processor(self.processor_json).get_number_of_image_patches(size[1], size[0], options))
+
+    def parts(self, size: tuple[int, int]) -> tuple[list[tuple[tuple[int, ...], int]], tuple[int, ...]]:
+        """(tokens, and placeholders after them) of an image of (width, height), in order, and the tokens at its end."""
+        if not self.texts:
+            return [(self.before, self.num_tiles(size) * self.per_tile)], self.after
+        texts, found = dict(self.texts), list[tuple[tuple[int, ...], int]]()
+        _, rows, columns = _processor(self.processor_json).get_number_of_image_patches(size[1], size[0])
+        for row in range(rows):
+            for column in range(columns):
+                line = texts["\n"] if row and not column else ()
+                name = f"<row_{row + 1}_col_{column + 1}>"
+                found.append(((*line, *self.after, *texts[name]), self.per_tile))
+        found.append(((*(texts["\n\n"] if rows else ()), *self.before), self.per_tile))
+        return found, self.after
 
     def expand(self, bare: Sequence[int], pictures: Sequence[Picture]) -> tuple[tuple[int, ...], tuple[Picture, ...]]:
         """A prompt with one placeholder per picture -> the prompt that a model is fed, and the pictures placed.
@@ -68,11 +86,14 @@ class ImageTokens:
             if token != self.image_token_id:
                 ids.append(token)
                 continue
-            picture = pictures[len(placed)]
-            first = len(ids) + len(self.before)
-            number = self.num_tiles(picture.size) * self.per_tile
-            ids += [*self.before, *[token] * number, *self.after]
-            placed.append(replace(picture, spans=((first, first + number),)))
+            picture, spans = pictures[len(placed)], []
+            parts, end = self.parts(picture.size)
+            for before, number in parts:
+                first = len(ids) + len(before)
+                ids += [*before, *[token] * number]
+                spans.append((first, first + number))
+            ids += end
+            placed.append(replace(picture, spans=tuple(spans)))
         return tuple(ids), tuple(placed)
 
     def bare(self, ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int, ...]:
@@ -80,7 +101,8 @@ class ImageTokens:
         found: list[int] = []
         position = 0
         for picture in pictures:
-            first, end = picture.spans[0][0] - len(self.before), picture.spans[-1][1] + len(self.after)
+            parts, after = self.parts(picture.size)
+            first, end = picture.spans[0][0] - len(parts[0][0]), picture.spans[-1][1] + len(after)
             found += [*ids[position:first], self.image_token_id]
             position = end
         return (*found, *ids[position:])
@@ -91,8 +113,10 @@ class ImageTokens:
         options: dict[str, Any] = {}
         if self.max_tiles is not None:
             options = {"crop_to_patches": True, "max_patches": self.max_tiles}
+        if self.texts:  # a list of tiles an image, with images of zeros where others have more, which the tower drops
+            images = [[image] for image in images]
         found = _processor(self.processor_json)(images=images, return_tensors="pt", **options)
-        return {"pixel_values": found["pixel_values"]}
+        return {name: found[name] for name in ("pixel_values", "pixel_attention_mask") if name in found}
 
 
 def read_image_tokens(
@@ -125,6 +149,13 @@ def read_image_tokens(
         )
         number -= files.get("vision_feature_select_strategy") == "default"
         return ImageTokens(family, image_token_id, (), (), number, None, described)
+    if family == "smolvlm":
+        if max_tiles is not None:
+            raise ConfigError(
+                f"--max_image_tiles: the tiles of {path} (smolvlm) follow from size.longest_edge in its processor's "
+                "files; leave it out"
+            )
+        return _smolvlm(path, image_token_id, tokenizer, files, processor, described)
     assert family == "internvl", family
     names = [getattr(tokenizer, name, None) for name in ("start_image_token", "end_image_token")]
     defaults = ("<img>", "</img>")
@@ -136,6 +167,36 @@ def read_image_tokens(
     if type(per_tile) is not int or per_tile < 1 or type(own) is not int:
         raise CheckpointError(f"{path}: the processor's image_seq_length or max_patches is missing, or no number")
     return ImageTokens(family, image_token_id, (found[0],), (found[1],), per_tile, max_tiles or own, described)
+
+
+def _smolvlm(
+    path: Path,
+    image_token_id: int,
+    tokenizer: PreTrainedTokenizerBase,
+    files: Mapping[str, Any],
+    processor: Any,
+    described: str,
+) -> ImageTokens:
+    per_tile = files.get("image_seq_len")
+    longest, tile = processor.size["longest_edge"], processor.max_image_size["longest_edge"]
+    if type(per_tile) is not int or per_tile < 1:
+        raise CheckpointError(f"{path}: the processor's image_seq_len is missing, or no number")
+    if longest % tile or not processor.do_image_splitting:
+        raise CheckpointError(
+            f"{path}: the processor makes images of {longest} pixels of tiles of {tile} (do_image_splitting "
+            f"{processor.do_image_splitting}); supported are images split into whole tiles"
+        )
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    names = [getattr(tokenizer, name, None) for name in ("fake_image_token", "global_image_token")]
+    around, whole = (n or d for n, d in zip(names, ("<fake_token_around_image>", "<global-img>"), strict=True))
+    most = range(1, longest // tile + 1)
+    texts = ["\n", "\n\n", *(f"<row_{row}_col_{column}>" for row in most for column in most)]
+    marks = ids(around)
+    by_text = tuple((text, ids(text)) for text in texts)
+    return ImageTokens("smolvlm", image_token_id, (*marks, *ids(whole)), marks, per_tile, None, described, by_text)
 
 
 def _processor_files(path: Path) -> dict[str, Any]:

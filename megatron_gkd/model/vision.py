@@ -49,7 +49,8 @@ class VisionTower(torch.nn.Module):
             delattr(model, name)
         self.__dict__["_model"] = model  # for its get_image_features; as a child, its parameters would come twice
         if torch.empty(0).device.type != "meta":
-            self.to_empty(device="cpu")
+            if next(self.parameters()).is_meta:  # a rehearsal's are not
+                self.to_empty(device="cpu")
             _recompute_buffers(self)
 
     def rows(self, pictures: Sequence[Picture]) -> torch.Tensor:

@@ -33,6 +33,8 @@ class Family:
     tower: str  # modules of transformers' model, which are here under the same names
     projector: str
     names: Mapping[str, tuple[str, ...]]
+    # Options of text_config that its published files have, and transformers' class of the decoder does not read.
+    unread: frozenset[str] = frozenset()
 
 
 _LLAVA_LIKE: Final = {
@@ -60,6 +62,23 @@ FAMILIES: Final[dict[str, Family]] = {
             ),
         },
     ),
+    "smolvlm": Family(
+        "SmolVLMForConditionalGeneration",
+        "vision_model",
+        "connector",
+        {
+            "model.": ("model.text_model.",),
+            "lm_head.": ("lm_head.",),
+            "vision_model.": ("model.vision_model.",),
+            "connector.": ("model.connector.",),
+        },
+        frozenset(
+            {
+                *("architectures", "neftune_noise_alpha", "perceiver_config", "pixel_shuffle_factor"),
+                *("qk_layer_norms", "use_resampler"),
+            }
+        ),
+    ),
 }
 # Known by name, and why they are refused.
 REFUSED: Final = {
@@ -71,7 +90,6 @@ REFUSED: Final = {
     "llava_next": "the order of its rows depends on the image's shape",
     "llava_onevision": "the order of its rows depends on the image's shape",
     "idefics3": "its images have tokens between their rows",
-    "smolvlm": "its images have tokens between their rows",
 }
 
 

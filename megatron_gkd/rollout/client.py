@@ -155,11 +155,13 @@ class ServerClient:
         what: str,
         bodies: Sequence[Mapping[str, Any]],
         read: Callable[[int, Any], Any],
+        most: Sequence[int] | None = None,
     ) -> concurrent.futures.Future[list[Any]]:
         """`post_all`, while the caller goes on. `read(index, answer)` takes each answer as it comes, in the loop's
-        thread, so that large answers are never held together; what it raises ends all calls.
+        thread, so that large answers are never held together; what it raises ends all calls. `most` bytes of each
+        answer, where their lengths do not follow from the bodies.
         """
-        return self._submit(self._send_all(path, what, bodies, read, self._deadline(None)))
+        return self._submit(self._send_all(path, what, bodies, read, self._deadline(None), most))
 
     def close(self) -> None:
         """Idempotent; calls that are under way are cancelled."""
@@ -179,12 +181,15 @@ class ServerClient:
         bodies: Sequence[Mapping[str, Any]],
         read: Callable[[int, Any], Any],
         deadline: float,
+        most: Sequence[int] | None = None,
     ) -> list[Any]:
         slots = asyncio.Semaphore(self._max_concurrency)
 
         async def one(index: int, body: Mapping[str, Any]) -> Any:
             async with slots:
-                answer = await self._send("POST", path, what, body, True, deadline)
+                answer = await self._send(
+                    "POST", path, what, body, True, deadline, None if most is None else most[index]
+                )
                 return self._read(what, partial(read, index), answer)
 
         tasks = [asyncio.create_task(one(index, body)) for index, body in enumerate(bodies)]

@@ -45,7 +45,7 @@ def open_engines(
     """Collective over `group`, all ranks of the run. Raises ConfigError or RolloutError.
 
     Args:
-        image_options: of a colocated engine whose model sees images (`engine_image_options`).
+        image_options: of engines of the run's own whose model sees images (`engine_image_options`).
         adapter: of a colocated engine that is sent adapters alone (vllm/colocate.py).
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -64,15 +64,24 @@ def open_engines(
             engine_options={**image_options, **sampling.engine_options},
         )
         return LocalEngines({rank // tensor: engine}, world_size // tensor, reports=rank % tensor == 0)
-    return _servers_on_rank_0(sampling, model_path=model_path, dtype=dtype, max_model_len=max_model_len, group=group)
+    options = {**image_options, **sampling.engine_options}
+    return _servers_on_rank_0(
+        sampling, options, model_path=model_path, dtype=dtype, max_model_len=max_model_len, group=group
+    )
 
 
-def engine_image_options(images: ImageTokens | None, most: int) -> dict[str, Any]:
-    """What vLLM is told of images, of which a prompt has `most`: its processor has to do what ours does."""
+def engine_image_options(images: ImageTokens | None, most: int, *, in_server: bool) -> dict[str, Any]:
+    """What vLLM is told of images, of which a prompt has `most`: its processor has to do what ours does.
+
+    Args:
+        in_server: of a server that the run starts; else of a colocated engine.
+    """
     if images is None:
         return {}
-    options = {} if images.max_tiles is None else {"mm_processor_kwargs": {"max_patches": images.max_tiles}}
-    return {"limit_mm_per_prompt": {"image": max(most, 1), "video": 0}, "skip_tokenizer_init": False, **options}
+    options: dict[str, Any] = {"enable_scale_out": True} if in_server else {"skip_tokenizer_init": False}
+    if images.max_tiles is not None:
+        options["mm_processor_kwargs"] = {"max_patches": images.max_tiles}
+    return {"limit_mm_per_prompt": {"image": max(most, 1), "video": 0}, **options}
 
 
 def server_urls(host: str, port: int) -> list[str]:
@@ -121,6 +130,7 @@ def probe_servers(
 
 def _servers_on_rank_0(
     sampling: SamplingConfig,
+    options: Mapping[str, Any],
     *,
     model_path: str,
     dtype: Dtype,
@@ -144,7 +154,7 @@ def _servers_on_rank_0(
                     max_model_len=max_model_len + 1,  # a server takes prompts up to one token less
                     tensor_parallel_size=sampling.vllm_tensor_parallel_size,
                     gpu_memory_utilization=sampling.vllm_gpu_memory_utilization,
-                    engine_options=sampling.engine_options,
+                    engine_options=options,
                 )
             )
         _check_lengths(engines, urls, max_model_len)

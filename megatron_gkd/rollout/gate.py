@@ -2,7 +2,8 @@
 asks for.
 
     open to all                    OPEN: health, name of the model, completions (with vLLM's own key, if it has one)
-    with the secret alone          CONTROL: pause, sleep, versions, and /collective_rpc for METHODS of vllm/worker.py
+    with the secret alone          CONTROL: pause, sleep, versions, prompts with images, and /collective_rpc for METHODS
+                                   of vllm/worker.py
     for nobody                     everything else: vLLM's development endpoints run any method of its workers, one of
                                    which writes a file wherever it is told
 
@@ -31,6 +32,8 @@ OPEN: Final = frozenset({("GET", "/health"), ("GET", "/version"), ("GET", "/v1/m
 CONTROL: Final = frozenset(
     {
         *(("POST", path) for path in ("/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache")),
+        # Prompts with images: it fetches what they name, and takes features that are serialised.
+        *(("POST", path) for path in ("/inference/v1/generate", "/reset_encoder_cache")),
         *(("POST", path) for path in ("/update_weight_version", "/collective_rpc")),
         *(("GET", path) for path in ("/is_paused", "/weight_info")),
     }

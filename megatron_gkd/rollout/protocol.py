@@ -32,7 +32,7 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     stop_token_ids: tuple[int, ...] = ()  # the stop token is kept as the completion's last token
-    banned_token_ids: tuple[int, ...] = ()  # never sampled; of a colocated engine
+    banned_token_ids: tuple[int, ...] = ()  # never sampled
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Engine(Protocol):
         """Completions, in the order of the requests."""
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability (nats, temperature 1) of each token but the first given those before it."""
+        """Log-probability (nats, temperature 1) of each token but the first given those before it. A SeenSequence has
+        pictures."""
 
     def cached_tokens(self, prompt: Sequence[int]) -> int:
         """How many tokens of a prompt the engine takes from its prefix cache when it samples one token from it (and so

@@ -37,7 +37,10 @@ def read_number(value: Any) -> float:
 
 def completion_body(request: Request, settings: SamplingSettings, max_model_len: int) -> dict[str, Any]:
     """One completion. The server refuses a prompt and `max_tokens` that together are too long, so that is cut here."""
+    # A placeholder of an image that is sampled is text, which nothing could tell from an image's.
+    banned = {str(token): -100.0 for token in settings.banned_token_ids}
     return {
+        **({"logit_bias": banned} if banned else {}),
         "prompt": list(request.prompt_ids),
         "max_tokens": min(request.max_tokens, max_model_len - len(request.prompt_ids)),
         "seed": request.seed,
@@ -67,6 +70,13 @@ def read_completion(request: Request, answer: Any, version: int, server: str) ->
             f"{server} answered request {request.key} without its token ids or their log-probabilities "
             f"({type(error).__name__}: {error}); vLLM 0.28 to 0.32 gives both"
         ) from error
+    return checked_completion(request, reason, tokens, logprobs, version, server)
+
+
+def checked_completion(
+    request: Request, reason: Any, tokens: Sequence[int], logprobs: Sequence[float], version: int, server: str
+) -> Completion:
+    """What a server sampled, where that can be. Raises RolloutError."""
     if reason not in ("stop", "length") or not 1 <= len(tokens) == len(logprobs) <= request.max_tokens:
         raise RolloutError(
             f"{server} ended request {request.key} with {reason!r}, {len(tokens)} tokens and {len(logprobs)} "

@@ -56,6 +56,10 @@ def completion_key(teacher: str, request: Request, settings: SamplingSettings) -
         request.seed,
         list(request.prompt_ids),
     ]
+    if request.pictures:  # what they show; their tokens are alike
+        parts.append([picture.digest for picture in request.pictures])
+    if settings.banned_token_ids:
+        parts.append({"banned": sorted(settings.banned_token_ids)})
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16, person=b"gkd.completion").hexdigest()
 
 

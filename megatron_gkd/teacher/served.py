@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.data.collate import MicroBatch
+from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.model.sequences import Shares, student_shares
 from megatron_gkd.parallel.layout import Layout
@@ -38,7 +39,7 @@ from megatron_gkd.parallel.together import all_or_none
 from megatron_gkd.platform import new_group
 from megatron_gkd.records import LossShare, MicroBatchPlan, Sample, StepPlan
 from megatron_gkd.teacher.servers.probes import ServerRequirements
-from megatron_gkd.teacher.servers.servers import PendingAnswers, TeacherServers
+from megatron_gkd.teacher.servers.servers import PendingAnswers, Seen, TeacherServers
 from megatron_gkd.teacher.servers.wire import TopK
 from megatron_gkd.teacher.signals import Route, SignalStore, TopKSpec, destinations, exchange, replicas
 
@@ -74,10 +75,12 @@ class ServerTeacher:
         device: torch.device,
         timeout_s: float,
         tags: Mapping[str, tuple[str, ...]] | None = None,
+        images: ImageTokens | None = None,
     ) -> None:
         """Connect and probe. Collective over all ranks; raises on all of them what any of them found.
 
         Args:
+            images: how the teacher sees images, which is how the student does; None: rows have none.
             timeout_s: of a step's requests; less than the time after which a collective fails, where others wait.
             tags: URL -> the tags that it is for; None (or none at all): all are servers of one teacher.
         """
@@ -91,6 +94,7 @@ class ServerTeacher:
         drivers = [student_layout.last_stage_ranks(dp)[0] for dp in range(student_layout.data)]
         rank = dist.get_rank()
         self._replica = drivers.index(rank) if rank in drivers else None
+        self._images = images
         self._servers: TeacherServers | None = None
         self._ahead: _Ahead | None = None
         self._together(lambda: self._connect(urls, needs, timeout_s, tags))
@@ -136,6 +140,8 @@ class ServerTeacher:
     ) -> None:
         if self._replica is not None:
             self._servers = TeacherServers(urls, needs, timeout_s=timeout_s, first=self._replica, tags=tags)
+            if self._images is not None:
+                self._servers.check_images(self._images)
 
     def _mine(self, plan: StepPlan) -> list[Sample]:
         """The samples that this rank asks for."""
@@ -145,8 +151,15 @@ class ServerTeacher:
 
     def _start(self, samples: Sequence[Sample]) -> PendingAnswers:
         assert self._servers is not None, "only drivers ask"
-        sequences = [(sample.for_teacher.prompt_ids, sample.completion_ids) for sample in samples]
-        return self._servers.start(sequences, [sample.tag for sample in samples])
+        theirs = [sample.for_teacher for sample in samples]
+        sequences = [(sample.prompt_ids, sample.completion_ids) for sample in theirs]
+        seen = [self._seen(sample) for sample in theirs]
+        return self._servers.start(sequences, [sample.tag for sample in samples], seen)
+
+    def _seen(self, sample: Sample) -> Seen | None:
+        if self._images is None or not sample.pictures:
+            return None
+        return Seen(self._images.bare(sample.prompt_ids, sample.pictures), sample.pictures)
 
     def _ask(self, plan: StepPlan) -> dict[int, tuple[torch.Tensor, ...]]:
         samples = self._mine(plan)

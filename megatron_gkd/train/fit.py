@@ -9,7 +9,7 @@ from dataclasses import replace
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import environment
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
+from megatron_gkd.errors import ConfigError, LayoutError
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.pipeline_split import PipelineSplit, parse_layout
 

@@ -28,7 +28,7 @@ from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.train.inputs import Inputs, row_maker
 from megatron_gkd.train.rollouts import Rollouts, repeated_share
-from megatron_gkd.train.sampling import engine_length
+from megatron_gkd.train.sampling import banned_tokens, engine_length, seeing
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def prompt_requests(inputs: Inputs) -> list[Request]:
     """The first held-out prompts. Raises ConfigError for one that leaves no room."""
     config, rows = inputs.config, inputs.eval_rows
     assert rows is not None, "config/validate.py refuses --eval_generate without held-out rows"
-    return make_requests(
+    requests = make_requests(
         {index: rows[index].prompt_ids for index in range(min(config.logging.eval_generate, len(rows)))},
         run_seed=config.training.seed,
         step=0,
@@ -52,6 +52,7 @@ def prompt_requests(inputs: Inputs) -> list[Request]:
         max_length=config.data.max_length,
         max_model_len=engine_length(config, inputs.student_arch),
     )
+    return [seeing(request, rows[request.key], inputs.sight.student) for request in requests]
 
 
 def read_prompts(inputs: Inputs) -> Prompts:
@@ -104,7 +105,8 @@ class Generation:
         self._name, self._prompts = inputs.config.logging.eval_verifier, prompts
         self._engines, self._group = engines, group
         self._tokenizer = inputs.tokenizer
-        self._settings = SamplingSettings(0.0, stop_token_ids=inputs.stop_ids)
+        banned = banned_tokens(inputs)
+        self._settings = SamplingSettings(0.0, stop_token_ids=inputs.stop_ids, banned_token_ids=banned)
 
     def measure(self, version: int) -> dict[str, float]:
         """The numbers of the module docstring, on every rank. Collective over the student's ranks.

@@ -94,7 +94,7 @@ class StepPlans:
             max_model_len=engine_length(config, self._inputs.student_arch),
         )
         images = self._inputs.sight.student
-        return [request if images is None else seeing(request, rows[request.key], images) for request in requests]
+        return [seeing(request, rows[request.key], images) for request in requests]
 
     def plan(self, step: int) -> StepPlan:
         """The plan of step `step`, counted from 0. A pure function of the configuration, the data, the step, and, where

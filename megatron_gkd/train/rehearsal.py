@@ -48,7 +48,6 @@ from megatron_gkd.config.levers import OffloadConfig
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import LocalTeacher
 from megatron_gkd.data.collate import MicroBatch
-from megatron_gkd.errors import NotBuiltError
 from megatron_gkd.loss import sharded_softmax
 from megatron_gkd.loss.fused import task as fused_task
 from megatron_gkd.model import context_attention
@@ -65,6 +64,7 @@ from megatron_gkd.train.fit import layouts, without_borrowed_experts
 from megatron_gkd.train.objective import TrainingObjective
 from megatron_gkd.train.plans import plan_of
 from megatron_gkd.train.rehearsed_experts import even_loads
+from megatron_gkd.train.rehearsed_pictures import RehearsedSight, Shown
 from megatron_gkd.train.rehearsed_teacher import GRADIENTS, OPTIMIZER, STUDENT_WEIGHTS, away, rehearsed_teacher
 from megatron_gkd.train.setup import objective_of, student_of
 from megatron_gkd.train.step import distill, teacher_signals
@@ -96,6 +96,7 @@ def rehearse(
     archs: tuple[Architecture, Architecture | None] | None = None,
     num_steps: int = NUM_STEPS,
     ranks_per_node: int | None = None,
+    shown: Shown | None = None,
 ) -> Rehearsed:
     """See the module docstring. Not collective; no process group may exist yet in this process.
 
@@ -105,6 +106,7 @@ def rehearse(
         num_steps: what is born in the first one may be alive at the peak of the second.
         archs: in place of those of the configuration's models: the student's, and a local teacher's.
         ranks_per_node: for --teacher_nodes.
+        shown: the images of every sample, where the student sees images.
 
     Raises LayoutError or ConfigError for what `train` would refuse.
     """
@@ -112,12 +114,15 @@ def rehearse(
     # Read before tensors are fake: rotary frequencies are computed with values.
     archs = archs or architectures(config)
     check_adapters(config, archs[0], student_layout)
+    sight = None if shown is None or archs[0].vision is None else RehearsedSight(config, archs, shown)
     counter = AllocationCounter(lines=lines)
     with ExitStack() as stack:
+        if sight is not None:
+            stack.enter_context(sight.fake_towers())
         peers = stack.enter_context(_without_peers(world_size, rank))
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), counter, peers, even_loads()):
             stack.enter_context(mode)
-        parts = _Parts.build(config, archs, student_layout, teacher_layout, counter)
+        parts = _Parts.build(config, archs, student_layout, teacher_layout, counter, sight)
         if isinstance(parts.teacher, TeacherPipeline):
             peers.name_groups(parts.teacher.groups, "teacher's ")
         if parts.student is not None:
@@ -129,7 +134,7 @@ def rehearse(
         for step in range(num_steps):
             counter.restart()
             peers.sent.clear()
-            parts.step(_plan(step, config, lengths, student_layout, teacher_layout), counter)
+            parts.step(_plan(step, config, lengths, student_layout, teacher_layout, sight), counter)
             peaks.append(counter.peak)
             for name, peak in counter.peaks.items():
                 name = f"step {step + 1}" if name == "update" else name
@@ -142,15 +147,11 @@ def rehearse(
 
 
 def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
-    """The student's, and a local teacher's. Raises NotBuiltError for a vision tower, whose bytes would be counted
-    wrongly."""
+    """The student's, and a local teacher's."""
     kind = config.teacher.kind
-    paths = [config.model.model, *([kind.path] if isinstance(kind, LocalTeacher) else [])]
-    found = [read_architecture(path) for path in paths]
-    for path, arch in zip(paths, found, strict=True):
-        if arch.vision is not None:
-            raise NotBuiltError(f"plan does not count a vision tower and its pixels, and {path} has one")
-    return found[0], found[1] if len(found) > 1 else None
+    return read_architecture(config.model.model), read_architecture(kind.path) if isinstance(
+        kind, LocalTeacher
+    ) else None
 
 
 def planned_layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:
@@ -178,14 +179,15 @@ class _Parts:
         student_layout: Layout,
         teacher_layout: Layout,
         counter: AllocationCounter,
+        sight: RehearsedSight | None = None,
     ) -> _Parts:
         """Made in the order of a run. `archs`: the student's, and a local teacher's."""
         groups = build_groups(student_layout)
         here = student_layout.holds(dist.get_rank())
-        student = _student(config, archs[0], student_layout, groups, counter) if here else None
+        student = _student(config, archs[0], student_layout, groups, counter, sight) if here else None
         with counter.phase("load, the teacher"):
             pair = student_layout, teacher_layout
-            teacher, head, vocab_size = rehearsed_teacher(config, archs, student, pair, counter)
+            teacher, head, vocab_size = rehearsed_teacher(config, archs, student, pair, counter, sight)
         loss = None if student is None else objective_of(config, groups, vocab_size=vocab_size, head=head)
         return cls(config, student, teacher, loss)
 
@@ -208,11 +210,20 @@ class _Parts:
             distill(self.student, self.teacher, loss, plan, device=device, timers=timers)
 
 
-def _student(config: RunConfig, arch: Architecture, layout: Layout, groups: Any, counter: AllocationCounter) -> Student:
+def _student(
+    config: RunConfig,
+    arch: Architecture,
+    layout: Layout,
+    groups: Any,
+    counter: AllocationCounter,
+    sight: RehearsedSight | None,
+) -> Student:
     """With its memory told apart."""
     options = rehearsed_options(config)
     with counter.category("student: buffers"):
         chunks = build_model(arch, layout, groups, options, dtype=config.model.precision)
+        if sight is not None:
+            sight.prepare(chunks, sight.sight.student)
         if config.tuner.is_lora:
             prepare(chunks, config, arch, groups)
         config = replace(config, offload=OffloadConfig())
@@ -227,8 +238,15 @@ def _student(config: RunConfig, arch: Architecture, layout: Layout, groups: Any,
 
 
 def _plan(
-    step: int, config: RunConfig, lengths: Sequence[tuple[int, int]], student: Layout, teacher: Layout
+    step: int,
+    config: RunConfig,
+    lengths: Sequence[tuple[int, int]],
+    student: Layout,
+    teacher: Layout,
+    sight: RehearsedSight | None = None,
 ) -> StepPlan:
+    if sight is not None:
+        return plan_of(config, step, sight.samples(lengths), student, teacher)
     samples = tuple(
         Sample(i, i, (0,) * prompt, (0,) * rest, "dataset", None) for i, (prompt, rest) in enumerate(lengths)
     )

@@ -33,6 +33,7 @@ from megatron_gkd.teacher.nobody import Nobody
 from megatron_gkd.teacher.served import server_routes
 from megatron_gkd.teacher.signals import Columns, SignalStore, TopKSpec, exchange
 from megatron_gkd.teacher_pipeline import RemoteTeacher, Teacher, TeacherPipeline, signal_spec
+from megatron_gkd.train.rehearsed_pictures import RehearsedSight
 from megatron_gkd.train.student import Student
 
 Head = torch.Tensor | Callable[[], torch.Tensor] | None
@@ -47,6 +48,7 @@ def rehearsed_teacher(
     student: Student | None,
     layouts: tuple[Layout, Layout],
     counter: AllocationCounter,
+    sight: RehearsedSight | None = None,
 ) -> tuple[Teacher, Head, int]:
     """(teacher, its head where this rank applies it, tokens that both models have).
 
@@ -54,6 +56,7 @@ def rehearsed_teacher(
         archs: the student's, and a local teacher's.
         student: None on a rank that the teacher has to itself.
         layouts: the student's and the teacher's.
+        sight: how models see images, if they do.
     """
     arch, of_teacher = archs
     topk, device = config.distillation.gkd_logits_topk, torch.device("cpu")
@@ -69,7 +72,7 @@ def rehearsed_teacher(
             assert of_teacher is not None
             vocab_size = min(arch.vocab_size, of_teacher.vocab_size)
             with counter.category(WEIGHTS):
-                teacher = _local(config, of_teacher, layouts, vocab_size)
+                teacher = _local(config, of_teacher, layouts, vocab_size, sight)
             head = None
             if has_head:
                 columns = arch.padded_vocab_size(layouts[0].tensor) // layouts[0].tensor
@@ -81,7 +84,13 @@ def rehearsed_teacher(
     return itself, itself.head if has_head else None, vocab_size
 
 
-def _local(config: RunConfig, arch: Architecture, layouts: tuple[Layout, Layout], vocab_size: int) -> Teacher:
+def _local(
+    config: RunConfig,
+    arch: Architecture,
+    layouts: tuple[Layout, Layout],
+    vocab_size: int,
+    sight: RehearsedSight | None,
+) -> Teacher:
     student, layout = layouts
     topk, dtype, device = config.distillation.gkd_logits_topk, config.model.precision, torch.device("cpu")
     groups = build_groups(layout)
@@ -91,6 +100,8 @@ def _local(config: RunConfig, arch: Architecture, layouts: tuple[Layout, Layout]
         spec = signal_spec(topk=topk, vocab_size=vocab_size, hidden_size=width, dtype=DTYPES[dtype], device=device)
         return RemoteTeacher(layout, student, spec, max_signal_bytes=limit)
     chunks = build_model(arch, layout, groups, ModelOptions.on("cpu"), dtype=dtype)
+    if sight is not None:
+        sight.prepare(chunks, sight.sight.teacher)
     chunks[0].config.variable_seq_lengths = False  # shapes are values, and there are none
     return TeacherPipeline(
         chunks,

@@ -17,7 +17,7 @@ from megatron_gkd.model.build import DTYPES
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import on_first
 from megatron_gkd.platform import Platform, setup
-from megatron_gkd.records import Row
+from megatron_gkd.records import Row, SeenSequence
 from megatron_gkd.rollout.engines import engine_image_options, open_engines, probe_servers
 from megatron_gkd.rollout.protocol import Request, SamplingSettings
 from megatron_gkd.rollout_bridge import RolloutBridge
@@ -78,7 +78,9 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
         dtype=dtype,
         max_model_len=length,
         group=group,
-        image_options=engine_image_options(inputs.sight.student, most_pictures(inputs)),
+        image_options=engine_image_options(
+            inputs.sight.student, most_pictures(inputs), in_server=sampling.vllm_mode != "colocate"
+        ),
         adapter=adapter,
     )
     beside = sampling.vllm_mode == "colocate"
@@ -89,7 +91,7 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
         manifest=manifest,
         group=group,
         dtype=dtype,
-        probes=probes(rows, length),
+        probes=probes(rows, length, inputs.sight.student),
         score=lambda sequences: student_logprobs(
             student.chunks, student.layout, student.groups, sequences, vocab_size=arch.vocab_size, device=where.device
         ),
@@ -140,31 +142,54 @@ def _adapters(config: RunConfig, arch: Architecture, student: Student) -> tuple[
 def step_settings(inputs: Inputs, step: int) -> SamplingSettings:
     """How the completions of a step are drawn; steps are counted from 0."""
     sampling, temperature = inputs.config.sampling, inputs.config.values_at(step + 1).temperature
+    return SamplingSettings(temperature, sampling.top_p, sampling.top_k, inputs.stop_ids, banned_tokens(inputs))
+
+
+def banned_tokens(inputs: Inputs) -> tuple[int, ...]:
+    """The placeholder of an image, which is never sampled."""
     images = inputs.sight.student
-    banned = () if images is None else (images.image_token_id,)
-    return SamplingSettings(temperature, sampling.top_p, sampling.top_k, inputs.stop_ids, banned)
+    return () if images is None else (images.image_token_id,)
 
 
-def seeing(request: Request, row: Row, images: ImageTokens) -> Request:
+def seeing(request: Request, row: Row, images: ImageTokens | None) -> Request:
     """The request with the images of its row."""
-    if not row.pictures:
+    if images is None or not row.pictures:
         return request
     return replace(request, pictures=row.pictures, bare_ids=images.bare(row.prompt_ids, row.pictures))
 
 
+def seeing_of_teacher(request: Request, row: Row, images: ImageTokens | None) -> Request:
+    """The same of the teacher's prompt. `images`: how the teacher sees them."""
+    pictures = row.pictures if row.teacher_prompt_ids is None else row.teacher_pictures
+    if images is None or not pictures:
+        return request
+    return replace(request, pictures=pictures, bare_ids=images.bare(row.prompt_ids_for_teacher, pictures))
+
+
 def most_pictures(inputs: Inputs) -> int:
-    """Of a row that is sampled from."""
-    if inputs.sight.student is None or inputs.rows is None:
+    """Of a prompt that is sampled from, the teacher's or the student's."""
+    if inputs.sight.student is None:
         return 0
-    return max((len(inputs.rows[index].pictures) for index in range(len(inputs.rows))), default=0)
+    sets = [inputs.rows, inputs.eval_rows if inputs.config.generates else None]
+    rows = [found[index] for found in sets if found is not None for index in range(len(found))]
+    return max((max(len(row.pictures), len(row.teacher_pictures)) for row in rows), default=0)
 
 
-def probes(rows: Rows, max_model_len: int) -> list[Sequence[int]]:
-    """Sequences for verification: the beginnings of the first rows, the same in every run on the same data."""
+def probes(rows: Rows, max_model_len: int, images: ImageTokens | None = None) -> list[Sequence[int]]:
+    """Sequences for verification: the beginnings of the first rows, the same in every run on the same data; of those
+    with pictures the first, whole."""
     length = min(_PROBE_TOKENS, max_model_len - 1)
     found: list[Sequence[int]] = []
+    has_seen = False
     for index in range(min(_NUM_PROBES, len(rows))):
         row = rows[index]
+        if images is not None and row.pictures:
+            rest = (row.completion_ids or ())[:_PROBE_TOKENS]
+            if not has_seen and len(row.prompt_ids) + len(rest) < max_model_len:
+                bare = images.bare(row.prompt_ids, row.pictures)
+                found.append(SeenSequence.of((*row.prompt_ids, *rest), row.pictures, (*bare, *rest)))
+                has_seen = True
+            continue
         ids = (*row.prompt_ids, *(row.completion_ids or ()))[-length:]
         if len(ids) > 1:
             found.append(ids)

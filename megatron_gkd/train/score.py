@@ -33,13 +33,16 @@ def student_logprobs(
     vocab_size: int,
     device: torch.device,
 ) -> list[list[float]]:
-    """log Q(token | tokens before it) in nats for each token but the first of each sequence (of at least two tokens);
-    the same on every rank.
+    """log Q(token | tokens before it) in nats for each token but the first of each sequence (of at least two tokens; a
+    SeenSequence has pictures); the same on every rank.
 
     Communication: a forward pass per sequence over the student's layout (each rank computes its share),
     then one all-reduce of [number of tokens] float64 over all its ranks.
     """
-    samples = [Sample(i, i, tuple(ids[:1]), tuple(ids[1:]), "dataset") for i, ids in enumerate(sequences)]
+    samples = [
+        Sample(i, i, tuple(ids[:1]), tuple(ids[1:]), "dataset", pictures=getattr(ids, "pictures", ()))
+        for i, ids in enumerate(sequences)
+    ]
     plan = plan_forward([sample.num_inputs for sample in samples], layout, micro_batch_size=1)
     starts = [0]
     for sample in samples:

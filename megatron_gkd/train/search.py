@@ -29,7 +29,7 @@ from typing import Final
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig, TrainingConfig
 from megatron_gkd.config.servers import LocalTeacher
-from megatron_gkd.errors import ConfigError, LayoutError
+from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.divisible import check_in
 from megatron_gkd.parallel.layout import Coordinate, Layout
 from megatron_gkd.train.fit import check_batch, refuse_student
@@ -107,8 +107,8 @@ def search(
 
     Raises NotBuiltError for a run that is not rehearsed.
     """
-    _refuse(config)
     arch, of_teacher = architectures(config)
+    _refuse(config, arch)
     impossible: Counter[str] = Counter()
     fitting, too_large = list[Found](), list[Found]()
     for base, student in _students(config, arch, world_size, sum(length), impossible):
@@ -130,14 +130,18 @@ def search(
     return Searched(checked + fitting, too_large, impossible)
 
 
-def _refuse(config: RunConfig) -> None:
+def _refuse(config: RunConfig, arch: Architecture) -> None:
     """What a layout that is given is planned with, and a search is not."""
-    asked = [flag for flag in ("offload_model", "offload_optimizer", "offload_teacher_model") if config.get(flag)]
+    asked = [
+        f"--{flag}" for flag in ("offload_model", "offload_optimizer", "offload_teacher_model") if config.get(flag)
+    ]
     if config.teacher.teacher_placement == "separate":
-        asked.append("teacher_placement separate")
+        asked.append("--teacher_placement separate")
+    if arch.vision is not None:
+        asked.append("a vision tower")
     if asked:
         raise NotBuiltError(
-            f"not built yet: plan --search with --{asked[0]}; plan the layout that is given, without --search"
+            f"not built yet: plan --search with {asked[0]}; plan the layout that is given, without --search"
         )
 
 

@@ -17,9 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -28,8 +30,10 @@ from megatron_gkd.config.dtypes import Dtype
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import ServerTeachers
 from megatron_gkd.data.chat import ChatEncoder
+from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.errors import CheckpointError, RolloutError
 from megatron_gkd.observe.logging import get_logger
+from megatron_gkd.rollout.engines import engine_image_options
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.requests import make_requests
 from megatron_gkd.teacher.completion_cache import CompletionCache, prompt_seed
@@ -40,7 +44,13 @@ from megatron_gkd.teacher.servers.wire import TopK, distance
 from megatron_gkd.train.checkpoint import find_checkpoint, is_hf_directory, read_state
 from megatron_gkd.train.draws import Draw
 from megatron_gkd.train.inputs import Inputs
-from megatron_gkd.train.sampling import check_prompts, engine_length
+from megatron_gkd.train.sampling import (
+    banned_tokens,
+    check_prompts,
+    engine_length,
+    most_pictures,
+    seeing_of_teacher,
+)
 from megatron_gkd.weights.fingerprint import fingerprint
 from megatron_gkd.weights.stop_tokens import stop_tokens
 
@@ -66,7 +76,10 @@ def build_teacher_samples(inputs: Inputs, needs: ServerRequirements | None) -> T
     check_prompts(draws.rows, length, of_teacher=True)
     stop_ids = stop_tokens(directory, ChatEncoder(inputs.tokenizer))
     # One temperature: config/validate.py refuses another for some steps.
-    settings = SamplingSettings(config.values_at(1).temperature, sampling.top_p, sampling.top_k, stop_ids)
+    temperature, banned = config.values_at(1).temperature, banned_tokens(inputs)
+    settings = SamplingSettings(temperature, sampling.top_p, sampling.top_k, stop_ids, banned)
+    images = inputs.sight.teacher or inputs.sight.student
+    image_options = engine_image_options(images, most_pictures(inputs), in_server=True)
     own = config.teacher_sampling.teacher_samples_cache
     place = Path(own) if own is not None else Path(config.checkpoint.save) / "teacher_samples"
 
@@ -77,12 +90,12 @@ def build_teacher_samples(inputs: Inputs, needs: ServerRequirements | None) -> T
         if isinstance(kind := config.teacher.kind, ServerTeachers) and needs is not None:
             sampler = ServerSampler(kind.urls, needs, place)
         else:
-            sampler = EngineSampler(config, directory, length)
+            sampler = EngineSampler(config, directory, length, image_options)
         return CompletionStore(
             sampler,
             cache,
             settings,
-            lambda step: teacher_requests(config, draws[step], step, length),
+            lambda step: teacher_requests(config, draws[step], step, length, images),
             inputs.vocab_size,
         )
 
@@ -107,12 +120,15 @@ def _first_step(load: str | None) -> int:
         return 0
 
 
-def teacher_requests(config: RunConfig, draw: Draw, step: int, longest: int) -> list[Request]:
+def teacher_requests(
+    config: RunConfig, draw: Draw, step: int, longest: int, images: ImageTokens | None = None
+) -> list[Request]:
     """What is asked of the teacher for a step, keyed by position in the global batch.
 
     Args:
         draw: of the step.
         longest: most tokens of prompt and completion together, of the models and the engine.
+        images: how the teacher sees them.
     """
     _, drawn, sources = draw
     requests = make_requests(
@@ -128,7 +144,10 @@ def teacher_requests(config: RunConfig, draw: Draw, step: int, longest: int) -> 
         max_model_len=longest,
     )
     seed = config.training.seed
-    return [replace(request, seed=prompt_seed(seed, request.prompt_ids)) for request in requests]
+    return [
+        seeing_of_teacher(replace(request, seed=prompt_seed(seed, request.prompt_ids)), drawn[request.key], images)
+        for request in requests
+    ]
 
 
 class EngineSampler:
@@ -136,12 +155,16 @@ class EngineSampler:
 
     beside_training = False
 
-    def __init__(self, config: RunConfig, path: str, longest: int) -> None:
+    def __init__(
+        self, config: RunConfig, path: str, longest: int, image_options: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         """
         Args:
             path: the teacher's directory.
             longest: most tokens of prompt and completion together.
+            image_options: of a teacher that sees images (`engine_image_options`).
         """
+        self._image_options = image_options
         self._path, self._longest = path, longest
         self._dtype: Dtype = config.model.precision
         teacher_sampling = config.teacher_sampling
@@ -162,6 +185,7 @@ class EngineSampler:
             read_weights=True,
             timeout_s=_TIMEOUT_S,
             startup_timeout_s=_TIMEOUT_S,
+            engine_options=self._image_options,
         ) as engine:
             for start in range(0, len(requests), _PART):
                 yield engine.generate(requests[start : start + _PART], settings)

@@ -98,7 +98,13 @@ def _at_servers(inputs: Inputs, where: Platform, servers: ServerTeachers, needs:
     # The ranks that do not ask wait in a collective, so the requests have to end before it does.
     timeout_s = config.teacher.teacher_timeout_s or 0.8 * 60 * config.parallel.distributed_timeout_minutes
     teacher = ServerTeacher(
-        servers.urls, needs, inputs.student_layout, device=where.device, timeout_s=timeout_s, tags=servers.tags
+        servers.urls,
+        needs,
+        inputs.student_layout,
+        device=where.device,
+        timeout_s=timeout_s,
+        tags=servers.tags,
+        images=inputs.sight.student,
     )
     return Taught(teacher, None, teacher.prefetch)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.config.servers import LocalTeacher, ServerTeachers
+from megatron_gkd.config.servers import LocalTeacher
 from megatron_gkd.data.image_tokens import ImageTokens, read_image_tokens
 from megatron_gkd.data.pictures import striped_picture
 from megatron_gkd.errors import ConfigError, NotBuiltError
@@ -88,19 +88,7 @@ def _refuse(config: RunConfig, student: Architecture, teacher: Architecture | No
         )
     trained = not (config.model.freeze_vision and config.model.freeze_projector)
     not_built = [
-        (
-            config.lmbda.most > 0 and config.sampling.vllm_mode != "colocate",
-            f"--vllm_mode {config.sampling.vllm_mode}",
-            "give colocate, or --lmbda 0",
-        ),
         (config.lmbda.most > 0 and config.data.streaming, "--streaming true with --lmbda above 0", "leave it out"),
-        (
-            config.distillation.samples_teacher,
-            "--seq_kd true (sampling from its teacher)",
-            "train on presampled completions: --lmbda 0 --seq_kd false",
-        ),
-        (config.generates, "--eval_generate (sampling from it)", "leave it out"),
-        (isinstance(config.teacher.kind, ServerTeachers), "--teacher_model_server", "give --teacher_model"),
         (bool(config.tuner.modules_to_save), "--modules_to_save", "leave it out, and train adapters alone"),
         (config.sampling.vllm_enable_lora, "--vllm_enable_lora true", "leave it out, and merged weights are sent"),
         (trained and config.overlap.overlap_grad_reduce, "--overlap_grad_reduce with a trained tower or projector",

@@ -49,13 +49,15 @@ def load(path: str | Path, dtype: torch.dtype) -> Any:
     model = AutoModelForImageTextToText.from_pretrained(path, **options).eval()
     if dtype == torch.float64:
         with Float64():
-            text = model.model.language_model
+            text = getattr(model.model, "text_model", None) or model.model.language_model
             text.rotary_emb = type(text.rotary_emb)(text.config)
     return model
 
 
 def stored_name(name: str, family: str) -> str:
     """Of a parameter, in the files that tests/support/vision_models.py writes."""
+    if family == "smolvlm":
+        return name.removeprefix("model.")
     name = name.removeprefix("model.")
     if family == "llava":
         name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)

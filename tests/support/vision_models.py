@@ -16,7 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-IMAGE_TOKENS = {"internvl": ("<img>", "</img>", "<IMG_CONTEXT>"), "llava": ("<image>",)}
+_ROWS = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
+IMAGE_TOKENS = {
+    "internvl": ("<img>", "</img>", "<IMG_CONTEXT>"),
+    "llava": ("<image>",),
+    "smolvlm": ("<fake_token_around_image>", "<global-img>", *_ROWS, "<image>"),
+}
 TEMPLATE = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}{%- for p in m['content'] -%}"
@@ -117,6 +122,19 @@ def write_tiny_vision(
         )
         files: dict[str, Any] = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
         model: Any = tf.InternVLForConditionalGeneration(config)
+    elif family == "smolvlm":
+        config = tf.SmolVLMConfig(
+            vision_config=dict(**tower, num_hidden_layers=2, image_size=56),
+            text_config=text,
+            image_token_id=token_id,
+            scale_factor=2,
+            tie_word_embeddings=tied,
+            pad_token_id=256,
+        )
+        edge = {"longest_edge": 56 if max_tiles == 1 else 112}  # one tile, or up to two by two
+        processor = tf.SmolVLMImageProcessorPil(size=edge, max_image_size={"longest_edge": 56})
+        files = {"processor_class": "SmolVLMProcessor", "image_seq_len": 4}
+        model = tf.SmolVLMForConditionalGeneration(config)
     else:
         config = tf.LlavaConfig(
             vision_config=tf.CLIPVisionConfig(**tower, num_hidden_layers=3, image_size=28, projection_dim=32),

@@ -208,8 +208,8 @@ def counts(num_samples: int) -> dict[str, int]:
     return {"tokens": sum(sample.num_loss_tokens for sample in samples), **of_sources}
 
 
-# The gate has both families, of which one shares its embedding between the two ends of a pipeline, in one process and in
-# pipelines; of the other layouts one family.
+# The gate has both families, of which one shares its embedding between the two ends of a pipeline, in one process and
+# in pipelines; of the other layouts one family.
 CASES = [
     (family, layout)
     for family in PAIRS

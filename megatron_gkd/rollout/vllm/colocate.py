@@ -33,6 +33,7 @@ from megatron_gkd.config.tuner import LORA_RANKS
 from megatron_gkd.data.pictures import load
 from megatron_gkd.errors import ConfigError, RolloutError
 from megatron_gkd.parallel.together import from_first
+from megatron_gkd.records import SeenSequence
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 from megatron_gkd.rollout.vllm.guard import EngineGuard, keep_process_groups, own_shared_memory
@@ -178,7 +179,7 @@ class ColocatedEngine:
             parameters = [_sampling_parameters(request, settings) for request in requests]
             outputs = self._run([_prompt(request) for request in requests], parameters)
             for request, output in zip(requests, outputs, strict=True):
-                _check_expansion(request, output.prompt_token_ids)
+                _check_expansion(request.key, request.prompt_ids, output.prompt_token_ids)
         return [
             _completion(request, output.outputs[0], version) for request, output in zip(requests, outputs, strict=True)
         ]
@@ -189,6 +190,8 @@ class ColocatedEngine:
 
             parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
             outputs = self._run([_tokens(ids) for ids in sequences], [parameters] * len(sequences))
+        for index, (ids, output) in enumerate(zip(sequences, outputs, strict=True)):
+            _check_expansion(index, ids, output.prompt_token_ids)
         return [
             [float(row[token].logprob) for row, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
             for ids, output in zip(sequences, outputs, strict=True)
@@ -300,27 +303,27 @@ def _cpu_kv_bytes(arch: Architecture, dtype: str, tensor_parallel_size: int, max
 
 
 def _tokens(ids: Sequence[int]) -> Any:
+    """With one placeholder for each image: ids that are expanded already would be expanded again, without an error."""
     from vllm import TokensPrompt
 
-    return TokensPrompt(prompt_token_ids=list(ids))
+    if not isinstance(ids, SeenSequence):
+        return TokensPrompt(prompt_token_ids=list(ids))
+    images = [load(picture) for picture in ids.pictures]
+    return TokensPrompt(prompt_token_ids=list(ids.bare_ids), multi_modal_data={"image": images})
 
 
 def _prompt(request: Request) -> Any:
-    """With one placeholder for each image: ids that are expanded already would be expanded again, without an error."""
     if not request.pictures:
         return _tokens(request.prompt_ids)
-    from vllm import TokensPrompt
-
-    images = [load(picture) for picture in request.pictures]
-    return TokensPrompt(prompt_token_ids=list(request.bare_ids), multi_modal_data={"image": images})
+    return _tokens(SeenSequence.of(request.prompt_ids, request.pictures, request.bare_ids))
 
 
-def _check_expansion(request: Request, prompt_ids: Sequence[int]) -> None:
+def _check_expansion(key: int, ids: Sequence[int], found: Sequence[int]) -> None:
     """vLLM's processor and ours agree about tiles and order."""
-    if request.pictures and tuple(prompt_ids) != request.prompt_ids:
+    if list(found) != list(ids):
         raise RolloutError(
-            f"sample {request.key}: vLLM makes {len(prompt_ids)} tokens of its prompt with images, and "
-            f"{len(request.prompt_ids)} are meant: its processor (mm_processor_kwargs, version) is another one"
+            f"sample {key}: vLLM makes {len(found)} tokens of its sequence with images, and {len(ids)} are meant: its "
+            "processor (mm_processor_kwargs, version) is another one"
         )
 
 

@@ -38,8 +38,17 @@ from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.config.secret import Secret
 from megatron_gkd.errors import RolloutError
+from megatron_gkd.records import SeenSequence
 from megatron_gkd.rollout.client import UNIX, ServerAnswerError, ServerClient
 from megatron_gkd.rollout.gate import read_secret, rollout_secret
+from megatron_gkd.rollout.image_wire import (
+    FLAGS,
+    PATH,
+    image_completion_body,
+    image_topk_body,
+    read_image_completion,
+    read_image_scores,
+)
 from megatron_gkd.rollout.protocol import DEFAULT_TIMEOUT_S, Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 from megatron_gkd.rollout.vllm.local_server import SECRET_NAME, LocalServer, as_flags
@@ -105,6 +114,7 @@ class ServerEngine:
         self._weight_transfer: WeightTransfer = weight_transfer
         self._transfer: Transfer | None = None
         self._num_sent = 0
+        self._sees_images = "vision_config" in _config(model_path)
         self._token = secrets.token_hex(6)
         self._stamp: str | None = UNTOUCHED  # what the server has to say of its weights; None: it says nothing
         self._updates: list[int] | None = None  # begun since the server was started, by worker, as this object left it
@@ -160,6 +170,8 @@ class ServerEngine:
                 )
             if not self._client.post("/reset_prefix_cache", "drop its cached prefixes", read=itemgetter("success")):
                 raise RolloutError(f"{self._client.name} did not drop its cached prefixes: requests are still running")
+            if self._sees_images:  # else the rows of images that were seen before are the old tower's
+                self._client.post("/reset_encoder_cache", "drop what it made of images")
             self._set_stamp(f"gkd-{self._token}-{version}")
             self._updates = [worker["updates"] for worker in self._workers_info(required=True)]
             if self._state.memory == "awake":
@@ -186,6 +198,16 @@ class ServerEngine:
     def generate(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion]:
         for request in requests:
             self._check_length(request.prompt_ids, f"the prompt of request {request.key}")
+        with_images = [index for index, request in enumerate(requests) if request.pictures]
+        of_text = [index for index, request in enumerate(requests) if not request.pictures]
+        found: dict[int, Completion] = {}
+        if of_text or not with_images:
+            found |= zip(of_text, self._sample([requests[i] for i in of_text], settings), strict=True)
+        if with_images:
+            found |= zip(with_images, self._sample_seeing([requests[i] for i in with_images], settings), strict=True)
+        return [found[index] for index in range(len(requests))]
+
+    def _sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion]:
         bodies = [completion_body(request, settings, self.max_model_len) for request in requests]
 
         def read(index: int, answer: Any, version: int) -> Completion:
@@ -193,14 +215,41 @@ class ServerEngine:
 
         return self._complete(f"sample {len(requests)} completions", bodies, read)
 
+    def _sample_seeing(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion]:
+        """Of prompts with images."""
+        bodies = [image_completion_body(request, settings, self.max_model_len) for request in requests]
+
+        def read(index: int, answer: Any, version: int) -> Completion:
+            return read_image_completion(requests[index], answer, version, self._client.name)
+
+        try:
+            return self._complete(f"sample {len(requests)} completions of prompts with images", bodies, read, PATH)
+        except ServerAnswerError as error:
+            if error.status not in (403, 404):
+                raise
+            raise RolloutError(f"{error}: it does not take images; start it with {FLAGS}") from None
+
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         for index, ids in enumerate(sequences):
             self._check_length(ids, f"sequence {index}")
 
-        def read(index: int, answer: Any, _: int) -> list[float]:
-            return read_scores(sequences[index], answer, self._client.name)
+        of_text = [ids for ids in sequences if not isinstance(ids, SeenSequence)]
+        seen = [ids for ids in sequences if isinstance(ids, SeenSequence)]
 
-        return self._complete(f"score {len(sequences)} sequences", [score_body(ids) for ids in sequences], read)
+        def read(index: int, answer: Any, _: int) -> list[float]:
+            return read_scores(of_text[index], answer, self._client.name)
+
+        def read_seen(index: int, answer: Any, _: int) -> list[float]:
+            return read_image_scores(seen[index], answer, self._client.name)
+
+        what = f"score {len(sequences)} sequences"
+        scores = self._complete(what, [score_body(ids) for ids in of_text], read)
+        of_seen: list[list[float]] = []
+        if seen:
+            bodies = [image_topk_body(ids.bare_ids, ids.pictures, 0) for ids in seen]
+            of_seen = self._complete(f"score {len(seen)} sequences with images", bodies, read_seen, PATH)
+        in_order = {False: iter(scores), True: iter(of_seen)}
+        return [next(in_order[isinstance(ids, SeenSequence)]) for ids in sequences]
 
     def cached_tokens(self, prompt: Sequence[int]) -> int:
         self._check_length(prompt, "the prompt")
@@ -212,7 +261,11 @@ class ServerEngine:
         return cached
 
     def _complete(
-        self, what: str, bodies: list[dict[str, Any]], read: Callable[[int, Any, int], Result]
+        self,
+        what: str,
+        bodies: list[dict[str, Any]],
+        read: Callable[[int, Any, int], Result],
+        path: str = "/v1/completions",
     ) -> list[Result]:
         """What `read(index, answer, version of the weights)` takes out of the server's answers."""
         with self._state.sampling(what) as version:
@@ -223,7 +276,7 @@ class ServerEngine:
             if paused:
                 raise RolloutError(f"{self._client.name} is paused, by another process, and would not {what}")
             results: list[Result] = self._client.post_all(
-                "/v1/completions", what, bodies, lambda index, answer: read(index, answer, version)
+                path, what, bodies, lambda index, answer: read(index, answer, version)
             )
             self._check_stamp("while it sampled")
         return results
@@ -441,6 +494,12 @@ def _secret_of(base_url: str) -> Secret | None:
     return read_secret(beside) if beside.exists() else None
 
 
+def _config(model_path: str) -> dict[str, Any]:
+    """config.json as written; empty where there is none."""
+    file = Path(model_path) / "config.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
 def _read_texts(results: Any) -> list[str]:
     return [str(result) for result in results]
 
@@ -450,7 +509,9 @@ def _check_workers(name: str, workers: Sequence[dict[str, Any]], model_path: str
     ranks = sorted(worker["rank"] for worker in workers)
     if ranks != list(range(len(workers))):
         raise RolloutError(f"{name} has workers of ranks {ranks}: it is data parallel; start several servers instead")
-    config = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8")) if workers else {}
+    config = _config(model_path) if workers else {}
+    if "vision_config" in config:  # what workers say is of the decoder; the top level says whether its head is tied
+        config = {**config.get("text_config", {}), "tie_word_embeddings": None}
     for worker in workers[:1]:
         if worker["dtype"] != LONG_NAMES[dtype]:
             raise RolloutError(

@@ -29,18 +29,30 @@ from typing import Any, NamedTuple, Self
 
 import httpx
 
+from megatron_gkd.data.image_tokens import ImageTokens
+from megatron_gkd.data.pictures import striped_picture
 from megatron_gkd.errors import RolloutError
-from megatron_gkd.rollout.client import ServerClient
+from megatron_gkd.records import Picture
+from megatron_gkd.rollout import image_wire
+from megatron_gkd.rollout.answers import most_bytes
+from megatron_gkd.rollout.client import ServerAnswerError, ServerClient
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.requests import assign
 from megatron_gkd.teacher.servers.probes import TOLERANCE, Probed, ServerRequirements, ask_canary, probe_server
-from megatron_gkd.teacher.servers.wire import TopK, distance, empty_topk
+from megatron_gkd.teacher.servers.wire import VLLM, TopK, distance, empty_topk
 
 API_KEY_ENV = "TEACHER_API_KEY"
 RETRY_S = 60.0
 MAX_CONCURRENCY = 16
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt ids, completion ids
+
+
+class Seen(NamedTuple):
+    """The images of a sequence's prompt."""
+
+    bare_ids: Sequence[int]  # the prompt with one placeholder for each
+    pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +153,14 @@ class TeacherServers:
         """
         return self.start(sequences, tags).result()
 
-    def start(self, sequences: Sequences, tags: Sequence[str | None] | None = None) -> PendingAnswers:
-        """`topk`, while the caller goes on. Every answer waits in its [C, K] form."""
+    def start(
+        self,
+        sequences: Sequences,
+        tags: Sequence[str | None] | None = None,
+        seen: Sequence[Seen | None] | None = None,
+    ) -> PendingAnswers:
+        """`topk`, while the caller goes on. Every answer waits in its [C, K] form. `seen`: of each sequence; None of
+        one of text alone."""
         found = [empty_topk(self.needs.topk) for _ in sequences]
         by_tag: dict[str | None, list[int]] = {}
         for index, (_, completion) in enumerate(sequences):
@@ -157,8 +175,13 @@ class TeacherServers:
         parts: list[_Part] = []
         try:
             for server, indices in zip(self._servers, mine, strict=True):
-                if indices:
-                    parts.append(_Part(server, indices, self._start(server, [sequences[i] for i in indices])))
+                images = {i: of_i for i in indices if seen is not None and (of_i := seen[i]) is not None}
+                if of_text := [i for i in indices if i not in images]:
+                    parts.append(_Part(server, of_text, self._start(server, [sequences[i] for i in of_text])))
+                if images:
+                    asked_of = [sequences[i] for i in images]
+                    future = self._start_seeing(server, asked_of, list(images.values()))
+                    parts.append(_Part(server, list(images), future))
         except BaseException:
             for part in parts:
                 part.future.cancel()
@@ -174,8 +197,10 @@ class TeacherServers:
         work: list[tuple[_Server, list[int], Future[list[Completion]]]] = []
         try:
             for server, dealt in zip(servers, assign(costs, len(servers)), strict=True):
-                if dealt:
-                    work.append((server, dealt, self._sample(server, [requests[i] for i in dealt], settings)))
+                for has_images in (False, True):
+                    if part := [i for i in dealt if bool(requests[i].pictures) is has_images]:
+                        sampling = self._sample(server, [requests[i] for i in part], settings)
+                        work.append((server, part, sampling))
             for _, dealt, future in work:
                 found.update(zip(dealt, future.result(), strict=True))
         finally:
@@ -225,12 +250,26 @@ class TeacherServers:
         client, dialect, model = server.client, server.probed.dialect, server.probed.model
         for request in requests:
             self._check_length(client, len(request.prompt_ids) + 1)
+        if any(request.pictures for request in requests):
+            return self._sample_seeing(server, requests, settings)
         bodies = [dialect.completion_body(model, request, settings, self.needs.longest) for request in requests]
 
         def read(index: int, answer: Any) -> Completion:
             return dialect.read_completion(requests[index], settings, answer, client.name)
 
         return client.start_all(dialect.path, f"sample {len(bodies)} completions", bodies, read)
+
+    def _sample_seeing(
+        self, server: _Server, requests: Sequence[Request], settings: SamplingSettings
+    ) -> Future[list[Completion]]:
+        """Of prompts all of which have images."""
+        client, dialect, model = server.client, _which_sees(server), server.probed.model
+        bodies = [dialect.image_completion_body(model, request, settings, self.needs.longest) for request in requests]
+
+        def read(index: int, answer: Any) -> Completion:
+            return dialect.read_image_completion(requests[index], settings, answer, client.name)
+
+        return client.start_all(image_wire.PATH, f"sample {len(bodies)} completions (with images)", bodies, read)
 
     def _check_length(self, client: ServerClient, num_tokens: int) -> None:
         if num_tokens > self.needs.longest:
@@ -252,6 +291,38 @@ class TeacherServers:
 
         return client.start_all(dialect.path, f"score {len(bodies)} sequences", bodies, read)
 
+    def _start_seeing(self, server: _Server, sequences: Sequences, seen: Sequence[Seen]) -> Future[list[TopK]]:
+        """Of sequences all of which have images."""
+        client, needs, dialect = server.client, self.needs, _which_sees(server)
+        whole = [[*prompt, *completion] for prompt, completion in sequences]
+        for ids in whole:
+            self._check_length(client, len(ids))
+        bodies = [
+            dialect.image_topk_body(server.probed.model, [*one.bare_ids, *completion], one.pictures, needs.topk)
+            for one, (_, completion) in zip(seen, sequences, strict=True)
+        ]
+        most = [most_bytes({"ids": ids, "prompt_logprobs": needs.topk}) for ids in whole]
+
+        def read(index: int, answer: Any) -> TopK:
+            num_prompt = len(sequences[index][0])
+            return dialect.read_image_topk(answer, whole[index], num_prompt, needs.topk, needs.vocab_size, client.name)
+
+        return client.start_all(image_wire.PATH, f"score {len(bodies)} sequences with images", bodies, read, most)
+
+    def check_images(self, images: ImageTokens) -> None:
+        """Whether every server takes images, and makes as many tokens of them: asked with one. Raises RolloutError."""
+        picture = striped_picture()
+        *probe, last = (token for token in self.needs.probe if token != images.image_token_id)
+        bare = (images.image_token_id, *probe)
+        ids, placed = images.expand(bare, [picture])
+        for server in self._servers:
+            try:
+                self._start_seeing(server, [(ids, (last,))], [Seen(bare, placed)]).result()
+            except ServerAnswerError as error:
+                raise RolloutError(
+                    f"{error}: the rows have images, and it does not take them; start it with {image_wire.FLAGS}"
+                ) from None
+
     def _check_one_teacher(self, servers: Sequence[_Server]) -> None:
         """Of servers that are dealt the same sequences."""
         for other in servers[1:]:
@@ -272,3 +343,14 @@ class TeacherServers:
                 f"by {apart:.2g} (mean total variation); its answers were not used. Start it with the model of the run "
                 "and resume"
             )
+
+
+def _which_sees(server: _Server) -> VLLM:
+    """How a server is asked about images. Raises RolloutError for one that takes none."""
+    dialect = server.probed.dialect
+    if not isinstance(dialect, VLLM):
+        raise RolloutError(
+            f"{server.client.name} (swift deploy) takes text alone, and rows have images; serve the teacher with vLLM "
+            "(launch/teacher_server.sh)"
+        )
+    return dialect

@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_gkd.errors import RolloutError
+from megatron_gkd.records import Picture
+from megatron_gkd.rollout import image_wire
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.wire import (
     MINUS_INFINITY,
@@ -91,6 +93,22 @@ class VLLM:
             raise RolloutError(f"{server} scored {len(echoed)} tokens, other than the {len(ids)} that it was sent")
         return topk_of_rows(rows, ids, num_prompt, k, vocab_size, server)
 
+    def image_topk_body(
+        self, model: str, bare_ids: Sequence[int], pictures: Sequence[Picture], k: int
+    ) -> dict[str, Any]:
+        """`topk_body` of a sequence with one placeholder for each image."""
+        return {"model": model} | image_wire.image_topk_body(bare_ids, pictures, k)
+
+    def read_image_topk(
+        self, answer: Any, ids: Sequence[int], num_prompt: int, k: int, vocab_size: int, server: str
+    ) -> TopK:
+        """`read_topk` of an answer to it; `ids` are the sequence as it is expanded."""
+        image_wire.check_expansion(answer, ids, "a sample", server)
+        rows = answer.get("prompt_logprobs")
+        if not isinstance(rows, list):
+            raise RolloutError(f"{server} answered without the log-probabilities of a sequence with images")
+        return topk_of_rows(rows, ids, num_prompt, k, vocab_size, server)
+
     def next_token_body(self, model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
         """The distribution after a sequence, by the other way: sampling."""
         return {
@@ -127,6 +145,18 @@ class VLLM:
     def read_completion(self, request: Request, settings: SamplingSettings, answer: Any, server: str) -> Completion:
         """The completion in an answer to `completion_body`."""
         return read_completion(request, answer, 0, server)
+
+    def image_completion_body(
+        self, model: str, request: Request, settings: SamplingSettings, longest: int
+    ) -> dict[str, Any]:
+        """`completion_body` of a request with pictures."""
+        return {"model": model} | image_wire.image_completion_body(request, settings, longest)
+
+    def read_image_completion(
+        self, request: Request, settings: SamplingSettings, answer: Any, server: str
+    ) -> Completion:
+        """The completion in an answer to it."""
+        return image_wire.read_image_completion(request, answer, 0, server)
 
 
 def topk_of_rows(

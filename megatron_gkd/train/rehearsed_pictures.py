@@ -1,0 +1,118 @@
+"""Images in a rehearsal (rehearsal.py): every sample has as many, of one size, at the beginning of its prompt, and what
+a tower is fed has the shape that the model's own processor gives it, and no values.
+
+    sight = RehearsedSight(config, (student, teacher), Shown(1, (640, 480)))    # before tensors are fake
+    with FakeTensorMode(...), sight.fake_towers(): ...
+
+The processor's own work on the pixels is not counted: in a run it is the host's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from megatron_gkd.architecture import Architecture
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.data.chat import load_tokenizer
+from megatron_gkd.data.image_tokens import ImageTokens
+from megatron_gkd.data.pictures import striped_picture
+from megatron_gkd.errors import ConfigError
+from megatron_gkd.model import vision
+from megatron_gkd.model.build import HiddenStateGPTModel
+from megatron_gkd.model.vision_config import meta_model
+from megatron_gkd.records import Picture, Sample
+from megatron_gkd.train.vision import read_sight
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The images of every sample."""
+
+    number: int
+    size: tuple[int, int]  # width, height
+
+
+class RehearsedSight:
+    """How the models of a rehearsal see images."""
+
+    def __init__(self, config: RunConfig, archs: tuple[Architecture, Architecture | None], shown: Shown) -> None:
+        """Reads the processors' files. Raises what `train` would say of them (train/vision.py)."""
+        self.sight = read_sight(config, *archs, load_tokenizer(config.model.model))
+        self._pictures = [striped_picture(*shown.size)] * shown.number
+        self._shown = shown
+
+    def samples(self, lengths: Sequence[tuple[int, int]]) -> tuple[Sample, ...]:
+        """Of a step, of (prompt, completion) tokens, those of the images in the prompt's number. Raises ConfigError."""
+        own, theirs = self.sight.student, self.sight.teacher
+        samples = []
+        for index, (prompt, completion) in enumerate(lengths):
+            ids, placed = self._expanded(own)
+            rest = prompt - len(ids)
+            if rest < (not ids):
+                raise ConfigError(
+                    f"{self._shown.number} images of {self._shown.size[0]} x {self._shown.size[1]} have {len(ids)} "
+                    f"tokens, and a prompt {prompt}: give --prompt_tokens (or --max_length), fewer "
+                    "--images_per_sample, or --max_image_tiles"
+                )
+            sample = Sample(index, index, (*ids, *(0,) * rest), (0,) * completion, "dataset", None, pictures=placed)
+            if theirs is not None and theirs != own:
+                of_teacher, placed = self._expanded(theirs)
+                prompt_ids = (*of_teacher, *(0,) * rest)
+                sample = Sample(
+                    *(index, index, sample.prompt_ids, sample.completion_ids, "dataset"),
+                    pictures=sample.pictures,
+                    teacher_prompt_ids=prompt_ids,
+                    teacher_pictures=placed,
+                )
+            samples.append(sample)
+        return tuple(samples)
+
+    def prepare(self, chunks: Sequence[HiddenStateGPTModel], images: ImageTokens | None) -> None:
+        """Tell the chunk that has the tower what it is fed, without values (train/vision.py, `prepare_towers`)."""
+        for chunk in chunks:
+            if chunk.vision is not None and images is not None:
+                chunk.vision.prepare = self._feed(images)
+
+    @contextmanager
+    def fake_towers(self) -> Iterator[None]:
+        """Towers are described on the meta device, which fake tensors have no part in; there they are fake."""
+        describe = meta_model
+
+        def described(*args: Any) -> Any:
+            with unset_fake_temporarily():
+                model = describe(*args)
+            for module in model.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+            return model
+
+        with patch.object(vision, "meta_model", described):
+            yield
+
+    def _expanded(self, images: ImageTokens | None) -> tuple[tuple[int, ...], tuple[Picture, ...]]:
+        if images is None:
+            return (), ()
+        return images.expand((images.image_token_id,) * len(self._pictures), self._pictures)
+
+    def _feed(self, images: ImageTokens) -> vision.Prepare:
+        shapes: dict[tuple[int, int], dict[str, tuple[torch.Size, torch.dtype]]] = {}
+        with unset_fake_temporarily():
+            for picture in (striped_picture(), *self._pictures[:1]):
+                found = images.inputs([picture])
+                shapes[picture.size] = {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()}
+
+        def feed(pictures: Sequence[Picture]) -> Mapping[str, torch.Tensor]:
+            fed = {}
+            for name, (shape, dtype) in shapes[pictures[0].size].items():
+                tiles = sum(shapes[picture.size][name][0][0] for picture in pictures)
+                fed[name] = torch.empty(tiles, *shape[1:], dtype=dtype)
+            return fed
+
+        return feed
