@@ -19,7 +19,7 @@ from typing import Any, Final
 from prepare import COMMON
 from problems import COMPLETION_TOKENS
 
-EVALUATIONS: Final = 4  # over a run, beside the one before it
+SHARED: Final = ("device", "dtype", "max_length", "global_batch_size", "micro_batch_size", "data_cache_dir")
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ ARMS: Final[dict[str, Arm]] = {
     "on_policy_jsd": Arm("JSD (beta 0.5) on the student's completions", _gkd(1.0, 0.5)),
     "on_policy_reverse": Arm("reverse KL (beta 1) on the student's completions", _gkd(1.0, 1.0)),
     "horizon": Arm(
-        "as `on_policy`, with completions of at most 5 tokens in the first quarter, 9 in the second",
-        _gkd(1.0, max_completion_length="stepwise,0:5,{quarter}:9,{half}:{longest}"),
+        "as `on_policy`, with completions of at most 4 tokens in the first quarter, 8 in the second",
+        _gkd(1.0, max_completion_length="stepwise,0:4,{quarter}:8,{half}:{longest}"),
     ),
 }
 ARMS |= {
@@ -68,7 +68,9 @@ class Setting:
     Attributes:
         arms: those that are run where none are named.
         ready: a file that is there once the setting is prepared.
-        num_prompts: problems of `test` that are answered at each evaluation.
+        num_prompts: problems of `test` that are answered.
+        longest: tokens of a completion, at most.
+        flags: of training and evaluation; training: of that alone.
     """
 
     start: Path
@@ -82,16 +84,21 @@ class Setting:
     num_prompts: int
     longest: int
     flags: Mapping[str, Any]
+    training: Mapping[str, Any]
 
     def cell(self, arm: Arm, seed: int, save: Path, steps: int) -> dict[str, Any]:
         """The flags of `megatron-gkd train`, whole."""
         names = dict(teacher=self.teacher, samples=self.samples, longest=self.longest)
         names |= dict(quarter=steps // 4, half=steps // 2)
         given = {name: str(value).format(**names) for name, value in arm.flags.items()}
-        data = dict(model=self.start, dataset=self.train, eval_dataset=self.test, save=save, seed=seed)
-        length = dict(train_iters=steps, lr_warmup_iters=steps // 10, max_completion_length=self.longest)
-        evaluation = dict(eval_steps=-(-steps // EVALUATIONS), eval_generate=self.num_prompts)
-        return {**self.flags, **data, **length, **evaluation, **given}
+        data = dict(model=self.start, dataset=self.train, save=save, seed=seed, train_iters=steps)
+        length = dict(lr_warmup_iters=steps // 10, max_completion_length=self.longest)
+        return {**self.flags, **self.training, **data, **length, **given}
+
+    def evaluation(self, model: Path) -> dict[str, Any]:
+        """The flags of `megatron-gkd eval` for an exported student."""
+        data = dict(model=model, teacher_model=self.teacher, eval_dataset=self.test)
+        return {**self.flags, **data, "eval_generate": self.num_prompts, "max_completion_length": self.longest}
 
 
 def sums(prepared: Path) -> Setting:
@@ -103,17 +110,18 @@ def sums(prepared: Path) -> Setting:
         samples=prepared / "samples.jsonl",
         ready=prepared / "samples.jsonl",
         arms=tuple(ARMS),
-        steps=400,
+        steps=100,
         num_prompts=1000,
         longest=COMPLETION_TOKENS,
-        flags=COMMON | dict(lr=2e-3, min_lr=1e-4, temperature=1.0, vllm_max_num_seqs=256),
+        flags={name: COMMON[name] for name in SHARED} | dict(vllm_max_num_seqs=256),
+        training=COMMON | dict(lr=2e-3, min_lr=1e-4, temperature=1.0),
     )
 
 
 def words(prepared: Path) -> Setting:
     """With the models and data of the quick start; the flags are those of its run.yaml, for more steps."""
-    own = dict(lr=3e-4, min_lr=3e-5, weight_decay=0.01, freeze_embeddings="true", temperature=0.9, save_steps=1_000_000)
-    shape = dict(device="cpu", dtype="fp32", max_length=512, global_batch_size=8, micro_batch_size=2, report_to="none")
+    own = dict(lr=3e-4, min_lr=3e-5, weight_decay=0.01, freeze_embeddings="true", temperature=0.9)
+    shape = dict(device="cpu", dtype="fp32", max_length=512, global_batch_size=8, micro_batch_size=2)
     return Setting(
         start=prepared / "student",
         teacher=prepared / "teacher",
@@ -125,7 +133,8 @@ def words(prepared: Path) -> Setting:
         steps=100,
         num_prompts=64,
         longest=160,
-        flags=own | shape,
+        flags=shape,
+        training=own | dict(report_to="none", save_steps=1_000_000),
     )
 
 

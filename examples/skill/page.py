@@ -27,7 +27,7 @@ QUESTIONS: Final = (  # asked before the first cell was trained
     ("on_policy_reverse", "on_policy", "On-policy: is beta 1 better than beta 0?"),
     ("horizon", "on_policy", "On-policy: are short completions first better?"),
 )
-_CURVES: Final = {"sft": "#7f7f7f", "kd": "#1f77b4", "mixed": "#2ca02c", "on_policy": "#d62728"}
+_COLOURS: Final = {"sft": "#7f7f7f", "kd": "#1f77b4", "mixed": "#2ca02c", "on_policy": "#d62728"}
 
 
 def write_page(records: Sequence[Record], out: Path) -> None:
@@ -88,18 +88,17 @@ def answer(found: Difference) -> str:
 
 
 def draw(by_arm: dict[str, dict[int, Record]], path: Path) -> None:
-    """Accuracy of every cell, and over steps and CPU seconds that of the methods at equal steps."""
+    """Accuracy of every cell, and of every arm over its CPU seconds."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "skill", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(13, 4.5), layout="constrained")
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
         FigureCanvasSVG(figure)
-        cells, steps, seconds = figure.subplots(1, 3)
+        cells, seconds = figure.subplots(1, 2)
         _draw_cells(cells, by_arm)
-        _draw_curves(steps, by_arm, 0, "step")
-        _draw_curves(seconds, by_arm, 1, "CPU seconds of its steps")
+        _draw_seconds(seconds, by_arm)
         figure.savefig(path, metadata={"Date": None})
 
 
@@ -108,26 +107,27 @@ def _draw_cells(axes: Axes, by_arm: dict[str, dict[int, Record]]) -> None:
     for place, arm in enumerate(names):
         values = [100 * record["accuracy"] for record in by_arm[arm].values()]
         mean, half, _ = interval(values)
-        colour = _CURVES.get(arm, "#444444")
-        axes.plot(values, [place + 0.18] * len(values), "o", markersize=3, color=colour, alpha=0.5)
-        axes.errorbar([mean], [place], xerr=[half], fmt="o", color=colour, capsize=3)
+        axes.plot(values, [place + 0.2] * len(values), "o", markersize=3, color=_colour(arm), alpha=0.5)
+        axes.errorbar([mean], [place], xerr=[half], fmt="o", color=_colour(arm), capsize=3)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("accuracy, %")
-    axes.set_title("seeds (small), mean and 95 % interval", fontsize=10)
+    axes.set_title("each seed (small), mean and 95 % interval", fontsize=10)
     axes.grid(alpha=0.25, axis="x")
 
 
-def _draw_curves(axes: Axes, by_arm: dict[str, dict[int, Record]], column: int, label: str) -> None:
-    for arm, colour in _CURVES.items():
-        if arm not in by_arm:
-            continue
-        points = list(zip(*(record["curve"] for record in by_arm[arm].values()), strict=True))
-        xs = [sum(point[column] for point in seeds) / len(seeds) for seeds in points]
-        ys = [100 * sum(point[2] for point in seeds) / len(seeds) for seeds in points]
-        axes.plot(xs, ys, marker="o", markersize=3, color=colour, label=arm)
-    axes.set_xlabel(label)
+def _draw_seconds(axes: Axes, by_arm: dict[str, dict[int, Record]]) -> None:
+    for arm, found in by_arm.items():
+        rows = list(found.values())
+        mean, half, n = interval([100 * row["accuracy"] for row in rows])
+        cpu_s = sum(row["cpu_s"] for row in rows) / n
+        axes.errorbar([cpu_s], [mean], yerr=[half], fmt="o", color=_colour(arm), capsize=3)
+        axes.annotate(arm, (cpu_s, mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axes.set_xlabel("CPU seconds of its steps")
     axes.set_ylabel("accuracy, %")
-    axes.set_title("mean over the seeds", fontsize=10)
+    axes.set_title("what it costs", fontsize=10)
+    axes.margins(x=0.25)
     axes.grid(alpha=0.25)
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=8)
+
+
+def _colour(arm: str) -> str:
+    return _COLOURS.get(arm.removesuffix("_equal_time"), "#9467bd")

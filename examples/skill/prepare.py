@@ -2,7 +2,7 @@
 
     python examples/skill/prepare.py --out cache/skill
 
-    cache/skill/data/           train.jsonl (1,000 problems), valid.jsonl (500), test.jsonl (1,000), teacher.jsonl
+    cache/skill/data/           train.jsonl (500 problems), valid.jsonl (500), test.jsonl (1,000), teacher.jsonl
     cache/skill/random/         teacher and student, random: Llamas of 3 x 128 and 2 x 96, one token a character
     cache/skill/teacher/hf      the teacher, of supervised training on teacher.jsonl
     cache/skill/start/hf        the student, of a short supervised training on train.jsonl
@@ -26,7 +26,7 @@ from forked import run
 from problems import COMPLETION_TOKENS, PROMPT_TOKENS, make_tokenizer, split
 
 SEED: Final = 7
-SIZES: Final = {"train": 1000, "valid": 500, "test": 1000, "teacher": 40_000}
+SIZES: Final = {"train": 500, "valid": 500, "test": 1000, "teacher": 40_000}
 SHAPES: Final[dict[str, dict[str, int]]] = {
     "teacher": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4),
     "student": dict(hidden_size=96, intermediate_size=288, num_hidden_layers=2, num_attention_heads=3),
@@ -44,8 +44,9 @@ COMMON: Final[dict[str, Any]] = dict(
     save_steps=1_000_000,
     data_cache_dir="none",
 )
-TEACHER: Final[dict[str, Any]] = dict(train_iters=3000, lr=3e-3, min_lr=1e-4, lr_warmup_iters=100)
-START: Final[dict[str, Any]] = dict(train_iters=400, lr=2e-3, min_lr=1e-4, lr_warmup_iters=50)
+SMALL: Final = dict(global_batch_size=16, micro_batch_size=16)
+TEACHER: Final[dict[str, Any]] = dict(train_iters=1500, lr=2e-3, min_lr=1e-4, lr_warmup_iters=50, **SMALL)
+START: Final[dict[str, Any]] = dict(train_iters=600, lr=2e-3, min_lr=1e-4, lr_warmup_iters=50, **SMALL)
 
 Command = Callable[[Sequence[str], Path], int]
 
@@ -113,8 +114,7 @@ def prepare(out: Path, sizes: dict[str, int], settings: dict[str, dict[str, Any]
             continue
         shutil.rmtree(run_dir, ignore_errors=True)
         flags = dict(model=out / "random" / model, objective="sft", dataset=out / f"data/{rows}.jsonl", save=run_dir)
-        held_out = dict(eval_dataset=out / "data/valid.jsonl", seed=SEED)
-        argv = ["train", *as_words(**flags, **held_out, **COMMON, **settings[name])]
+        argv = ["train", *as_words(**{**COMMON, **flags, "seed": SEED, **settings[name]})]
         carry_out(command, argv, out / f"logs/{name}.txt")
     if not (out / "samples.jsonl").exists():
         flags = dict(model=out / "teacher/hf", dataset=out / "data/train.jsonl", result_path=out / "samples.jsonl")

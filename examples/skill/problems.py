@@ -1,11 +1,11 @@
 """The task of the study, as text: add up a row of digits, writing down the running total after each of them.
 
-    prompt      8-5+2-9+4=
-    completion  3;5;-4;0            right where its last number is the sum: `--eval_verifier last_number`
+    prompt      8-5+2-9=
+    completion  3;5;-4            right where its last number is the sum: `--eval_verifier last_number`
 
-Five digits from 1 to 9, each added or subtracted: 944,784 problems. Every character is a token, so a model learns
-arithmetic from nothing, and a wrong total early on spoils the rest: what the student meets in its own completions and
-never in the data's.
+Four digits from 1 to 9, all but the first added or subtracted: 52,488 problems. Every character is a token, so a model
+learns arithmetic from nothing, and a wrong total early on spoils the rest: what the student meets in its own
+completions and never in the data's.
 
 A problem depends on the generator's seed alone, and no problem is in two of the files that `split` makes.
 """
@@ -16,9 +16,9 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-NUM_DIGITS: Final = 5
+NUM_DIGITS: Final = 4
 PROMPT_TOKENS: Final = 2 * NUM_DIGITS
-COMPLETION_TOKENS: Final = 4 * (NUM_DIGITS - 1) + 4  # the longest right one has 15 and the end; a student may ramble
+COMPLETION_TOKENS: Final = 16  # the longest right one has 12 with its end; a student may ramble
 SPECIAL: Final = ("<pad>", "<end>")
 CHARACTERS: Final = "0123456789+-=;"
 

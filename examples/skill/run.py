@@ -6,18 +6,20 @@
     python examples/skill/run.py --setting words              # real text: SmolLM2 on word problems (hours)
 
     runs/skill/on_policy/seed_0/    run directory of a cell: `megatron-gkd report`, also with --compare
+    runs/skill/on_policy/seed_0.txt, seed_0.test.txt    output of its training, and of its evaluation
     runs/skill/results.json         a record of each finished cell
     runs/skill/evidence.md, .svg    the page and its picture
 
 A finished cell is not repeated, one that was interrupted begins again. Methods and settings: arms.py. Prepared by
-prepare.py, for words by launch/quickstart.sh. Accuracy is that of `--eval_generate` on the test problems: greedy, by
-vLLM, the last number.
+prepare.py, for words by launch/quickstart.sh. Every exported student is measured by `megatron-gkd eval` beside the
+teacher, on the test problems: divergences on the data's completions, and the accuracy of greedy ones by vLLM.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -43,12 +45,21 @@ class Study:
         return self.out / arm / f"seed_{seed}"
 
     def carry_out(self, arm: str, seed: int, command: Command = run) -> None:
-        """Train a cell, unless it is finished. Raises SystemExit where it fails."""
-        save = self.cell(arm, seed)
-        if self.record(arm, seed) is None:
+        """Train and measure a cell, unless it is finished. Raises SystemExit where it fails."""
+        if self.record(arm, seed) is not None:
+            return
+        save, log, test = self.cell(arm, seed), self._beside(arm, seed, "txt"), self._beside(arm, seed, "test.txt")
+        test.unlink(missing_ok=True)
+        if not (save / "export.json").exists():
             shutil.rmtree(save, ignore_errors=True)
             flags = self._setting.cell(ARMS[arm], seed, save, self.steps(arm))
-            carry_out(command, ["train", *as_words(**flags)], save.parent / f"seed_{seed}.txt")
+            carry_out(command, ["train", *as_words(**flags)], log)
+        partial = self._beside(arm, seed, "test.partial")
+        carry_out(command, ["eval", *as_words(**self._setting.evaluation(save / "hf"))], partial)
+        partial.rename(test)
+
+    def _beside(self, arm: str, seed: int, suffix: str) -> Path:
+        return self.out / arm / f"seed_{seed}.{suffix}"
 
     def steps(self, arm: str) -> int:
         """Of each of its cells. Raises SystemExit where the cells are missing that say it."""
@@ -77,29 +88,26 @@ class Study:
     def record(self, arm: str, seed: int) -> dict[str, Any] | None:
         """What a finished cell says; None: it is not finished.
 
-        `cpu_s`: CPU seconds of its steps, sampling and the teacher's pass within them; without start, evaluation and
-        saving. `curve`: (step, CPU seconds until then, accuracy).
+        `cpu_s`: CPU seconds of its steps, sampling and the teacher's pass within them; without its start.
         """
-        save = self.cell(arm, seed)
-        if not (save / "export.json").exists():
+        test = self._beside(arm, seed, "test.txt")
+        if not test.exists():
             return None
-        steps, evaluations = (_rows(save / name) for name in ("metrics.jsonl", "evaluation.jsonl"))
-        until, cpu_s = {0: 0.0}, 0.0
-        for row in steps:
-            cpu_s += row["step_cpu_s"]
-            until[row["step"]] = cpu_s
-        last = evaluations[-1]
-        curve = [(row["step"], round(until[row["step"]], 3), row["generate/accuracy"]) for row in evaluations]
-        kept = ("nll", "forward_kl", "agreement", "generate/mean_length", "generate/truncated", "generate/num_prompts")
+        steps, found = _rows(self.cell(arm, seed) / "metrics.jsonl"), printed_numbers(test.read_text())
+        names = {"accuracy": "generate/accuracy", "num_prompts": "generate/num_prompts"}
+        names |= {name: name for name in ("nll", "forward_kl", "reverse_kl", "agreement")}
         return {
             "arm": arm,
             "seed": seed,
-            "steps": last["step"],
-            "accuracy": last["generate/accuracy"],
-            "cpu_s": round(cpu_s, 3),
-            "curve": curve,
-            **{name: last[name] for name in kept if name in last},
+            "steps": len(steps),
+            "cpu_s": round(sum(row["step_cpu_s"] for row in steps), 3),
+            **{ours: found[theirs] for ours, theirs in names.items()},
         }
+
+
+def printed_numbers(text: str) -> dict[str, float]:
+    """Of `megatron-gkd eval`: lines of a name and a number."""
+    return {name: float(value) for name, value in re.findall(r"^([\w/]+) +(-?[\d.]+(?:e[+-]\d+)?)$", text, flags=re.M)}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
