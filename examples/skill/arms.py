@@ -19,8 +19,6 @@ from typing import Any, Final
 from prepare import COMMON
 from problems import COMPLETION_TOKENS
 
-SHARED: Final = ("device", "dtype", "max_length", "global_batch_size", "micro_batch_size", "data_cache_dir")
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -68,9 +66,8 @@ class Setting:
     Attributes:
         arms: those that are run where none are named.
         ready: a file that is there once the setting is prepared.
-        num_prompts: problems of `test` that are answered.
         longest: tokens of a completion, at most.
-        flags: of training and evaluation; training: of that alone.
+        flags: of every cell.
     """
 
     start: Path
@@ -81,10 +78,8 @@ class Setting:
     ready: Path
     arms: tuple[str, ...]
     steps: int
-    num_prompts: int
     longest: int
     flags: Mapping[str, Any]
-    training: Mapping[str, Any]
 
     def cell(self, arm: Arm, seed: int, save: Path, steps: int) -> dict[str, Any]:
         """The flags of `megatron-gkd train`, whole."""
@@ -93,12 +88,12 @@ class Setting:
         given = {name: str(value).format(**names) for name, value in arm.flags.items()}
         data = dict(model=self.start, dataset=self.train, save=save, seed=seed, train_iters=steps)
         length = dict(lr_warmup_iters=steps // 10, max_completion_length=self.longest)
-        return {**self.flags, **self.training, **data, **length, **given}
+        return {**self.flags, **data, **length, **given}
 
-    def evaluation(self, model: Path) -> dict[str, Any]:
-        """The flags of `megatron-gkd eval` for an exported student."""
-        data = dict(model=model, teacher_model=self.teacher, eval_dataset=self.test)
-        return {**self.flags, **data, "eval_generate": self.num_prompts, "max_completion_length": self.longest}
+    def measuring(self, model: Path) -> dict[str, Any]:
+        """The flags of measure.py for an exported student."""
+        data = dict(model=model, teacher_model=self.teacher, dataset=self.test)
+        return data | dict(max_completion_length=self.longest)
 
 
 def sums(prepared: Path) -> Setting:
@@ -111,10 +106,8 @@ def sums(prepared: Path) -> Setting:
         ready=prepared / "samples.jsonl",
         arms=tuple(ARMS),
         steps=100,
-        num_prompts=1000,
         longest=COMPLETION_TOKENS,
-        flags={name: COMMON[name] for name in SHARED} | dict(vllm_max_num_seqs=256),
-        training=COMMON | dict(lr=2e-3, min_lr=1e-4, temperature=1.0),
+        flags=COMMON | dict(lr=2e-3, min_lr=1e-4, temperature=1.0),
     )
 
 
@@ -131,10 +124,8 @@ def words(prepared: Path) -> Setting:
         ready=prepared / "student/config.json",
         arms=("sft", "kd", "on_policy", "mixed"),
         steps=100,
-        num_prompts=64,
         longest=160,
-        flags=shape,
-        training=own | dict(report_to="none", save_steps=1_000_000),
+        flags=own | shape | dict(report_to="none", save_steps=1_000_000),
     )
 
 

@@ -1,6 +1,6 @@
 """`megatron-gkd ...` many times over, each as a process of its own, without importing everything each time.
 
-    run(["train", "--model", ...], Path("log.txt"))
+    run(["train", "--model", ...], Path("log.txt"))         also ["measure", ...], which is measure.py
 
 Importing torch, megatron-core and vLLM takes half a minute of a core, and a cell of the study not much more. So this
 process imports them once, does nothing with them, and forks; the child calls what `python -m megatron_gkd` calls. The
@@ -32,7 +32,8 @@ _ENVIRONMENT: Final = {
 
 
 _MODULES: Final = (
-    *("transformers.models.auto.tokenization_auto", "vllm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
+    *("transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"),
+    *("vllm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
     *("megatron_gkd.cli", "megatron_gkd.train.loop", "megatron_gkd.train.evaluate", "megatron_gkd.commands.sample"),
     *("megatron_gkd.rollout.vllm.colocate", "megatron_gkd.rollout.vllm.worker"),
 )
@@ -72,9 +73,14 @@ def _become(argv: Sequence[str], log: Path) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.argv = ["megatron-gkd", *argv]
-        from megatron_gkd.cli import main
+        if argv[0] == "measure":
+            from measure import main
 
-        code = main(argv)
+            code = main(argv[1:])
+        else:
+            from megatron_gkd.cli import main as command
+
+            code = command(argv)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -60,7 +60,7 @@ def as_words(**flags: Any) -> list[str]:
 def carry_out(command: Command, argv: Sequence[str], log: Path) -> None:
     """Raises SystemExit with the last line of the log where the command fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"skill: megatron-gkd {' '.join(argv)}", flush=True)
+    print(f"skill: {' '.join(argv)}", flush=True)
     if code := command(argv, log):
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
         raise SystemExit(f"skill: it ended with exit code {code}; see {log}: {' '.join(last)}")

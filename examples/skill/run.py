@@ -6,13 +6,13 @@
     python examples/skill/run.py --setting words              # real text: SmolLM2 on word problems (hours)
 
     runs/skill/on_policy/seed_0/    run directory of a cell: `megatron-gkd report`, also with --compare
-    runs/skill/on_policy/seed_0.txt, seed_0.test.txt    output of its training, and of its evaluation
+    runs/skill/on_policy/seed_0.txt, seed_0.test.txt    output of its training, and what was measured
     runs/skill/results.json         a record of each finished cell
     runs/skill/evidence.md, .svg    the page and its picture
 
 A finished cell is not repeated, one that was interrupted begins again. Methods and settings: arms.py. Prepared by
-prepare.py, for words by launch/quickstart.sh. Every exported student is measured by `megatron-gkd eval` beside the
-teacher, on the test problems: divergences on the data's completions, and the accuracy of greedy ones by vLLM.
+prepare.py, for words by launch/quickstart.sh. Every exported student is measured on the test problems by measure.py,
+beside the teacher.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Study:
             flags = self._setting.cell(ARMS[arm], seed, save, self.steps(arm))
             carry_out(command, ["train", *as_words(**flags)], log)
         partial = self._beside(arm, seed, "test.partial")
-        carry_out(command, ["eval", *as_words(**self._setting.evaluation(save / "hf"))], partial)
+        carry_out(command, ["measure", *as_words(**self._setting.measuring(save / "hf"))], partial)
         partial.rename(test)
 
     def _beside(self, arm: str, seed: int, suffix: str) -> Path:
@@ -94,19 +94,17 @@ class Study:
         if not test.exists():
             return None
         steps, found = _rows(self.cell(arm, seed) / "metrics.jsonl"), printed_numbers(test.read_text())
-        names = {"accuracy": "generate/accuracy", "num_prompts": "generate/num_prompts"}
-        names |= {name: name for name in ("nll", "forward_kl", "reverse_kl", "agreement")}
         return {
             "arm": arm,
             "seed": seed,
             "steps": len(steps),
             "cpu_s": round(sum(row["step_cpu_s"] for row in steps), 3),
-            **{ours: found[theirs] for ours, theirs in names.items()},
+            **found,
         }
 
 
 def printed_numbers(text: str) -> dict[str, float]:
-    """Of `megatron-gkd eval`: lines of a name and a number."""
+    """Of measure.py: lines of a name and a number."""
     return {name: float(value) for name, value in re.findall(r"^([\w/]+) +(-?[\d.]+(?:e[+-]\d+)?)$", text, flags=re.M)}
 
 

@@ -1,27 +1,27 @@
 """examples/skill: the problems, what is prepared, the cells through the real trainer, the statistics and the page.
 
-Two cells are trained for two steps each and measured, in forked processes; the engine that answers is a recorder (vLLM
-itself: train/test_on_policy.py). Not covered: that the models learn anything; the study is the evidence.
+Two cells are trained for two steps each in forked processes, and measured. Not covered: cells that sample from the student
+(their flags are; train/test_on_policy.py), and that the models learn anything; the study is the evidence.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_gkd.config.flags import parse_run_config, parse_section
 from megatron_gkd.config.sample import SampleConfig
 from megatron_gkd.data.verify import check_answer, load_verifier
-from megatron_gkd.rollout.protocol import Completion
-from tests.support.effort import LIMIT_S
-from tests.support.program import Program
+from tests.support.program import run
 
 SKILL = Path(__file__).resolve().parent.parent.parent / "examples" / "skill"
 SIZES = {"train": 8, "valid": 4, "test": 4, "teacher": 8}
@@ -136,39 +136,11 @@ def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path) -> None:
 # ---- cells -----------------------------------------------------------------------------------------------------------
 
 
-class Engines:
-    """In the place of Rollouts: answers the first problem as the data does, the others with nothing but the end."""
-
-    def __init__(self, tokenizer: Any, first: str) -> None:
-        self._tokenizer, self._first = tokenizer, first
-
-    def sample_apart(self, version: int, requests: Sequence[Any], settings: Any) -> dict[int, Completion]:
-        ids = self._tokenizer.encode(self._first, add_special_tokens=False)
-        ids = {r.key: (*(ids if r.key == 0 else ()), self._tokenizer.eos_token_id) for r in requests}
-        return {key: Completion(key, tuple(i), (-1.0,) * len(i), "stop", version) for key, i in ids.items()}
-
-    def close(self) -> None:
-        pass
-
-
-class _WithEngines:
-    """Called in the forked process, before the command."""
-
-    def __init__(self, first: str) -> None:
-        self._first = first
-
-    def __call__(self, rank: int) -> None:
-        from megatron_gkd.train import setup
-
-        setup.build_rollouts = lambda inputs, *_: Engines(inputs.tokenizer, self._first)  # type: ignore[assignment]
-
-
 class Commands:
-    """Carries out `train` and `eval` in forked processes; of `sample` only the flags are read."""
+    """Carries out `train` in a forked process and `measure` in this one; of `sample` only the flags are read."""
 
-    def __init__(self, first: str = "") -> None:
+    def __init__(self) -> None:
         self.carried_out: list[list[str]] = []
-        self._prepare = _WithEngines(first)
 
     def __call__(self, argv: Sequence[str], log: Path) -> int:
         self.carried_out.append(list(argv))
@@ -177,11 +149,14 @@ class Commands:
             config.check()
             Path(config.result_path).write_text("")
             return 0
-        with tempfile.TemporaryDirectory(prefix="skill-") as directory:
-            program = Program(argv, Path(directory), prepare=self._prepare)
-            (code,) = program.codes(LIMIT_S)
-            log.write_text(program.output())
-        return 1 if code is None else code
+        if argv[0] == "measure":
+            from measure import main
+
+            with log.open("w") as output, contextlib.redirect_stdout(output):
+                return main(argv[1:])
+        done = run(argv)
+        log.write_text(done.stdout + done.stderr)
+        return done.returncode
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +192,46 @@ def test_what_is_prepared_is_the_same_again_and_is_not_made_twice(prepared: Path
         prepare(again, SIZES | {"test": 5}, {"teacher": SHORT, "start": SHORT}, commands)
 
 
+class Scripted:
+    """A model that prefers the tokens of a text, whatever it is given, as far as it is long; probabilities 3/4 and the rest
+    shared."""
+
+    def __init__(self, follows: dict[int, int], vocab_size: int) -> None:
+        self.config = SimpleNamespace(vocab_size=vocab_size)
+        self._logits = torch.full((vocab_size, vocab_size), math.log(0.25 / (vocab_size - 1)))
+        for token, after in follows.items():
+            self._logits[token, after] = math.log(0.75)
+
+    def __call__(self, ids: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=self._logits[ids])
+
+    def generate(self, ids: torch.Tensor, *, max_new_tokens: int, **options: Any) -> torch.Tensor:
+        for _ in range(max_new_tokens):
+            ids = torch.cat([ids, self._logits[ids[:, -1:]].argmax(-1)], 1)
+        return ids
+
+
+def test_what_is_measured_by_hand() -> None:
+    """Models of one token's memory: `=` is followed by 3, and 3 by the end; the teacher says 4 in place of 3."""
+    from measure import measure
+    from problems import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    equals, three, four, end = (tokenizer.convert_tokens_to_ids(t) for t in ("=", "3", "4", "<end>"))
+    student = Scripted({equals: three, three: end, four: end}, 16)
+    teacher = Scripted({equals: four, three: end, four: end}, 16)
+    rows = [
+        {"prompt": prompt, "completion": answer, "answer": answer} for prompt, answer in (("1+2=", "3"), ("5-1=", "4"))
+    ]
+    found = measure(student, teacher, tokenizer, rows, 2)
+    low, high = 0.25 / 15, 0.75
+    assert found["accuracy"] == 0.5, "it says 3 to both"
+    assert found["nll"] == pytest.approx(-(3 * math.log(high) + math.log(low)) / 4, rel=1e-6)
+    assert found["forward_kl"] == pytest.approx(2 * (high - low) * math.log(high / low) / 4, rel=1e-6)
+    assert found["agreement"] == 0.5
+    assert found["num_prompts"] == 2
+
+
 @pytest.mark.slow
 def test_cells_go_through_the_trainer_once(prepared: Path, tmp_path: Path) -> None:
     from dataclasses import replace
@@ -226,21 +241,18 @@ def test_cells_go_through_the_trainer_once(prepared: Path, tmp_path: Path) -> No
 
     setting = sums(prepared)
     flags = {**setting.flags, "global_batch_size": 4, "micro_batch_size": 4}
-    training = {name: value for name, value in setting.training.items() if name not in flags}
-    setting = replace(setting, steps=2, num_prompts=4, flags=flags, training=training)
-    rows = [json.loads(line) for line in setting.test.read_text().splitlines()]
-    commands, study = Commands(rows[0]["completion"]), Study(setting, tmp_path)
+    setting = replace(setting, steps=2, flags=flags)
+    commands, study = Commands(), Study(setting, tmp_path)
     with pytest.raises(SystemExit, match="no cell of kd is finished"):
         study.carry_out("sft_equal_time", 0, commands)
     for _ in range(2):
         for arm in ("sft", "kd"):
             study.carry_out(arm, 0, commands)
     names = [argv[0] for argv in commands.carried_out]
-    assert names == ["train", "eval", "train", "eval"], "a finished cell is not repeated"
+    assert names == ["train", "measure"] * 2, "a finished cell is not repeated"
     sft, kd = study.records()
     assert (sft["arm"], kd["arm"]) == ("sft", "kd")
     for found in (sft, kd):
-        assert found["accuracy"] == pytest.approx(0.25), "the first of four problems is answered"
         assert (found["steps"], found["num_prompts"]) == (2, 4)
         assert found["cpu_s"] > 0
         assert found["forward_kl"] > 0
@@ -253,16 +265,13 @@ def test_cells_go_through_the_trainer_once(prepared: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["sums", "words"])
-def test_every_cell_is_a_run_that_the_trainer_takes(prepared: Path, tmp_path: Path, name: str) -> None:
+def test_every_cell_is_a_run_that_the_trainer_takes(tmp_path: Path, name: str) -> None:
     from arms import ARMS, SETTINGS
     from prepare import as_words
 
-    setting = SETTINGS[name](prepared)
+    setting = SETTINGS[name](tmp_path)
     for arm in setting.arms:
         flags = setting.cell(ARMS[arm], 3, tmp_path / arm, setting.steps)
         config = parse_run_config(as_words(**flags), command="train")
         config.validate("train")
         assert (config.training.seed, config.training.train_iters) == (3, setting.steps)
-    measured = parse_run_config(as_words(**setting.evaluation(tmp_path)), command="eval")
-    measured.validate("eval")
-    assert measured.logging.eval_generate == setting.num_prompts
