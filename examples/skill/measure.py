@@ -29,11 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_gkd.data.verify import load_verifier
 
 BATCH_TOKENS = 16_384  # of a batch, at most, padding included: what bounds the memory
+Row = dict[str, Any]
 
 
-def measure(
-    student: Any, teacher: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], longest: int
-) -> dict[str, float]:
+def measure(student: Any, teacher: Any, tokenizer: Any, rows: Sequence[Row], longest: int) -> dict[str, float]:
     """The numbers of the module docstring. Args: longest: tokens of a greedy completion, at most."""
     pairs = [encode(tokenizer, row) for row in rows]
     texts = greedy(student, tokenizer, [prompt for prompt, _ in pairs], longest)

@@ -1,7 +1,7 @@
 """examples/skill: the problems, what is prepared, the cells through the real trainer, the statistics and the page.
 
-Two cells are trained for two steps each in forked processes, and measured. Not covered: cells that sample from the student
-(their flags are; train/test_on_policy.py), and that the models learn anything; the study is the evidence.
+Two cells are trained for two steps each in forked processes, and measured. Not covered: cells that sample from the
+student (their flags are; train/test_on_policy.py), and that the models learn anything; the study is the evidence.
 """
 
 from __future__ import annotations
@@ -193,8 +193,7 @@ def test_what_is_prepared_is_the_same_again_and_is_not_made_twice(prepared: Path
 
 
 class Scripted:
-    """A model that prefers the tokens of a text, whatever it is given, as far as it is long; probabilities 3/4 and the rest
-    shared."""
+    """A model that gives 3/4 to the token that follows the last one, and shares the rest among the others."""
 
     def __init__(self, follows: dict[int, int], vocab_size: int) -> None:
         self.config = SimpleNamespace(vocab_size=vocab_size)
