@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,24 +28,44 @@ QUESTIONS: Final = (  # asked before the first cell was trained
     ("on_policy_reverse", "on_policy", "On-policy: is beta 1 better than beta 0?"),
     ("horizon", "on_policy", "On-policy: are short completions first better?"),
 )
+BEGIN: Final = "<!-- RESULTS: begin"
+END: Final = "<!-- RESULTS: end"
 _COLOURS: Final = {"sft": "#7f7f7f", "kd": "#1f77b4", "mixed": "#2ca02c", "on_policy": "#d62728"}
 
 
-def write_page(records: Sequence[Record], out: Path) -> None:
-    """`out`/evidence.md and evidence.svg. Arms with less than two seeds have no interval, and are left out."""
+def write_page(records: Sequence[Record], out: Path, models: Mapping[str, Mapping[str, float]]) -> None:
+    """`out`/evidence.md and evidence.svg. Arms with less than two seeds have no interval, and are left out.
+
+    Args: models: what was measured of the teacher and of the student that all begin with.
+    """
     by_arm = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in ARMS}
     by_arm = {arm: found for arm, found in by_arm.items() if len(found) > 1}
-    lines = [*_table(by_arm), "", *_answers(by_arm), ""]
+    lines = [*_table(by_arm, models), "", *_answers(by_arm), ""]
     (out / "evidence.md").write_text("\n".join(lines), encoding="utf-8")
     if by_arm:
         draw(by_arm, out / "evidence.svg")
 
 
-def _table(by_arm: dict[str, dict[int, Record]]) -> list[str]:
+def put_into(page: Path, out: Path) -> None:
+    """Replace what stands between the markers of a page by `out`/evidence.md, with the picture beside the page."""
+    text = page.read_text(encoding="utf-8")
+    (before, rest), (_, after) = text.split(BEGIN), text.split(END)
+    note, rest = rest.split("\n", 1)
+    results = (out / "evidence.md").read_text(encoding="utf-8")
+    picture = page.with_suffix(".svg")
+    shutil.copyfile(out / "evidence.svg", picture)
+    shown = f"![Accuracy of every method]({picture.name})"
+    page.write_text(f"{before}{BEGIN}{note}\n{results}\n{shown}\n{END}{after}", encoding="utf-8")
+
+
+def _table(by_arm: dict[str, dict[int, Record]], models: Mapping[str, Mapping[str, float]]) -> list[str]:
     lines = [
         "| arm | what it learns from | seeds | steps | CPU s | accuracy, % | NLL | forward KL |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    for name, row in models.items():
+        numbers = f"{100 * row['accuracy']:.1f} | {row['nll']:.3f} | {row['forward_kl']:.3f}"
+        lines.append(f"| {name} | | | | | {numbers} |")
     for arm, cells in by_arm.items():
         rows = list(cells.values())
         mean, half, n = interval([100 * row["accuracy"] for row in rows])

@@ -2,7 +2,7 @@
 
     python examples/skill/run.py                              # every method with five seeds
     python examples/skill/run.py sft kd on_policy --seed 0 1  # some of them
-    python examples/skill/run.py none                         # only the page, from what is there
+    python examples/skill/run.py none --page docs/evidence.md # only the page, from what is there
     python examples/skill/run.py --setting words              # real text: SmolLM2 on word problems (hours)
 
     runs/skill/on_policy/seed_0/    run directory of a cell: `megatron-gkd report`, also with --compare
@@ -28,7 +28,7 @@ from typing import Any
 
 from arms import ARMS, SETTINGS, Setting
 from forked import run
-from page import write_page
+from page import put_into, write_page
 from prepare import Command, as_words, carry_out
 
 PREPARED = {"sums": "cache/skill", "words": "cache/quickstart"}
@@ -80,6 +80,19 @@ class Study:
             raise SystemExit(f"skill: {needed_by} has the CPU time of others, and no cell of {arm} is finished")
         return float(sum(found) / len(found))
 
+    def measure_models(self, command: Command = run) -> None:
+        """The teacher, and the student that every cell begins with, unless that was done."""
+        for name, model in (("teacher", self._setting.teacher), ("start", self._setting.start)):
+            if not (self.out / f"{name}.txt").exists():
+                partial = self.out / f"{name}.partial"
+                carry_out(command, ["measure", *as_words(**self._setting.measuring(model))], partial)
+                partial.rename(self.out / f"{name}.txt")
+
+    def models(self) -> dict[str, dict[str, float]]:
+        """What was measured of these two."""
+        files = {name: self.out / f"{name}.txt" for name in ("teacher", "start")}
+        return {name: printed_numbers(file.read_text()) for name, file in files.items() if file.exists()}
+
     def records(self) -> list[dict[str, Any]]:
         """Of all finished cells, in the order of the methods."""
         cells = [(arm, int(path.name[5:])) for arm in ARMS for path in sorted((self.out / arm).glob("seed_*/"))]
@@ -116,8 +129,9 @@ def write_results(study: Study) -> None:
     """results.json, and the page of what there is."""
     records = study.records()
     study.out.mkdir(parents=True, exist_ok=True)
-    (study.out / "results.json").write_text(json.dumps({"cells": records}, indent=1) + "\n")
-    write_page(records, study.out)
+    found = {"models": study.models(), "cells": records}
+    (study.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_page(records, study.out, study.models())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--setting", choices=tuple(SETTINGS), default="sums", help="default: %(default)s")
     parser.add_argument("--prepared", type=Path, help="default: " + " or ".join(PREPARED.values()))
     parser.add_argument("--out", type=Path, help="default: " + " or ".join(OUT.values()))
+    parser.add_argument("--page", type=Path, help="also put the results into this page, between its markers")
     args = parser.parse_args(argv)
     setting = SETTINGS[args.setting](args.prepared or Path(PREPARED[args.setting]))
     arms = [] if args.arms == ["none"] else args.arms or list(setting.arms)
@@ -135,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arms and not setting.ready.exists():
         parser.error(f"there is no {setting.ready}; prepare it first, by examples/skill/prepare.py (words: quickstart)")
     study = Study(setting, args.out or Path(OUT[args.setting]))
+    if arms:
+        study.measure_models()
     # Seed by seed: whatever is interrupted has all methods of its seeds. Equal times are known from the others.
     last = [arm for arm in arms if ARMS[arm].at is not None]
     for group in ([arm for arm in arms if arm not in last], last):
@@ -143,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 study.carry_out(arm, seed)
                 write_results(study)
     write_results(study)
+    if args.page:
+        put_into(args.page, study.out)
     return 0
 
 

@@ -114,13 +114,14 @@ def record(arm: str, seed: int, accuracy: float) -> dict[str, Any]:
 
 
 def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path) -> None:
-    from page import write_page
+    from page import put_into, write_page
 
     noise = [0.01, -0.01, 0.005, 0.0, -0.005]
     records = [record("sft", seed, 0.55 + noise[seed]) for seed in range(5)]
     records += [record("kd", seed, 0.551 - noise[seed]) for seed in range(5)]
     records += [record("on_policy", seed, 0.60 + noise[seed] + 0.001 * seed) for seed in range(5)]
-    write_page([*records, record("mixed", 0, 0.6)], tmp_path)
+    models = {"teacher": record("", 0, 0.97)}
+    write_page([*records, record("mixed", 0, 0.6)], tmp_path, models)
     page = (tmp_path / "evidence.md").read_text()
     (is_kd_better,) = [line for line in page.splitlines() if "Is KD better than SFT" in line]
     assert is_kd_better.endswith("| not found |")
@@ -130,7 +131,16 @@ def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path) -> None:
     assert "| Is the mixture better than KD? | | | | not run |" in page, "one seed is no evidence"
     assert "`mixed`" not in page
     assert "| 55.0 +- 1.0 |" in page
-    assert "<svg" in (tmp_path / "evidence.svg").read_text()
+    assert "| teacher | | | | | 97.0 | 0.200 | 0.100 |" in page
+    into = tmp_path / "docs.md"
+    into.write_text("# Title\n\n<!-- RESULTS: begin. A note. -->\nold\n<!-- RESULTS: end -->\n\nMore.\n")
+    for _ in range(2):
+        put_into(into, tmp_path)
+    text = into.read_text()
+    assert text.startswith("# Title\n\n<!-- RESULTS: begin. A note. -->\n| arm |")
+    assert text.endswith("![Accuracy of every method](docs.svg)\n<!-- RESULTS: end -->\n\nMore.\n")
+    assert "old" not in text
+    assert "<svg" in (tmp_path / "docs.svg").read_text()
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
@@ -245,17 +255,20 @@ def test_cells_go_through_the_trainer_once(prepared: Path, tmp_path: Path) -> No
     with pytest.raises(SystemExit, match="no cell of kd is finished"):
         study.carry_out("sft_equal_time", 0, commands)
     for _ in range(2):
+        study.measure_models(commands)
         for arm in ("sft", "kd"):
             study.carry_out(arm, 0, commands)
     names = [argv[0] for argv in commands.carried_out]
-    assert names == ["train", "measure"] * 2, "a finished cell is not repeated"
+    assert names == ["measure"] * 2 + ["train", "measure"] * 2, "a finished cell is not repeated"
     sft, kd = study.records()
     assert (sft["arm"], kd["arm"]) == ("sft", "kd")
     for found in (sft, kd):
         assert (found["steps"], found["num_prompts"]) == (2, 4)
         assert found["cpu_s"] > 0
         assert found["forward_kl"] > 0
-    assert sft["nll"] != kd["nll"]
+    models = study.models()
+    assert len({sft["nll"], kd["nll"], models["start"]["nll"], models["teacher"]["nll"]}) == 4
+    assert models["teacher"]["forward_kl"] == 0
     assert study.steps("sft_equal_time") == max(1, round(2 * kd["cpu_s"] / sft["cpu_s"]))
     write_results(study)
     assert [cell["arm"] for cell in json.loads((tmp_path / "results.json").read_text())["cells"]] == ["sft", "kd"]
