@@ -44,7 +44,9 @@ DIRECTORIES = ("launch", "megatron_gkd", "tests", "docs", "benchmarks", "example
 HISTORY = ("CHANGELOG.md", "LOG.md")  # what they name may have gone
 NO_METRICS = {"retry_s", "timeout_s", "bucket_bytes", "convert.memory_bound_bytes", "memory_bound_bytes"}
 REPORT_OPTIONS = {"--num_answers", "--max_new_tokens", "--compare", "--out", "--watch", "--watch_s"}
-SCRIPT_OPTIONS = {"--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers"}
+SCRIPT_OPTIONS = {
+    *("--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers", "--setting", "--prepared"),
+}
 
 
 def ids(path: Path) -> str:
@@ -143,7 +145,7 @@ def test_file_map_names_exist():
 
 def test_file_map_is_complete():
     named = {path.rstrip("/") for path in file_map()}
-    for directory in ("megatron_gkd", "launch", "examples/quickstart"):
+    for directory in ("megatron_gkd", "launch", "examples/quickstart", "examples/skill"):
         there = {
             f"{directory}/{path.name}"
             for path in (ROOT / directory).iterdir()

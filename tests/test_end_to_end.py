@@ -236,7 +236,7 @@ def test_report_writes_its_files(runs: dict[str, Path]):
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
-TIMES = ("tokens_per_s", "step_time_s", "plan_s", "teacher_s", "student_s", "other_s")
+TIMES = ("tokens_per_s", "step_time_s", "step_cpu_s", "plan_s", "teacher_s", "student_s", "other_s")
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ class StudentPart:
             yield
 
     def train(self, step: int) -> bool:
-        run, start_s = self.run, time.perf_counter()
+        run, start_s, start_cpu_s = self.run, time.perf_counter(), time.process_time()
         self._events.step = step
         timers = Timers(synchronize=run.platform.synchronize, entered=self._doing)
         assert run.plans is not None
@@ -194,8 +194,8 @@ class StudentPart:
             loss_is_finite=loss_is_finite,
         )
         loads = run.student.routers.loads(run.platform.device)
-        step_time_s = time.perf_counter() - start_s
-        self._account(plan, result, metrics, step_time_s, timers, loads)
+        step_time_s, step_cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
+        self._account(plan, result, metrics, (step_time_s, step_cpu_s), timers, loads)
         if watched is not None:
             self._tokens.write(step, "step", watched.record)
         stop = metrics.sums()["stop_requests"] > 0
@@ -225,12 +225,15 @@ class StudentPart:
         plan: StepPlan,
         result: StepResult,
         metrics: Metrics,
-        step_time_s: float,
+        seconds: tuple[float, float],
         timers: Timers,
         loads: Mapping[str, float],
     ) -> None:
-        """Look for faults of the step, count it and write its metrics."""
-        run, step = self.run, plan.step + 1
+        """Look for faults of the step, count it and write its metrics.
+
+        Args: seconds: of the step, by the clock and of this process's CPU.
+        """
+        run, step, (step_time_s, step_cpu_s) = self.run, plan.step + 1, seconds
         means, sums, num_tokens = metrics.means(), metrics.sums(), metrics.counts()["loss"]
         loss = means.get("loss", 0.0)
         is_bad = self._bad_steps.after_step(step, plan, result, loss)
@@ -256,6 +259,7 @@ class StudentPart:
             "num_tokens": num_tokens,
             "tokens_per_s": num_tokens / step_time_s,
             "step_time_s": step_time_s,
+            "step_cpu_s": step_cpu_s,
             "signal_bytes": sums["signal_bytes"],
             "consumed_samples": self._state.consumed_samples,
             "bad_steps": self._state.bad_steps,
