@@ -47,9 +47,7 @@ class LatentNorm(RMSNorm):
 class WholeLinear(torch.nn.Module):
     """W x of this rank's part of the sequence; W [out, in] is whole on every tensor-parallel rank."""
 
-    def __init__(
-        self, config: TransformerConfig, size_in: int, size_out: int, tp_group: dist.ProcessGroup | None
-    ) -> None:
+    def __init__(self, config: TransformerConfig, size_in: int, size_out: int, tp_group: dist.ProcessGroup) -> None:
         super().__init__()
         self.config, self.tp_group, self.is_expert = config, tp_group, False  # as megatron-core's linear layers have
         device = None if config.use_cpu_initialization else torch.cuda.current_device()

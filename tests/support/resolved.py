@@ -134,8 +134,9 @@ def resolved(config: RunConfig, command: Command, arch: Architecture) -> dict[st
     with _without_machines(note):
         setup.join(config)
         fake: Any = SimpleNamespace(__len__=lambda: VOCAB)
-        rows = inputs._training_rows(config, fake, VOCAB, CLOCK) if command == "train" else None
-        eval_rows = inputs._eval_rows(config, fake, VOCAB, CLOCK)
+        maker = inputs.row_maker(config)
+        rows = inputs._training_rows(config, fake, VOCAB, CLOCK, maker=maker) if command == "train" else None
+        eval_rows = inputs._eval_rows(config, fake, VOCAB, CLOCK, maker=maker)
         tokenizer: Any = _TOKENIZER
         given = inputs.Inputs(*(config, arch, arch, student, teacher, tokenizer, VOCAB, rows, eval_rows, CLOCK, (0,)))
         _note_teacher(note, given)

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from megatron_gkd.errors import ConfigError
 from megatron_gkd.model import layers, levers
 from megatron_gkd.model.layers import SDPAttention
 from megatron_gkd.model.lora import Lora, base_value
-from megatron_gkd.weights import export
+from megatron_gkd.weights import export, whole_modules
 from megatron_gkd.weights.adapters import check_targets, what_peft_changes
 from megatron_gkd.weights.whole_modules import check_modules
 from tests.support.checkpoints import write_tiny_checkpoint
@@ -195,7 +196,11 @@ def test_the_base_teaches_with_the_values_it_had(flags: dict[str, Any], tmp_path
 
 
 def train_and_send_the_base(argv: list[str]) -> None:
-    with patch.object(export, "_value", lambda parameter: base_value(parameter.tensor)):
+    of_adapter = partial(export.HFTensorStream, read=export._value)  # what is written of the adapter stays right
+    with (
+        patch.object(export, "_value", lambda parameter: base_value(parameter.tensor)),
+        patch.object(whole_modules, "HFTensorStream", of_adapter),
+    ):
         train_on_this_rank(argv)
 
 

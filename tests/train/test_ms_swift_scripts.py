@@ -153,7 +153,7 @@ def test_scripts_on_colocated_engines(
     given = models | sizes | {"--dataset": write_alpaca(tmp_path / "rows.jsonl"), "--output_dir": str(tmp_path / "run")}
     words = exchanged(without(script, refused), given, device="cpu", **run)
     assert run_ranks(train, [words], world=world, with_vllm=True) == [[""]] * world
-    assert len(records(tmp_path / "run/metrics.jsonl")) == 2
+    assert records(tmp_path / "run/metrics.jsonl")[-1]["step"] == 2  # of the second one the last step alone is logged
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
 
 
