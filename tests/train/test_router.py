@@ -119,7 +119,9 @@ def dense_balanced(
     }
     if coefficient:
         metrics["moe/aux_loss"] = float(aux_losses.detach().mean())
-        metrics |= {f"moe/aux_loss/{layer}": float(x) for layer, x in zip(named_layers, aux_losses, strict=True)}
+        metrics |= {
+            f"moe/aux_loss/{layer}": float(x) for layer, x in zip(named_layers, aux_losses.tolist(), strict=True)
+        }
     return Balanced(float(loss.detach()), by_checkpoint_name(student, named), metrics)
 
 

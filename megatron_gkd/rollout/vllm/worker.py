@@ -267,4 +267,4 @@ def _mend_rotary(model: torch.nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "MultiHeadLatentAttentionWrapper":
             rotary: Any = module.rotary_emb
-            rotary._forward_method = rotary.forward_native
+            rotary.forward = rotary.forward_native
