@@ -109,8 +109,8 @@ def _select(logits_Cv: torch.Tensor, k: int, dtype: torch.dtype) -> tuple[torch.
     data-dependent shapes, so no device sync.
     """
     max_C = sm.shard_max(logits_Cv, dtype)
-    num_tokens, num_columns = logits_Cv.shape
-    block = sm.block_tokens_for(num_tokens, num_columns, dtype, logits_Cv.device)
+    num_rows, num_columns = logits_Cv.shape
+    block = sm.block_tokens_for(num_rows, num_columns, dtype, logits_Cv.device)
     scratch_Bv = torch.empty(block, num_columns, dtype=dtype, device=logits_Cv.device)
     stats_2C = torch.stack([max_C, sm.shard_sumexp(logits_Cv, max_C, 1.0, scratch_Bv)])
     if k == 0:
