@@ -44,10 +44,8 @@ DIRECTORIES = ("launch", "megatron_gkd", "tests", "docs", "benchmarks", "example
 HISTORY = ("CHANGELOG.md", "LOG.md")  # what they name may have gone
 NO_METRICS = {"retry_s", "timeout_s", "bucket_bytes", "convert.memory_bound_bytes", "memory_bound_bytes"}
 REPORT_OPTIONS = {"--num_answers", "--max_new_tokens", "--compare", "--out", "--watch", "--watch_s"}
-SCRIPT_OPTIONS = {
-    *("--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers", "--setting"),
-    "--prepared",
-}
+SCRIPT_OPTIONS = {"--offline", "--steps", "--out", "--fresh", "--dry-run", "--gpu", "--help", "--layers"}
+SCRIPT_OPTIONS |= {"--setting", "--page"}  # of examples/skill
 
 
 def ids(path: Path) -> str:

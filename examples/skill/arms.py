@@ -53,10 +53,12 @@ ARMS: Final[dict[str, Arm]] = {
         _gkd(1.0, max_completion_length="stepwise,0:4,{quarter}:8,{half}:{longest}"),
     ),
 }
-ARMS |= {
-    f"{method}_equal_time": Arm(f"as `{method}`, in the CPU time of `kd`", ARMS[method].flags, at="kd", method=method)
-    for method in ("sft", "on_policy", "mixed")
-}
+ARMS.update(
+    {
+        f"{method}_equal_time": Arm(f"as `{method}`, in the CPU time of `kd`", ARMS[method].flags, "kd", method)
+        for method in ("sft", "on_policy", "mixed")
+    }
+)
 
 
 @dataclass(frozen=True)

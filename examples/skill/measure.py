@@ -108,11 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_completion_length", type=int, default=16, help="default: %(default)s")
     args = parser.parse_args(argv)
     rows = [json.loads(line) for line in args.dataset.read_text(encoding="utf-8").splitlines()]
-    models = (
+    student, teacher = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         for path in (args.model, args.teacher_model)
     )
-    found = measure(*models, AutoTokenizer.from_pretrained(args.model), rows, args.max_completion_length)
+    found = measure(student, teacher, AutoTokenizer.from_pretrained(args.model), rows, args.max_completion_length)
     print("\n".join(f"{name:<12} {value:.6g}" for name, value in found.items()), flush=True)
     return 0
 
