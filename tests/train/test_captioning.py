@@ -2,7 +2,8 @@
 them, with the command's name swapped and tiny models of the same formats in place of the names.
 
 The first needs vLLM and torchvision, and is carried out with GKD_TEST_FULL=1; the second in the gate, on captions in
-the first one's form. Not covered: published weights; names on a hub (tests/data/test_hub.py).
+the first one's form, since a random model writes bytes that are no text. Not covered: published weights; names on a hub
+(tests/data/test_hub.py).
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def test_the_student_is_trained_on_captions(root: Path) -> None:
         _, said = done.communicate(timeout=LIMIT_S)
         assert done.returncode == 0, said[-3000:]
         assert captions.is_file(), said[-3000:]
-    else:
+    if not captions.is_file() or not captions.read_text():  # bytes of a random model are seldom text, and left out
         images, encoder = rule_of(root / "teacher"), ChatEncoder(load_tokenizer(root / "teacher"))
         prompts = read_prompts([str(root / "prompts.jsonl")], encoder, images=images)
         rows = [make_row(p, f"picture {p.index}", {}) for p in prompts if isinstance(p, Prompt)]
