@@ -205,7 +205,7 @@ def _extrapolated(config: RunConfig, archs: Archs, layouts: tuple[Layout, Layout
     assert of_teacher is not None, "every recipe has a local teacher"
     at = [
         _whole(
-            config, tuple(with_layers(a, n * lay.pipeline) for a, lay in zip(archs, layouts, strict=True)), rank, gpus
+            config, tuple(with_layers(a, n, lay.pipeline) for a, lay in zip(archs, layouts, strict=True)), rank, gpus
         )  # type: ignore[arg-type, misc]
         for n in DEPTHS
     ]
