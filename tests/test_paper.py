@@ -25,7 +25,11 @@ def test_the_page_of_scaling_is_current() -> None:
 def test_the_page_of_recipes_is_current() -> None:
     records = recipes.written()
     assert recipes.PAGE.read_text() == recipes.page(records), "python -m tools.recipes"
-    assert [(record["recipe"], record["gpus"]) for record in records] == list(recipes.cells())
+    found = [(record["recipe"], record["gpus"]) for record in records]
+    assert found == [cell for cell in recipes.cells() if cell in found]
+    missing = set(recipes.cells()) - set(found)
+    assert ("Not rehearsed yet" in recipes.PAGE.read_text()) == bool(missing)
+    assert all(name.startswith("qwen3_235b") for name, _ in missing), "dense pairs take a minute each"
     for record in records:
         cell = record["recipe"], record["gpus"]
         assert record["made_from"] == recipes.digest(*cell), f"{cell}: python -m tools.recipes"

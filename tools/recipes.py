@@ -123,7 +123,8 @@ HEAD: Final = """\
 
 Known pairs of models on 8, 16 and 64 GPUs of 80 GB, made by `python -m tools.recipes` without a GPU: one rank of each
 kind goes through a step on tensors without memory ([Memory](memory.md#rehearsed)). **None of this has run on GPUs.**
-Where the table says `whole`, all layers of both models did; else few layers, from which all follow.
+Where the table says `whole`, all layers of both models did; else two and four layers of each stage, from which all
+follow: for the first pair on 8 GPUs the same bytes in every phase as from all layers.
 A step is {samples} samples of {prompt} + {completion} tokens, the JSD over the full vocabulary, both models on the same
 ranks, bf16, the distributed optimizer. By rank, phase and category: [recipes.json](recipes.json). `launch/` has a
 script for each pair.
@@ -204,7 +205,7 @@ def _extrapolated(config: RunConfig, archs: Archs, layouts: tuple[Layout, Layout
     assert of_teacher is not None, "every recipe has a local teacher"
     at = [
         _whole(
-            config, tuple(with_layers(a, n * lay.pipeline) for a, lay in zip(archs, layouts, strict=True)), rank, gpus
+            config, tuple(with_layers(a, n, lay.pipeline) for a, lay in zip(archs, layouts, strict=True)), rank, gpus
         )  # type: ignore[arg-type, misc]
         for n in DEPTHS
     ]
@@ -267,6 +268,8 @@ def page(records: list[dict[str, Any]]) -> str:
                 f"| {record['gpus']} | {record['student']} | {record['teacher']} | {held} | "
                 f"{phases.get('teacher', 0):.1f} | {phases['student']:.1f} | {groups:.1f} |"
             )
+        if left := sorted(recipe.layouts.keys() - {record["gpus"] for record in mine}):
+            lines += ["", f"Not rehearsed yet: on {', '.join(map(str, left))} GPUs."]
         lines += [""] + [line for record in mine if not record["fits"] for line in _folded(_why(record), "")]
         lines += ["", "Flags beside the models, the data and those of the common part:", "", "```text"]
         lines += [line for record in mine for line in _folded(f"{record['gpus']}: {record['flags']}")]

@@ -65,7 +65,14 @@ from megatron_gkd.train.objective import TrainingObjective
 from megatron_gkd.train.plans import plan_of
 from megatron_gkd.train.rehearsed_experts import even_loads
 from megatron_gkd.train.rehearsed_pictures import RehearsedSight, Shown
-from megatron_gkd.train.rehearsed_teacher import GRADIENTS, OPTIMIZER, STUDENT_WEIGHTS, away, rehearsed_teacher
+from megatron_gkd.train.rehearsed_teacher import (
+    GRADIENTS,
+    LOAD_TEACHER,
+    OPTIMIZER,
+    STUDENT_WEIGHTS,
+    away,
+    rehearsed_teacher,
+)
 from megatron_gkd.train.setup import objective_of, student_of
 from megatron_gkd.train.step import distill, teacher_signals
 from megatron_gkd.train.student import Student, optimizer_tensors
@@ -185,7 +192,7 @@ class _Parts:
         groups = build_groups(student_layout)
         here = student_layout.holds(dist.get_rank())
         student = _student(config, archs[0], student_layout, groups, counter, sight) if here else None
-        with counter.phase("load, the teacher"):
+        with counter.phase(LOAD_TEACHER):
             pair = student_layout, teacher_layout
             teacher, head, vocab_size = rehearsed_teacher(config, archs, student, pair, counter, sight)
         loss = None if student is None else objective_of(config, groups, vocab_size=vocab_size, head=head)

@@ -135,16 +135,17 @@ class ServedOnPaper:
         """Nothing is held."""
 
 
+LOAD_TEACHER: Final = "load, the teacher"  # the part of "load" in which the student is there
 PHASES: Final = ("load", "sampling", "teacher", "forward", "backward", "step 1", "step 2", "save")
 
 
 def away(config: RunConfig, phase: str) -> Iterator[str]:
     """Categories that are in host memory in this phase (config/levers.py, `OffloadConfig`; HostWeights)."""
     local = isinstance(config.teacher.kind, LocalTeacher) and not config.base_teaches
-    if config.teacher.offload_teacher_model and local and phase not in ("other", "load, the teacher", "teacher"):
+    if config.teacher.offload_teacher_model and local and phase not in ("other", "load", LOAD_TEACHER, "teacher"):
         yield WEIGHTS
     colocated = local and config.teacher.teacher_placement == "colocate"
-    beside = colocated and phase in ("teacher", "load, the teacher")
+    beside = colocated and phase in ("teacher", LOAD_TEACHER)
     if config.offload.offload_model and (phase == "sampling" or beside):
         yield STUDENT_WEIGHTS
         yield GRADIENTS

@@ -44,7 +44,7 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert one["lines"]
         for line in (line for lines in one["lines"].values() for line, _ in lines):
             assert line.split(":")[0].endswith(".py")
-            assert "rehears" not in line, "of the model, not of what stands between"
+            assert "rehearsed_experts" not in line, "of the model, not of what stands between"
         assert list(one["phases_bytes"]) == ["load", "teacher", "forward", "backward", "step 1", "step 2", "save"]
         steps = [sum(parts.values()) for name, parts in one["phases_bytes"].items() if name not in ("load", "save")]
         assert max(steps) == max(peak.total for peak in expected.peaks)

@@ -31,6 +31,7 @@ MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
 MODEL = MODELS / "Qwen3-1.7B"
 ARCH = read_architecture(MODEL)
 ASKED = PlanConfig(world_size=8)
+LOADING = "load, the teacher"
 LAYOUTS = Layout(data=8), Layout(tensor=8)
 HELD = {"student: weights": 8, "student: gradients": 4, "student: optimizer": 2, "teacher: weights": 16}
 
@@ -96,15 +97,15 @@ def test_an_engine_that_sleeps_is_there_while_it_samples() -> None:
             {"teacher: weights"},
             {"forward", "backward", "step 1", "step 2", "save", "sampling"},
         ),
-        ("offload_model", {"student: weights", "student: gradients"}, {"teacher", "sampling"}),
-        ("offload_optimizer", {"student: optimizer"}, {"teacher", "forward", "backward", "sampling"}),
+        ("offload_model", {"student: weights", "student: gradients"}, {LOADING, "teacher", "sampling"}),
+        ("offload_optimizer", {"student: optimizer"}, {LOADING, "teacher", "forward", "backward", "sampling"}),
     ],
 )
 def test_what_is_in_host_memory_is_away(flag: str, gone: set[str], phases: set[str]) -> None:
-    from megatron_gkd.train.rehearsed_teacher import PHASES, away
+    from megatron_gkd.train.rehearsed_teacher import LOAD_TEACHER, PHASES, away
 
     config = config_of("--lmbda", "1", f"--{flag}", "true")
-    for phase in PHASES:
+    for phase in (*PHASES, LOAD_TEACHER):
         assert set(away(config, phase)) == (gone if phase in phases else set()), phase
 
 

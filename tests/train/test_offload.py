@@ -18,7 +18,8 @@ from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError, NotBuiltError
 from megatron_gkd.model.parked import Parked
 from megatron_gkd.teacher_pipeline import TeacherPipeline
-from megatron_gkd.train.rehearsal import planned_layouts
+from megatron_gkd.train.search import search
+from megatron_gkd.train.step_time import Rates
 from tests.support.effort import FULL
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
@@ -228,6 +229,7 @@ def test_the_optimizer_is_offloaded_once() -> None:
 
 
 @pytest.mark.parametrize("flag", BOTH)
-def test_it_is_not_planned_yet(models: tuple[str, str, str], flag: str) -> None:
-    with pytest.raises(NotBuiltError, match=f"plan with --{flag} true"):
-        planned_layouts(run_config(*models, **{flag: True}), 1)
+def test_a_search_does_not_count_it_yet(models: tuple[str, str, str], flag: str) -> None:
+    """A layout that is given is planned with it: tests/commands/test_plan_ranks.py."""
+    with pytest.raises(NotBuiltError, match=f"plan --search with --{flag}"):
+        search(run_config(*models, **{flag: True}), world_size=1, length=(5, 7), room=1, rates=Rates(1, 1, 1, 8))
