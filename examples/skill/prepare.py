@@ -72,7 +72,7 @@ def write_rows(out: Path, sizes: dict[str, int], seed: int) -> None:
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_random_model(out: Path, shape: dict[str, int], seed: int) -> None:
+def write_random_model(out: Path, shape: dict[str, Any], seed: int) -> None:
     """A Llama with random weights, and the tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -8,7 +8,8 @@ The format has pickles in three places. torch (2.13) and megatron-core (0.16 to 
     tensors         torch.load(weights_only=True)                as it is
 
 CLASSES are plain data, whose constructors do nothing but keep their arguments. A checkpoint that names anything else is
-refused, and the name is told. Paths in the metadata that leave the directory are refused too.
+refused, and the name is told; but for getattr, by which Python 3.11.2 writes a member of an enumeration, and which
+gives one of CLASSES' here and nothing else. Paths in the metadata that leave the directory are refused too.
 
     reader = SafeReader(path)            in place of torch's FileSystemReader
     loaded = load_sharded(state, path)   in place of megatron-core's dist_checkpointing.load
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -84,12 +86,24 @@ CLASSES: Final = frozenset(
 
 class _PlainDataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) in CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise CheckpointError(
             f"it names {module}.{name}, which is no part of a checkpoint's metadata: loading it could run code, so it "
             "is refused"
         )
+
+
+def _member(enumeration: Any, name: str) -> Enum:
+    """In place of getattr. Raises CheckpointError for all but a member of an enumeration."""
+    if isinstance(enumeration, EnumType) and name in enumeration.__members__:
+        return cast(Enum, enumeration.__members__[name])
+    raise CheckpointError(
+        f"it asks for {name!r} of {enumeration!r}, which is no part of a checkpoint's metadata: loading it could run "
+        "code, so it is refused"
+    )
 
 
 def read_metadata(path: Path) -> Metadata:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 import megatron_gkd
 from megatron_gkd.commands.convert import ConvertConfig, run_convert
@@ -223,3 +224,31 @@ dist_checkpointing.load(s, d); checkpoint.FileSystemReader(d)
 torch.load(f, weights_only=True); yaml.safe_load(f)
 """
     assert len(list(unsafe_uses(PACKAGE / "x.py", ast.parse(text)))) == 8
+
+
+class Attribute:
+    """Pickled as Python 3.11.2 does a member of an enumeration: by getattr."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.asked = owner, name
+
+    def __reduce__(self) -> Any:
+        return (getattr, self.asked)
+
+
+def test_a_member_of_an_enumeration_as_an_older_python_writes_it(tmp_path: Path) -> None:
+    metadata, file = Metadata({}, storage_data={}), tmp_path / ".metadata"
+    metadata.planner_data = Attribute(WriteItemType, "TENSOR")
+    file.write_bytes(pickle.dumps(metadata))
+    assert read_metadata(file).planner_data is WriteItemType.TENSOR
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(WriteItemType, "mro"), (WriteItemType, "__class__"), (Metadata, "__init__"), (Path(), "touch")]
+)
+def test_no_other_attribute_is_given(tmp_path: Path, owner: Any, name: str) -> None:
+    metadata, file = Metadata({}, storage_data={}), tmp_path / ".metadata"
+    metadata.planner_data = Attribute(owner, name)
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="refused"):
+        read_metadata(file)
