@@ -15,7 +15,7 @@
 # ranks; the memory is rehearsed without a GPU (docs/recipes.md). Start with --train_iters 5 and look at it.
 #
 # Hardware: nodes of 8 GPUs of 80 GB. bf16 weights of the teacher: 470 GB, 59 GB a GPU of one node. PLACEMENT=separate:
-#           TEACHER_NODES an even number (PP 2 x TP 8). PLACEMENT=colocate: 2 nodes or more (docs/recipes.md says why),
+#           TEACHER_NODES an even number (PP 2 x TP 8). PLACEMENT=colocate: 2 nodes or more (on one 79.4 of 80 GB),
 #           each of the two models in host memory while the other works.
 # Time:     not measured; predicted in docs/recipes.md.
 # Expect:   as train_single_node.sh and train_multi_node.sh say.

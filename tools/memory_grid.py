@@ -134,10 +134,12 @@ def allocated(configs: list[RunConfig]) -> list[int]:
 
 
 def foreseen(world: int, config: RunConfig) -> list[int]:
-    """Of every rank, from one of each kind."""
+    """Of every rank, from one of each kind. Tensor-parallel ranks are of several: the last ones have the padding of the
+    vocabulary, which is much of a tiny one, and is left out of the loss."""
     student, teacher = layouts(config, world)
-    kinds = [(student.coordinate(rank).pp, teacher.coordinate(rank).pp) for rank in range(world)]
-    found: dict[tuple[int, int], int] = {}
+    places = [(student.coordinate(rank), teacher.coordinate(rank)) for rank in range(world)]
+    kinds = [(own.pp, own.tp, other.pp, other.tp) for own, other in places]
+    found: dict[tuple[int, ...], int] = {}
     for rank, kind in enumerate(kinds):
         if kind not in found:
             with megatron():

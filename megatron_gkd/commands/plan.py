@@ -3,7 +3,8 @@ with `--search`, which layouts fit (train/search.py).
 
 One rank of each kind is rehearsed (train/rehearsal.py): the run's own code, on tensors without memory. Ranks are of one
 kind where student and teacher have the same stage on them, or none; they differ in nothing that is counted but a few
-elements of the optimizer's shards. Models are known by their config.json; weights and rows are not read.
+elements of the optimizer's shards, and the last tensor-parallel ranks by the padding of the vocabulary, which the loss
+leaves out. Models are known by their config.json; weights and rows are not read.
 What is said of a rank: plan_ranks.py; `--picture`: plan_picture.py.
 """
 
