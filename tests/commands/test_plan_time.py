@@ -55,4 +55,4 @@ def test_a_search_does_not_count_a_vision_tower(tmp_path: Path, capsys: pytest.C
     code = cli.main(["plan", *f"{models} --world_size 2 --lmbda 0 --save none --train_iters 1 --search".split()])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-gkd: error")]
     assert code == 2
-    assert "plan --search of a model with a vision tower" in line
+    assert "plan --search with a vision tower" in line

@@ -1,7 +1,7 @@
 """The grid of docs/memory_grid.md: bytes that a rehearsal foresees beside those that CPU ranks allocate, within 5 % in
 every cell (a dense model's to the byte, but for shards of the optimizer); the page is what its command makes.
 
-Here, two mixtures on one set of ranks; dense cells are in test_rehearsal.py. With GKD_TEST_FULL=1 all cells.
+Here, a mixture; dense cells are in test_rehearsal.py. With GKD_TEST_FULL=1 all cells.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tools import memory_grid as grid
 from tools.memory_grid import Cell, Compared
 
 THINNED = [
-    [Cell("TP2 SP", "mixture", "selective", True), Cell("PP2", "mixture", "full", False)],
+    [Cell("TP2 SP", "mixture", "selective", True)],
 ]
 BY_LAYOUT = [[cell for cell in grid.cells() if cell.layout == layout] for layout in grid.LAYOUTS]
 
