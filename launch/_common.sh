@@ -100,10 +100,11 @@ train_on() {
     (($1 > 1)) || launcher=train_single_node.sh
     exec bash "$root/launch/$launcher" "${@:2}"
 }
-# train_pair RUN REPLICA_RANKS FLAG...: `train` of a large teacher and a student, with the script's arrays student_layout,
-# teacher_layout and together (what makes room where PLACEMENT=colocate), a replica of the student on so many ranks, and
-# the run directory runs/RUN. The environment is as the recipe's header says: TEACHER, STUDENT, DATASET, SAVE, PLACEMENT,
-# TEACHER_NODES, NNODES, NPROC_PER_NODE, BATCH.
+# train_pair RUN REPLICA_RANKS FLAG...: `train` of a large teacher and a student, with the script's arrays
+# student_layout, teacher_layout and together (what makes room where PLACEMENT=colocate), a replica of the student on so
+# many ranks, and the run directory runs/RUN. The environment is as the recipe's header says: TEACHER, STUDENT, DATASET,
+# SAVE, PLACEMENT, TEACHER_NODES, NNODES, NPROC_PER_NODE, BATCH.
+# shellcheck disable=SC2154 # the arrays are the script's
 train_pair() {
     local nnodes=${NNODES:-1} teacher_nodes=${TEACHER_NODES:-1} batch=${BATCH:-128} student_nodes samples
     local placement model_flags loss_flags data_flags optimizer_flags run_flags
