@@ -46,6 +46,11 @@ def write_page(records: Sequence[Record], out: Path, models: Mapping[str, Mappin
         draw(by_arm, out / "evidence.svg")
 
 
+def has_markers(page: Path) -> bool:
+    """Whether `put_into` can be called."""
+    return page.is_file() and all(page.read_text(encoding="utf-8").count(marker) == 1 for marker in (BEGIN, END))
+
+
 def put_into(page: Path, out: Path) -> None:
     """Replace what stands between the markers of a page by `out`/evidence.md, with the picture beside the page."""
     text = page.read_text(encoding="utf-8")

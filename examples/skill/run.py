@@ -28,7 +28,7 @@ from typing import Any
 
 from arms import ARMS, SETTINGS, Setting
 from forked import run
-from page import put_into, write_page
+from page import has_markers, put_into, write_page
 from prepare import Command, as_words, carry_out
 
 PREPARED = {"sums": "cache/skill", "words": "cache/quickstart"}
@@ -149,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(ARMS)}")
     if arms and not setting.ready.exists():
         parser.error(f"there is no {setting.ready}; prepare it first, by examples/skill/prepare.py (words: quickstart)")
+    if args.page and not has_markers(args.page):
+        parser.error(f"--page {args.page}: there is no such page with the two markers of docs/evidence.md")
     study = Study(setting, args.out or Path(OUT[args.setting]))
     if arms:
         study.measure_models()
