@@ -5,20 +5,18 @@ Not covered: CUDA, whose kernels and allocator a counter of tensors does not see
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.observe.allocations import AllocationCounter
-from megatron_gkd.train.rehearsal import _Counted, _Phases, _plan, rehearse
-from megatron_gkd.train.step import distill
+from megatron_gkd.train.rehearsal import rehearse
+from tests.support.allocated import allocated
 from tests.support.effort import FULL
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
-from tests.support.trainers import T, build_run, run_config, write_pair, write_rows
+from tests.support.trainers import T, run_config, write_pair, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -42,23 +40,7 @@ def config_of(root: Path, **flags: Any) -> RunConfig:
 def real(config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
     """(built, at the peak of the second step) of this rank, by category."""
     with megatron():
-        counter = AllocationCounter()
-        with counter, counter.category("built"):
-            run = build_run(config)
-            gc.collect()  # what a cycle still holds of the building
-            built = counter.now.by_category
-            student, teacher = run.student.layout, run.teacher.layout
-            for step in range(2):
-                counter.restart()
-                distill(
-                    run.student,
-                    run.teacher,
-                    _Counted(run.loss, counter),  # type: ignore[arg-type]
-                    _plan(step, config, LENGTHS, student, teacher),
-                    device=run.platform.device,
-                    timers=_Phases(counter),  # type: ignore[arg-type]
-                )
-            return built, counter.peak.by_category
+        return allocated(config, LENGTHS)
 
 
 def rehearsed(config: RunConfig, world: int) -> list[Any]:

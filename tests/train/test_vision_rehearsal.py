@@ -5,7 +5,6 @@ Not covered: what an image processor needs while it works, which is the host's.
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,12 @@ import pytest
 
 from megatron_gkd import cli
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.observe.allocations import AllocationCounter
-from megatron_gkd.train.rehearsal import _Counted, _Phases, _plan, architectures, rehearse
+from megatron_gkd.train.rehearsal import architectures, rehearse
 from megatron_gkd.train.rehearsed_pictures import RehearsedSight, Shown
-from megatron_gkd.train.step import distill
+from tests.support.allocated import allocated
 from tests.support.effort import FULL
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
-from tests.support.trainers import build_run
 from tests.train.test_vision_exact import config_of
 
 pytestmark = pytest.mark.slow
@@ -47,24 +44,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real(config: RunConfig) -> tuple[int, dict[str, int]]:
     """(built, at the peak of the second step by category) of this rank."""
     with megatron():
-        sight = RehearsedSight(config, architectures(config), SHOWN)
-        counter = AllocationCounter()
-        with counter, counter.category("built"):
-            run = build_run(config)
-            gc.collect()  # what a cycle still holds of the building
-            built = counter.now.total
-            student, teacher = run.student.layout, run.teacher.layout
-            for step in range(2):
-                counter.restart()
-                distill(
-                    run.student,
-                    run.teacher,
-                    _Counted(run.loss, counter),  # type: ignore[arg-type]
-                    _plan(step, config, LENGTHS, student, teacher, sight),
-                    device=run.platform.device,
-                    timers=_Phases(counter),  # type: ignore[arg-type]
-                )
-            return built, counter.peak.by_category
+        built, peak = allocated(config, LENGTHS, RehearsedSight(config, architectures(config), SHOWN))
+        return sum(built.values()), peak
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
