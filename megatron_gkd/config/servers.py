@@ -1,4 +1,4 @@
-"""Who teaches, decided once (run.py, `TeacherConfig.kind`): a `LocalTeacher`, `ServerTeachers`, `SelfTeaching`, or
+"""Who teaches, decided once (models.py, `TeacherConfig.kind`): a `LocalTeacher`, `ServerTeachers`, `SelfTeaching`, or
 `NoTeacher`.
 
 `--teacher_model_server` names the servers of one teacher, or of several that share the rows by a tag:

@@ -1,4 +1,4 @@
-"""The teacher of a run, by its kind (config/run.py, `TeacherConfig.kind`): the one place that makes it.
+"""The teacher of a run, by its kind (config/models.py, `TeacherConfig.kind`): the one place that makes it.
 
     LocalTeacher      TeacherPipeline on the ranks that hold a part of it, RemoteTeacher where all of it is elsewhere
     ServerTeachers    ServerTeacher

@@ -22,6 +22,10 @@ from megatron_gkd.config.run import flags
 PACKAGE = Path(megatron_gkd.__file__).parent
 CONFIGURATION = {
     "config/run.py",
+    "config/models.py",
+    "config/method.py",
+    "config/training.py",
+    "config/output.py",
     "config/levers.py",
     "config/no_effect.py",
     "config/schema.py",
