@@ -45,17 +45,17 @@ class RecomputeConfig(Section):
 
     recompute_granularity: Literal["none", "selective", "full"] = setting(
         "none",
-        "none: keep all activations; selective: recompute --recompute_modules; full: keep the inputs of whole layers "
-        "alone.",
+        "none: keep all activations; selective: recompute --recompute_modules; full: keep only the inputs of whole "
+        "layers.",
     )
     recompute_method: Literal["uniform", "block"] | None = setting(
         None,
-        "Of full. uniform: recompute all layers, in groups of --recompute_num_layers, of which the first input is "
-        "kept; block: recompute the first --recompute_num_layers layers of each model chunk. null: uniform.",
+        "With full. uniform: recompute all layers, in groups of --recompute_num_layers, keeping the first input of "
+        "each; block: recompute the first --recompute_num_layers layers of each model chunk. null: uniform.",
     )
-    recompute_num_layers: int | None = setting(None, "Of full; see --recompute_method. null: 1.", ge=1)
+    recompute_num_layers: int | None = setting(None, "With full; see --recompute_method. null: 1.", ge=1)
     recompute_modules: list[Literal["core_attn", "mlp", "layernorm", "moe", "moe_act"]] = setting(
-        (), "Of selective: the modules that are recomputed; empty: core_attn."
+        (), "With selective: the modules that are recomputed; empty: core_attn."
     )
 
     def problems(self) -> Iterator[str]:
@@ -70,12 +70,12 @@ class RecomputeConfig(Section):
 
 @dataclass(frozen=True)
 class OverlapConfig(Section):
-    """Communication of the student's data parallel ranks beside its computation."""
+    """Overlap of the student's data parallel communication with its computation."""
 
-    overlap_grad_reduce: bool = setting(False, "Reduce gradients, bucket by bucket, while the backward pass goes on.")
+    overlap_grad_reduce: bool = setting(False, "Reduce gradients, bucket by bucket, during the backward pass.")
     overlap_param_gather: bool = setting(
         False,
-        "Gather updated weights while the next forward pass goes on; needs --use_distributed_optimizer and "
+        "Gather updated weights during the next forward pass; needs --use_distributed_optimizer and "
         "--overlap_grad_reduce.",
     )
     align_param_gather: bool = setting(
@@ -99,19 +99,19 @@ class OverlapConfig(Section):
 
 @dataclass(frozen=True)
 class KernelsConfig(Section):
-    """Kernels and number formats of megatron-core; null: on where the device and the installed packages have them."""
+    """Kernels and number formats of megatron-core; null: on if the device and the installed packages support it."""
 
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = setting(
         "auto",
-        "Attention of Transformer Engine, for both models (of a student with adapters torch's); auto: its choice, on a "
-        "CPU torch's.",
+        "Attention of Transformer Engine, for both models (torch's for a student with adapters); auto: its choice; on "
+        "a CPU torch's.",
     )
-    masked_softmax_fusion: bool = setting(False, "Of an attention that is not used here; true is refused.")
-    attention_softmax_in_fp32: bool = setting(True, "Softmax of attention in fp32, as every attention here has it.")
+    masked_softmax_fusion: bool = setting(False, "For an attention that is not used here; true is refused.")
+    attention_softmax_in_fp32: bool = setting(True, "Softmax of attention in fp32, as in every attention here.")
     accumulate_allreduce_grads_in_fp32: bool = setting(
         True, "Add up and reduce the student's gradients in fp32; false: in --dtype."
     )
-    apply_rope_fusion: bool | None = setting(None, "Rotary embedding of both models in one kernel; CUDA.")
+    apply_rope_fusion: bool | None = setting(None, "Rotary embedding of both models in a single kernel; CUDA.")
     gradient_accumulation_fusion: bool | None = setting(
         None, "Add weight gradients to their buffer inside the matrix product; CUDA, with apex."
     )
@@ -120,13 +120,13 @@ class KernelsConfig(Section):
         None, "SwiGLU of both models in one kernel (Megatron-LM: bias_swiglu_fusion); CUDA."
     )
     moe_grouped_gemm: bool | None = setting(
-        None, "The products of all experts of a layer in one, of both models; CUDA, with Transformer Engine."
+        None, "The products of all experts of a layer in one kernel, in both models; CUDA, with Transformer Engine."
     )
     moe_permute_fusion: bool | None = setting(
         None, "Sort tokens by experts in one kernel, in both models; CUDA, with Transformer Engine 2.1."
     )
     cross_entropy_loss_fusion: bool | None = setting(
-        None, "The loss is not megatron-core's: true demands --loss_path fused, the default, false --loss_path logits."
+        None, "The loss is not megatron-core's: true requires --loss_path fused, the default, false --loss_path logits."
     )
     tp_comm_overlap: bool = setting(False, "Overlap tensor parallel communication with matrix products.")
     fp8_format: Literal["e4m3", "hybrid"] | None = setting(
@@ -139,16 +139,16 @@ class KernelsConfig(Section):
     )
     fp8_param_gather: bool = setting(False, "Keep and gather weights in fp8.")
     deterministic_mode: bool = setting(
-        False, "Kernels that give the same bits in every run; operations without one are an error."
+        False, "Use kernels that give the same bits in every run; operations without one are an error."
     )
     empty_unused_memory_level: Literal[0, 1, 2] = setting(
-        0, "Give unused device memory back. 1: before the optimizer's update; 2: after it too; CUDA."
+        0, "Return unused device memory. 1: before the optimizer's update; 2: also after it; CUDA."
     )
-    manual_gc: bool = setting(False, "Collect Python's garbage between steps alone, on all ranks at the same one.")
+    manual_gc: bool = setting(False, "Collect Python's garbage only between steps, on all ranks after the same step.")
     manual_gc_interval: int = setting(100, "Steps between two collections with --manual_gc.", ge=1)
     megatron_extra_kwargs: str | None = setting(
         None,
-        "Further fields of the student's TransformerConfig, by megatron-core's names, as a JSON object such as "
+        "Further fields of the student's TransformerConfig, under megatron-core's names, as a JSON object such as "
         '{"disable_bf16_reduced_precision_matmul": true}.',
     )
 
@@ -188,13 +188,13 @@ class KernelsConfig(Section):
 
 @dataclass(frozen=True)
 class OffloadConfig(Section):
-    """What of the student is in host memory while it has no work: the same numbers, for a copy over the bus."""
+    """Parts of the student that are in host memory while they are not used; the numbers do not change."""
 
     offload_model: bool = setting(
         False,
-        "Weights and gradients, while colocated engines sample and while a teacher on the same ranks works.",
+        "Offload weights and gradients while colocated engines sample and while a teacher on the same ranks works.",
     )
-    offload_optimizer: bool = setting(False, "The optimizer's state, but for the update itself.")
+    offload_optimizer: bool = setting(False, "Offload the optimizer's state except during the update itself.")
 
 
 @dataclass(frozen=True)
@@ -209,10 +209,10 @@ class OptimizerMemoryConfig(Section):
     exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = setting("fp32", "Type of Adam's first moment.")
     exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = setting("fp32", "Type of Adam's second moment.")
     optimizer_cpu_offload: bool = setting(
-        False, "Keep (part of) the optimizer's state in host memory, and update there; needs the flag above."
+        False, "Keep (part of) the optimizer's state in host memory and update it there; needs the flag above."
     )
     optimizer_offload_fraction: float = setting(1.0, "Share of the state that is kept there.", gt=0, le=1)
-    overlap_cpu_optimizer_d2h_h2d: bool = setting(False, "Copy to and from host memory beside the update there.")
+    overlap_cpu_optimizer_d2h_h2d: bool = setting(False, "Copy to and from host memory during the update there.")
 
     def problems(self, *, sharded: bool) -> Iterator[str]:
         """What needs another flag. `sharded`: --use_distributed_optimizer."""

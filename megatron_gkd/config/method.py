@@ -32,18 +32,19 @@ class DistillationConfig(Section):
     )
     seq_kd: bool = setting(
         False,
-        "Samples that are not on-policy: the teacher samples the completion with vLLM (true), or the data set gives it "
-        "(false).",
+        "Completions of samples that are not on-policy: sampled from the teacher with vLLM (true), or taken from the "
+        "data set (false).",
     )
     sft_alpha: float = setting(
-        0.0, "Weight of the cross entropy added on samples whose completion is not the student's.", ge=0
+        0.0, "Weight of the cross entropy that is added for samples whose completion is not the student's.", ge=0
     )
     gkd_logits_topk: int | None = setting(
         None, "K: use the teacher's K most probable tokens; null: the full vocabulary.", gt=0
     )
     topk_tail: Literal["renormalize", "bucket"] = setting(
         "renormalize",
-        "With --gkd_logits_topk: renormalize both models on the K tokens, or keep the rest as one outcome (bucket).",
+        "With --gkd_logits_topk: renormalize both models on the K tokens, or count all other tokens as one outcome "
+        "(bucket).",
     )
     loss_temperature: float = setting(
         1.0, "Temperature of both distributions in the loss; --temperature is that of sampling.", gt=0
@@ -54,7 +55,7 @@ class DistillationConfig(Section):
         "micro-batch; auto: fused.",
     )
     use_liger_kernel: bool = setting(
-        False, "Demand the fused linear loss (as --loss_path fused); not together with --gkd_logits_topk."
+        False, "Require the fused linear loss (as --loss_path fused); cannot be combined with --gkd_logits_topk."
     )
 
     def __post_init__(self) -> None:
@@ -92,43 +93,45 @@ class SamplingConfig(Section):
     )
     vllm_gpu_memory_utilization: float = setting(0.9, "Share of each GPU's memory for a colocated vLLM.", gt=0, le=1)
     vllm_tensor_parallel_size: int = setting(1, "Tensor parallel size of a colocated vLLM.", ge=1)
-    vllm_enforce_eager: bool = setting(False, "Sample without CUDA graphs and compilation, as on a CPU in any case.")
+    vllm_enforce_eager: bool = setting(False, "Sample without CUDA graphs and compilation, as always on a CPU.")
     vllm_enable_lora: bool = setting(
         False,
-        "With --tuner_type lora: send the adapter alone, into the LoRA of a colocated vLLM that holds the weights of "
-        "--model; false: merged weights.",
+        "With --tuner_type lora: send only the adapter, to a colocated vLLM that holds the weights of --model; false: "
+        "send merged weights.",
     )
-    vllm_max_num_seqs: int | None = setting(None, "Maximum number of sequences that an engine samples at once.", ge=1)
+    vllm_max_num_seqs: int | None = setting(
+        None, "Maximum number of sequences that an engine samples at the same time.", ge=1
+    )
     vllm_engine_kwargs: str | None = setting(
         None,
-        "Further arguments of vLLM's engines, by vLLM's names, as a JSON object such as "
+        "Further arguments of vLLM's engines, under vLLM's names, as a JSON object such as "
         '{"max_num_batched_tokens": 16384}.',
     )
-    vllm_max_model_len: int | None = setting(None, "Longest sequence of vLLM; null: --max_length.", gt=1)
+    vllm_max_model_len: int | None = setting(None, "Maximum sequence length of vLLM; null: --max_length.", gt=1)
     sleep_level: Literal[0, 1, 2] = setting(
         0, "What a colocated vLLM frees while the student trains: 0 nothing, 1 and 2 as in vLLM."
     )
     vllm_server_host: str | None = setting(
-        None, "Host of the rollout server; several with commas, each with its own port as HOST:PORT if need be."
+        None, "Host of the rollout server; several, separated by commas, each with its own port as HOST:PORT if needed."
     )
-    vllm_server_port: int = setting(8000, "Port of the rollout servers that are named without one.", ge=1, le=65535)
+    vllm_server_port: int = setting(8000, "Port of the rollout servers that are given without one.", ge=1, le=65535)
     vllm_server_timeout: float = setting(
         20.0,
-        "Seconds for which a rollout server that cannot be reached yet is tried at the start, at most 0.9 of "
+        "Seconds for which the run waits at the start for a rollout server that cannot be reached yet, at most 0.9 of "
         "--distributed_timeout_minutes.",
         gt=0,
     )
     steps_per_generation: int = setting(
-        1, "Steps whose completions are sampled at once, with the weights of the first; 1 is strictly on-policy.", ge=1
+        1, "Steps whose completions are sampled together, with the weights of the first; 1 is strictly on-policy.", ge=1
     )
     rollout_lag: Literal[0, 1] = setting(
-        0, "1: sample a step's completions while the step before it trains (engines with devices of their own)."
+        0, "1: sample a step's completions while the previous step trains (engines on separate devices)."
     )
     weight_bucket_mb: int = setting(512, "Maximum size, in megabytes, of a bucket of weights for the engines.", ge=1)
     verify_sync_every: int = setting(
         0,
-        "Compare the engines' log-probabilities with the student's after the first push of weights and after every so "
-        "many; 0: after the first only.",
+        "Compare the engines' log-probabilities with the student's after the first push of weights and after every "
+        "this many pushes; 0: after the first only.",
         ge=0,
     )
 
@@ -145,19 +148,19 @@ class SamplingConfig(Section):
 
 @dataclass(frozen=True)
 class TeacherSamplingConfig(Section):
-    """Sampling of completions from the teacher, for `--seq_kd true`; how tokens are drawn and the lengths: as above."""
+    """Sampling of completions from the teacher, for `--seq_kd true`, with the temperature and lengths above."""
 
     teacher_samples_cache: str | None = setting(
         None,
-        "Directory that keeps the completions, by teacher, prompt and sampling settings; several runs may share one. "
+        "Directory where completions are kept, by teacher, prompt and sampling settings; several runs may share it. "
         "null: teacher_samples in the run directory.",
         path=True,
     )
     teacher_sampling_steps: int | None = setting(
         None,
-        "Steps whose completions a local teacher samples at once. null: the whole run, before the models are loaded, "
-        "so that its engine has the devices to itself; else the engine is started again every so many steps, and "
-        "shares the devices with both models.",
+        "Steps whose completions a local teacher samples together. null: the whole run, before the models are loaded, "
+        "so that its engine has the devices to itself; otherwise the engine is started again every this many steps "
+        "and shares the devices with both models.",
         ge=1,
     )
     teacher_vllm_tensor_parallel_size: int = setting(

@@ -26,23 +26,23 @@ class ModelConfig(Section):
     model: str = setting(help="Student: a Hugging Face model directory, or a name on a hub.", path=True)
     dtype: DtypeChoice = setting(
         "auto",
-        "Type of the weights and activations of both models; losses and reductions are fp32 in any case. auto: bf16 on "
+        "Type of the weights and activations of both models; losses and reductions are always fp32. auto: bf16 on "
         "CUDA, fp32 on a CPU.",
     )
     use_hf: bool = setting(
         True,
-        "Names without HF:: or MS:: before them, of models and data sets, are of Hugging Face's hub; false: of "
+        "Names of models and data sets without HF:: or MS:: in front are looked up on Hugging Face's hub; false: on "
         "ModelScope, which needs the package modelscope-hub.",
     )
     freeze_embeddings: bool = setting(
-        False, "Keep the student's embedding as it is; with tied embeddings that is its head too."
+        False, "Do not train the student's embedding; with tied embeddings this is its head too."
     )
-    freeze_router: bool = setting(False, "Keep the routers of a mixture-of-experts student as they are.")
+    freeze_router: bool = setting(False, "Do not train the routers of a mixture-of-experts student.")
     freeze_vision: bool = setting(
-        True, "Keep the vision tower of a vision-language student as it is; false trains it with the rest."
+        True, "Do not train the vision tower of a vision-language student; false: train it with the rest."
     )
     freeze_projector: bool = setting(
-        False, "The same of its projector, between the tower and the decoder, which is trained by default."
+        False, "Do not train its projector, between tower and decoder, which is trained by default."
     )
 
     @property
@@ -62,20 +62,20 @@ class TeacherConfig(Section):
     )
     teacher_model: str | None = setting(
         None,
-        "Teacher: a Hugging Face model directory, or a name on a hub; it may be left out with --teacher_model_server. "
-        "Without both the student's current weights teach, given the column teacher_prompt of the data in place of the "
-        "prompt. With --tuner_type lora, there and where it is --model, the student's frozen weights teach.",
+        "Teacher: a Hugging Face model directory, or a name on a hub; optional with --teacher_model_server. Without "
+        "both, the student's current weights teach, with the column teacher_prompt of the data as their prompt. With "
+        "--tuner_type lora, then and where it is the same as --model, the student's frozen weights teach.",
         path=True,
     )
     teacher_model_server: str | None = setting(
         None,
-        "URL of an external teacher (launch/teacher_server.sh, vllm serve, swift deploy); several with commas serve "
-        "one teacher. "
+        "URL of an external teacher (launch/teacher_server.sh, vllm serve, swift deploy); several, separated by "
+        "commas, serve one teacher. "
         'Several teachers: a JSON list such as [{"url": "http://a:8000", "tags": ["math"]}, {"url": "http://b:8000"}]; '
         "one without tags takes the rest. Needs --gkd_logits_topk.",
     )
     teacher_tag_key: str | None = setting(
-        None, "The column of the data that holds a row's tag, where the teacher servers have tags."
+        None, "The column of the data that holds a row's tag, if the teacher servers have tags."
     )
     teacher_timeout_s: float | None = setting(
         None,
@@ -92,7 +92,9 @@ class TeacherConfig(Section):
     teacher_decoder_first_pipeline_num_layers: int | None = setting(
         None, "Layers of the teacher's first pipeline stage; null: as many as the others.", ge=1
     )
-    teacher_decoder_last_pipeline_num_layers: int | None = setting(None, "The same of the last stage.", ge=1)
+    teacher_decoder_last_pipeline_num_layers: int | None = setting(
+        None, "Layers of the teacher's last pipeline stage; null: as many as the others.", ge=1
+    )
     teacher_account_for_embedding_in_pipeline_split: bool = setting(
         False, "Count the teacher's embedding as a layer of its first stage."
     )
@@ -100,7 +102,7 @@ class TeacherConfig(Section):
         False, "Count the teacher's head as a layer of its last stage."
     )
     teacher_pipeline_model_parallel_layout: str | None = setting(
-        None, "Layers of every stage of the teacher, as in --pipeline_model_parallel_layout."
+        None, "Layers of every stage of the teacher, in the form of --pipeline_model_parallel_layout."
     )
     teacher_context_parallel_size: int | None = setting(
         None, "Context parallel size of the teacher; null: the student's.", ge=1
@@ -116,14 +118,14 @@ class TeacherConfig(Section):
     )
     teacher_placement: Literal["colocate", "separate"] = setting(
         "colocate",
-        "colocate: the teacher shares the student's ranks; separate: the last --teacher_world_size ranks hold the "
-        "teacher alone, and work ahead of the student.",
+        "colocate: the teacher shares the student's ranks; separate: the last --teacher_world_size ranks hold only the "
+        "teacher, and work ahead of the student.",
     )
     teacher_world_size: int | None = setting(
         None, "Ranks of the teacher with --teacher_placement separate, the last of the world.", ge=1
     )
     teacher_nodes: int | None = setting(
-        None, "The same in whole nodes, the last of the job, instead of --teacher_world_size.", ge=1
+        None, "The last nodes of the job that are the teacher's, instead of --teacher_world_size.", ge=1
     )
     offload_teacher_model: bool = setting(False, "Keep the teacher in host memory while the student trains.")
     teacher_micro_batch_size: int | None = setting(
@@ -131,7 +133,7 @@ class TeacherConfig(Section):
     )
     teacher_micro_batch_tokens: int | None = setting(
         None,
-        "Maximum number of tokens in a teacher's micro-batch, padding included; instead of a number of samples.",
+        "Maximum number of tokens in a micro-batch of the teacher, padding included, instead of a number of samples.",
         ge=1,
     )
     signal_memory_gb: float = setting(

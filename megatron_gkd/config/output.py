@@ -26,41 +26,44 @@ class CheckpointConfig(Section):
     )
     auto_resume: bool = setting(
         False,
-        "Go on from the newest checkpoint in --save where there is one; else begin, from --load if that is given, and "
-        "replace what a start without a checkpoint recorded. For runs that are restarted with the same command line.",
+        "Resume from the newest checkpoint in --save if there is one; otherwise begin, from --load if given, and "
+        "replace the records of a start that saved no checkpoint. For runs that are restarted with the same command "
+        "line.",
     )
     verify_checkpoint: Literal["full", "sizes"] = setting(
         "full",
-        "Before loading: read every file of the checkpoint and compare it with its checksum, or compare sizes alone.",
+        "Before loading: compare every file of the checkpoint with its checksum, or compare only sizes.",
     )
     allow_changed_config: bool = setting(
-        False, "Resume although flags that change the numbers differ from those of the run that saved."
+        False, "Resume even if flags that change the numbers differ from those of the run that saved."
     )
     save_steps: int = setting(500, "Save a checkpoint every this many steps, and at the end.", ge=1)
     async_save: bool = setting(
-        False, "Write checkpoints while training goes on; it stops only for a copy in host memory."
+        False, "Write checkpoints while training continues; it stops only for a copy to host memory."
     )
     save_total_limit: int | None = setting(None, "Keep this many newest checkpoints; null: all.", ge=1)
     no_save_optim: bool = setting(
-        False, "Save checkpoints without the optimizer's state; one can be gone on from with --no_load_optim alone."
+        False, "Save checkpoints without the optimizer's state; they can be resumed only with --no_load_optim."
     )
     no_save_rng: bool = setting(
-        False, "Save checkpoints without random states; one can be gone on from with --no_load_rng alone."
+        False, "Save checkpoints without random states; they can be resumed only with --no_load_rng."
     )
     no_load_optim: bool = setting(
-        False, "Go on from a checkpoint with the optimizer's moments at zero, whether it has them or not."
+        False, "Resume from a checkpoint with the optimizer's moments set to zero, whether it has them or not."
     )
-    no_load_rng: bool = setting(False, "Go on from a checkpoint with new random states, of --seed and the step.")
+    no_load_rng: bool = setting(
+        False, "Resume from a checkpoint with new random states, made from --seed and the step."
+    )
     finetune: bool = setting(
         False,
-        "Begin at step 0 from weights alone, as every run does that is given no --load, or a Hugging Face directory; "
-        "refused with the checkpoint of a run.",
+        "Begin at step 0 from weights alone, as every run does without --load or with a Hugging Face directory as "
+        "--load; refused with the checkpoint of a run.",
     )
     save_hf: bool = setting(True, "Export the student as a Hugging Face model directory at the end.")
     save_hf_dtype: Literal["fp32", "bf16", "fp16", "source"] | None = setting(
         None,
-        "Type of the exported weights; null: --dtype, which holds what was trained. A narrower one, or that of the "
-        "files of --model (source), may round small updates away; the difference is measured and logged.",
+        "Type of the exported weights; null: --dtype, in which the run was trained. A narrower type, or that of the "
+        "files of --model (source), may round away small updates; the difference is measured and logged.",
     )
 
 
@@ -71,38 +74,39 @@ class LoggingConfig(Section):
     logging_steps: int = setting(1, "Write metrics every this many steps.", ge=1)
     eval_steps: int | None = setting(
         None,
-        "Evaluate on --eval_dataset every this many steps; null: before the first and after the last only.",
+        "Evaluate on --eval_dataset every this many steps; null: only before the first and after the last.",
         ge=1,
     )
     eval_generate: int = setting(
         0,
-        "At every evaluation, greedy completions of this many held-out prompts, the first ones, by vLLM; 0: none.",
+        "At every evaluation, sample greedy completions of the first this many held-out prompts with vLLM; 0: none.",
         ge=0,
     )
     eval_verifier: str = setting(
         "last_number",
-        "What makes such a completion right: last_number or exact, against the column answer of the data (or the row's "
-        "completion), or a Python function module:function(text, row).",
+        "How such a completion is judged: last_number or exact, compared with the column answer of the data (or the "
+        "row's completion), or a Python function module:function(text, row).",
     )
     loss_spike_factor: float | None = setting(
-        None, "Warn of a loss above this many times the median of the last 32 steps; null: never.", gt=1
+        None, "Warn if the loss is above this many times the median of the last 32 steps; null: never.", gt=1
     )
     health_steps: int = setting(
         100,
-        "Check teacher and sampler (docs/health.md) in the first step of a start and every this many steps; 0: never.",
+        "Check teacher and sampler (docs/health.md) in the first step after a start and every this many steps; 0: "
+        "never.",
         ge=0,
     )
     on_teacher_fault: Literal["stop", "warn"] = setting(
-        "stop", "A teacher that is uniform, frozen or the student itself: stop before the update, or warn."
+        "stop", "If the teacher is uniform, frozen or the student itself: stop before the update, or warn."
     )
     report_to: list[Literal["tensorboard", "wandb", "none"]] = setting(
-        ("tensorboard",), "Where metrics go beside metrics.jsonl in the run directory."
+        ("tensorboard",), "Where metrics go in addition to metrics.jsonl in the run directory."
     )
     log_completions: bool = setting(
         False,
-        "Write what was sampled for each logged step into completions.jsonl, and as a table to --report_to.",
+        "Write the sampled completions of each logged step to completions.jsonl, and as a table to --report_to.",
     )
-    num_completions_to_log: int = setting(16, "The first so many of a step, with --log_completions.", ge=1)
+    num_completions_to_log: int = setting(16, "Completions per step, the first ones, with --log_completions.", ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "Least severe messages shown; debug adds tracebacks."
     )
