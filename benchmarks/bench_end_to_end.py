@@ -6,8 +6,8 @@
 Two modes: offline (the data set's completions) and on_policy (--max_new_tokens from the student: here vLLM, in TRL
 transformers' generate). Runs alternate, a round being one of each system and mode; each is a new process, or a new
 pair of them, and its first steps are left out (--warmup). TRL has one process with a thread for each core, this
-project one rank a core, each with a replica of both models (--layout replicas) or a pipeline stage of both (stages);
-both in float32.
+project one rank a core, each with a replica of both models (--layout replicas) or a pipeline stage of both (stages), or
+one rank with a thread for each core (one), which needs the least memory; both in float32.
 
 Columns: seconds and CPU seconds of a step (of all processes of a run together), completion tokens a second, and the
 peak of the proportional set size of all processes. CPU seconds are those between the ends of two steps, so an
@@ -169,8 +169,9 @@ def _ours(
     else:
         flags |= dict(lmbda=0)
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.cores)]
-    return [*launcher, "-m", "megatron_gkd", "train", *argv], _environ(1), out / "run/metrics.jsonl"
+    ranks, threads = (1, options.cores) if options.layout == "one" else (options.cores, 1)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, "-m", "megatron_gkd", "train", *argv], _environ(threads), out / "run/metrics.jsonl"
 
 
 def _environ(threads: int) -> dict[str, str]:
@@ -271,7 +272,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.5)
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--layout", choices=["replicas", "stages"], default="replicas", help="of this project's ranks")
+    layouts = ["replicas", "stages", "one"]
+    parser.add_argument("--layout", choices=layouts, default="replicas", help="of this project's ranks")
     parser.add_argument("--trl", help="python of TRL's environment (default: what setup_trl.sh makes)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="tiny models, one short offline round")

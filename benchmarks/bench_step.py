@@ -5,8 +5,8 @@
 
 The parts are those of a run (train/setup.py), on data-parallel gloo ranks of one thread each, or with `--device cuda`
 on one GPU; every round trains on the same samples, and the levers (LEVERS) are built one after the other in the same
-processes. On a GPU the clocks wait for it at the borders of phases. Phases, in the order of a step, of the slowest
-rank:
+processes. On a GPU the clocks wait for it at the borders of phases. Phases, in the order of a step, of the rank that
+the others wait for (the shortest time in the reduction), so that nobody's waiting is counted as work:
 
     plan       rows to samples and micro-batches
     teacher    its forward pass, and the signals
@@ -24,6 +24,9 @@ backward for the student, and both heads for the loss tokens. `of_products` is t
 `flops` are those products' operations on a rank, both models', attention as whole squares; `tflop_per_s` is that over
 the step's seconds.
 
+`operators_s`, of one more step of that kind, on the first rank: seconds by kind of operator (OPERATORS), without those
+that an operator calls, as torch's profiler has them; what no operator has, Python above all, is `outside`.
+
 `peak_bytes`: most that tensors had allocated at once in a step, over what there is between steps (the profiler's
 events or the caching allocator's counter, in a step of its own); `held_bytes`: what a GPU holds between steps.
 `reduced_bytes`: gradients that a rank hands to the reduction. `sent_bytes`: signals that a rank sends.
@@ -40,7 +43,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -68,6 +71,17 @@ LEVERS: Final[dict[str, list[str]]] = {
     "token budget": ["--max_tokens_per_gpu", "{tokens}"],
 }
 PHASES: Final = ("plan", "teacher", "zero", "forward", "loss", "backward", "reduce", "update", "other")
+# The first pattern that an operator's name begins with; "self" times, so that nothing counts twice.
+OPERATORS: Final = {
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot", "aten::_addmm"),
+    "collectives": ("c10d::", "gloo:"),
+    "zeros": ("aten::zero_", "aten::fill_"),
+    "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::index", "aten::gather", "aten::scatter"),
+    "exponentials": ("aten::exp", "aten::log", "aten::_softmax", "aten::_log_softmax", "aten::silu", "aten::sigmoid"),
+    "update": ("aten::_foreach", "aten::_fused", "aten::lerp", "aten::addcmul", "aten::addcdiv", "aten::sqrt"),
+    "sums": ("aten::sum", "aten::mean", "aten::amax", "aten::max", "aten::linalg_vector_norm", "aten::norm"),
+    "arithmetic": ("aten::mul", "aten::add", "aten::sub", "aten::div", "aten::neg", "aten::rsqrt", "aten::pow"),
+}
 _OF_MEGATRON: Final = {"forward-compute": "forward", "backward-compute": "backward", "all-grads-sync": "reduce"}
 _WORDS: Final = "water stone river"
 CPU: Final = torch.device("cpu")
@@ -231,7 +245,7 @@ def lever_rounds(options: argparse.Namespace, data: Path, lever: str) -> dict[st
     device = run.platform.device
     student, teacher = (Products(read_architecture(path), dtype, device) for path in (options.student, options.teacher))
     found: list[dict[str, float]] = []
-    floors: list[tuple[float, float]] = []
+    floors: list[list[float]] = []
     sent = 0
     for number in range(options.rounds + 1):
         clock = Clock(device)
@@ -247,8 +261,9 @@ def lever_rounds(options: argparse.Namespace, data: Path, lever: str) -> dict[st
             timed(lambda m=mine: student.multiply(m, backward=True, head=True), device).wall_s,
         )
         if number:  # the first round warms up
-            found.append(_slowest(clock.seconds))
-            floors.append(tuple(_slowest(dict(enumerate(floor))).values()))  # type: ignore[arg-type]
+            *seconds, of_teacher, of_student = _of_the_awaited([*clock.seconds.values(), *floor])
+            found.append(dict(zip(PHASES, seconds, strict=True)))
+            floors.append([of_teacher, of_student])
     plan = run.plans.plan(options.rounds + 1)
     row: dict[str, Any] = {
         "method": lever,
@@ -260,6 +275,7 @@ def lever_rounds(options: argparse.Namespace, data: Path, lever: str) -> dict[st
         },
         "peak_bytes": peak_bytes(lambda: step(run, plan, Clock()), device),
         "held_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+        "operators_s": operators(lambda: step(run, plan, Clock()), device),
         "flops": student.flops + teacher.flops,
         "reduced_bytes": sum(b.grad_data.nbytes for chunk in run.student.chunks for b in chunk.buffers),
         "sent_bytes": sent,
@@ -276,12 +292,31 @@ def lever_rounds(options: argparse.Namespace, data: Path, lever: str) -> dict[st
     return row
 
 
-def _slowest(seconds: dict[Any, float]) -> dict[Any, float]:
-    """Of all ranks, phase by phase."""
+def _of_the_awaited(values: list[float]) -> list[float]:
+    """Those of the rank that was the shortest in the reduction."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    values = torch.tensor(list(seconds.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return dict(zip(seconds, values.tolist(), strict=True))
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(theirs, mine)
+    everyone: list[list[float]] = [seconds.tolist() for seconds in theirs]
+    return min(everyone, key=lambda seconds: seconds[PHASES.index("reduce")])
+
+
+def operators(action: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Seconds of a call by kind of operator; on a GPU those of its kernels."""
+    activities, total = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
+    if device.type == "cuda":
+        activities, total = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
+    with torch.profiler.profile(activities=activities) as profile:
+        start_s = time.perf_counter()
+        action()
+        synchronize(device)
+        wall_s = time.perf_counter() - start_s
+    seconds = dict.fromkeys([*OPERATORS, "others"], 0.0)
+    for event in profile.key_averages():
+        kinds = (kind for kind, starts in OPERATORS.items() if event.key.startswith(starts))
+        seconds[next(kinds, "others")] += getattr(event, total) / 1e6
+    return {**seconds, "outside": wall_s - sum(seconds.values())}
 
 
 def rank_main(rank: int, options: argparse.Namespace, directory: str) -> None:
@@ -320,6 +355,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
+    print()
+    print(operator_table(rows))
     return 0
 
 
@@ -365,6 +402,16 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['products_s']['student']['median']:.3f} | {row['of_products']:.2f} | {row['of_plain']:.2f} | "
             f"{row['peak_bytes'] / 1e6:.1f} |"
         )
+    return "\n".join(lines)
+
+
+def operator_table(rows: list[dict[str, Any]]) -> str:
+    """Seconds of one step by kind of operator, profiled."""
+    kinds = list(rows[0]["operators_s"])
+    lines = [f"| lever, profiled | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 1)]
+    for row in rows:
+        seconds = " | ".join(f"{row['operators_s'][kind]:.3f}" for kind in kinds)
+        lines.append(f"| {row['method']} | {seconds} |")
     return "\n".join(lines)
 
 

@@ -69,6 +69,7 @@ class Setting:
         arms: those that are run where none are named.
         ready: a file that is there once the setting is prepared.
         longest: tokens of a completion, at most.
+        seeds: that are run where none are named.
         flags: of every cell.
     """
 
@@ -81,6 +82,7 @@ class Setting:
     arms: tuple[str, ...]
     steps: int
     longest: int
+    seeds: tuple[int, ...]
     flags: Mapping[str, Any]
 
     def cell(self, arm: Arm, seed: int, save: Path, steps: int) -> dict[str, Any]:
@@ -109,14 +111,15 @@ def sums(prepared: Path) -> Setting:
         arms=tuple(ARMS),
         steps=100,
         longest=COMPLETION_TOKENS,
+        seeds=(0, 1, 2, 3, 4),
         flags=COMMON | dict(lr=2e-3, min_lr=1e-4, temperature=1.0),
     )
 
 
 def words(prepared: Path) -> Setting:
-    """With the models and data of the quick start; the flags are those of its run.yaml, for more steps."""
+    """With the models and data of the quick start and the flags of its run.yaml; as small as a cell can wait for."""
     own = dict(lr=3e-4, min_lr=3e-5, weight_decay=0.01, freeze_embeddings="true", temperature=0.9)
-    shape = dict(device="cpu", dtype="fp32", max_length=512, global_batch_size=8, micro_batch_size=2)
+    shape = dict(device="cpu", dtype="fp32", max_length=512, global_batch_size=4, micro_batch_size=2)
     return Setting(
         start=prepared / "student",
         teacher=prepared / "teacher",
@@ -125,8 +128,9 @@ def words(prepared: Path) -> Setting:
         samples=prepared / "samples.jsonl",
         ready=prepared / "student/config.json",
         arms=("sft", "kd", "on_policy", "mixed"),
-        steps=100,
-        longest=160,
+        steps=16,
+        longest=96,
+        seeds=(0, 1),
         flags=own | shape | dict(report_to="none", save_steps=1_000_000),
     )
 

@@ -65,25 +65,26 @@ def put_into(page: Path, out: Path) -> None:
 
 def _table(by_arm: dict[str, dict[int, Record]], models: Mapping[str, Mapping[str, float]]) -> list[str]:
     lines = [
-        "| arm | what it learns from | seeds | steps | CPU s | accuracy, % | NLL | forward KL |",
-        "|---|---|---|---|---|---|---|---|",
+        "| arm | what it learns from | seeds | steps | CPU s | accuracy, % | NLL | forward KL | agreement, % |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in models.items():
-        numbers = f"{100 * row['accuracy']:.1f} | {row['nll']:.3f} | {row['forward_kl']:.3f}"
-        lines.append(f"| {name} | | | | | {numbers} |")
+        lines.append(f"| {name} | | | | | {100 * row['accuracy']:.1f} | {_of_tokens([row])} |")
     for arm, cells in by_arm.items():
         rows = list(cells.values())
         mean, half, n = interval([100 * row["accuracy"] for row in rows])
         cpu_s = sum(row["cpu_s"] for row in rows) / n
-        more = " | ".join(_mean(rows, name) for name in ("nll", "forward_kl"))
-        accuracy = f"{mean:.1f} +- {half:.1f}"
-        lines.append(f"| `{arm}` | {ARMS[arm].text} | {n} | {rows[0]['steps']} | {cpu_s:.0f} | {accuracy} | {more} |")
+        cost = f"{n} | {rows[0]['steps']} | {cpu_s:.0f}"
+        lines.append(f"| `{arm}` | {ARMS[arm].text} | {cost} | {mean:.1f} +- {half:.1f} | {_of_tokens(rows)} |")
     return lines
 
 
-def _mean(rows: Sequence[Record], name: str) -> str:
-    values = [row[name] for row in rows if name in row]
-    return f"{sum(values) / len(values):.3f}" if values else ""
+def _of_tokens(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Means over the rows of what measure.py says of the tokens of the data's completions."""
+    nll, forward_kl, agreement = (
+        sum(row[name] for row in rows) / len(rows) for name in ("nll", "forward_kl", "agreement")
+    )
+    return f"{nll:.3f} | {forward_kl:.3f} | {100 * agreement:.1f}"
 
 
 def _answers(by_arm: dict[str, dict[int, Record]]) -> list[str]:

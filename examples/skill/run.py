@@ -3,7 +3,7 @@
     python examples/skill/run.py                              # every method with five seeds
     python examples/skill/run.py sft kd on_policy --seed 0 1  # some of them
     python examples/skill/run.py none --page docs/evidence.md # only the page, from what is there
-    python examples/skill/run.py --setting words              # real text: SmolLM2 on word problems (hours)
+    python examples/skill/run.py --setting words              # real text: SmolLM2 on word problems (an hour)
 
     runs/skill/on_policy/seed_0/    run directory of a cell: `megatron-gkd report`, also with --compare
     runs/skill/on_policy/seed_0.txt, seed_0.test.txt    output of its training, and what was measured
@@ -137,7 +137,7 @@ def write_results(study: Study) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="*", help=f"of {', '.join(ARMS)}; default: all of the setting; none: no cell")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default: 0 1 2 3 4")
+    parser.add_argument("--seed", type=int, nargs="+", help="default: 0 1 2 3 4, in words 0 1")
     parser.add_argument("--setting", choices=tuple(SETTINGS), default="sums", help="default: %(default)s")
     parser.add_argument("--prepared", type=Path, help="default: " + " or ".join(PREPARED.values()))
     parser.add_argument("--out", type=Path, help="default: " + " or ".join(OUT.values()))
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Seed by seed: whatever is interrupted has all methods of its seeds. Equal times are known from the others.
     last = [arm for arm in arms if ARMS[arm].at is not None]
     for group in ([arm for arm in arms if arm not in last], last):
-        for seed in args.seed:
+        for seed in args.seed or setting.seeds:
             for arm in group:
                 study.carry_out(arm, seed)
                 write_results(study)

@@ -128,7 +128,11 @@ class KernelsConfig(Section):
     cross_entropy_loss_fusion: bool | None = setting(
         None, "The loss is not megatron-core's: true requires --loss_path fused, the default, false --loss_path logits."
     )
-    tp_comm_overlap: bool = setting(False, "Overlap tensor parallel communication with matrix products.")
+    tp_comm_overlap: bool = setting(
+        False,
+        "Collectives of --sequence_parallel beside the student's matrix products; all its micro-batches are padded to "
+        "one shape; CUDA, with Transformer Engine.",
+    )
     fp8_format: Literal["e4m3", "hybrid"] | None = setting(
         None,
         "Matrix products of the student's layers in fp8, its weights in --dtype; hybrid: gradients in e5m2; CUDA, with "

@@ -48,12 +48,6 @@ def _is_set(flag: str) -> Callable[[RunConfig], bool]:
 
 NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt(
-        "tp_comm_overlap",
-        _is_set("tp_comm_overlap"),
-        "its buffers have one shape for all micro-batches, and rows differ; leave it out",
-        TRAIN,
-    ),
-    NotBuilt(
         "fp8_recipe",
         lambda cfg: cfg.kernels.fp8_recipe == "delayed",
         "its maxima are reduced over groups of a global state that is not made here; give tensorwise",

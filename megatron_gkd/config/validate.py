@@ -69,6 +69,7 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield from cfg.kernels.problems(loss_is_fused=cfg.distillation.loss_path != "logits")
         yield from cfg.optimizer.problems(sharded=cfg.parallel.use_distributed_optimizer)
         yield from _offload_problems(cfg)
+        yield from _tp_comm_overlap_problems(cfg)
         yield from _lengths_problems(cfg)
         yield from _teacher_sampling_problems(cfg)
     elif cfg.checkpoint.load is not None:
@@ -188,6 +189,26 @@ def _offload_problems(cfg: RunConfig) -> Iterator[str]:
         )
     if cfg.offload.offload_optimizer and cfg.optimizer.optimizer_cpu_offload:
         yield "--optimizer_cpu_offload keeps the state in host memory anyway; leave --offload_optimizer out"
+
+
+def _tp_comm_overlap_problems(cfg: RunConfig) -> Iterator[str]:
+    """What its buffers do not allow: of one shape, made by all ranks of the world together."""
+    if not cfg.kernels.tp_comm_overlap:
+        return
+    given = "--tp_comm_overlap true"
+    if not cfg.parallel.sequence_parallel:
+        yield f"{given} overlaps the collectives of --sequence_parallel; give both, or neither"
+    if cfg.tuner.is_lora:
+        yield f"{given}: a student with adapters has layers that are not Transformer Engine's; leave it out"
+    if cfg.teacher.teacher_placement == "separate":
+        yield f"{given}: ranks of the teacher's own make no buffers; leave it out, or give --teacher_placement colocate"
+    if isinstance(cfg.teacher.kind, SelfTeaching):
+        yield f"{given}: as its own teacher the student is fed rows of other lengths; leave it out"
+    if cfg.training.max_tokens_per_gpu is not None and not cfg.data.packing:
+        yield (
+            f"{given} pads all micro-batches to one shape, and --max_tokens_per_gpu makes rows of all lengths; give "
+            "--packing true beside it, or --micro_batch_size"
+        )
 
 
 def _parallel_problems(cfg: RunConfig) -> Iterator[str]:

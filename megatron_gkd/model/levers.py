@@ -44,6 +44,7 @@ _ON_CUDA: Final[dict[str, str | None]] = {
     "bias_activation_fusion": None,
     "moe_grouped_gemm": _TE,
     "moe_permute_fusion": _TE,
+    "tp_comm_overlap": _TE,
     "fp8_format": _TE,
     "empty_unused_memory_level": None,
     "use_precision_aware_optimizer": _TE,
@@ -56,7 +57,7 @@ _OWN: Final = frozenset(
     {
         *("context_parallel_size", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
         *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
-        *("pipeline_model_parallel_layout", "fp8", "fp4", "fp8_recipe", "fp8_param", "tp_comm_overlap"),
+        *("pipeline_model_parallel_layout", "fp8", "fp4", "fp8_recipe", "fp8_param"),
         *("mtp_num_layers", "multi_latent_attention", "window_size", "cpu_offloading", "attention_softmax_in_fp32"),
         *("no_sync_func", "grad_sync_func", "param_sync_func", "finalize_model_grads_func", "grad_scale_func"),
         *("init_method", "output_layer_init_method", "embedding_init_method", "cuda_graph_impl", "enable_cuda_graph"),
@@ -83,6 +84,7 @@ def student_options(config: RunConfig, kind: Kind) -> ModelOptions:
         align_param_gather=overlap.align_param_gather
         and (config.parallel.virtual_pipeline_model_parallel_size or 1) > 1,
         bucket_size=overlap.ddp_bucket_size,
+        tp_comm_overlap=kernels.tp_comm_overlap,
         moe_aux_loss_coeff=config.training.moe_aux_loss_coeff,
         transformer_engine=not config.tuner.is_lora,
         moe_grouped_gemm=not config.tuner.is_lora and _fuses(config, "moe_grouped_gemm", kind),
@@ -209,6 +211,11 @@ def check_student(config: RunConfig, arch: Architecture, layout: Layout, kind: K
         )
     if config.kernels.fp8_format is not None:
         _check_fp8(config, arch, layout)
+    if config.kernels.tp_comm_overlap and (arch.latent is not None or config.model.precision != "bf16"):
+        what = f"--dtype {config.model.precision}" if arch.latent is None else f"latent attention ({arch.model_type})"
+        raise ConfigError(
+            f"--tp_comm_overlap true beside {what}: its buffers are of linear layers in bf16; leave it out"
+        )
     if config.kernels.moe_grouped_gemm and config.tuner.is_lora:
         raise ConfigError(
             "--moe_grouped_gemm true: a student with adapters has megatron-core's own layers, each expert a product of "

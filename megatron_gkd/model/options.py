@@ -38,6 +38,7 @@ class ModelOptions:
     persist_layer_norm: bool = False
     moe_grouped_gemm: bool = False
     moe_permute_fusion: bool = False
+    tp_comm_overlap: bool = False  # collectives beside products, in buffers of Transformer Engine (overlap_buffers.py)
     moe_aux_loss_coeff: float = 0.0  # of the routers' load-balancing loss (model/router.py)
     grad_reduce_in_fp32: bool = True
     overlap_grad_reduce: bool = False

@@ -7,6 +7,7 @@ A layout asks for multiples:
     both                    whole lengths are multiples of cp * lcm(2, tp); segments of a pack, of 2 * cp
     interleaved schedule    all micro-batches of a step have one length, that of the longest, and in the padded form one
                             number of rows, that of the fullest
+    one shape               all micro-batches of all steps, of training and evaluation, have it (--tp_comm_overlap)
 
 Collation (train/batches.py) and the routing of signals (teacher/signals.py) both ask here: so they cannot differ.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_gkd.model.pipeline import common_shape
-from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.layout import Layout, round_up
 from megatron_gkd.parallel.zigzag import held_spans
 from megatron_gkd.records import LossShare, MicroBatchPlan, Sample, StepPlan
 
@@ -31,10 +32,14 @@ class Sequences:
         self.samples, self.layout, self.packing = samples, layout, packing
         self.segment_multiple, self.row_multiple = layout.segment_multiple, layout.row_multiple
         self.num_rows = 1  # at least, of a padded micro-batch
-        if common_shape(layout):
+        if layout.micro_batch_shape is not None:
+            fed = max((self.num_fed(batch) for batches in plan for batch in batches), default=0)
+            self.num_rows, self.row_multiple = layout.micro_batch_shape
+            assert fed <= self.num_rows * self.row_multiple, f"{fed} tokens do not fit {layout.micro_batch_shape}"
+        elif common_shape(layout):
             self.num_rows = 1 if packing else max(1, max(len(batch) for batches in plan for batch in batches))
             self.row_multiple = max(
-                _round_up(sum(self.lengths(batch)) if packing else self.lengths(batch)[0], self.row_multiple)
+                round_up(sum(self.lengths(batch)) if packing else self.lengths(batch)[0], self.row_multiple)
                 if batch
                 else self.row_multiple
                 for batches in plan
@@ -45,8 +50,8 @@ class Sequences:
         """Of the sequences that the samples of a micro-batch are fed as: rows, all alike, or segments of a pack."""
         own = [self.samples[position].num_inputs for position in positions]
         if self.packing:
-            return [_round_up(length, self.segment_multiple) for length in own]
-        return [_round_up(max(own), self.row_multiple)] * len(own)
+            return [round_up(length, self.segment_multiple) for length in own]
+        return [round_up(max(own), self.row_multiple)] * len(own)
 
     def num_fed(self, positions: Sequence[int]) -> int:
         """Tokens that a replica is fed for a micro-batch, padding included."""
@@ -54,7 +59,7 @@ class Sequences:
             return self.row_multiple * self.num_rows
         lengths = self.lengths(positions)
         if self.packing:
-            return _round_up(sum(lengths), self.row_multiple)
+            return round_up(sum(lengths), self.row_multiple)
         return lengths[0] * max(len(positions), self.num_rows)
 
     def share(self, position: int, length: int, rank: int) -> LossShare:
@@ -81,7 +86,3 @@ def teacher_shares(plan: StepPlan, layout: Layout) -> Shares:
     """Of a local teacher's ranks."""
     samples = [sample.for_teacher for sample in plan.samples]
     return loss_shares(samples, plan.teacher, layout, packing=plan.packing)
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

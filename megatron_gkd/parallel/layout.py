@@ -45,6 +45,7 @@ class Layout:
     expert_tensor: int | None = None  # None: as `tensor`, Megatron's default
     split: PipelineSplit | None = None  # None: all stages have as many layers
     token_multiple: int = 1  # what the tokens that a rank's layers see are a multiple of (fp8)
+    micro_batch_shape: tuple[int, int] | None = None  # rows and their length, of every micro-batch; None: they differ
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "data", "context", "expert"):
@@ -207,3 +208,8 @@ class Layout:
         if self.split is not None:
             text += f", {self.split}"
         return text + (", sequence parallel" if self.sequence_parallel else "")
+
+
+def round_up(number: int, multiple: int) -> int:
+    """To the next multiple."""
+    return -(-number // multiple) * multiple

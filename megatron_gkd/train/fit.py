@@ -10,7 +10,7 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.config import environment
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError, LayoutError
-from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.layout import Layout, round_up
 from megatron_gkd.parallel.pipeline_split import PipelineSplit, parse_layout
 
 
@@ -34,6 +34,8 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         split=_split(config, ""),
         token_multiple=config.kernels.fp8_tokens,
     )
+    if config.kernels.tp_comm_overlap:
+        student_layout = replace(student_layout, micro_batch_shape=_one_shape(config, student_layout))
     teacher_layout = Layout.for_world(
         teacher_ranks or world_size,
         tensor=teacher.teacher_tensor_model_parallel_size or parallel.tensor_model_parallel_size,
@@ -46,6 +48,15 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         name="teacher",
     )
     return student_layout, teacher_layout
+
+
+def _one_shape(config: RunConfig, layout: Layout) -> tuple[int, int]:
+    """Rows and length that hold any micro-batch of the student: the buffers of --tp_comm_overlap have one shape."""
+    longest, rows, budget = config.data.max_length, config.training.micro_batch_size, max_tokens(config, layout)
+    if not config.data.packing:
+        return rows, round_up(longest, layout.row_multiple)
+    tokens = rows * round_up(longest, layout.segment_multiple) if budget is None else budget
+    return 1, round_up(tokens, layout.row_multiple)
 
 
 def _teacher_ranks(config: RunConfig, world_size: int, ranks_per_node: int | None) -> int:

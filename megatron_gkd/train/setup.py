@@ -23,6 +23,7 @@ from megatron_gkd.data.dataset import Rows
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.levers import optimizer_options, student_options
 from megatron_gkd.model.options import ModelOptions
+from megatron_gkd.model.overlap_buffers import make_overlap_buffers
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
@@ -207,6 +208,8 @@ def objective_of(
 def _build_student(inputs: Inputs, where: platform.Platform, groups: ProcessGroupCollection) -> Student:
     config, layout = inputs.config, inputs.student_layout
     source, options = ModelSource(config.model.model, inputs.student_arch), student_options(config, where.kind)
+    if options.tp_comm_overlap:
+        make_overlap_buffers(layout, options, inputs.student_arch.hidden_size)
     chunks = source.build(layout, groups, options, dtype=config.model.precision)
     source.load(chunks, groups)
     prepare_towers(chunks, inputs.sight.student)

@@ -110,7 +110,7 @@ def test_pairs_by_hand() -> None:
 
 
 def record(arm: str, seed: int, accuracy: float) -> dict[str, Any]:
-    return dict(arm=arm, seed=seed, steps=400, accuracy=accuracy, cpu_s=50.0, nll=0.2, forward_kl=0.1)
+    return dict(arm=arm, seed=seed, steps=400, accuracy=accuracy, cpu_s=50.0, nll=0.2, forward_kl=0.1, agreement=0.9)
 
 
 def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path) -> None:
     assert "| Is the mixture better than KD? | | | | not run |" in page, "one seed is no evidence"
     assert "`mixed`" not in page
     assert "| 55.0 +- 1.0 |" in page
-    assert "| teacher | | | | | 97.0 | 0.200 | 0.100 |" in page
+    assert "| teacher | | | | | 97.0 | 0.200 | 0.100 | 90.0 |" in page
     into = tmp_path / "docs.md"
     into.write_text("# Title\n\n<!-- RESULTS: begin. A note. -->\nold\n<!-- RESULTS: end -->\n\nMore.\n")
     for _ in range(2):

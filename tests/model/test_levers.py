@@ -127,7 +127,7 @@ def test_what_contradicts(flags: dict[str, Any], said: str) -> None:
 
 
 def test_what_is_not_built() -> None:
-    given = dict(tp_comm_overlap=True, fp8_recipe="delayed", fp8_param_gather=True)
+    given = dict(fp8_recipe="delayed", fp8_param_gather=True)
     with pytest.raises(NotBuiltError) as error:
         config_of(fp8_format="hybrid", **given)
     assert all(f"--{flag} " in str(error.value) for flag in given)

@@ -198,7 +198,7 @@ FUSED = {
 
 def _fused(dtype):
     """By kernels, against the torch path in float64 (itself tested against dense truth) or, of half precision, in that
-    precision."""
+    precision. What float32 makes of its logits is the CPU's: the torch path's own error, three times, is no error."""
     _small_blocks()
     cases = []
     for name, kwargs in FUSED.items() if FULL or dtype == torch.float32 else list(FUSED.items())[:1]:
@@ -207,11 +207,11 @@ def _fused(dtype):
             False, torch.float64 if dtype == torch.float32 else dtype, True, **kwargs
         )
         assert calls == expected_calls, "the same collectives of the same shapes"
-        cases += [
-            (f"{what}, {name}", relative_error(x, y))
-            for what, x, y in zip(NAMES, results, truth, strict=True)
-            if x is not None
-        ]
+        own = truth if dtype != torch.float32 else _fused_results(False, dtype, True, **kwargs)[0]
+        for what, x, torchs, y in zip(NAMES, results, own, truth, strict=True):
+            if x is not None:
+                error = relative_error(x, y)
+                cases.append((f"{what}, {name}", error if error > 3 * relative_error(torchs, y) else 0.0))
     if dtype == torch.float16 and not FULL:
         return cases
     results, calls = _fused_results(True, dtype, False, tail="bucket", beta=0.5)
