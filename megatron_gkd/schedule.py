@@ -77,6 +77,7 @@ def plan_micro_batches(
     max_tokens: int | None = None,
     allow_partial: bool = False,
     multiple_of: int = 1,
+    segment_multiple: int = 1,
     one_shape: bool = False,
 ) -> MicroBatchPlan:
     """Splits a global batch into `[data-parallel rank][micro-batch]` tuples of positions, with invariants I1-I7 of the
@@ -93,6 +94,7 @@ def plan_micro_batches(
             `micro_batch_size` samples instead of exactly that many; in either form there may be fewer samples than
             ranks, and empty micro-batches (I7).
         multiple_of: lengths (packed: of the micro-batch) are padded to a multiple of this, which counts as tokens.
+        segment_multiple: in a pack each length is padded to a multiple of this, which counts as tokens.
         one_shape: all micro-batches are padded to the longest sample and to as many rows (an interleaved pipeline):
             with `max_tokens`, in the padded form, they have as many samples as then fit, shared evenly.
     """
@@ -112,6 +114,7 @@ def plan_micro_batches(
     if packing:
         if max_tokens is None:
             raise ConfigError("packing needs max_tokens, the most tokens of a packed micro-batch")
+        lengths = [-(-length // segment_multiple) * segment_multiple for length in lengths]
         batches = _pack(lengths, max_tokens)
     else:
         longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
@@ -199,12 +202,13 @@ def plan_step(
     packing: bool = False,
     max_tokens: int | None = None,
     multiple_of: int = 1,
+    segment_multiple: int = 1,
     one_shape: bool = False,
 ) -> StepPlan:
     """The plan of one step: the student's micro-batches, and the teacher's for its own ranks and size (the student's
     where left out; `teacher_max_tokens` sets it in tokens, raised to the longest sample's length). `max_tokens`,
-    `multiple_of` and `one_shape` are of the student's, as in `plan_micro_batches`; with packing `max_tokens` is of
-    both.
+    `multiple_of`, `segment_multiple` and `one_shape` are of the student's, as in `plan_micro_batches`; with packing
+    `max_tokens` is of both.
 
     The teacher only runs forward and its signals are keyed by position, so it need not divide the batch: where it does
     not, its micro-batches are smaller (`allow_partial`), and never a reason to refuse a step.
@@ -228,6 +232,7 @@ def plan_step(
         packing=packing,
         max_tokens=max_tokens,
         multiple_of=multiple_of,
+        segment_multiple=segment_multiple,
         one_shape=one_shape,
     )
     teacher_lengths = [sample.for_teacher.num_inputs for sample in samples]

@@ -28,6 +28,7 @@ def plan_forward(
         micro_batch_size=1 if one_shape else micro_batch_size,
         max_tokens=None if max_tokens is None or one_shape else max(max_tokens, *lengths),
         allow_partial=True,
+        multiple_of=1 if max_tokens is None else layout.row_multiple,
     )
 
 

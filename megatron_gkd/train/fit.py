@@ -52,11 +52,9 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
 
 def _one_shape(config: RunConfig, layout: Layout) -> tuple[int, int]:
     """Rows and length that hold any micro-batch of the student: the buffers of --tp_comm_overlap have one shape."""
-    longest, rows, budget = config.data.max_length, config.training.micro_batch_size, max_tokens(config, layout)
-    if not config.data.packing:
-        return rows, round_up(longest, layout.row_multiple)
-    tokens = rows * round_up(longest, layout.segment_multiple) if budget is None else budget
-    return 1, round_up(tokens, layout.row_multiple)
+    if (budget := max_tokens(config, layout)) is not None:  # of packs, config/validate.py refuses others
+        return 1, round_up(budget, layout.row_multiple)
+    return config.training.micro_batch_size, round_up(config.data.max_length, layout.row_multiple)
 
 
 def _teacher_ranks(config: RunConfig, world_size: int, ranks_per_node: int | None) -> int:
@@ -151,7 +149,8 @@ def max_tokens(config: RunConfig, layout: Layout) -> int | None:
     """Tokens of a micro-batch of the student, over the ranks that share it; None where it is sized in samples."""
     if (budget := config.training.max_tokens_per_gpu) is not None:
         return budget * layout.context
-    return config.data.max_length * config.training.micro_batch_size if config.data.packing else None
+    longest = round_up(config.data.max_length, layout.row_multiple)
+    return longest * config.training.micro_batch_size if config.data.packing else None
 
 
 def _check_budget(config: RunConfig, layout: Layout) -> None:

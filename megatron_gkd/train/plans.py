@@ -46,6 +46,7 @@ def plan_of(config: RunConfig, step: int, samples: Sequence[Sample], student: La
         packing=config.data.packing,
         max_tokens=max_tokens(config, student),
         multiple_of=student.row_multiple,
+        segment_multiple=student.segment_multiple,
         one_shape=common_shape(student),
     )
     return replace(plan, values=config.values_at(step + 1))

@@ -107,8 +107,10 @@ def test_the_buffers_hold_a_micro_batch(
         dict(micro_batch_size=2, packing=True),
         dict(max_tokens_per_gpu=100, packing=True),
         dict(micro_batch_size=2, packing=True, context_parallel_size=2),
+        dict(max_tokens_per_gpu=64, packing=True, context_parallel_size=2),
         dict(micro_batch_size=1, context_parallel_size=2),
-        dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, packing=True),
+        dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+        | dict(max_tokens_per_gpu=80, packing=True),
         dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, micro_batch_size=2),
     ],
 )
@@ -118,10 +120,10 @@ def test_all_micro_batches_have_it(flags: dict[str, Any]) -> None:
     fit.check_batch(config, student)
     plans = [plan_of(config, 0, SAMPLES, student, teacher)]
     part = SAMPLES[:3]  # an evaluation's last batch
-    forward = [
-        plan_forward([s.num_inputs for s in part], layout, micro_batch_size=config.training.micro_batch_size)
-        for layout in (student, teacher)
-    ]
+    sized: dict[str, Any] = dict(
+        micro_batch_size=config.training.micro_batch_size, max_tokens=fit.max_tokens(config, student)
+    )
+    forward = [plan_forward([s.num_inputs for s in part], layout, **sized) for layout in (student, teacher)]
     plans.append(StepPlan(0, part, *forward, config.data.packing))
     shapes = set()
     for plan in plans:
@@ -131,6 +133,19 @@ def test_all_micro_batches_have_it(flags: dict[str, Any]) -> None:
     assert student.micro_batch_shape is not None
     rows, length = student.micro_batch_shape
     assert shapes == {(rows, length // student.context)}
+
+
+@pytest.mark.parametrize("flags", [dict(micro_batch_size=1), dict(max_tokens_per_gpu=32)])
+def test_a_pack_holds_the_longest_row_and_no_more_than_the_budget(flags: dict[str, Any]) -> None:
+    """With context parallelism: each of its segments is padded, and so is the pack."""
+    longest = (20, 42)
+    config = config_of(max_length=63, packing=True, context_parallel_size=2, **flags)
+    student, teacher = fit.layouts(config, 4)
+    fit.check_batch(config, student)
+    samples = make_samples([longest, (3, 2), (2, 4), (1, 2), (5, 5), (30, 2), (1, 1), (2, 1)])
+    plan = plan_of(config, 0, samples, student, teacher)
+    sequences = Sequences(samples, plan.student, student, packing=True)
+    assert max(sequences.num_fed(batch) for batches in plan.student for batch in batches) <= 64
 
 
 def test_what_does_not_fit_is_no_quiet_error() -> None:
@@ -161,8 +176,9 @@ def train(config: RunConfig, one_shape: bool) -> tuple[StepOutcome, set[tuple[in
 @pytest.mark.parametrize("packing", [False, True])
 def test_padding_to_it_changes_no_number(tmp_path: Path, packing: bool) -> None:
     models = *write_pair(tmp_path, "llama"), write_rows(tmp_path / "rows.jsonl", 8)
-    common: dict[str, Any] = dict(global_batch_size=8, micro_batch_size=2, max_length=60, lr=0.01, adam_eps=1e-4)
-    config = run_config(*models, packing=packing, train_iters=9, lr_decay_style="constant", **common, **SPLIT)
+    sized: dict[str, Any] = dict(packing=True, max_tokens_per_gpu=120) if packing else dict(micro_batch_size=2)
+    common: dict[str, Any] = dict(global_batch_size=8, max_length=60, lr=0.01, adam_eps=1e-4, train_iters=9)
+    config = run_config(*models, lr_decay_style="constant", **sized, **common, **SPLIT)
     ((plain, several), _) = run_ranks(train, config, False, world=2)
     ((found, one), _) = run_ranks(train, config, True, world=2)
     assert len(several) > 1
