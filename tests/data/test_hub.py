@@ -125,7 +125,7 @@ def test_a_start_that_failed_goes_on_with_the_files_that_are_missing(hub: HubSer
     hub.status["model.safetensors"] = 404
     with pytest.raises(
         ConfigError,
-        match=r"Org/Tiny at revision .*, which is no path here, could not be fetched from .*what has arrived is kept",
+        match=r"Org/Tiny at revision .*, which is not a path here, could not be fetched .*what has arrived is kept",
     ):
         get()
     hub.status.clear()
@@ -195,7 +195,8 @@ def test_a_hub_that_cannot_be_reached(hub: HubServer, monkeypatch: pytest.Monkey
     path = get()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
-        ConfigError, match=r"Org/Tiny, which is no path here, could not be fetched .*http://127.0.0.1:9; .*give a path"
+        ConfigError,
+        match=r"Org/Tiny, which is not a path here, could not be fetched .*http://127.0.0.1:9; .*give a path",
     ):
         get()
     assert get(pin=path.name) == path
