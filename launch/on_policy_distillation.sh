@@ -7,7 +7,7 @@
 #   NNODES=2 RDZV_ENDPOINT=node0 ... bash launch/on_policy_distillation.sh                     # on each of 2 nodes
 #   ... bash launch/on_policy_distillation.sh --dry-run   # print, check all, start nothing
 #
-# Further flags go to `megatron-gkd train` and win over those here (but --dataset, which is DATASET's).
+# Further flags go to `megatron-gkd train` and override those here (except --dataset, which is DATASET's).
 # vLLM samples in the training processes, with the weights of the step; docs/rollout.md has the other ways (--vllm_mode
 # server with launch/rollout_server.sh). The student has to be able to write: one that was cut from a larger model and
 # not yet trained samples noise and learns little from it; begin with --lmbda 0, or 0.5.
@@ -25,8 +25,8 @@
 #   SAVE              run directory (default: runs/on_policy)
 #   VLLM_MEMORY       share of each GPU's memory for vLLM (default: 0.3)
 #   NNODES            nodes (default: 1) and, above 1, what train_multi_node.sh asks for
-#   NPROC_PER_NODE    ranks a node (default: one a GPU that is visible, else 1)
-#   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken
+#   NPROC_PER_NODE    ranks per node (default: one per visible GPU, else 1)
+#   BATCH             samples per step, approximately: the nearest multiple of the data parallel size
 #                     (default: 64)
 set -euo pipefail
 # shellcheck source=_common.sh

@@ -8,8 +8,8 @@
 #   PLACEMENT=colocate bash launch/qwen3_32b_to_1.7b.sh   # one node: both on the same 8 GPUs, which have room for both
 #   PLACEMENT=colocate bash launch/qwen3_32b_to_1.7b.sh --dry-run        # print the command, check all, start nothing
 #
-# Further flags go to `megatron-gkd train` and win over those here (but --dataset, which is DATASET's). The teacher
-# hands over its last hidden states, and the student's ranks apply its head, in the fused loss over the full vocabulary.
+# Further flags go to `megatron-gkd train` and override those here (except --dataset, which is DATASET's). The teacher
+# sends its last hidden states, and the student's ranks apply its head, in the fused loss over the full vocabulary.
 #
 # THIS HAS NOT BEEN RUN ON THE HARDWARE THAT IT IS FOR. The layouts and code paths are tested on tiny models on CPU
 # ranks; the memory is rehearsed without a GPU (docs/recipes.md). Start with --train_iters 5 and look at it.
@@ -23,12 +23,12 @@
 #   TEACHER, STUDENT  Hugging Face directories (required); the vocabulary has to be the same
 #   DATASET           training data, one JSONL or Parquet file (required)
 #   SAVE              run directory (default: runs/qwen3_32b_to_1.7b)
-#   PLACEMENT         separate: the teacher on nodes of its own, working ahead; colocate: on the student's GPUs
+#   PLACEMENT         separate: the teacher on its own nodes, working ahead; colocate: on the student's GPUs
 #                     (default: separate)
 #   TEACHER_NODES     nodes of the teacher with PLACEMENT=separate (default: 1)
 #   NNODES            nodes (default: 1) and, above 1, what train_multi_node.sh asks for
-#   NPROC_PER_NODE    GPUs a node (default: 8)
-#   BATCH             samples a step, at about; the nearest number that the data parallel size divides is taken
+#   NPROC_PER_NODE    GPUs per node (default: 8)
+#   BATCH             samples per step, approximately: the nearest multiple of the data parallel size
 #                     (default: 128)
 set -euo pipefail
 # shellcheck source=_common.sh

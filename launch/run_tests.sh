@@ -5,7 +5,7 @@
 #   bash launch/run_tests.sh -m "not slow" -x      # the quick part, stop at the first failure
 #   bash launch/run_tests.sh -n 0 tests/config/test_flags.py   # in one process
 #
-# Hardware: 2 CPU cores and 16 GB of memory; no GPU, no account. Tests that need a GPU skip themselves.
+# Hardware: 2 CPU cores and 16 GB of memory; no GPU, no account. Tests that need a GPU are skipped.
 # Time:     see docs/testing.md; the set-up takes minutes the first time and nothing after that.
 # Expect:   pytest's closing line, "<n> passed", as the last line.
 set -euo pipefail

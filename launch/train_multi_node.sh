@@ -35,12 +35,12 @@
 #   MASTER_ADDR, MASTER_PORT, NODE_RANK    instead: host and port (29500) of node 0; number of this node, from 0
 #   LOCAL_ADDR        address of this node for the others, where its host name does not resolve to it; the node whose
 #                     LOCAL_ADDR is the host of RDZV_ENDPOINT keeps the rendezvous
-#   NPROC_PER_NODE    ranks a node (default: one a GPU that is visible, else 1)
+#   NPROC_PER_NODE    ranks per node (default: one per visible GPU, else 1)
 #   MAX_RESTARTS      times that all ranks are started again (default: 3 with RDZV_ENDPOINT; 0 is the only choice
 #                     without)
 #   AUTO_RESUME       0 leaves out --auto_resume true (default: 1)
 #   GKD_VENV          environment to run in, on every node (default: .venv in the repository)
-#   OMP_NUM_THREADS   threads a rank (default: 1)
+#   OMP_NUM_THREADS   threads per rank (default: 1)
 # Network: passed through as they are. None is needed to start; see docs/multi_node.md for what to look at first.
 #   NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME    interface of the first contact (for example eth0), where there are several
 #   NCCL_IB_HCA       InfiniBand adapters to use (for example mlx5_0,mlx5_1); NCCL_IB_DISABLE=1 uses none

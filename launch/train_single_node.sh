@@ -6,8 +6,8 @@
 #   NPROC_PER_NODE=2 bash launch/train_single_node.sh --config run.yaml --device cpu       # two processes on a CPU
 #   bash launch/train_single_node.sh --config run.yaml --dry-run   # print the command, check all, start nothing
 #
-# Flags go to `megatron-gkd train` (docs/configuration.md). The same command, given again after an interruption, goes on
-# with the run in --save; --auto_resume false begins a new one, and refuses a --save that holds another.
+# Flags go to `megatron-gkd train` (docs/configuration.md). The same command, given again after an interruption, resumes
+# the run in --save; --auto_resume false begins a new one, and refuses a --save that holds another.
 #
 # Hardware: GPUs that hold student, optimizer and teacher in the layout that the flags give; or a CPU, for tiny models.
 # Time:     the run's. A restart costs loading, and the steps since the last checkpoint (--save_steps).
@@ -16,11 +16,11 @@
 #           checkpoint); the last line says why.
 #
 # Environment:
-#   NPROC_PER_NODE    ranks (default: one a GPU that is visible, else 1)
+#   NPROC_PER_NODE    ranks (default: one per visible GPU, else 1)
 #   MAX_RESTARTS      times that all ranks are started again after one has failed (default: 3)
 #   AUTO_RESUME       0 leaves out --auto_resume true (default: 1)
 #   GKD_VENV          environment to run in (default: .venv in the repository)
-#   OMP_NUM_THREADS   threads a rank (default: 1)
+#   OMP_NUM_THREADS   threads per rank (default: 1)
 #   CUDA_DEVICE_MAX_CONNECTIONS    (default: 1, which megatron-core wants for tensor and sequence parallelism:
 #                     communication is then issued in the order of the program)
 #   PYTORCH_CUDA_ALLOC_CONF, NCCL_DEBUG and all others are passed through; those of several nodes: train_multi_node.sh

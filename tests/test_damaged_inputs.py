@@ -229,7 +229,7 @@ def test_json_files(tmp_path: Path) -> None:
 def test_whole_numbers_and_what_is_shown() -> None:
     assert whole_number(3, 5) == 3
     for value in (True, 1.0, "1", None, -1, 6, 10**5000, [1]):
-        with pytest.raises(ValueError, match="is no whole number from 0 to 5"):
+        with pytest.raises(ValueError, match="is not a whole number from 0 to 5"):
             whole_number(value, 5)
     assert shown("x" * 99) == "'" + "x" * 59 + " ..."
     assert shown(10**5000) == "an integer of 16610 bits"

@@ -171,7 +171,7 @@ def _image_tokens(config: CheckDataConfig, encoder: ChatEncoder) -> ImageTokens 
     if vision is None:
         if config.max_image_tiles is not None:
             raise ConfigError(
-                f"--max_image_tiles is of a vision-language model, and {config.model} has no vision tower"
+                f"--max_image_tiles is for a vision-language model, and {config.model} has no vision tower"
             )
         return None
     tiles = config.max_image_tiles

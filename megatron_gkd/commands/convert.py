@@ -104,7 +104,7 @@ def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
 def _refuse_with_bridge(cfg: ConvertConfig) -> None:
     """What another library's conversion does not take."""
     if cfg.to == "peft":
-        raise ConfigError(f"--bridge {cfg.bridge} knows no adapters of ours: leave it out with --to peft")
+        raise ConfigError(f"--bridge {cfg.bridge} does not handle adapters: leave it out with --to peft")
     taken = ("to", "model", "save", "hf_config", "bridge", "log_level")
     for name, flag in flags_of(ConvertConfig, "convert").items():
         if name not in taken and getattr(cfg, name) != default_of(flag.item):

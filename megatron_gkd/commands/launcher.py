@@ -21,8 +21,6 @@ from pathlib import Path
 
 from megatron_gkd.config.environment import LAST_WORDS
 
-EXIT_FAILED = 1
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the ranks, wait for them; returns the exit code."""

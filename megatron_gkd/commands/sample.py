@@ -248,7 +248,7 @@ def _image_tokens(config: SampleConfig, arch: Architecture, encoder: ChatEncoder
     """How the model sees images; None for one of text alone. Raises ConfigError."""
     if arch.vision is None:
         if config.max_image_tiles is not None:
-            raise ConfigError(f"--max_image_tiles is of a model with a vision tower, and {config.model} has none")
+            raise ConfigError(f"--max_image_tiles is for a model with a vision tower, and {config.model} has none")
         return None
     family, token_id, tiles = arch.vision.family, arch.vision.image_token_id, config.max_image_tiles
     return read_image_tokens(config.model, family, token_id, encoder.tokenizer, max_tiles=tiles)

@@ -220,7 +220,7 @@ def read_config(path: str, table: Mapping[str, Flag]) -> dict[str, Any]:
     keys = [key.value.replace("-", "_") for key, _ in tree.value]  # a dict would have lost all but the last
     for key in keys:
         if keys.count(key) > 1:
-            raise ConfigError(f"--config {path}: {key} stands there twice")
+            raise ConfigError(f"--config {path}: {key} is given twice")
     checked: dict[str, Any] = {}
     for key, given in values.items():
         try:
@@ -232,7 +232,7 @@ def read_config(path: str, table: Mapping[str, Flag]) -> dict[str, Any]:
             if name not in table:
                 raise ConfigError(f"unknown key {key}{nearest(name, table)}")
             if name in checked:
-                raise ConfigError(f"{key} is {name}, which stands there too; keep one of them")
+                raise ConfigError(f"{key} is {name}, which is given too; keep one of them")
             checked[name] = value = _from_yaml(value, table[name].hint)
             check(name, value, table[name].hint, table[name].item.metadata["range"])
         except ConfigError as error:

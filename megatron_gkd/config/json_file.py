@@ -24,7 +24,7 @@ def read_json(path: str | Path, *, most_bytes: int = MOST_BYTES) -> Any:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         if found.st_size > most_bytes:
             raise ValueError(f"it has {found.st_size} bytes, and {most_bytes} are the most that is read")
         return parse_json(file.read())
@@ -39,7 +39,7 @@ def read_object(path: Path, damaged: type[GKDError]) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise damaged(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
-        raise damaged(f"{path} is damaged: it is no object")
+        raise damaged(f"{path} is damaged: it is not an object")
     return found
 
 
@@ -54,7 +54,7 @@ def parse_json(content: bytes) -> Any:
 def whole_number(value: Any, most: int, least: int = 0) -> int:
     """The value, an integer in [least, most]. Raises ValueError for everything else."""
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{shown(value)} is no whole number from {least} to {most}")
+        raise ValueError(f"{shown(value)} is not a whole number from {least} to {most}")
     return value
 
 

@@ -120,5 +120,6 @@ class LoggingConfig(Section):
             )
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ConfigError(
-                f"--report_to is {show(self.report_to)}; none stands alone: leave it out, or leave out the others"
+                f"--report_to is {show(self.report_to)}; none cannot be combined with others: leave it "
+                "out, or leave out the others"
             )

@@ -94,7 +94,7 @@ def _json_list(text: str) -> list[Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"--teacher_model_server begins as JSON and is none: {error}; give a list such as {EXAMPLE}"
+            f"--teacher_model_server begins like JSON but is not valid: {error}; give a list such as {EXAMPLE}"
         ) from error
     if not isinstance(value, list) or not value:
         raise ConfigError(

@@ -59,10 +59,13 @@ class TunerConfig(Section):
             for item in fields(self):
                 if (value := getattr(self, item.name)) != default_of(item):
                     yield (
-                        f"--{item.name} {show(value)} is of adapters, and --tuner_type is full: give --tuner_type "
+                        f"--{item.name} {show(value)} is for adapters, and --tuner_type is full: give --tuner_type "
                         "lora, or leave it out"
                     )
         if not self.target_modules:
             yield "--target_modules is empty: give all-linear, or names such as q_proj v_proj"
         if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
-            yield f"--target_modules {show(self.target_modules)}: all-linear stands alone; leave out it, or the others"
+            yield (
+                f"--target_modules {show(self.target_modules)}: all-linear cannot be combined with others; leave it "
+                "out, or leave out the others"
+            )

@@ -74,8 +74,8 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield from _teacher_sampling_problems(cfg)
     elif cfg.checkpoint.load is not None:
         yield (
-            "--load is of training, and eval measures the weights of --model: give the run's export as --model "
-            "(RUN/hf), and leave --load out (--load null where a file gives it)"
+            "--load is for training, and eval uses the weights of --model: give the run's export as --model "
+            "(RUN/hf), and leave --load out (--load null if a file sets it)"
         )
     if cfg.generates or (command == "train" and cfg.lmbda.most > 0):
         yield from _sampling_problems(cfg, command)
@@ -95,8 +95,8 @@ def _distillation_problems(cfg: RunConfig) -> Iterator[str]:
         return
     if loss.use_liger_kernel and topk is not None:
         yield (
-            "--use_liger_kernel does not go with --gkd_logits_topk: the fused linear loss takes the full vocabulary; "
-            "leave out one of them"
+            "--use_liger_kernel cannot be combined with --gkd_logits_topk: the fused linear loss takes the full "
+            "vocabulary; leave out one of them"
         )
     if loss.topk_tail != "renormalize" and topk is None:
         yield f"--topk_tail {loss.topk_tail} needs --gkd_logits_topk: the full vocabulary has no tail"
@@ -113,7 +113,7 @@ def _loss_temperature_problems(cfg: RunConfig) -> Iterator[str]:
         return
     if loss.topk_tail == "bucket" and loss.loss_temperature != 1:
         yield (
-            f"--topk_tail bucket does not go with --loss_temperature {loss.loss_temperature:g}: the teacher's "
+            f"--topk_tail bucket cannot be combined with --loss_temperature {loss.loss_temperature:g}: the teacher's "
             "probability outside its top K at another temperature cannot be known from K of them; leave out one of them"
         )
 
@@ -131,7 +131,7 @@ def _teacher_problems(cfg: RunConfig) -> Iterator[str]:
             if not cfg.is_default(flag):
                 yield f"--{flag} is for teacher servers, and --teacher_model_server is not given; leave it out"
     elif cfg.distillation.gkd_logits_topk is None:
-        yield "--teacher_model_server needs --gkd_logits_topk: a server tells only its most probable tokens"
+        yield "--teacher_model_server needs --gkd_logits_topk: a server returns only its most probable tokens"
     elif kind.tags and teacher.teacher_tag_key is None:
         yield (
             "--teacher_model_server has tags and --teacher_tag_key is missing: name the column of the data that holds "
@@ -227,11 +227,11 @@ def _tuner_problems(cfg: RunConfig) -> Iterator[str]:
         return
     for flag in ("freeze_embeddings", "freeze_router", "freeze_vision", "freeze_projector"):
         if not cfg.is_default(flag):
-            yield f"--{flag} is of a student whose weights are trained, and --tuner_type lora freezes all; leave it out"
+            yield f"--{flag} is for a student whose weights are trained, not for --tuner_type lora; leave it out"
     if cfg.training.moe_aux_loss_coeff:
         yield "--moe_aux_loss_coeff trains routers, and --tuner_type lora freezes them; leave it out"
     if cfg.kernels.attention_backend == "flash" and cfg.model.dtype == "fp32":
-        yield "--attention_backend flash is torch's beside adapters, and knows no fp32; leave it out, or give --dtype"
+        yield "--attention_backend flash is torch's with adapters, and has no fp32; leave it out, or give --dtype"
 
 
 def _problems_of_vllms_lora(cfg: RunConfig) -> Iterator[str]:
@@ -289,13 +289,13 @@ def _sampling_problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield "--vllm_mode server needs --vllm_server_host; launch/rollout_server.sh starts a server"
     if sampling.vllm_mode == "colocate" and cfg.teacher.teacher_placement == "separate":
         yield (
-            "--vllm_mode colocate lays its engines over all ranks, and --teacher_placement separate takes some of "
+            "--vllm_mode colocate places its engines on all ranks, and --teacher_placement separate takes some of "
             "them: use --vllm_mode server or subprocess"
         )
     if sampling.vllm_mode != "server" and sampling.vllm_server_host is not None:
         yield f"--vllm_server_host is for --vllm_mode server, and the mode is {sampling.vllm_mode}; change one of them"
     if sampling.vllm_mode == "server" and sampling.vllm_tensor_parallel_size > 1:
-        yield "--vllm_tensor_parallel_size is the server's own matter with --vllm_mode server: give it to the server"
+        yield "--vllm_tensor_parallel_size is set on the server with --vllm_mode server: give it to the server"
     if sampling.vllm_mode != "colocate" and sampling.sleep_level > 0:
         yield f"--sleep_level is for colocated engines; give 0 with --vllm_mode {sampling.vllm_mode}"
 
@@ -305,7 +305,7 @@ def _teacher_sampling_problems(cfg: RunConfig) -> Iterator[str]:
     server = isinstance(kind, ServerTeachers)
     if isinstance(kind, NoTeacher) and cfg.distillation.seq_kd:
         yield (
-            "--seq_kd true has a teacher sample the completions, and --objective sft has none: sample them beforehand "
+            "--seq_kd true lets a teacher sample the completions, and --objective sft has none: sample them beforehand "
             "(megatron-gkd sample), and give the file as --dataset"
         )
     for flag in ("teacher_samples_cache", *TEACHERS_ENGINE):
@@ -325,8 +325,8 @@ def _teacher_sampling_problems(cfg: RunConfig) -> Iterator[str]:
     for flag in ("temperature", "max_completion_length"):
         if not cfg.schedule(flag).is_constant:
             yield (
-                f"--{flag} {cfg.get(flag)} does not go with --seq_kd true: the teacher's completions are sampled "
-                f"ahead, and kept for one temperature and one length; give a number, {instead}"
+                f"--{flag} {cfg.get(flag)} cannot be combined with --seq_kd true: the teacher's completions are "
+                f"sampled ahead, and kept for one temperature and one length; give a number, {instead}"
             )
     if not server and find_spec("vllm") is None:
         yield f"{asked} with the package vllm (0.28 to 0.32), which is not installed: install it, {instead}"
@@ -367,7 +367,7 @@ def _training_problems(cfg: RunConfig) -> Iterator[str]:
         yield "--min_lr has no effect with --lr_decay_style constant; leave it out, or decay linear or cosine"
     weights, num_sets = cfg.data.dataset_weights, len(cfg.data.dataset)
     if weights and len(weights) != num_sets:
-        yield f"--dataset_weights has {len(weights)} values and --dataset {num_sets}; give one weight a data set"
+        yield f"--dataset_weights has {len(weights)} values and --dataset {num_sets}; give one weight per data set"
     if weights and min(weights) * 1000 < sum(weights):
         yield (
             f"--dataset_weights {min(weights)} is less than a thousandth of their sum, {sum(weights)}; leave that data "

@@ -164,7 +164,7 @@ def _prompt_form(record: Columns) -> Pair:
     if isinstance(prompt, str):
         return _with_turns_before(record, _text("prompt", prompt), answer)
     if _history(record):
-        raise DataError("`history` goes with a `prompt` that is a string; write the earlier turns into `prompt`")
+        raise DataError("`history` needs a `prompt` that is a string; write the earlier turns into `prompt`")
     return _after_system(record, "prompt", _ended("prompt", _turns("prompt", prompt))), answer
 
 
@@ -216,7 +216,7 @@ def _history(record: Columns) -> list[Message]:
 def _after_system(record: Columns, column: str, turns: list[Message]) -> list[Message]:
     system = _system(record)
     if system and turns[0]["role"] == "system":
-        raise DataError(f"a system turn stands in `{column}` and in a column of its own; keep one of them")
+        raise DataError(f"a system turn is in `{column}` and in a separate column; keep one of them")
     return [*system, *turns]
 
 

@@ -195,7 +195,7 @@ def _put_first(record: dict[str, Any], marks: str) -> None:
                 if isinstance(turn.get(key), str):
                     turn[key] = marks + turn[key]
                     return
-    raise DataError("the row has images and no user's turn that they could stand in")
+    raise DataError("the row has images and no user's turn to put them in")
 
 
 def _texts(value: Any) -> Iterator[str]:

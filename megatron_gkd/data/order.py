@@ -76,7 +76,7 @@ def check_weights(weights: Sequence[float], num_sets: int) -> None:
     """Raises ConfigError unless there is one usable weight a data set."""
     if len(weights) != num_sets:
         raise ConfigError(
-            f"--dataset_weights has {len(weights)} values and --dataset {num_sets}; give one weight a data set"
+            f"--dataset_weights has {len(weights)} values and --dataset {num_sets}; give one weight per data set"
         )
     if not all(0 < weight < math.inf and weight * MIX_BLOCK >= sum(weights) for weight in weights):
         raise ConfigError(

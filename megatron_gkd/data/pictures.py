@@ -59,7 +59,7 @@ def decode(data: bytes, name: str) -> Any:
             image.load()
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
-        raise DataError(f"{name} is no image that can be read (PNG, JPEG, WebP, ...)") from None
+        raise DataError(f"{name} is not an image that can be read (PNG, JPEG, WebP, ...)") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"{name} is a damaged image: {error}") from None
 

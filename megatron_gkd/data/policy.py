@@ -244,7 +244,7 @@ class RowPolicy:
         of_teacher, teachers = None, []
         if "teacher_prompt" in record:
             if len(pairs) > 1:
-                raise DataError(f"`teacher_prompt` stands in place of one prompt, and {several}; mark one of them")
+                raise DataError(f"`teacher_prompt` replaces one prompt, and {several}; mark one of them")
             own, _ = next(iter(pairs), reading.pair)
             teachers = [(teachers_prompt(record["teacher_prompt"], own), None)]
             of_teacher, _ = yield from encoder.encoding(*teachers[0], options)
@@ -265,7 +265,7 @@ class RowPolicy:
         assert self.images is not None
         prompt, completion = pair
         if completion is not None and _images_of([completion]):
-            raise DataError("an image stands in the completion; only prompts have images")
+            raise DataError("the completion has an image; only prompts have images")
         if self.images.image_token_id in (row.completion_ids or ()):
             raise DataError("the completion has the name of the image placeholder in its text; remove it")
         own = [pictures[number] for number in _images_of([prompt])]

@@ -98,7 +98,7 @@ def _pictures(text: str | Sequence[Message], sources: Sequence[ImageSource], fol
     """The images of a prompt, in reading order. Raises DataError where the row of a result could not say where."""
     texts = [text] if isinstance(text, str) else [turn["content"] for turn in text]
     if sources and any(TAG in one for one in texts):
-        raise DataError(f"the text of a row with images has {TAG} where no image stands; write it in another way")
+        raise DataError(f"the text of a row with images has {TAG} where there is no image; write it in another way")
     return [read_picture(sources[n], folder, n) for one in texts for n in numbers_in(one)]
 
 

@@ -225,7 +225,7 @@ def _call(plugin: Plugin, record: Mapping[str, Any]) -> Mapping[str, Any] | None
 def _for_teacher(record: Columns, template: Template) -> str:
     """The column `teacher_prompt`: what stands in place of the user's last turn."""
     if record.get("teacher_prompt") is not None:
-        raise DataError(f"`teacher_prompt` stands in the row, and --{template.flag} makes one; leave out one of them")
+        raise DataError(f"`teacher_prompt` is in the row, and --{template.flag} makes one; leave out one of them")
     if any(record.get(name) for name in ("images", "image")):
         raise DataError(
             f"--{template.flag} makes text of a row with images; give the column `teacher_prompt`, or make it in "

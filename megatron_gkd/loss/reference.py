@@ -32,28 +32,6 @@ LOG_RATIO_BOUND = 1e6  # nats; a definition shared by every implementation here
 Tail = Literal["renormalize", "bucket"]
 
 
-def forward_kl(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-) -> torch.Tensor:
-    """KL(P||Q) per token, [T]: mode-covering."""
-    return generalized_jsd(student_logits, teacher_logits, beta=0.0, temperature=temperature, vocab_size=vocab_size)
-
-
-def reverse_kl(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-) -> torch.Tensor:
-    """KL(Q||P) per token, [T]: mode-seeking."""
-    return generalized_jsd(student_logits, teacher_logits, beta=1.0, temperature=temperature, vocab_size=vocab_size)
-
-
 def generalized_jsd(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,

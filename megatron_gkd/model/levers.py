@@ -75,7 +75,7 @@ def student_options(config: RunConfig, kind: Kind) -> ModelOptions:
             "give moe, which recomputes all of the experts' layer"
         )
     options = replace(
-        _of_both(config, kind),
+        teacher_options(config, kind),
         gradient_accumulation_fusion=_fuses(config, "gradient_accumulation_fusion", kind),
         grad_reduce_in_fp32=kernels.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=overlap.overlap_grad_reduce,
@@ -118,11 +118,6 @@ def rehearsed_options(config: RunConfig) -> ModelOptions:
     return student_options(replace(config, kernels=gradients, overlap=OverlapConfig()), "cpu")
 
 
-def teacher_options(config: RunConfig, kind: Kind) -> ModelOptions:
-    """What holds for both models, and nothing of the backward pass."""
-    return _of_both(config, kind)
-
-
 def optimizer_options(config: RunConfig) -> dict[str, Any]:
     """Fields of megatron-core's OptimizerConfig beside the numbers of the training."""
     levers, found = config.optimizer, dict[str, Any]()
@@ -140,7 +135,8 @@ def optimizer_options(config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def _of_both(config: RunConfig, kind: Kind) -> ModelOptions:
+def teacher_options(config: RunConfig, kind: Kind) -> ModelOptions:
+    """What holds for both models, and nothing of the backward pass."""
     kernels = config.kernels
     return replace(
         ModelOptions.on(kind),

@@ -112,7 +112,7 @@ def parse_layout(text: str, *, prefix: str = "") -> tuple[int, ...]:
         while (found := re.search(pattern, plain)) is not None:
             repeats = int(found[2])
             if repeats * len(found[1]) > _MOST_CHARACTERS or len(plain) > _MOST_CHARACTERS:
-                raise LayoutError(f"{flag}: repeated {repeats} times it is no layout of a model")
+                raise LayoutError(f"{flag}: repeated {repeats} times it is not a layout of a model")
             plain = plain[: found.start()] + found[1] * repeats + plain[found.end() :]
     if unknown := sorted(set(plain) - set("EtL|")):
         raise LayoutError(

@@ -84,7 +84,7 @@ def checked_completion(
         )
     if min(tokens) < 0 or not all(value <= SLACK for value in logprobs):
         raise RolloutError(
-            f"{server} answered request {request.key} with numbers that are no token ids or no log-probabilities; look "
+            f"{server} answered request {request.key} with numbers that are not token ids or log-probabilities; look "
             "at its log and its weights, and start it with --logprobs-mode raw_logprobs"
         )
     return Completion(request.key, tuple(tokens), tuple(logprobs), reason, version)
@@ -115,7 +115,7 @@ def read_scores(ids: Sequence[int], answer: Any, server: str) -> list[float]:
             f"{server} answered without the log-probabilities of the prompt ({type(error).__name__}: {error})"
         ) from error
     if not all(value <= SLACK for value in values):
-        raise RolloutError(f"{server} answered numbers that are no log-probabilities; look at its log and its weights")
+        raise RolloutError(f"{server} answered numbers that are not log-probabilities; look at its log and its weights")
     return [-math.inf if value <= MINUS_INFINITY else value for value in values]
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.observe.writers import JsonlWriter
 from megatron_gkd.records import StepPlan
 
 if TYPE_CHECKING:
-    from megatron_gkd.config.run import RunConfig
+    from megatron_gkd.train.setup import Run
 
 FILE: Final = "completions.jsonl"
 
@@ -25,10 +24,10 @@ FILE: Final = "completions.jsonl"
 class CompletionLog:
     """Of a run, on the writing rank."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, *, first_step: int | None) -> None:
-        """Raises DataError for a tokenizer that cannot be read."""
-        self._most = config.logging.num_completions_to_log
-        self._tokenizer = load_tokenizer(config.model.model)
+    def __init__(self, run: Run, run_dir: Path, *, first_step: int | None) -> None:
+        """Raises CheckpointError for a tokenizer that cannot be read."""
+        self._most = run.config.logging.num_completions_to_log
+        self._tokenizer = run.tokenizer
         self._file = JsonlWriter(run_dir / FILE, first_step=first_step)
 
     def write(self, step: int, plan: StepPlan) -> list[dict[str, Any]]:

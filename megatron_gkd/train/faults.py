@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.config.servers import LocalTeacher, NoTeacher, SelfTeaching, ServerTeachers
-from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.errors import GKDError, TrainingError
 from megatron_gkd.observe.advice import go_on
 from megatron_gkd.observe.logging import get_logger
@@ -140,7 +139,7 @@ class BadSteps:
 
     def _add_texts(self, samples: list[dict[str, Any]]) -> None:
         try:
-            tokenizer = load_tokenizer(self._run.config.model.model)
+            tokenizer = self._run.tokenizer
         except GKDError as error:
             logger.warning("no texts beside the token ids: %s", error)
             return

@@ -111,7 +111,7 @@ class StudentPart:
         self._tokens = TokenLog(run, self._run_dir, first_step=first_step)
         self._completions: CompletionLog | None = None
         if run.is_writer and run.config.logging.log_completions:
-            self._completions = CompletionLog(run.config, self._run_dir, first_step=first_step)
+            self._completions = CompletionLog(run, self._run_dir, first_step=first_step)
         self._signals = StopSignals()
         self._agreement = StopAgreement() if run.config.teacher.teacher_placement == "separate" else None
         self._bad_steps = BadSteps(run, self._run_dir, state)

@@ -119,7 +119,7 @@ def check_save(config: RunConfig) -> None:
     save, load = Path(config.checkpoint.save), config.checkpoint.load
     there = next(path for path in (save, *save.absolute().parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
-        raise ConfigError(f"--save {save}: {there} is no directory; give another")
+        raise ConfigError(f"--save {save}: {there} is not a directory; give another")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"--save {save}: {there} cannot be written by this user; give another")
     if load is not None:
@@ -131,7 +131,7 @@ def check_save(config: RunConfig) -> None:
     elif not os.path.exists(load):
         raise CheckpointError(
             f"--load {load}: there is no such directory; give a run directory, a checkpoint or a Hugging Face model "
-            "directory. A run that begins where it finds no checkpoint of its own: --auto_resume true, without --load"
+            "directory. To begin a run when there is no checkpoint yet: --auto_resume true, without --load"
         )
 
 

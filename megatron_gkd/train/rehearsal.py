@@ -78,6 +78,7 @@ from megatron_gkd.train.step import distill, teacher_signals
 from megatron_gkd.train.student import Student, optimizer_tensors
 
 NUM_STEPS = 2
+Replacement = tuple[Any, str, Any]  # owner, name, value
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ def rehearse(
     with ExitStack() as stack:
         if sight is not None:
             stack.enter_context(sight.fake_towers())
-        peers = stack.enter_context(_without_peers(world_size, rank))
+        platform.setup("cpu")
+        stack.enter_context(without_peers(world_size, rank, *_as_on_a_gpu()))
+        peers = _NoPeers()
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), counter, peers, even_loads()):
             stack.enter_context(mode)
         parts = _Parts.build(config, archs, student_layout, teacher_layout, counter, sight)
@@ -342,8 +345,8 @@ class _NoPeers(TorchDispatchMode):
         self.sent[name] += sum(t.nbytes for t in tree_iter(args) if isinstance(t, torch.Tensor))
 
 
-def replacements() -> tuple[tuple[Any, str, Any], ...]:
-    """(owner, name, value) of what cannot be where tensors have no values and groups no peers."""
+def replacements() -> tuple[Replacement, ...]:
+    """What cannot be where tensors have no values and groups no peers."""
 
     def gather(found: list[Any], mine: Any, group: Any = None) -> None:
         found[:] = [mine] * len(found)
@@ -361,21 +364,24 @@ def replacements() -> tuple[tuple[Any, str, Any], ...]:
 
 
 @contextmanager
-def _without_peers(world_size: int, rank: int) -> Iterator[_NoPeers]:
-    """A world in which every collective returns at once, and what a fake world cannot do is left out."""
-    assert not dist.is_initialized(), "a rehearsal needs a process of its own"
-    platform.setup("cpu")
+def without_peers(world_size: int, rank: int, *further: Replacement) -> Iterator[None]:
+    """A world in which every collective returns at once, and what a fake world cannot do is left out or replaced."""
+    assert not dist.is_initialized(), "groups without peers need a process without a group"
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         with ExitStack() as stack:
-            for owner, name, value in (
-                *replacements(),
-                (context_attention, "places_of", functools.lru_cache(4)(context_attention.places_of.__wrapped__)),
-                (fused_task, "CHUNK_BYTES", fused_task.CHUNK_BYTES_CUDA),
-                (fused_task, "MOST_TOKENS", fused_task.MOST_TOKENS_CUDA),
-                (sharded_softmax, "_BLOCK_BYTES_CPU", 2**40),
-            ):
+            for owner, name, value in (*replacements(), *further):
                 stack.enter_context(patch.object(owner, name, value))
-            yield _NoPeers()
+            yield
     finally:
         dist.destroy_process_group()
+
+
+def _as_on_a_gpu() -> tuple[Replacement, ...]:
+    """Sizes of the chunks and blocks of the loss."""
+    return (
+        (context_attention, "places_of", functools.lru_cache(4)(context_attention.places_of.__wrapped__)),
+        (fused_task, "CHUNK_BYTES", fused_task.CHUNK_BYTES_CUDA),
+        (fused_task, "MOST_TOKENS", fused_task.MOST_TOKENS_CUDA),
+        (sharded_softmax, "_BLOCK_BYTES_CPU", 2**40),
+    )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import chosen
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import NoTeacher
+from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.data.dataset import Rows
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.levers import optimizer_options, student_options
@@ -48,6 +51,9 @@ from megatron_gkd.train.teachers import Taught, reach
 from megatron_gkd.train.vision import prepare_towers
 from megatron_gkd.weights.source import ModelSource
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = get_logger(__name__)
 
 
@@ -76,6 +82,11 @@ class Run:
     def train_iters(self) -> int:
         """Steps of the run."""
         return self.student.train_iters
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's, loaded when a text is first written. Raises CheckpointError."""
+        return load_tokenizer(self.config.model.model)
 
     @property
     def is_writer(self) -> bool:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.data.collate import MicroBatch
 from megatron_gkd.errors import GKDError
 from megatron_gkd.model.build import HiddenStateGPTModel
@@ -48,7 +47,6 @@ class TokenLog:
 
     def __init__(self, run: Run, run_dir: Path, *, first_step: int | None) -> None:
         self._run = run
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._file = JsonlWriter(run_dir / FILE, first_step=first_step) if run.is_writer else None
 
     def record(self) -> TokenRecord:
@@ -84,13 +82,13 @@ class TokenLog:
             if of == "evaluation" and rows is not None:
                 sample["place"] = rows.place(sample["row"])
         try:
-            self._tokenizer = self._tokenizer or load_tokenizer(self._run.config.model.model)
+            tokenizer = self._run.tokenizer
         except GKDError as error:
             logger.warning("no texts beside the token ids: %s", error)
             return
-        found["texts"] = token_texts(self._tokenizer, _all_ids(samples))
+        found["texts"] = token_texts(tokenizer, _all_ids(samples))
         for sample in samples:
-            sample["prompt"] = self._tokenizer.decode(sample.pop("prompt_ids"))
+            sample["prompt"] = tokenizer.decode(sample.pop("prompt_ids"))
 
 
 class WatchedLoss:

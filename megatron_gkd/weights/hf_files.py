@@ -299,7 +299,7 @@ def _is_blob(target: Path, root: Path) -> bool:
 def _read_header(path: Path, file: str) -> dict[str, Entry]:
     target = _inside(path, file)
     if not target.is_file():
-        raise CheckpointError(f"{path / file} is no file")
+        raise CheckpointError(f"{path / file} is not a file")
     refuse_lfs_pointer(target)
     return read_header(target, path / file)
 

@@ -91,7 +91,7 @@ class _PlainDataUnpickler(pickle.Unpickler):
         if (module, name) in CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise CheckpointError(
-            f"it names {module}.{name}, which is no part of a checkpoint's metadata: loading it could run code, so it "
+            f"it names {module}.{name}, which is not part of a checkpoint's metadata: loading it could run code, so it "
             "is refused"
         )
 
@@ -101,7 +101,7 @@ def _member(enumeration: Any, name: str) -> Enum:
     if isinstance(enumeration, EnumType) and name in enumeration.__members__:
         return cast(Enum, enumeration.__members__[name])
     raise CheckpointError(
-        f"it asks for {name!r} of {enumeration!r}, which is no part of a checkpoint's metadata: loading it could run "
+        f"it asks for {name!r} of {enumeration!r}, which is not part of a checkpoint's metadata: loading it could run "
         "code, so it is refused"
     )
 

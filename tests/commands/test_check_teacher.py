@@ -81,4 +81,4 @@ def test_the_command(tmp_path: Path) -> None:
         argv = ["check", "teacher", *command_line(**(flags | {"gkd_logits_topk": 17}), teacher_model_server=right)]
         ((code, _, err),) = run_ranks(check, argv, world=1)
         assert code == cli.EXIT_USAGE == 2
-        assert "refuses to tell 17 tokens" in err
+        assert "refuses to return 17 tokens" in err

@@ -411,7 +411,7 @@ def test_the_command_line_wins_wherever_the_file_stands(tmp_path: Path) -> None:
         ("- beta", "must hold `flag: value` lines"),
         ("beta: [", "is not valid YAML"),
         ("distillation:\n  beta: 1", "unknown key distillation"),
-        ("beta: 1\nbeta: 0", "beta stands there twice"),
+        ("beta: 1\nbeta: 0", "beta is given twice"),
     ],
 )
 def test_errors_in_files_name_the_file(text: str, message: str, tmp_path: Path) -> None:

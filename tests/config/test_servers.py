@@ -32,7 +32,7 @@ def test_forms(text: str, entries: list[ServerEntry]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f'[{{"url": "{A}"', r"begins as JSON and is none: .*line 1 column"),
+        (f'[{{"url": "{A}"', r"begins like JSON but is not valid: .*line 1 column"),
         ("[]", "is an empty list; give a list of servers such as"),
         (f'{{"url": "{A}"}}', "is a JSON dict; give a list"),
         (f'["{A}"]', "server 1 is a JSON str; give an object"),

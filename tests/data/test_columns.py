@@ -197,7 +197,7 @@ ROW = {"prompt": "weather?", "completion": "Rain."}
         (ROW | {"labels": [1]}, "`labels` is not used"),
         (ROW | {"input": "x"}, "`input` is not used: it does not belong beside `prompt`"),
         ({"messages": [USER], "history": [["a", "b"]]}, "`history` is not used"),
-        ({"prompt": [USER], "history": [["a", "b"]]}, "`history` goes with a `prompt` that is a string"),
+        ({"prompt": [USER], "history": [["a", "b"]]}, "`history` needs a `prompt` that is a string"),
         (ROW | {"system": "a", "system_prompt": "b"}, "both `system` and `system_prompt`"),
         (ROW | {"system": 5}, "`system` is a int"),
         (ROW | {"tools": [TOOL], "functions": [TOOL]}, "`tools` and `functions` are both given"),
@@ -226,7 +226,7 @@ ROW = {"prompt": "weather?", "completion": "Rain."}
         ({"messages": [USER, {"role": "assistant", "tool_calls": ["f"]}]}, "a tool call is not"),
         (
             {"messages": [USER, ASSISTANT | {"loss": 1}, USER, ASSISTANT], "teacher_prompt": "a"},
-            "`teacher_prompt` stands in place of one prompt, and 2 turns carry the loss",
+            "`teacher_prompt` replaces one prompt, and 2 turns carry the loss",
         ),
     ],
 )

@@ -204,7 +204,7 @@ def damaged(folder: Path) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": user("<image>?"), "images": ["gone.png"]}, r"rows.jsonl:1: .*gone.png cannot be read: No such file"),
     ({"messages": user("<image>?"), "images": ["cut.png"]}, r"rows.jsonl:1: .*cut.png is a damaged image"),
-    ({"messages": user("<image>?"), "images": ["text.png"]}, r"text.png is no image that can be read"),
+    ({"messages": user("<image>?"), "images": ["text.png"]}, r"text.png is not an image that can be read"),
     ({"messages": user("<image>?"), "images": ["http://a/b.png"]}, "is a URL, and nothing is downloaded"),
     ({"messages": user("<image><image>?"), "images": ["cut.png"]}, "1 images in `images` and 2 places"),
     ({"messages": user([{"type": "image"}])}, "is an image without `image`, `path`, `url` or `base64`"),
@@ -213,7 +213,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": user("<IMG_CONTEXT>")}, "0 images and the chat template made 1 placeholders"),
     (
         {"messages": [user("?")[0], {"role": "assistant", "content": [{"type": "image", "path": "ok.png"}]}]},
-        "an image stands in the completion",
+        "the completion has an image",
     ),
     ({"messages": user("a\0b"), "images": ["ok.png"]}, "the character NUL"),
 ]  # fmt: skip

@@ -199,7 +199,7 @@ def test_templates_of_both_prompts(tmp_path: Path) -> None:
     [
         ({"prompt": "a"}, "the column `solution`, which --teacher_prompt_template names, is not there"),
         ({"prompt": "a", "solution": ["b"]}, "`solution`, .* is a list, and not text"),
-        ({"prompt": "a", "solution": "b", "teacher_prompt": "c"}, "`teacher_prompt` stands in the row, and"),
+        ({"prompt": "a", "solution": "b", "teacher_prompt": "c"}, "`teacher_prompt` is in the row, and"),
         ({"prompt": "a", "solution": "b", "images": ["c.png"]}, "makes text of a row with images"),
         ({"problem": "a", "solution": "b"}, "are not a known form"),
     ],

@@ -91,8 +91,8 @@ def test_a_layout_is_read_as_megatron_reads_it(text: str, counts: tuple[int, ...
         ("EttEL", "must begin with"),
         ("Ett|mL", "m is not known; E is the embedding"),
         ("Et*2|(t*4L", "( is not known"),
-        ("Et*99999999999|tL", "no layout of a model"),
-        ("E(((t)*999)*999)*999L", "no layout of a model"),
+        ("Et*99999999999|tL", "not a layout of a model"),
+        ("E(((t)*999)*999)*999L", "not a layout of a model"),
         ("", "must begin with"),
     ],
 )

@@ -21,17 +21,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Final
-from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_iter
 
 from megatron_gkd import platform
 from megatron_gkd.loss import kernels
-from megatron_gkd.train.rehearsal import _NoPeers, replacements
+from megatron_gkd.train.rehearsal import _NoPeers, without_peers
 
 _CUDA: Final = 1  # of c10::DeviceType
 _META: Final = 14
@@ -59,24 +56,15 @@ def fake_cuda(*, world_size: int = 1, rank: int = 0) -> Iterator[torch.device]:
     """The device. No process group may exist yet in this process, and none does afterwards."""
     cuda: Any = torch.cuda
 
-    assert not dist.is_initialized(), "groups without peers need a process without a group"
     assert platform._undo is None, "what sends CUDA to the CPU is installed"
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        with ExitStack() as stack:
-            for owner, name, value in (
-                *((cuda, name, value) for name, value in _device_queries().items()),
-                *replacements(),
-                (torch.nn.Module, "cuda", _move),
-            ):
-                stack.enter_context(patch.object(owner, name, value))
-            stack.enter_context(_device_guard())
-            stack.enter_context(kernels.forced(False))  # Triton has no tensors without memory
-            stack.enter_context(_WithoutDevice(allow_non_fake_inputs=True))
-            stack.enter_context(_NoDevice())
-            yield torch.device("cuda", 0)
-    finally:
-        dist.destroy_process_group()
+    queries = ((cuda, name, value) for name, value in _device_queries().items())
+    with ExitStack() as stack:
+        stack.enter_context(without_peers(world_size, rank, *queries, (torch.nn.Module, "cuda", _move)))
+        stack.enter_context(_device_guard())
+        stack.enter_context(kernels.forced(False))  # Triton has no tensors without memory
+        stack.enter_context(_WithoutDevice(allow_non_fake_inputs=True))
+        stack.enter_context(_NoDevice())
+        yield torch.device("cuda", 0)
 
 
 def _move(module: torch.nn.Module, device: Any = None) -> torch.nn.Module:

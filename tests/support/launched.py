@@ -30,10 +30,12 @@ from pathlib import Path
 from typing import Final
 
 from tests.support import ranks
+from tests.support.faces import LAST_LINES
 from tests.support.program import call_the_package
 
 _CLONE_NEWNET: Final = 0x40000000
-_FACE: Final = '''\
+_FACE: Final = (
+    '''\
 #!{python} -IS
 """The face of a forked rank: see tests/support/launched.py."""
 import os, signal, socket, sys
@@ -44,12 +46,9 @@ answers = server.makefile()
 rank = int(answers.readline())
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda number, frame: os.kill(rank, number))
-code = int(answers.readline())
-if code < 0:
-    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
-    os.kill(os.getpid(), -code)
-sys.exit(code)
 '''
+    + LAST_LINES
+)
 
 
 @contextmanager

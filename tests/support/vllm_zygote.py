@@ -47,6 +47,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, NoReturn
 
+from tests.support.faces import LAST_LINES
+
 ADDRESS: Final = "GKD_TEST_VLLM_ZYGOTE"
 SUPERVISOR: Final = "megatron_gkd.rollout.vllm.supervisor"
 PRELOAD: Final = (
@@ -67,7 +69,8 @@ _ENVIRONMENT: Final = {
 }
 _SPIN_S: Final = 0.005  # a worker looks for its next message that long at full speed, then sleeps; vLLM's own: 1
 _POPEN: Final = subprocess.Popen
-_FACE: Final = '''\
+_FACE: Final = (
+    '''\
 #!{python} -IS
 """The face of a forked program: its command line and environment, of whoever started it."""
 import json, os, signal, socket, sys
@@ -82,12 +85,9 @@ answers = zygote.makefile()
 program = int(answers.readline())
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, frame: os.kill(program, number))
-code = int(answers.readline())
-if code < 0:
-    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
-    os.kill(os.getpid(), -code)
-sys.exit(code)
 '''
+    + LAST_LINES
+)
 
 
 class ForkedProgram(subprocess.Popen[Any]):

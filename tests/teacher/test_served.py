@@ -308,6 +308,6 @@ def test_a_deadline_of_its_own(served: Served, url: str, tmp_path: Path) -> None
 def test_a_server_that_does_not_fit_is_refused_before_any_weight_is_read(
     served: Served, url: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(RankFailureError, match=r"refuses to tell 17 tokens per position.*MAX_LOGPROBS=17"):
+    with pytest.raises(RankFailureError, match=r"refuses to return 17 tokens per position.*MAX_LOGPROBS=17"):
         train(**served.flags(tmp_path / "run", teacher_model_server=url, gkd_logits_topk=17))
     assert not (tmp_path / "run").exists()

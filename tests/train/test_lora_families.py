@@ -289,7 +289,7 @@ def test_what_peft_makes_of_these_is_known(family: Any, modules: list[str], said
 def test_what_is_refused() -> None:
     given = dict(model="S", teacher_model="T", dataset=["d"], lmbda=0.0, tuner_type="lora")
     for flag, value in (("freeze_vision", False), ("freeze_projector", True)):
-        with pytest.raises(ConfigError, match=f"--{flag} is of a student whose weights are trained"):
+        with pytest.raises(ConfigError, match=f"--{flag} is for a student whose weights are trained"):
             RunConfig.from_flat(given | {flag: value}).validate("train")
     with pytest.raises(ConfigError, match="--modules_to_save q_norm: of a deepseek_v3 model these"):
         check_modules(small("deepseek_v3"), ["q_norm"])

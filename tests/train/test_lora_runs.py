@@ -177,10 +177,10 @@ def test_the_base_is_not_held_twice(flags: dict[str, Any], tmp_path: Path) -> No
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(lora_rank=33), "--lora_rank 33 is above the rank of model.layers.0.self_attn.q_proj"),
     (dict(target_modules=["q_proj", "qkv"]), "--target_modules qkv: a qwen3 model's layers have no such matrix"),
-    (dict(target_modules=["all-linear", "q_proj"]), "all-linear stands alone"),
+    (dict(target_modules=["all-linear", "q_proj"]), "all-linear cannot be combined with others"),
     (dict(lora_dropout=0.1), "--lora_dropout 0.1 .distillation runs without dropout; give 0"),
-    (dict(freeze_embeddings=True), "--freeze_embeddings is of a student whose weights are trained"),
-    (dict(tuner_type="full"), "--lora_rank 4 is of adapters, and --tuner_type is full"),
+    (dict(freeze_embeddings=True), "--freeze_embeddings is for a student whose weights are trained"),
+    (dict(tuner_type="full"), "--lora_rank 4 is for adapters, and --tuner_type is full"),
     (dict(offload_teacher_model=True, teacher_model="model"), "under --tuner_type lora its frozen weights teach"),
     (dict(adapters="rank"), "was trained with another --lora_rank: give --lora_rank 2"),
     (dict(adapters="fewer"), "has no base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"),

@@ -331,5 +331,5 @@ def test_attention_beside_adapters_is_torchs_by_name(flags: dict[str, Any], monk
     qkv = torch.randn(3, 4, 1, 2, 8)
     attention(*qkv, None)
     assert called == [[SDPBackend.MATH]]
-    with pytest.raises(ConfigError, match="flash is torch's beside adapters, and knows no fp32"):
+    with pytest.raises(ConfigError, match="flash is torch's with adapters, and has no fp32"):
         RunConfig.from_flat(given | dict(attention_backend="flash", dtype="fp32")).validate("train")

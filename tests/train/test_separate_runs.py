@@ -153,7 +153,7 @@ def refusal(argv: list[str]) -> str:
             dict(teacher_world_size=1, offload_teacher_model=True),
             "--offload_teacher_model frees memory for a student",
         ),
-        (dict(teacher_world_size=1, lmbda=0.5), "--vllm_mode colocate lays its engines over all ranks"),
+        (dict(teacher_world_size=1, lmbda=0.5), "--vllm_mode colocate places its engines on all ranks"),
         (
             dict(teacher_world_size=1, teacher_tensor=2),
             "the teacher's layout needs a multiple of tp 2 x cp 1 x pp 1 = 2 ranks, but it has 1: give it 2 ranks",

@@ -108,7 +108,7 @@ def _plan(path: Path) -> list[Record]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); write it with `megatron-gkd plan --output json`") from error
+        raise ConfigError(f"{path} is not JSON ({error}); write it with `megatron-gkd plan --output json`") from error
     if not isinstance(found, list) or not all(isinstance(rank, dict) and "needed_bytes" in rank for rank in found):
         raise ConfigError(f"{path} is not what `megatron-gkd plan --output json` prints: a list of ranks")
     return found

@@ -111,14 +111,14 @@ def _explained(kind: Kind, repo: str, revision: str | None) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         others = next(prefix for prefix, hub in PREFIXES.items() if hub != "hf")
         raise ConfigError(
-            f"{_HUB} has no {what} {repo}, or shows it to others alone, and there is no such path here: correct the "
+            f"{_HUB} has no {what} {repo}, or does not show it to you, and there is no such path here: correct the "
             f"name, set HF_TOKEN, or write {others}{repo} for one of {TITLES['modelscope']}"
         ) from error
     except Exception as error:  # of the client, of HTTP, of the disk
         cause = error.__cause__ or error.__context__ or error
         text = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
         raise ConfigError(
-            f"{named}, which is no path here, could not be fetched from {_HUB} "
+            f"{named}, which is not a path here, could not be fetched from {_HUB} "
             f"({places.endpoint() or 'its public address'}; {text}); what has arrived is kept: start again, or give a "
             "path"
         ) from error

@@ -84,7 +84,7 @@ def _explained(kind: str, repo: str, revision: str | None) -> Iterator[None]:
         raise
     except errors.NotExistError as error:
         raise ConfigError(
-            f"{_HUB} has no {what} {named}, or shows it to others alone: correct the name, set MODELSCOPE_API_TOKEN, "
+            f"{_HUB} has no {what} {named}, or does not show it to you: correct the name, set MODELSCOPE_API_TOKEN, "
             f"or write HF::{repo} for one of {TITLES['hf']}"
         ) from error
     except Exception as error:  # of the client, of HTTP, of the disk

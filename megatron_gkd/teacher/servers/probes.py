@@ -115,7 +115,7 @@ def _dialect(client: ServerClient) -> Dialect:
         raise
     if answer != []:
         raise RolloutError(
-            f"{client.name} is no vLLM server, and does not answer {INFER} as ms-swift 4.6 does; {_START}"
+            f"{client.name} is not a vLLM server, and does not answer {INFER} as ms-swift 4.6 does; {_START}"
         )
     return Swift()
 
@@ -129,7 +129,7 @@ def _check_length(
         raise RolloutError(f"{error}; start it with {dialect.more_tokens}, or lower --max_length") from error
 
     if length is None:
-        logger.warning("%s does not say its max_model_len: a sequence of %d tokens tells", client.name, needs.longest)
+        logger.warning("%s does not say its max_model_len: trying a sequence of %d tokens", client.name, needs.longest)
         ids = (needs.probe * (needs.longest // len(needs.probe) + 1))[: needs.longest]
         _ask(client, dialect, model, "score the first two tokens of a probe", needs.probe[:2], needs, _raise)
         _ask(client, dialect, model, f"score the longest sequence, {needs.longest} tokens", ids, needs, refuse)
@@ -177,7 +177,7 @@ def _check_topk(client: ServerClient, dialect: Dialect, model: str, needs: Serve
         if error.status != dialect.refuses_with:
             raise
         raise RolloutError(
-            f"{client.name} refuses to tell {needs.topk} tokens per position ({error}); start it with "
+            f"{client.name} refuses to return {needs.topk} tokens per position ({error}); start it with "
             f"{dialect.more_logprobs.format(needs.topk)}, or lower --gkd_logits_topk"
         ) from error
 

@@ -220,19 +220,19 @@ def _check_values(logprobs: npt.NDArray[np.float32], vocab_size: int, server: st
     if np.isneginf(logprobs).any():
         raise RolloutError(
             f"{server} answered a probability of 0 (-9999) for one of its {logprobs.shape[1]} most probable tokens, so "
-            "it masks tokens, and what it tells is not the model's distribution; start it without logits processors "
+            "it masks tokens, and what it returns is not the model's distribution; start it without logits processors "
             "and with --logprobs-mode raw_logprobs, or lower --gkd_logits_topk"
         )
     total, least = np.exp(logprobs.astype(np.float64)).sum(1), logprobs.shape[1] / (_PADDED * vocab_size)
     if (total < least).any():
         raise RolloutError(
-            f"{server} answered numbers that are no log-probabilities: its {logprobs.shape[1]} most probable tokens "
+            f"{server} answered numbers that are not log-probabilities: its {logprobs.shape[1]} most probable tokens "
             f"have a total probability of {total.min():.2g}, and of {vocab_size} tokens they have at least "
             f"{least:.2g}; start it with --logprobs-mode raw_logprobs"
         )
     if (logprobs[:, 1:] > logprobs[:, :-1] + SLACK).any() or (logprobs > SLACK).any() or (total > 1 + SLACK).any():
         raise RolloutError(
-            f"{server} answered numbers that are no log-probabilities (above 0, rising with the rank, or of a total "
+            f"{server} answered numbers that are not log-probabilities (above 0, rising with the rank, or of a total "
             "probability above 1); start it with --logprobs-mode raw_logprobs"
         )
 

@@ -174,7 +174,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Entry]:
         }
         for name in entries:
             if name in ("", ".", "..") or "/" in name or not name.isprintable():
-                raise ValueError(f"it names {shown(name)}, which is no file of the directory")
+                raise ValueError(f"it names {shown(name)}, which is not a file in the directory")
         return entries
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({type(error).__name__}: {error})") from error

@@ -249,7 +249,7 @@ def test_rows_off_by_one_are_found_by_their_values(connect: Connect, by: int) ->
 
 def test_k_above_the_servers_limit(connect: Connect) -> None:
     with pytest.raises(
-        RolloutError, match=r"refuses to tell 8 tokens .*greater than max allowed: 7.*MAX_LOGPROBS=8.*gkd_logits_topk"
+        RolloutError, match=r"refuses to return 8 tokens .*greater than max allowed: 7.*MAX_LOGPROBS=8.*gkd_logits_topk"
     ):
         connect(FakeServer(max_logprobs=7))
     connect(FakeServer(max_logprobs=8))

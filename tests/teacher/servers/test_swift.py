@@ -161,7 +161,7 @@ def test_completions_are_of_the_weights_and_of_the_seed(served: OfSwift) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topk": TOPK + 1}, r"refuses to tell 9 tokens per position .*500.*--max_logprobs 9"),
+        ({"topk": TOPK + 1}, r"refuses to return 9 tokens per position .*500.*--max_logprobs 9"),
         ({"longest": MAX_MODEL_LEN}, r"500 .*the longest sequence, 128 tokens; .*--vllm_max_model_len"),
         ({"largest_id": 5000}, r"refuses token id 5000, the largest of .* another vocabulary"),
         ({"vocab_size": 100}, r"vocabulary has 100: it serves a model with another vocabulary"),

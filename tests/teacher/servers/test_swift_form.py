@@ -151,7 +151,7 @@ def test_a_template_around_the_tokens() -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_logprobs": 7}, r"refuses to tell 8 tokens .*--max_logprobs 8 \(its log.*gkd_logits_topk"),
+        ({"max_logprobs": 7}, r"refuses to return 8 tokens .*--max_logprobs 8 \(its log.*gkd_logits_topk"),
         ({"max_model_len": 40}, r"score the longest sequence, 40 tokens; .*--vllm_max_model_len .*--max_length"),
         ({"teacher": random_teacher(vocab_size=299)}, r"refuses token id 299, the largest .* another vocabulary"),
     ],

@@ -102,7 +102,7 @@ def test_beside_another_teacher_by_tags(served: OfVLLM) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topk": TOPK + 1}, r"refuses to tell 9 tokens per position .*MAX_LOGPROBS=9"),
+        ({"topk": TOPK + 1}, r"refuses to return 9 tokens per position .*MAX_LOGPROBS=9"),
         ({"longest": MAX_MODEL_LEN}, r"takes 128 tokens \(max_model_len\), and 129 are needed"),
         ({"largest_id": 5000}, r"refuses token id 5000, the largest of .* another vocabulary"),
         ({"vocab_size": 100}, r"vocabulary has 100: it serves a model with another vocabulary"),
