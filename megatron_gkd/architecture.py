@@ -300,7 +300,8 @@ def _sections(path: Path, whole: Any, head_dim: int) -> tuple[int, ...]:
     usable = isinstance(sections, list) and len(sections) == 3 and all(type(n) is int and n > 0 for n in sections)
     if not usable or sum(sections) != head_dim // 2:
         raise CheckpointError(
-            f"{path}: mrope_section is {str(sections)[:80]}; it must be three positive integers, {head_dim // 2} together"
+            f"{path}: mrope_section is {str(sections)[:80]}; it must be three positive integers with the sum "
+            f"{head_dim // 2}"
         )
     return tuple(sections)
 
