@@ -8,7 +8,7 @@ mixtures of experts qwen3_moe, mixtral, qwen2_moe, olmoe, glm4_moe and deepseek_
 the q/k norm, head_dim, the tied head, the RoPE frequencies, and in whether (some) layers have a mixture of experts in
 place of the MLP; deepseek_v3 has latent attention (model/mixture_config.py).
 
-A vision-language model (internvl, llava, smolvlm) is such a decoder with a tower and a projector before it
+A vision-language model (internvl, llava, smolvlm, qwen2_5_vl) is such a decoder with a tower and a projector before it
 (model/vision_config.py): its `text_config` is read as a config.json of its own.
 
 Everything else is refused here, by name, before a weight is read: an option that is not understood would give a model
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,17 +34,19 @@ from megatron_gkd.model.vision_config import FAMILIES, REFUSED, VisionPart, read
 from megatron_gkd.records import LATER, StableText
 
 
-@dataclass(frozen=True)
-class Rope:
+@dataclass(frozen=True, repr=False)
+class Rope(StableText):
     """Rotary embedding as numbers: position p turns pair i by p * inv_freq[i].
 
-    Cos and sin are scaled by attention_factor.
+    Cos and sin are scaled by attention_factor. With `sections` a token has three positions, and each turns the pairs
+    of its section, one section after the other (M-RoPE).
     """
 
     inv_freq: tuple[float, ...]  # [n / 2], exact float32 values; of a head's n first dimensions, the others stay
     attention_factor: float  # 1.0 but for yarn
     # Longer sequences are turned by other frequencies (dynamic), and refused; None: by the same.
     most_positions: int | None = field(default=None, repr=False)
+    sections: tuple[int, ...] = field(default=(), metadata=LATER)  # pairs of time, height and width
 
 
 @dataclass(frozen=True, repr=False)
@@ -236,12 +238,15 @@ def read_architecture(path: str | Path) -> Architecture:
         qk_norm=bool(getattr(config, _SWITCHES.get((config.model_type, "norm"), ""), family.qk_norm)),
         norm_eps=float(config.rms_norm_eps),
         max_position_embeddings=config.max_position_embeddings,
-        rope=_read_rope(
-            path,
-            config,
-            latent.rotary_dim if latent else head_dim,
-            partial=family.partial_rope,
-            may_be_dynamic=whole is not None,
+        rope=replace(
+            _read_rope(
+                path,
+                config,
+                latent.rotary_dim if latent else head_dim,
+                partial=family.partial_rope,
+                may_be_dynamic=whole is not None,
+            ),
+            sections=() if whole is None else _sections(path, whole, head_dim),
         ),
         moe=read_experts(path, config) if family.experts else None,
         qk_norm_over_heads=model_type == "olmoe",
@@ -256,19 +261,49 @@ def _vision_language(path: Path, raw: dict[str, Any]) -> tuple[Any, dict[str, An
     model_type = raw["model_type"]
     if model_type in REFUSED:
         raise NotBuiltError(f"{path}: model_type {model_type!r} is not built: {REFUSED[model_type]}; {_supported()}")
-    text = raw.get("text_config")
+    family = FAMILIES[model_type]
+    text = family.decoder_options(raw)
     if not isinstance(text, dict) or not isinstance(raw.get("vision_config"), dict):
         raise CheckpointError(f"{path}: a {model_type} config.json needs the objects text_config and vision_config")
-    text = {name: value for name, value in text.items() if name not in FAMILIES[model_type].unread}
-    _check_raw(path, raw, _Family(FAMILIES[model_type].hf_class))
+    text = {name: value for name, value in text.items() if name not in family.unread}
+    _check_raw(path, raw, _Family(family.hf_class))
     _check_numbers(path, text)
     _check_numbers(path, {name: value for name, value in raw.items() if name in _TRUTH})
     whole = _load_config(path)
+    if family.decoders:
+        whole.text_config.tie_word_embeddings = bool(whole.tie_word_embeddings)
+        kind = str(text.get("model_type", whole.text_config.model_type))
+        return whole, {
+            **{name: _without_sections(value) for name, value in text.items()},
+            "model_type": family.decoders.get(kind, kind),
+            "tie_word_embeddings": whole.text_config.tie_word_embeddings,
+        }
     # What the top level says decides: transformers asks the whole model's config. Where it says nothing its default
     # is true, and transformers takes a stored head all the same; so the decoder's own is what is meant.
     tied = raw.get("tie_word_embeddings", whole.text_config.tie_word_embeddings)
     whole.text_config.tie_word_embeddings = tied
     return whole, {**text, "tie_word_embeddings": tied}
+
+
+def _without_sections(option: Any) -> Any:
+    """Of RoPE's options: `_sections` reads them."""
+    if not isinstance(option, dict):
+        return option
+    return {name: value for name, value in option.items() if name != "mrope_section"}
+
+
+def _sections(path: Path, whole: Any, head_dim: int) -> tuple[int, ...]:
+    """Pairs of a head that each of a token's three positions turns; none for a token with one."""
+    if not FAMILIES[whole.model_type].decoders:
+        return ()
+    sections = whole.text_config.rope_parameters.get("mrope_section", [16, 24, 24])  # as transformers has it
+    usable = isinstance(sections, list) and len(sections) == 3 and all(type(n) is int and n > 0 for n in sections)
+    if not usable or sum(sections) != head_dim // 2:
+        raise CheckpointError(
+            f"{path}: mrope_section is {str(sections)[:80]}; it must be three positive integers with the sum "
+            f"{head_dim // 2}"
+        )
+    return tuple(sections)
 
 
 # Options that decide about the bias of q, k and v, and about the norm of q and k, where the family does not.

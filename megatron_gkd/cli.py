@@ -2,11 +2,11 @@
 
 The second form is what torchrun starts. A command is first prepared (flags parsed, configuration validated, no heavy
 import) and then carried out. An error that the user can act on (`GKDError`) is one line on stderr and exit code 2;
-`--log_level debug` adds the traceback; exit code 1 is that of a check that found a difference, exit code 75
-(EX_TEMPFAIL: try again) that of a training run that was told to stop and has saved a checkpoint. While a command is
-prepared every rank meets the same error, so one rank per machine prints it; afterwards every rank that fails says so
-under its number, unless another one says the same. The line is also left for torchrun, whose table of failed ranks
-comes last on the screen.
+`--log_level debug` adds the traceback; exit code 1 is that of a check that found a difference, and of a result without
+a row, exit code 75 (EX_TEMPFAIL: try again) that of a training run that was told to stop and has saved a checkpoint.
+While a command is prepared every rank meets the same error, so one rank per machine prints it; afterwards every rank
+that fails says so under its number, unless another one says the same. The line is also left for torchrun, whose table
+of failed ranks comes last on the screen.
 """
 
 from __future__ import annotations
@@ -223,7 +223,10 @@ def _usage() -> str:
     lines = [f"usage: {PROG} COMMAND [flags]", "", "commands:"]
     lines += [f"  {name:<8} {text}" for name, (text, _) in COMMANDS.items()]
     lines += ["", f"`{PROG} COMMAND --help` lists the flags; --version prints the version."]
-    codes = "0 done; 1 a check found a difference; 2 an error, in one line; 75 stopped by a signal or Ctrl-C, saved"
+    codes = (
+        "0 done; 1 a check found a difference, or no row to write; 2 an error, in one line; 75 stopped by a signal or "
+        "Ctrl-C, saved"
+    )
     return "\n".join([*lines, f"exit codes: {codes}"])
 
 

@@ -55,4 +55,5 @@ class RunStoppedError(GKDError):
 
 
 class CheckFailedError(GKDError):
-    """`megatron-gkd check` found a difference past its tolerance; the command ends with exit code 1, not 2."""
+    """`megatron-gkd check` found a difference past its tolerance, or `sample` has no row to write; the command ends
+    with exit code 1, not 2."""

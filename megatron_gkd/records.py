@@ -25,8 +25,25 @@ Source = Literal["student", "teacher", "dataset"]
 SOURCES: tuple[Source, ...] = ("student", "teacher", "dataset")
 
 
-@dataclass(frozen=True)
-class Picture:
+# Of a field of a StableText that was not there from the beginning; its default is what held before.
+LATER: Final = MappingProxyType({"later": True})
+
+
+class StableText:
+    """repr() of a dataclass that stays the same when fields are added, since checkpoints keep it to be compared with: a
+    field that came later is left out where it says what held before."""
+
+    def __repr__(self) -> str:
+        said = []
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if item.repr and not (item.metadata.get("later") and value == item.default):
+                said.append(f"{item.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(said)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Picture(StableText):
     """An image of a prompt: where it is, and where its rows go. What it shows is read when it is needed."""
 
     name: str  # where it is, for people
@@ -35,6 +52,8 @@ class Picture:
     digest: str  # of the encoded bytes
     size: tuple[int, int]  # width, height in pixels, upright
     spans: tuple[tuple[int, int], ...]  # [first, end) of the placeholders in the prompt's tokens, in reading order
+    # (rows, columns) in which the placeholders lie, for a model that turns them by both (M-RoPE): in its one span
+    grid: tuple[int, int] | None = field(default=None, metadata=LATER)
 
     @property
     def places(self) -> list[int]:
@@ -57,23 +76,6 @@ class SeenSequence(tuple[int, ...]):
         found = cls(ids)
         found.pictures, found.bare_ids = pictures, bare_ids
         return found
-
-
-# Of a field of a StableText that was not there from the beginning; its default is what held before.
-LATER: Final = MappingProxyType({"later": True})
-
-
-class StableText:
-    """repr() of a dataclass that stays the same when fields are added, since checkpoints keep it to be compared with: a
-    field that came later is left out where it says what held before."""
-
-    def __repr__(self) -> str:
-        said = []
-        for item in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            if item.repr and not (item.metadata.get("later") and value == item.default):
-                said.append(f"{item.name}={value!r}")
-        return f"{type(self).__name__}({', '.join(said)})"
 
 
 @dataclass(frozen=True, repr=False)

@@ -56,7 +56,7 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     not rehearsed yet."""
     from megatron_gkd.train.hub_files import with_known_models
     from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse
-    from megatron_gkd.train.rehearsed_pictures import Shown
+    from megatron_gkd.train.rehearsed_pictures import RehearsedSight, Shown
     from megatron_gkd.train.setup import planned_dtype
     from megatron_gkd.train.step_time import step_s
 
@@ -91,7 +91,9 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
         )
         for rank in kinds(student, teacher)
     ]
-    engine, seconds = engine_of(asked, config, arch), _seconds(asked, config, archs, found, student, teacher)
+    towers = (0.0, 0.0) if arch.vision is None else RehearsedSight(config, archs, shown).flops
+    seconds = _seconds(asked, config, archs, found, student, teacher, towers)
+    engine = engine_of(asked, config, arch)
     records = [record(asked, config, arch, one, layouts, engine) | {"phases_s": seconds} for one in found]
     if asked.picture is not None:
         write_picture(asked.picture, asked, records)
@@ -104,7 +106,7 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     print(f"{len(batch)} samples a step of {prompt} + {completion} tokens; GB are 10^9 bytes\n")
     if arch.vision is not None:
         size = f"{shown.size[0]} x {shown.size[1]}"
-        print(f"in each prompt {shown.number} images of {size}; the time of the vision tower is not counted\n")
+        print(f"in each prompt {shown.number} images of {size}; the host's work on their pixels is not counted\n")
     for one in records:
         print("\n".join(lines(asked, one)), end="\n\n")
     print(f"predicted: {step_s(config, seconds):.2f} s a step: {_phases(seconds)}")
@@ -118,6 +120,7 @@ def _seconds(
     found: list[Rehearsed],
     student: Layout,
     teacher: Layout,
+    towers: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, float]:
     """Of a step, by phase; the bytes on the links are those of the rank that hands over most."""
     from megatron_gkd.train.step_time import step_seconds
@@ -129,7 +132,7 @@ def _seconds(
     for one in found:
         handed |= Counter(one.traffic)
     lengths = asked.lengths(config.data.max_length)
-    return step_seconds(config, arch, of_teacher, student, teacher, lengths, handed, _rates(asked))
+    return step_seconds(config, arch, of_teacher, student, teacher, lengths, handed, _rates(asked), towers)
 
 
 def _rates(asked: PlanConfig) -> Rates:
@@ -157,15 +160,18 @@ def _phases(seconds: dict[str, float]) -> str:
 def _search(asked: PlanConfig, config: RunConfig) -> None:
     """Print the layouts that fit, the fastest first, and why the others do not."""
     from megatron_gkd.train.rehearsal import architectures
+    from megatron_gkd.train.rehearsed_pictures import Shown
     from megatron_gkd.train.search import search
 
     share = engine_of(asked, config, architectures(config)[0]).share  # in every phase, at the worst
     beside = share + round(asked.reserved_gb * GB)
     length = asked.lengths(config.data.max_length)
+    shown = Shown(asked.images_per_sample, (asked.image_width, asked.image_height))
     found = search(
         config,
         world_size=asked.world_size,
         length=length,
+        shown=shown,
         room=round(asked.gpu_memory_gb * GB) - beside,
         rates=_rates(asked),
         told=lambda text: logger.info("%s", text),

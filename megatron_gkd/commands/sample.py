@@ -14,7 +14,8 @@ A row of the result is read back as the token ids that were sampled, or it says 
     changed    read back as another text: dropped
 
 Everything that is dropped is counted, and so are completions without text, which are written as they are. The counts
-are in the progress file and in the last line of the log.
+are in the progress file and in the last line of the log. A result without a row is an error that says why, with exit
+code 1.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from megatron_gkd.data.image_tokens import ImageTokens, read_image_tokens
 from megatron_gkd.data.policy import RowSummary, Tokenised, check_variables
 from megatron_gkd.data.prompts import Prompt, completion_text, make_row, read_back, read_prompts
 from megatron_gkd.data.result_file import ResultFile, progress_path
-from megatron_gkd.errors import ConfigError, DataError
+from megatron_gkd.errors import CheckFailedError, ConfigError, DataError
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.observe.progress import Progress
 from megatron_gkd.rollout.engines import engine_image_options, server_urls
@@ -86,6 +87,7 @@ def run_sample(config: SampleConfig) -> None:
     result = ResultFile(config.result_path, _fingerprint(config, survey, encoder.clock))
     if result.complete:
         logger.info("%s is complete: %s", config.result_path, _account(result.counts))
+        _require_rows(config, result.counts)
         return
     if result.resumed:
         logger.info("%s: going on after %d of %d records", config.result_path, result.records_done, survey.num_records)
@@ -97,6 +99,7 @@ def run_sample(config: SampleConfig) -> None:
     finally:
         engine.close()
     logger.info("%s: %s, in %.0f s", config.result_path, _account(counts), time.monotonic() - start_s)
+    _require_rows(config, counts)
 
 
 class _Survey:
@@ -233,6 +236,24 @@ def _rows(
         }
         rows.append(make_row(prompt, text, notes))
     return rows
+
+
+def _require_rows(config: SampleConfig, counts: Mapping[str, int]) -> None:
+    """Raise CheckFailedError, with each reason and what to do about it, where nothing at all was written."""
+    if counts.get("written"):
+        return
+    reasons = {
+        "truncated": f"were cut at --max_new_tokens {config.max_new_tokens}, and would teach the student to stop in "
+        "the middle: raise it, or pass --truncated keep",
+        "changed": "would be read back as another text (bytes that are no text, or blanks and tags that the chat "
+        "template removes): is the model trained?",
+        "respelled": "would be read back as other tokens of the same text: pass --respelled keep",
+    }
+    keeps = {"truncated": config.truncated == "keep", "respelled": config.respelled == "keep"}
+    said = [f"{counts[name]:,} {why}" for name, why in reasons.items() if counts.get(name) and not keeps.get(name)]
+    raise CheckFailedError(
+        f"nothing was written to {config.result_path}: of {counts.get('sampled', 0):,} completions {'; '.join(said)}"
+    )
 
 
 def _with_dtype(config: SampleConfig) -> SampleConfig:

@@ -37,7 +37,7 @@ class TunerConfig(Section):
     modules_to_save: list[str] = setting(
         (),
         "Modules that are trained whole beside the adapters, and saved with them: embed_tokens, lm_head, norm, "
-        "input_layernorm, post_attention_layernorm, q_norm, k_norm.",
+        "input_layernorm, post_attention_layernorm, q_norm, k_norm; of a student of images its projector.",
     )
     adapters: str | None = setting(
         None,

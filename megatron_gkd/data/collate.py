@@ -25,6 +25,7 @@ from itertools import accumulate
 
 import torch
 
+from megatron_gkd.data.positions import rotary_positions
 from megatron_gkd.errors import DataError
 from megatron_gkd.records import SOURCES, LossShare, Picture, Sample
 
@@ -47,7 +48,8 @@ class MicroBatch:
     positions: tuple[int, ...]  # the samples' positions in the global batch, in order
     shares: tuple[LossShare, ...]  # which loss tokens of each sample are here, in order; T in all
     tokens: torch.Tensor  # [B, S] int64
-    position_ids: torch.Tensor  # [B, S] int64, restarting in each segment
+    # [B, S] int64, restarting in each segment; [3, B, S] where images lie in grids (positions.py)
+    position_ids: torch.Tensor
     loss_index: torch.Tensor  # [T] int64, flat index b * S + s of the loss tokens, sample by sample
     labels: torch.Tensor  # [T] int64
     loss_sample: torch.Tensor  # [T] int64, index into `positions`
@@ -119,7 +121,7 @@ def collate(
         positions=positions,
         shares=shares,
         tokens=tokens,
-        position_ids=position_ids,
+        position_ids=_with_grids(position_ids, samples, starts),
         loss_index=_int64([first_loss[n] + token for n, token in held]),
         labels=_int64([samples[n].completion_ids[token] for n, token in held]),
         loss_sample=_int64([n for n, _ in held]),
@@ -130,6 +132,17 @@ def collate(
         logprobs=_sampled_logprobs(samples, held),
         media=_media(samples, starts),
     )
+
+
+def _with_grids(position_ids: torch.Tensor, samples: Sequence[Sample], starts: Sequence[int]) -> torch.Tensor:
+    """[3, B, S] where a picture lies in a grid, else `position_ids` [B, S]; padding keeps what it had there."""
+    if not any(picture.grid for sample in samples for picture in sample.pictures):
+        return position_ids
+    axes = position_ids.expand(3, *position_ids.shape).clone()
+    for start, sample in zip(starts, samples, strict=True):
+        places = slice(start, start + sample.num_inputs)
+        axes.view(3, -1)[:, places] = rotary_positions(sample.num_inputs, sample.pictures)
+    return axes
 
 
 def _media(samples: Sequence[Sample], starts: Sequence[int]) -> Media | None:

@@ -3,7 +3,8 @@
     padded   [B, S] -> [B, S / cp]: two chunks of every row
     packed   [1, S] -> [1, S / cp]: two chunks of every segment, segment after segment
 
-`cu_seqlens` and `max_seqlen` stay those of the whole sequences: rotary positions and attention want them so.
+`cu_seqlens` and `max_seqlen` stay those of the whole sequences: rotary positions and attention want them so. So do
+positions [3, 1, S] of a pack (positions.py): megatron-core (0.16 - 0.19) cuts the angles of a pack itself.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ def cut(batch: MicroBatch, size: int, rank: int) -> MicroBatch:
     place[index] = torch.arange(len(index))
     local = place[batch.loss_index % length]
     assert bool((local >= 0).all()), "loss tokens of another rank"
+    whole_positions = batch.cu_seqlens is not None and batch.position_ids.dim() == 3
     return replace(
         batch,
         tokens=batch.tokens[:, index],
-        position_ids=batch.position_ids[:, index],
+        position_ids=batch.position_ids if whole_positions else batch.position_ids[..., index],
         padding=None if batch.padding is None else batch.padding[:, index],
         loss_index=batch.loss_index // length * len(index) + local,
         counts_samples=rank == 0,

@@ -7,6 +7,9 @@ A chat template writes ONE placeholder for an image. The model is fed as many as
     llava      one image of a fixed size: the patches of the resized image
     smolvlm    for each tile, row by row, a token around images, that of its row and column, and (tokens of a tile),
                with a line break after each row; then the whole image, with tokens of its own
+    qwen2_5_vl one for each square of 28 x 28 pixels, after the image was resized to whole squares, and to an area
+               between the processor's min_pixels and max_pixels; they lie in a grid, whose rows and columns the
+               decoder is told (positions.py)
 
 Counting needs the image's size alone. The numbers come from the directory's processor files and from transformers'
 image processor, the torchvision form of it where torchvision is installed, else the PIL form. The two give slightly
@@ -47,6 +50,8 @@ class ImageTokens:
     processor_json: str  # transformers' image processor
     # smolvlm: tokens of its texts, by text
     texts: tuple[tuple[str, tuple[int, ...]], ...] = field(default=(), repr=False)
+    # qwen2_5_vl: pixels of the side of a placeholder's square
+    square: int | None = field(default=None, repr=False)
 
     def num_tiles(self, size: tuple[int, int]) -> int:
         """Of an image of (width, height)."""
@@ -55,8 +60,27 @@ class ImageTokens:
         options = {"crop_to_patches": True, "max_patches": self.max_tiles}
         return int(_processor(self.processor_json).get_number_of_image_patches(size[1], size[0], options))
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """(rows, columns) of the placeholders of an image of (width, height); None: the model does not ask.
+
+        Raises DataError for an image that the processor refuses.
+        """
+        if self.square is None:
+            return None
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        limits = _processor(self.processor_json).size
+        try:
+            least, most = limits["shortest_edge"], limits["longest_edge"]
+            height, width = smart_resize(size[1], size[0], self.square, min_pixels=least, max_pixels=most)
+        except ValueError as error:
+            raise DataError(f"an image of {size[0]} x {size[1]}: {error}") from None
+        return height // self.square, width // self.square
+
     def parts(self, size: tuple[int, int]) -> tuple[list[tuple[tuple[int, ...], int]], tuple[int, ...]]:
         """(tokens, and placeholders after them) of an image of (width, height), in order, and the tokens at its end."""
+        if (grid := self.grid(size)) is not None:
+            return [((), grid[0] * grid[1])], ()
         if not self.texts:
             return [(self.before, self.num_tiles(size) * self.per_tile)], self.after
         texts, found = dict(self.texts), list[tuple[tuple[int, ...], int]]()
@@ -93,7 +117,7 @@ class ImageTokens:
                 ids += [*before, *[token] * number]
                 spans.append((first, first + number))
             ids += end
-            placed.append(replace(picture, spans=tuple(spans)))
+            placed.append(replace(picture, spans=tuple(spans), grid=self.grid(picture.size)))
         return tuple(ids), tuple(placed)
 
     def bare(self, ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int, ...]:
@@ -116,7 +140,8 @@ class ImageTokens:
         if self.texts:  # a list of tiles an image, with images of zeros where others have more, which the tower drops
             images = [[image] for image in images]
         found = _processor(self.processor_json)(images=images, return_tensors="pt", **options)
-        return {name: found[name] for name in ("pixel_values", "pixel_attention_mask") if name in found}
+        names = ("pixel_values", "pixel_attention_mask", "image_grid_thw")
+        return {name: found[name] for name in names if name in found}
 
 
 def read_image_tokens(
@@ -156,6 +181,13 @@ def read_image_tokens(
                 "files; leave it out"
             )
         return _smolvlm(path, image_token_id, tokenizer, files, processor, described)
+    if family == "qwen2_5_vl":
+        if max_tiles is not None:
+            raise ConfigError(
+                f"--max_image_tiles: the images of {path} (qwen2_5_vl) have no tiles; min_pixels and max_pixels in its "
+                "processor's files bound their tokens; leave it out"
+            )
+        return _qwen2_5_vl(path, image_token_id, processor, described)
     assert family == "internvl", family
     names = [getattr(tokenizer, name, None) for name in ("start_image_token", "end_image_token")]
     defaults = ("<img>", "</img>")
@@ -167,6 +199,19 @@ def read_image_tokens(
     if type(per_tile) is not int or per_tile < 1 or type(own) is not int:
         raise CheckpointError(f"{path}: the processor's image_seq_length or max_patches is missing, or no number")
     return ImageTokens(family, image_token_id, (found[0],), (found[1],), per_tile, max_tiles or own, described)
+
+
+def _qwen2_5_vl(path: Path, image_token_id: int, processor: Any, described: str) -> ImageTokens:
+    patch, merge, size = (getattr(processor, name, None) for name in ("patch_size", "merge_size", "size"))
+    limits = [size[name] if size and name in size else None for name in ("shortest_edge", "longest_edge")]
+    if not all(type(number) is int and number > 0 for number in (patch, merge, *limits)) or not processor.do_resize:
+        raise CheckpointError(
+            f"{path}: the processor's patch_size, merge_size, min_pixels or max_pixels is missing, or no number, or it "
+            "does not resize (do_resize)"
+        )
+    assert isinstance(patch, int)
+    assert isinstance(merge, int)
+    return ImageTokens("qwen2_5_vl", image_token_id, (), (), 1, None, described, square=patch * merge)
 
 
 def _smolvlm(

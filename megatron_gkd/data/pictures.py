@@ -109,8 +109,12 @@ def unpack(packed: bytes) -> tuple[tuple[Picture, ...], tuple[Picture, ...]]:
 
     def read(described: list[Any]) -> tuple[Picture, ...]:
         return tuple(
-            Picture(name, path, None if at is None else data[slice(*at)], digest, tuple(size), tuple(map(tuple, spans)))
-            for name, path, at, digest, size, spans in described
+            Picture(
+                *(name, path, None if at is None else data[slice(*at)], digest, tuple(size)),
+                tuple(map(tuple, spans)),
+                tuple(grid[0]) if grid else None,
+            )
+            for name, path, at, digest, size, spans, *grid in described
         )
 
     of_row, of_teacher = json.loads(head)
@@ -123,7 +127,8 @@ def content(row: Row) -> bytes:
 
 
 def _facts(picture: Picture) -> tuple[Any, ...]:
-    return picture.digest, picture.size, picture.spans
+    grid = () if picture.grid is None else (picture.grid,)  # as it was before some models had one
+    return picture.digest, picture.size, picture.spans, *grid
 
 
 def _read(path: str, name: str) -> bytes:

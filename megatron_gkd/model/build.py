@@ -41,6 +41,7 @@ from megatron_gkd.model.latent_attention import latent_attention_spec, set_rotar
 from megatron_gkd.model.layers import OwnModules, SDPAttention, SelfAttention, local_block_spec, use_own_modules
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.router import BiasedRouter, Router
+from megatron_gkd.model.sectioned_rotary import sectioned_angles
 from megatron_gkd.model.stage_layers import StageLayers
 from megatron_gkd.model.vision import VisionTower, merged_input
 from megatron_gkd.parallel.layout import Layout
@@ -56,6 +57,7 @@ class HiddenStateGPTModel(GPTModel):
     # would wait for it. Kernels of Transformer Engine read them there.
     reads_lengths_on_host = True
     vision: VisionTower | None
+    rotary_sections: tuple[int, ...] = ()  # of a model whose tokens have three positions (architecture.py, Rope)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -83,6 +85,10 @@ class HiddenStateGPTModel(GPTModel):
         # `padding_mask` [B, S] (True: padding) is for the routers. Under sequence parallelism GPTModel (0.16 - 0.19)
         # cuts it on the first stage alone, over the TP group of the global parallel_state.
         inputs = super()._preprocess(*args, **kwargs)
+        position_ids = kwargs["position_ids"]
+        if position_ids.dim() == 3:  # where no image is, the three are alike
+            angles = sectioned_angles(position_ids, self.rotary_pos_emb.inv_freq, self.rotary_sections)
+            inputs = (inputs[0], angles, *inputs[2:])
         if padding_mask is not None and self.config.sequence_parallel:
             tp = self.pg_collection.tp
             padding_mask = padding_mask.chunk(tp.size(), dim=1)[tp.rank()]
@@ -182,8 +188,13 @@ def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions
         **_expert_options(arch, options, dtype=dtype),
         calculate_per_token_loss=True,
         perform_initialization=False,
-        **options.transformer_fields() | _latent_options(arch),
+        **options.transformer_fields() | _latent_options(arch) | _sectioned_options(arch),
     )
+
+
+def _sectioned_options(arch: Architecture) -> dict[str, Any]:
+    """The fused rotary embedding of Transformer Engine counts positions itself, from 0 in each sample of a pack."""
+    return dict(apply_rope_fusion=False) if arch.rope.sections else {}
 
 
 def _latent_options(arch: Architecture) -> dict[str, Any]:
@@ -269,6 +280,7 @@ def build_model(
         )
         if arch.vision is not None and model.pre_process:
             model.vision = VisionTower(arch.vision, DTYPES[dtype])
+        model.rotary_sections = arch.rope.sections
         model.reads_lengths_on_host = not (_on_transformer_engine(options) or config.apply_rope_fusion)
         _set_frequencies(model, arch, groups)
         _mark_tensor_parallel(model)

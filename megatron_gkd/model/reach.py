@@ -11,12 +11,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_gkd.architecture import Architecture, read_config_json
+from megatron_gkd.model.vision_config import FAMILIES
 
 
 def reach(path: str | Path, arch: Architecture) -> int:
     """Most positions. `arch` is what was read, and so checked, from the same directory."""
     raw, most = read_config_json(path), arch.max_position_embeddings
-    raw = raw if arch.vision is None else raw["text_config"]
+    raw = raw if arch.vision is None else FAMILIES[arch.vision.family].decoder_options(raw)
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     factor = scaling.get("factor") or 1.0
     if scaling.get("rope_type", scaling.get("type")) == "linear":

@@ -42,10 +42,10 @@ class VisionTower(torch.nn.Module):
         super().__init__()
         family, model = FAMILIES[part.family], meta_model(part.config_json, dtype)
         self.prepare = None
-        self.parts = (family.tower, family.projector)
-        for name in self.parts:
+        self._projector = f"{family.projector}."
+        for name in family.modules:
             setattr(self, name, getattr(model, name))
-        for name in [name for name, _ in model.named_children() if name not in self.parts]:
+        for name in [name for name, _ in model.named_children() if name not in family.modules]:
             delattr(model, name)
         self.__dict__["_model"] = model  # for its get_image_features; as a child, its parameters would come twice
         if torch.empty(0).device.type != "meta":
@@ -65,11 +65,15 @@ class VisionTower(torch.nn.Module):
         rows: torch.Tensor = torch.cat(list(found)) if isinstance(found, list | tuple) else found
         return rows.reshape(-1, rows.shape[-1])
 
+    def ask_instead(self, model: Any) -> None:
+        """Ask `model` for image features in place of transformers' (train/rehearsed_pictures.py)."""
+        self.__dict__["_model"] = model
+
     def freeze(self, *, tower: bool, projector: bool) -> None:
         """Keep the tower's weights, or the projector's, or both."""
-        for part, frozen in zip(self.parts, (tower, projector), strict=True):
-            if frozen:
-                getattr(self, part).requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if projector if name.startswith(self._projector) else tower:
+                parameter.requires_grad_(False)
 
     def freeze_unused(self, picture: Picture) -> list[str]:
         """Keep the weights that no row depends on (the last layer of LLaVA's tower): their gradient is zero, and weight
@@ -115,10 +119,14 @@ def merged_input(
 
 
 def _recompute_buffers(module: torch.nn.Module) -> None:
-    """Buffers that no checkpoint has, made anew: positions."""
+    """Buffers that no checkpoint has, made anew: positions, and the frequencies that rows and columns turn by."""
     for name, buffer in list(module.named_buffers()):
-        owner, _, own_name = name.rpartition(".")
-        if own_name != "position_ids":
+        owner_name, _, own_name = name.rpartition(".")
+        owner: Any = module.get_submodule(owner_name)
+        if own_name == "position_ids":
+            made = torch.arange(buffer.shape[-1], dtype=buffer.dtype).expand(buffer.shape).clone()
+        elif own_name in ("inv_freq", "original_inv_freq") and hasattr(owner, "compute_axial_rope_parameters"):
+            made = owner.compute_axial_rope_parameters(owner.config)[0]
+        else:
             raise CheckpointError(f"the vision tower has a buffer {name}, which is not known here")
-        positions = torch.arange(buffer.shape[-1], dtype=buffer.dtype).expand(buffer.shape).clone()
-        module.get_submodule(owner).register_buffer(own_name, positions, persistent=False)
+        owner.register_buffer(own_name, made, persistent=False)

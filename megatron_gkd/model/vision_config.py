@@ -31,10 +31,26 @@ class Family:
 
     hf_class: str
     tower: str  # modules of transformers' model, which are here under the same names
-    projector: str
+    projector: str  # may be a part of the tower's module, and is no part of the tower then
     names: Mapping[str, tuple[str, ...]]
     # Options of text_config that its published files have, and transformers' class of the decoder does not read.
     unread: frozenset[str] = frozenset()
+    # Of a decoder with a model_type of its own: that of the family of text that it is. It turns a token by three
+    # positions (M-RoPE), and its options may stand beside vision_config, with these, and no text_config be there.
+    decoders: Mapping[str, str] = field(default_factory=dict)
+    beside: frozenset[str] = frozenset()
+    decoder: str = "language_model"  # the decoder's module in transformers' model
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Of transformers' model, that hold tower and projector."""
+        return (self.tower,) if self.projector.startswith(f"{self.tower}.") else (self.tower, self.projector)
+
+    def decoder_options(self, raw: Mapping[str, Any]) -> Any:
+        """The part of a config.json that is the decoder's."""
+        if "text_config" in raw or not self.beside:
+            return raw.get("text_config")
+        return {name: value for name, value in raw.items() if name not in self.beside}
 
 
 _LLAVA_LIKE: Final = {
@@ -42,6 +58,9 @@ _LLAVA_LIKE: Final = {
     "lm_head.": ("language_model.lm_head.", "lm_head."),
     "multi_modal_projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
 }
+_QWEN_TOKENS: Final = frozenset(
+    {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id"}
+)
 FAMILIES: Final[dict[str, Family]] = {
     "internvl": Family(
         "InternVLForConditionalGeneration",
@@ -78,6 +97,20 @@ FAMILIES: Final[dict[str, Family]] = {
                 *("qk_layer_norms", "use_resampler"),
             }
         ),
+        decoder="text_model",
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VLForConditionalGeneration",
+        "visual",
+        "visual.merger",
+        {
+            "model.": ("model.", "model.language_model."),
+            "lm_head.": ("lm_head.",),
+            "visual.": ("visual.", "model.visual."),
+        },
+        unread=_QWEN_TOKENS | {"architectures"},
+        decoders={"qwen2_5_vl_text": "qwen2"},
+        beside=_QWEN_TOKENS | {"model_type", "architectures", "vision_config"},
     ),
 }
 # Known by name, and why they are refused.
@@ -85,8 +118,7 @@ REFUSED: Final = {
     "internvl_chat": "its code is remote, and never run; convert it first: megatron-gkd convert --to hf",
     "qwen3_vl": "its tower adds rows to the hidden states of later layers (deepstack)",
     "qwen3_vl_moe": "its tower adds rows to the hidden states of later layers (deepstack)",
-    "qwen2_vl": "its positions have three parts (M-RoPE)",
-    "qwen2_5_vl": "its positions have three parts (M-RoPE)",
+    "qwen2_vl": "its tower is another one than Qwen2.5-VL's, which is built",
     "llava_next": "the order of its rows depends on the image's shape",
     "llava_onevision": "the order of its rows depends on the image's shape",
     "idefics3": "its images have tokens between their rows",
@@ -112,6 +144,24 @@ class VisionPart:
             if name.startswith(prefix):
                 return stored + name.removeprefix(prefix)
         raise AssertionError(f"{name} is neither text nor vision")
+
+    def runtime_name(self, stored: str) -> str:
+        """transformers' name of a tensor of its model, from its name in the files."""
+        for prefix, of_files in sorted(self.spelling, key=lambda pair: -len(pair[1])):
+            if stored.startswith(of_files):
+                here = {"model.": self.decoder_prefix, "lm_head.": prefix}.get(prefix, f"model.{prefix}")
+                return here + stored.removeprefix(of_files)
+        raise AssertionError(f"{stored} is neither text nor vision")
+
+    @property
+    def decoder_prefix(self) -> str:
+        """Of the decoder's tensors in transformers' model."""
+        return f"model.{FAMILIES[self.family].decoder}."
+
+    @property
+    def projector_prefix(self) -> str:
+        """Of the projector's tensors, as they are called here."""
+        return f"{FAMILIES[self.family].projector}."
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -152,6 +202,9 @@ def meta_model(config_json: str, dtype: Any = None) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     raw = json.loads(config_json)
+    for part in ("text_config", "vision_config"):
+        if part in raw and raw[part]["model_type"] is None:  # not said, and transformers knows
+            del raw[part]["model_type"]
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     config.text_config.num_hidden_layers = 1
     with torch.device("meta"):
@@ -192,7 +245,8 @@ def _relevant(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Without what has no part in what is computed."""
     kept = without_harmless({name: value for name, value in raw.items() if name != "architectures"})
     for part in ("text_config", "vision_config"):
-        kept[part] = without_harmless(raw[part]) | {"model_type": raw[part].get("model_type")}
+        if part in raw:
+            kept[part] = without_harmless(raw[part]) | {"model_type": raw[part].get("model_type")}
     return kept
 
 
@@ -207,6 +261,6 @@ def _shapes(config_json: str) -> dict[str, tuple[int, ...]]:
     family, model = FAMILIES[json.loads(config_json)["model_type"]], meta_model(config_json)
     return {
         f"{part}.{name}": tuple(tensor.shape)
-        for part in (family.tower, family.projector)
+        for part in family.modules
         for name, tensor in getattr(model, part).named_parameters()
     }

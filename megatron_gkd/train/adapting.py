@@ -60,7 +60,7 @@ def check_adapters(config: RunConfig, arch: Architecture, layout: Layout) -> Non
             _check_same(lora, adapter)
             adapter.check(adapters.shapes(arch, lora, names) | whole_modules.shapes(arch, whole))
             if whole_modules.ties(arch, whole):
-                adapter.check_tied()
+                adapter.check_tied(*whole_modules.tied_names(arch))
 
 
 def _check_same(lora: Lora, adapter: peft_files.PeftAdapter) -> None:

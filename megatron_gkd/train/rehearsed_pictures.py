@@ -28,6 +28,7 @@ from megatron_gkd.model import vision
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.vision_config import meta_model
 from megatron_gkd.records import Picture, Sample
+from megatron_gkd.train.tower_flops import tower_flops
 from megatron_gkd.train.vision import read_sight
 
 
@@ -46,7 +47,22 @@ class RehearsedSight:
         """Reads the processors' files. Raises what `train` would say of them (train/vision.py)."""
         self.sight = read_sight(config, *archs, load_tokenizer(config.model.model))
         self._pictures = [striped_picture(*shown.size)] * shown.number
-        self._shown = shown
+        self._shown, self._archs = shown, archs
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """Matrix products for the images of a sample, of the student's tower and of the teacher's."""
+        of_student, of_teacher = (
+            self._flops(arch, images)
+            for arch, images in zip(self._archs, (self.sight.student, self.sight.teacher), strict=True)
+        )
+        return of_student, of_teacher
+
+    def _flops(self, arch: Architecture | None, images: ImageTokens | None) -> float:
+        if arch is None or arch.vision is None or images is None or not self._pictures:
+            return 0.0
+        _, placed = self._expanded(images)
+        return tower_flops(arch.vision, images.inputs(placed[:1]), placed[0].num_tokens) * len(placed)
 
     def samples(self, lengths: Sequence[tuple[int, int]]) -> tuple[Sample, ...]:
         """Of a step, of (prompt, completion) tokens, those of the images in the prompt's number. Raises ConfigError."""
@@ -78,7 +94,10 @@ class RehearsedSight:
         """Tell the chunk that has the tower what it is fed, without values (train/vision.py, `prepare_towers`)."""
         for chunk in chunks:
             if chunk.vision is not None and images is not None:
-                chunk.vision.prepare = self._feed(images)
+                grids: list[list[int]] = []
+                chunk.vision.prepare = self._feed(images, grids)
+                if images.square is not None:
+                    chunk.vision.ask_instead(_KnownGrids(chunk.vision.visual, grids))
 
     @contextmanager
     def fake_towers(self) -> Iterator[None]:
@@ -101,14 +120,18 @@ class RehearsedSight:
             return (), ()
         return images.expand((images.image_token_id,) * len(self._pictures), self._pictures)
 
-    def _feed(self, images: ImageTokens) -> vision.Prepare:
+    def _feed(self, images: ImageTokens, grids: list[list[int]]) -> vision.Prepare:
+        """`grids` are then those of the images that were prepared last, where the processor says some."""
         shapes: dict[tuple[int, int], dict[str, tuple[torch.Size, torch.dtype]]] = {}
+        grid_of: dict[tuple[int, int], list[list[int]]] = {}
         with unset_fake_temporarily():
             for picture in (striped_picture(), *self._pictures[:1]):
                 found = images.inputs([picture])
                 shapes[picture.size] = {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()}
+                grid_of[picture.size] = found["image_grid_thw"].tolist() if "image_grid_thw" in found else []
 
         def feed(pictures: Sequence[Picture]) -> Mapping[str, torch.Tensor]:
+            grids[:] = [grid for picture in pictures for grid in grid_of[picture.size]]
             fed = {}
             for name, (shape, dtype) in shapes[pictures[0].size].items():
                 tiles = sum(shapes[picture.size][name][0][0] for picture in pictures)
@@ -116,3 +139,31 @@ class RehearsedSight:
             return fed
 
         return feed
+
+
+class _KnownGrids:
+    """In place of transformers' Qwen2.5-VL, whose tower asks the tensor of grids for its values: fake ones have none.
+    What it makes of them is made of real ones, and handed to it."""
+
+    def __init__(self, tower: Any, grids: list[list[int]]) -> None:
+        self._tower, self._grids = tower, grids
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, return_dict: bool) -> Any:
+        from transformers import vision_utils
+
+        config = self._tower.config
+        merge, options = config.spatial_merge_size, dict(window_size=config.window_size, patch_size=config.patch_size)
+        with unset_fake_temporarily():
+            grids = torch.tensor(self._grids)
+            position_ids = vision_utils.get_vision_position_ids(grids, merge)
+            index, windows = vision_utils.get_vision_window_index(grids, spatial_merge_size=merge, **options)
+            borders = vision_utils.get_vision_cu_seqlens(grids)
+        return self._tower(
+            pixel_values,
+            grid_thw=image_grid_thw,
+            position_ids=position_ids,
+            window_index=index,
+            cu_seqlens=borders.numpy(),  # of an array `.tolist()` is known
+            cu_window_seqlens=windows.numpy(),
+            return_dict=return_dict,
+        )

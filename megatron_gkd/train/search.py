@@ -34,6 +34,7 @@ from megatron_gkd.model.divisible import check_in
 from megatron_gkd.parallel.layout import Coordinate, Layout
 from megatron_gkd.train.fit import check_batch, refuse_student
 from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse
+from megatron_gkd.train.rehearsed_pictures import RehearsedSight, Shown
 from megatron_gkd.train.step_time import BYTES, Rates, elements, step_seconds
 from megatron_gkd.weights.plan import hf_tensor_shapes
 
@@ -96,6 +97,7 @@ def search(
     rates: Rates,
     most: int = 5,
     told: Callable[[str], None] = lambda text: None,
+    shown: Shown | None = None,
 ) -> Searched:
     """See the module docstring. No process group may exist yet.
 
@@ -104,11 +106,14 @@ def search(
         room: bytes of a GPU for the run.
         most: fitting layouts that are rehearsed whole.
         told: is given a line of progress now and then.
+        shown: the images of every sample, where the student sees images.
 
     Raises NotBuiltError for a run that is not rehearsed.
     """
     arch, of_teacher = architectures(config)
-    _refuse(config, arch)
+    _refuse(config)
+    shown = None if arch.vision is None else shown
+    towers = (0.0, 0.0) if shown is None else RehearsedSight(config, (arch, of_teacher), shown).flops
     impossible: Counter[str] = Counter()
     fitting, too_large = list[Found](), list[Found]()
     for base, student in _students(config, arch, world_size, sum(length), impossible):
@@ -116,29 +121,27 @@ def search(
             impossible["weights, gradients and optimizer alone do not fit"] += 1
             continue
         told(f"rehearsing {student.describe()}")
-        measured = _Measured.of(base, arch, of_teacher, student, length)
+        measured = _Measured.of(base, arch, of_teacher, student, length, shown)
         for candidate in _variants(base, arch, of_teacher, world_size, impossible):
-            found = _estimate(candidate, arch, of_teacher, world_size, length, measured, rates)
+            found = _estimate(candidate, arch, of_teacher, world_size, length, measured, rates, towers)
             (fitting if found.num_bytes <= room else too_large).append(found)
     fitting.sort(key=lambda found: found.seconds)
     checked: list[Found] = []
     while fitting and len(checked) < most:
         told(f"rehearsing whole: {fitting[0].student.describe()}")
-        whole = _whole(fitting.pop(0), world_size, length)
+        whole = _whole(fitting.pop(0), world_size, length, shown)
         (checked if whole.num_bytes <= room else too_large).append(whole)
     too_large.sort(key=lambda found: found.num_bytes)
     return Searched(checked + fitting, too_large, impossible)
 
 
-def _refuse(config: RunConfig, arch: Architecture) -> None:
+def _refuse(config: RunConfig) -> None:
     """What a layout that is given is planned with, and a search is not."""
     asked = [
         f"--{flag}" for flag in ("offload_model", "offload_optimizer", "offload_teacher_model") if config.get(flag)
     ]
     if config.teacher.teacher_placement == "separate":
         asked.append("--teacher_placement separate")
-    if arch.vision is not None:
-        asked.append("a vision tower")
     if asked:
         raise NotBuiltError(
             f"not built yet: plan --search with {asked[0]}; plan the layout that is given, without --search"
@@ -236,6 +239,7 @@ class _Measured:
         of_teacher: Architecture | None,
         student: Layout,
         length: tuple[int, int],
+        shown: Shown | None = None,
     ) -> _Measured:
         """Of the stages that differ (`_stages`)."""
         # The teacher is there for what the student's ranks hold of it: signals, and its head.
@@ -258,6 +262,7 @@ class _Measured:
                     lengths=[length] * config.training.global_batch_size,
                     archs=(with_layers(arch, depth, student.pipeline, dense=dense), one_each),
                     num_steps=1,
+                    shown=shown,
                 )
                 for depth, dense in depths
             ]
@@ -357,6 +362,7 @@ def _estimate(
     length: tuple[int, int],
     measured: _Measured,
     rates: Rates,
+    towers: tuple[float, float] = (0.0, 0.0),
 ) -> Found:
     student, teacher = planned_layouts(config, world_size)
     num_bytes = max(
@@ -372,7 +378,7 @@ def _estimate(
         return ratio * max(extrapolated(measured.traffic, name, depth) + dense * of_dense for dense, depth in counts)
 
     sent = {name: handed(name) for name in ("tp", "cp", "ep")}
-    phases = step_seconds(config, arch, of_teacher, student, teacher, length, sent, rates)
+    phases = step_seconds(config, arch, of_teacher, student, teacher, length, sent, rates, towers)
     return Found(config, student, teacher, round(num_bytes), sum(phases.values()), phases)
 
 
@@ -413,7 +419,7 @@ def _stage_bytes(
     return sum(parts.values())
 
 
-def _whole(found: Found, world_size: int, length: tuple[int, int]) -> Found:
+def _whole(found: Found, world_size: int, length: tuple[int, int], shown: Shown | None = None) -> Found:
     """Rehearsed as `plan` does, of at most as many micro-batches as are in flight."""
     config, student = found.config, found.student
     archs = architectures(config)
@@ -425,6 +431,7 @@ def _whole(found: Found, world_size: int, length: tuple[int, int]) -> Found:
             rank=_rank(student, stage),
             lengths=[length] * small.training.global_batch_size,
             archs=archs,
+            shown=shown,
         ).peaks
         for stage in _stages(archs[0], student)
     ]

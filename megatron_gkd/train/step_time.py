@@ -8,7 +8,9 @@ Per stage and micro-batch
                the teacher's all-reduces over its TP ranks
 
 of the slowest stage, times (m + (p - 1) / v) for m micro-batches over p stages of v model chunks each; then the
-gradients' reduction and the weights' gather over replicas. Nothing overlaps, and every product runs at one rate. So it
+gradients' reduction and the weights' gather over replicas. A vision tower (tower_flops.py) is the first stage's, and
+each of its tensor and context parallel ranks computes it whole: 3 x its products where it is trained, else 1 x, for
+which the other stages wait. Nothing overlaps, and every product runs at one rate. So it
 is good for the order of layouts, and not for seconds.
 """
 
@@ -88,12 +90,14 @@ def step_seconds(
     length: tuple[int, int],
     handed: Mapping[str, float],
     rates: Rates,
+    towers: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, float]:
     """Predicted seconds of a step, by phase. See the module docstring.
 
     Args:
         length: (prompt, completion) tokens of every sample.
         handed: bytes that a rank of the student hands to collectives in a step, by the group's name.
+        towers: products of a forward pass for the images of a sample, of the student's vision tower and the teacher's.
     """
     total, completion = sum(length), length[1]
     samples = config.training.global_batch_size
@@ -111,6 +115,11 @@ def step_seconds(
     phases["student"] = _passes_s(
         arch, student, samples, config.training.micro_batch_size, total, passes, head * completion, rates
     )
+    if towers[0]:
+        passes_of_tower = 1 if config.model.freeze_vision else 3
+        phases["vision tower"] = passes_of_tower * towers[0] * samples / student.data / rates.flops
+    if towers[1]:
+        phases["teacher's vision tower"] = towers[1] * samples / teacher.data / rates.flops
     for name in ("tp", "cp", "ep"):
         if (num_bytes := handed.get(name, 0.0)) > 0 and getattr(student, _SIZE_OF[name]) > 1:
             inside = student.tensor * (student.context if name == "cp" else 1) <= rates.ranks_per_node

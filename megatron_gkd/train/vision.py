@@ -89,7 +89,6 @@ def _refuse(config: RunConfig, student: Architecture, teacher: Architecture | No
     trained = not (config.model.freeze_vision and config.model.freeze_projector)
     not_built = [
         (config.lmbda.most > 0 and config.data.streaming, "--streaming true with --lmbda above 0", "leave it out"),
-        (bool(config.tuner.modules_to_save), "--modules_to_save", "leave it out, and train adapters alone"),
         (config.sampling.vllm_enable_lora, "--vllm_enable_lora true", "leave it out, and merged weights are sent"),
         (trained and config.overlap.overlap_grad_reduce, "--overlap_grad_reduce with a trained tower or projector",
          "a micro-batch without an image gives them no gradient: leave it out, or freeze both"),

@@ -39,7 +39,6 @@ _ROLES: Final = (
     *("gate_up", "down", "shared_gate_up", "shared_down", "expert_gate_up", "expert_down"),
 )
 _PREFIX, _SUFFIX = "base_model.model.", ".weight"
-_DECODER: Final = "model.language_model."  # in transformers' vision-language models
 
 
 def module_name(tensor: str) -> str:
@@ -51,7 +50,7 @@ def peft_name(module: str, part: str, arch: Architecture) -> str:
     """peft's name of a matrix: `part` is A or B. Of a vision-language model by transformers' name of the module, which
     its files may spell otherwise."""
     if arch.vision is not None:
-        module = _DECODER + module.removeprefix(arch.vision.stored_name("model."))
+        module = arch.vision.runtime_name(module)
     return f"{_PREFIX}{module}.lora_{part}.weight"
 
 
@@ -86,7 +85,9 @@ def peft_targets(arch: Architecture, target_modules: Sequence[str]) -> list[str]
     """`target_modules` as adapter_config.json has it: names, and of a vision-language model, whose tower has matrices
     of the same names, an expression for those of its decoder."""
     names = leaf_names(arch, target_modules)
-    return names if arch.vision is None else rf"{re.escape(_DECODER)}.*\.({'|'.join(names)})"
+    if arch.vision is None:
+        return names
+    return rf"{re.escape(arch.vision.decoder_prefix)}.*\.({'|'.join(names)})"
 
 
 def check_targets(arch: Architecture, lora: Lora, target_modules: Sequence[str]) -> None:

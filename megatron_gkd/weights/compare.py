@@ -20,6 +20,7 @@ from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.data.collate import MicroBatch, media_of, without_loss
 from megatron_gkd.data.image_tokens import ImageTokens, read_image_tokens
 from megatron_gkd.data.pictures import striped_picture
+from megatron_gkd.data.positions import rotary_positions
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.pipeline import forward_hidden, run_schedule
@@ -75,10 +76,13 @@ def reference_logits(hf_dir: str | Path, tokens: torch.Tensor, seen: Seen | None
 
     kind: Any = AutoModelForCausalLM if seen is None else AutoModelForImageTextToText
     model = kind.from_pretrained(str(hf_dir), dtype=torch.float32, trust_remote_code=False, local_files_only=True)
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if seen is not None:
+        inputs |= seen.images.inputs([seen.picture])
+        if seen.picture.grid is not None:
+            inputs["mm_token_type_ids"] = (tokens == seen.images.image_token_id).int()
     with torch.no_grad():
-        logits: torch.Tensor = model.eval()(
-            input_ids=tokens, **({} if seen is None else seen.images.inputs([seen.picture]))
-        ).logits
+        logits: torch.Tensor = model.eval()(**inputs).logits
     return logits
 
 
@@ -94,6 +98,8 @@ def model_logits(
     batch = without_loss(tokens)
     if seen is not None:
         batch = replace(batch, media=media_of([seen.picture], [0]))
+        if seen.picture.grid is not None:
+            batch = replace(batch, position_ids=rotary_positions(tokens.shape[1], [seen.picture])[:, None])
         for chunk in chunks:
             if chunk.vision is not None:
                 chunk.vision.prepare = seen.images.inputs

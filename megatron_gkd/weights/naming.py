@@ -292,6 +292,7 @@ _IGNORED_HF: Final = (
         r"(language_model\.)?model\.(language_model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     ),  # recomputed from the config, by transformers too
     re.compile(r"(model\.)?vision_(tower|model)\.([a-z_]+\.)*position_ids"),  # 0, 1, 2, ...
+    re.compile(r"(model\.)?visual\.rotary_pos_emb\.inv_freq"),
 )
 
 

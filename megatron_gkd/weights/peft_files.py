@@ -174,9 +174,9 @@ class PeftAdapter:
         rows: torch.Tensor = self._handle.get_slice(name)[first:last]
         return rows
 
-    def check_tied(self) -> None:
-        """Raise CheckpointError unless embedding and head are one, as they are in the student."""
-        if said := check_tied(self._entries, self.config, self._same):
+    def check_tied(self, embedding: str, head: str) -> None:
+        """Raise CheckpointError unless embedding and head, by peft's names, are one, as they are in the student."""
+        if said := check_tied(self._entries, self.config, self._same, embedding, head):
             raise CheckpointError(f"{self.path} {said}: it is an adapter of another model")
 
     def _same(self, name: str, other: str) -> bool:

@@ -1,5 +1,5 @@
 """Modules that are trained whole beside adapters (peft's `modules_to_save`), by Hugging Face names: embedding, head and
-norms of a model whose other weights are frozen.
+norms of a model whose other weights are frozen, and the projector of one that sees images.
 
     check_modules(arch, ["embed_tokens", "norm"])       refuses names that no such module has
     unfreeze(chunks, arch, groups, names, ...)          after `attach` (adapters.py), before DDP
@@ -12,6 +12,9 @@ compares the ends of names, is told `model.norm`).
 A tied head is the embedding: either name trains the one matrix, on both ends of a pipeline. peft needs
 `ensure_weight_tying` for that, and then writes the matrix under both names; so do we. A file in which the head was left
 behind, or differs, is another model, and refused.
+
+Of a model that sees images names are transformers', as those of adapters are; norms of heads are left out, whose names
+the tower's may share.
 
 Gradients and optimizer state are megatron-core's own, as in full training: no weight decay on norms.
 """
@@ -28,7 +31,7 @@ from megatron_gkd.errors import ConfigError
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
 from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.load import parameter_plan
-from megatron_gkd.weights.naming import ROLES
+from megatron_gkd.weights.naming import ROLES, Unit
 from megatron_gkd.weights.plan import unit_shapes, units
 
 _KINDS: Final = ("embedding", "attention_norm", "query_norm", "key_norm", "mlp_norm", "final_norm", "head")
@@ -39,7 +42,9 @@ _PREFIX: Final = "base_model.model."
 def check_modules(arch: Architecture, names: Sequence[str]) -> None:
     """Raise ConfigError for a name that no module has which can be trained whole."""
     present = ({unit.role for unit in units(arch)} | {"head"}) - ({"query_norm"} if arch.latent is not None else set())
-    known = [name for name, role in _NAMES.items() if role in present]
+    if arch.vision is not None:
+        present -= {"query_norm", "key_norm"}
+    known = [name for name, role in _NAMES.items() if role in present] + _projectors(arch)
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(
             f"--modules_to_save {unknown[0]}: of a {arch.model_type} model these can be trained beside adapters: "
@@ -49,8 +54,19 @@ def check_modules(arch: Architecture, names: Sequence[str]) -> None:
 
 def roles_of(arch: Architecture, names: Sequence[str]) -> set[str]:
     """The roles (naming.py) that are trained; of a tied head both ends."""
-    found = {_NAMES[name] for name in names}
+    found = {_NAMES[name] for name in names if name in _NAMES}
     return found | {"embedding", "head"} if arch.tied_embeddings and found & {"embedding", "head"} else found
+
+
+def _projectors(arch: Architecture) -> list[str]:
+    """The name of the projector of a model that sees images."""
+    return [] if arch.vision is None else [arch.vision.projector_prefix.split(".")[-2]]
+
+
+def _is_trained(arch: Architecture, names: Sequence[str]) -> Callable[[Unit], bool]:
+    roles, vision = roles_of(arch, names), arch.vision
+    prefix = vision.projector_prefix if vision is not None and set(_projectors(arch)) & set(names) else None
+    return lambda unit: unit.role in roles or (prefix is not None and str(unit.name).startswith(prefix))
 
 
 def ties(arch: Architecture, names: Sequence[str]) -> bool:
@@ -61,14 +77,16 @@ def ties(arch: Architecture, names: Sequence[str]) -> bool:
 def peft_modules(arch: Architecture, names: Sequence[str]) -> list[str] | None:
     """The names as adapter_config.json has them."""
     roles = roles_of(arch, names) - ({"head"} if arch.tied_embeddings else set())
-    return ["model.norm" if name == "norm" else name for name, role in _NAMES.items() if role in roles] or None
+    norm = "model.norm" if arch.vision is None else f"{arch.vision.decoder_prefix}norm"
+    found = [norm if name == "norm" else name for name, role in _NAMES.items() if role in roles]
+    return found + [name for name in _projectors(arch) if name in names] or None
 
 
 def shapes(arch: Architecture, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """peft's name -> shape, in order."""
-    roles, found = roles_of(arch, names), dict[str, tuple[int, ...]]()
+    is_trained, found = _is_trained(arch, names), dict[str, tuple[int, ...]]()
     for unit in units(arch):
-        if unit.role in roles:
+        if is_trained(unit):
             for name, shape in unit_shapes(unit, arch).items():
                 found |= dict.fromkeys(_stored_as(name, arch), shape)
     return found
@@ -76,14 +94,27 @@ def shapes(arch: Architecture, names: Sequence[str]) -> dict[str, tuple[int, ...
 
 def _stored_as(name: str, arch: Architecture) -> list[str]:
     """peft's names of a Hugging Face tensor: of a tied embedding the head's too."""
-    is_both = arch.tied_embeddings and name == ROLES["embedding"].hf_names[0]
-    return [_PREFIX + name, *([_PREFIX + ROLES["head"].hf_names[0]] if is_both else [])]
+    embedding, head = tied_names(arch)
+    own = _peft_name(name, arch)
+    return [own, *([head] if arch.tied_embeddings and own == embedding else [])]
+
+
+def _peft_name(name: str, arch: Architecture) -> str:
+    """Of a Hugging Face tensor."""
+    return _PREFIX + (name if arch.vision is None else arch.vision.runtime_name(name))
+
+
+def tied_names(arch: Architecture) -> tuple[str, str]:
+    """peft's names of the embedding and of the head."""
+    names = [ROLES[role].hf_names[0] for role in ("embedding", "head")]
+    embedding, head = names if arch.vision is None else map(arch.vision.stored_name, names)
+    return _peft_name(embedding, arch), _peft_name(head, arch)
 
 
 def _trained(chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any, names: Sequence[str]) -> list[Any]:
-    roles = roles_of(arch, names)
+    is_trained = _is_trained(arch, names)
     parameters: list[Parameter] = check_chunks(chunks, arch, ExpertRank.of(groups))
-    return [parameter for parameter in parameters if parameter.unit.role in roles]
+    return [parameter for parameter in parameters if is_trained(parameter.unit)]
 
 
 def unfreeze(
@@ -118,7 +149,7 @@ def fill(
             if rectangle.name is None:
                 part.zero_()  # vocabulary padding
             else:
-                part.copy_(read(_PREFIX + rectangle.name, *rectangle.rows))
+                part.copy_(read(_peft_name(rectangle.name, arch), *rectangle.rows))
 
 
 def collect(
@@ -129,21 +160,26 @@ def collect(
     Args:
         options: of HFTensorStream, whose communication it makes.
     """
-    roles = roles_of(arch, names)
-    if not roles:
+    if not names:
         return
-    stream = HFTensorStream(chunks, arch, groups, only=lambda unit: unit.role in roles, **options)
+    stream = HFTensorStream(chunks, arch, groups, only=_is_trained(arch, names), **options)
     for name, tensor in stream:
         yield {peft_name: tensor.cpu() for peft_name in _stored_as(name, arch)}
 
 
-def check_tied(entries: Mapping[str, Any], config: Mapping[str, Any], same: Callable[[str, str], bool]) -> str:
+def check_tied(
+    entries: Mapping[str, Any],
+    config: Mapping[str, Any],
+    same: Callable[[str, str], bool],
+    embedding: str,
+    head: str,
+) -> str:
     """Of a file with the matrix of a tied student: what is wrong with it, or "".
 
     Args:
         same: whether two tensors of the file have the same values.
+        embedding: peft's name of it (`tied_names`), as `head`.
     """
-    embedding, head = (_PREFIX + ROLES[role].hf_names[0] for role in ("embedding", "head"))
     if not config.get("ensure_weight_tying"):
         return "trained the embedding apart from the head, which is tied to it here (ensure_weight_tying is off)"
     if embedding in entries and head in entries and not same(embedding, head):

@@ -4,17 +4,27 @@ hand over. Not covered: whether they are right (nothing has been timed on a GPU)
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_gkd import cli
+from megatron_gkd.architecture import read_architecture
 from megatron_gkd.commands.plan import _seconds
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.config.plan import PlanConfig
+from megatron_gkd.data.chat import load_tokenizer
+from megatron_gkd.data.image_tokens import read_image_tokens
+from megatron_gkd.data.pictures import striped_picture
 from megatron_gkd.observe.allocations import Alive
 from megatron_gkd.train.rehearsal import Rehearsed, architectures, planned_layouts
+from megatron_gkd.train.tower_flops import tower_flops
+from tests.support.dense_vision import load
+from tests.support.effort import FULL
+from tests.support.ranks_at_work import megatron
 from tests.support.vision_models import write_tiny_vision
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
@@ -49,10 +59,46 @@ def test_a_student_that_teaches_itself_has_a_teachers_pass() -> None:
     assert "teacher" not in seconds(ASKED, 0, "--objective", "sft")
 
 
-def test_a_search_does_not_count_a_vision_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_tiny_vision(tmp_path / "model", "llava", decoder="llama", seed=1)
-    models = f"--model {tmp_path / 'model'} --teacher_model {tmp_path / 'model'}"
-    code = cli.main(["plan", *f"{models} --world_size 2 --lmbda 0 --save none --train_iters 1 --search".split()])
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-gkd: error")]
-    assert code == 2
-    assert "plan --search with a vision tower" in line
+def words(model: Path, *more: str) -> list[str]:
+    """Of a student that sees images, with two images in a prompt; its teacher is as large."""
+    line = f"plan --model {model} --teacher_model {model} --world_size 2 --lmbda 0 --save none --train_iters 1 "
+    line += "--global_batch_size 4 --dtype fp32 --images_per_sample 2 --image_width 80 --image_height 60 "
+    return [*line.split(), "--prompt_tokens", "60", "--completion_tokens", "20", "--output", "json", *more]
+
+
+@pytest.mark.parametrize(("family", "decoder"), [("internvl", "qwen2"), ("llava", "llama"), ("qwen2_5_vl", "qwen2")])
+def test_the_products_of_a_tower_are_those_that_torch_counts(tmp_path: Path, family: str, decoder: str) -> None:
+    """Within a quarter: a class token, windows and what both leave out are small."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    path = write_tiny_vision(tmp_path / "model", family, decoder=decoder, seed=1)
+    vision = read_architecture(path).vision
+    assert vision is not None
+    tokenizer = load_tokenizer(path)
+    rule = read_image_tokens(path, family, vision.image_token_id, tokenizer, max_tiles=None)
+    _, (picture,) = rule.expand((vision.image_token_id,), [striped_picture(100, 80)])
+    fed, tower = rule.inputs([picture]), load(path, torch.float32).model
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tower.get_image_features(**fed, return_dict=True)
+    assert tower_flops(vision, fed, picture.num_tokens) == pytest.approx(counter.get_total_flops(), rel=0.25)
+
+
+def test_a_towers_time_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, found = write_tiny_vision(tmp_path / "model", layers=2, seed=1), []
+    for freeze in ("true", "false"):
+        with megatron():
+            assert cli.main(words(model, "--freeze_vision", freeze)) == 0
+        (record,) = json.loads(capsys.readouterr().out)
+        found.append(record["phases_s"])
+    assert found[1]["vision tower"] == pytest.approx(3 * found[0]["vision tower"])
+    assert found[0]["teacher's vision tower"] == pytest.approx(found[0]["vision tower"])
+
+
+@pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1")
+def test_a_search_counts_the_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_tiny_vision(tmp_path / "model", layers=8, seed=1)
+    with megatron():
+        assert cli.main(words(model, "--search")) == 0
+    found = [one for one in json.loads(capsys.readouterr().out) if one["rehearsed_whole"]]
+    assert found
+    assert all(one["phases_s"]["vision tower"] > 0 for one in found)

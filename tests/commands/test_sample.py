@@ -27,6 +27,7 @@ from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.data.result_file import ResultFile
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.errors import RolloutError
+from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.vllm.local_server import LOOPBACK, server_command, server_environment
 from tests.support.checkpoints import tiny_tokenizer, write_tiny_checkpoint
 from tests.support.effort import FULL, LIMIT_S
@@ -194,8 +195,11 @@ def test_the_most_probable_tokens_and_the_documented_command_line(
     """The line of the method's document, with a length that the tiny model has; truncated completions are left out."""
     line = f"sample --model {model} --dataset {tmp_path}/d.jsonl --max_new_tokens 200 --write_batch_size 1000 "
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "Say 5!"}) + "\n")
-    messages = finished([*line.split(), "--result_path", str(tmp_path / "teacher.jsonl")])
-    assert re.search(r"teacher\.jsonl: [01] of 1 completions written", messages)
+    process = start([*line.split(), "--result_path", str(tmp_path / "teacher.jsonl")])
+    _, messages = process.communicate(timeout=LIMIT_S)
+    account = re.search(r"teacher\.jsonl: ([01]) of 1 completions written", messages)
+    assert account, messages
+    assert process.returncode == (0 if account[1] == "1" else 1)
     messages = finished(command("greedy.jsonl", "--temperature", "0", "--num_return_sequences", "2"))
     rows = rows_of(tmp_path / "greedy.jsonl")
     counts = json.loads((tmp_path / "greedy.jsonl.progress.json").read_text())["counts"]
@@ -295,6 +299,40 @@ def test_what_cannot_work_is_said_first(
         del words[words.index(name) : words.index(name) + 2]
     assert message in refused([*words, *flags])
     assert not list(tmp_path.glob("out.jsonl*"))
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [
+        (
+            "drop",
+            "of 28 completions 28 were cut at --max_new_tokens 60, and would teach the student to stop in",
+        ),
+        ("keep", "of 28 completions 28 would be read back as another text"),
+    ],
+)
+def test_a_result_without_a_row_says_why(
+    keep: str,
+    said: str,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """Completions of a model that was not trained: they do not end, and their bytes are no text."""
+
+    class Untrained:
+        def generate(self, requests: list[Request], settings: SamplingSettings) -> list[Completion]:
+            return [Completion(r.key, (255, 254), (-1.0, -1.0), "length", 0) for r in requests]
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(sample, "open_engine", lambda *arguments: Untrained())
+    for _ in range(2):  # the second finds it complete
+        assert cli.main(command("out.jsonl", "--truncated", keep)) == 1
+        assert f"out.jsonl: {said}" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "out.jsonl").read_text() == ""
 
 
 def test_a_result_of_somebody_else_is_left_alone(

@@ -25,7 +25,7 @@ from megatron_gkd.data.prompts import Prompt, make_row, read_back, read_prompts
 from megatron_gkd.data.rows import load_rows
 from megatron_gkd.rollout.protocol import Request
 from tests.data.test_images import png
-from tests.support.dense_vision import load
+from tests.support.dense_vision import inputs_of, load
 from tests.support.effort import FULL, LIMIT_S
 from tests.support.vision_models import write_tiny_vision
 from tests.train.test_vision_exact import pixels_of
@@ -102,8 +102,7 @@ def test_the_command_samples_what_transformers_would(tmp_path: Path, model: Path
         ids, sampled = torch.tensor([prompt.ids]), 0.0
         for _ in range(new):
             with torch.no_grad():
-                extra = {} if pixels is None else {"pixel_values": pixels}
-                logits = dense(input_ids=ids, **extra).logits[0, -1].log_softmax(-1)
+                logits = dense(**inputs_of(dense, ids, pixels)).logits[0, -1].log_softmax(-1)
             logits[images.image_token_id] = -torch.inf
             token = int(logits.argmax())
             sampled += float(logits[token])

@@ -17,7 +17,7 @@ from megatron_gkd.records import Sample
 from tests.support.dense_step import DenseStep, Objective, adam, completion_logits, loss_and_metrics
 from tests.support.numerics import Float64
 
-Pixels = Mapping[int, torch.Tensor | None]  # by position; None: no image
+Pixels = Mapping[int, Mapping[str, torch.Tensor] | None]  # what a tower is fed, by position; None: no image
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,15 @@ class Seeing(torch.nn.Module):
         self._pixels = {(*s.prompt_ids, *s.completion_ids): side.pixels[s.position] for s in side.samples}
 
     def forward(self, ids: torch.Tensor) -> Any:
-        pixels = self._pixels[tuple(ids[0].tolist())]
-        return self.model(input_ids=ids, **({} if pixels is None else {"pixel_values": pixels}))
+        return self.model(**inputs_of(self.model, ids, self._pixels[tuple(ids[0].tolist())]))
+
+
+def inputs_of(model: Any, ids: torch.Tensor, pixels: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """What transformers' model is given for `ids` [1, S], with `pixels` of its images, or none."""
+    inputs = {"input_ids": ids, **(pixels or {})}
+    if "image_grid_thw" in inputs:  # without them, its images have the positions of text
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    return inputs
 
 
 def load(path: str | Path, dtype: torch.dtype) -> Any:
@@ -51,14 +58,19 @@ def load(path: str | Path, dtype: torch.dtype) -> Any:
         with Float64():
             text = getattr(model.model, "text_model", None) or model.model.language_model
             text.rotary_emb = type(text.rotary_emb)(text.config)
+            if (tower := getattr(model.model, "visual", None)) is not None:
+                tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config)
     return model
 
 
 def stored_name(name: str, family: str) -> str:
     """Of a parameter, in the files that tests/support/vision_models.py writes."""
-    if family == "smolvlm":
-        return name.removeprefix("model.")
     name = name.removeprefix("model.")
+    if family == "smolvlm":
+        return name
+    if family == "qwen2_5_vl":
+        name = name.removeprefix("model.")
+        return name.replace("language_model.", "model.", 1) if name.startswith("language_model.") else name
     if family == "llava":
         name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
     if name == "lm_head.weight":

@@ -20,6 +20,7 @@ _ROWS = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)
 IMAGE_TOKENS = {
     "internvl": ("<img>", "</img>", "<IMG_CONTEXT>"),
     "llava": ("<image>",),
+    "qwen2_5_vl": ("<|vision_end|>", "<|video_pad|>", "<|vision_start|>", "<|image_pad|>"),
     "smolvlm": ("<fake_token_around_image>", "<global-img>", *_ROWS, "<image>"),
 }
 TEMPLATE = (
@@ -52,13 +53,17 @@ def vision_tokenizer(family: str) -> Any:
     if family == "internvl":
         roles = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>")
         roles["video_token"] = "<video>"
+    placeholder = IMAGE_TOKENS[family][-1]
+    if family == "qwen2_5_vl":
+        roles = dict(image_token=placeholder, video_token="<|video_pad|>")
+        placeholder = f"<|vision_start|>{placeholder}<|vision_end|>"
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=roles,
         clean_up_tokenization_spaces=False,
-        chat_template=TEMPLATE.replace("IMAGE", IMAGE_TOKENS[family][-1]),
+        chat_template=TEMPLATE.replace("IMAGE", placeholder),
     )
 
 
@@ -95,7 +100,7 @@ def write_tiny_vision(
         eos_token_id=258,
         pad_token_id=256,
     )
-    if decoder == "qwen2":
+    if decoder == "qwen2" or family == "qwen2_5_vl":
         text.pop("head_dim")
     token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[family][-1])
     config: Any
@@ -122,6 +127,30 @@ def write_tiny_vision(
         )
         files: dict[str, Any] = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
         model: Any = tf.InternVLForConditionalGeneration(config)
+    elif family == "qwen2_5_vl":
+        text["model_type"] = "qwen2_5_vl_text"
+        text["rope_parameters"]["mrope_section"] = [4, 6, 6]
+        named = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+        config = tf.Qwen2_5_VLConfig(
+            vision_config=dict(
+                depth=2,
+                hidden_size=32,
+                intermediate_size=64,
+                num_heads=2,
+                out_hidden_size=hidden_size,
+                window_size=56,
+                fullatt_block_indexes=[1],
+            ),
+            text_config=text,
+            image_token_id=token_id,
+            video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+            tie_word_embeddings=tied,
+            **{f"{name}_token_id": number for name, number in named.items()},
+        )
+        # squares of 28 pixels, each a token: up to four for each of `max_tiles`
+        processor = tf.Qwen2VLImageProcessorPil(size={"shortest_edge": 28**2, "longest_edge": 4 * max_tiles * 28**2})
+        files = {"processor_class": "Qwen2_5_VLProcessor"}
+        model = tf.Qwen2_5_VLForConditionalGeneration(config)
     elif family == "smolvlm":
         config = tf.SmolVLMConfig(
             vision_config=dict(**tower, num_hidden_layers=2, image_size=56),

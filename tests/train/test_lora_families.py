@@ -1,6 +1,7 @@
 """Adapters of shared experts, of latent attention and of a vision-language student's decoder: a training step equals
 the formula in plain torch, in layouts that change who holds what (tests/support/dense_lora.py): loss, norm, every
-gradient, every updated matrix; the base, its routers, its tower and its projector stay.
+gradient, every updated matrix; the base, its routers and its tower stay. The student of images has modules beside them
+that are trained whole, its projector among them.
 
 Also what is written: names, adapter_config.json, and merged weights. peft 0.20 with transformers 5.19 loads these
 adapters as what_peft_changes says; it is not among the test's packages. Not covered: bf16, CUDA.
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config.run import RunConfig, TrainingConfig
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.lora import Lora
@@ -36,6 +38,7 @@ from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
 from tests.support.runs import exported, train
 from tests.support.trainers import Trainer
+from tests.support.vision_models import write_tiny_vision
 from tests.train import test_lora_exact as exact
 from tests.train import test_mixtures_exact as mixtures
 from tests.train import test_vision_exact as vision
@@ -141,6 +144,7 @@ def check_merged(base: dict[str, torch.Tensor], merged: dict[str, torch.Tensor],
 # ---- vision-language students ----------------------------------------------------------------------------------------
 
 DECODER = "model.language_model."
+WHOLE = ("norm", "multi_modal_projector")  # trained beside the adapters
 VISION_CELLS = [("internvl", "TP2 SP")]
 if FULL:
     VISION_CELLS = [(family, layout) for family in ("internvl", "llava") for layout in vision.LAYOUTS]
@@ -152,13 +156,22 @@ def vision_config(root: Path, family: str, layout: str) -> Any:
     if not adapter.exists():
         write_vision_adapter(adapter, plain.model.model)
     frozen: dict[str, Any] = dict(freeze_vision=True, freeze_projector=False)  # the defaults: adapters freeze both
-    return vision.config_of(root, family, sizes, **frozen, **tuner(adapter, ALL))
+    return vision.config_of(root, family, sizes, **frozen, **tuner(adapter, ALL), modules_to_save=list(WHOLE))
+
+
+def is_whole(name: str) -> bool:
+    """transformers' name of a parameter that is trained whole."""
+    return name == f"{DECODER}norm.weight" or name.startswith("model.multi_modal_projector.")
 
 
 def write_vision_adapter(path: Path, model: str) -> None:
-    """By transformers' names of the decoder's matrices."""
-    generator, tensors = torch.Generator().manual_seed(5), {}
-    for name, module in load_vision(model, torch.float32).named_modules():
+    """By transformers' names of the decoder's matrices; what is trained whole is a little off the base."""
+    generator, tensors, dense = torch.Generator().manual_seed(5), {}, load_vision(model, torch.float32)
+    for name, weight in dense.named_parameters():
+        if is_whole(name):
+            off = 0.05 * torch.randn(weight.shape, generator=generator)
+            tensors[PREFIX + name] = (weight.detach() + off).contiguous()
+    for name, module in dense.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith(DECODER):
             a = torch.randn(RANK, module.in_features, generator=generator) / math.sqrt(module.in_features)
             b = torch.randn(module.out_features, RANK, generator=generator) * 0.1
@@ -188,7 +201,8 @@ def vision_steps(cells: list[tuple[Any, bool]], out: Path) -> list[Any]:
                 name
                 for model, values in zip(run.student.models, before, strict=True)
                 for name, p in model.named_parameters()
-                if ".adapter." not in name and not torch.equal(p, values[name])
+                if not any(part in name for part in (".adapter.", "multi_modal_projector.", "final_layernorm."))
+                and not torch.equal(p, values[name])
             ]
             found.append((outcome, moved, [rows[index] for index in range(len(rows))]))
     return found
@@ -215,7 +229,9 @@ def vision_truth(student: str, teacher: str, adapter: str, rows: tuple[Any, ...]
         norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.clip_grad)
         betas = (training.adam_beta1, training.adam_beta2)
         options: dict[str, Any] = dict(lr=training.lr, betas=betas, eps=training.adam_eps)
-        torch.optim.AdamW(list(parameters.values()), weight_decay=training.weight_decay, **options).step()
+        shrunk = [dict(params=[p for p in parameters.values() if p.ndim > 1], weight_decay=training.weight_decay)]
+        kept = [dict(params=[p for p in parameters.values() if p.ndim == 1], weight_decay=0.0)]
+        torch.optim.AdamW(shrunk + kept, **options).step()
         weights = {name: p.detach().clone() for name, p in parameters.items()}
         return DenseStep(float(loss.detach()), float(norm), metrics, weights, gradients)
 
@@ -244,8 +260,9 @@ def test_a_step_of_a_student_of_images_equals_the_formula(root: Path, tmp_path: 
     )
     assert written.keys() == given.keys()
     assert all(torch.equal(written[name], given[name]) for name in given)
-    targets = json.loads((tmp_path / "written" / "adapter_config.json").read_text())["target_modules"]
-    assert targets == rf"model\.language_model\..*\.({'|'.join(ALL)})"
+    config = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
+    assert config["target_modules"] == rf"model\.language_model\..*\.({'|'.join(ALL)})"
+    assert config["modules_to_save"] == ["model.language_model.norm", "multi_modal_projector"]
 
 
 @pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1")
@@ -256,6 +273,7 @@ def test_a_run_with_images_resumes_and_merges(root: Path, tmp_path: Path, family
         model=plain.model.model, teacher_model=plain.teacher.teacher_model, dataset=plain.data.dataset, lmbda=0,
         global_batch_size=8, lr=1e-2, lr_warmup_fraction=0, max_length=256, report_to="none", device="cpu",
         tuner_type="lora", lora_rank=RANK, lora_alpha=8, train_iters=2, save_steps=1, merge_lora=True,
+        modules_to_save=list(WHOLE),
     )  # fmt: skip
     whole = train(world=2, **flags, tensor=2, sequence=True, save=tmp_path / "whole")
     again = train(world=2, **flags, pipeline=2, load=whole / "checkpoints/step_00000001", save=tmp_path / "again")
@@ -263,7 +281,14 @@ def test_a_run_with_images_resumes_and_merges(root: Path, tmp_path: Path, family
     for name, tensor in load_file(again / "adapter" / "adapter_model.safetensors").items():
         torch.testing.assert_close(tensor, tensors[name], rtol=1e-3, atol=1e-4)
     stored = {name.replace(PREFIX + DECODER, PREFIX + "language_model.model."): x for name, x in tensors.items()}
-    check_merged(load_file(Path(plain.model.model) / "model.safetensors"), exported(whole), stored)
+    base, merged = load_file(Path(plain.model.model) / "model.safetensors"), exported(whole)
+    assert merged.keys() == base.keys()
+    for name in [name for name in stored if ".lora_" not in name]:
+        here = name.removeprefix(PREFIX).replace("model.multi_modal", "multi_modal")
+        trained = stored.pop(name)
+        assert torch.equal(merged.pop(here), trained), name
+        assert not torch.equal(base.pop(here), trained), name
+    check_merged(base, merged, stored)
 
 
 # ---- what is said, and what is refused -------------------------------------------------------------------------------
@@ -286,12 +311,16 @@ def test_what_peft_makes_of_these_is_known(family: Any, modules: list[str], said
     assert bool(said) == bool(what_peft_changes(arch, lora, modules))
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(tmp_path: Path) -> None:
     given = dict(model="S", teacher_model="T", dataset=["d"], lmbda=0.0, tuner_type="lora")
     for flag, value in (("freeze_vision", False), ("freeze_projector", True)):
         with pytest.raises(ConfigError, match=f"--{flag} is for a student whose weights are trained"):
             RunConfig.from_flat(given | {flag: value}).validate("train")
     with pytest.raises(ConfigError, match="--modules_to_save q_norm: of a deepseek_v3 model these"):
         check_modules(small("deepseek_v3"), ["q_norm"])
+    see = read_architecture(write_tiny_vision(tmp_path / "model", layers=1))
+    check_modules(see, [*WHOLE, "embed_tokens", "lm_head"])
+    with pytest.raises(ConfigError, match=r"--modules_to_save q_norm: of a qwen2 model .*lm_head, multi_modal_projec"):
+        check_modules(see, ["q_norm"])
     with pytest.raises(ConfigError, match="--lora_rank 40 is above the rank of"):
         check_targets(small("deepseek_v3"), Lora(40, 8.0), ["q_a_proj"])

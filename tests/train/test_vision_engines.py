@@ -25,7 +25,7 @@ from megatron_gkd.rollout.engines import engine_image_options
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.vllm.colocate import ColocatedEngine
 from megatron_gkd.rollout.vllm.server import SubprocessEngine
-from tests.support.dense_vision import load
+from tests.support.dense_vision import inputs_of, load
 from tests.support.effort import FULL
 from tests.support.ports import reserve_port
 from tests.support.ranks import RankFailureError, run_ranks
@@ -133,7 +133,7 @@ def assert_greedy(model: Path, prompts: list[Prompt], found: list[Completion], b
     for prompt, completion in zip(prompts, found, strict=True):
         ids = torch.tensor([[*prompt.ids, *completion.token_ids]])
         pixels = pixels_of(str(model), prompt.pictures)
-        logits = dense(input_ids=ids, **({} if pixels is None else {"pixel_values": pixels})).logits[0]
+        logits = dense(**inputs_of(dense, ids, pixels)).logits[0]
         rows = logits[len(prompt.ids) - 1 : -1].log_softmax(-1)
         chosen = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         assert (chosen - torch.tensor(completion.logprobs)).abs().max() < TOLERANCE
@@ -194,8 +194,7 @@ def test_the_teacher_samples_of_images(root: Path, tmp_path: Path) -> None:
         pixels, ids = pixels_of(str(tmp_path / "teacher"), prompt.pictures), list(prompt.ids)
         with torch.no_grad():
             for _ in range(6):
-                extra = {} if pixels is None else {"pixel_values": pixels}
-                logits = dense(input_ids=torch.tensor([ids]), **extra).logits[0, -1]
+                logits = dense(**inputs_of(dense, torch.tensor([ids]), pixels)).logits[0, -1]
                 logits[images.image_token_id] = -torch.inf
                 ids.append(int(logits.argmax()))
                 if ids[-1] == 258:
@@ -205,24 +204,24 @@ def test_the_teacher_samples_of_images(root: Path, tmp_path: Path) -> None:
 
 
 class OfImages(Served):
-    """What launch/teacher_server.sh serves, with the flags for images."""
+    """What launch/teacher_server.sh (or another script) serves, with the flags for images."""
 
-    def __init__(self, model: Path, log: Path, venv: str) -> None:
+    def __init__(self, model: Path, log: Path, venv: str, script: Path = SCRIPT, **values: object) -> None:
         self.model, self.log, self._reserved = model, log, reserve_port()
         self.port = self._reserved.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        values: dict[str, object] = dict(MODEL=model, PORT=self.port, DTYPE="fp32", MAX_LOGPROBS=8, MAX_MODEL_LEN=256)
-        values |= dict(KV_CACHE_BYTES=64 * 2**20, GKD_VENV=venv)
+        values |= dict(MODEL=model, PORT=self.port, DTYPE="fp32", MAX_MODEL_LEN=256, GKD_VENV=venv)
+        values["KV_CACHE_BYTES"] = 64 * 2**20
         words = ["--enable-scale-out", "--limit-mm-per-prompt", '{"image": 2, "video": 0}']
         words += ["--mm-processor-kwargs", '{"max_patches": 4}']
-        self.start(["bash", str(SCRIPT), *words], values)
+        self.start(["bash", str(script), *words], values)
 
 
 @only_full
 def test_a_teacher_server_tells_what_the_local_teacher_does(root: Path, tmp_path: Path) -> None:
     found = {}
     with forked_python() as venv:
-        served = OfImages(root / "teacher", tmp_path / "log", str(venv))
+        served = OfImages(root / "teacher", tmp_path / "log", str(venv), MAX_LOGPROBS=8)
         try:
             served.wait()
             for where in ("server", "local"):
@@ -238,3 +237,19 @@ def test_a_teacher_server_tells_what_the_local_teacher_does(root: Path, tmp_path
     assert len(found["local"]) == 2
     for server, local in zip(found["server"], found["local"], strict=True):
         assert server == pytest.approx(local, rel=1e-4)
+
+
+@only_full
+def test_a_server_of_the_script_samples_for_a_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--vllm_mode server: started by hand, as docs/vision.md says."""
+    monkeypatch.setenv("GKD_ROLLOUT_SECRET_FILE", str(tmp_path / "secret"))
+    with forked_python() as venv:
+        served = OfImages(root / "student", tmp_path / "log", str(venv), SCRIPT.with_name("rollout_server.sh"))
+        try:
+            served.wait()
+            where = dict(vllm_mode="server", vllm_server_host="127.0.0.1", vllm_server_port=served.port)
+            found = differences(root, tmp_path / "run", **where, verify_sync_every=1)
+        finally:
+            served.kill()
+    assert len(found) == 2
+    assert max(found) < TOLERANCE

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from megatron_gkd.config.run import DistillationConfig
+from megatron_gkd.data import collate
 from megatron_gkd.data.pictures import load
 from megatron_gkd.model import build
 from megatron_gkd.records import Picture, Row, Sample
@@ -85,7 +86,7 @@ def write_vision_rows(path: Path, shapes: list[list[tuple[int, int]]] = SHAPES) 
 
 
 def config_of(root: Path, family: str, layout: dict[str, Any], **flags: Any) -> Any:
-    decoder = {"internvl": "qwen2", "llava": "llama"}.get(family, "qwen3")
+    decoder = {"internvl": "qwen2", "llava": "llama", "qwen2_5_vl": "qwen2"}.get(family, "qwen3")
     kind = family.removesuffix("-qwen3")
     student, teacher = root / f"{family}_student", root / f"{family}_teacher"
     if not student.exists():
@@ -117,7 +118,7 @@ def step(config: Any, packing: bool = False, fault: str | None = None) -> tuple[
     """On a rank. The second: the rows, on the first rank."""
     with megatron(), pytest.MonkeyPatch.context() as patch:
         if fault is not None:
-            FAULTS[fault][0](patch)
+            (POSITION_FAULTS.get(fault) or FAULTS[fault][0])(patch)
         trainer = Trainer(config)
         rows = trainer.run.plans._draws.rows  # type: ignore[union-attr]
         outcome = trainer.step(
@@ -136,16 +137,16 @@ def steps(cells: list[tuple[Any, bool, str | None]]) -> list[tuple[StepOutcome, 
     return [step(*cell) for cell in cells]
 
 
-def pixels_of(path: str, pictures: tuple[Picture, ...]) -> torch.Tensor | None:
-    """By transformers' image processor, as its InternVL and LLaVA processors call it."""
+def pixels_of(path: str, pictures: tuple[Picture, ...]) -> dict[str, torch.Tensor] | None:
+    """By transformers' image processor, as its processors of these families call it."""
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(path)
     options = {"crop_to_patches": True} if hasattr(processor, "crop_to_patches") else {}
     if not pictures:
         return None
-    found: torch.Tensor = processor(images=[load(p) for p in pictures], return_tensors="pt", **options)["pixel_values"]
-    return found
+    found = processor(images=[load(p) for p in pictures], return_tensors="pt", **options)
+    return {name: found[name] for name in ("pixel_values", "image_grid_thw") if name in found}
 
 
 @cache
@@ -239,6 +240,33 @@ def marked(name: str) -> Any:
 
 
 PROJECTOR, DECODER = "multi_modal_projector.linear_1.weight", "language_model.model.norm.weight"
+
+
+def positions_of_text(patch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5-VL's images as if their placeholders were words."""
+    patch.setattr(collate, "_with_grids", lambda position_ids, samples, starts: position_ids)
+
+
+def with_angles(change: Any) -> Any:
+    """Other positions or sections than the model is given."""
+
+    def fault(patch: pytest.MonkeyPatch) -> None:
+        original = build.sectioned_angles
+        patch.setattr(
+            build,
+            "sectioned_angles",
+            lambda positions, inv_freq, sections: original(*change(positions, inv_freq, sections)),
+        )
+
+    return fault
+
+
+# Of tokens with three positions (test_vision_qwen.py).
+POSITION_FAULTS: dict[str, Any] = {
+    "positions of text": positions_of_text,
+    "sections in another order": with_angles(lambda p, f, sections: (p, f, sections[::-1])),
+    "positions of the first sample": with_angles(lambda p, f, sections: (p[:, :1].expand_as(p), f, sections)),
+}
 FAULTS: dict[str, tuple[Any, set[str], set[str]]] = {  # what it must show in, and what stays right
     "sequence-major": (rows_in_sequence_major_order, {"loss", "grad_norm", f"gradient of {PROJECTOR}"}, set()),
     "marked as sequence parallel": (

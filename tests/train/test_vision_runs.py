@@ -87,7 +87,6 @@ def test_a_resumed_run_is_the_same_run(root: Path) -> None:
     [
         (dict(lmbda=0.5, streaming=True), "--streaming true with --lmbda above 0 is not built for a vision-language"),
         (dict(overlap_grad_reduce=True), "--overlap_grad_reduce with a trained tower"),
-        (dict(tuner_type="lora", modules_to_save=["norm"]), "--modules_to_save is not built for a vision-language"),
         (dict(max_image_tiles=3), "--max_image_tiles: the images of .* are one tile each"),
         (dict(teacher_model="text"), "sees images and --teacher_model .*text does not"),
     ],

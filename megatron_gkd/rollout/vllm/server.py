@@ -511,7 +511,7 @@ def _check_workers(name: str, workers: Sequence[dict[str, Any]], model_path: str
         raise RolloutError(f"{name} has workers of ranks {ranks}: it is data parallel; start several servers instead")
     config = _config(model_path) if workers else {}
     if "vision_config" in config:  # what workers say is of the decoder; the top level says whether its head is tied
-        config = {**config.get("text_config", {}), "tie_word_embeddings": None}
+        config = {**config.get("text_config", {**config, "model_type": None}), "tie_word_embeddings": None}
     for worker in workers[:1]:
         if worker["dtype"] != LONG_NAMES[dtype]:
             raise RolloutError(
