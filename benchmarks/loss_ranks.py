@@ -28,7 +28,7 @@ class FusedOnRanks:
 
     def __init__(self, case: Case, world: int = 2) -> None:
         self.directory = tempfile.mkdtemp(prefix="bench-")
-        context = torch.multiprocessing.get_context("spawn")
+        context = torch.multiprocessing.get_context("forkserver")  # which imports once, and has computed nothing
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world):

@@ -1,5 +1,5 @@
 """What every test shares: one thread per process, rank pools that end with the session (support/ranks.py), and how
-tests are divided between the workers of pytest-xdist (`-n 2`).
+tests are divided between the workers of pytest-xdist (`-n 3`).
 
 A file is carried out by one worker, since its tests share fixtures and rank pools. Files that may not run side by side,
 or that share something for the session, are one unit of work (TOGETHER). Units begin in the order of FIRST, longest
@@ -13,18 +13,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
-from megatron_gkd.platform import import_megatron
-from tests.support.ranks import close_pools
-
-import_megatron()  # before a test module imports megatron-core
+from tests.support import forkserver
 
 # A unit by name: the files or folders that it holds.
 TOGETHER: dict[str, tuple[str, ...]] = {
     # What imports vLLM, from one process that has (support/vllm_zygote.py): it takes 17 CPU-seconds and 600 MB.
     "vllm": (
         *("tests/rollout/test_bridge", "tests/rollout/test_engine_life", "tests/rollout/test_server"),
+        *("tests/rollout/test_adapter_push", "tests/rollout/test_module_push", "tests/train/test_vision_engines"),
+        *("tests/train/test_vision_on_policy", "tests/train/test_ms_swift_scripts"),
         *("tests/rollout/test_rollout_server_script", "tests/teacher/servers/test_vllm"),
         "tests/teacher/servers/test_swift.",
         *("tests/train/test_on_policy", "tests/train/test_teacher_samples_runs", "tests/train/test_separate_runs"),
@@ -41,6 +39,17 @@ FIRST = (
     "tests/commands",
     "tests/loss",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The controller of several workers imports nothing of what is tested, but starts what their ranks are forked
+    from."""
+    if config.getoption("dist", "no") != "no" and not config.option.collectonly:
+        forkserver.start_shared()
+        return
+    from megatron_gkd.platform import import_megatron
+
+    import_megatron()  # before a test module imports megatron-core
 
 
 def unit_of(nodeid: str) -> str:
@@ -71,6 +80,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_and_no_ranks_left() -> Iterator[None]:
+    import torch
+
+    from tests.support.ranks import close_pools
+
     torch.set_num_threads(1)
     yield
     close_pools()

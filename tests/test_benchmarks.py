@@ -18,9 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _run(*arguments: str, forked: bool = False) -> subprocess.CompletedProcess[str]:
-    """A benchmark, by a new interpreter or, with all that it starts, forked from a process that has imported vLLM. (Not
-    one that starts ranks after a backward pass: such a process cannot be forked.)
-    """
+    """A benchmark, by a new interpreter or, with all that it starts, forked from a process that has imported vLLM."""
     with forked_programs() if forked else contextlib.nullcontext():
         return subprocess.run(
             [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
@@ -30,7 +28,7 @@ def _run(*arguments: str, forked: bool = False) -> subprocess.CompletedProcess[s
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 def test_bench_loss(tmp_path):
     out = tmp_path / "loss.json"
-    result = _run("benchmarks.bench_loss", "--quick", "--cpu", "--json", str(out))
+    result = _run("benchmarks.bench_loss", "--quick", "--cpu", "--json", str(out), forked=True)
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(out.read_text(encoding="utf-8"))
     assert {"device", "threads", "commit", "versions"} <= set(report["environment"])
@@ -122,7 +120,7 @@ def test_bench_step(tmp_path):
 
 def test_bench_data(tmp_path):
     out = tmp_path / "data.json"
-    result = _run("benchmarks.bench_data", "--quick", "--dir", str(tmp_path), "--json", str(out))
+    result = _run("benchmarks.bench_data", "--quick", "--dir", str(tmp_path), "--json", str(out), forked=True)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = {row["method"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
     assert list(rows) == ["render", "library", "one", "batch", "batch_all", "hash", "first", "later", "map"]

@@ -84,6 +84,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXTENSIONS)
 def test_the_change_does_what_it_says(found: dict[str, str], name: str):
     assert found[name] == "", found[name]

@@ -1,7 +1,7 @@
 """The launch scripts with real ranks: one node; two nodes with an agent and one rank each, which share 127.0.0.1 or,
 where this user may make network namespaces, have a network of their own each and a cable between them (veth).
 
-The ranks of all but the first run are forked (support/launched.py), everything else is as users have it.
+The ranks of all runs but one are forked (support/launched.py), everything else is as users have it.
 
 Every run distils the same tiny models on two data parallel ranks, so every run has to leave the same record, bit for
 bit: that of `train_single_node.sh`, which is never stopped. In the run with restarts first a rank of one node is
@@ -154,11 +154,12 @@ def nodes(tmp_path: Path, flags: list[str]) -> Iterator[Nodes]:
 def whole(tmp_path_factory: pytest.TempPathFactory, flags: list[str]) -> Path:
     """The run directory of `train_single_node.sh` on two ranks."""
     root = tmp_path_factory.mktemp("single")
-    nodes = Nodes(root, flags)
-    try:
-        nodes.wait(nodes.start(SINGLE, root / "run", NPROC_PER_NODE="2"))
-    finally:
-        nodes.close()
+    with forked_ranks() as environment:
+        nodes = Nodes(root, flags, environment)
+        try:
+            nodes.wait(nodes.start(SINGLE, root / "run", NPROC_PER_NODE="2"))
+        finally:
+            nodes.close()
     return root / "run"
 
 
@@ -193,6 +194,19 @@ def test_single_node(whole: Path):
     assert [row["step"] for row in metrics(whole)] == list(range(1, STEPS + 1))
     assert (whole / "hf" / "config.json").is_file()
     assert len(list((whole / "checkpoints").glob("step_*"))) == 2
+
+
+def test_an_interpreter_of_its_own(tmp_path: Path, flags: list[str]):
+    """A rank as users have it; by night two."""
+    words = list(flags)
+    words[words.index("--train_iters") + 1] = "2"
+    nodes = Nodes(tmp_path, words)
+    try:
+        nodes.wait(nodes.start(SINGLE, tmp_path / "run", NPROC_PER_NODE="2" if FULL else "1"))
+    finally:
+        nodes.close()
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+    assert (tmp_path / "run" / "hf" / "config.json").is_file()
 
 
 @pytest.mark.skipif(not FULL, reason="by night: the run on two nodes loses a rank too")

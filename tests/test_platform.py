@@ -98,6 +98,7 @@ def test_it_can_be_installed_again_after_undo():
             assert torch.cuda.current_device() == torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_importing_every_module_patches_nothing():
     """In a new process: what torch and the function-mode stack look like before and after all imports. Those of a run
     load no compiler on a CPU."""

@@ -10,6 +10,7 @@ import pytest
 from megatron_gkd import cli
 from megatron_gkd.commands.plan import kinds
 from megatron_gkd.parallel.layout import Layout
+from tests.support.effort import FULL
 from tests.support.trainers import write_pair
 from tests.train.test_rehearsal import config_of, rehearsed
 
@@ -35,9 +36,9 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv += " --max_length 45 --prompt_tokens 5 --gpu_memory_gb 0.0025 --reserved_gb 0 --lines 1"
     assert cli.main([*argv.split(), "--output", "json"]) == 0, capsys.readouterr().err
     ranks = json.loads(capsys.readouterr().out)
-    found = rehearsed(config_of(root, pipeline=2), 2)
+    found = rehearsed(config_of(root, pipeline=2), 2, () if FULL else (1,))
     assert [one["rank"] for one in ranks] == [0, 1]
-    for one, expected in zip(ranks, found, strict=True):
+    for one in ranks:
         assert one["needed_bytes"] == max(sum(parts.values()) for parts in one["phases_bytes"].values())
         assert one["fits"] == (one["needed_bytes"] <= 2.5e6)
         assert sum(one["sent_bytes_a_step"].values()) > 0
@@ -47,7 +48,8 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert "rehearsed_experts" not in line, "of the model, not of what stands between"
         assert list(one["phases_bytes"]) == ["load", "teacher", "forward", "backward", "step 1", "step 2", "save"]
         steps = [sum(parts.values()) for name, parts in one["phases_bytes"].items() if name not in ("load", "save")]
-        assert max(steps) == max(peak.total for peak in expected.peaks)
+        for expected in found:
+            assert expected.rank != one["rank"] or max(steps) == max(peak.total for peak in expected.peaks)
     alone = ["--world_size", "1", "--pipeline_model_parallel_size", "1", "--global_batch_size", "2"]
     assert cli.main([*argv.split(), *alone]) == 0
     text = capsys.readouterr().out

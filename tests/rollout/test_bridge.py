@@ -37,13 +37,14 @@ TOLERANCE = 1e-4  # nats
 TP2, PP2, EP2 = Layout(tensor=2), Layout(pipeline=2), Layout(data=2, expert=2)
 VPP2 = Layout(pipeline=2, virtual_pipeline=2)
 TP2_PP2, TP2_EP2 = Layout(tensor=2, pipeline=2), Layout(tensor=2, data=2, expert=2)
+# An engine takes most of the time: cells of one model and engine size share it.
 CELLS = {
-    1: [Cell("qwen3", Layout(), 1), Cell("qwen3_moe", Layout(), 1)],
+    1: [Cell("llama_untied", Layout(), 1)],
     2: [
-        *(Cell("qwen3", PP2, 2), Cell("llama_tied", VPP2, 1), Cell("llama_untied", TP2, 2)),
+        *(Cell("qwen3", PP2, 2), Cell("llama_tied", VPP2, 1)),
         *(Cell("qwen3_moe", EP2, 1), Cell("qwen3_moe", TP2, 1)),
     ],
-    4: [Cell("qwen3", TP2_PP2, 1), Cell("qwen3_moe", TP2_EP2, 2)],
+    4: [Cell("qwen3_moe", TP2_EP2, 2), Cell("qwen3_moe", TP2_PP2, 2)],
 }
 ALL_CELLS = {
     1: [Cell(model, Layout(), 1) for model in MODELS],

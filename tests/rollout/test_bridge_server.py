@@ -19,6 +19,7 @@ from megatron_gkd.rollout.vllm.server import ServerEngine
 from tests.rollout.test_bridge import check_all
 from tests.support.bridging import MAX_MODEL_LEN, Pushed, megatron, push_all
 from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.effort import FULL
 from tests.support.ranks import run_ranks
 from tests.support.vllm_zygote import forked_programs
 
@@ -59,11 +60,12 @@ def push_to_servers(paths: list[Path], layouts: list[Layout], urls: list[str]) -
     return found
 
 
-@pytest.mark.parametrize(
-    "layouts",
-    [[Layout()], [Layout(tensor=2), Layout(pipeline=2), Layout(data=2)], [Layout(tensor=2, pipeline=2)]],
-    ids=["one", "two", "four"],
-)
+LAYOUTS = {"two": [Layout(pipeline=2), Layout(data=2)], "four": [Layout(tensor=2, pipeline=2)]}
+if FULL:
+    LAYOUTS |= {"one": [Layout()], "two": [Layout(tensor=2), Layout(pipeline=2), Layout(data=2)]}
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS)
 def test_ranks(paths: list[Path], urls: list[str], layouts: list[Layout]) -> None:
     world = layouts[0].world_size
     found = run_ranks(push_to_servers, paths, layouts, urls, world=world, timeout_s=600)

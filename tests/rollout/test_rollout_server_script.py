@@ -1,6 +1,7 @@
 """launch/rollout_server.sh: its command, what it refuses, and a server that it started, with weights pushed to it.
 
-Syntax, shellcheck and --help of all scripts: tests/test_launch.py. Not covered: GPUs.
+The script's server is a real interpreter; vLLM's own two processes are forked from it, and are interpreters too in the
+nightly run. Syntax, shellcheck and --help of all scripts: tests/test_launch.py. Not covered: GPUs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from megatron_gkd.rollout.vllm.local_server import WORKER_EXTENSION, server_command, server_environment
-from tests.support.effort import LIMIT_S
+from tests.support.effort import FULL, LIMIT_S
 from tests.support.ports import reserve_port
 from tests.support.serving import GREEDY, assert_greedy, connect, members, push, requests, weights, write_model
 
@@ -128,6 +129,31 @@ def test_a_port_in_use(model: Path) -> None:
     assert "is in use; give another PORT" in result.stderr
 
 
+# A plugin of vLLM, which the server loads before it starts its processes; forks of it have imported vLLM already. They
+# look for messages at full speed for 5 milliseconds, not for a second.
+FORKS = """
+import multiprocessing
+
+def fork():
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    get_context = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: get_context("fork" if method == "spawn" else method)
+    SpinCondition.__init__.__defaults__ = (0.005,)
+"""
+
+
+def with_forks(folder: Path) -> dict[str, str]:
+    """The environment of a server that has it."""
+    if FULL:
+        return {}
+    (folder / "gkd_forks-0.dist-info").mkdir(parents=True)
+    (folder / "gkd_forks.py").write_text(FORKS)
+    (folder / "gkd_forks-0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: gkd-forks\nVersion: 0\n")
+    (folder / "gkd_forks-0.dist-info/entry_points.txt").write_text("[vllm.general_plugins]\nforks = gkd_forks:fork\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 @pytest.mark.slow
 def test_weights_are_pushed_to_it_and_an_interrupt_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = tmp_path / "secret"  # of both sides, and not in the user's home
@@ -138,6 +164,7 @@ def test_weights_are_pushed_to_it_and_an_interrupt_ends_it(tmp_path: Path, monke
     reserved = reserve_port()
     port = reserved.getsockname()[1]
     values = environment(MODEL=models[0], PORT=port, DTYPE="fp32", MAX_MODEL_LEN=128, KV_CACHE_BYTES=64 * 2**20)
+    values |= with_forks(tmp_path / "plugin")
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
             ["bash", str(SCRIPT)], env=values, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True

@@ -15,6 +15,7 @@ TOKENIZER_SIZE gets no tokenizer.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,10 +86,9 @@ def write_tiny_checkpoint(
 ) -> Path:
     """Write config, safetensors, generation config and tokenizer to `path`; returns it.
 
-    The same arguments give the same bytes.
+    The same arguments give the same bytes: they are kept in memory for the next call.
     """
-    model = tiny_model(
-        family,
+    options = dict(
         tied=tied,
         vocab_size=vocab_size,
         layers=layers,
@@ -101,10 +101,28 @@ def write_tiny_checkpoint(
         ffn_hidden_size=ffn_hidden_size,
         **config_options,
     )
-    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
-    if vocab_size >= TOKENIZER_SIZE:
-        tiny_tokenizer().save_pretrained(path)
-    return Path(path)
+    path, name = Path(path), repr((family, dtype, max_shard_size, options))
+    if name not in _written:
+        with tempfile.TemporaryDirectory() as directory:
+            tiny_model(family, **options).to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+            if vocab_size >= TOKENIZER_SIZE:
+                tiny_tokenizer().save_pretrained(directory)
+            files = {file.name: file.read_bytes() for file in Path(directory).iterdir()}
+        if sum(map(len, files.values())) > _LARGE:
+            return _write(path, files)
+        _written[name] = files
+    return _write(path, _written[name])
+
+
+_LARGE = 4_000_000  # bytes, above which a checkpoint is not kept
+_written: dict[str, dict[str, bytes]] = {}
+
+
+def _write(path: Path, files: dict[str, bytes]) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    return path
 
 
 def tiny_model(

@@ -29,7 +29,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Final
 
-from tests.support import ranks
+from tests.support import forkserver
 from tests.support.faces import LAST_LINES
 from tests.support.program import call_the_package
 
@@ -54,7 +54,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, sig
 @contextmanager
 def forked_ranks() -> Iterator[dict[str, str]]:
     """Serve faces until the block ends; ranks that are left then are killed. Yields the environment to start with."""
-    ranks.configure_forkserver()
+    forkserver.configure()
     with tempfile.TemporaryDirectory(prefix="faces-") as directory, socket.socket(socket.AF_UNIX) as listener:
         address, python = f"{directory}/server", Path(directory, "python")
         python.write_text(_FACE.format(python=sys.executable, address=address))

@@ -19,6 +19,8 @@ outside. Transformers in float64 is no truth as it is: norms, softmax, routers a
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,7 +90,14 @@ class Float64(TorchFunctionMode):
 
 
 def transformers_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The checkpoint in evaluation mode; in float64 it must be called within `Float64`."""
+    """The checkpoint in evaluation mode, a copy of one's own; in float64 it must be called within `Float64`."""
+    stored = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(Path(path).iterdir()))
+    return copy.deepcopy(_loaded(str(path), dtype, stored, torch._C._len_torch_function_stack()))
+
+
+@lru_cache(maxsize=8)
+def _loaded(path: str, dtype: torch.dtype, stored: object, modes: int) -> Any:
+    """Kept for the next caller: a copy takes a tenth of the time. The last two tell other contents and modes apart."""
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = dict(dtype=dtype, attn_implementation="eager", local_files_only=True)

@@ -1,7 +1,8 @@
 """What the server of the test ranks imports before it forks them (see ranks.py): everything that a command of the
 package imports when it is used, vLLM excepted. That takes 10 CPU-seconds, which every forked rank or program saves.
 
-Modules only: nothing that computes is called, so a fork inherits no thread and no state of torch.
+Modules only, and what a run reads of the package's files: nothing that computes is called, so a fork inherits no thread
+and no state of torch.
 """
 
 # ruff: noqa: E402, F401
@@ -29,3 +30,6 @@ import megatron_gkd.commands.sample
 import megatron_gkd.rollout.vllm.server
 import megatron_gkd.train.evaluate
 import megatron_gkd.train.loop
+from megatron_gkd.train.alike import program_facts
+
+program_facts()

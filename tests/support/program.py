@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support import ranks
+from tests.support import forkserver, ranks
 from tests.support.effort import LIMIT_S
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -74,7 +74,7 @@ class Program:
         env: Mapping[str, str] | None = None,
         prepare: Callable[[int], None] | None = None,
     ) -> None:
-        ranks.configure_forkserver()
+        forkserver.configure()
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.world = directory, world or 1
         environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
@@ -164,6 +164,7 @@ def call_the_package(
     os.chdir(cwd)
     sys.argv = ["megatron-gkd", *argv]
     torch.set_num_threads(1)
+    ranks.share_gloo_device()
     if prepare is not None:
         prepare()
     from megatron_gkd.cli import main

@@ -14,7 +14,7 @@ EVERY RANK (so that every rank can draw the whole tensor and keep its shard). `t
 process groups that are made once per pool.
 
 How it works: one pool of processes per world size, forked from a server that has imported torch, megatron.core and the
-package (preload.py) before any torch operation ran (forking a process that has run a backward hangs; spawning
+package (forkserver.py) before any torch operation ran (forking a process that has run a backward hangs; spawning
 costs 15 s). What the server imported is frozen for the garbage collector: a collection after each call would otherwise
 walk its half million objects, 0.3 s a rank. Work and results travel through pipes as plain pickles (no shared memory),
 so results must be picklable; tensors are copied. Between calls the processes are stopped.
@@ -57,13 +57,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.support import forkserver
 from tests.support.effort import LIMIT_S
 
-_PRELOAD = ["tests.support.preload"]
-# Groups that something still refers to keep their threads, three each, and gloo's wake up a hundred times a second: of
-# twenty living ranks with twenty groups each these took a quarter of two cores. A pool above this is ended, and the
-# next call forks a new one, which takes less than a second.
-_MOST_THREADS = 24
+# Groups that something still refers to keep their threads, two each. A pool above this is ended, and the next call
+# forks a new one, which takes less than a second.
+_MOST_THREADS = 60
 _PR_SET_PDEATHSIG = 1
 _GC_THRESHOLDS = (20_000, 10, 10)  # python's (700, 10, 10) are a tenth of the time of a step of a tiny model
 _GRACE_S = 1.0  # after the first failure, how long to wait for a peer that failed before it
@@ -141,7 +140,7 @@ class _Pool:
     """`world` living rank processes; one call at a time."""
 
     def __init__(self, world: int, *, with_vllm: bool = False) -> None:
-        configure_forkserver()
+        forkserver.configure()
         self.world = world
         self.tmp = tempfile.mkdtemp(prefix="ranks-")
         self.connections: list[Connection] = []
@@ -263,13 +262,6 @@ def close_pools() -> None:
 atexit.register(close_pools)  # before multiprocessing's own exit hook, which would wait for the ranks
 
 
-def configure_forkserver() -> None:
-    """Name what the server imports before it forks; no effect once it runs."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the server inherits the environment of its start
-        os.environ.setdefault(name, "1")
-    multiprocessing.set_forkserver_preload(_PRELOAD)
-
-
 # ---- the rank process -----------------------------------------------------------------------------------------------
 
 
@@ -300,7 +292,25 @@ def rank_main(rank: int, world: int, tmp: str, connection: Connection) -> None:
         dist.destroy_process_group()
 
 
+def share_gloo_device() -> None:
+    """Let all gloo groups of this process have one device: one thread and one listening socket in place of one for each
+    group. Such a thread wakes up a hundred times a second, with or without work, and a run has a dozen groups."""
+    gloo = dist.ProcessGroupGloo
+    devices: dict[int, Any] = {}  # by process: a fork has no such thread
+
+    class OneDevice(gloo):  # type: ignore[misc, valid-type]
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            options = gloo._Options()
+            if os.getpid() not in devices:
+                devices[os.getpid()] = gloo.create_default_device()
+            options._devices, options._threads, options._timeout = [devices[os.getpid()]], 2, timeout
+            super().__init__(store, rank, size, options)
+
+    dist.distributed_c10d.ProcessGroupGloo = OneDevice
+
+
 def _init_world(rank: int, world: int, tmp: str) -> None:
+    share_gloo_device()
     dist.init_process_group(
         "gloo", init_method=f"file://{tmp}/rendezvous", rank=rank, world_size=world, timeout=_GLOO_TIMEOUT
     )
@@ -318,10 +328,11 @@ def _call(call: bytes, seed: int) -> Any:
 def _destroy_groups_left() -> None:
     """Destroy the groups that the call made: each has threads and sockets, and a rank serves hundreds of calls."""
     kept = {id(dist.group.WORLD), *map(id, _groups.values())}
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if id(group) not in kept:
-            dist.destroy_process_group(group)
-    gc.collect()  # models refer to their groups in cycles
+    made = [group for group in dist.distributed_c10d._world.pg_map if id(group) not in kept]
+    for group in made:
+        dist.destroy_process_group(group)
+    if made:
+        gc.collect()  # models refer to their groups in cycles
 
 
 def _attempt(action: Callable[[], Any]) -> bytes:

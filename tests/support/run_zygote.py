@@ -1,9 +1,8 @@
-"""A process that has imported everything once and forks the ranks of one training run after another, killing one of
-them where it is told to. Run as `python -m tests.support.run_zygote`; one request a line on stdin, one answer on
-stdout.
+"""A process that forks the ranks of one training run after another, killing one of them where it is told to. It is
+forked itself from the server of the test ranks, which has imported everything (preload.py).
 
-    {"argv": [...], "world": 4, "directory": D, "kill": [rank, event]}    kill: null to let the run end
-    {"codes": [...], "events": [...]}
+    zygote.run({"argv": [...], "world": 4, "directory": D, "kill": [rank, event]})    kill: None to let the run end
+    -> {"codes": [...], "events": [...]}
 
 What can be killed at is counted: an event is the beginning or the end of a call that matters for what is on disk or for
 the other ranks (EVENTS). So a point is a number, the same in every run of a layout, and as likely inside a save as the
@@ -11,13 +10,13 @@ save has a share of the events. The rank sends itself SIGKILL there; the others 
 launcher does. `events` is what each rank has counted, where the run ended by itself.
 
 `directory` takes the rendezvous file, the counts and the output of the ranks. A run that takes longer than LIMIT_S is
-killed whole; so is everything when this process is told to end.
+killed whole; the process ends with `close`, or when whoever made it is gone.
 """
 
 from __future__ import annotations
 
 import gc
-import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +37,7 @@ from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.train.checkpoint import files
 from megatron_gkd.train.student import Student
+from tests.support import forkserver, ranks
 from tests.support.effort import LIMIT_S
 from tests.support.runs import train_on_this_rank
 
@@ -47,16 +48,38 @@ EVENTS: Final[tuple[tuple[Any, str], ...]] = (
 )
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
-    for line in sys.stdin:
-        request = json.loads(line)
+class RunZygote:
+    """The process, from where it is asked."""
+
+    def __init__(self) -> None:
+        forkserver.configure()
+        context = multiprocessing.get_context("forkserver")
+        self._connection, there = context.Pipe()
+        self._process = context.Process(target=serve, args=(there,))
+        self._process.start()
+        there.close()
+
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._connection.send(request | {"environment": dict(os.environ)})
+        answer: dict[str, Any] = self._connection.recv()
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(LIMIT_S)
+
+
+def serve(connection: Connection) -> None:
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        os.environ.update(request["environment"])
         import_what_is_late(request["argv"])
         gc.collect()
         gc.freeze()  # megatron-core collects with every checkpoint: the ranks would walk all that was imported
-        answers.write(json.dumps(carry_out(request)) + "\n")
-        answers.flush()
+        connection.send(carry_out(request))
 
 
 @cache
@@ -107,6 +130,7 @@ def fork(rank: int, world: int, argv: list[str], directory: Path, kill_at: int |
         os.dup2(output, 1)
         os.dup2(output, 2)
         torch.set_num_threads(1)
+        ranks.share_gloo_device()
         dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
         counter = count_events(kill_at)
         train_on_this_rank(argv)
@@ -143,7 +167,3 @@ def count_events(kill_at: int | None) -> Callable[[], int]:
     for owner, name in EVENTS:
         wrap(owner, name)
     return lambda: count
-
-
-if __name__ == "__main__":
-    main()

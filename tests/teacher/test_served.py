@@ -10,7 +10,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +86,15 @@ class Served:
         self.held_out = write_rows(root / "held_out.jsonl", 3, seed=1)
         model = AutoModelForCausalLM.from_pretrained(self.teacher, dtype=torch.float32).eval()
 
-        @lru_cache(maxsize=4096)
+        known: dict[tuple[int, ...], np.ndarray] = {}
+
         @torch.no_grad()
         def distribution(prefix: tuple[int, ...]) -> np.ndarray:
-            logits = model(torch.tensor([prefix or (0,)])).logits[0, -1, :300]
-            return logits.double().log_softmax(-1).numpy()
+            """After the prefix; kept, with those after all that it begins with."""
+            if prefix not in known:
+                rows = model(torch.tensor([prefix or (0,)])).logits[0, :, :300].double().log_softmax(-1).numpy()
+                known.update({prefix[:number]: row for number, row in enumerate(rows, start=1)})
+            return known[prefix]
 
         self.fake = FakeServer(distribution, max_model_len=256)
 

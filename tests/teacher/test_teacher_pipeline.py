@@ -29,6 +29,7 @@ from megatron_gkd.vocab_parallel_jsd import vocab_parallel_jsd
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import load_vocab_shard
 from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.effort import FULL
 from tests.support.numerics import EPS, FLOOR, Float64, allowed_error, largest_error, transformers_model
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import groups_of, load_model, megatron
@@ -200,8 +201,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["untied", "tied"])
+def by_turns(first: int) -> pytest.MarkDecorator:
+    """Each case with one of the two models, which is the other one for the other kind of signal; by night with both."""
+    pairs = product(enumerate(CASES, start=first), enumerate(("untied", "tied")))
+    cells = [(name, case) for (n, case), (m, name) in pairs if FULL or n % 2 == m]
+    return pytest.mark.parametrize(("name", "case"), cells)
+
+
+@by_turns(0)
 def test_hidden_signal_times_the_teachers_head_is_transformers_logits(teachers: dict[str, Dense], name: str, case: str):
     expected, (teacher, student, packing) = teachers[name], CASES[case]
     ranks = run_ranks(run_teacher, expected.path, teacher, student, None, packing, world=WORLD)
@@ -218,8 +225,7 @@ def test_hidden_signal_times_the_teachers_head_is_transformers_logits(teachers: 
     assert not any(result["logit_rows"] for result in ranks), "logits were computed"
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["untied", "tied"])
+@by_turns(1)
 def test_topk_signal_is_the_dense_models_topk_with_the_full_logsumexp(teachers: dict[str, Dense], name: str, case: str):
     expected, (teacher, student, packing) = teachers[name], CASES[case]
     ranks = run_ranks(run_teacher, expected.path, teacher, student, TOPK, packing, world=WORLD)
@@ -320,10 +326,14 @@ def with_more_rows(source: str, out: Path, rows: int) -> str:
     return str(out)
 
 
+PADDINGS = [Layout(tensor=4), Layout(tensor=2, pipeline=2), Layout(data=4)]
+
+
 @pytest.mark.parametrize(
-    "layout", [Layout(tensor=4), Layout(tensor=2, pipeline=2), Layout(data=4)], ids=Layout.describe
+    ("name", "layout"),
+    [(n, layout) for i, layout in enumerate(PADDINGS) for n in ("untied", "tied") if FULL or (n == "tied") == (i == 1)],
+    ids=lambda value: value if isinstance(value, str) else value.describe(),
 )
-@pytest.mark.parametrize("name", ["untied", "tied"])
 def test_pitfalls_3_and_4_identical_models_of_other_padding_do_not_diverge(
     teachers: dict[str, Dense], tmp_path: Path, name: str, layout: Layout
 ):

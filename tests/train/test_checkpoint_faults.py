@@ -37,6 +37,7 @@ from megatron_gkd.train.checkpoint.saving import Save
 from megatron_gkd.train.checkpoint.state import changed_flags, describe_changes, is_free, read_run
 from megatron_gkd.train.student import Student
 from tests.support.checkpoint_runs import FLAGS, checkpoint_of, write_inputs
+from tests.support.effort import FULL
 from tests.support.ranks import RankFailureError, run_ranks
 from tests.support.ranks_at_work import groups_of, load_model, megatron
 from tests.support.runs import command_line, exported, metrics, train, train_on_this_rank
@@ -185,13 +186,14 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(
 
 
 def test_saving_in_the_background_saves_the_same(tmp_path: Path, whole: Path, inputs: dict[str, Any]) -> None:
-    """Training goes on, and changes the weights, while they are written; then a resume from each of them."""
+    """Training goes on, and changes the weights, while they are written; then a resume from the first of them, and by
+    night from the second."""
     run_dir = train(world=2, **inputs, **SHORT, save=tmp_path / "run", async_save=True)
     assert metrics(run_dir) == metrics(whole)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         *("latest", "step_00000001", "step_00000002", "step_00000003")
     ]
-    for step in (1, 2):
+    for step in (1, 2) if FULL else (1,):
         resumed = train(world=2, **inputs, **SHORT, save=tmp_path / str(step), load=checkpoint_of(run_dir, step))
         assert metrics(resumed) == metrics(whole, first_step=step + 1)
         ours, theirs = exported(resumed), exported(whole)

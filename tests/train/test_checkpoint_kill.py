@@ -11,11 +11,7 @@ Not covered: a machine that goes down with all its ranks and what it had not yet
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,8 @@ import pytest
 from megatron_gkd.train.checkpoint import files
 from tests.support.checkpoint_runs import FLAGS
 from tests.support.checkpoints import write_tiny_checkpoint
-from tests.support.effort import LIMIT_S, count
+from tests.support.effort import count
+from tests.support.run_zygote import RunZygote
 from tests.support.runs import command_line, metrics
 from tests.support.trainers import write_rows
 
@@ -36,45 +33,26 @@ RUN: dict[str, Any] = FLAGS | dict(train_iters=4, global_batch_size=4, save_step
 
 
 class Zygote:
-    """tests/support/run_zygote.py as a child."""
+    """tests/support/run_zygote.py with a directory."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.errors = open(directory / "zygote", "w")  # noqa: SIM115 - closed with the process
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.run_zygote"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        self.directory, self.process = directory, RunZygote()
 
     def run(self, argv: list[str], kill: tuple[int, int] | None = None) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        request = {"argv": argv, "world": WORLD, "directory": str(self.directory / "ranks"), "kill": kill}
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
+        directory = str(self.directory / "ranks")
+        return self.process.run({"argv": argv, "world": WORLD, "directory": directory, "kill": kill})
 
     def output(self) -> str:
         """Of the ranks of the last run."""
         paths = sorted((self.directory / "ranks").glob("output*"))
         return "\n".join(f"--- {path.name}\n{path.read_text()[-2000:]}" for path in paths)
 
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(LIMIT_S)
-        self.errors.close()
-
 
 @pytest.fixture(scope="module")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    process = Zygote(tmp_path_factory.mktemp("zygote"))
-    yield process
-    process.close()
+    zygote = Zygote(tmp_path_factory.mktemp("zygote"))
+    yield zygote
+    zygote.process.close()
 
 
 @pytest.fixture(scope="module")

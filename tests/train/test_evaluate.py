@@ -116,7 +116,8 @@ def configs(inputs: dict[str, Any], layout: dict[str, Any]) -> list[RunConfig]:
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"), [*(("qwen3", layout) for layout in LAYOUTS), ("llama", "PP2"), ("llama", "DP2")]
+    ("family", "layout"),
+    [*(("qwen3", layout) for layout in LAYOUTS), ("llama", "PP2"), *([("llama", "DP2")] if FULL else [])],
 )
 def test_the_numbers_are_the_dense_ones(inputs: dict[str, dict[str, Any]], family: str, layout: str) -> None:
     world, flags = LAYOUTS[layout]

@@ -4,8 +4,9 @@ teacher on the student's ranks and on ranks of its own, for hidden-state and top
 Student TP1, TP2, PP2, TP2 x PP2, DP2 against teacher TP1, TP2, PP2, TP4, PP4, DP2, wherever both fit on 4 ranks; on
 the same ranks the data-parallel sizes fill the world. Student and teacher differ in hidden size, depth and padded
 vocabulary. The teacher's micro-batches are of other sizes than the student's (in half of the cells sized in tokens).
-A pair of layouts has one of the two signals, in turn, and on four ranks every other pair is left out that stands
-already on two; the nightly run has all with both. A signal's route is a pure function of the layouts, which
+A pair of layouts has one of the two signals, in turn. On four ranks pairs are left out that stand already on two; on
+ranks of its own a teacher that stands already on the student's has half of the students. The nightly run has all with
+both. A signal's route is a pure function of the layouts, which
 teacher/test_signals.py tests for all of them.
 
 With context parallelism: a few pairs, on ranks of the teacher's own. On the same ranks: test_step_exact.py.
@@ -50,11 +51,11 @@ def ranks_of(name: str, sizes: dict[str, tuple[int, int]]) -> int:
 def colocated() -> dict[str, tuple[int, list[str]]]:
     """Student, world -> the teachers that fit on the same ranks. DP2 is there what TP1 is."""
     cases = {}
-    for number, student in enumerate(name for name in STUDENTS if name != "DP2"):
+    for student in (name for name in STUDENTS if name != "DP2"):
         for world in (1, 2, 4):
             fit = [t for t in TEACHERS if world % ranks_of(t, TEACHERS) == 0 and t != "DP2"]
             if world == 4 and student != "TP2 PP2" and not FULL:
-                fit = [t for index, t in enumerate(fit) if ranks_of(t, TEACHERS) == 4 or (index + number) % 2 == 0]
+                fit = [t for t in fit if ranks_of(t, TEACHERS) == 4]
             if world % ranks_of(student, STUDENTS) == 0 and fit:
                 cases[f"{student} of {world}"] = world, fit
     return cases
@@ -63,9 +64,11 @@ def colocated() -> dict[str, tuple[int, list[str]]]:
 def separate() -> dict[str, tuple[int, list[str]]]:
     """Student, teacher's ranks -> the teachers of that size."""
     cases = {}
-    for student in STUDENTS:
+    for number, student in enumerate(STUDENTS):
         for own in (1, 2):
             fit = [t for t in TEACHERS if ranks_of(t, TEACHERS) == own]
+            if not FULL:
+                fit = [t for index, t in enumerate(fit) if t in ("TP1", "DP2") or index % 2 == number // 2 % 2]
             if ranks_of(student, STUDENTS) + own <= 4:
                 cases[f"{student} beside {own}"] = ranks_of(student, STUDENTS) + own, fit
     return cases

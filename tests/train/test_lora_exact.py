@@ -52,13 +52,14 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "EP2, experts": (2, "qwen3_moe", dict(expert=2, sharded=False, teacher_expert=1), EXPERTS),
     "TP4 above the KV heads": (4, "llama", dict(tensor=4, sequence=True, sharded=False), VALUES),
 }
+moe: dict[str, Any] = dict(sharded=False, teacher_expert=1, teacher_expert_tensor=1)
+OF_FAULTS = CASES | {"ETP2 alone": (2, "mixtral", dict(expert_tensor=2, **moe), OF_MIXTRAL)}
 if FULL:
-    moe: dict[str, Any] = dict(sharded=False, teacher_expert=1, teacher_expert_tensor=1)
     CASES |= {
         "EP2, attention": (2, "qwen3_moe", dict(expert=2, **moe), ATTENTION),
         "EP2, Mixtral": (2, "mixtral", dict(expert=2, **moe), OF_MIXTRAL),
         "ETP2 TP2 SP": (2, "qwen3_moe", dict(tensor=2, sequence=True, expert_tensor=2, **moe), EXPERTS),
-        "ETP2 alone": (2, "mixtral", dict(expert_tensor=2, **moe), OF_MIXTRAL),
+        "ETP2 alone": OF_FAULTS["ETP2 alone"],
         "EP2 TP2 SP": (2, "qwen3_moe", dict(tensor=2, sequence=True, expert=2, expert_tensor=1, **moe), EXPERTS),
         "EP2 ETP2 TP2 SP DP2": (
             4,
@@ -214,9 +215,8 @@ def run_faulty_step(config: Any, fault: str) -> list[Any]:
         ("a copy counted in the norm", "ETP2 alone"),
     ],
 )
-@pytest.mark.skipif(not FULL, reason="the layouts are those of the whole grid")
 def test_planted_faults_are_found(root: Path, fault: str, case: str) -> None:
-    world, family, layout, of_adapter = CASES[case]
+    world, family, layout, of_adapter = OF_FAULTS[case]
     config = config_of(root, family, layout, of_adapter)
     expected = truth(config.model.model, config.teacher.teacher_model, config.tuner.adapters)
     for outcome, gradients, weights in run_ranks(run_faulty_step, config, fault, world=world)[0][:2]:

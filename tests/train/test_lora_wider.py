@@ -204,7 +204,6 @@ def train_and_send_the_base(argv: list[str]) -> None:
         train_on_this_rank(argv)
 
 
-@pytest.mark.skipif(not FULL, reason="a fault in what test_the_base_teaches_with_the_values_it_had compares")
 def test_a_module_left_at_its_base_value_in_what_is_sent_is_found(flags: dict[str, Any], tmp_path: Path) -> None:
     given = flags | dict(teacher_model=flags["model"], merge_lora=True, sft_alpha=1.0, save=tmp_path / "run")
     run_ranks(train_and_send_the_base, command_line(**given), world=1)

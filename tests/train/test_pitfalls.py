@@ -73,11 +73,12 @@ def run_steps(config: Any, batches: list[dict[str, Any]], num_steps: int) -> lis
     return results
 
 
+# Ranks, layout, micro-batch sizes; and packed. Of the sizes one in the gate, another one in the next layout.
 WAYS = {
     "TP1": (1, {}, (1, 2, 8)),
     "PP4": (4, dict(pipeline=4, teacher_pipeline=2), (1, 4)),
-    "DP4": (4, {}, (1, 2)),
-    "TP2 DP2 SP": (4, dict(tensor=2, sequence=True), (1, 4)),
+    "DP4": (4, {}, (2, 1)),
+    "TP2 DP2 SP": (4, dict(tensor=2, sequence=True), (4, 1)),
     "TP2 PP2 VPP2 SP": (4, dict(tensor=2, pipeline=2, virtual=2, sequence=True), (1, 4)),
 }
 
@@ -89,7 +90,8 @@ def test_pitfall_8_the_gradient_norm_is_that_of_one_process(root: Path, family: 
     objective, training = Objective(0.5, "full", 0.5), config_of(root, family).training
     expected = dense_steps(student, teacher, SAMPLES, objective, training, topk=1, num_steps=2)
     for name, (world, flags, sizes) in WAYS.items():
-        batches: list[dict[str, Any]] = [dict(micro_batch_size=size) for size in sizes]
+        own = sizes if FULL or world == 1 else sizes[:1]
+        batches: list[dict[str, Any]] = [dict(micro_batch_size=size) for size in own]
         batches.append(dict(micro_batch_size=1, packing=True, max_tokens=30))
         for result in run_ranks(run_steps, config_of(root, family, **flags), batches, 2, world=world):
             for options, steps in zip(batches, result, strict=True):

@@ -209,12 +209,12 @@ def counts(num_samples: int) -> dict[str, int]:
 
 
 # The gate has both families, of which one shares its embedding between the two ends of a pipeline, in one process and
-# in pipelines; of the other layouts one family.
+# in a pipeline; of the other layouts one family.
 CASES = [
     (family, layout)
     for family in PAIRS
     for layout in LAYOUTS
-    if FULL or layout in ("TP1", "PP2", "TP2 PP2", "CP2 PP2") or family == ("llama" if "CP" in layout else "qwen3")
+    if FULL or layout in ("TP1", "PP2") or family == ("llama" if "CP" in layout else "qwen3")
 ]
 
 

@@ -42,8 +42,8 @@ LAYOUTS = {
 
 def models_of(family: str, layout: str) -> list[tuple[str, bool, str]]:
     """What of {tied, untied} x RoPE kind is tried. RoPE is the same on every rank: all kinds on one, tied or untied by
-    turns; on several ranks one tied and one untied (of the mixtures one, by turns). GKD_TEST_FULL=1: all on one and
-    two."""
+    turns; on two ranks one tied and one untied (of the mixtures one, by turns); on four one. Replicas load alike: of
+    two families. GKD_TEST_FULL=1: all on one and two, both on four."""
     turn, world = list(LAYOUTS).index(layout) + list(FAMILIES).index(family), LAYOUTS[layout].world_size
     grid = [(family, tied, rope) for tied in (False, True) for rope in ROPES]
     if FULL and world <= 2:
@@ -51,7 +51,9 @@ def models_of(family: str, layout: str) -> list[tuple[str, bool, str]]:
     if world == 1:
         return [(family, (index + turn) % 2 == 0, rope) for index, rope in enumerate(ROPES)]
     pair = [(family, turn % 2 == 0, "yarn"), (family, turn % 2 == 1, "default")]
-    return pair[:1] if family in MOE_FAMILIES else pair
+    if layout == "TP2-DP2" and family not in ("qwen2", "qwen3_moe") and not FULL:
+        return []
+    return pair[:1] if family in MOE_FAMILIES or (world == 4 and not FULL) else pair
 
 
 MODELS = [(family, tied, rope) for family in FAMILIES for tied in (False, True) for rope in ROPES]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.effort import LIMIT_S
+from tests.support.forkserver import PRELOAD, SHARED
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_under_the_interpreter():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    # The ranks need the losses alone, and so does pytest: megatron-core would be 15 CPU-seconds.
+    preload = "tests.support.interpreted_kernels"
+    env = {name: value for name, value in os.environ.items() if name != SHARED}
+    env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", PRELOAD: preload}
     command = [
         sys.executable,
         "-m",
@@ -28,6 +32,7 @@ def test_kernels_under_the_interpreter():
         "-x",
         "-p",
         "no:cacheprovider",
+        "--noconftest",
         "tests/support/interpreted_kernels.py",
         "tests/support/interpreted_topk_kernels.py",
     ]
