@@ -87,9 +87,9 @@ def test_offline_takes_what_was_there(hub: HubServer, monkeypatch: pytest.Monkey
     hub.log.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert get(("config.json",)) == path
-    with pytest.raises(ConfigError, match=r"model\.safetensors is not \(whole\) in .*HF_HUB_OFFLINE forbids to fetch"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is not \(whole\) in .*HF_HUB_OFFLINE forbids fetching"):
         get()
-    with pytest.raises(ConfigError, match=r"Org/Other is not in .*, and HF_HUB_OFFLINE forbids to ask Hugging Face's"):
+    with pytest.raises(ConfigError, match=r"Org/Other is not in .*, and HF_HUB_OFFLINE forbids asking Hugging Face's"):
         look_up(name("Org/Other"))
     assert hub.log == []
 
@@ -179,7 +179,7 @@ def test_a_file_is_compared_once(hub: HubServer) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("Org/None", "Hugging Face's hub has no model Org/None, or shows it .*HF_TOKEN, or write MS::Org/None"),
+        ("Org/None", "Hugging Face's hub has no model Org/None, or does not show it .*HF_TOKEN, or write MS::Org/None"),
         ("Org/Tiny@v7", "Hugging Face's hub has the model Org/Tiny, and no revision v7 of it"),
         ("Org/Gated", "gives the model Org/Gated only to those who have accepted its terms"),
     ],

@@ -94,7 +94,7 @@ def refuse_missing_client(name: HubName) -> None:
 def missing_offline(name: HubName) -> str:
     """Why a name cannot be used where nothing may be asked."""
     return (
-        f"{name.text} is not in {places.home()}, and HF_HUB_OFFLINE forbids to ask {TITLES[name.hub]}; fetch it where "
+        f"{name.text} is not in {places.home()}, and HF_HUB_OFFLINE forbids asking {TITLES[name.hub]}; fetch it where "
         "there is a network, or give a directory"
     )
 
@@ -147,8 +147,8 @@ def _get(listing: Listing, names: Sequence[str], *, shows: bool) -> None:
         return
     if places.offline():
         raise ConfigError(
-            f"{listing.title}: {', '.join(names)} is not (whole) in {listing.snapshot}, and HF_HUB_OFFLINE forbids to "
-            "fetch it; start once where there is a network"
+            f"{listing.title}: {', '.join(names)} is not (whole) in {listing.snapshot}, and HF_HUB_OFFLINE forbids "
+            "fetching it; start once where there is a network"
         )
     for name in names:  # not one that another process has finished meanwhile
         if not _has_its_size(listing, name):
