@@ -109,8 +109,7 @@ def _refuse_with_bridge(cfg: ConvertConfig) -> None:
     for name, flag in flags_of(ConvertConfig, "convert").items():
         if name not in taken and getattr(cfg, name) != default_of(flag.item):
             raise ConfigError(f"--bridge {cfg.bridge} takes no --{name}: it converts in one process, unchecked")
-    if (environment.number("WORLD_SIZE") or 1) > 1:
-        raise ConfigError(f"--bridge {cfg.bridge} converts in one process: start it without torchrun")
+    environment.refuse_several_ranks(f"--bridge {cfg.bridge}")
 
 
 def run_convert(cfg: ConvertConfig) -> None:

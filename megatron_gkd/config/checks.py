@@ -65,7 +65,7 @@ class CheckConfig(Section):
 
     def check(self) -> None:
         """What cannot work. Raises ConfigError."""
-        _check_one_process()
+        environment.refuse_several_ranks("check")
         if any(entry.tags for entry in parse_servers(self.teacher_model_server)):
             raise ConfigError("check compares one teacher: give --teacher_model_server the URLs of its servers")
         if not os.path.isdir(self.teacher_model) and read_name(self.teacher_model, "model") is None:
@@ -119,7 +119,7 @@ class CheckDataConfig(Section):
 
     def check(self) -> None:
         """What cannot work. Raises ConfigError."""
-        _check_one_process()
+        environment.refuse_several_ranks("check")
         assert self.template_kwargs, "an object in JSON"
         if not os.path.isdir(self.model) and read_name(self.model, "model") is None:
             raise ConfigError(f"--model {self.model}: there is no such directory; give one in Hugging Face format")
@@ -132,8 +132,3 @@ class CheckTrainConfig(Section):
     world_size: int = setting(1, "Ranks that the run is to have.", ge=1)
     ranks_per_node: int | None = setting(None, "Ranks of a node, for --teacher_nodes.", ge=1)
     read_models: bool = setting(True, "Check both models' config.json against the layouts.")
-
-
-def _check_one_process() -> None:
-    if (environment.number("WORLD_SIZE") or 1) > 1:
-        raise ConfigError("check is one process, and torchrun started several; start it without")

@@ -30,6 +30,12 @@ def number(name: str, *, least: int = 0, most: int | None = None) -> int | None:
     return int(text)
 
 
+def refuse_several_ranks(what: str, advice: str = "") -> None:
+    """Raise a ConfigError where torchrun has started several ranks of what is one process."""
+    if (number("WORLD_SIZE") or 1) > 1:
+        raise ConfigError(f"{what} is one process, and torchrun started several; start it without{advice}")
+
+
 def rank_in_messages() -> int:
     """RANK for messages: 0 where it is not set, or malformed (whoever needs it says so)."""
     text = os.environ.get("RANK", "").strip()
@@ -45,6 +51,6 @@ def num_threads() -> int:
     if not all(re.fullmatch(r"\d{1,6}", level) and int(level) for level in levels):
         raise ConfigError(
             f"environment variable OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']!r}; it must be a whole number "
-            "from 1 (threads a rank), or a list of them: unset it, or set 1"
+            "from 1 (threads per rank), or a list of them: unset it, or set 1"
         )
     return int(levels[0])

@@ -96,11 +96,8 @@ class SampleConfig(Section):
     def check(self) -> None:
         """Combinations that cannot work. Raises ConfigError."""
         assert self.template_kwargs, "an object in JSON"
-        if (environment.number("WORLD_SIZE") or 1) > 1:
-            raise ConfigError(
-                "sample is one process, and torchrun started several; start it without, and give --vllm_mode "
-                "subprocess with --vllm_tensor_parallel_size for a model that needs several GPUs"
-            )
+        several_gpus = "--vllm_mode subprocess with --vllm_tensor_parallel_size for a model that needs several GPUs"
+        environment.refuse_several_ranks("sample", f", and give {several_gpus}")
         if self.vllm_mode == "server" and self.vllm_server_host is None:
             raise ConfigError("--vllm_mode server needs --vllm_server_host")
         if self.vllm_mode != "server" and self.vllm_server_host is not None:

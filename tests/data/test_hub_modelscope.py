@@ -84,7 +84,9 @@ def test_a_branch_that_moved_is_named_where_the_earlier_files_are_gone(
 
 
 def test_damage_and_names_that_are_not_there(hub: ModelScopeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"has no model Org/None, or does not show it .*or write HF::Org/None"):
+    with pytest.raises(
+        ConfigError, match=r"ModelScope has no model Org/None, or does not show it .*or write HF::Org/None"
+    ):
         look_up(name("MS::Org/None"))
     hub.flip.add("model.safetensors")
     with pytest.raises(ConfigError, match=r"Org/Tiny could not be fetched from ModelScope \(FileDownloadError"):
