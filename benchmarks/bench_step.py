@@ -120,7 +120,8 @@ class Clock:
 
 
 class Products:
-    """The matrix products of micro-batches, on tensors of their own."""
+    """The matrix products of micro-batches, on tensors of their own: of each layer, so that weights come from memory
+    as a model's do, and not from a cache."""
 
     def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         self._arch, self._new = arch, functools.partial(torch.ones, dtype=dtype, device=device)
@@ -132,16 +133,16 @@ class Products:
             (hidden, 2 * ffn),
             (ffn, hidden),
         ]
-        self._weights = {shape: self._new(shape) for shape in self._linears}
+        self._weights = [[self._new(shape) for shape in self._linears] for _ in range(arch.num_layers)]
         self._head = self._new((hidden, arch.vocab_size))
 
     def multiply(self, batches: Iterable[MicroBatch], *, backward: bool, head: bool) -> None:
         """All of them, one after the other."""
         for batch in batches:
             rows, length = batch.tokens.shape
-            for _ in range(self._arch.num_layers):
-                for shape in self._linears:
-                    self._linear(rows * length, self._weights[shape], backward)
+            for weights in self._weights:
+                for weight in weights:
+                    self._linear(rows * length, weight, backward)
                 self._attention(batch, length, backward)
             if head and len(batch.loss_index):
                 self._linear(len(batch.loss_index), self._head, backward)
