@@ -26,10 +26,10 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 import torch
@@ -68,7 +68,7 @@ UNTOUCHED = "default"  # what vLLM says of weights that nobody updated
 _START = "start the server with launch/rollout_server.sh"
 
 
-class ServerEngine:
+class ServerEngine(AbstractContextManager["ServerEngine"]):
     """protocol.Engine for the server at a URL. One rank drives it."""
 
     def __init__(
@@ -306,12 +306,7 @@ class ServerEngine:
                 self._transfer.close()
             self._client.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- connection ------------------------------------------------------------------------------------------------
