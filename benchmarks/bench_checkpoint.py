@@ -26,21 +26,18 @@ does after the loop goes on. `of_save` of `stop` is its share of a synchronous s
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.bench_convert import make_model, plain_read, plain_write
-from benchmarks.measure import Seconds, environment, quantiles, timed
+from benchmarks.measure import Seconds, environment, on_one_rank, quantiles, timed
 
 PLAIN = {"save": "write", "stop": "write", "hash": "read", "verify": "read", "load": "read"}
 TABLE = ("method", "GB/s", "p20", "p80", "wall s", "cpu s", "of plain", "of plain, cpu", "of save")
@@ -48,19 +45,7 @@ TABLE = ("method", "GB/s", "p20", "p80", "wall s", "cpu s", "of plain", "of plai
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    from megatron_gkd import platform
-
-    platform.init_distributed(platform.setup(options.device))
-    try:
-        with tempfile.TemporaryDirectory(dir=options.dir) as name:
-            report = measure(Path(name), options)
-    finally:
-        dist.destroy_process_group()
-    if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(report["rows"]))
-    return 0
+    return on_one_rank(measure, table, options, options.device)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

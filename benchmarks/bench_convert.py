@@ -31,11 +31,9 @@ At the end the exported and the converted files are compared with the source, bi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -43,9 +41,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from benchmarks.measure import Seconds, environment, quantiles, timed
+from benchmarks.measure import Seconds, environment, on_one_rank, quantiles, timed
 
 PIECE = 2**20
 CPU = torch.device("cpu")
@@ -62,19 +59,7 @@ class Method(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    from megatron_gkd import platform
-
-    platform.init_distributed(platform.setup("cpu"))
-    try:
-        with tempfile.TemporaryDirectory(dir=options.dir) as name:
-            report = measure(Path(name), options)
-    finally:
-        dist.destroy_process_group()
-    if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(report["rows"]))
-    return 0
+    return on_one_rank(measure, table, options)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

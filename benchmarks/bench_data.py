@@ -31,7 +31,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.bench_convert import peak_bytes
-from benchmarks.measure import Seconds, environment, quantiles, timed, versions
+from benchmarks.measure import Seconds, environment, on_one_rank, quantiles, timed, versions
 
 CPU = torch.device("cpu")
 TABLE = ("method", "rows/s", "p20", "p80", "cpu s", "of one", "of one, cpu", "peak MB")
@@ -53,18 +52,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    from megatron_gkd import platform
-
-    platform.init_distributed(platform.setup("cpu"))
-    try:
-        with tempfile.TemporaryDirectory(dir=options.dir) as name:
-            report = measure(Path(name), options)
-    finally:
-        dist.destroy_process_group()
-    if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(report["rows"]))
-    return 0
+    return on_one_rank(measure, table, options)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

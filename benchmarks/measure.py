@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,6 +86,26 @@ def quantiles(values: list[float]) -> dict[str, float]:
         return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
     return {"median": statistics.median(ordered), "p20": at(0.2), "p80": at(0.8)}
+
+
+def on_one_rank(
+    measure: Callable[[Path, Any], dict[str, Any]], table: Callable[[Any], str], options: Any, device: str = "cpu"
+) -> int:
+    """The main function of a benchmark of one rank: `measure(directory, options)`, its rows printed as a table and
+    written to options.json. The directory is in options.dir, and goes."""
+    from megatron_gkd import platform as of_ranks
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    of_ranks.init_distributed(of_ranks.setup(device))
+    try:
+        with tempfile.TemporaryDirectory(dir=options.dir) as name:
+            report = measure(Path(name), options)
+    finally:
+        dist.destroy_process_group()
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(report["rows"]))
+    return 0
 
 
 def tiny_pair(directory: str) -> tuple[str, str]:

@@ -38,29 +38,11 @@ from megatron_gkd.config.validate import refuse_contradictions
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.records import StepValues
 
-__all__ = [
-    "NOT_BUILT",
-    "RunConfig",
-    "Flag",
-    "flags",
-    "flags_of",
-    "ModelConfig",
-    "TeacherConfig",
-    "TunerConfig",
-    "DistillationConfig",
-    "SamplingConfig",
-    "TeacherSamplingConfig",
-    "ParallelConfig",
-    "DataConfig",
-    "TrainingConfig",
-    "RecomputeConfig",
-    "OverlapConfig",
-    "KernelsConfig",
-    "OptimizerMemoryConfig",
-    "OffloadConfig",
-    "CheckpointConfig",
-    "LoggingConfig",
-]
+__all__ = ["NOT_BUILT", "RunConfig", "Flag", "flags", "flags_of"]
+__all__ += ["ModelConfig", "TeacherConfig", "TunerConfig", "DistillationConfig", "SamplingConfig"]
+__all__ += ["TeacherSamplingConfig", "ParallelConfig", "DataConfig", "TrainingConfig", "RecomputeConfig"]
+__all__ += ["OverlapConfig", "KernelsConfig", "OptimizerMemoryConfig", "OffloadConfig"]
+__all__ += ["CheckpointConfig", "LoggingConfig"]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TextIO
 
@@ -28,7 +29,7 @@ _FEW = 0.05  # share of a step below which a phase is not shown
 _FAST_S = 0.01  # below it the line says steps a second
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Of steps 1 .. total_steps, of which `done_steps` were done before (a resumed run); `unit` is their name."""
 
     def __init__(
@@ -117,9 +118,6 @@ class Progress:
             self._bar.set_description_str(self._text, refresh=False)
             self._bar.close()
             self._bar = None
-
-    def __enter__(self) -> Progress:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -13,9 +13,10 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import torch
 
@@ -50,7 +51,7 @@ SIDE_FILES: Final = (
 _SIDE_PATTERNS: Final = ("tokenizer.model.v*", "*.tiktoken")
 
 
-class HFCheckpoint:
+class HFCheckpoint(AbstractContextManager["HFCheckpoint"]):
     """The weights of a local Hugging Face directory, read on demand. Usable as a context manager.
 
     `close` drops the memory maps.
@@ -146,9 +147,6 @@ class HFCheckpoint:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

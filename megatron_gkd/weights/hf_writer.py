@@ -12,9 +12,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Final, Self
+from typing import IO, Any, Final
 
 import torch
 
@@ -33,7 +33,7 @@ from megatron_gkd.weights.stop_tokens import GENERATION_CONFIG
 DEFAULT_SHARD_BYTES: Final = 5 * 10**9
 
 
-class HFWriter:
+class HFWriter(AbstractContextManager["HFWriter"]):
     """Write a model directory, tensor by tensor, in the manifest's order.
 
         with HFWriter(out_dir, manifest, source_dir=...) as writer:
@@ -91,12 +91,7 @@ class HFWriter:
         self._stream.write(memory_of(data))
         self._next += 1
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._end_shard()
             if kind is None:

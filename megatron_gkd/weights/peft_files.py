@@ -17,8 +17,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import torch
 
@@ -126,7 +127,7 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class PeftAdapter:
+class PeftAdapter(AbstractContextManager["PeftAdapter"]):
     """An adapter's directory, read on demand. Usable as a context manager. Raises CheckpointError."""
 
     def __init__(self, path: str | Path) -> None:
@@ -186,9 +187,6 @@ class PeftAdapter:
         steps = range(0, one.shape[0], _COMPARE_ROWS)
         parts = ([self.read_rows(n, row, row + _COMPARE_ROWS) for n in (name, other)] for row in steps)
         return all(torch.equal(*pair) for pair in parts)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         del self._handle

@@ -7,7 +7,6 @@ nightly run. Syntax, shellcheck and --help of all scripts: tests/test_launch.py.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -19,41 +18,19 @@ import pytest
 from megatron_gkd.rollout.vllm.local_server import WORKER_EXTENSION, server_command, server_environment
 from tests.support.effort import FULL, LIMIT_S
 from tests.support.ports import reserve_port
+from tests.support.server_scripts import ServerScript, model_directory
 from tests.support.serving import GREEDY, assert_greedy, connect, members, push, requests, weights, write_model
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-SCRIPT = ROOT / "launch/rollout_server.sh"
-OURS = ("MODEL", "HOST", "PORT", "DTYPE", "TP", "MAX_MODEL_LEN", "GPU_MEMORY", "KV_CACHE_BYTES", "READ_WEIGHTS")
+SCRIPT = ServerScript(
+    "rollout_server.sh",
+    *("MODEL", "HOST", "PORT", "DTYPE", "TP", "MAX_MODEL_LEN", "GPU_MEMORY", "KV_CACHE_BYTES", "READ_WEIGHTS"),
+)
+environment, script, dry = SCRIPT.environment, SCRIPT.run, SCRIPT.dry
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
-    return tmp_path / "model"
-
-
-def environment(**values: object) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in OURS}
-    return kept | {name: str(value) for name, value in values.items()}
-
-
-def script(*words: str, **values: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(SCRIPT), *words],
-        env=environment(**values),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=LIMIT_S,
-    )
-
-
-def dry(*words: str, **values: object) -> list[str]:
-    """The words of the command."""
-    result = script("--dry-run", *words, **values)
-    assert result.returncode == 0, result.stderr
-    return shlex.split(result.stdout.removeprefix("+ "))
+    return model_directory(tmp_path)
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="compares the commands for a CPU")
@@ -76,7 +53,7 @@ def test_it_starts_what_the_package_starts(model: Path) -> None:
     assert dev == "VLLM_SERVER_DEV_MODE=1"
     assert python.endswith("/bin/python")
     assert sorted(words) == sorted(expected[1:])
-    text = SCRIPT.read_text() + (ROOT / "launch/_common.sh").read_text()
+    text = SCRIPT.path.read_text() + SCRIPT.path.with_name("_common.sh").read_text()
     names = server_environment({}, on_cpu=True)
     assert not [name for name in names if name not in text], "the environment of the server"
     assert WORKER_EXTENSION in words
@@ -167,7 +144,12 @@ def test_weights_are_pushed_to_it_and_an_interrupt_ends_it(tmp_path: Path, monke
     values |= with_forks(tmp_path / "plugin")
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
-            ["bash", str(SCRIPT)], env=values, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            ["bash", str(SCRIPT.path)],
+            env=values,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
     try:
         with connect(f"http://127.0.0.1:{port}", models[0], retry_s=LIMIT_S) as engine:

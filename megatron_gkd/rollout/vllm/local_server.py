@@ -33,8 +33,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
@@ -122,7 +121,7 @@ def server_environment(
     return defaults | kept | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(python_path)}
 
 
-class LocalServer:
+class LocalServer(contextlib.AbstractContextManager["LocalServer"]):
     """Attributes: `url`; `secret_file`; `process_group`, the number of its process group; `log_path`."""
 
     def __init__(
@@ -223,12 +222,7 @@ class LocalServer:
             return "(no log)"
         return "\n".join(text.splitlines()[-lines:])
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _wait_until_healthy(self, timeout_s: float) -> None:

@@ -26,10 +26,10 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 import torch
@@ -68,7 +68,7 @@ UNTOUCHED = "default"  # what vLLM says of weights that nobody updated
 _START = "start the server with launch/rollout_server.sh"
 
 
-class ServerEngine:
+class ServerEngine(AbstractContextManager["ServerEngine"]):
     """protocol.Engine for the server at a URL. One rank drives it."""
 
     def __init__(
@@ -306,12 +306,7 @@ class ServerEngine:
                 self._transfer.close()
             self._client.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- connection ------------------------------------------------------------------------------------------------
@@ -435,29 +430,21 @@ class SubprocessEngine(ServerEngine):
         *,
         dtype: Dtype,
         max_model_len: int | None = None,
-        tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float = 0.9,
-        kv_cache_bytes: int | None = None,
         read_weights: bool = False,
-        port: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
-        startup_timeout_s: float = 600.0,
         engine_options: Mapping[str, Any] | None = None,
+        **of_server: Any,
     ) -> None:
         """`max_model_len` beyond the model's own length is cut to that; a server takes prompts of one token less.
-        `engine_options`: further arguments of vLLM's, by its names."""
+        `engine_options`: further arguments of vLLM's, by its names. `of_server`: the others of LocalServer."""
         longest = read_architecture(model_path).max_position_embeddings
         self._server = LocalServer(
             model_path,
             dtype=dtype,
-            port=port,
-            tensor_parallel_size=tensor_parallel_size,
             max_model_len=min(max_model_len or longest, longest),
-            gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_bytes=kv_cache_bytes,
             read_weights=read_weights,
-            startup_timeout_s=startup_timeout_s,
             extra=as_flags(engine_options or {}),
+            **of_server,
         )
         try:
             super().__init__(

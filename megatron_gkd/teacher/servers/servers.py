@@ -23,9 +23,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -97,7 +97,7 @@ class PendingAnswers:
             part.future.cancel()
 
 
-class TeacherServers:
+class TeacherServers(AbstractContextManager["TeacherServers"]):
     """One rank's connections to all servers of the teacher, or teachers."""
 
     def __init__(
@@ -227,12 +227,7 @@ class TeacherServers:
         for client in self._clients:
             client.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _of_tag(self, tag: str | None) -> list[_Server]:

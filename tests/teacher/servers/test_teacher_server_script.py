@@ -5,49 +5,23 @@ Syntax, shellcheck and --help of all scripts: tests/test_launch.py. Not covered:
 
 from __future__ import annotations
 
-import os
-import shlex
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support.effort import LIMIT_S
+from tests.support.server_scripts import ServerScript, model_directory
 
-ROOT = Path(__file__).resolve().parent.parent.parent.parent
-SCRIPT = ROOT / "launch/teacher_server.sh"
-OURS = ("MODEL", "HOST", "PORT", "DTYPE", "TP", "MAX_MODEL_LEN", "MAX_LOGPROBS", "GPU_MEMORY", "KV_CACHE_BYTES")
+SCRIPT = ServerScript(
+    "teacher_server.sh",
+    *("MODEL", "HOST", "PORT", "DTYPE", "TP", "MAX_MODEL_LEN", "MAX_LOGPROBS", "GPU_MEMORY", "KV_CACHE_BYTES"),
+)
+environment, script, dry = SCRIPT.environment, SCRIPT.run, SCRIPT.dry
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
-    return tmp_path / "model"
-
-
-def environment(**values: object) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in OURS}
-    return kept | {name: str(value) for name, value in values.items()}
-
-
-def script(*words: str, **values: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(SCRIPT), *words],
-        env=environment(**values),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=LIMIT_S,
-    )
-
-
-def dry(*words: str, **values: object) -> list[str]:
-    """The words of the command."""
-    result = script("--dry-run", *words, **values)
-    assert result.returncode == 0, result.stderr
-    return shlex.split(result.stdout.removeprefix("+ "))
+    return model_directory(tmp_path)
 
 
 # that of `train` on the same machine
@@ -76,7 +50,7 @@ def test_settings(model: Path) -> None:
 def test_nothing_of_it_changes_weights(model: Path) -> None:
     words = dry(MODEL=model)
     assert "--worker-extension-cls" not in words
-    assert "VLLM_SERVER_DEV_MODE=0" in SCRIPT.read_text()
+    assert "VLLM_SERVER_DEV_MODE=0" in SCRIPT.path.read_text()
 
 
 def test_a_key_is_not_on_the_command_line(model: Path) -> None:
