@@ -44,7 +44,7 @@ test-nightly:  ## with every kill, fuzzed input and grid in full (hours)
 
 test-kernels: env  ## the numeric tests again, with the kernels of other CPUs
 	@for kernels in $(KERNELS); do echo "== $$kernels"; \
-	env $$(echo $$kernels | tr , ' ') $(PYTHON) -m pytest -q $(KERNEL_TESTS) $(PYTEST_ARGS) || exit 1; done
+	env $$(echo $$kernels | tr , ' ') $(PYTHON) -m pytest -q -n 3 $(KERNEL_TESTS) $(PYTEST_ARGS) || exit 1; done
 
 docs: env  ## links, file map, command lines and configuration page of the documentation
 	$(PYTHON) -m pytest -q tests/test_docs.py

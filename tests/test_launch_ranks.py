@@ -40,7 +40,7 @@ SINGLE, MULTI = "train_single_node.sh", "train_multi_node.sh"
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("launch")
-    student, teacher = write_pair(root, "qwen3")
+    student, teacher = write_pair(root, "qwen3", layers=2)
     return command_line(
         model=student,
         teacher_model=teacher,

@@ -4,8 +4,8 @@ What must hold at the end: held-out forward KL fell by the factor stated here, t
 and gives finite logits, the report and the TensorBoard files are there, and a second call does nothing twice. The real
 model's variant is run at night, and left out, by name, where its package cannot be fetched.
 
-The ranks are forked from a process that has imported vLLM (support/vllm_zygote.py); with the real model they start as a
-user's do.
+The launcher, the ranks and the report are forked from a process that has imported vLLM (support/vllm_zygote.py); with
+the real model they start as a user's do, and so do the scripts of the preparation.
 
 Needs the environment that launch/setup_env.sh makes (else the script would install into a foreign one). Not covered:
 the numbers of the full run; those are measured, and stand in README.md.
@@ -36,7 +36,7 @@ pytestmark = [
 
 
 def quickstart(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    env |= {**os.environ, "GKD_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "GKD_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""} | env
     command = ["bash", str(ROOT / "launch/quickstart.sh"), *map(str, args)]
     return subprocess.run(
         command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL, timeout=LIMIT_S, check=False
@@ -70,7 +70,7 @@ def check_run(out: Path, *, at_most: float) -> None:
 def test_offline_variant(tmp_path: Path):
     out = tmp_path / "run"
     with forked_python() as venv:
-        first = quickstart("--offline", "--out", out, PYTHON_EXEC=str(venv / "bin/python"))
+        first = quickstart("--offline", "--out", out, GKD_VENV=str(venv), PYTHON_EXEC=str(venv / "bin/python"))
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     assert "forward KL" in first.stdout
     check_run(out, at_most=0.7)

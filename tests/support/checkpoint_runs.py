@@ -11,7 +11,7 @@ from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.runs import exported, metrics
 from tests.support.trainers import write_rows
 
-STEPS, SAVED_AT = 6, 3
+STEPS, SAVED_AT = 4, 2
 # adam_eps near the gradients' size: with 1e-8 the smallest gradients, which are rounding, move weights by full steps.
 FLAGS: dict[str, Any] = dict(
     lmbda=0,
@@ -31,17 +31,17 @@ FLAGS: dict[str, Any] = dict(
 )
 
 
-def write_inputs(root: Path) -> dict[str, Any]:
-    """Models and data; 4 key/value heads, so that TP4 divides them. 21 rows: the epochs end within batches."""
+def write_inputs(root: Path, *, layers: int = 2) -> dict[str, Any]:
+    """Models and data; 4 key/value heads, so that TP4 divides them. 13 rows: the epochs end within batches."""
     sizes: dict[str, Any] = dict(hidden_size=32, ffn_hidden_size=48, kv_heads=4)
-    student = write_tiny_checkpoint(root / "student", "qwen3", tied=True, seed=1, **sizes)
+    student = write_tiny_checkpoint(root / "student", "qwen3", tied=True, layers=layers, seed=1, **sizes)
     teacher = write_tiny_checkpoint(root / "teacher", "qwen3", tied=False, layers=2, seed=2, **sizes)
     return dict(
         model=student,
         teacher_model=teacher,
         teacher_tensor=1,
         teacher_pipeline=1,
-        dataset=[write_rows(root / "rows.jsonl", 21)],
+        dataset=[write_rows(root / "rows.jsonl", 13)],
         eval_dataset=[write_rows(root / "held_out.jsonl", 5, seed=9)],
     )
 

@@ -11,10 +11,14 @@ from megatron_gkd.platform import import_megatron
 
 import_megatron()
 
+import jsonargparse
+import numpy.ctypeslib
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import torch.distributed.nn.functional
+import torch.profiler._cupti_monitor
+import torch.utils.serialization
 import torch.utils.tensorboard
 import transformers.models.auto.modeling_auto
 import transformers.models.auto.tokenization_auto
@@ -27,6 +31,7 @@ import megatron_gkd.commands.check_teacher
 import megatron_gkd.commands.convert
 import megatron_gkd.commands.report
 import megatron_gkd.commands.sample
+import megatron_gkd.data.left_out
 import megatron_gkd.rollout.vllm.server
 import megatron_gkd.train.evaluate
 import megatron_gkd.train.loop

@@ -76,10 +76,11 @@ T = dict(
 )
 
 
-def write_pair(root: Path, family: str) -> tuple[str, str]:
+def write_pair(root: Path, family: str, **of_student: Any) -> tuple[str, str]:
     """Student and teacher directories below `root`."""
     paths = []
-    for name, options in zip(("student", "teacher"), (PAIRS | MOE_PAIRS)[family], strict=True):
+    student, teacher = (PAIRS | MOE_PAIRS)[family]
+    for name, options in (("student", student | of_student), ("teacher", teacher)):
         path = root / f"{family}_{name}"
         if not path.exists():
             write_tiny_checkpoint(path, **options)

@@ -75,7 +75,8 @@ _FACE: Final = (
 """The face of a forked program: its command line and environment, of whoever started it."""
 import json, os, signal, socket, sys
 words = [word for word in sys.argv[1:] if word != "-u"]
-assert words[:1] == ["-m"], words
+if words[:1] != ["-m"]:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 zygote = socket.socket(socket.AF_UNIX)
 zygote.connect({address!r})
 request = dict(argv=words[1:], environment=dict(os.environ), cwd=os.getcwd(), new_session=True, tied=True)
@@ -196,14 +197,17 @@ def forked_programs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def forked_python() -> Iterator[Path]:
-    """A directory whose bin/python has `-m MODULE ...` forked by the zygote. Signals are handed on, and whoever kills
-    the process that he started kills the program's group with it."""
+    """A directory whose bin/python has `-m MODULE ...` forked by the zygote, and anything else interpreted as ever; to
+    launch/setup_env.sh it is the environment that this is. Signals are handed on, and whoever kills the process that he
+    started kills the program's group with it."""
     address = _address()
     with tempfile.TemporaryDirectory(prefix="faces-") as directory:
         python = Path(directory, "bin/python")
         python.parent.mkdir()
         python.write_text(_FACE.format(python=sys.executable, address=address))
         python.chmod(0o755)
+        for name in ("bin/megatron-gkd", ".megatron-gkd-stamp"):
+            Path(directory, name).symlink_to(Path(sys.prefix, name))
         yield Path(directory)
 
 

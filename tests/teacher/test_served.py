@@ -79,7 +79,7 @@ class Served:
     def __init__(self, root: Path, family: str = "qwen3") -> None:
         from transformers import AutoModelForCausalLM
 
-        self.student, self.teacher = write_pair(root, family)
+        self.student, self.teacher = write_pair(root, family, layers=2)
         self.rows = write_rows(root / "rows.jsonl", 12)
         self.privileged = write_rows(root / "privileged.jsonl", 12, teacher_prompts=True)
         self.tagged = write_rows(root / "tagged.jsonl", 12, tags=("math", "code", None))

@@ -22,13 +22,13 @@ from tests.support.trainers import run_config, write_pair, write_rows
 
 pytestmark = pytest.mark.slow
 
-STEPS, SAVED_AT = 6, 4
+STEPS, SAVED_AT = 4, 2
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("auto_resume")
-    student, teacher = write_pair(root, "qwen3")
+    student, teacher = write_pair(root, "qwen3", layers=2)
     return dict(
         model=student,
         teacher_model=teacher,
@@ -73,11 +73,11 @@ def stopped(whole: Path, run_dir: Path, *, last_row: int, saved: bool) -> Path:
         shutil.rmtree(run_dir / "checkpoints")
         (run_dir / "checkpoints" / f".writing_step_{SAVED_AT:08d}").mkdir(parents=True)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()[:last_row]
-    (run_dir / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 6, "lo']))
+    (run_dir / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
     return run_dir
 
 
-@pytest.mark.parametrize(("last_row", "saved"), [(5, True), (SAVED_AT, True), (3, False)])
+@pytest.mark.parametrize(("last_row", "saved"), [(3, True), (SAVED_AT, True), (1, False)])
 def test_the_same_command_line_goes_on_or_begins_again(
     tmp_path: Path, flags: dict[str, Any], whole: Path, last_row: int, saved: bool
 ) -> None:
@@ -93,7 +93,7 @@ def test_the_same_command_line_goes_on_or_begins_again(
 def test_ranks_that_the_teacher_has_to_itself_go_on_too(tmp_path: Path, flags: dict[str, Any]) -> None:
     separate = flags | dict(teacher_placement="separate", teacher_world_size=1)
     whole = train(world=2, **separate, save=tmp_path / "whole")
-    run_dir = stopped(whole, tmp_path / "run", last_row=5, saved=True)
+    run_dir = stopped(whole, tmp_path / "run", last_row=3, saved=True)
     train(world=2, **separate, save=run_dir)
     assert record(run_dir) == record(whole)
 
@@ -125,7 +125,7 @@ def test_load_says_where_a_run_begins_and_not_where_it_goes_on(
     assert [row["step"] for row in record(begun)[0]] == [SAVED_AT + 1, STEPS]
     train(world=2, **flags, save=tmp_path / "new", load=tmp_path / "new")
     assert record(tmp_path / "new") == record(whole), "the run's own directory, still without a checkpoint"
-    own = stopped(whole, tmp_path / "own", last_row=5, saved=True)
+    own = stopped(whole, tmp_path / "own", last_row=3, saved=True)
     train(world=2, **flags, save=own, load=tmp_path / "is-not-there")
     assert record(own) == record(whole)
 

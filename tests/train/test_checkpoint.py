@@ -1,6 +1,6 @@
 """Checkpoints: what a run needs to go on as if it had never stopped, in its own layout and in any other.
 
-A run of 6 steps that saves after 3 is compared with runs that load the checkpoint of step 3: every number of
+A run of 4 steps that saves after 2 is compared with runs that load the checkpoint of step 2: every number of
 metrics.jsonl, the evaluation and the exported student are equal to the last bit in the same layout, and to 1e-6
 relative in another one. Then the directory: pointer, leftovers, limit; and what is refused. Of optimizer (sharded or
 whole) x layout some pairs are left to GKD_TEST_FULL=1; every layout and both kinds of optimizer occur without it.
@@ -41,7 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def inputs(root: Path) -> dict[str, Any]:
-    return write_inputs(root)
+    return write_inputs(root, layers=4)
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,14 @@ def whole(root: Path, inputs: dict[str, Any]) -> dict[bool, Path]:
 def test_a_resumed_run_is_the_same_run(
     tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool, layout: dict[str, Any]
 ) -> None:
-    """Interrupted after step 5, of which the record tells and no checkpoint: the run directory ends up the same."""
+    """Interrupted after step 3, of which the record tells and no checkpoint: the run directory ends up the same."""
     run_dir = tmp_path / "run"
     shutil.copytree(whole[sharded], run_dir)
     shutil.rmtree(run_dir / "hf")
     shutil.rmtree(checkpoint_of(run_dir, STEPS))
     (run_dir / "checkpoints" / "latest").write_text(checkpoint_of(run_dir).name)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()[: STEPS - 1]
-    (run_dir / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 6, "lo']))
+    (run_dir / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
     train(world=4, **inputs, **FLAGS, **layout, sharded=sharded, save=run_dir, load=run_dir)
     assert [row["step"] for row in metrics(run_dir)] == list(range(1, STEPS + 1))
     assert_same_bits(run_dir, whole[sharded], 1)
@@ -280,7 +280,7 @@ def test_the_flags_of_a_resumed_run_hold(
 ) -> None:
     """Not the saved ones: each of them changes what comes after the checkpoint, and config.yaml says so."""
     common = {name: value for name, value in (FLAGS | inputs).items() if name not in ("eval_dataset", "eval_steps")}
-    common |= dict(save_steps=100, save_hf=False, allow_changed_config=True, train_iters=STEPS - 1)
+    common |= dict(save_steps=100, save_hf=False, allow_changed_config=True)
 
     def resumed(name: str, **change: Any) -> list[dict[str, float]]:
         flags = common | change | dict(sharded=sharded, load=checkpoint_of(whole[sharded]))
@@ -291,12 +291,10 @@ def test_the_flags_of_a_resumed_run_hold(
     assert len(rates) == 2, "the first update shows in the second one's loss"
     for name in CHANGES if sharded else ("lr", "adam_beta2", "freeze_embeddings"):
         found = resumed(name, **CHANGES[name])
-        if "lr" in name or name == "train_iters":
-            assert all(row["lr"] != rate for row, rate in zip(found, rates, strict=False)), name
-        else:
-            assert [row["lr"] for row in found] == rates
-        assert found[1]["loss"] != unchanged[1]["loss"], name
-        assert found[-1]["step"] == CHANGES[name].get("train_iters", STEPS - 1)
+        rates_now = [row["lr"] for row in found[:2]]
+        assert (rates_now != rates) == ("lr" in name or name == "train_iters"), name
+        assert (found[1]["loss"] != unchanged[1]["loss"]) or rates_now[0] == rates[0] != rates_now[1], name
+        assert found[-1]["step"] == CHANGES[name].get("train_iters", STEPS)
         value = str(next(iter(CHANGES[name].values()))).lower()
         assert f"{name}: {value}" in (tmp_path / name / "config.yaml").read_text()
 

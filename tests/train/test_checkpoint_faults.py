@@ -44,7 +44,7 @@ from tests.support.runs import command_line, exported, metrics, train, train_on_
 
 pytestmark = pytest.mark.slow
 
-SHORT: dict[str, Any] = FLAGS | dict(tensor=2, train_iters=3, save_steps=1, eval_steps=3)
+SHORT: dict[str, Any] = FLAGS | dict(tensor=2, micro_batch_size=2, train_iters=3, save_steps=1, eval_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_flags_that_change_the_numbers_are_refused_unless_allowed(
     tmp_path: Path, whole: Path, inputs: dict[str, Any]
 ) -> None:
     """All of them are named; the others may change."""
-    changed = SHORT | dict(lr=1e-4, beta=0.25, logging_steps=2, micro_batch_size=2)
+    changed = SHORT | dict(lr=1e-4, beta=0.25, logging_steps=2, micro_batch_size=4)
     with pytest.raises(RankFailureError) as caught:
         train(world=2, **inputs, **changed, save=tmp_path / "run", load=checkpoint_of(whole, 1))
     message = str(caught.value)

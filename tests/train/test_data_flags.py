@@ -34,7 +34,7 @@ BAD = '{"question": "?"}\n'
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("data_flags")
-    student, teacher = write_pair(root, "qwen3")
+    student, teacher = write_pair(root, "qwen3", layers=2)
     data = [write_rows(root / "a.jsonl", 7, seed=1), write_rows(root / "b.jsonl", 6, seed=2)]
     return dict(root=root, models=dict(model=student, teacher_model=teacher), data=data)
 

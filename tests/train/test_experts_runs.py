@@ -55,7 +55,7 @@ def inputs(root: Path) -> dict[str, Any]:
         teacher_tensor=1,
         teacher_pipeline=1,
         teacher_expert=1,
-        dataset=[write_rows(root / "rows.jsonl", 21)],
+        dataset=[write_rows(root / "rows.jsonl", 13)],
         eval_dataset=[write_rows(root / "held_out.jsonl", 5, seed=9)],
     )
 

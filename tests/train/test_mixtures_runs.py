@@ -52,7 +52,7 @@ def models(root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def inputs(root: Path, models: dict[str, str]) -> dict[str, Any]:
-    rows, held_out = write_rows(root / "rows.jsonl", 21), write_rows(root / "held_out.jsonl", 5, seed=9)
+    rows, held_out = write_rows(root / "rows.jsonl", 13), write_rows(root / "held_out.jsonl", 5, seed=9)
     flags = FLAGS | dict(model=models["deepseek_v3"], teacher_model=models["glm4_moe"])
     return flags | dict(dataset=[rows], eval_dataset=[held_out])
 

@@ -39,6 +39,7 @@ from tests.test_end_to_end import records
 pytestmark = pytest.mark.slow
 
 BATCH, STEPS = 8, 6
+COMPARED = 3  # of two layouts that is all; by night they go on
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,12 @@ LAG: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def runs(inputs: Inputs) -> dict[str, list[dict[int, tuple[int, ...]]]]:
+    steps = STEPS if FULL else COMPARED
     configs = {
-        "tp2": inputs.config("tp2", **{T["tensor"]: 2}),
-        "pp2": inputs.config("pp2", vllm_tensor_parallel_size=2, verify_sync_every=2, **{T["pipeline"]: 2}),
+        "tp2": inputs.config("tp2", train_iters=steps, **{T["tensor"]: 2}),
+        "pp2": inputs.config(
+            "pp2", train_iters=steps, vllm_tensor_parallel_size=2, verify_sync_every=2, **{T["pipeline"]: 2}
+        ),
         # In host memory while the engines sample; the resumed run, without, has the same numbers.
         "dp2": inputs.config("dp2", offload_model=True, offload_optimizer=True, **DP2),
         "dp2_resumed": resumed(inputs, "dp2", 3, **DP2),
@@ -155,9 +159,9 @@ def runs(inputs: Inputs) -> dict[str, list[dict[int, tuple[int, ...]]]]:
 def test_on_policy_distillation_improves_the_held_out_reverse_kl(inputs: Inputs, runs: dict[str, Any]) -> None:
     for name in runs.keys() & {"tp2", "pp2", "dp2", "cp2"}:
         first, last = records(inputs.root / name / "evaluation.jsonl")
-        assert last["reverse_kl"] < 0.9 * first["reverse_kl"], name
+        assert last["reverse_kl"] < (0.9 if len(runs[name]) == STEPS else 1.0) * first["reverse_kl"], name
         metrics = records(inputs.root / name / "metrics.jsonl")
-        assert [row["source/student/num_samples"] for row in metrics] == [BATCH] * STEPS
+        assert [row["source/student/num_samples"] for row in metrics] == [BATCH] * len(runs[name])
         assert set(metrics[0]) == names_of_a_step(metrics[0], ROLLOUT), "docs/metrics.md, both ways"
         assert all(row["rollout/version_lag"] == 0 for row in metrics)
         assert all(row["rollout/num_tokens"] == row["num_tokens"] for row in metrics)
@@ -168,7 +172,8 @@ def test_the_layout_does_not_change_the_completions(inputs: Inputs, runs: dict[s
     """TP 2 with two engines, PP 2 with one engine of two ranks, DP 2, CP 2: the same tokens as long as the weights are
     equal but for rounding.
     """
-    assert runs["tp2"][:3] == runs["pp2"][:3] == runs["dp2"][:3] == runs.get("cp2", runs["dp2"])[:3]
+    compared = [completions[:COMPARED] for name, completions in runs.items() if name in ("tp2", "pp2", "dp2", "cp2")]
+    assert all(completions == compared[0] for completions in compared)
     assert len(set(runs["tp2"][0].values())) > BATCH // 2  # not all alike
     assert runs["tp2"][0] != runs["tp2"][1]
 

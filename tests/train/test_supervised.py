@@ -116,9 +116,11 @@ def test_a_wrong_dense_step_is_told_apart(root: Path) -> None:
 @pytest.fixture(scope="module")
 def inputs(root: Path) -> dict[str, Any]:
     return dict(
-        model=write_tiny_checkpoint(root / "student", "qwen3", tied=True, seed=1, hidden_size=32, ffn_hidden_size=48),
+        model=write_tiny_checkpoint(
+            root / "student", "qwen3", tied=True, layers=2, seed=1, hidden_size=32, ffn_hidden_size=48
+        ),
         objective="sft",
-        dataset=write_rows(root / "train.jsonl", 21),
+        dataset=write_rows(root / "train.jsonl", 13),
         eval_dataset=write_rows(root / "held_out.jsonl", 5, seed=9),
     ) | {name: value for name, value in FLAGS.items() if name not in ("sft_alpha", "lmbda")}
 
