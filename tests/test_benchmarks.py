@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.effort import LIMIT_S
+from benchmarks.bench_layouts import kendall, order
+from tests.support.effort import FULL, LIMIT_S
 from tests.support.vllm_zygote import forked_programs
 
 pytestmark = pytest.mark.slow
@@ -57,6 +58,27 @@ def test_bench_convert(tmp_path):
         assert ("of_plain" in row) == (row["method"] not in ("read", "write", "copy"))
         assert f"| {row['method']} |" in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["convert.json"], "what was written is gone"
+
+
+def test_two_orders_are_compared():
+    values = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
+    assert kendall(values, values) == 1.0
+    assert kendall(values, {name: -value for name, value in values.items()}) == -1.0
+    assert kendall(values, values | {"a": 2.5}) == pytest.approx((5 - 1) / 6)
+    assert order({"a": 3.0, "b": 1.0}) == ["b", "a"]
+
+
+@pytest.mark.skipif(not FULL, reason="the night's: six layouts of four ranks")
+def test_bench_layouts(tmp_path):
+    out = tmp_path / "layouts.json"
+    result = _run("benchmarks.bench_layouts", "--quick", "--rounds", "1", "--steps", "1", "--json", str(out))
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(out.read_text(encoding="utf-8"))
+    names = [row["layout"] for row in report["rows"]]
+    assert len(names) == 6
+    assert all(sorted(found) == sorted(names) for found in report["orders"].values())
+    assert all(-1 <= tau <= 1 for tau in report["kendall_tau"].values())
+    assert all(f"| {name} |" in result.stdout for name in names)
 
 
 def test_bench_rollout(tmp_path):

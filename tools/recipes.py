@@ -31,7 +31,6 @@ from megatron_gkd.platform import import_megatron
 import_megatron()
 
 from megatron_gkd.architecture import Architecture  # noqa: E402
-from megatron_gkd.commands.plan import kinds  # noqa: E402
 from megatron_gkd.commands.plan_ranks import Engine  # noqa: E402
 from megatron_gkd.commands.plan_ranks import record as record_of  # noqa: E402
 from megatron_gkd.config.flags import parse_run_config  # noqa: E402
@@ -39,6 +38,7 @@ from megatron_gkd.config.plan import PlanConfig  # noqa: E402
 from megatron_gkd.config.run import RunConfig  # noqa: E402
 from megatron_gkd.observe.allocations import Alive  # noqa: E402
 from megatron_gkd.parallel.layout import Layout  # noqa: E402
+from megatron_gkd.train.fit import kinds  # noqa: E402
 from megatron_gkd.train.rehearsal import Rehearsed, architectures, planned_layouts, rehearse  # noqa: E402
 from megatron_gkd.train.search import DEPTHS, with_layers  # noqa: E402
 from megatron_gkd.train.step_time import Rates, step_seconds  # noqa: E402

@@ -30,7 +30,8 @@ import numpy
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.train.step_time import Rates, elements, step_seconds
+from megatron_gkd.train.parameters import elements
+from megatron_gkd.train.step_time import Rates, step_seconds
 from tools.timeline import FIRST, SEED, Cluster, Costs, Simulated, simulate
 
 ROOT: Final = Path(__file__).resolve().parent.parent

@@ -4,7 +4,8 @@ with `--search`, which layouts fit (train/search.py).
 One rank of each kind is rehearsed (train/rehearsal.py): the run's own code, on tensors without memory. Ranks are of one
 kind where student and teacher have the same stage on them, or none; they differ in nothing that is counted but a few
 elements of the optimizer's shards, and the last tensor-parallel ranks by the padding of the vocabulary, which the loss
-leaves out. Models are known by their config.json; weights and rows are not read.
+leaves out. Models are known by their config.json; weights and rows are not read. Beside it stands what the closed
+formula says (train/formula.py), which is wrong where the two differ; with `--rehearse false` it stands alone.
 What is said of a rank: plan_ranks.py; `--picture`: plan_picture.py.
 """
 
@@ -21,14 +22,16 @@ from megatron_gkd.commands.plan_ranks import GB, engine_of, lines, record
 from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import LocalTeacher, SelfTeaching, ServerTeachers
-from megatron_gkd.errors import ConfigError
+from megatron_gkd.errors import ConfigError, NotBuiltError
 from megatron_gkd.model.divisible import check_fit
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.train.fit import check_batch, refuse_student
+from megatron_gkd.train.fit import check_batch, kinds, refuse_student
 
 if TYPE_CHECKING:
+    from megatron_gkd.train.formula import Phases
     from megatron_gkd.train.rehearsal import Rehearsed
+    from megatron_gkd.train.rehearsed_pictures import Shown
     from megatron_gkd.train.search import Found, Searched
     from megatron_gkd.train.step_time import Rates
 
@@ -55,7 +58,7 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     """Rehearse and print. Raises LayoutError or ConfigError for what `train` would refuse, NotBuiltError for what is
     not rehearsed yet."""
     from megatron_gkd.train.hub_files import with_known_models
-    from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse
+    from megatron_gkd.train.rehearsal import architectures, planned_layouts
     from megatron_gkd.train.rehearsed_pictures import RehearsedSight, Shown
     from megatron_gkd.train.setup import planned_dtype
     from megatron_gkd.train.step_time import step_s
@@ -76,9 +79,56 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     check_fit("model", arch, student)
     if of_teacher is not None:
         check_fit("teacher_model", of_teacher, teacher)
-    batch = [asked.lengths(config.data.max_length)] * config.training.global_batch_size
+    lengths = asked.lengths(config.data.max_length)
     shown = Shown(asked.images_per_sample, (asked.image_width, asked.image_height))
-    found = [
+    formulas, missing = formulas_of(config, archs, layouts, lengths)
+    if asked.rehearse:
+        found = _rehearsed(asked, config, archs, layouts, shown)
+    elif missing is not None:
+        raise NotBuiltError(f"not built yet: plan --rehearse false with {missing}; rehearse it")
+    else:
+        found = [unrehearsed(rank, said, arch, student) for rank, said in formulas.items()]
+    towers = (0.0, 0.0) if arch.vision is None else RehearsedSight(config, archs, shown).flops
+    seconds = _seconds(asked, config, archs, found, student, teacher, towers)
+    engine = engine_of(asked, config, arch)
+    records = [
+        record(asked, config, arch, one, layouts, engine, formulas.get(one.rank)) | {"phases_s": seconds}
+        for one in found
+    ]
+    if asked.picture is not None:
+        write_picture(asked.picture, asked, records)
+    if asked.output == "json":
+        print(json.dumps(records, indent=1))
+        return
+    beside = "" if of_teacher is None else f"; teacher {teacher.describe()}"
+    print(f"student {student.describe()}{beside}; {config.model.dtype}")
+    samples = config.training.global_batch_size
+    print(f"{samples} samples a step of {lengths[0]} + {lengths[1]} tokens; GB are 10^9 bytes\n")
+    if arch.vision is not None:
+        size = f"{shown.size[0]} x {shown.size[1]}"
+        print(f"in each prompt {shown.number} images of {size}; the host's work on their pixels is not counted\n")
+    for one in records:
+        print("\n".join(lines(asked, one)), end="\n\n")
+    print(f"predicted: {step_s(config, seconds):.2f} s a step: {_phases(seconds)}")
+    print("\n".join(f"assumed: {text}" for text in (_rates_text(asked), *_assumed(config))))
+    if missing is not None:
+        print(f"there is no closed formula for {missing}")
+    elif not asked.rehearse:
+        print("nothing was rehearsed: the bytes are those of the closed formula, and the links are not in the time")
+
+
+def _rehearsed(
+    asked: PlanConfig,
+    config: RunConfig,
+    archs: tuple[Architecture, Architecture | None],
+    layouts: tuple[Layout, Layout],
+    shown: Shown,
+) -> list[Rehearsed]:
+    """A rank of each kind."""
+    from megatron_gkd.train.rehearsal import rehearse
+
+    batch = [asked.lengths(config.data.max_length)] * config.training.global_batch_size
+    return [
         rehearse(
             config,
             world_size=asked.world_size,
@@ -89,28 +139,38 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
             ranks_per_node=asked.ranks_per_node,
             shown=shown,
         )
-        for rank in kinds(student, teacher)
+        for rank in kinds(*layouts)
     ]
-    towers = (0.0, 0.0) if arch.vision is None else RehearsedSight(config, archs, shown).flops
-    seconds = _seconds(asked, config, archs, found, student, teacher, towers)
-    engine = engine_of(asked, config, arch)
-    records = [record(asked, config, arch, one, layouts, engine) | {"phases_s": seconds} for one in found]
-    if asked.picture is not None:
-        write_picture(asked.picture, asked, records)
-    if asked.output == "json":
-        print(json.dumps(records, indent=1))
-        return
-    beside = "" if of_teacher is None else f"; teacher {teacher.describe()}"
-    print(f"student {student.describe()}{beside}; {config.model.dtype}")
-    prompt, completion = batch[0]
-    print(f"{len(batch)} samples a step of {prompt} + {completion} tokens; GB are 10^9 bytes\n")
-    if arch.vision is not None:
-        size = f"{shown.size[0]} x {shown.size[1]}"
-        print(f"in each prompt {shown.number} images of {size}; the host's work on their pixels is not counted\n")
-    for one in records:
-        print("\n".join(lines(asked, one)), end="\n\n")
-    print(f"predicted: {step_s(config, seconds):.2f} s a step: {_phases(seconds)}")
-    print("\n".join(f"assumed: {text}" for text in (_rates_text(asked), *_assumed(config))))
+
+
+def formulas_of(
+    config: RunConfig,
+    archs: tuple[Architecture, Architecture | None],
+    layouts: tuple[Layout, Layout],
+    lengths: tuple[int, int],
+) -> tuple[dict[int, Phases], str | None]:
+    """(what the formula says of a rank of each kind, of what there is none)."""
+    from megatron_gkd.train.formula import formula, not_covered
+
+    missing = not_covered(config, archs)
+    if missing is not None:
+        return {}, missing
+    return {rank: formula(config, archs, layouts, rank, lengths) for rank in kinds(*layouts)}, None
+
+
+def unrehearsed(rank: int, said: Phases, arch: Architecture, student: Layout) -> Rehearsed:
+    """What the formula says in the place of a rehearsal."""
+    from megatron_gkd.observe.allocations import Alive
+    from megatron_gkd.train.parameters import elements
+    from megatron_gkd.train.rehearsal import Rehearsed
+
+    phases = {
+        name: sum((Alive.of(category, round(number)) for category, number in parts.items()), Alive({}))
+        for name, parts in said.items()
+    }
+    steps = [alive for name, alive in phases.items() if name != "load"]
+    number = elements(arch, student, student.coordinate(rank).pp) if student.holds(rank) else 0
+    return Rehearsed(rank, number, phases["load"], [max(steps, key=lambda alive: alive.total)], {}, phases)
 
 
 def _seconds(
@@ -212,12 +272,3 @@ def _found_lines(one: Found, beside: int) -> Iterator[str]:
     how = "rehearsed" if one.rehearsed else "extrapolated"
     yield f"  {one.seconds:>8.2f} s  {(one.num_bytes + beside) / GB:>7.1f} GB ({how})  {one.flags()}"
     yield "              " + _phases(one.phases)
-
-
-def kinds(student: Layout, teacher: Layout) -> list[int]:
-    """A rank of each kind, the lowest."""
-    first: dict[tuple[int | None, ...], int] = {}
-    for rank in range(max(layout.rank_offset + layout.world_size for layout in (student, teacher))):
-        parts = (layout.coordinate(rank).pp if layout.holds(rank) else None for layout in (student, teacher))
-        first.setdefault(tuple(parts), rank)
-    return list(first.values())

@@ -9,6 +9,9 @@ Of a phase are the tensors of the rehearsal (train/rehearsal.py), and what no re
     step 1, step 2     the update; Adam's moments are there from the start
     save               what lies between steps, and the buckets of an export (a checkpoint is copied to host memory)
 
+Beside a rehearsal stands the closed formula (train/formula.py); where its peak of a step is more than TOLERANCE off, a
+warning says so.
+
 A colocated engine has its share of the GPU: weights, and the rest for its KV cache and workspace. With --sleep_level 0
 it has it in every phase, else while it samples.
 """
@@ -23,13 +26,19 @@ from typing import TYPE_CHECKING, Any, Final
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import RunConfig
+from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.train.phases import PHASES, away
 from megatron_gkd.weights.plan import hf_tensor_shapes
 
 if TYPE_CHECKING:
+    from megatron_gkd.train.formula import Phases
     from megatron_gkd.train.rehearsal import Rehearsed
 
+logger = get_logger(__name__)
+
 GB = 1e9
+TOLERANCE: Final = 0.05  # of the formula's peak
 ENGINE_WEIGHTS, ENGINE_CACHE = "vLLM: weights", "vLLM: KV cache, workspace"
 PUSH, EXPORT = "buckets of a push", "buckets of an export"
 _EXPORT_BUCKET: Final = 512 * 2**20  # weights/export.py
@@ -77,8 +86,6 @@ def _model_bytes(arch: Architecture, width: int) -> tuple[int, int]:
 
 def phases_of(config: RunConfig, arch: Architecture, one: Rehearsed, engine: Engine) -> dict[str, dict[str, int]]:
     """Bytes by phase and category, in the order of a run."""
-    from megatron_gkd.train.rehearsed_teacher import PHASES, away
-
     found = {name: dict(alive.by_category) for name, alive in one.phases.items()}
     if one.num_parameters:  # the student's ranks sample, and save
         whole, largest = _model_bytes(arch, _BYTES[config.model.precision])
@@ -101,8 +108,10 @@ def record(
     one: Rehearsed,
     layouts: tuple[Layout, Layout],
     engine: Engine,
+    said: Phases | None = None,
 ) -> dict[str, Any]:
-    """For programs, and for SAVE/plan.json (train/planned_memory.py). `arch`, `layouts`: the student's first."""
+    """For programs, and for SAVE/plan.json (train/planned_memory.py). `arch`, `layouts`: the student's first. `said`:
+    by the formula; None: there is none."""
     reserved, phases = round(asked.reserved_gb * GB), phases_of(config, arch, one, engine)
     fullest = max(phases, key=lambda name: sum(phases[name].values()))
     engines = [phase.get(ENGINE_WEIGHTS, 0) + phase.get(ENGINE_CACHE, 0) for phase in phases.values()]
@@ -129,7 +138,23 @@ def record(
         "sent_bytes_a_step": one.traffic,
         "groups": {name: _span(ranks, asked.ranks_per_node or 8) for name, ranks in one.ranks.items()},
         "pushed_bytes": engine.pushed,
+        **(_by_formula(one, said) if said is not None else {}),
     }
+
+
+def _by_formula(one: Rehearsed, said: Phases) -> dict[str, Any]:
+    """What the formula says by phase and category, and how far its peak of a step is from the rehearsed one."""
+    foreseen = max(sum(parts.values()) for name, parts in said.items() if name != "load")
+    found = max(alive.total for name, alive in one.phases.items() if name != "load")
+    off = foreseen / found - 1
+    if abs(off) > TOLERANCE:
+        logger.warning(
+            "rank %d: at the peak of a step the formula foresees %.3f GB, and the rehearsal finds %.3f (%+.1f %%): "
+            "believe the rehearsal",
+            *(one.rank, foreseen / GB, found / GB, 100 * off),
+        )
+    rounded = {name: {category: round(number) for category, number in parts.items()} for name, parts in said.items()}
+    return {"formula_bytes": rounded, "formula_difference": off}
 
 
 def _span(ranks: tuple[int, ...], per_node: int) -> dict[str, int]:
@@ -146,14 +171,19 @@ def lines(asked: PlanConfig, of_rank: dict[str, Any]) -> Iterator[str]:
         stages.append(f"stage {of_rank['teacher_stage']} of the teacher")
     yield f"rank {of_rank['rank']}: {', '.join(stages)}"
     rows = of_rank["phases_bytes"][fullest] | {"reserved (--reserved_gb)": of_rank["reserved_bytes"]}
+    said = of_rank.get("formula_bytes", {})
     for name, num_bytes in rows.items():
-        yield f"  {name:<40}{num_bytes / GB:>10.3f} GB"
+        beside = f"{said[fullest][name] / GB:>13.3f} by the formula" if name in said.get(fullest, {}) else ""
+        yield f"  {name:<40}{num_bytes / GB:>10.3f} GB{beside}"
         for line, of_line in of_rank["lines"].get(name, []):
             yield f"    {line:<58}{of_line / GB:>10.3f}"
     verdict = f"GB of {asked.gpu_memory_gb:g}: {'fits' if of_rank['fits'] else 'does NOT fit'}"
     yield f"  {'at the peak, in ' + fullest:<40}{of_rank['needed_bytes'] / GB:>10.3f} {verdict}"
     totals = {name: sum(parts.values()) + of_rank["reserved_bytes"] for name, parts in of_rank["phases_bytes"].items()}
     yield "  GB by phase: " + ", ".join(f"{name} {total / GB:.3f}" for name, total in totals.items())
+    if said:
+        parts = (f"{name} {(sum(one.values()) + of_rank['reserved_bytes']) / GB:.3f}" for name, one in said.items())
+        yield f"  by the formula: {', '.join(parts)}; the peak of a step {100 * of_rank['formula_difference']:+.1f} %"
     if of_rank["cache_tokens"]:
         yield f"  the engine's KV cache holds {of_rank['cache_tokens']:,} tokens at most"
     if sent := list(_sent(of_rank)):

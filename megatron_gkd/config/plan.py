@@ -29,6 +29,10 @@ class PlanConfig(Section):
     images_per_sample: int = setting(1, "Of a student that sees images: how many are in every prompt.", ge=0)
     image_width: int = setting(640, "Of each of these images, in pixels.", ge=1, le=2**16)
     image_height: int = setting(480, "Likewise.", ge=1, le=2**16)
+    rehearse: bool = setting(
+        True,
+        "Rehearse a rank of each kind; false: the closed formula alone, in no time and without bytes on the links.",
+    )
     search: bool = setting(
         False,
         "Look for layouts that fit, in the order of predicted time, instead of planning the one that the flags say.",

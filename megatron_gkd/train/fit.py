@@ -153,6 +153,14 @@ def max_tokens(config: RunConfig, layout: Layout) -> int | None:
     return longest * config.training.micro_batch_size if config.data.packing else None
 
 
+def teacher_max_tokens(config: RunConfig) -> int | None:
+    """Tokens of a micro-batch of the teacher; None where it is sized in samples."""
+    teacher = config.teacher
+    if teacher.teacher_micro_batch_tokens is None and teacher.teacher_micro_batch_size is None:
+        return config.training.max_tokens_per_gpu
+    return teacher.teacher_micro_batch_tokens
+
+
 def _check_budget(config: RunConfig, layout: Layout) -> None:
     """The longest row is fed --max_length - 1 tokens, padded."""
     most, multiple = max_tokens(config, layout), layout.row_multiple
@@ -186,3 +194,12 @@ def without_borrowed_experts(config: RunConfig, arch: Architecture, layout: Layo
     if teacher.teacher_expert_tensor_parallel_size is None:
         layout = replace(layout, expert_tensor=None)
     return layout
+
+
+def kinds(student: Layout, teacher: Layout) -> list[int]:
+    """A rank of each kind, the lowest: of one kind are those with the same stages of both models, or none."""
+    first: dict[tuple[int | None, ...], int] = {}
+    for rank in range(max(layout.rank_offset + layout.world_size for layout in (student, teacher))):
+        parts = (layout.coordinate(rank).pp if layout.holds(rank) else None for layout in (student, teacher))
+        first.setdefault(tuple(parts), rank)
+    return list(first.values())

@@ -42,7 +42,7 @@ from megatron_gkd.train.faults import BadSteps, LossSpikes, lost_rank
 from megatron_gkd.train.garbage import Garbage
 from megatron_gkd.train.health import Health
 from megatron_gkd.train.hub_files import RECORD, write_record
-from megatron_gkd.train.planned_memory import PlannedMemory
+from megatron_gkd.train.planned_memory import PlannedMemory, by_formula
 from megatron_gkd.train.preflight import refuse_earlier_run
 from megatron_gkd.train.replicas import Replicas
 from megatron_gkd.train.resume import begin, open_checkpoints
@@ -120,7 +120,8 @@ class StudentPart:
         self._replicas = Replicas(run.student, run.config.parallel.check_replicas_steps)
         self.checkpoints = open_checkpoints(run)
         peak_bytes = run.platform.peak_memory_bytes if run.platform.kind == "cuda" else None
-        self._planned = PlannedMemory(self._run_dir, run.student.layout, peak_bytes)
+        said = by_formula(run.config, run.architecture, run.student.layout, run.teacher.layout)
+        self._planned = PlannedMemory(self._run_dir, run.student.layout, peak_bytes, said)
         kernels = run.config.kernels
         self._garbage = Garbage(kernels.manual_gc_interval if kernels.manual_gc else None)
         self._progress: Progress | None = None

@@ -1,8 +1,9 @@
-"""A run beside its plan: SAVE/plan.json, which is what `megatron-gkd plan ... --output json` printed for it.
+"""A run beside its plan: SAVE/plan.json, which is what `megatron-gkd plan ... --output json` printed for it, or, where
+that is not there, the closed formula (formula.py) for rows of --max_length.
 
-Where the file is there when a run starts, its summary is logged; on GPUs a rank that comes to hold more than the plan
-foresaw for its stages (what is reserved there included, a sampler's part not) says so, once. On a CPU nothing is
-compared: what the kernel counts of a process is more than its tensors. A file that is no plan is named and left.
+When a run starts the plan's summary is logged; on GPUs a rank that comes to hold more than the plan foresaw for its
+stages (what is reserved there included, a sampler's part not) says so, once. On a CPU nothing is compared: what the
+kernel counts of a process is more than its tensors. A file that is no plan is named and left.
 
 Communication: none; a rank on whose machine the file is absent compares nothing.
 """
@@ -15,9 +16,15 @@ from typing import Any, Final
 
 import torch.distributed as dist
 
+from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.json_file import read_json
+from megatron_gkd.config.plan import PlanConfig
+from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.servers import LocalTeacher
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.train.fit import kinds
+from megatron_gkd.train.formula import formula, not_covered
 
 logger = get_logger(__name__)
 
@@ -29,15 +36,24 @@ _KEYS: Final = ("student_stage", "needed_bytes", "sampler_bytes", "peak_bytes")
 class PlannedMemory:
     """Of one rank."""
 
-    def __init__(self, run_dir: Path, layout: Layout, peak_bytes: Callable[[], int] | None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        layout: Layout,
+        peak_bytes: Callable[[], int] | None,
+        by_formula: Callable[[], list[dict[str, Any]]] = list,
+    ) -> None:
         """
         Args:
             layout: the student's.
             peak_bytes: the most that this rank has held so far; None: it is not known.
+            by_formula: the plan where there is no file.
         """
         self._peak_bytes = peak_bytes
         self._planned: int | None = None
-        plan = _read(run_dir / FILE)
+        plan, self._source = _read(run_dir / FILE), FILE
+        if not plan and not (run_dir / FILE).is_file():
+            plan, self._source = by_formula(), "by formula, of rows as long as --max_length"
         if not plan:
             return
         self._rank = dist.get_rank()
@@ -47,16 +63,16 @@ class PlannedMemory:
             record.get("own_bytes", record["needed_bytes"] - record["sampler_bytes"]) for record in mine
         )
         if self._rank == 0:
-            logger.info("%s", _summary(plan))
+            logger.info("%s", _summary(plan, self._source))
 
     def check(self, step: int) -> None:
         """After a step."""
         if self._planned is None or self._peak_bytes is None or (seen := self._peak_bytes()) <= self._planned:
             return
         logger.warning(
-            "step %d: rank %d has held %.1f GB, and %s foresaw %.1f: it was made for another run, or for other rows "
-            "(docs/memory.md)",
-            *(step, self._rank, seen / _GB, FILE, self._planned / _GB),
+            "step %d: rank %d has held %.1f GB, and the plan (%s) foresaw %.1f: it was made for another run, or for "
+            "other rows (docs/memory.md)",
+            *(step, self._rank, seen / _GB, self._source, self._planned / _GB),
         )
         self._planned = None  # said once
 
@@ -78,9 +94,34 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _summary(plan: list[dict[str, Any]]) -> str:
+def by_formula(
+    config: RunConfig, arch: Architecture, student: Layout, teacher: Layout
+) -> Callable[[], list[dict[str, Any]]]:
+    """Makes the records of a plan, with what `plan` reserves by itself; none of a run that the formula does not cover.
+    `arch`: the student's."""
+
+    def records() -> list[dict[str, Any]]:
+        kind, asked, found = config.teacher.kind, PlanConfig(), list[dict[str, Any]]()
+        local = isinstance(kind, LocalTeacher) and not config.base_teaches
+        archs = arch, read_architecture(kind.path) if local and isinstance(kind, LocalTeacher) else None
+        if not_covered(config, archs) is not None:
+            return found
+        for rank in kinds(student, teacher):
+            phases = formula(config, archs, (student, teacher), rank, asked.lengths(config.data.max_length))
+            fullest = max(phases.values(), key=lambda parts: sum(parts.values()))
+            own = round(sum(fullest.values()) + asked.reserved_gb * _GB)
+            stage = student.coordinate(rank).pp if student.holds(rank) else None
+            peak_bytes = [{name: round(number) for name, number in fullest.items()}]
+            found.append(dict(student_stage=stage, needed_bytes=own, sampler_bytes=0, peak_bytes=peak_bytes))
+        return found
+
+    return records
+
+
+def _summary(plan: list[dict[str, Any]], source: str) -> str:
     """The fullest rank, and what it holds."""
     most = max(plan, key=lambda record: record["needed_bytes"])
     peak = max(most["peak_bytes"], key=lambda categories: sum(categories.values()))
-    parts = ", ".join(f"{name} {num_bytes / _GB:.1f}" for name, num_bytes in peak.items())
-    return f"planned ({FILE}): {most['needed_bytes'] / _GB:.1f} GB on the fullest rank at the peak of a step: {parts}"
+    largest = sorted(peak.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{name} {num_bytes / _GB:.1f}" for name, num_bytes in largest if num_bytes)
+    return f"planned ({source}): {most['needed_bytes'] / _GB:.1f} GB on the fullest rank at the peak of a step: {parts}"

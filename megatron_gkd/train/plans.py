@@ -27,7 +27,7 @@ from megatron_gkd.schedule import Sampled, make_samples, plan_step
 from megatron_gkd.teacher.completions import TeacherSamples
 from megatron_gkd.train.batches import plan_forward
 from megatron_gkd.train.checkpoint import TrainerState
-from megatron_gkd.train.fit import max_tokens
+from megatron_gkd.train.fit import max_tokens, teacher_max_tokens
 from megatron_gkd.train.inputs import Inputs
 from megatron_gkd.train.rollouts import Rollouts
 from megatron_gkd.train.sampling import engine_length, seeing
@@ -154,11 +154,3 @@ def evaluation_plans(config: RunConfig, rows: Rows, student: Layout, teacher: La
             ),
             config.data.packing,
         )
-
-
-def teacher_max_tokens(config: RunConfig) -> int | None:
-    """Tokens of a micro-batch of the teacher; None where it is sized in samples."""
-    teacher = config.teacher
-    if teacher.teacher_micro_batch_tokens is None and teacher.teacher_micro_batch_size is None:
-        return config.training.max_tokens_per_gpu
-    return teacher.teacher_micro_batch_tokens

@@ -62,17 +62,11 @@ from megatron_gkd.train.adapting import check_adapters, prepare
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.fit import layouts, without_borrowed_experts
 from megatron_gkd.train.objective import TrainingObjective
+from megatron_gkd.train.phases import GRADIENTS, LOAD_TEACHER, OPTIMIZER, STUDENT_WEIGHTS, away
 from megatron_gkd.train.plans import plan_of
 from megatron_gkd.train.rehearsed_experts import even_loads
 from megatron_gkd.train.rehearsed_pictures import RehearsedSight, Shown
-from megatron_gkd.train.rehearsed_teacher import (
-    GRADIENTS,
-    LOAD_TEACHER,
-    OPTIMIZER,
-    STUDENT_WEIGHTS,
-    away,
-    rehearsed_teacher,
-)
+from megatron_gkd.train.rehearsed_teacher import rehearsed_teacher
 from megatron_gkd.train.setup import objective_of, student_of
 from megatron_gkd.train.step import distill, teacher_signals
 from megatron_gkd.train.student import Student, optimizer_tensors
@@ -92,6 +86,7 @@ class Rehearsed:
     traffic: dict[str, int]  # of the last step: by the group's name, e.g. "tp"
     phases: dict[str, Alive] = field(default_factory=dict)  # at the peak of each, without what is in host memory then
     ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the groups, by name
+    calls: dict[str, int] = field(default_factory=dict)  # of collectives in the last step, likewise
 
 
 def rehearse(
@@ -144,6 +139,7 @@ def rehearse(
         for step in range(num_steps):
             counter.restart()
             peers.sent.clear()
+            peers.calls.clear()
             parts.step(_plan(step, config, lengths, student_layout, teacher_layout, sight), counter)
             peaks.append(counter.peak)
             for name, peak in counter.peaks.items():
@@ -153,7 +149,8 @@ def rehearse(
         phases = {"load": max(loads, key=lambda alive: alive.total)} | phases
         chunks = [] if parts.student is None else parts.student.chunks
         num_parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-        return Rehearsed(rank, num_parameters, built, peaks, dict(peers.sent), phases, dict(peers.ranks))
+        sent, calls, ranks = dict(peers.sent), dict(peers.calls), dict(peers.ranks)
+        return Rehearsed(rank, num_parameters, built, peaks, sent, phases, ranks, calls)
 
 
 def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
@@ -310,6 +307,7 @@ class _NoPeers(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sent: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
         self._names: dict[str, str] = {}
         self.ranks: dict[str, tuple[int, ...]] = {}
 
@@ -342,6 +340,7 @@ class _NoPeers(TorchDispatchMode):
         name = "other"
         if group is not None:
             name = self._names.get(dist.ProcessGroup.unbox(group).group_name, "other")
+        self.calls[name] += 1
         self.sent[name] += sum(t.nbytes for t in tree_iter(args) if isinstance(t, torch.Tensor))
 
 

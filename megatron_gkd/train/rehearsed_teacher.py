@@ -5,13 +5,12 @@
     SelfTeaching      SelfTeacher
     NoTeacher         Nobody
 
-What is parked in host memory is rehearsed where it is: `away` says what each phase of a step does without.
+What is parked in host memory is rehearsed where it is (phases.py, `away`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -33,13 +32,11 @@ from megatron_gkd.teacher.nobody import Nobody
 from megatron_gkd.teacher.served import server_routes
 from megatron_gkd.teacher.signals import Columns, SignalStore, TopKSpec, exchange
 from megatron_gkd.teacher_pipeline import RemoteTeacher, Teacher, TeacherPipeline, signal_spec
+from megatron_gkd.train.phases import HEAD, WEIGHTS
 from megatron_gkd.train.rehearsed_pictures import RehearsedSight
 from megatron_gkd.train.student import Student
 
 Head = torch.Tensor | Callable[[], torch.Tensor] | None
-
-WEIGHTS, HEAD = "teacher: weights", "teacher: head on the student's ranks"
-STUDENT_WEIGHTS, GRADIENTS, OPTIMIZER = "student: weights", "student: gradients", "student: optimizer"
 
 
 def rehearsed_teacher(
@@ -133,21 +130,3 @@ class ServedOnPaper:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-LOAD_TEACHER: Final = "load, the teacher"  # the part of "load" in which the student is there
-PHASES: Final = ("load", "sampling", "teacher", "forward", "backward", "step 1", "step 2", "save")
-
-
-def away(config: RunConfig, phase: str) -> Iterator[str]:
-    """Categories that are in host memory in this phase (config/levers.py, `OffloadConfig`; HostWeights)."""
-    local = isinstance(config.teacher.kind, LocalTeacher) and not config.base_teaches
-    if config.teacher.offload_teacher_model and local and phase not in ("other", "load", LOAD_TEACHER, "teacher"):
-        yield WEIGHTS
-    colocated = local and config.teacher.teacher_placement == "colocate"
-    beside = colocated and phase in ("teacher", LOAD_TEACHER)
-    if config.offload.offload_model and (phase == "sampling" or beside):
-        yield STUDENT_WEIGHTS
-        yield GRADIENTS
-    if config.offload.offload_optimizer and (beside or phase in ("sampling", "teacher", "forward", "backward")):
-        yield OPTIMIZER

@@ -33,9 +33,10 @@ from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.divisible import check_in
 from megatron_gkd.parallel.layout import Coordinate, Layout
 from megatron_gkd.train.fit import check_batch, refuse_student
+from megatron_gkd.train.parameters import BYTES, parameters, state_bytes
 from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse
 from megatron_gkd.train.rehearsed_pictures import RehearsedSight, Shown
-from megatron_gkd.train.step_time import BYTES, Rates, elements, step_seconds
+from megatron_gkd.train.step_time import Rates, step_seconds
 from megatron_gkd.weights.plan import hf_tensor_shapes
 
 DEPTHS: Final = (2, 4)  # layers of a model chunk; with one, other places have the peak
@@ -226,7 +227,6 @@ class _Measured:
     peaks: dict[int, list[dict[str, int]]]  # stage -> by DEPTHS: bytes by category at the peak
     traffic: list[dict[str, int]]  # by DEPTHS: bytes handed to collectives in a step, of the stage that hands most
     micro_batches: int  # of the rehearsed step
-    teacher: Layout  # the rehearsed one's
     # Of a model with layers of both kinds: what one without experts adds.
     dense_peaks: dict[int, dict[str, float]] = field(default_factory=dict)  # stage -> by category
     dense_traffic: dict[str, float] = field(default_factory=dict)
@@ -278,7 +278,6 @@ class _Measured:
             {stage: of_stage[:few] for stage, of_stage in peaks.items()},
             [dict(largest) for largest in traffic[:few]],
             _micro_batches(config, student),
-            planned_layouts(config, student.world_size)[1],
             {stage: _of_one(of_stage) for stage, of_stage in peaks.items() if of_stage[few:]},
             _of_one(traffic) if traffic[few:] else {},
         )
@@ -343,14 +342,11 @@ def extrapolated(at_depths: list[dict[str, int]], category: str, depth: float) -
 def _least_bytes(
     config: RunConfig, arch: Architecture, of_teacher: Architecture | None, student: Layout, world_size: int
 ) -> float:
-    """What a rank holds between steps, with the smallest part of the teacher that there is."""
-    width = BYTES[config.model.precision]
-    state = 8 + (4 if width < 4 else 0)
-    share = student.data * student.context if config.parallel.use_distributed_optimizer else 1
-    gradients = 4 if config.kernels.accumulate_allreduce_grads_in_fp32 else width
-    own = elements(arch, student, 0) * (width + gradients + state / share)
+    """What the fullest rank holds between steps by the formula, with the smallest part of the teacher that there is."""
+    own = max(sum(state_bytes(config, arch, student, stage).values()) for stage in range(student.pipeline))
     if of_teacher is None:
         return own
+    width = BYTES[config.model.precision]
     return own + sum(math.prod(shape) for shape in hf_tensor_shapes(of_teacher).values()) * width / world_size
 
 
@@ -411,11 +407,9 @@ def _stage_bytes(
         kept = min(kept, max(without, 0.0) + one_layer + (dense + depth) * inputs)
     parts[ACTIVATIONS] = kept * config.training.micro_batch_size
     if of_teacher is not None:
-        # The head that hidden states are multiplied with is among the weights, on the student's last stage.
-        own_stage = measured.teacher.coordinate(_rank(student, stage)).pp
-        rehearsed = elements(with_layers(of_teacher, 1, student.pipeline), measured.teacher, own_stage) * width
-        head = max(0.0, peaks[0].get(TEACHER, 0) - rehearsed)
-        parts[TEACHER] = head + max(elements(of_teacher, teacher, own) for own in range(teacher.pipeline)) * width
+        head = config.distillation.gkd_logits_topk is not None  # of hidden states the student's last stage has it
+        stages = range(teacher.pipeline)
+        parts[TEACHER] = max(sum(parameters(of_teacher, teacher, own, head=head)) for own in stages) * width
     return sum(parts.values())
 
 

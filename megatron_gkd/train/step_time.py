@@ -12,6 +12,10 @@ gradients' reduction and the weights' gather over replicas. A vision tower (towe
 each of its tensor and context parallel ranks computes it whole: 3 x its products where it is trained, else 1 x, for
 which the other stages wait. Nothing overlaps, and every product runs at one rate. So it
 is good for the order of layouts, and not for seconds.
+
+Ranks that share cores (`Rates.cores`; a test on a CPU) wait for each other's work: while one idles in the pipeline,
+others have its core. A phase then takes as long as the work of all ranks on these cores, or, where that is more, as its
+slowest stage with a core of its own; rates are those of a core.
 """
 
 from __future__ import annotations
@@ -19,17 +23,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from types import MappingProxyType
 from typing import Final
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.weights.naming import ROLES, layer_units
-from megatron_gkd.weights.plan import plan, shard_shape, units
+from megatron_gkd.train.parameters import BYTES, elements
 
 _SIZE_OF: Final = {"tp": "tensor", "cp": "context", "ep": "expert"}
-BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2}
+_NOTHING: Final[Mapping[str, float]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -40,26 +43,12 @@ class Rates:
     node_bytes: float  # to the GPUs of the node, a second and GPU
     network_bytes: float  # to other nodes
     ranks_per_node: int
+    latency_s: float = 0.0  # of a collective, beside its bytes
+    cores: int | None = None  # that all ranks share; None: each has a device of its own
 
-
-@cache  # hundreds of layouts ask for the same stages
-def elements(arch: Architecture, layout: Layout, stage: int) -> int:
-    """Parameters of a stage on a tensor-parallel rank, vocabulary padding included."""
-    padded, total = arch.padded_vocab_size(layout.tensor), 0
-    per_stage = arch.num_layers // layout.pipeline
-    held = [unit for layer in range(stage * per_stage, (stage + 1) * per_stage) for unit in layer_units(arch, layer)]
-    first, last = stage == 0, stage == layout.pipeline - 1
-    others = {"embedding": first or (last and arch.tied_embeddings), "final_norm": last, "head": last}
-    held += [unit for unit in units(arch) if others.get(unit.role)]
-    for per_expert in (False, True):
-        size = layout.expert_tensor_size if per_expert else layout.tensor
-        found = sum(
-            math.prod(shard_shape(unit, arch, plan(unit, arch, 0, size, padded)))
-            for unit in held
-            if ROLES[unit.role].per_expert == per_expert
-        )
-        total += found // layout.expert if per_expert else found
-    return total
+    def shared(self, layout: Layout) -> float:
+        """Ranks that a core works for."""
+        return 1.0 if self.cores is None else max(1.0, layout.world_size / self.cores)
 
 
 def layer_flops(arch: Architecture, length: int, *, dense: bool = False) -> float:
@@ -91,6 +80,7 @@ def step_seconds(
     handed: Mapping[str, float],
     rates: Rates,
     towers: tuple[float, float] = (0.0, 0.0),
+    calls: Mapping[str, float] = _NOTHING,
 ) -> dict[str, float]:
     """Predicted seconds of a step, by phase. See the module docstring.
 
@@ -98,6 +88,7 @@ def step_seconds(
         length: (prompt, completion) tokens of every sample.
         handed: bytes that a rank of the student hands to collectives in a step, by the group's name.
         towers: products of a forward pass for the images of a sample, of the student's vision tower and the teacher's.
+        calls: of these collectives, where `rates` has a latency.
     """
     total, completion = sum(length), length[1]
     samples = config.training.global_batch_size
@@ -123,26 +114,31 @@ def step_seconds(
     for name in ("tp", "cp", "ep"):
         if (num_bytes := handed.get(name, 0.0)) > 0 and getattr(student, _SIZE_OF[name]) > 1:
             inside = student.tensor * (student.context if name == "cp" else 1) <= rates.ranks_per_node
-            phases[f"groups: {name}"] = num_bytes / (rates.node_bytes if inside else rates.network_bytes)
+            of_rank = num_bytes / (rates.node_bytes if inside else rates.network_bytes)
+            of_rank += calls.get(name, 0.0) * rates.latency_s
+            phases[f"groups: {name}"] = of_rank * rates.shared(student)
     if student.data * student.context > 1:
         num_elements = max(elements(arch, student, stage) for stage in range(student.pipeline))
         share = (student.data * student.context - 1) / (student.data * student.context)
         inside = student.world_size <= rates.ranks_per_node
         rate = rates.node_bytes if inside else rates.network_bytes
         phases["gradients and weights over replicas"] = (
-            num_elements * (4 + BYTES[config.model.precision]) * share / rate
+            num_elements * (4 + BYTES[config.model.precision]) * share / rate * rates.shared(student)
         )
     return phases
 
 
 def _stage_flops(arch: Architecture, layout: Layout, length: int) -> float:
     """Of a forward pass through the layers of the slowest stage, a token."""
-    routed = range(arch.num_layers) if arch.moe is None else arch.moe.layers
-    if len(routed) == arch.num_layers:
+    if arch.moe is None or len(arch.moe.layers) == arch.num_layers:
         return layer_flops(arch, length) * arch.num_layers / layout.pipeline
-    per_stage = math.ceil(arch.num_layers / layout.pipeline)
-    layers = [layer_flops(arch, length, dense=layer not in routed) for layer in range(arch.num_layers)]
-    return max(sum(layers[first : first + per_stage]) for first in range(0, arch.num_layers, per_stage))
+    size = math.ceil(arch.num_layers / layout.pipeline)
+    stages = (range(first, min(first + size, arch.num_layers)) for first in range(0, arch.num_layers, size))
+    return max(_layers_flops(arch, length, layers) for layers in stages)
+
+
+def _layers_flops(arch: Architecture, length: int, layers: range) -> float:
+    return sum(layer_flops(arch, length, dense=not arch.has_experts(layer)) for layer in layers)
 
 
 def step_s(config: RunConfig, phases: Mapping[str, float]) -> float:
@@ -166,7 +162,11 @@ def _passes_s(
     micro_batches = max(1, math.ceil(samples / layout.data / micro_batch))
     of_stage = passes * _stage_flops(arch, layout, length) * length
     slowest = (of_stage + head_flops) * micro_batch / (layout.tensor * layout.context)
-    return slowest * (micro_batches + (layout.pipeline - 1) / layout.num_chunks) / rates.flops
+    seconds = slowest * (micro_batches + (layout.pipeline - 1) / layout.num_chunks) / rates.flops
+    if rates.cores is None:
+        return seconds
+    of_all = samples * (passes * _layers_flops(arch, length, range(arch.num_layers)) * length + head_flops)
+    return max(seconds, of_all / rates.flops / rates.cores)
 
 
 def _all_reduces_s(arch: Architecture, layout: Layout, samples: int, length: int, width: int, rates: Rates) -> float:
@@ -174,4 +174,5 @@ def _all_reduces_s(arch: Architecture, layout: Layout, samples: int, length: int
     tokens = samples / layout.data * length / layout.context
     share = 2 * (layout.tensor - 1) / layout.tensor
     rate = rates.node_bytes if layout.tensor <= rates.ranks_per_node else rates.network_bytes
-    return 2 * arch.num_layers / layout.pipeline * tokens * arch.hidden_size * width * share / rate
+    num_bytes = 2 * arch.num_layers / layout.pipeline * tokens * arch.hidden_size * width * share
+    return num_bytes / rate * rates.shared(layout)

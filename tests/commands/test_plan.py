@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_gkd import cli
-from megatron_gkd.commands.plan import kinds
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.train.fit import kinds
 from tests.support.effort import FULL
+from tests.support.ranks_at_work import megatron
 from tests.support.trainers import write_pair
 from tests.train.test_rehearsal import config_of, rehearsed
 
@@ -42,6 +43,9 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert one["needed_bytes"] == max(sum(parts.values()) for parts in one["phases_bytes"].values())
         assert one["fits"] == (one["needed_bytes"] <= 2.5e6)
         assert sum(one["sent_bytes_a_step"].values()) > 0
+        peak = max(sum(parts.values()) for name, parts in one["formula_bytes"].items() if name != "load")
+        found = max(sum(parts.values()) for parts in one["peak_bytes"])
+        assert one["formula_difference"] == pytest.approx(peak / found - 1, abs=1e-4)
         assert one["lines"]
         for line in (line for lines in one["lines"].values() for line, _ in lines):
             assert line.split(":")[0].endswith(".py")
@@ -57,9 +61,32 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "reserved (--reserved_gb)" in text
 
 
+def test_the_formula_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of models that nothing here could hold, at once; a rank of each kind."""
+    models = Path(__file__).resolve().parents[2] / "examples" / "models"
+    argv = f"plan --model {models / 'Qwen3-30B-A3B'} --teacher_model {models / 'Qwen3-235B-A22B'} --save none --lmbda 0"
+    argv += " --world_size 16 --expert_model_parallel_size 8 --pipeline_model_parallel_size 2 --global_batch_size 16"
+    argv += " --teacher_tensor_model_parallel_size 4 --rehearse false --max_length 2048 --dtype bf16"
+    argv += " --expert_tensor_parallel_size 1"
+    with megatron():
+        assert cli.main([*argv.split(), "--output", "json"]) == 0, capsys.readouterr().err
+    ranks = json.loads(capsys.readouterr().out)
+    assert [one["rank"] for one in ranks] == [0, 8]
+    for one in ranks:
+        assert one["formula_difference"] == 0
+        assert one["peak_bytes"] == [max(one["formula_bytes"].values(), key=lambda parts: sum(parts.values()))]
+        assert set(one["formula_bytes"]) < set(one["phases_bytes"])
+    with megatron():
+        assert cli.main(argv.split()) == 0
+    text = capsys.readouterr().out
+    assert "nothing was rehearsed" in text
+    assert "by the formula" in text
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--tuner_type lora --rehearse false", "not built yet: plan --rehearse false with adapters"),
         ("--teacher_placement separate --teacher_nodes 1", "nothing says how many ranks a node has"),
         ("--search --offload_model true", "not built yet: plan --search with --offload_model"),
         ("--tensor_model_parallel_size 3", "3"),

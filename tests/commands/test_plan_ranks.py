@@ -25,6 +25,7 @@ from megatron_gkd.config.plan import PlanConfig
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.observe.allocations import Alive
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.train.phases import LOAD_TEACHER, PHASES, away
 from megatron_gkd.train.rehearsal import Rehearsed
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
@@ -102,8 +103,6 @@ def test_an_engine_that_sleeps_is_there_while_it_samples() -> None:
     ],
 )
 def test_what_is_in_host_memory_is_away(flag: str, gone: set[str], phases: set[str]) -> None:
-    from megatron_gkd.train.rehearsed_teacher import LOAD_TEACHER, PHASES, away
-
     config = config_of("--lmbda", "1", f"--{flag}", "true")
     for phase in (*PHASES, LOAD_TEACHER):
         assert set(away(config, phase)) == (gone if phase in phases else set()), phase

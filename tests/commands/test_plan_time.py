@@ -21,6 +21,7 @@ from megatron_gkd.data.image_tokens import read_image_tokens
 from megatron_gkd.data.pictures import striped_picture
 from megatron_gkd.observe.allocations import Alive
 from megatron_gkd.train.rehearsal import Rehearsed, architectures, planned_layouts
+from megatron_gkd.train.step_time import Rates, step_seconds
 from megatron_gkd.train.tower_flops import tower_flops
 from tests.support.dense_vision import load
 from tests.support.effort import FULL
@@ -102,3 +103,31 @@ def test_a_search_counts_the_tower(tmp_path: Path, capsys: pytest.CaptureFixture
     found = [one for one in json.loads(capsys.readouterr().out) if one["rehearsed_whole"]]
     assert found
     assert all(one["phases_s"]["vision tower"] > 0 for one in found)
+
+
+def of_layout(rates: Rates, samples: int, *flags: str, calls: int = 0) -> dict[str, float]:
+    words = f"--model {MODELS / 'Qwen3-1.7B'} --dataset none --objective sft --save none --dtype fp32".split()
+    config = parse_run_config([*words, "--global_batch_size", str(samples), *flags])
+    pair = planned_layouts(config, 4)
+    return step_seconds(
+        config, architectures(config)[0], None, *pair, (64, 64), {"tp": 4e6}, rates, calls={"tp": calls}
+    )
+
+
+PP4, TP4 = ("--pipeline_model_parallel_size", "4"), ("--tensor_model_parallel_size", "4")
+
+
+def test_ranks_that_share_cores_wait_for_each_others_work() -> None:
+    """A bubble costs nothing, and a head is work once; with a core for each rank both cost what they cost on GPUs."""
+    alone, one_core = Rates(1e9, 1e9, 1e9, 8), Rates(1e9, 1e9, 1e9, 8, cores=1)
+    assert of_layout(one_core, 8, *PP4)["student"] == pytest.approx(of_layout(one_core, 8)["student"])
+    assert of_layout(one_core, 8)["student"] == pytest.approx(4 * of_layout(alone, 8)["student"])
+    assert of_layout(alone, 8, *PP4)["student"] > 1.3 * of_layout(alone, 8)["student"]
+    own = replace(one_core, cores=4)
+    assert of_layout(own, 8, *PP4)["student"] == pytest.approx(of_layout(alone, 8, *PP4)["student"])
+    assert of_layout(one_core, 8, *TP4)["groups: tp"] == pytest.approx(4 * of_layout(alone, 8, *TP4)["groups: tp"])
+
+
+def test_a_collective_has_a_latency_beside_its_bytes() -> None:
+    rates = Rates(1e9, 1e9, 1e9, 8, latency_s=1e-3)
+    assert of_layout(rates, 8, *TP4, calls=7)["groups: tp"] == pytest.approx(4e-3 + 7e-3)

@@ -40,9 +40,11 @@ def test_the_page_is_current() -> None:
 
 def test_a_difference_is_told() -> None:
     cell = Cell("PP2", "dense", "none", False)
-    text = grid.page({cell: Compared(103, 100), cell._replace(packed=True): Compared(100, 100)})
+    found = {cell: Compared([103, 100], [100, 99], [99, 94]), cell._replace(packed=True): Compared([100], [100], [98])}
+    text = grid.page(found)
     assert "2 of 168 cells have been run, 1 of them exact, the largest\ndifference 3.00 %" in text
-    assert "| PP2 | dense | none | padded | +3.00 | 100 |" in text
+    assert "cells 1 are within 5 %, the largest difference is 5.05 %" in " ".join(text.split())
+    assert "| PP2 | dense | none | padded | +3.00 | -5.05 | 100 |" in text
 
 
 def test_rounds_take_every_cell_once_and_every_lever_soon() -> None:

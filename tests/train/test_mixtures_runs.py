@@ -17,8 +17,9 @@ from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.levers import check_student
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.train.parameters import elements
 from megatron_gkd.train.search import search
-from megatron_gkd.train.step_time import Rates, elements, layer_flops
+from megatron_gkd.train.step_time import Rates, layer_flops
 from megatron_gkd.weights.hf_files import HFCheckpoint
 from tests.support.checkpoint_runs import FLAGS, SAVED_AT, STEPS, assert_same_bits, checkpoint_of
 from tests.support.checkpoints import MIXTURES, write_tiny_checkpoint

@@ -1,5 +1,6 @@
 """A run beside its plan.json: the summary at the start, one warning from a rank that holds more, nothing from others;
-a run that starts with the file says what is in it. Not covered: what an allocator counts on CUDA.
+a run that starts with the file says what is in it, one without what the formula says. Not covered: what an allocator
+counts on CUDA.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
+from megatron_gkd.architecture import read_architecture
+from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.train.planned_memory import PlannedMemory
+from megatron_gkd.train.planned_memory import PlannedMemory, by_formula
 from tests.support.checkpoint_runs import FLAGS, write_inputs
 from tests.support.program import run
 from tests.support.runs import command_line
@@ -49,7 +52,7 @@ def test_a_rank_that_holds_more_says_so_once(tmp_path: Path, caplog: pytest.LogC
     seen = [23.9]
     first = planned(tmp_path, PLAN, 0, seen)
     assert [entry.message for entry in caplog.records] == [
-        "planned (plan.json): 44.0 GB on the fullest rank at the peak of a step: loss 2.0, teacher: weights 28.0"
+        "planned (plan.json): 44.0 GB on the fullest rank at the peak of a step: teacher: weights 28.0, loss 2.0"
     ]
     caplog.clear()
     other = planned(tmp_path, PLAN, 1, [33.9])
@@ -61,7 +64,7 @@ def test_a_rank_that_holds_more_says_so_once(tmp_path: Path, caplog: pytest.LogC
     first.check(3)
     (warning,) = caplog.records
     assert warning.levelname == "WARNING"
-    assert warning.message.startswith("step 2: rank 0 has held 24.1 GB, and plan.json foresaw 24.0: ")
+    assert warning.message.startswith("step 2: rank 0 has held 24.1 GB, and the plan (plan.json) foresaw 24.0: ")
     planned(tmp_path, PLAN, 1, None).check(1)  # on a CPU nothing is compared
     assert len(caplog.records) == 1
 
@@ -71,6 +74,28 @@ def test_what_is_no_plan_is_named_and_left(tmp_path: Path, caplog: pytest.LogCap
     planned(tmp_path, text, 0, [1.0]).check(1)
     (warning,) = caplog.records
     assert str(tmp_path / "plan.json") in warning.message
+
+
+MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
+
+
+def test_without_a_plan_the_formula_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With what `plan` reserves by itself, and by stage: the last one has the loss."""
+    caplog.set_level(logging.INFO, logger="megatron_gkd")
+    words = f"--model {MODELS / 'Qwen3-1.7B'} --teacher_model {MODELS / 'Qwen3-8B'} --dataset none --dtype bf16"
+    words += " --pipeline_model_parallel_size 2 --global_batch_size 4 --max_length 1024 --save none"
+    config = parse_run_config(words.split())
+    said = by_formula(config, read_architecture(MODELS / "Qwen3-1.7B"), LAYOUT, LAYOUT)
+    first, last = (record["needed_bytes"] for record in said())
+    assert last > first > 4e9
+    with patch.object(dist, "get_rank", lambda: 0):
+        run = PlannedMemory(tmp_path, LAYOUT, lambda: round(first) + 1, said)
+    (entry,) = caplog.records
+    assert entry.message.startswith(f"planned (by formula, of rows as long as --max_length): {last / 1e9:.1f} GB on ")
+    run.check(1)
+    assert "the plan (by formula, of rows as long as --max_length) foresaw" in caplog.records[-1].message
+    adapters = parse_run_config([*words.split(), "--tuner_type", "lora"])
+    assert by_formula(adapters, read_architecture(MODELS / "Qwen3-1.7B"), LAYOUT, LAYOUT)() == []
 
 
 def test_without_a_plan_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

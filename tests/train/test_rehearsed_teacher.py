@@ -6,21 +6,17 @@ As test_rehearsal.py, to the byte. Not covered: the GPUs of teacher servers, whi
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from megatron_gkd.commands.plan import kinds
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.observe.allocations import AllocationCounter
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.train.rehearsal import _Counted, _Phases, _plan, rehearse
-from megatron_gkd.train.setup import Run, build
-from megatron_gkd.train.step import distill, teacher_signals
+from megatron_gkd.train.fit import kinds
+from megatron_gkd.train.rehearsal import rehearse
+from tests.support.allocated import allocated
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
 from tests.train.test_rehearsal import LENGTHS, config_of
@@ -31,22 +27,9 @@ APART: dict[str, Any] = dict(teacher_placement="separate", teacher_world_size=1,
 def real(config: RunConfig) -> dict[str, int]:
     """At the peak of the first step of this rank, by category."""
     with megatron():
-        counter = AllocationCounter()
-        timers: Any = _Phases(counter)
-        with counter, counter.category("built"):
-            run = build(config)
-            gc.collect()  # what a cycle still holds of the building
-            counter.restart()
-            if isinstance(run, Run):
-                loss: Any = _Counted(run.loss, counter)
-                plan = _plan(0, config, LENGTHS, run.student.layout, run.teacher.layout)
-                distill(run.student, run.teacher, loss, plan, device=torch.device("cpu"), timers=timers)
-            else:
-                with timers.phase("teacher"):
-                    teacher_signals(run.teacher, _plan(0, config, LENGTHS, run.student_layout, run.teacher.layout))
-        run.teacher.close()
+        _, peak = allocated(config, LENGTHS, num_steps=1)
         dist.barrier()  # a rank that ends earlier takes its connections with it
-        return counter.peak.by_category
+        return peak
 
 
 @pytest.mark.slow

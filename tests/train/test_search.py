@@ -17,9 +17,10 @@ from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train import search as module
+from megatron_gkd.train.parameters import elements
 from megatron_gkd.train.rehearsal import planned_layouts
 from megatron_gkd.train.search import Found, Searched, search
-from megatron_gkd.train.step_time import Rates, elements, layer_flops
+from megatron_gkd.train.step_time import Rates, layer_flops
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import FULL
 from tests.support.ranks import run_ranks
@@ -98,7 +99,7 @@ def test_a_search(models: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch)
         peak = {module.ACTIVATIONS: 2 * 10**6 // student.tensor, "student: weights": 10**6 // student.pipeline}
         deep = {name: 2 * num_bytes for name, num_bytes in peak.items()}
         stages = {stage: [peak, deep] for stage in range(student.pipeline)}
-        return module._Measured(stages, [{"tp": 10**6}, {"tp": 2 * 10**6}], 4, planned_layouts(config, 2)[1])
+        return module._Measured(stages, [{"tp": 10**6}, {"tp": 2 * 10**6}], 4)
 
     def whole(found: Found, world_size: int, length: Any) -> Found:
         return replace(found, rehearsed=True, num_bytes=10**9 if found.student.tensor == 2 else found.num_bytes)

@@ -14,8 +14,7 @@ from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.schedule import plan_step
-from megatron_gkd.train.fit import check_batch, max_tokens
-from megatron_gkd.train.plans import teacher_max_tokens
+from megatron_gkd.train.fit import check_batch, max_tokens, teacher_max_tokens
 from megatron_gkd.train.setup import Run
 from tests.support.effort import FULL
 from tests.support.ranks import run_ranks
