@@ -1,7 +1,7 @@
 """Data set files -> tokenised rows, with a policy for malformed and overlong ones, and a summary of what happened.
 
-The forms of a record: forms.py. With any of them goes `teacher_prompt`: a string or a list of chat turns that the
-teacher is given in place of the prompt. What becomes of a record: policy.py.
+forms.py defines the forms of a record; each may have `teacher_prompt`, a string or a list of chat turns that replaces
+the prompt for the teacher. policy.py decides what becomes of a record.
 
 Rows are tokenised once, in file order, `BATCH_ROWS` at a time, and kept as flat arrays (4 bytes a token), in memory or
 mapped from a file (row_file.py). The result depends on the files, the tokenizer and the policy alone, so every rank has

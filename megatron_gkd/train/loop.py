@@ -2,8 +2,8 @@
 
     for each step:  plan (plans.py) -> teacher signals -> student update -> metrics
 
-The order of steps, evaluations and checkpoints is timeline.py's; `StudentPart` is what these ranks do at each. The run
-directory (`--save`) is described in docs/run_directory.md.
+timeline.py defines the order of steps, evaluations and checkpoints; `StudentPart` defines what these ranks do at each.
+The run directory (`--save`) is described in docs/run_directory.md.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def run_training(config: RunConfig) -> None:
 
 
 class StudentPart:
-    """What a rank of the student does at the events of timeline.py; as a context, it closes what the run holds."""
+    """What a rank of the student does at the events of timeline.py. As a context it closes what the run holds."""
 
     def __init__(self, run: Run, state: TrainerState, asked: RunConfig) -> None:
         """Begin the run's record.

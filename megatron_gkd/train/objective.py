@@ -1,9 +1,9 @@
 """What is minimised or measured: hidden states of the last stage in, `(loss_sum, num_tokens, report)` out.
 
 An `Objective` sees one micro-batch at a time and divides nothing: megatron-core divides the summed gradient once, by
-the number of loss tokens of the global batch. Its report is a dict of `[2]` float64 tensors (sum, count); what a
-micro-batch has none of counts 0. Training minimises `DistillationLoss`, or without a teacher the cross entropy alone
-(supervised.py); evaluation has an objective of its own (evaluate.py).
+the number of loss tokens of the global batch. Its report is a dict of `[2]` float64 tensors (sum, count); a value that
+a micro-batch does not have has count 0. Training minimises `DistillationLoss`, or without a teacher the cross entropy
+alone (supervised.py); evaluation has its own objective (evaluate.py).
 
     loss_sum = sum_t D(P_t, Q_t)  +  sft_alpha * sum_{t: source != student} CE(y_t, Q_t)      over the T loss tokens,
     in nats

@@ -1,10 +1,10 @@
-"""What every step of a run works on, known on every rank alike before any tensor exists.
+"""The plan of every step of a run, the same on every rank before any tensor exists.
 
     for each step:  rows -> sources -> completions -> samples -> plan
 
-Everything random is a function of (seed, step, sample), so a resumed run needs the step and the data position, nothing
-else. Where the student samples, the completions also depend on its weights: they come from `Rollouts` on the student's
-ranks, and, where the teacher has ranks of its own, go from the first rank to all.
+Everything random is a function of (seed, step, sample), so a resumed run needs only the step and the data position. If
+the student samples, the completions also depend on its weights: they come from `Rollouts` on the student's ranks and,
+if the teacher has its own ranks, are sent from the first rank to all.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From a RunConfig to the parts of a run, on every rank: inputs are read and checked first (inputs.py), then process
 groups, servers, weights and the optimizer are made.
 
-`build(config)` gives each rank what it is: a `Run` where the student is, with or without a part of the teacher; a
-`TeacherRun` on the ranks that the teacher has to itself (`--teacher_placement separate`).
+`build(config)` returns a `Run` on the student's ranks, with or without a part of the teacher, and a `TeacherRun` on the
+ranks that hold only the teacher (`--teacher_placement separate`).
 """
 
 from __future__ import annotations

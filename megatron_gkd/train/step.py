@@ -1,8 +1,8 @@
 """One distillation step: plan -> teacher signals -> student's forward and backward -> metrics.
 
-Walk: `distill` asks the teacher for the signals of all samples of the plan, then hands the student's schedule a
-forward step that (on the last stage) hands each micro-batch and its signals to the objective. `evaluate` in
-evaluate.py is the same walk without gradients.
+`distill` asks the teacher for the signals of all samples of the plan. Then it runs the student's schedule with a
+forward step that, on the last stage, calls the objective with each micro-batch and its signals. `evaluate` in
+evaluate.py does the same without gradients.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def distill(
     """One update of the student on the plan; returns its result and the signal bytes that this rank sent.
 
     Args:
-        meanwhile: called between the teacher's part and the student's, to start what can go on beside the latter.
+        meanwhile: called between the teacher's part and the student's, to start work that overlaps the latter.
         loss_is_finite: decides, the same on every rank, from this rank's reports and signal bytes whether the update
             is made.
     """

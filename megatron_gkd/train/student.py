@@ -7,13 +7,13 @@ pipeline for tied embeddings, and divides once by the global number of loss toke
 Loss contract (`calculate_per_token_loss`): the loss function returns (loss_sum, num_tokens, report); nothing is
 divided per micro-batch. So the gradient, and its norm, do not depend on TP, PP, VPP, DP or the micro-batch size.
 
-Offload (config/levers.py, `OffloadConfig`): between uses the weights and gradient buffers, and the optimizer's state,
-may be in host memory. `chunks`, `models` and `optimizer` bring back what they give; `leave_device` sends it away, and
-the state leaves by itself after each update.
+Offload (config/levers.py, `OffloadConfig`): between uses, weights, gradient buffers and the optimizer's state may be in
+host memory. `chunks`, `models` and `optimizer` bring back what they return; `leave_device` moves it out, and the
+optimizer's state is moved out after each update.
 
-A step whose loss or gradient norm is not finite makes no update: weights, moments and the optimizer's step count stay
-as they are. megatron-core itself (0.16) vetoes an fp16 overflow alone, and would write NaN into everything. The
-learning rate is a function of the step's number, so the schedule advances in such a step as well.
+A step whose loss or gradient norm is not finite makes no update: weights, moments and the optimizer's step count do not
+change. megatron-core itself (0.16) only skips a step on fp16 overflow, and would write NaN everywhere. The learning
+rate is a function of the step's number, so the schedule advances in such a step as well.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The order of a run's events, for all of its ranks: steps, evaluations, checkpoints, a stop, the export.
 
-Ranks of the student and ranks that the teacher has to itself (`--teacher_placement separate`) make the same collectives
-in the same order, or they wait for each other for ever. So the order is written here, once: `carry_out(span, part)`
-runs on every rank, and a kind of rank says only what it does at an event (`Part`: the student's in loop.py, the
-teacher's in teacher_ranks.py).
+Ranks of the student and ranks that hold only the teacher (`--teacher_placement separate`) must make the same
+collectives in the same order, or they wait for each other forever. So the order is written here, once:
+`carry_out(span, part)` runs on every rank, and each kind of rank defines only what it does at an event (`Part`: the
+student's in loop.py, the teacher's in teacher_ranks.py).
 
-Pure but for what the part does: no rank, no tensor and no file is needed to test it.
+Pure except for what the part does: no rank, no tensor and no file is needed to test it.
 """
 
 from __future__ import annotations
