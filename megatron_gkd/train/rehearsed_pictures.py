@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -98,6 +99,8 @@ class RehearsedSight:
                 chunk.vision.prepare = self._feed(images, grids)
                 if images.square is not None:
                     chunk.vision.ask_instead(_KnownGrids(chunk.vision.visual, grids))
+                elif images.texts:
+                    chunk.vision.ask_instead(_FullTiles(chunk.vision.vision_model, chunk.vision.connector))
 
     @contextmanager
     def fake_towers(self) -> Iterator[None]:
@@ -167,3 +170,19 @@ class _KnownGrids:
             cu_window_seqlens=windows.numpy(),
             return_dict=return_dict,
         )
+
+
+class _FullTiles:
+    """In place of transformers' SmolVLM, which looks at values for tiles of zeros and for the part of a tile that is an
+    image. Here there is none of the former, and all of the latter, as the processor makes tiles of a few images alike.
+    """
+
+    def __init__(self, tower: Any, projector: Any) -> None:
+        self._tower, self._projector = tower, projector
+
+    def get_image_features(self, pixel_values: torch.Tensor, return_dict: bool, **_: torch.Tensor) -> Any:
+        embeddings = self._tower.embeddings
+        patches = embeddings.patch_embedding(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2)
+        placed = patches + embeddings.position_embedding(torch.arange(patches.shape[1]))
+        encoded = self._tower.encoder(inputs_embeds=placed).last_hidden_state
+        return SimpleNamespace(pooler_output=self._projector(self._tower.post_layernorm(encoded)))

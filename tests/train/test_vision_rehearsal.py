@@ -33,6 +33,8 @@ if FULL:
         "TP2 SP": ("internvl", 2, dict(tensor=2, sequence=True, teacher_tensor=1), dict(freeze_vision=True)),
         "LLaVA, DP2": ("llava", 2, dict(sharded=True), {}),
         "CP2": ("internvl", 2, dict(context=2), {}),
+        "SmolVLM, TP2 SP": ("smolvlm", 2, dict(tensor=2, sequence=True, teacher_tensor=1), {}),
+        "Qwen2.5-VL, PP2": ("qwen2_5_vl", 2, dict(pipeline=2, teacher_pipeline=1, teacher_tensor=2), {}),
     }
 
 
