@@ -129,6 +129,8 @@ class HFTensorStream:
         self.manifest = tuple(spec for unit in specs for spec in specs[unit])
         self.buckets = tuple(make_buckets({u: owners[u][0] for u in specs}, specs, bucket_bytes))
         self.device = parameters[0].tensor.device if parameters and read is None else torch.device("cpu")
+        if self.device.type == "meta":  # of a skeleton: what is exported has values all the same, on the CPU
+            self.device = torch.device("cpu")
 
     def settle(self) -> None:
         """To be called before the first bucket is gathered: no weight is stale. Collective over all replicas."""

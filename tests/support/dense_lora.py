@@ -4,7 +4,7 @@
 
 on each adapted `torch.nn.Linear`, W and everything else frozen but modules that are trained whole; then clipping and
 AdamW over all that is trained. As dense_step.py, in float64 and in float32, and no code of the package but the records.
-Names are peft's.
+Names are peft's. Where peft loads an adapter as it is, peft itself is the truth (peft_itself.py): `put_on`.
 
 transformers holds the experts of a layer in two tensors; each expert's matrix has an adapter, whose product is added to
 its part of them.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ RUN: dict[str, Any] = dict(
     lmbda=0, global_batch_size=4, lr=3e-2, adam_eps=1e-4, lr_warmup_fraction=0, max_length=256, report_to="none",
     device="cpu",
 )  # fmt: skip
+# What is trained, by peft's names: value and gradient.
+Trained = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
 PREFIX, HEAD, EMBEDDING = "base_model.model.", "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -89,13 +91,13 @@ def matrices(model: Any) -> dict[str, tuple[int, int]]:
         if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
             found[name] = (module.out_features, module.in_features)
         elif hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, torch.nn.Parameter):
-            for (gate, up), down in _experts(model, name, module):
+            for (gate, up), down in names_of_experts(model, name, module):
                 found |= dict.fromkeys((gate, up), (module.down_proj.shape[2], module.down_proj.shape[1]))
                 found[down] = tuple(module.down_proj.shape[1:])
     return found
 
 
-def _experts(model: Any, name: str, module: Any) -> list[tuple[tuple[str, str], str]]:
+def names_of_experts(model: Any, name: str, module: Any) -> list[tuple[tuple[str, str], str]]:
     """((gate, up), down) of each expert, by the checkpoint's names."""
     mixtral = model.config.model_type == "mixtral"
     name = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
@@ -116,11 +118,14 @@ class _Added(torch.nn.Module):
         return weight + self.scale * torch.stack(deltas)
 
 
-def adapted(model: Any, tensors: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.nn.Parameter]:
-    """Freeze the model, put adapters on it, set the modules; returns what is trained, by peft's names."""
+def adapted(model: Any, adapter: str) -> tuple[Any, Callable[[], Trained]]:
+    """Freeze the model, put adapters on it, set the modules that are trained whole; returns it, and what there is to
+    train."""
     model.requires_grad_(False)
-    dtype = next(model.parameters()).dtype
-    found = {name: torch.nn.Parameter(x.to(dtype)) for name, x in tensors.items() if ".lora_" in name}
+    dtype, scale = next(model.parameters()).dtype, scale_of(adapter)
+    with torch._C.DisableTorchFunction():  # files are not read in Float64's mode
+        values = load_file(Path(adapter) / "adapter_model.safetensors")
+    found = {name: torch.nn.Parameter(x.to(dtype)) for name, x in values.items() if ".lora_" in name}
 
     def of(name: str) -> Any:
         parts = [f"{PREFIX}{name}.lora_{kind}.weight" for kind in "AB"]
@@ -131,12 +136,12 @@ def adapted(model: Any, tensors: Mapping[str, torch.Tensor], scale: float) -> di
             a, b = of(name)
             module.register_forward_hook(lambda _, x, h, a=a, b=b: h + scale * ((x[0] @ a.T) @ b.T))
         elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
-            _put_on_experts(module, _experts(model, name, module), of, scale)
+            _put_on_experts(module, names_of_experts(model, name, module), of, scale)
     for name, parameter in model.named_parameters():
-        if PREFIX + name in tensors:
-            parameter.data.copy_(tensors[PREFIX + name])
+        if PREFIX + name in values:
+            parameter.data.copy_(values[PREFIX + name])
             found[PREFIX + name] = parameter.requires_grad_()
-    return found
+    return model, lambda: {name: (p, p.grad) for name, p in found.items()}
 
 
 def _put_on_experts(module: Any, names: Any, of: Any, scale: float) -> None:
@@ -157,34 +162,75 @@ def dense_lora_step(
     training: TrainingConfig,
     *,
     topk: int,
+    put_on: Callable[[Any, str], tuple[Any, Callable[[], Trained]]] = adapted,
 ) -> DenseStep:
-    """One update of the adapter, in float64; `reference` has it in float32. Weights and gradients are the adapter's."""
+    """One update of the adapter, in float64; `reference` has it in float32. Weights and gradients are the adapter's.
 
-    values = load_file(Path(adapter) / "adapter_model.safetensors")
+    Args:
+        put_on: transformers' model, the adapter's directory -> the model with it, and what there is to train.
+    """
+    teacher_samples = tuple(sample.for_teacher for sample in samples)
 
     def step(dtype: torch.dtype) -> DenseStep:
-        model = load(student, dtype)
-        parameters = adapted(model, values, scale_of(adapter))
-        teacher_samples = tuple(
-            sample if sample.teacher_prompt_ids is None else replace(sample, prompt_ids=sample.teacher_prompt_ids)
-            for sample in samples
-        )
+        model, trained = put_on(load(student, dtype), adapter)
         logits = all_logits(teacher, teacher_samples, dtype)
         loss, metrics = loss_and_metrics(model, logits, samples, objective, topk, None)
-        loss.backward()
-        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()}
-        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.clip_grad or math.inf)
-        betas = (training.adam_beta1, training.adam_beta2)
-        for p in parameters.values():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        decayed, norms = ([p for p in parameters.values() if (p.ndim > 1) == kind] for kind in (True, False))
-        groups = [dict(params=decayed, weight_decay=training.weight_decay), dict(params=norms, weight_decay=0.0)]
-        torch.optim.AdamW(groups, lr=training.lr, betas=betas, eps=training.adam_eps).step()
-        weights = {name: p.detach().clone() for name, p in parameters.items()}
-        if PREFIX + HEAD in values and PREFIX + HEAD not in weights:  # tied: the file names it twice
-            weights[PREFIX + HEAD], gradients[PREFIX + HEAD] = (x[PREFIX + EMBEDDING] for x in (weights, gradients))
-        return DenseStep(float(loss.detach()), float(norm), metrics, weights, gradients)
+        return updated(loss, metrics, trained, training)
 
     with Float64():
         truth = step(torch.float64)
     return replace(truth, reference=step(torch.float32))
+
+
+def updated(
+    loss: torch.Tensor, metrics: dict[str, float], trained: Callable[[], Trained], training: TrainingConfig
+) -> DenseStep:
+    """The gradients of the loss, clipping, and AdamW with no weight decay on 1-D parameters."""
+    loss.backward()
+    parameters, gradients = {}, {}
+    for name, (value, gradient) in trained().items():
+        parameters[name] = torch.nn.Parameter(value.detach().clone())
+        gradients[name] = torch.zeros_like(value) if gradient is None else gradient.clone()
+        parameters[name].grad = gradients[name].clone()
+    norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.clip_grad or math.inf)
+    decayed, norms = ([p for p in parameters.values() if (p.ndim > 1) == kind] for kind in (True, False))
+    groups = [dict(params=decayed, weight_decay=training.weight_decay), dict(params=norms, weight_decay=0.0)]
+    betas = (training.adam_beta1, training.adam_beta2)
+    torch.optim.AdamW(groups, lr=training.lr, betas=betas, eps=training.adam_eps).step()
+    weights = {name: p.detach() for name, p in parameters.items()}
+    return DenseStep(float(loss.detach()), float(norm), metrics, weights, gradients)
+
+
+def stored_name(name: str) -> str:
+    """transformers' name of a part of a vision-language model -> the name in published files (InternVL, LLaVA)."""
+    name = name.replace("model.language_model.", "language_model.model.")
+    return name.replace("model.multi_modal_projector.", "multi_modal_projector.")
+
+
+def check_merged(
+    base: Mapping[str, torch.Tensor],
+    merged: Mapping[str, torch.Tensor],
+    adapter: Mapping[str, torch.Tensor],
+    *,
+    scale: float,
+    stored: Callable[[str], str] = str,
+) -> None:
+    """The export is W + s B A of each adapted matrix, each module that was trained whole, and all else as it was.
+
+    Args:
+        stored: a name without `base_model.model.` -> the name in the files of the model.
+    """
+    assert merged.keys() == base.keys()
+    left = {PREFIX + stored(name.removeprefix(PREFIX)): tensor for name, tensor in adapter.items()}
+    for name, weight in base.items():
+        module, expected = PREFIX + name.removesuffix(".weight"), left.pop(PREFIX + name, weight)
+        if f"{module}.lora_A.weight" in left:
+            a, b = (left.pop(f"{module}.lora_{kind}.weight").double() for kind in "AB")
+            torch.testing.assert_close(merged[name], (weight.double() + scale * b @ a).float(), rtol=1e-6, atol=1e-7)
+            assert ".experts." in name or not torch.equal(merged[name], weight), name  # an expert may have no token
+        else:
+            assert torch.equal(merged[name], expected), name
+            assert expected is weight or not torch.equal(expected, weight), f"{name} is not trained"
+    if HEAD not in base and PREFIX + HEAD in left:
+        assert torch.equal(left.pop(PREFIX + HEAD), merged[EMBEDDING])
+    assert not left, left.keys()

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from megatron_gkd.commands.convert import parse_convert_config, run_convert
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.observe.writers import read_rows
 from megatron_gkd.teacher.completions import TeacherSamples
@@ -37,6 +39,11 @@ def train_on_this_rank(argv: list[str]) -> None:
     config.validate("train")
     with megatron():
         run_training(config)
+
+
+def convert_on_this_rank(argv: list[str]) -> None:
+    """`megatron-gkd convert` with these words."""
+    run_convert(parse_convert_config(argv))
 
 
 def train(*, world: int = 1, **flags: Any) -> Path:
@@ -72,3 +79,8 @@ def exported(run_dir: Path) -> dict[str, torch.Tensor]:
     """The tensors of the exported student."""
     with HFCheckpoint(run_dir / "hf") as checkpoint:
         return {name: checkpoint.read(name).clone() for name in checkpoint.names()}
+
+
+def adapter_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the exported adapter, by peft's names, read by safetensors alone."""
+    return load_file(run_dir / "adapter" / "adapter_model.safetensors")

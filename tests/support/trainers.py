@@ -18,6 +18,7 @@ from megatron_gkd.config.run import DistillationConfig, RunConfig
 from megatron_gkd.config.servers import SelfTeaching
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.timers import Timers
+from megatron_gkd.parallel.together import from_first
 from megatron_gkd.records import SOURCES, Sample, Source, StepPlan
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.teacher.itself import SelfTeacher
@@ -26,7 +27,7 @@ from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.setup import Run, build
 from megatron_gkd.train.step import add_reports, distill, reduce_reports
 from megatron_gkd.train.supervised import SupervisedLoss
-from megatron_gkd.weights.chunks import Parameter
+from megatron_gkd.weights import adapters, whole_modules
 from megatron_gkd.weights.export import HFTensorStream
 from tests.support.checkpoints import write_tiny_checkpoint
 
@@ -136,7 +137,8 @@ def run_config(student: str, teacher: str | None, rows: str, /, **flags: Any) ->
 
 @dataclass
 class StepOutcome:
-    """What one step did, on every rank; `weights` (by HF name) on the writing rank alone."""
+    """What one step did, on every rank; `weights` (by HF name; with adapters what is trained, by peft's) on the writing
+    rank alone."""
 
     loss: float
     grad_norm: float
@@ -244,7 +246,7 @@ class Trainer:
         def before_update(reports: object, num_bytes: int) -> bool:
             nonlocal gradients
             if with_gradients:
-                gradients = self._by_name(lambda p: getattr(p.tensor, "main_grad", torch.zeros_like(p.tensor)))
+                gradients = self._by_name(lambda tensor: getattr(tensor, "main_grad", torch.zeros_like(tensor)))
             return True
 
         result, _ = distill(
@@ -263,11 +265,21 @@ class Trainer:
         return StepOutcome(means.get("loss", 0.0), result.grad_norm, means, counts, None, gradients)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """The student's tensors by HF name, on the writing rank; None elsewhere."""
+        """The student's tensors by HF name, on the writing rank; None elsewhere. With adapters what is trained, by
+        peft's names, on every rank."""
         return self._by_name(None)
 
-    def _by_name(self, read: Callable[[Parameter], torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
-        student = self.run.student
-        stream = HFTensorStream(student.chunks, self.run.architecture, student.groups, read=read)
+    def _by_name(self, read: Callable[[torch.Tensor], torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+        student, arch, tuner = self.run.student, self.run.architecture, self.config.tuner
+        if tuner.is_lora:
+            place: Any = (student.models, arch, student.groups)
+            of: Any = torch.Tensor.detach if read is None else read
+            layers = [*adapters.collect(*place, read=of)]
+            if names := tuner.modules_to_save:
+                layers += from_first([*whole_modules.collect(*place, names, read=lambda p: of(p.tensor))])
+            return {name: tensor for layer in layers for name, tensor in layer.items()}
+        stream = HFTensorStream(
+            student.chunks, arch, student.groups, read=None if read is None else lambda p: read(p.tensor)
+        )
         tensors = {name: tensor.clone() for name, tensor in stream}
         return tensors if stream.is_writer else None

@@ -2,8 +2,10 @@
 
 A run of 4 steps that saves after 2 is compared with runs that load the checkpoint of step 2: every number of
 metrics.jsonl, the evaluation and the exported student are equal to the last bit in the same layout, and to 1e-6
-relative in another one. Then the directory: pointer, leftovers, limit; and what is refused. Of optimizer (sharded or
-whole) x layout some pairs are left to GKD_TEST_FULL=1; every layout and both kinds of optimizer occur without it.
+relative in another one. Runs of full training, with the optimizer sharded and whole, and of adapters (of a mixture of
+experts and of layers without, beside modules that are trained whole), whose adapter and merged student are compared.
+Then the directory: pointer, leftovers, limit; and what is refused. Of kind of run x layout some pairs are left to
+GKD_TEST_FULL=1; every layout and every kind occur without it.
 
 Not covered: bf16 and fp16 (their main parameters and loss scale), CUDA, a crash in the middle of a file.
 """
@@ -18,20 +20,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.train.checkpoint import complete_checkpoints, files, find_checkpoint, read_state
-from tests.support.checkpoint_runs import FLAGS, SAVED_AT, STEPS, assert_same_bits, checkpoint_of, write_inputs
+from tests.support.checkpoint_runs import (
+    ADAPTERS,
+    FLAGS,
+    MODULES,
+    STEPS,
+    assert_goes_on,
+    assert_same_bits,
+    assert_same_export,
+    checkpoint_of,
+    write_inputs,
+)
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import FULL
 from tests.support.ranks import RankFailureError, run_ranks
-from tests.support.runs import command_line, exported, metrics, train, train_on_this_rank
+from tests.support.runs import command_line, metrics, train, train_on_this_rank
 from tests.support.trainers import write_rows
 
 pytestmark = pytest.mark.slow
 
-HOME: dict[str, Any] = dict(tensor=2, pipeline=2)
+# Kind of run -> ranks, layout, flags. DP2 x PP2 makes the sharding real.
+KINDS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "sharded": (4, dict(pipeline=2), dict(sharded=True)),
+    "whole": (4, dict(tensor=2, pipeline=2), dict(sharded=False)),
+    "adapters": (2, dict(expert=2), dict(teacher_expert=1, sharded=True, modules_to_save=MODULES) | ADAPTERS),
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,38 +61,48 @@ def inputs(root: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(root: Path, inputs: dict[str, Any]) -> dict[bool, Path]:
-    """Run directories of uninterrupted runs, by use_distributed_optimizer. DP2 x PP2 makes the sharding real."""
-    layouts = {True: dict(pipeline=2), False: HOME}
+def flags(root: Path, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Kind of run -> all flags but its layout's."""
+    mixture = dict(layers=4, mlp_only_layers=[0, 1], moe_intermediate_size=24)
+    of_adapters = write_inputs(root / "adapters", "qwen3_moe", **mixture)
+    own = {"sharded": inputs, "whole": inputs, "adapters": of_adapters}
+    return {kind: FLAGS | own[kind] | more for kind, (_, _, more) in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path, flags: dict[str, dict[str, Any]]) -> dict[str, Path]:
+    """Run directories of uninterrupted runs."""
     return {
-        sharded: train(world=4, **inputs, **FLAGS, **layout, sharded=sharded, save=root / f"whole_{sharded}")
-        for sharded, layout in layouts.items()
+        kind: train(world=world, **flags[kind], **layout, save=root / f"whole_{kind}")
+        for kind, (world, layout, _) in KINDS.items()
     }
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sharded", "layout"), [(True, dict(pipeline=2)), (False, HOME)], ids=["sharded", "whole"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_the_same_run(
-    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool, layout: dict[str, Any]
+    tmp_path: Path, flags: dict[str, dict[str, Any]], whole: dict[str, Path], kind: str
 ) -> None:
     """Interrupted after step 3, of which the record tells and no checkpoint: the run directory ends up the same."""
+    world, layout, _ = KINDS[kind]
     run_dir = tmp_path / "run"
-    shutil.copytree(whole[sharded], run_dir)
-    shutil.rmtree(run_dir / "hf")
+    shutil.copytree(whole[kind], run_dir)
+    for name in ("hf", "adapter"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
     shutil.rmtree(checkpoint_of(run_dir, STEPS))
     (run_dir / "checkpoints" / "latest").write_text(checkpoint_of(run_dir).name)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()[: STEPS - 1]
     (run_dir / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
-    train(world=4, **inputs, **FLAGS, **layout, sharded=sharded, save=run_dir, load=run_dir)
+    train(world=world, **flags[kind], **layout, save=run_dir, load=run_dir)
     assert [row["step"] for row in metrics(run_dir)] == list(range(1, STEPS + 1))
-    assert_same_bits(run_dir, whole[sharded], 1)
-    assert read_state(find_checkpoint(run_dir)) == read_state(checkpoint_of(whole[sharded], STEPS))
+    assert_same_bits(run_dir, whole[kind], 1)
+    assert read_state(find_checkpoint(run_dir)) == read_state(checkpoint_of(whole[kind], STEPS))
 
 
 OTHERS: dict[str, dict[str, Any]] = {
-    "TP2 PP2": HOME,
+    "TP2 SP PP2": dict(tensor=2, sequence=True, pipeline=2),
     "PP4": dict(pipeline=4),
     "TP4 SP": dict(tensor=4, sequence=True),
     "DP4": {},
@@ -84,49 +110,29 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def pairs(layouts: Iterable[str], whole: Collection[str], sharded: Collection[str]) -> pytest.MarkDecorator:
-    """(layout, sharded): those that are named, or all."""
-    found = [(layout, kind) for layout in layouts for kind in (True, False)]
-    if not FULL:
-        found = [(layout, kind) for layout, kind in found if layout in (sharded if kind else whole)]
-    ids = [f"{layout}-{'sharded' if kind else 'whole'}" for layout, kind in found]
-    return pytest.mark.parametrize(("layout", "sharded"), found, ids=ids)
+def pairs(layouts: Iterable[str], **named: Collection[str]) -> pytest.MarkDecorator:
+    """(layout, kind of run): those that are named, or all."""
+    found = [(layout, kind) for layout in layouts for kind in KINDS if FULL or layout in named.get(kind, ())]
+    return pytest.mark.parametrize(("layout", "kind"), found, ids=[f"{layout}-{kind}" for layout, kind in found])
 
 
-@pairs(OTHERS, sharded=OTHERS, whole=("DP4",))
+@pairs(OTHERS, sharded=OTHERS, whole=("DP4",), adapters=("TP4 SP",))
 def test_a_run_goes_on_in_another_layout(
-    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool, layout: str
+    tmp_path: Path, flags: dict[str, dict[str, Any]], whole: dict[str, Path], kind: str, layout: str
 ) -> None:
-    source = whole[sharded]
-    run_dir = train(
-        world=4,
-        **inputs,
-        **FLAGS,
-        **OTHERS[layout],
-        sharded=sharded,
-        save=tmp_path / "run",
-        load=checkpoint_of(source),
-    )
-    ours, theirs = metrics(run_dir), metrics(source, first_step=SAVED_AT + 1)
-    assert [row["step"] for row in ours] == list(range(SAVED_AT + 1, STEPS + 1))
-    for mine, expected in zip(ours, theirs, strict=True):
-        assert mine == pytest.approx(expected, rel=1e-6)
-    weights, expected_weights = exported(run_dir), exported(source)
-    for name, tensor in expected_weights.items():
-        assert (weights[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+    source = checkpoint_of(whole[kind])
+    run_dir = train(world=4, **flags[kind], **OTHERS[layout], save=tmp_path / "run", load=source)
+    assert_goes_on(run_dir, whole[kind])
 
 
 @pairs(["PP4", "TP4 SP", "DP4"], sharded=("PP4",), whole=("TP4 SP",))
 def test_every_layout_exports_the_same_bits(
-    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool, layout: str
+    tmp_path: Path, flags: dict[str, dict[str, Any]], whole: dict[str, Path], kind: str, layout: str
 ) -> None:
     """Loaded after the last step, nothing is left to train: what is exported is what was loaded."""
-    flags = FLAGS | OTHERS[layout] | dict(eval_steps=100)
-    source = checkpoint_of(whole[sharded], STEPS)
-    run_dir = train(world=4, **inputs, **flags, sharded=sharded, save=tmp_path / "run", load=source)
-    ours, theirs = exported(run_dir), exported(whole[sharded])
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    source = checkpoint_of(whole[kind], STEPS)
+    given = flags[kind] | OTHERS[layout] | dict(eval_steps=100)
+    assert_same_export(train(world=4, **given, save=tmp_path / "run", load=source), whole[kind])
 
 
 # ---- the directory --------------------------------------------------------------------------------------------------
@@ -229,10 +235,10 @@ def lose_common(checkpoint: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_refused(
-    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], damage: Any, message: str
+    tmp_path: Path, inputs: dict[str, Any], whole: dict[str, Path], damage: Any, message: str
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
-    shutil.copytree(checkpoint_of(whole[True]), checkpoint)
+    shutil.copytree(checkpoint_of(whole["sharded"]), checkpoint)
     damage(checkpoint)
     with pytest.raises(RankFailureError, match=f"CheckpointError: .*{message}(.|\n)*older checkpoint"):
         train(**inputs, **FLAGS, save=tmp_path / "run", load=checkpoint)
@@ -248,7 +254,7 @@ def test_a_damaged_checkpoint_is_refused(
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_another_run_is_refused(
-    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], change: dict[str, Any], message: str
+    tmp_path: Path, inputs: dict[str, Any], whole: dict[str, Path], change: dict[str, Any], message: str
 ) -> None:
     """Going on with something else than what was saved is an error that says what differs."""
     if "model" in change:
@@ -257,7 +263,7 @@ def test_another_run_is_refused(
     if "dataset" in change:
         change = dict(dataset=[write_rows(tmp_path / "rows.jsonl", 21, seed=3)])
     with pytest.raises(RankFailureError, match=f"CheckpointError: (.|\n)*{message}"):
-        train(**(inputs | FLAGS | change), save=tmp_path / "run", load=whole[True])
+        train(**(inputs | FLAGS | change), save=tmp_path / "run", load=whole["sharded"])
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -274,22 +280,29 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "whole"])
+# The flags that each kind of run is tried with.
+CHANGED = {"sharded": tuple(CHANGES), "whole": ("lr", "adam_beta2", "freeze_embeddings")}
+if FULL:
+    CHANGED["adapters"] = tuple(name for name in CHANGES if name != "freeze_embeddings")
+
+
+@pytest.mark.parametrize("kind", CHANGED)
 def test_the_flags_of_a_resumed_run_hold(
-    tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path], sharded: bool
+    tmp_path: Path, flags: dict[str, dict[str, Any]], whole: dict[str, Path], kind: str
 ) -> None:
     """Not the saved ones: each of them changes what comes after the checkpoint, and config.yaml says so."""
-    common = {name: value for name, value in (FLAGS | inputs).items() if name not in ("eval_dataset", "eval_steps")}
+    common = {name: value for name, value in flags[kind].items() if name not in ("eval_dataset", "eval_steps")}
     common |= dict(save_steps=100, save_hf=False, allow_changed_config=True)
+    common.pop("merge_lora", None)
 
     def resumed(name: str, **change: Any) -> list[dict[str, float]]:
-        flags = common | change | dict(sharded=sharded, load=checkpoint_of(whole[sharded]))
-        return metrics(train(**flags, save=tmp_path / name))
+        given = common | change | dict(load=checkpoint_of(whole[kind]))
+        return metrics(train(**given, save=tmp_path / name))
 
     unchanged = resumed("unchanged")
     rates = [row["lr"] for row in unchanged]
     assert len(rates) == 2, "the first update shows in the second one's loss"
-    for name in CHANGES if sharded else ("lr", "adam_beta2", "freeze_embeddings"):
+    for name in CHANGED[kind]:
         found = resumed(name, **CHANGES[name])
         rates_now = [row["lr"] for row in found[:2]]
         assert (rates_now != rates) == ("lr" in name or name == "train_iters"), name
@@ -299,10 +312,10 @@ def test_the_flags_of_a_resumed_run_hold(
         assert f"{name}: {value}" in (tmp_path / name / "config.yaml").read_text()
 
 
-def test_an_earlier_run_is_not_written_over(tmp_path: Path, inputs: dict[str, Any], whole: dict[bool, Path]) -> None:
+def test_an_earlier_run_is_not_written_over(tmp_path: Path, inputs: dict[str, Any], whole: dict[str, Path]) -> None:
     """On every rank, before anything is touched."""
     run_dir = tmp_path / "run"
-    shutil.copytree(whole[True], run_dir)
+    shutil.copytree(whole["sharded"], run_dir)
     (run_dir / "hf" / "notes.txt").write_text("no longer what the run has exported")
     before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
     for options, message in (

@@ -2,12 +2,14 @@
 virtual pipeline parallelism, with data parallelism beside it, on eight ranks.
 
 Loss, norm, updated weights and the gradient of every parameter by its HF name, of Llama, Qwen3, Qwen3-MoE, Mixtral and
-DeepSeek-V3 (latent attention), padded and packed by turns; the teacher has another layout in half of them, and ranks of
-its own in the last three. The batch has a sample without a completion and samples shorter than the ranks that share
-them: with one sample a replica, a replica and many context-parallel ranks have nothing to learn from.
+DeepSeek-V3 (latent attention), padded and packed by turns, of full training and of adapters of all matrices; the
+teacher has another layout in half of them, and ranks of its own in the last three. The batch has a sample without a
+completion and samples shorter than the ranks that share them: with one sample a replica, a replica and many
+context-parallel ranks have nothing to learn from.
 
-With GKD_TEST_FULL=1 alone; what the gate has of it is in test_step_exact.py, test_experts_exact.py and
-test_mixtures_exact.py, with the planted faults. Not covered: CUDA, Transformer Engine, the distributed optimizer.
+With GKD_TEST_FULL=1 alone; what the gate has of it is in test_step_exact.py, test_experts_exact.py,
+test_mixtures_exact.py, and of adapters in test_lora_exact.py and test_lora_families.py, with the planted faults. Not
+covered: CUDA, Transformer Engine, the distributed optimizer.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config.run import DistillationConfig, RunConfig, TrainingConfig
 from megatron_gkd.schedule import plan_step
 from megatron_gkd.train.setup import TeacherRun, build
 from megatron_gkd.train.step import teacher_signals
+from megatron_gkd.weights.adapters import leaf_names
 from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.dense_lora import adapted, dense_lora_step, write_adapter
 from tests.support.dense_step import DenseStep, Objective, dense_step, differences
 from tests.support.effort import FULL
 from tests.support.mixtures import margins_of
@@ -83,12 +88,16 @@ WIDE: dict[str, Any] = dict(context=2, expert=2, expert_tensor=1, teacher_tensor
 WIDE |= dict(teacher_context=2, teacher_expert=4, teacher_expert_tensor=1)
 
 
-def cells() -> list[tuple[str, str]]:
-    """Family and layout."""
+TRAINED = ("all weights", "adapters")
+
+
+def cells() -> list[tuple[str, str, str]]:
+    """Family, layout and what is trained."""
     return [
-        (family, layout)
+        (family, layout, trained)
         for family in FAMILIES
         for layout in (*LAYOUTS, *(() if family in DENSE else OF_EXPERTS), *APART)
+        for trained in TRAINED
     ]
 
 
@@ -103,7 +112,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("layouts")
 
 
-def config_of(root: Path, family: str, sizes: dict[str, Any], own: int = 0) -> RunConfig:
+def config_of(root: Path, family: str, sizes: dict[str, Any], own: int = 0, trained: str = TRAINED[0]) -> RunConfig:
     paths = []
     for name, more, seed in (("student", dict(vocab_size=340, layers=4), 21), ("teacher", dict(layers=2), 22)):
         path = root / f"{family}_{name}"
@@ -116,8 +125,13 @@ def config_of(root: Path, family: str, sizes: dict[str, Any], own: int = 0) -> R
     step = dict(micro_batch_size=1, global_batch_size=len(SAMPLES), train_iters=1, use_distributed_optimizer=False)
     constant = dict(lr_decay_style="constant", lr_warmup_fraction=0.0, sft_alpha=OBJECTIVE.sft_alpha)
     apart: dict[str, Any] = dict(teacher_placement="separate", teacher_world_size=own) if own else {}
-    flags = {T.get(name, name): value for name, value in sizes.items()}
-    return run_config(*paths, dataset, **step, **constant, **OPTIMIZER, **flags, **apart)
+    flags = {T.get(name, name): value for name, value in sizes.items()} | apart
+    if trained == "adapters":
+        adapter, modules = root / f"{family}_adapter", leaf_names(read_architecture(paths[0]))
+        if not adapter.exists():
+            write_adapter(adapter, paths[0], rank=3, modules=modules)
+        flags |= dict(tuner_type="lora", lora_rank=3, lora_alpha=8.0, adapters=str(adapter))
+    return run_config(*paths, dataset, **step, **constant, **OPTIMIZER, **flags)
 
 
 def one_step_each(steps: list[tuple[RunConfig, dict[str, Any]]]) -> list[StepOutcome | None]:
@@ -145,37 +159,42 @@ def one_step_each(steps: list[tuple[RunConfig, dict[str, Any]]]) -> list[StepOut
 
 
 @cache
-def truth(student: str, teacher: str, has_experts: bool) -> DenseStep:
+def truth(student: str, teacher: str, adapter: str | None, has_experts: bool) -> DenseStep:
     for path in (student, teacher) if has_experts else ():
         with Float64(), torch.no_grad():
             model = transformers_model(path, torch.float64)
+            if adapter is not None and path == student:
+                adapted(model, adapter)
             with margins_of(model) as margins:
                 for sample in SAMPLES:
                     model(torch.tensor([[*sample.prompt_ids, *sample.completion_ids]]))
         assert min(margins) > LEAST_MARGIN, f"{path}: {min(margins):.1e} between two experts: take another seed"
-    return dense_step(student, teacher, SAMPLES, OBJECTIVE, TrainingConfig(**OPTIMIZER), topk=12)
+    training = TrainingConfig(**OPTIMIZER)
+    if adapter is None:
+        return dense_step(student, teacher, SAMPLES, OBJECTIVE, training, topk=12)
+    return dense_lora_step(student, teacher, adapter, SAMPLES, OBJECTIVE, training, topk=12)
 
 
 def faults_of(config: RunConfig, outcomes: list[StepOutcome], has_experts: bool) -> dict[str, float]:
-    expected = truth(config.model.model, str(config.teacher.teacher_model), has_experts)
+    expected = truth(config.model.model, str(config.teacher.teacher_model), config.tuner.adapters, has_experts)
     assert expected.grad_norm > OPTIMIZER["clip_grad"]
     assert len({(outcome.loss, outcome.grad_norm) for outcome in outcomes}) == 1, "ranks report different numbers"
-    (written,) = [outcome for outcome in outcomes if outcome.weights is not None]
+    written = next(outcome for outcome in outcomes if outcome.weights is not None)
     assert written.weights is not None
     assert written.gradients is not None
     return differences(written.loss, written.grad_norm, written.metrics, written.weights, expected, written.gradients)
 
 
-def configured(root: Path, family: str, layout: str) -> RunConfig:
+def configured(root: Path, family: str, layout: str, trained: str) -> RunConfig:
     if layout in APART:
         own, sizes = APART[layout]
-        return config_of(root, family, sizes | ({} if family in DENSE else EXPERTS_APART[layout]), own)
-    return config_of(root, family, (LAYOUTS | OF_EXPERTS)[layout])
+        return config_of(root, family, sizes | ({} if family in DENSE else EXPERTS_APART[layout]), own, trained)
+    return config_of(root, family, (LAYOUTS | OF_EXPERTS)[layout], trained=trained)
 
 
-@pytest.mark.parametrize(("family", "layout"), cells(), ids=lambda value: str(value))
-def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str) -> None:
-    config = configured(root, family, layout)
+@pytest.mark.parametrize(("family", "layout", "trained"), cells(), ids=lambda value: str(value))
+def test_a_step_equals_the_dense_step(root: Path, family: str, layout: str, trained: str) -> None:
+    config = configured(root, family, layout, trained)
     # A call for each cell: process groups end with it, and eight ranks with the groups of many cells have no core left.
     per_rank = run_ranks(one_step_each, [(config, batching(family, layout))], world=8)
     outcomes = [outcome for (outcome,) in per_rank if outcome is not None]

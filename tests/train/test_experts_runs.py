@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.support.checkpoint_runs import FLAGS, SAVED_AT, STEPS, assert_same_bits, checkpoint_of
+from tests.support.checkpoint_runs import (
+    FLAGS,
+    SAVED_AT,
+    STEPS,
+    assert_goes_on,
+    assert_same_bits,
+    assert_same_export,
+    checkpoint_of,
+)
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import FULL
-from tests.support.runs import exported, metrics, train
+from tests.support.runs import train
 from tests.support.trainers import write_rows
 
 pytestmark = pytest.mark.slow
@@ -88,14 +95,7 @@ def test_a_run_goes_on_in_another_layout(
     world, sizes = OTHERS[layout]
     flags = {**inputs, **FLAGS, **sizes, "sharded": sharded}
     run_dir = train(world=world, **flags, save=tmp_path / "run", load=checkpoint_of(whole[sharded]))
-    ours, theirs = metrics(run_dir), metrics(whole[sharded], first_step=SAVED_AT + 1)
-    assert [row["step"] for row in ours] == list(range(SAVED_AT + 1, STEPS + 1))
-    for mine, expected in zip(ours, theirs, strict=True):
-        assert mine == pytest.approx(expected, rel=1e-6)
-    weights, expected_weights = exported(run_dir), exported(whole[sharded])
-    assert weights.keys() == expected_weights.keys()
-    for name, tensor in expected_weights.items():
-        assert (weights[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+    assert_goes_on(run_dir, whole[sharded])
 
 
 @pytest.mark.parametrize(("sharded", "layout"), ALL if FULL else EXPORTED, ids=lambda value: str(value))
@@ -106,6 +106,4 @@ def test_every_layout_exports_the_same_bits(
     world, sizes = OTHERS[layout]
     flags = {**inputs, **FLAGS, **sizes, "sharded": sharded, "eval_steps": 100}
     run_dir = train(world=world, **flags, save=tmp_path / "run", load=checkpoint_of(whole[sharded], STEPS))
-    ours, theirs = exported(run_dir), exported(whole[sharded])
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_export(run_dir, whole[sharded])

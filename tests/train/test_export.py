@@ -1,4 +1,5 @@
 """The exported student is the trained one: its logits in transformers equal the trainer's, and nothing else is changed.
+An exported adapter is the trained one: its logits in peft equal the trainer's, and those of the merged student.
 
 Without an update the directory's tensors equal the source's bit for bit (in a file of its own order): a run is resumed
 from a checkpoint that was saved before any step, so that the tensors pass through Megatron's layout, a distributed
@@ -10,6 +11,7 @@ Not covered here: the maps of the other families, bf16 and sharded files (tests/
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ from megatron_gkd.train.checkpoint.saving import Save
 from megatron_gkd.train.loop import run_training
 from megatron_gkd.train.setup import Run
 from megatron_gkd.weights.hf_files import HFCheckpoint
+from tests.support.checkpoint_runs import ADAPTERS
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.dense_step import all_logits, load
 from tests.support.effort import FULL
 from tests.support.numerics import Float64, within_reference_error
+from tests.support.peft_itself import need_peft, peft_logits
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
 from tests.support.runs import command_line, exported, train
@@ -48,7 +52,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2 VPP2": (2, dict(pipeline=2, virtual=2)),
     "TP2 SP": (2, dict(tensor=2, sequence=True)),
 }
-CELLS = [*(("qwen3", layout) for layout in LAYOUTS if FULL or layout != "TP2 PP2"), ("llama", "TP2 PP2")]
+TUNERS: dict[str, dict[str, Any]] = {"all weights": {}, "adapters": ADAPTERS | dict(modules_to_save=["norm"])}
+CELLS = [  # of the gate
+    *(("qwen3", layout, "all weights") for layout in ("TP1", "PP2 VPP2", "TP2 SP")),
+    ("llama", "TP2 PP2", "all weights"),
+    ("qwen3", "TP2 SP", "adapters"),
+]
+UNTRAINED = [("qwen3", "PP2 VPP2", "adapters"), ("llama", "TP2 PP2", "all weights")]
+if FULL:
+    CELLS = UNTRAINED = list(product(PAIRS, LAYOUTS, TUNERS))
 
 
 @pytest.fixture(scope="module")
@@ -109,20 +121,21 @@ def run_untrained(argv: list[str], run_dir: str) -> None:
 def state_of(run: Run, config: RunConfig, step: int | None = 0) -> TrainerState:
     assert run.plans is not None
     assert step is not None
-    sharded = config.parallel.use_distributed_optimizer
-    return TrainerState(step, 0, run.plans._draws.rows.fingerprint(), repr(run.architecture), sharded)
+    sharded, rows = config.parallel.use_distributed_optimizer, run.plans._draws.rows.fingerprint()
+    return TrainerState(step, 0, rows, repr(run.architecture), sharded, base=run.base)
 
 
 def side_files(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir() if file.suffix != ".safetensors"}
 
 
-@pytest.mark.parametrize(("family", "layout"), CELLS if FULL else [("qwen3", "PP2 VPP2"), ("llama", "TP2 PP2")])
+@pytest.mark.parametrize(("family", "layout", "tuner"), UNTRAINED)
 def test_without_an_update_the_export_is_the_source(
-    tmp_path: Path, inputs: dict[str, dict[str, Any]], family: str, layout: str
+    tmp_path: Path, inputs: dict[str, dict[str, Any]], family: str, layout: str, tuner: str
 ) -> None:
+    """Of new adapters too, whose products are 0."""
     world, flags = LAYOUTS[layout]
-    argv = command_line(**inputs[family], **FLAGS, **flags, save=tmp_path, load=tmp_path)
+    argv = command_line(**inputs[family], **FLAGS, **flags, **TUNERS[tuner], save=tmp_path, load=tmp_path)
     run_ranks(run_untrained, argv, str(tmp_path), world=world)
     source = Path(inputs[family]["model"])
     assert side_files(tmp_path / "hf") == side_files(source)
@@ -134,12 +147,13 @@ def test_without_an_update_the_export_is_the_source(
             assert torch.equal(tensor, checkpoint.read(name)), name
 
 
-@pytest.mark.parametrize(("family", "layout"), CELLS)
+@pytest.mark.parametrize(("family", "layout", "tuner"), CELLS)
 def test_the_exported_student_has_the_logits_of_the_trainer(
-    tmp_path: Path, inputs: dict[str, dict[str, Any]], family: str, layout: str
+    tmp_path: Path, inputs: dict[str, dict[str, Any]], family: str, layout: str, tuner: str
 ) -> None:
+    """Merged, and its adapter as peft loads it."""
     world, flags = LAYOUTS[layout]
-    flags = inputs[family] | FLAGS | flags
+    flags = inputs[family] | FLAGS | flags | TUNERS[tuner]
     run_dir = train(world=world, **flags, save=tmp_path / "run")
     argv = command_line(**flags, save=tmp_path / "other")
     results = run_ranks(run_load_and_logits, argv, str(run_dir / "checkpoints" / "step_00000002"), world=world)
@@ -148,8 +162,13 @@ def test_the_exported_student_has_the_logits_of_the_trainer(
         truth = torch.cat(all_logits(str(run_dir / "hf"), SAMPLES, torch.float64))
     found = [result for result in results if result is not None]
     assert len(found) == world // flags.get("pipeline", 1)
-    for result in found:
-        within_reference_error(result, reference, truth)
+    expected = {"hf": (reference, truth)}
+    if tuner == "adapters":
+        need_peft()
+        paths = str(flags["model"]), str(run_dir / "adapter")
+        (expected["adapter"],) = run_ranks(peft_logits, *paths, SAMPLES, world=1, fresh=True)
+    for result, (directory, of_directory) in product(found, expected.items()):
+        within_reference_error(result, *of_directory, directory)
     assert (untrained - truth).abs().max() > 0.1
     names = {name: tensor.shape for name, tensor in exported(run_dir).items()}
     assert names == {name: tensor.shape for name, tensor in load(str(flags["model"])).named_parameters()}

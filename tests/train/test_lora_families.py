@@ -3,8 +3,8 @@ the formula in plain torch, in layouts that change who holds what (tests/support
 gradient, every updated matrix; the base, its routers and its tower stay. The student of images has modules beside them
 that are trained whole, its projector among them.
 
-Also what is written: names, adapter_config.json, and merged weights. peft 0.20 with transformers 5.19 loads these
-adapters as what_peft_changes says; it is not among the test's packages. Not covered: bf16, CUDA.
+Also what is written, of a run and of its checkpoint: names, adapter_config.json, and merged weights. Resume and runs:
+test_mixtures_runs.py, test_vision_runs.py. Not covered: bf16, CUDA.
 """
 
 from __future__ import annotations
@@ -25,10 +25,21 @@ from megatron_gkd.config.run import RunConfig, TrainingConfig
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.lora import Lora
 from megatron_gkd.train.adapting import write_adapter as write_ours
-from megatron_gkd.weights.adapters import check_targets, what_peft_changes
+from megatron_gkd.train.checkpoint import TrainerState, describe_run
+from megatron_gkd.train.checkpoint.saving import Save
+from megatron_gkd.weights.adapters import check_targets
 from megatron_gkd.weights.whole_modules import check_modules
-from tests.support.dense_lora import ALL, PREFIX, adapted, dense_lora_step, scale_of, write_adapter
-from tests.support.dense_step import DenseStep, completion_logits, differences, loss_and_metrics
+from tests.support.dense_lora import (
+    ALL,
+    PREFIX,
+    adapted,
+    check_merged,
+    dense_lora_step,
+    stored_name,
+    updated,
+    write_adapter,
+)
+from tests.support.dense_step import DenseStep, completion_logits, loss_and_metrics
 from tests.support.dense_vision import Seeing, Side
 from tests.support.dense_vision import load as load_vision
 from tests.support.effort import FULL
@@ -36,7 +47,7 @@ from tests.support.models import small
 from tests.support.numerics import Float64
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
-from tests.support.runs import exported, train
+from tests.support.runs import command_line, convert_on_this_rank
 from tests.support.trainers import Trainer
 from tests.support.vision_models import write_tiny_vision
 from tests.train import test_lora_exact as exact
@@ -98,47 +109,10 @@ def test_a_step_of_every_mixture_equals_the_formula(root: Path, world: int) -> N
         expected = truth(config.model.model, config.teacher.teacher_model, config.tuner.adapters)
         for *outcomes, wrong in ranks:
             found = [wrong] if wrong else []
-            for outcome, gradients, weights in outcomes:
-                numbers = outcome.loss, outcome.grad_norm, outcome.metrics
-                found += [difference] if (difference := differences(*numbers, weights, expected, gradients)) else []
+            found += [difference for outcome in outcomes if (difference := exact.faults_of(outcome, expected))]
             if found:
                 faults[cell] = found
     assert not faults, faults
-
-
-@pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1")
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "glm4_moe"])
-def test_a_run_resumes_and_merges(root: Path, tmp_path: Path, family: str) -> None:
-    """In TP2 SP EP2, gone on from in EP2; the merged export is the formula."""
-    config = config_of(root, family, "EP2")
-    flags: dict[str, Any] = dict(
-        model=config.model.model, teacher_model=config.teacher.teacher_model, dataset=config.data.dataset, lmbda=0,
-        global_batch_size=4, lr=1e-2, lr_warmup_fraction=0, max_length=256, report_to="none", device="cpu",
-        tuner_type="lora", lora_rank=RANK, lora_alpha=8, train_iters=2, save_steps=1, merge_lora=True,
-    )  # fmt: skip
-    spread = dict(tensor=2, sequence=True, expert=2, expert_tensor=1)
-    whole = train(world=2, **flags, **spread, save=tmp_path / "whole")
-    checkpoint = whole / "checkpoints" / "step_00000001"
-    again = train(world=2, **flags, expert=2, load=checkpoint, save=tmp_path / "again")
-    tensors = load_file(whole / "adapter" / "adapter_model.safetensors")
-    for name, tensor in load_file(again / "adapter" / "adapter_model.safetensors").items():
-        torch.testing.assert_close(tensor, tensors[name], rtol=1e-3, atol=1e-4)
-    check_merged(load_file(Path(config.model.model) / "model.safetensors"), exported(whole), tensors)
-
-
-def check_merged(base: dict[str, torch.Tensor], merged: dict[str, torch.Tensor], tensors: dict[str, Any]) -> None:
-    """W + s B A of each adapted matrix, s = 8 / RANK, and all others as they were."""
-    assert merged.keys() == base.keys()
-    tensors = dict(tensors)
-    for name, weight in base.items():
-        a, b = (tensors.pop(f"{PREFIX}{name.removesuffix('.weight')}.lora_{kind}.weight", None) for kind in "AB")
-        if a is None or b is None:
-            assert torch.equal(merged[name], weight), name
-        else:
-            expected = (weight.double() + 8 / RANK * b.double() @ a.double()).float()
-            torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-6)
-            assert ".experts." in name or not torch.equal(merged[name], weight), name  # an expert may have no token
-    assert not tensors
 
 
 # ---- vision-language students ----------------------------------------------------------------------------------------
@@ -183,7 +157,7 @@ def write_vision_adapter(path: Path, model: str) -> None:
 
 
 def vision_steps(cells: list[tuple[Any, bool]], out: Path) -> list[Any]:
-    """One step each, as test_lora_exact; the rows; the first adapter is written before."""
+    """One step each, as test_lora_exact; the rows; the first adapter, and its checkpoint, are written before."""
     found = []
     for number, (config, packing) in enumerate(cells):
         with megatron():
@@ -191,7 +165,9 @@ def vision_steps(cells: list[tuple[Any, bool]], out: Path) -> list[Any]:
             run = trainer.run
             if number == 0:
                 args = (run.student.models, config, run.architecture, run.student.groups, out / "written")
-                write_ours(*args, base="0" * 32, dtype="fp32", is_writer=run.is_writer)
+                write_ours(*args, base=run.base, dtype="fp32", is_writer=run.is_writer)
+                state = TrainerState(1, 0, "", repr(run.architecture), False, base=run.base)
+                Save(out, run.student, state, description=describe_run(config, run.student, "cpu")).finish()
             rows = run.plans._draws.rows  # type: ignore[union-attr]
             before = [{n: p.detach().clone() for n, p in model.named_parameters()} for model in run.student.models]
             with pytest.MonkeyPatch.context() as patch:
@@ -210,7 +186,6 @@ def vision_steps(cells: list[tuple[Any, bool]], out: Path) -> list[Any]:
 
 @cache
 def vision_truth(student: str, teacher: str, adapter: str, rows: tuple[Any, ...]) -> DenseStep:
-    training, values = TrainingConfig(**vision.OPTIMIZER), load_file(Path(adapter) / "adapter_model.safetensors")
     samples = vision.samples_of(rows)
     sides = [
         Side(path, given, {s.position: vision.pixels_of(path, s.pictures) for s in given})
@@ -219,21 +194,12 @@ def vision_truth(student: str, teacher: str, adapter: str, rows: tuple[Any, ...]
 
     def step(dtype: torch.dtype) -> DenseStep:
         model = Seeing(sides[0], dtype)
-        parameters = adapted(model.model, values, scale_of(adapter))
+        _, trained = adapted(model.model, adapter)
         with torch.no_grad():
             other = Seeing(sides[1], dtype)
             logits = [completion_logits(other, sample) for sample in sides[1].samples]
         loss, metrics = loss_and_metrics(model, logits, samples, exact.MIDDLE, 1, None)
-        loss.backward()
-        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()}
-        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.clip_grad)
-        betas = (training.adam_beta1, training.adam_beta2)
-        options: dict[str, Any] = dict(lr=training.lr, betas=betas, eps=training.adam_eps)
-        shrunk = [dict(params=[p for p in parameters.values() if p.ndim > 1], weight_decay=training.weight_decay)]
-        kept = [dict(params=[p for p in parameters.values() if p.ndim == 1], weight_decay=0.0)]
-        torch.optim.AdamW(shrunk + kept, **options).step()
-        weights = {name: p.detach().clone() for name, p in parameters.items()}
-        return DenseStep(float(loss.detach()), float(norm), metrics, weights, gradients)
+        return updated(loss, metrics, trained, TrainingConfig(**vision.OPTIMIZER))
 
     with Float64():
         found = step(torch.float64)
@@ -247,68 +213,33 @@ def test_a_step_of_a_student_of_images_equals_the_formula(root: Path, tmp_path: 
     for cell, config, ranks in zip(
         VISION_CELLS, configs, zip(*run_ranks(vision_steps, cells, tmp_path, world=2), strict=True), strict=True
     ):
-        for (outcome, gradients, weights), moved, rows in ranks:
+        for outcome, moved, rows in ranks:
             paths = config.model.model, config.teacher.teacher_model, config.tuner.adapters
             expected = vision_truth(*paths, tuple(rows))
-            numbers = outcome.loss, outcome.grad_norm, outcome.metrics
-            if wrong := [*differences(*numbers, weights, expected, gradients), *moved]:
+            if wrong := [*exact.faults_of(outcome, expected), *moved]:
                 faults[cell] = wrong
     assert not faults, faults
-    written, given = (
-        load_file(path / "adapter_model.safetensors")
-        for path in (tmp_path / "written", Path(configs[0].tuner.adapters or ""))
-    )
-    assert written.keys() == given.keys()
-    assert all(torch.equal(written[name], given[name]) for name in given)
-    config = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
-    assert config["target_modules"] == rf"model\.language_model\..*\.({'|'.join(ALL)})"
-    assert config["modules_to_save"] == ["model.language_model.norm", "multi_modal_projector"]
+    check_files(configs[0], tmp_path)
 
 
-@pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1")
-@pytest.mark.parametrize("family", ["internvl", "llava"])
-def test_a_run_with_images_resumes_and_merges(root: Path, tmp_path: Path, family: str) -> None:
-    plain = vision.config_of(root, family, {})
-    flags: dict[str, Any] = dict(
-        model=plain.model.model, teacher_model=plain.teacher.teacher_model, dataset=plain.data.dataset, lmbda=0,
-        global_batch_size=8, lr=1e-2, lr_warmup_fraction=0, max_length=256, report_to="none", device="cpu",
-        tuner_type="lora", lora_rank=RANK, lora_alpha=8, train_iters=2, save_steps=1, merge_lora=True,
-        modules_to_save=list(WHOLE),
-    )  # fmt: skip
-    whole = train(world=2, **flags, tensor=2, sequence=True, save=tmp_path / "whole")
-    again = train(world=2, **flags, pipeline=2, load=whole / "checkpoints/step_00000001", save=tmp_path / "again")
-    tensors = load_file(whole / "adapter" / "adapter_model.safetensors")
-    for name, tensor in load_file(again / "adapter" / "adapter_model.safetensors").items():
-        torch.testing.assert_close(tensor, tensors[name], rtol=1e-3, atol=1e-4)
-    stored = {name.replace(PREFIX + DECODER, PREFIX + "language_model.model."): x for name, x in tensors.items()}
-    base, merged = load_file(Path(plain.model.model) / "model.safetensors"), exported(whole)
-    assert merged.keys() == base.keys()
-    for name in [name for name in stored if ".lora_" not in name]:
-        here = name.removeprefix(PREFIX).replace("model.multi_modal", "multi_modal")
-        trained = stored.pop(name)
-        assert torch.equal(merged.pop(here), trained), name
-        assert not torch.equal(base.pop(here), trained), name
-    check_merged(base, merged, stored)
+def check_files(config: Any, root: Path) -> None:
+    """Adapters are written, and converted from a checkpoint, as they are; merged, they are the formula."""
+    model, given = config.model.model, load_file(Path(config.tuner.adapters or "") / "adapter_model.safetensors")
+    checkpoint = dict(model=root / "checkpoints" / "step_00000001", hf_config=model)
+    for to in ("peft", "hf"):
+        run_ranks(convert_on_this_rank, command_line(to=to, **checkpoint, save=root / to), world=1)
+    for directory in ("written", "peft"):
+        found = load_file(root / directory / "adapter_model.safetensors")
+        assert found.keys() == given.keys()
+        assert all(torch.equal(found[name], given[name]) for name in given)
+        written = json.loads((root / directory / "adapter_config.json").read_text())
+        assert written["target_modules"] == rf"model\.language_model\..*\.({'|'.join(ALL)})"
+        assert written["modules_to_save"] == ["model.language_model.norm", "multi_modal_projector"]
+    base, merged = (load_file(Path(path) / "model.safetensors") for path in (model, root / "hf"))
+    check_merged(base, merged, given, scale=8 / RANK, stored=stored_name)
 
 
-# ---- what is said, and what is refused -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("family", "modules", "said"),
-    [
-        ("deepseek_v3", ["all-linear"], "leaves out the adapters of shared experts"),
-        ("qwen2_moe", ["gate_proj", "up_proj", "down_proj"], "leaves out the adapters of shared experts"),
-        ("deepseek_v3", ["q_a_proj", "kv_b_proj", "o_proj"], ""),
-        ("olmoe", ["all-linear"], ""),
-    ],
-)
-def test_what_peft_makes_of_these_is_known(family: Any, modules: list[str], said: str) -> None:
-    """Loaded by peft 0.20 with transformers 5.19 and compared: the first two are far off, the others bit for bit."""
-    arch, lora = small(family), Lora(2, 4.0)
-    check_targets(arch, lora, modules)
-    assert what_peft_changes(arch, lora, modules).endswith(said)
-    assert bool(said) == bool(what_peft_changes(arch, lora, modules))
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

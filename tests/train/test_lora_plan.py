@@ -15,6 +15,7 @@ from megatron_gkd.architecture import read_architecture
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.weights import whole_modules
 from megatron_gkd.weights.adapters import targets
+from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.effort import FULL
 from tests.support.ranks import run_ranks
 from tests.train.test_rehearsal import config_of, real, rehearsed
@@ -23,6 +24,11 @@ LORA: dict[str, Any] = dict(tuner_type="lora", lora_rank=4, target_modules=["all
 MODULES = ["embed_tokens", "lm_head", "norm"]
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "the base teaches": (1, dict(alone=True, recompute_granularity="full", modules_to_save=MODULES)),
+    "latent attention, TP2 SP": (2, dict(tensor=2, sequence=True)),
+}
+# In place of the Llama. Which experts a token takes is decided by values: they make a thousandth of a difference.
+STUDENTS: dict[str, dict[str, Any]] = {
+    "latent attention, TP2 SP": dict(family="deepseek_v3", layers=2, hidden_size=32),
 }
 if FULL:
     CASES |= {
@@ -36,9 +42,12 @@ if FULL:
 def test_a_rehearsed_rank_holds_what_a_real_one_does(tmp_path: Path, case: str) -> None:
     world, flags = CASES[case]
     config = config_of(tmp_path, **LORA, **flags)
+    if case in STUDENTS:
+        model = write_tiny_checkpoint(tmp_path / "student", **STUDENTS[case])
+        config = RunConfig.from_flat(config.to_flat() | dict(model=str(model)))
     for (built, peak), of_rank in zip(run_ranks(real, config, world=world), rehearsed(config, world), strict=True):
         assert of_rank.built.total == sum(built.values())
-        assert of_rank.peaks[1].total == sum(peak.values())
+        assert of_rank.peaks[1].total == pytest.approx(sum(peak.values()), rel=1e-3 if case in STUDENTS else 0)
         if world == 1:  # 4 bytes of a frozen parameter in fp32; 16 of a trained one, with its moments; 20 of a module's
             trained = sum(rows + columns for rows, columns in shapes(config)) * LORA["lora_rank"]
             expected = 4 * of_rank.num_parameters + 12 * trained + 16 * in_modules(config)

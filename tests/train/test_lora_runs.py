@@ -1,7 +1,8 @@
-"""Runs with adapters: resume, export, merged weights, the base as teacher, recomputation, what is refused.
+"""Runs with adapters: their files, merged weights, the base as teacher, what is refused.
 
 A run is small, of a tiny Qwen3. The adapter's files are read here by safetensors alone, and what they say is compared
-with the merged export, W + s B A. Not covered: vLLM; bf16.
+with the merged export, W + s B A. Resume, other layouts and exports: test_checkpoint.py and test_export.py, with the
+kinds of runs that there are. Not covered: vLLM; bf16.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,14 +21,15 @@ from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import GKDError
 from megatron_gkd.weights.fingerprint import fingerprint
 from tests.support.checkpoints import write_tiny_checkpoint
-from tests.support.dense_lora import ALL, RUN, write_adapter
+from tests.support.dense_lora import ALL, RUN, check_merged, write_adapter
+from tests.support.effort import FULL
 from tests.support.ranks import RankFailureError, run_ranks
 from tests.support.ranks_at_work import megatron
-from tests.support.runs import exported, metrics, train
+from tests.support.runs import adapter_of, exported, metrics, train
 from tests.support.trainers import build_run, run_config, write_rows
 
 LORA: dict[str, Any] = dict(tuner_type="lora", lora_rank=4, lora_alpha=8, target_modules=["all-linear"])
-STEPS = 4
+STEPS = 2
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         dataset=write_rows(root / "rows.jsonl", 12, teacher_prompts=True),
         eval_dataset=write_rows(root / "held_out.jsonl", 4, seed=9, teacher_prompts=True),
         train_iters=STEPS,
-        save_steps=2,
+        save_steps=STEPS,
         **RUN,
         **LORA,
     )
@@ -52,10 +53,6 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def whole(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(world=2, **flags, tensor=2, merge_lora=True, save=tmp_path_factory.mktemp("whole") / "run")
-
-
-def adapter_of(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "adapter" / "adapter_model.safetensors")
 
 
 def test_the_adapter_is_in_pefts_format(whole: Path, flags: dict[str, Any]) -> None:
@@ -72,17 +69,7 @@ def test_the_adapter_is_in_pefts_format(whole: Path, flags: dict[str, Any]) -> N
 
 
 def test_merged_weights_are_the_formula(whole: Path, flags: dict[str, Any]) -> None:
-    base, merged, tensors = load_file(flags["model"] / "model.safetensors"), exported(whole), adapter_of(whole)
-    assert merged.keys() == base.keys()
-    for name, weight in base.items():
-        prefix = f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{prefix}.lora_A.weight" in tensors:
-            a, b = (tensors.pop(f"{prefix}.lora_{kind}.weight").double() for kind in "AB")
-            torch.testing.assert_close(merged[name], (weight.double() + 8 / 4 * b @ a).float(), rtol=1e-6, atol=1e-7)
-            assert not torch.equal(merged[name], weight)
-        else:
-            assert torch.equal(merged[name], weight), name
-    assert not tensors
+    check_merged(load_file(flags["model"] / "model.safetensors"), exported(whole), adapter_of(whole), scale=8 / 4)
 
 
 def test_the_export_is_measured_and_reported(whole: Path) -> None:
@@ -103,27 +90,6 @@ def test_a_checkpoint_holds_adapters_alone(whole: Path, flags: dict[str, Any]) -
     assert state["base"] == fingerprint(flags["model"])
 
 
-def test_a_resumed_run_is_the_same_run(whole: Path, flags: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint = whole / "checkpoints" / "step_00000002"
-    again = train(world=2, **flags, tensor=2, load=checkpoint, save=tmp_path / "again")
-    assert metrics(again, first_step=3) == metrics(whole, first_step=3)
-    ours, theirs = adapter_of(again), adapter_of(whole)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_it_goes_on_in_another_layout_and_begins_the_same(whole: Path, flags: dict[str, Any], tmp_path: Path) -> None:
-    """New adapters do not depend on the layout; a checkpoint neither."""
-    checkpoint = whole / "checkpoints" / "step_00000002"
-    other: dict[str, Any] = dict(pipeline=2, recompute_granularity="full")
-    again = train(world=2, **flags, **other, load=checkpoint, save=tmp_path / "again")
-    start = train(world=2, **flags | dict(save_hf=False), **other, save=tmp_path / "start")
-    for run_dir, first in ((again, 3), (start, 1)):
-        for ours, theirs in zip(metrics(run_dir, first_step=first), metrics(whole, first_step=first), strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-
-
 def test_adapters_go_on_from_a_file(whole: Path, flags: dict[str, Any], tmp_path: Path) -> None:
     run_dir = train(**flags | dict(train_iters=1), adapters=whole / "adapter", save=tmp_path / "run")
     before = metrics(whole, file="evaluation.jsonl")[-1]
@@ -134,7 +100,7 @@ def test_adapters_go_on_from_a_file(whole: Path, flags: dict[str, Any], tmp_path
 # ---- the base as teacher ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("topk", "layout"), [(None, dict(tensor=2)), (5, dict(pipeline=2))])
+@pytest.mark.parametrize(("topk", "layout"), [(None, dict(tensor=2)), *([(5, dict(pipeline=2))] if FULL else [])])
 def test_the_base_teaches_as_a_copy_of_it_would(
     flags: dict[str, Any], tmp_path: Path, topk: int | None, layout: dict[str, int]
 ) -> None:

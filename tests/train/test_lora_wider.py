@@ -1,13 +1,13 @@
-"""Adapters of experts, and modules that are trained whole beside adapters, in runs: files, merged weights, resume, the
-base as teacher; and a first step that is that of full training.
+"""Adapters of experts, and modules that are trained whole beside adapters, in runs: files, merged weights, conversion,
+the base as teacher; and a first step that is that of full training.
 
-A run is small, of a tiny Qwen3-MoE with a tied head. Gradients: test_lora_exact.py. Not covered: vLLM; bf16.
+A run is small, of a tiny Qwen3-MoE with a tied head. Gradients: test_lora_exact.py; resume: test_checkpoint.py. Not
+covered: vLLM; bf16.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from contextlib import nullcontext
 from functools import partial
@@ -24,22 +24,32 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.nn.attention import SDPBackend
 
-from megatron_gkd.commands.convert import parse_convert_config, run_convert
+from megatron_gkd.commands.convert import parse_convert_config
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model import layers, levers
 from megatron_gkd.model.layers import SDPAttention
-from megatron_gkd.model.lora import Lora, base_value
+from megatron_gkd.model.lora import base_value
 from megatron_gkd.weights import export, whole_modules
-from megatron_gkd.weights.adapters import check_targets, what_peft_changes
 from megatron_gkd.weights.whole_modules import check_modules
 from tests.support.checkpoints import write_tiny_checkpoint
-from tests.support.dense_lora import ALL, EMBEDDING, HEAD, PREFIX, RUN, write_adapter
+from tests.support.dense_lora import ALL, EMBEDDING, HEAD, PREFIX, RUN, check_merged, write_adapter
+from tests.support.dense_step import all_logits
 from tests.support.effort import FULL
 from tests.support.models import small
+from tests.support.numerics import within_reference_error
+from tests.support.peft_itself import need_peft, peft_logits
 from tests.support.ranks import RankFailureError, run_ranks
-from tests.support.runs import command_line, exported, metrics, train, train_on_this_rank
-from tests.support.trainers import write_rows
+from tests.support.runs import (
+    adapter_of,
+    command_line,
+    convert_on_this_rank,
+    exported,
+    metrics,
+    train,
+    train_on_this_rank,
+)
+from tests.support.trainers import make_samples, write_rows
 
 MODULES = ["embed_tokens", "norm", "input_layernorm", "q_norm"]
 LORA: dict[str, Any] = dict(tuner_type="lora", lora_rank=4, lora_alpha=8, modules_to_save=MODULES)
@@ -58,7 +68,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         dataset=write_rows(root / "rows.jsonl", 8),
         eval_dataset=write_rows(root / "held_out.jsonl", 2, seed=9),
         train_iters=STEPS,
-        save_steps=1,
+        save_steps=STEPS,
         **RUN,
         **LORA,
     )
@@ -70,27 +80,12 @@ def whole(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return train(world=2, **flags, **layout, save=tmp_path_factory.mktemp("whole") / "run")
 
 
-def adapter_of(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "adapter" / "adapter_model.safetensors")
-
-
 def test_merged_weights_are_the_formula_and_the_modules(whole: Path, flags: dict[str, Any]) -> None:
     base, merged, tensors = load_file(flags["model"] / "model.safetensors"), exported(whole), adapter_of(whole)
-    assert merged.keys() == base.keys()
-    assert torch.equal(tensors.pop(PREFIX + HEAD), tensors[PREFIX + EMBEDDING])
-    for name, weight in base.items():
-        prefix = PREFIX + name.removesuffix(".weight")
-        if PREFIX + name in tensors:
-            assert torch.equal(merged[name], tensors.pop(PREFIX + name)), name
-            assert not torch.equal(merged[name], weight), f"{name} is not trained"
-        elif f"{prefix}.lora_A.weight" in tensors:
-            a, b = (tensors.pop(f"{prefix}.lora_{kind}.weight").double() for kind in "AB")
-            torch.testing.assert_close(merged[name], (weight.double() + 8 / 4 * b @ a).float(), rtol=1e-6, atol=1e-7)
-            assert not torch.equal(merged[name], weight), f"{name} is not trained"
-        else:
-            assert name.endswith(("mlp.gate.weight", "k_norm.weight", "post_attention_layernorm.weight")), name
-            assert torch.equal(merged[name], weight), name
-    assert not tensors
+    assert torch.equal(tensors[PREFIX + HEAD], tensors[PREFIX + EMBEDDING])
+    check_merged(base, merged, tensors, scale=8 / 4)
+    same = {name for name, weight in base.items() if torch.equal(merged[name], weight)}
+    assert {name.rsplit(".", 2)[-2] for name in same} == {"gate", "k_norm", "post_attention_layernorm"}
 
 
 def test_the_adapter_says_what_it_is(whole: Path) -> None:
@@ -101,6 +96,14 @@ def test_the_adapter_says_what_it_is(whole: Path) -> None:
     assert f"{PREFIX}model.layers.1.mlp.experts.3.down_proj.lora_B.weight" in adapter_of(whole)
     record = json.loads((whole / "export.json").read_text())
     assert record["exported"] == record["trained"], "read back and evaluated"
+
+
+@pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1: test_export.py has adapters without experts")
+def test_peft_loads_it_as_the_merged_student(whole: Path, flags: dict[str, Any]) -> None:
+    need_peft()
+    paths, samples = (str(flags["model"]), str(whole / "adapter")), make_samples([(4, 9), (2, 5)], vocab_size=300)
+    (of_peft,) = run_ranks(peft_logits, *paths, samples, world=1, fresh=True)
+    within_reference_error(torch.cat(all_logits(str(whole / "hf"), samples)), *of_peft)
 
 
 def test_a_checkpoint_holds_what_is_trained(whole: Path) -> None:
@@ -115,46 +118,15 @@ def test_a_checkpoint_holds_what_is_trained(whole: Path) -> None:
         assert sum(sizes[name] for name in of_optimizer if name.startswith(f"optimizer.state.{kind}.")) == trained
 
 
-def test_a_resumed_run_is_the_same_run(whole: Path, flags: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint = whole / "checkpoints" / "step_00000001"
-    again = train(world=2, **flags, expert=2, teacher_expert=1, load=checkpoint, save=tmp_path / "again")
-    assert metrics(again, first_step=2) == metrics(whole, first_step=2)
-    ours, theirs = adapter_of(again), adapter_of(whole)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-OTHERS: list[dict[str, Any]] = [dict(tensor=2, sequence=True)]
-if FULL:
-    OTHERS += [dict(pipeline=2, teacher_pipeline=1), dict(tensor=2, sequence=True, expert_tensor=1)]
-
-
-@pytest.mark.parametrize("layout", OTHERS, ids=str)
-def test_it_goes_on_in_another_layout(
-    whole: Path, flags: dict[str, Any], layout: dict[str, Any], tmp_path: Path
-) -> None:
-    checkpoint = whole / "checkpoints" / "step_00000001"
-    again = train(world=2, **flags, **layout, load=checkpoint, save=tmp_path / "again")
-    for ours, theirs in zip(metrics(again, first_step=2), metrics(whole, first_step=2), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    ours, theirs = adapter_of(again), adapter_of(whole)
-    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4) for name in theirs)
-
-
 # ---- conversion of a checkpoint --------------------------------------------------------------------------------------
-
-
-def converted(argv: list[str]) -> None:
-    run_convert(parse_convert_config(argv))
 
 
 def test_a_checkpoint_becomes_what_its_run_exports(whole: Path, flags: dict[str, Any], tmp_path: Path) -> None:
     """In another layout than the run's; bit for bit."""
     given = dict(model=whole / "checkpoints" / f"step_{STEPS:08d}", hf_config=flags["model"])
     layout: dict[str, Any] = dict(tensor=2)
-    run_ranks(converted, command_line(to="peft", **given, save=tmp_path / "peft"), world=1)
-    run_ranks(converted, command_line(to="hf", **given, **layout, save=tmp_path / "hf"), world=2)
+    run_ranks(convert_on_this_rank, command_line(to="peft", **given, save=tmp_path / "peft"), world=1)
+    run_ranks(convert_on_this_rank, command_line(to="hf", **given, **layout, save=tmp_path / "hf"), world=2)
     ours, theirs = load_file(tmp_path / "peft" / "adapter_model.safetensors"), adapter_of(whole)
     assert {name: x.tolist() for name, x in ours.items()} == {name: x.tolist() for name, x in theirs.items()}
     config, of_run = (
@@ -168,7 +140,7 @@ def test_a_checkpoint_becomes_what_its_run_exports(whole: Path, flags: dict[str,
         (dict(to="hf", check=True), "--check compares whole models"),
     ):
         with pytest.raises(RankFailureError, match=said):
-            run_ranks(converted, command_line(**given | wrong, save=tmp_path / "wrong"), world=1)
+            run_ranks(convert_on_this_rank, command_line(**given | wrong, save=tmp_path / "wrong"), world=1)
     given.pop("hf_config")
     with pytest.raises(ConfigError, match="--to peft needs --hf_config"):
         parse_convert_config(command_line(to="peft", **given, save=tmp_path / "wrong"))
@@ -256,24 +228,6 @@ def test_a_module_that_is_none() -> None:
         check_modules(small("qwen3_moe"), ["norm", "q_proj"])
     with pytest.raises(ConfigError, match="--modules_to_save q_norm: of a llama model"):
         check_modules(small("llama"), ["q_norm"])
-
-
-@pytest.mark.parametrize(
-    ("family", "modules", "rslora", "said"),
-    [
-        ("mixtral", ["all-linear"], False, ""),
-        ("mixtral", ["q_proj", "w2"], True, ""),
-        ("qwen3", ["all-linear"], True, ""),
-        ("mixtral", ["w1", "w2"], False, "it takes both or none, and w1 stands alone"),
-        ("qwen3_moe", ["gate_proj", "up_proj"], True, r"by another sqrt\(2\)"),
-    ],
-)
-def test_what_peft_makes_of_experts_is_known(family: Any, modules: list[str], rslora: bool, said: str) -> None:
-    """Each of these was loaded by peft 0.20 with transformers 5.19 and compared: the first three are bit for bit ours,
-    the fourth is refused, the last is far off."""
-    arch, lora = small(family), Lora(2, 4.0, rslora)
-    check_targets(arch, lora, modules)
-    assert re.search(said or "^$", what_peft_changes(arch, lora, modules))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Whole runs of vision-language students: stopped and resumed bit for bit, exported under the names of the source, the
 answer in the image learnt, and what is not built refused in one line.
 
-GKD_TEST_FULL=1 adds the resume in another layout and the captioning run.
+GKD_TEST_FULL=1 adds the resume in another layout, adapters of the decoder, and the captioning run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 
 from megatron_gkd.errors import GKDError
 from megatron_gkd.observe.writers import read_rows
+from tests.support.checkpoint_runs import ADAPTERS, assert_same_export, checkpoint_of
 from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.dense_lora import check_merged, stored_name
 from tests.support.effort import FULL
-from tests.support.runs import exported, metrics, train
+from tests.support.runs import adapter_of, exported, metrics, train
 from tests.support.vision_models import picture, write_tiny_vision
 from tests.train.test_vision_exact import write_vision_rows
 
@@ -56,27 +58,36 @@ def inputs(root: Path) -> dict[str, Any]:
     )
 
 
-def test_a_resumed_run_is_the_same_run(root: Path) -> None:
+# Adapters are those of the decoder; its last norm and the projector are trained whole, and the tower stays.
+TRAINED: dict[str, dict[str, Any]] = {"all": {}}
+if FULL:
+    TRAINED["adapters"] = ADAPTERS | dict(freeze_vision=True, modules_to_save=["norm", "multi_modal_projector"])
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_a_resumed_run_is_the_same_run(root: Path, tmp_path: Path, trained: str) -> None:
     """With image rows, a trained tower and its moments, a sharded optimizer."""
     layout = dict(tensor=2, sequence=True, teacher_tensor=1) if FULL else dict(pipeline=2)
-    whole = train(world=2, **inputs(root), **layout, save=root / "whole")
-    resumed = root / "resumed"
-    train(world=2, **inputs(root), **layout, save=resumed, load=whole / "checkpoints" / f"step_{SAVED_AT:08d}")
+    flags = inputs(root) | TRAINED[trained]
+    whole = train(world=2, **flags, **layout, save=tmp_path / "whole")
+    checkpoint = checkpoint_of(whole, SAVED_AT)
+    resumed = train(world=2, **flags, **layout, save=tmp_path / "resumed", load=checkpoint)
     assert metrics(resumed, first_step=SAVED_AT + 1) == metrics(whole, first_step=SAVED_AT + 1)
-    one, other, source = exported(whole), exported(resumed), load_file(root / "student" / "model.safetensors")
-    assert one.keys() == other.keys() == source.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_export(resumed, whole)
+    one, source = exported(whole), load_file(root / "student" / "model.safetensors")
+    assert one.keys() == source.keys()
     moved = {name for name in one if not torch.equal(one[name], source[name])}
-    assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight" in moved
-    assert "multi_modal_projector.linear_1.weight" in moved
-    assert "vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight" not in moved, "no row depends on it"
+    if trained == "all":
+        assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight" in moved
+        assert "multi_modal_projector.linear_1.weight" in moved
+        assert "vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight" not in moved, "no row depends on it"
+    else:
+        check_merged(source, one, adapter_of(whole), scale=2.0, stored=stored_name)
     assert (whole / "hf" / "preprocessor_config.json").read_bytes() == (
         root / "student" / "preprocessor_config.json"
     ).read_bytes()
     if FULL:
-        apart = root / "apart"
-        checkpoint = whole / "checkpoints" / f"step_{SAVED_AT:08d}"
-        train(world=2, **inputs(root), pipeline=2, save=apart, load=checkpoint)
+        apart = train(world=2, **flags, pipeline=2, save=tmp_path / "apart", load=checkpoint)
         for row, expected in zip(metrics(apart, first_step=3), metrics(whole, first_step=3), strict=True):
             assert math.isclose(row["loss"], expected["loss"], rel_tol=1e-5)
             assert math.isclose(row["grad_norm"], expected["grad_norm"], rel_tol=1e-4)
