@@ -302,7 +302,9 @@ def share_gloo_device() -> None:
         def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
             options = gloo._Options()
             if os.getpid() not in devices:
-                devices[os.getpid()] = gloo.create_default_device()
+                interface = os.environ.get("GLOO_SOCKET_IFNAME")  # which torch heeds where it is given no device
+                found = gloo.create_device(interface=interface) if interface else gloo.create_default_device()
+                devices[os.getpid()] = found
             options._devices, options._threads, options._timeout = [devices[os.getpid()]], 2, timeout
             super().__init__(store, rank, size, options)
 
