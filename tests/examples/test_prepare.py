@@ -74,13 +74,15 @@ def test_a_directory_is_finished_or_absent(tmp_path: Path):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made by the script as a user calls it; the quick start's own test calls the other one so."""
-    import cut_student
-
     base = tmp_path_factory.mktemp("offline")
     made = [QUICKSTART / "make_tiny.py", "--out", base / "tiny", "--num_train", "12", "--num_held_out", "4"]
     subprocess.run([sys.executable, *map(str, made)], check=True, capture_output=True)
-    cut = ["--model", base / "tiny/teacher", "--out", base / "tiny/student", "--layers", "0,3"]
-    assert cut_student.main([str(word) for word in cut]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(QUICKSTART))
+        import cut_student
+
+        cut = ["--model", base / "tiny/teacher", "--out", base / "tiny/student", "--layers", "0,3"]
+        assert cut_student.main([str(word) for word in cut]) == 0
     return base / "tiny"
 
 
