@@ -25,6 +25,9 @@ def test_the_page_of_scaling_is_current() -> None:
 def test_the_page_of_recipes_is_current() -> None:
     records = recipes.written()
     assert recipes.PAGE.read_text() == recipes.page(records), "python -m tools.recipes"
+    of_experts = recipes.EXPERTS_PAGE.read_text()
+    assert of_experts == recipes.experts_page(records, of_experts), "python -m tools.recipes"
+    assert all(of_experts.count(mark) == 1 for mark in recipes.MARKS)
     found = [(record["recipe"], record["gpus"]) for record in records]
     assert found == [cell for cell in recipes.cells() if cell in found]
     missing = set(recipes.cells()) - set(found)

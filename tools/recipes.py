@@ -11,7 +11,10 @@ of each kind, with as many micro-batches as are in flight at once; the signals o
 layers of both models are, or DEPTHS layers in each stage, and what a layer adds is added for each of the others: of
 every phase and category, the student's by the student's layers and the teacher's by the teacher's. The step's time is
 arithmetic (train/step_time.py) at the rates that `plan` assumes. docs/recipes.json keeps with each cell a digest of
-what it was made from; docs/recipes.md is made from it.
+what it was made from; docs/recipes.md is made from it, and the part of docs/experts.md between two marks.
+
+Where some layers of a model have experts and some have none, both kinds are told apart as in train/search.py: those at
+DEPTHS have some, and a third rehearsal has DEPTHS[0] layers without beside as many with. For one stage alone.
 """
 
 from __future__ import annotations
@@ -40,12 +43,13 @@ from megatron_gkd.observe.allocations import Alive  # noqa: E402
 from megatron_gkd.parallel.layout import Layout  # noqa: E402
 from megatron_gkd.train.fit import kinds  # noqa: E402
 from megatron_gkd.train.rehearsal import Rehearsed, architectures, planned_layouts, rehearse  # noqa: E402
-from megatron_gkd.train.search import DEPTHS, with_layers  # noqa: E402
+from megatron_gkd.train.search import DEPTHS, _differ, _layers, with_layers  # noqa: E402
 from megatron_gkd.train.step_time import Rates, step_seconds  # noqa: E402
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 MODELS: Final = ROOT / "examples" / "models"
-JSON, PAGE = ROOT / "docs" / "recipes.json", ROOT / "docs" / "recipes.md"
+JSON, PAGE, EXPERTS_PAGE = (ROOT / "docs" / name for name in ("recipes.json", "recipes.md", "experts.md"))
+MARKS: Final = "<!-- made by python -m tools.recipes -->\n", "<!-- end -->\n"
 PROMPT, COMPLETION = 1024, 3072  # tokens of every sample
 ASKED: Final = PlanConfig()  # 80 GB a GPU, 4 of them reserved, and the assumed rates
 RATES: Final = Rates(400e12, 350e9, 40e9, 8)  # the same
@@ -62,6 +66,7 @@ class Recipe(NamedTuple):
     teacher: str
     student: str
     layouts: dict[int, str]
+    of_experts: bool = False  # on the page of experts alone: no run, since the models' tokenizers are not the same
 
 
 def _flags(tensor: int, pipeline: int, teacher: tuple[int, int], more: str = "") -> str:
@@ -71,10 +76,13 @@ def _flags(tensor: int, pipeline: int, teacher: tuple[int, int], more: str = "")
     return f"{words} {more}".strip()
 
 
+def _experts(prefix: str, size: int) -> str:
+    return f"--{prefix}expert_model_parallel_size {size} --{prefix}expert_tensor_parallel_size 1"
+
+
 FULL: Final = "--recompute_granularity full"
 OFF: Final = "--offload_teacher_model true --offload_model true --offload_optimizer true"
-EXPERTS: Final = "--expert_model_parallel_size 8 --expert_tensor_parallel_size 1"
-OF_TEACHER: Final = "--teacher_expert_model_parallel_size 8 --teacher_expert_tensor_parallel_size 1"
+EXPERTS, OF_TEACHER = _experts("", 8), _experts("teacher_", 8)
 BOTH: Final = f"{EXPERTS} {OF_TEACHER}"
 RECIPES: Final = {
     "qwen2.5_72b_to_7b": Recipe(
@@ -113,6 +121,15 @@ RECIPES: Final = {
             16: _flags(2, 1, (8, 2), f"{BOTH} {FULL} {OFF}"),
             64: _flags(2, 1, (8, 2), f"{BOTH} {FULL}"),
         },
+    ),
+    "deepseek_v3_to_moonlight": Recipe(
+        "DeepSeek-V3",
+        "Moonlight-16B-A3B",
+        {
+            gpus: _flags(2, 1, (8, 1), f"{EXPERTS} {_experts('teacher_', gpus)} {FULL}{more}")
+            for gpus, more in ((32, f" {OFF}"), (64, ""))
+        },
+        of_experts=True,
     ),
 }
 PEERS: Final = {("qwen3_32b_to_1.7b", 8): (75e9, 50.0)}  # bytes and seconds that NeMo-RL's own test of this job allows
@@ -201,19 +218,26 @@ def _whole(config: RunConfig, archs: Archs, rank: int, gpus: int) -> Rehearsed:
 
 def _extrapolated(config: RunConfig, archs: Archs, layouts: tuple[Layout, Layout], rank: int, gpus: int) -> Rehearsed:
     """From few layers; student and teacher at once, since every category is of one of them."""
-    arch, of_teacher = archs
-    assert of_teacher is not None, "every recipe has a local teacher"
-    at = [
-        _whole(
-            config, tuple(with_layers(a, n, lay.pipeline) for a, lay in zip(archs, layouts, strict=True)), rank, gpus
-        )  # type: ignore[arg-type, misc]
-        for n in DEPTHS
-    ]
-    depths = (arch.num_layers / layouts[0].pipeline, of_teacher.num_layers / layouts[1].pipeline)
+    assert archs[1] is not None, "every recipe has a local teacher"
+    models = list(zip((archs[0], archs[1]), layouts, strict=True))
+    mixed = any(_differ(arch) for arch, _ in models)
+    assert not mixed or all(layout.pipeline == 1 for layout in layouts), "each stage would have its own counts"
+
+    def few(depth: int, dense: int = 0) -> Rehearsed:
+        smaller = [with_layers(a, depth, lay.pipeline, dense=dense * _differ(a)) for a, lay in models]
+        return _whole(config, (smaller[0], smaller[1]), rank, gpus)
+
+    at = [few(depth) for depth in DEPTHS] + [few(DEPTHS[0], DEPTHS[0])] * mixed
+    counts = [_layers(arch, layout, 0)[0] for arch, layout in models]  # (without experts, all others)
 
     def all_layers(found: list[dict[str, int]]) -> dict[str, int]:
-        names = found[0].keys() | found[1].keys()
-        return {name: round(_line([one.get(name, 0) for one in found], depths["teacher" in name])) for name in names}
+        told = {}
+        for name in set().union(*found):
+            dense, depth = counts["teacher" in name]
+            values = [one.get(name, 0) for one in found]
+            of_dense = dense * (values[-1] - values[0]) / DEPTHS[0] if dense else 0.0
+            told[name] = round(max(0.0, _line(values[: len(DEPTHS)], depth) + of_dense))
+        return told
 
     def alive(found: list[Alive]) -> Alive:
         return sum((Alive.of(*part) for part in all_layers([one.by_category for one in found]).items()), Alive({}))
@@ -226,7 +250,7 @@ def _extrapolated(config: RunConfig, archs: Archs, layouts: tuple[Layout, Layout
 def _line(at_depths: list[int], depth: float) -> float:
     """Through what was found at DEPTHS."""
     (a, b), (low, high) = DEPTHS, at_depths
-    return max(0.0, low + (depth - a) / (b - a) * (high - low))
+    return low + (depth - a) / (b - a) * (high - low)
 
 
 def _of_rank(
@@ -253,27 +277,14 @@ def page(records: list[dict[str, Any]]) -> str:
     """docs/recipes.md."""
     lines = [*HEAD.format(samples=SAMPLES, prompt=PROMPT, completion=COMPLETION).splitlines(), ""]
     for name, recipe in RECIPES.items():
+        if recipe.of_experts:
+            continue
         lines += [f"## {recipe.teacher} to {recipe.student}", ""]
-        lines += ["| GPUs | student | teacher | GB of 80 | in | | of | teacher, s | student, s | groups, s |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
         mine = [record for record in records if record["recipe"] == name]
-        for record in mine:
-            phases = record["phases_s"]
-            groups = sum(seconds for phase, seconds in phases.items() if phase not in ("teacher", "student"))
-            verdict = "fits" if record["fits"] else "**does not fit**"
-            fullest = max(record["ranks"], key=lambda rank: rank["needed_bytes"])
-            held = f"{record['needed_bytes'] / 1e9:.1f} | {fullest['fullest_phase']} | {verdict}"
-            held += f" | {'whole' if record['whole'] else 'few layers'}"
-            lines.append(
-                f"| {record['gpus']} | {record['student']} | {record['teacher']} | {held} | "
-                f"{phases.get('teacher', 0):.1f} | {phases['student']:.1f} | {groups:.1f} |"
-            )
+        lines += _table(mine)
         if left := sorted(recipe.layouts.keys() - {record["gpus"] for record in mine}):
             lines += ["", f"Not rehearsed yet: on {', '.join(map(str, left))} GPUs."]
-        lines += [""] + [line for record in mine if not record["fits"] for line in _folded(_why(record), "")]
-        lines += ["", "Flags beside the models, the data and those of the common part:", "", "```text"]
-        lines += [line for record in mine for line in _folded(f"{record['gpus']}: {record['flags']}")]
-        lines += ["```", ""]
+        lines += ["", *_notes(mine), "", *_told_flags(mine)]
         for record in mine:
             if (limits := PEERS.get((name, record["gpus"]))) is not None:
                 seconds = sum(record["phases_s"].values())
@@ -289,12 +300,64 @@ def page(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _table(records: list[dict[str, Any]]) -> list[str]:
+    lines = ["| GPUs | student | teacher | GB of 80 | in | | of | teacher, s | student, s | groups, s |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    for record in records:
+        phases = record["phases_s"]
+        groups = sum(seconds for phase, seconds in phases.items() if phase not in ("teacher", "student"))
+        verdict = "fits" if record["fits"] else "**does not fit**"
+        fullest = max(record["ranks"], key=lambda rank: rank["needed_bytes"])
+        held = f"{record['needed_bytes'] / 1e9:.1f} | {fullest['fullest_phase']} | {verdict}"
+        held += f" | {'whole' if record['whole'] else 'few layers'}"
+        lines.append(
+            f"| {record['gpus']} | {record['student']} | {record['teacher']} | {held} | "
+            f"{phases.get('teacher', 0):.1f} | {phases['student']:.1f} | {groups:.1f} |"
+        )
+    return lines
+
+
+def _notes(records: list[dict[str, Any]]) -> list[str]:
+    return [line for record in records if not record["fits"] for line in _folded(_why(record), "")]
+
+
+def _told_flags(records: list[dict[str, Any]]) -> list[str]:
+    lines = ["Flags beside the models, the data and those of the common part:", "", "```text"]
+    lines += [line for record in records for line in _folded(f"{record['gpus']}: {record['flags']}")]
+    return [*lines, "```", ""]
+
+
+def experts_page(records: list[dict[str, Any]], text: str) -> str:
+    """docs/experts.md, with what is between the marks made again."""
+    lines: list[str] = []
+    for name, recipe in RECIPES.items():
+        if recipe.of_experts:
+            mine = [record for record in records if record["recipe"] == name]
+            lines += [*_table(mine), "", *_largest(mine), "", *_told_flags(mine)]
+    begin, end = MARKS
+    before, _, rest = text.partition(begin)
+    return before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+
+
+def _largest(records: list[dict[str, Any]]) -> list[str]:
+    lines = ["The largest parts on the fullest rank, GB:", ""]
+    for record in records:
+        lines += _folded(f"* {record['gpus']} GPUs: {_parts(record)}.", "  ")
+    return lines
+
+
+def _parts(record: dict[str, Any]) -> str:
+    """Of the fullest rank in its fullest phase."""
+    fullest = max(record["ranks"], key=lambda rank: rank["needed_bytes"])
+    parts = sorted(fullest["phases_bytes"][fullest["fullest_phase"]].items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {num_bytes / 1e9:.1f}" for name, num_bytes in parts[:4])
+
+
 def _why(record: dict[str, Any]) -> str:
     """It does not fit: what the fullest rank holds then."""
     fullest = max(record["ranks"], key=lambda rank: rank["needed_bytes"])
-    parts = sorted(fullest["phases_bytes"][fullest["fullest_phase"]].items(), key=lambda item: -item[1])
-    told = ", ".join(f"{name} {num_bytes / 1e9:.1f}" for name, num_bytes in parts[:4])
-    return f"Not on {record['gpus']} GPUs: rank {fullest['rank']} holds, in {fullest['fullest_phase']}, GB: {told}."
+    where = f"rank {fullest['rank']} holds, in {fullest['fullest_phase']}"
+    return f"Not on {record['gpus']} GPUs: {where}, GB: {_parts(record)}."
 
 
 def _folded(text: str, indent: str = "   ", width: int = 110) -> Iterator[str]:
@@ -331,10 +394,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{cell[0]:<22}{cell[1]:>4}  {needed:.1f} GB, {time.monotonic() - start_s:.0f} s", flush=True)
         records = [found[cell] for cell in cells() if cell in found]
         JSON.write_text(json.dumps({"made_by": "python -m tools.recipes", "cells": records}, indent=1) + "\n")
-        PAGE.write_text(page(records))
+        _write_pages(records)
     if not options.list and found:
-        PAGE.write_text(page([found[cell] for cell in cells() if cell in found]))
+        _write_pages([found[cell] for cell in cells() if cell in found])
     return 0
+
+
+def _write_pages(records: list[dict[str, Any]]) -> None:
+    PAGE.write_text(page(records))
+    EXPERTS_PAGE.write_text(experts_page(records, EXPERTS_PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def read_config(path: str, table: Mapping[str, Flag]) -> dict[str, Any]:
             if name in checked:
                 raise ConfigError(f"{key} is {name}, which is given too; keep one of them")
             checked[name] = value = _from_yaml(value, table[name].hint)
-            check(name, value, table[name].hint, table[name].item.metadata["range"])
+            check(table[name].item, value, table[name].hint)
         except ConfigError as error:
             raise ConfigError(f"--config {path}: {error}") from error
     return checked

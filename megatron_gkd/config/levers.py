@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 from megatron_gkd.config.json_object import json_object
 from megatron_gkd.config.schema import Section, setting
+from megatron_gkd.errors import ConfigError
 
 # vLLM's arguments that the run decides, or has flags for.
 VLLM_OWN: Final = frozenset(
@@ -106,6 +107,12 @@ class KernelsConfig(Section):
         "Attention of Transformer Engine, for both models (torch's for a student with adapters); auto: its choice; on "
         "a CPU torch's.",
     )
+    cp_comm_type: list[Literal["p2p", "all_gather", "a2a", "a2a+p2p"]] = setting(
+        ("p2p",),
+        "How the ranks that share a sequence exchange keys and values in Transformer Engine's attention: one value for "
+        "both models, or one for each layer of them.",
+        repeats=True,
+    )
     masked_softmax_fusion: bool = setting(False, "For an attention that is not used here; true is refused.")
     attention_softmax_in_fp32: bool = setting(True, "Softmax of attention in fp32, as in every attention here.")
     accumulate_allreduce_grads_in_fp32: bool = setting(
@@ -159,6 +166,8 @@ class KernelsConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         assert isinstance(self.extra, dict)
+        if not self.cp_comm_type:
+            raise ConfigError("--cp_comm_type is empty; give p2p, or leave it out")
 
     @property
     def fp8_tokens(self) -> int:

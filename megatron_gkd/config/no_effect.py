@@ -41,7 +41,7 @@ EVALUATION: Final = frozenset(
     {
         *("model", "dtype", "gkd_logits_topk", "topk_tail", "micro_batch_size", "global_batch_size", "log_level"),
         *("max_tokens_per_gpu", "use_hf"),
-        *("deterministic_mode", "attention_backend", "apply_rope_fusion"),
+        *("deterministic_mode", "attention_backend", "apply_rope_fusion", "cp_comm_type"),
         *("bias_dropout_fusion", "bias_activation_fusion", "moe_grouped_gemm", "moe_permute_fusion"),
         *("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "adapters"),
         "modules_to_save",
@@ -78,6 +78,7 @@ def _unused_in_training(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]
     distillation, data = cfg.distillation, cfg.data
     most, least = cfg.lmbda.most, cfg.lmbda.least
     yield from _unused_without_names(cfg)
+    yield from _unused_without_contexts(cfg)
     yield from _unused_without_teacher(cfg)
     supervised = isinstance(cfg.teacher.kind, NoTeacher)
     greedy = ", but for greedy completions in evaluations" if cfg.generates else ""
@@ -146,6 +147,11 @@ def _unused_without_names(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]
         yield "no name of a hub is given without HF:: or MS::", ("use_hf",)
 
 
+def _unused_without_contexts(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    if cfg.parallel.context_parallel_size == (cfg.teacher.teacher_context_parallel_size or 1) == 1:
+        yield "no ranks share a sequence with --context_parallel_size 1", ("cp_comm_type",)
+
+
 def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     from megatron_gkd.config.run import flags
 
@@ -157,6 +163,7 @@ def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]
     )
     yield "of training, and not of eval", others
     yield from _unused_without_names(cfg)
+    yield from _unused_without_contexts(cfg)
     yield from _unused_without_teacher(cfg)
     if cfg.generates:
         yield from _unused_by_servers(cfg)

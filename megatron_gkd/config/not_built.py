@@ -48,6 +48,11 @@ def _is_set(flag: str) -> Callable[[RunConfig], bool]:
 
 NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt(
+        "cp_comm_type",
+        lambda cfg: "a2a+p2p" in cfg.kernels.cp_comm_type,
+        "its two levels of groups are not made here; give p2p, all_gather or a2a",
+    ),
+    NotBuilt(
         "fp8_recipe",
         lambda cfg: cfg.kernels.fp8_recipe == "delayed",
         "its maxima are reduced over groups of a global state that is not made here; give tensorwise",

@@ -60,11 +60,12 @@ def setting(
     le: float | None = None,
     path: bool = False,
     schedule: bool = False,
+    repeats: bool = False,
 ) -> Any:
     """A field of a section. A tuple stands for the default of a list; without a default the setting is required. In a
     `path` a leading `~` is the home directory, as in a shell, which does not see the one of `--save=~/run`. A
-    `schedule` may be a text, whose form schedules.py checks."""
-    metadata = {"help": help, "range": Range(gt, ge, lt, le), "path": path, "schedule": schedule}
+    `schedule` may be a text, whose form schedules.py checks. A list with `repeats` may have a value twice."""
+    metadata = {"help": help, "range": Range(gt, ge, lt, le), "path": path, "schedule": schedule, "repeats": repeats}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -77,7 +78,7 @@ class Section:
     def __post_init__(self) -> None:
         hints = type_hints(type(self))
         for item in fields(self):
-            check(item.name, getattr(self, item.name), hints[item.name], item.metadata["range"])
+            check(item, getattr(self, item.name), hints[item.name])
             if item.metadata.get("path"):
                 object.__setattr__(self, item.name, _at_home(getattr(self, item.name)))
 
@@ -98,14 +99,15 @@ def type_hints(section: type) -> dict[str, Any]:
     return _hints[section]
 
 
-def check(name: str, value: Any, hint: Any, allowed: Range) -> None:
+def check(item: Field[Any], value: Any, hint: Any) -> None:
     """Raise a ConfigError that names the flag, the value and what is needed."""
+    name, allowed = item.name, item.metadata["range"]
     if not fits(value, hint):
         raise ConfigError(f"--{name} is {show(value)}; it must be {type_text(hint)}{_and_range(allowed)}")
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, (int, float)) and not isinstance(item, bool) and not allowed.contains(item):
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, (int, float)) and not isinstance(one, bool) and not allowed.contains(one):
             raise ConfigError(f"--{name} is {show(value)}; it must be {_range_text(allowed)}")
-    if isinstance(value, list) and get_args(hint) != (float,) and len(set(value)) != len(value):
+    if isinstance(value, list) and not item.metadata.get("repeats") and len(set(value)) != len(value):
         raise ConfigError(f"--{name} has the same value twice: {' '.join(map(str, value))}; give each once")
 
 

@@ -68,7 +68,10 @@ class DataConfig(Section):
         path=True,
     )
     dataset_weights: list[float] = setting(
-        (), "Share of the samples that each --dataset gets, in their order; empty: in proportion to their rows.", gt=0
+        (),
+        "Share of the samples that each --dataset gets, in their order; empty: in proportion to their rows.",
+        gt=0,
+        repeats=True,
     )
     eval_dataset: list[str] = setting((), "Held-out data, in the same forms.", path=True)
     eval_samples: int | None = setting(None, "Rows of the held-out data that are used; null: all.", gt=0)

@@ -173,7 +173,6 @@ def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
-        cp_comm_type="p2p",  # read by Transformer Engine's attention alone; it has the zigzag split of ours
         sequence_parallel=layout.sequence_parallel,
         # With PP = 2 the interleaved schedule exchanges activations and gradients with the same peer at the same time.
         # Batched P2P matches messages of a pair by order alone and would swap them (Megatron-LM's argument check
@@ -257,6 +256,8 @@ def build_model(
     check_in(arch, layout)
     config, use_cpu = transformer_config(arch, layout, options, dtype=dtype), options.use_cpu_initialization
     _set_attention_factor(config, arch)
+    if isinstance(config.cp_comm_type, list):  # after the config's own checks; read by `SelfAttention`
+        config.cp_comm_type.append(config.cp_comm_type[-1])
     pp_rank = groups.pp.rank()
     if layout.split is not None:  # after the config's own checks, which would not know it
         counts = layout.chunk_layers(arch.num_layers)

@@ -35,16 +35,23 @@ from megatron_gkd.model.layers import SDPAttention
 from megatron_gkd.parallel.zigzag import held_spans, held_spans_of_pack
 
 
-def causal_lower_right(num_queries: int, num_keys: int) -> torch.Tensor:
-    """torch's mask of queries that are the last of the keys. Its module is imported when it is used, since it loads
-    torch's compiler (6 CPU-seconds), which a run without context parallelism never needs. A mode that looks at every
-    operation (observe/allocations.py) must not: it is a tensor of a class of its own, which torch makes of a new one.
-    """
-    from torch.nn.attention import bias
+@functools.lru_cache(maxsize=4)  # all layers of a micro-batch ask for the same, and keep it for their backward pass
+def causal_lower_right(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The mask of queries that are the last of the keys.
 
+    On CUDA torch's, which its kernels need not write out. Its module is imported when it is used, since it loads
+    torch's compiler (6 CPU-seconds). On a CPU [num_queries, num_keys], added to the scores, in their dtype: one of
+    booleans would be converted, and kept, in each layer. A mode that looks at every operation (observe/allocations.py)
+    must not see it: torch's is a tensor of a class of its own, which it makes of a new one; and a rehearsal has none.
+    """
     with _disable_current_modes():
-        mask: torch.Tensor = bias.causal_lower_right(num_queries, num_keys)
-    return mask
+        if device.type == "cuda":
+            from torch.nn.attention import bias
+
+            mask: torch.Tensor = bias.causal_lower_right(num_queries, num_keys)
+            return mask
+        later = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
+        return torch.zeros(num_queries, num_keys, dtype=dtype).masked_fill_(later, -torch.inf)
 
 
 class ContextAttention(SDPAttention):
@@ -84,7 +91,7 @@ class ContextAttention(SDPAttention):
     def _attend_chunk(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Queries [c, b, h, d] at the end of keys and values [p + c, b, g, d] -> [c, b, h * d]."""
         q, k, v = self._heads(query, key, value)
-        out = self._products(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
+        out = self._products(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2], q.dtype, q.device))
         return out.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -162,7 +162,15 @@ class SelfAttention(CoreSelfAttention):
 
     Communication, only there: forward all-gather of [s, b, (heads + 2 groups) * d] over TP, backward its
     reduce-scatter, which sums a group's key and value gradients over the ranks that share it.
+
+    Of a list of `cp_comm_type` a layer has its own value; megatron-core's layers (0.16.1, transformer_layer.py:297)
+    read that of the next layer, and the last one past the end, for which build.py adds one.
     """
+
+    def __init__(self, config: TransformerConfig, *args: Any, layer_number: int, **kwargs: Any) -> None:
+        if config.context_parallel_size > 1 and isinstance(config.cp_comm_type, list):
+            kwargs["cp_comm_type"] = config.cp_comm_type[layer_number - 1]
+        super().__init__(config, *args, layer_number=layer_number, **kwargs)
 
     def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         tp, groups, dim = self.pg_collection.tp, self.config.num_query_groups, self.hidden_size_per_attention_head

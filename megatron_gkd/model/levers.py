@@ -5,6 +5,7 @@
     rehearsed_options(config)                 of the student, where a step is rehearsed
     optimizer_options(config)                 fields of megatron-core's OptimizerConfig
     check_student(config, arch, layout, kind) what the student's layers do not allow
+    check_contexts(config, flag, arch, layout) what the attention of the model of a flag does not exchange so
 
 All are the same on every rank, so what they raise is raised on all. Fusions that are not set are on where the device
 and the installed packages have them, as in Megatron's own recipes; on a CPU they are off, and one that is asked for is
@@ -17,6 +18,7 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Final, Literal
 
@@ -27,6 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.levers import KernelsConfig, OptimizerMemoryConfig, OverlapConfig, RecomputeConfig
 from megatron_gkd.config.run import RunConfig
+from megatron_gkd.config.schema import show
 from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.build import transformer_config
 from megatron_gkd.model.options import ModelOptions
@@ -38,6 +41,7 @@ _TE: Final = "transformer_engine"
 # What a value other than the default needs beside CUDA: a package, or none.
 _ON_CUDA: Final[dict[str, str | None]] = {
     "attention_backend": _TE,
+    "cp_comm_type": _TE,
     "apply_rope_fusion": _TE,
     "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda",
     "bias_dropout_fusion": None,
@@ -50,6 +54,8 @@ _ON_CUDA: Final[dict[str, str | None]] = {
     "use_precision_aware_optimizer": _TE,
     "optimizer_cpu_offload": _TE,
 }
+# The first Transformer Engine whose attention exchanges the keys and values of packs so; "p2p": every one.
+_PACKS_SINCE: Final = {"a2a": (2, 10), "all_gather": (2, 18)}
 _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
 _FP8_CAPABILITY: Final = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 # Fields of TransformerConfig that are the project's own business, or another flag's.
@@ -146,6 +152,7 @@ def teacher_options(config: RunConfig, kind: Kind) -> ModelOptions:
         moe_grouped_gemm=_fuses(config, "moe_grouped_gemm", kind),
         moe_permute_fusion=_fuses(config, "moe_permute_fusion", kind),
         attention_backend=AttnBackend[kernels.attention_backend],
+        cp_comm_type=tuple(kernels.cp_comm_type),
         deterministic_mode=kernels.deterministic_mode,
     )
 
@@ -163,7 +170,7 @@ def _refuse_without(config: RunConfig, kind: Kind) -> None:
         value = config.get(flag)
         if config.is_default(flag) or value is False:
             continue
-        given = f"--{flag} {str(value).lower() if isinstance(value, bool) else value}"
+        given = f"--{flag} {show(value)}"
         if kind == "cpu":
             raise ConfigError(f"{given} needs CUDA, and this run is on a CPU: leave it out, or give --device cuda")
         if flag == "attention_backend" and config.tuner.is_lora:
@@ -230,6 +237,46 @@ def check_student(config: RunConfig, arch: Architecture, layout: Layout, kind: K
             raise ConfigError(
                 f"--megatron_extra_kwargs {', '.join(extra)}: megatron-core refuses them: {text}"
             ) from error
+
+
+def check_contexts(config: RunConfig, flag: str, arch: Architecture, layout: Layout) -> None:
+    """Raise ConfigError or LayoutError where --cp_comm_type does not fit the attention of the model of `--flag`."""
+    kinds, size = config.kernels.cp_comm_type, layout.context
+    if size == 1 or config.is_default("cp_comm_type"):
+        return
+    given = f"--cp_comm_type {show(kinds)}"
+    adapted = flag == "model" and config.tuner.is_lora
+    if adapted or arch.latent is not None:
+        what = "a student with adapters" if adapted else f"latent attention ({arch.model_type})"
+        raise ConfigError(
+            f"{given}: {what} has the project's own attention, which gathers keys and values; leave it out, or give "
+            f"--{flag.removesuffix('model')}context_parallel_size 1"
+        )
+    if len(kinds) not in (1, arch.num_layers):
+        raise ConfigError(
+            f"{given}: these are {len(kinds)} values, and --{flag} has {arch.num_layers} layers; give one value, or "
+            "one for each layer"
+        )
+    for kind, needed in _PACKS_SINCE.items():
+        if config.data.packing and kind in kinds and (found := _version(_TE)) is not None and found < needed:
+            raise ConfigError(
+                f"{given} beside --packing needs Transformer Engine {needed[0]}.{needed[1]}, and {found[0]}.{found[1]} "
+                "is installed: give p2p, or a newer one"
+            )
+    heads, groups = arch.num_heads // layout.tensor, max(1, arch.num_kv_heads // layout.tensor)
+    if "a2a" in kinds and (heads % size or groups % size):
+        raise LayoutError(
+            f"{given}: --{flag} has {heads} heads and {groups} of keys and values on a rank ({layout.describe()}), and "
+            f"a2a shares them over {size} ranks; give p2p or all_gather, or sizes that divide them"
+        )
+
+
+def _version(package: str) -> tuple[int, ...] | None:
+    """Its first two numbers; None: it is not installed."""
+    try:
+        return tuple(int(number) for number in version(package).split(".")[:2])
+    except PackageNotFoundError:
+        return None
 
 
 def _check_fp8(config: RunConfig, arch: Architecture, layout: Layout) -> None:

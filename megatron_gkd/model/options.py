@@ -34,6 +34,7 @@ class ModelOptions:
     gradient_accumulation_fusion: bool = False
     apply_rope_fusion: bool = False
     attention_backend: AttnBackend = AttnBackend.auto
+    cp_comm_type: tuple[str, ...] = ("p2p",)  # of all layers, or of each; read by Transformer Engine's attention alone
     deterministic_mode: bool = False
     persist_layer_norm: bool = False
     moe_grouped_gemm: bool = False
@@ -65,6 +66,8 @@ class ModelOptions:
         others = DDP | EXPERTS | {"transformer_engine", "extra"}
         values = {name: value for name, value in asdict(self).items() if name not in others}
         known = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        if len(self.cp_comm_type) == 1:
+            known["cp_comm_type"] = self.cp_comm_type[0]
         return known | dict(self.extra)
 
     def ddp_fields(self) -> dict[str, Any]:

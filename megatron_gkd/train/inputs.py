@@ -32,7 +32,7 @@ from megatron_gkd.data.suspicions import describe
 from megatron_gkd.data.template_differences import differences
 from megatron_gkd.errors import ConfigError
 from megatron_gkd.model.divisible import check_fit
-from megatron_gkd.model.levers import check_student
+from megatron_gkd.model.levers import check_contexts, check_student
 from megatron_gkd.model.reach import reach
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.layout import Layout
@@ -112,10 +112,12 @@ def _models(
     check_fit("model", student_arch, student_layout)
     refuse_student(config, student_arch, student_layout)
     check_student(config, student_arch, student_layout, platform.setup(config.parallel.device).kind)
+    check_contexts(config, "model", student_arch, student_layout)
     check_adapters(config, student_arch, student_layout)
     if built is not None:
         teacher_layout = without_borrowed_experts(config, built, teacher_layout)
         check_fit("teacher_model", built, teacher_layout)
+        check_contexts(config, "teacher_model", built, teacher_layout)
     tokenizer, vocab_size = _vocabulary(config, student_arch, teacher_arch)
     topk = config.distillation.gkd_logits_topk
     if topk is not None and topk > vocab_size:

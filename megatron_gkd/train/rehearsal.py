@@ -39,7 +39,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 from megatron_gkd import platform
@@ -362,6 +362,12 @@ def replacements() -> tuple[Replacement, ...]:
     )
 
 
+def _mask_without_memory(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """As on a GPU, whose kernels have the mask of ContextAttention not written out; on a CPU it is, once."""
+    with _disable_current_modes():
+        return torch.zeros(1, 1, dtype=dtype, device=device).expand(num_queries, num_keys)
+
+
 @contextmanager
 def without_peers(world_size: int, rank: int, *further: Replacement) -> Iterator[None]:
     """A world in which every collective returns at once, and what a fake world cannot do is left out or replaced."""
@@ -377,8 +383,9 @@ def without_peers(world_size: int, rank: int, *further: Replacement) -> Iterator
 
 
 def _as_on_a_gpu() -> tuple[Replacement, ...]:
-    """Sizes of the chunks and blocks of the loss."""
+    """Sizes of the chunks and blocks of the loss; no mask of attention."""
     return (
+        (context_attention, "causal_lower_right", _mask_without_memory),
         (context_attention, "places_of", functools.lru_cache(4)(context_attention.places_of.__wrapped__)),
         (fused_task, "CHUNK_BYTES", fused_task.CHUNK_BYTES_CUDA),
         (fused_task, "MOST_TOKENS", fused_task.MOST_TOKENS_CUDA),

@@ -167,6 +167,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("align_param_gather", False, ("true", True), ("x",)),
     ("ddp_bucket_size", None, ("1000000", 1000000), ("0",)),
     ("attention_backend", "auto", ("flash", "flash"), ("local",)),
+    ("cp_comm_type", ["p2p"], ("a2a", ["a2a"]), ("ring", "p2p,a2a")),
     ("masked_softmax_fusion", False, ("true", True), ("x",)),
     ("attention_softmax_in_fp32", True, ("false", False), ("x",)),
     ("accumulate_allreduce_grads_in_fp32", True, ("false", False), ("x",)),

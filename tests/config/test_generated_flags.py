@@ -164,6 +164,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "align_param_gather": (True,),
     "ddp_bucket_size": (1000,),
     "attention_backend": ("flash",),
+    "cp_comm_type": (["all_gather"], ["p2p", "p2p", "a2a"], ["a2a+p2p"]),
     "masked_softmax_fusion": (True,),
     "attention_softmax_in_fp32": (False,),
     "accumulate_allreduce_grads_in_fp32": (False,),

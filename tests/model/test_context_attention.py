@@ -32,7 +32,7 @@ SHAPES = [(3, (24,)), (1, (8,)), (1, (16, 8, 40, 24))]
 FAULTS = {
     "contiguous chunks": ("held_spans", lambda length, size, rank: contiguous(length, size, rank)),
     "no sum in the backward": ("dist.reduce_scatter_tensor", lambda out, x, group: out.copy_(own(x, group))),
-    "mask aligned to the first key": ("causal_lower_right", lambda q, k: torch.ones(q, k, dtype=torch.bool).tril()),
+    "mask aligned to the first key": ("causal_lower_right", lambda q, k, *_: torch.ones(q, k, dtype=torch.bool).tril()),
 }
 
 
@@ -137,9 +137,17 @@ def test_one_gather_forward_and_one_reduce_scatter_backward():
 
 
 def test_a_mode_that_counts_does_not_see_the_mask() -> None:
-    """torch makes it of a tensor that no mode may have touched."""
+    """torch makes its own of a tensor that no mode may have touched."""
     query, key = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 5, 4)
-    with AllocationCounter():
-        found = scaled_dot_product_attention(query, key, key, attn_mask=causal_lower_right(2, 5))
+    with AllocationCounter() as counter:
+        mask = causal_lower_right(2, 5, query.dtype, query.device)
+        assert counter.now.total == 0
+        found = scaled_dot_product_attention(query, key, key, attn_mask=mask)
     seen = torch.ones(2, 5, dtype=torch.bool).tril(3)
-    torch.testing.assert_close(found, scaled_dot_product_attention(query, key, key, attn_mask=seen))
+    torch.testing.assert_close(found, scaled_dot_product_attention(query, key, key, attn_mask=seen), rtol=0, atol=0)
+
+
+def test_layers_share_a_mask() -> None:
+    first, second = (causal_lower_right(3, 7, torch.float32, torch.device("cpu")) for _ in range(2))
+    assert first is second
+    assert causal_lower_right(3, 7, torch.float64, torch.device("cpu")).dtype == torch.float64

@@ -7,7 +7,7 @@ What they do on a GPU is not covered. Recomputation, overlap and uneven pipeline
 from __future__ import annotations
 
 import gc
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -15,15 +15,30 @@ import torch
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
 
+from megatron_gkd.config.no_effect import without_effect
 from megatron_gkd.config.run import RunConfig, TrainingConfig
-from megatron_gkd.errors import ConfigError, NotBuiltError
+from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model import levers
-from megatron_gkd.model.levers import Kind, check_student, optimizer_options, student_options, teacher_options
+from megatron_gkd.model.build import build_model
+from megatron_gkd.model.context_attention import ContextAttention
+from megatron_gkd.model.levers import (
+    Kind,
+    check_contexts,
+    check_student,
+    optimizer_options,
+    rehearsed_options,
+    student_options,
+    teacher_options,
+)
+from megatron_gkd.model.options import ModelOptions
+from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.rollout.vllm.local_server import as_flags
 from megatron_gkd.train.fit import check_warmup
 from megatron_gkd.train.garbage import Garbage
+from megatron_gkd.train.rehearsal import without_peers
 from tests.support.models import small
+from tests.support.ranks_at_work import megatron
 
 
 def config_of(**flags: Any) -> RunConfig:
@@ -36,6 +51,8 @@ def config_of(**flags: Any) -> RunConfig:
 AWARE = dict(use_precision_aware_optimizer=True)
 CUDA_ALONE: list[tuple[dict[str, Any], str]] = [
     (dict(attention_backend="flash"), "--attention_backend flash"),
+    (dict(cp_comm_type=["a2a"]), "--cp_comm_type a2a"),
+    (dict(cp_comm_type=["p2p", "all_gather"], context_parallel_size=2), "--cp_comm_type p2p all_gather"),
     (dict(apply_rope_fusion=True), "--apply_rope_fusion true"),
     (dict(gradient_accumulation_fusion=True), "--gradient_accumulation_fusion true"),
     (dict(bias_dropout_fusion=True), "--bias_dropout_fusion true"),
@@ -58,6 +75,7 @@ def test_what_needs_cuda_is_refused_on_a_cpu(flags: dict[str, Any], named: str) 
     ("flags", "package"),
     [
         (dict(attention_backend="fused"), "transformer_engine"),
+        (dict(cp_comm_type=["all_gather"]), "transformer_engine"),
         (dict(apply_rope_fusion=True), "transformer_engine"),
         (dict(gradient_accumulation_fusion=True), "fused_weight_gradient_mlp_cuda"),
         (AWARE, "transformer_engine"),
@@ -101,6 +119,89 @@ def test_both_models_have_one_attention(monkeypatch: pytest.MonkeyPatch) -> None
     config = config_of(attention_backend="flash")
     for options in (student_options(config, "cuda"), teacher_options(config, "cuda")):
         assert options.transformer_fields()["attention_backend"] is AttnBackend.flash
+
+
+# ---- how the ranks of a sequence exchange keys and values ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kinds", "told"), [(["a2a"], "a2a"), (["p2p", "a2a"] * 2, ["p2p", "a2a"] * 2)])
+def test_both_models_exchange_alike(kinds: list[str], told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levers, "find_spec", lambda name: object())
+    config = config_of(cp_comm_type=kinds, context_parallel_size=2)
+    for options in (student_options(config, "cuda"), teacher_options(config, "cuda")):
+        assert options.transformer_fields()["cp_comm_type"] == told
+    assert student_options(config_of(), "cpu").transformer_fields()["cp_comm_type"] == "p2p"
+    assert rehearsed_options(config).cp_comm_type == ("p2p",)  # which moves as many bytes
+
+
+@pytest.mark.parametrize(("family", "rank", "layers"), [("qwen3", 0, (1, 2)), ("olmoe", 2, (3, 4))])
+def test_a_layer_has_its_own_of_a_list(
+    family: str, rank: int, layers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stage of a pipeline, counted over the whole model."""
+    kinds, seen = ("p2p", "a2a", "all_gather", "p2p"), []
+    begin = ContextAttention.__init__
+
+    def noted(self: Any, *args: Any, layer_number: int, cp_comm_type: str, **kwargs: Any) -> None:
+        seen.append((layer_number, cp_comm_type))
+        begin(self, *args, layer_number=layer_number, cp_comm_type=cp_comm_type, **kwargs)
+
+    monkeypatch.setattr(ContextAttention, "__init__", noted)
+    layout, options = Layout(context=2, pipeline=2), replace(ModelOptions.on("cpu"), cp_comm_type=kinds)
+    with megatron(), without_peers(layout.world_size, rank):
+        build_model(small(family), layout, build_groups(layout), options, dtype="fp32")
+    assert seen == [(layer, kinds[layer - 1]) for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("flags", "family", "layout", "said"),
+    [
+        (dict(cp_comm_type=["p2p", "a2a"]), "qwen3", Layout(context=2), "2 values, and --model has 4 layers"),
+        (dict(cp_comm_type=["a2a"]), "qwen3", Layout(context=4), "4 heads and 2 of keys and values on a rank"),
+        (dict(cp_comm_type=["a2a"]), "qwen3", Layout(tensor=2, context=2), "2 heads and 1 of keys and values"),
+        (dict(cp_comm_type=["a2a"]), "deepseek_v3", Layout(context=2), "latent attention .* or give --context"),
+        (dict(cp_comm_type=["a2a"], tuner_type="lora"), "qwen3", Layout(context=2), "a student with adapters"),
+    ],
+)
+def test_an_exchange_that_a_model_does_not_have(flags: dict[str, Any], family: str, layout: Layout, said: str) -> None:
+    with pytest.raises((ConfigError, LayoutError), match=f"^--cp_comm_type .*{said}"):
+        check_contexts(config_of(**flags), "model", small(family), layout)
+    check_contexts(config_of(**flags), "model", small(family), Layout())
+    check_contexts(config_of(), "model", small(family), layout)
+
+
+def test_exchanges_that_divide() -> None:
+    for kinds, layout in ((["a2a"], Layout(context=2)), (["p2p"] * 3 + ["a2a"], Layout(context=2))):
+        check_contexts(config_of(cp_comm_type=kinds), "teacher_model", small(), layout)
+    check_contexts(config_of(cp_comm_type=["all_gather"]), "model", small(), Layout(tensor=2, context=4))
+
+
+@pytest.mark.parametrize(("kind", "too_old", "enough"), [("a2a", "2.9.0", "2.10"), ("all_gather", "2.17.1", "2.20.2")])
+def test_packs_need_a_newer_transformer_engine(
+    kind: str, too_old: str, enough: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = config_of(cp_comm_type=["p2p", kind, "p2p", "p2p"], packing=True)
+    monkeypatch.setattr(levers, "version", lambda name: too_old)
+    check_contexts(config_of(cp_comm_type=[kind]), "model", small(), Layout(context=2))
+    with pytest.raises(ConfigError, match=f"beside --packing needs Transformer Engine 2.*{too_old[:3]}"):
+        check_contexts(packed, "model", small(), Layout(context=2))
+    monkeypatch.setattr(levers, "version", lambda name: enough)
+    check_contexts(packed, "model", small(), Layout(context=2))
+
+
+def test_two_levels_of_groups_are_not_built() -> None:
+    with pytest.raises(NotBuiltError, match=r"--cp_comm_type a2a\+p2p \(its two levels of groups"):
+        config_of(cp_comm_type=["a2a+p2p"])
+    with pytest.raises(ConfigError, match="--cp_comm_type is empty"):
+        config_of(cp_comm_type=[])
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_without_contexts_nothing_is_exchanged(command: Any) -> None:
+    given: dict[str, Any] = dict(cp_comm_type=["a2a"], eval_dataset=["e"])
+    assert ["cp_comm_type"] in without_effect(config_of(**given), command).values()
+    for flag in ("context_parallel_size", "teacher_context_parallel_size"):
+        assert ["cp_comm_type"] not in without_effect(config_of(**given, **{flag: 2}), command).values()
 
 
 @pytest.mark.parametrize(

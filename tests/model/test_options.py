@@ -19,6 +19,7 @@ NAMES = [item.name for item in fields(ModelOptions) if item.name not in ("extra"
 OTHERS: dict[str, Any] = dict(  # of those that are neither true nor false
     recompute_granularity="full",
     bucket_size=7,
+    cp_comm_type=("p2p", "a2a"),
     attention_backend=AttnBackend.flash,
     recompute_method="block",
     recompute_num_layers=3,

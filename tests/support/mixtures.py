@@ -67,13 +67,20 @@ def reference_and_truth(path: str | Path, ids: torch.Tensor) -> tuple[torch.Tens
     return reference, truth
 
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "models"
+
 # config.json as published (what plays no part left out), and billions of parameters as published, without layers for
 # the prediction of further tokens.
 _PLAIN: dict[str, Any] = dict(hidden_act="silu", attention_dropout=0.0, tie_word_embeddings=False, attention_bias=False)
 _SIGMOID: dict[str, Any] = _PLAIN | dict(norm_topk_prob=True, num_nextn_predict_layers=1)
-_LATENT: dict[str, Any] = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
-_LATENT |= dict(architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", scoring_func="sigmoid")
-_LATENT |= dict(topk_method="noaux_tc", moe_layer_freq=1, ep_size=1, seq_aux=True)
+
+
+def _shape(model: str) -> dict[str, Any]:
+    """Of examples/models."""
+    found: dict[str, Any] = json.loads((EXAMPLES / model / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
 PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "Qwen1.5-MoE-A2.7B": (
         dict(architectures=["Qwen2MoeForCausalLM"], model_type="qwen2_moe", hidden_act="silu", hidden_size=2048)
@@ -102,29 +109,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
         | dict(use_qk_norm=False, vocab_size=151552),
         106.85,
     ),
-    "DeepSeek-V3": (
-        _SIGMOID
-        | _LATENT
-        | dict(first_k_dense_replace=3, hidden_size=7168, intermediate_size=18432, max_position_embeddings=163840)
-        | dict(moe_intermediate_size=2048, n_group=8, n_routed_experts=256, n_shared_experts=1, topk_group=4)
-        | dict(num_attention_heads=128, num_key_value_heads=128, num_experts_per_tok=8, num_hidden_layers=61)
-        | dict(q_lora_rank=1536, rms_norm_eps=1e-6, rope_theta=10000, routed_scaling_factor=2.5, vocab_size=129280)
-        | dict(
-            rope_scaling=dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1)
-            | dict(mscale=1.0, mscale_all_dim=1.0)
-        ),
-        671.03,
-    ),
-    "Moonlight-16B-A3B": (
-        _SIGMOID
-        | _LATENT
-        | dict(first_k_dense_replace=1, hidden_size=2048, intermediate_size=11264, max_position_embeddings=8192)
-        | dict(moe_intermediate_size=1408, n_group=1, n_routed_experts=64, n_shared_experts=2, topk_group=1)
-        | dict(num_attention_heads=16, num_key_value_heads=16, num_experts_per_tok=6, num_hidden_layers=27)
-        | dict(q_lora_rank=None, rms_norm_eps=1e-5, rope_theta=50000.0, routed_scaling_factor=2.446)
-        | dict(vocab_size=163840, num_nextn_predict_layers=0, aux_loss_alpha=0.001),
-        15.96,
-    ),
+    "DeepSeek-V3": (_shape("DeepSeek-V3"), 671.03),
+    "Moonlight-16B-A3B": (_shape("Moonlight-16B-A3B"), 15.96),
 }
 
 

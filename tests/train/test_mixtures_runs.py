@@ -23,6 +23,7 @@ from megatron_gkd.train.parameters import elements
 from megatron_gkd.train.search import search
 from megatron_gkd.train.step_time import Rates, layer_flops
 from megatron_gkd.weights.hf_files import HFCheckpoint
+from tests.support.allocated import Allocated, allocated
 from tests.support.checkpoint_runs import ADAPTERS, FLAGS, SAVED_AT, assert_goes_on, assert_same_bits, checkpoint_of
 from tests.support.checkpoints import MIXTURES, write_tiny_checkpoint
 from tests.support.dense_lora import check_merged
@@ -32,7 +33,7 @@ from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import load_model, megatron
 from tests.support.runs import adapter_of, exported, train
 from tests.support.trainers import T, run_config, write_rows
-from tests.train.test_rehearsal import real, rehearsed
+from tests.train.test_rehearsal import LENGTHS, rehearsed
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +108,13 @@ def config_of(root: Path, student: str, teacher: str, **flags: Any) -> RunConfig
     return run_config(student, teacher, rows, **common, **{T.get(name, name): value for name, value in flags.items()})
 
 
+STUDENTS = ("forward", "backward", "step 2")  # phases of a rehearsal
 PLANNED = [("deepseek_v3", "olmoe"), *([("qwen2_moe", "glm4_moe"), ("olmoe", "deepseek_v3")] if FULL else [])]
+
+
+def real(config: RunConfig) -> Allocated:
+    with megatron():
+        return allocated(config, LENGTHS)
 
 
 @pytest.mark.parametrize(("student", "teacher"), PLANNED)
@@ -116,14 +123,17 @@ def test_a_rehearsed_rank_holds_what_a_real_one_does(
 ) -> None:
     layout = dict(tensor=2, sequence=True, expert=2, expert_tensor=1)
     config = config_of(root, models[student], models[teacher], **layout)
-    ranks = list(zip(run_ranks(real, config, world=2), rehearsed(config, 2), strict=True))
-    for (built, peak), of_rank in ranks:
-        assert of_rank.built.total == sum(built.values())
-        assert of_rank.peaks[1].by_category.get("loss") == peak.get("loss")
+    found, planned = run_ranks(real, config, world=2), rehearsed(config, 2)
+    # Of the student's phases alone: in the teacher's, whichever rank has its favourite experts may hold most of all.
+    expected = [of_rank.phases["forward"] for of_rank in found]
+    peaks = [max((rank.phases[name] for name in STUDENTS), key=lambda alive: alive.total) for rank in planned]
+    for real_rank, peak, rank, alive in zip(found, expected, planned, peaks, strict=True):
+        assert rank.built.total == sum(real_rank.built.values())
+        assert alive.by_category.get("loss") == peak.get("loss")
     # Where tokens go is decided by values: all ranks together hold as much, and a rank more or less than another.
     activations = "student: activations"
-    assert sum(of_rank.peaks[1].by_category[activations] for _, of_rank in ranks) == pytest.approx(
-        sum(peak[activations] for (_, peak), _ in ranks), rel=1e-3
+    assert sum(alive.by_category[activations] for alive in peaks) == pytest.approx(
+        sum(peak[activations] for peak in expected), rel=1e-3
     )
 
 

@@ -41,7 +41,7 @@ def config_of(root: Path, **flags: Any) -> RunConfig:
 def real(config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
     """(built, at the peak of the second step) of this rank, by category."""
     with megatron():
-        return allocated(config, LENGTHS)
+        return allocated(config, LENGTHS)[:2]
 
 
 def rehearsed(config: RunConfig, world: int, ranks: Sequence[int] = (), **more: Any) -> list[Any]:
