@@ -307,7 +307,7 @@ def test_the_command_line_of_the_readme_with_defaults(inputs: Inputs) -> None:
         ("--vllm_mode server", "needs --vllm_server_host"),
         ("--vllm_server_host localhost", "is for --vllm_mode server"),
         ("--vllm_mode subprocess --rollout_lag 1 --steps_per_generation 2", "use one of them"),
-        ("--vllm_mode server --vllm_server_host 127.0.0.1:9 --vllm_tensor_parallel_size 2", "the server's own matter"),
+        ("--vllm_mode server --vllm_server_host 127.0.0.1:9 --vllm_tensor_parallel_size 2", "is set on the server"),
         ("--vllm_mode subprocess --sleep_level 1", "is for colocated engines"),
         ("--vllm_tensor_parallel_size 3", "does not divide the world of 1 ranks"),
         ("--vllm_max_model_len 6", "raise --vllm_max_model_len"),
