@@ -221,7 +221,7 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
-    parser.add_argument("--tokens", type=int, default=2048, help="of the row; a multiple of 8")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the row; a multiple of 8")
     parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072], help="none: no memory")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=5)

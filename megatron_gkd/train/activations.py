@@ -99,11 +99,10 @@ class Fed:
         return kept + w * t * g + (not has_mixed) * self.cut_from
 
     def _gathered(self, a: float, g: float, repeats: bool) -> float:
-        """Keys and values that a rank's two chunks see of whole sequences, and the mask that torch makes of queries at
-        the end of their keys."""
+        """Keys and values that a rank's two chunks see of whole sequences."""
         part = self.length / self.layout.context / 2
-        keys = self.rows * (2 * (part + self.length) * a if repeats else 2 * self.length * g)  # of both chunks
-        return self.width * (keys + part * self.length * (self.rows if self.packed else 1))
+        keys = 2 * (part + self.length) * a if repeats else 2 * self.length * g  # of both chunks
+        return self.width * self.rows * keys
 
     def mlp(self, layer: int) -> float:
         """Behind its norm."""
