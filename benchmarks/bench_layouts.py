@@ -23,10 +23,12 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
@@ -106,15 +108,19 @@ def measured_steps(config: RunConfig, lengths: Sequence[tuple[int, int]], number
 
 
 def predicted(config: RunConfig, lengths: Sequence[tuple[int, int]], rates: Rates) -> dict[str, float]:
-    """Seconds of a step by phase; what ranks hand over is rehearsed."""
+    """Seconds of a step by phase; what ranks hand over is rehearsed, of a micro-batch for each stage."""
     archs, pair = architectures(config), planned_layouts(config, WORLD)
+    few = pair[0].data * pair[0].pipeline
+    small = replace(config, training=replace(config.training, global_batch_size=few))
+    ratio = len(lengths) / few
     handed, calls = Counter[str](), Counter[str]()
     for rank in kinds(*pair) if pair[0].tensor > 1 else ():
         with megatron():
-            found = rehearse(config, world_size=WORLD, rank=rank, lengths=lengths, archs=archs, num_steps=1)
+            found = rehearse(small, world_size=WORLD, rank=rank, lengths=lengths[:few], archs=archs, num_steps=1)
         handed |= Counter(found.traffic)
         calls |= Counter(found.calls)
-    return step_seconds(config, *archs, *pair, lengths[0], handed, rates, calls=calls)
+    sent, made = ({name: number * ratio for name, number in of.items()} for of in (handed, calls))
+    return step_seconds(config, *archs, *pair, lengths[0], sent, rates, calls=made)
 
 
 def order(values: dict[str, float]) -> list[str]:
@@ -153,12 +159,13 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
             name: run_config(student, teacher, rows, **common, **{T[flag]: value for flag, value in flags.items()})
             for name, flags in LAYOUTS.items()
         }
+        for name, config in configs.items():
+            phases[name] = predicted(config, of_batch, rates)
         for _ in range(options.rounds):
             for name, config in configs.items():
                 of_ranks = run_ranks(measured_steps, config, of_batch, options.steps, world=WORLD, timeout_s=240)
                 steps[name] += [list(one) for one in zip(*of_ranks, strict=True)]
-        for name, config in configs.items():
-            phases[name] = predicted(config, of_batch, rates)
+                print(f"{name}: {[round(max(wall for wall, _ in one), 2) for one in steps[name]]} s", file=sys.stderr)
     table = []
     for name in LAYOUTS:
         wall = [max(wall for wall, _ in of_ranks) for of_ranks in steps[name]]

@@ -211,7 +211,9 @@ def _moments(
     shared = fed.whole if layout.sequence_parallel else 0.0  # megatron-core's buffer of gathered hidden states
     vocabulary = arch.padded_vocab_size(layout.tensor) // layout.tensor * arch.hidden_size
     transient = fed.whole + 2 * fed.hidden + width * fed.t * arch.ffn_hidden_size / layout.tensor
-    passing = fed.passing() if group else transient
+    passing = transient
+    if group:  # the input of its layer is among what is kept, and what goes to the next stage is not there yet
+        passing = fed.passing() - fed.hidden * (1 + (stage < layout.pipeline - 1))
     # A head that is the embedding as well waits for the embedding's gradient.
     waiting = width * vocabulary * (arch.tied_embeddings and layout.pipeline == 1)
     moments = [(kept + group + transient + waiting + shared, 0.0)]

@@ -44,14 +44,23 @@ class _KnownSelections(TorchDispatchMode):
 
 
 @contextmanager
-def even_loads() -> Iterator[None]:
-    """See the module docstring."""
-    routing, gather = Router.routing, token_dispatcher.gather_from_sequence_parallel_region
-    begin = MoEAlltoAllTokenDispatcher.__init__
+def even_routers() -> Iterator[None]:
+    """Routers that send every expert as many tokens, on tensors of any kind: for runs that are compared with
+    rehearsals."""
+    routing = Router.routing
 
     def routed(self: Router, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         probs, routing_map = routing(self, *args, **kwargs)
         return probs, even_map(routing_map.shape[0], routing_map.shape[1], self.topk)
+
+    with patch.object(Router, "routing", routed):
+        yield
+
+
+@contextmanager
+def even_loads() -> Iterator[None]:
+    """See the module docstring."""
+    gather, begin = token_dispatcher.gather_from_sequence_parallel_region, MoEAlltoAllTokenDispatcher.__init__
 
     def gathered(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, FakeTensor):
@@ -66,7 +75,7 @@ def even_loads() -> Iterator[None]:
             self.restore_output_by_local_experts = order.reshape(self.num_local_experts, -1).T.ravel()
 
     with (
-        patch.object(Router, "routing", routed),
+        even_routers(),
         patch.object(token_dispatcher, "gather_from_sequence_parallel_region", gathered),
         patch.object(MoEAlltoAllTokenDispatcher, "__init__", ordered),
         _KnownSelections(),

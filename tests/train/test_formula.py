@@ -87,7 +87,10 @@ def test_it_is_near_what_a_rehearsal_finds(case: str) -> None:
             parts, moving = found.phases[name].by_category, ("student: activations", "loss", "signals")
             real = sum(parts.get(category, 0) for category in moving)
             assert sum(said[name].get(category, 0) for category in moving) == pytest.approx(real, rel=0.05), parts
-            assert said["forward"][moving[0]] == pytest.approx(found.phases["forward"].by_category[moving[0]], rel=0.05)
+            few = 3 * 2 * sum(LENGTHS) * archs[0].hidden_size  # hidden states that come and go between stages
+            assert said["forward"][moving[0]] == pytest.approx(
+                found.phases["forward"].by_category[moving[0]], rel=0.05, abs=few
+            )
         assert peak(said) == pytest.approx(max(one.total for one in found.peaks), rel=0.05)
 
 
@@ -146,8 +149,8 @@ def test_a_planted_fault_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = Fed.mlp
     monkeypatch.setattr(Fed, "mlp", lambda self, layer: mlp(self, layer) / 2)
     wrong = formula(config, archs, pair, 0, LENGTHS)  # type: ignore[arg-type]
-    category = "student: activations"
-    assert wrong["forward"][category] < 0.9 * right["forward"][category]
+    category, few = "student: activations", 3 * 2 * sum(LENGTHS) * archs[0].hidden_size  # type: ignore[union-attr]
+    assert wrong["forward"][category] < 0.9 * right["forward"][category] - few
 
 
 def test_what_it_does_not_cover_is_named() -> None:
