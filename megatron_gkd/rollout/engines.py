@@ -81,6 +81,8 @@ def engine_image_options(images: ImageTokens | None, most: int, *, in_server: bo
     options: dict[str, Any] = {"enable_scale_out": True} if in_server else {"skip_tokenizer_init": False}
     if images.max_tiles is not None:
         options["mm_processor_kwargs"] = {"max_patches": images.max_tiles}
+    if images.square is not None:  # else mean and deviation of pixels are buffers, which a dummy load draws at random
+        options["mm_device_do_normalize"] = False
     return {"limit_mm_per_prompt": {"image": max(most, 1), "video": 0}, **options}
 
 
