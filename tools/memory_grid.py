@@ -130,7 +130,7 @@ def at_the_peak(configs: list[RunConfig]) -> list[int]:
     found = []
     for config in configs:
         with megatron(), even_routers():
-            _, peak_bytes = allocated(config, LENGTHS, num_steps=1)
+            _, peak_bytes, _ = allocated(config, LENGTHS, num_steps=1)
             found.append(sum(peak_bytes.values()))
         _destroy_groups_left()  # each has threads, and twelve runs would have hundreds
     return found

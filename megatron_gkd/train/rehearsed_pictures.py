@@ -183,6 +183,7 @@ class _FullTiles:
     def get_image_features(self, pixel_values: torch.Tensor, return_dict: bool, **_: torch.Tensor) -> Any:
         embeddings = self._tower.embeddings
         patches = embeddings.patch_embedding(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2)
-        placed = patches + embeddings.position_embedding(torch.arange(patches.shape[1]))
+        places = torch.arange(patches.shape[1]).repeat(len(patches), 1)
+        placed = patches + embeddings.position_embedding(places)
         encoded = self._tower.encoder(inputs_embeds=placed).last_hidden_state
         return SimpleNamespace(pooler_output=self._projector(self._tower.post_layernorm(encoded)))

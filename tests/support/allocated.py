@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.observe.allocations import AllocationCounter
@@ -15,15 +15,22 @@ from megatron_gkd.train.setup import Run, build
 from megatron_gkd.train.step import distill, teacher_signals
 
 
+class Allocated(NamedTuple):
+    """Bytes by category."""
+
+    built: dict[str, int]
+    peak: dict[str, int]  # of the last step
+    phases: dict[str, dict[str, int]]  # at the peak of each phase of it: "teacher", and "forward", the student's whole
+
+
 def allocated(
     config: RunConfig,
     lengths: Sequence[tuple[int, int]],
     sight: RehearsedSight | None = None,
     *,
     num_steps: int = NUM_STEPS,
-) -> tuple[dict[str, int], dict[str, int]]:
-    """(built, at the peak of the last of `num_steps` steps) of this rank, by category; where the teacher has it to
-    itself, of its part of a step. Collective."""
+) -> Allocated:
+    """Of this rank, after `num_steps` steps; where the teacher has it to itself, of its part of a step. Collective."""
     counter = AllocationCounter()
     timers: Any = _Phases(counter)
     with counter, counter.category("built"):
@@ -41,6 +48,7 @@ def allocated(
             else:
                 with timers.phase("teacher"):
                     teacher_signals(run.teacher, plan)
-        peak = counter.peak.by_category
+        phases = {name: peak.by_category for name, peak in counter.peaks.items()}
+        found = Allocated(built, counter.peak.by_category, phases)
     run.teacher.close()
-    return built, peak
+    return found

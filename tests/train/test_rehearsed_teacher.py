@@ -27,7 +27,7 @@ APART: dict[str, Any] = dict(teacher_placement="separate", teacher_world_size=1,
 def real(config: RunConfig) -> dict[str, int]:
     """At the peak of the first step of this rank, by category."""
     with megatron():
-        _, peak = allocated(config, LENGTHS, num_steps=1)
+        _, peak, _ = allocated(config, LENGTHS, num_steps=1)
         dist.barrier()  # a rank that ends earlier takes its connections with it
         return peak
 

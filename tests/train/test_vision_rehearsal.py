@@ -46,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real(config: RunConfig) -> tuple[int, dict[str, int]]:
     """(built, at the peak of the second step by category) of this rank."""
     with megatron():
-        built, peak = allocated(config, LENGTHS, RehearsedSight(config, architectures(config), SHOWN))
+        built, peak, _ = allocated(config, LENGTHS, RehearsedSight(config, architectures(config), SHOWN))
         return sum(built.values()), peak
 
 
