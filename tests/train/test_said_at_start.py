@@ -44,7 +44,7 @@ def test_train(inputs: dict[str, Any], tmp_path: Path) -> None:
         r"--max_length 4096 is above the \d+ positions of --teacher_model ",
         r"student and teacher differ in eos_token \('<\|im_end\|>' and '<\|endoftext\|>'\);",
         r"planned \(by formula, of rows as long as --max_length\): \d+\.\d GB on the fullest rank at the peak",
-        r"1 rows have the text of a special token inside a turn.*rows.jsonl:22\)",
+        r"1 rows have the text of a special token inside a turn.*rows.jsonl:14\)",
     )
     for text in wanted:
         assert len(re.findall(text, done.stderr)) == 1, (text, done.stderr)

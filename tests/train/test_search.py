@@ -95,13 +95,13 @@ def test_a_search(models: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch)
     """All layouts of two ranks, on bytes that are given here (those of rehearsals: above). What fits comes in the order
     of time, what does not in the order of bytes; what the rehearsal of the whole refutes is not among the former."""
 
-    def of(config: RunConfig, arch: Any, of_teacher: Any, student: Layout, length: Any) -> Any:
+    def of(config: RunConfig, arch: Any, of_teacher: Any, student: Layout, length: Any, shown: Any) -> Any:
         peak = {module.ACTIVATIONS: 2 * 10**6 // student.tensor, "student: weights": 10**6 // student.pipeline}
         deep = {name: 2 * num_bytes for name, num_bytes in peak.items()}
         stages = {stage: [peak, deep] for stage in range(student.pipeline)}
         return module._Measured(stages, [{"tp": 10**6}, {"tp": 2 * 10**6}], 4)
 
-    def whole(found: Found, world_size: int, length: Any) -> Found:
+    def whole(found: Found, world_size: int, length: Any, shown: Any) -> Found:
         return replace(found, rehearsed=True, num_bytes=10**9 if found.student.tensor == 2 else found.num_bytes)
 
     monkeypatch.setattr(module._Measured, "of", of)
