@@ -34,7 +34,9 @@ CHECK_FLAGS = (
 OTHER_PROGRAMS = {
     "torchrun": {"--nproc-per-node", "--nnodes"},
     "sbatch": {"--nodes", "--time"},
-    "launch/rollout_server.sh": {"--enable-scale-out", "--limit-mm-per-prompt", "--mm-processor-kwargs"},  # vLLM's
+    "launch/rollout_server.sh": {  # vLLM's
+        *("--enable-scale-out", "--limit-mm-per-prompt", "--mm-processor-kwargs", "--no-mm-device-do-normalize"),
+    },
     "swift deploy": {
         *("--api_key", "--host", "--max_logprobs", "--model_type", "--port", "--template", "--torch_dtype"),
         *("--use_chat_template", "--vllm_enforce_eager", "--vllm_engine_kwargs", "--infer_backend"),

@@ -108,7 +108,9 @@ def formula(
     forward["student: activations"] += under_way * last
     phases["forward"], phases["backward"] = there | signals | forward, there | signals | backward
     left += fed.whole if student.sequence_parallel else 0.0
-    phases["step 1"] = there | {"update": update_bytes(config, arch, student, stage), "student: activations": left}
+    at = student.coordinate(rank)
+    update = update_bytes(config, arch, student, stage, at.cp + student.context * at.dp)
+    phases["step 1"] = there | {"update": update, "student: activations": left}
     return _without_host(config, phases)
 
 

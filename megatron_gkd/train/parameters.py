@@ -87,12 +87,22 @@ def state_bytes(config: RunConfig, arch: Architecture, layout: Layout, stage: in
     }
 
 
-def update_bytes(config: RunConfig, arch: Architecture, layout: Layout, stage: int) -> float:
-    """Two fp32 temporaries of the largest tensor, or of as much of it as is this rank's to update."""
+def update_bytes(config: RunConfig, arch: Architecture, layout: Layout, stage: int, replica: int) -> float:
+    """Two fp32 temporaries of the largest tensor, or of as much of it as is this rank's to update: the distributed
+    optimizer cuts the parameters, the last ones first, into equal parts. Args: replica: of the dp x cp ones."""
     first, last = stage == 0, stage == layout.pipeline - 1
-    layers = {arch.has_experts(layer): layer for chunk in stage_layers(arch, layout, stage) for layer in chunk}
-    held = [unit for layer in layers.values() for unit in layer_units(arch, layer) if not unit.expert]
-    held += [unit for unit in units(_no_layers(arch)) if first or last]
-    largest = max(_elements(unit, arch, layout) for unit in held)
+    outer = {unit.role: unit for unit in units(_no_layers(arch))}
+    held = [outer["embedding"]] if first and not config.model.freeze_embeddings else []
+    for layer in (layer for chunk in stage_layers(arch, layout, stage) for layer in chunk):
+        held += layer_units(arch, layer, range(0))  # an expert's tensors are small
+    if last:
+        held += [outer["final_norm"]]
+        held += [outer["head"]] if "head" in outer else [] if first else [outer["embedding"]]
+    sizes = [_elements(unit, arch, layout) for unit in reversed(held)]
     shares = layout.data * layout.context if config.parallel.use_distributed_optimizer else 1
-    return 8 * min(largest, sum(parameters(arch, layout, stage)) / shares)
+    part = sum(sizes) / shares
+    begin, end = part * (replica % shares), part * (replica % shares + 1)
+    largest, offset = 0.0, 0
+    for size in sizes:
+        largest, offset = max(largest, min(end, offset + size) - max(begin, offset)), offset + size
+    return 8 * largest

@@ -210,6 +210,8 @@ def test_what_a_second_signal_means(monkeypatch: pytest.MonkeyPatch, second: sig
     monkeypatch.setattr(stopping, "SAME_PRESS_S", 0.0)
     with StopSignals(told.put) as signals:
         os.kill(os.getpid(), signal.SIGTERM)
+        while signals.received is None:  # of two that wait, Python hears the one with the lower number first
+            time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
         assert told.get(timeout=LIMIT_S) == stopping.HEARD
         os.kill(os.getpid(), second)

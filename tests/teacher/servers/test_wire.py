@@ -108,9 +108,9 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: shift(c["prompt_logprobs"], -12.0),
         "its 4 most probable tokens have a total probability of .* and of 300 tokens they have at least 0.0067",
     ),
-    "above 1 together": (lambda c: shift(c["prompt_logprobs"], 1.0), "no log-probabilities"),
-    "logits": (lambda c: entry_of(c["prompt_logprobs"], 1).update(logprob=7.5), "no log-probabilities"),
-    "not falling": (lambda c: entry_of(c["prompt_logprobs"], 4).update(logprob=-0.01), "no log-probabilities"),
+    "above 1 together": (lambda c: shift(c["prompt_logprobs"], 1.0), "not log-probabilities"),
+    "logits": (lambda c: entry_of(c["prompt_logprobs"], 1).update(logprob=7.5), "not log-probabilities"),
+    "not falling": (lambda c: entry_of(c["prompt_logprobs"], 4).update(logprob=-0.01), "not log-probabilities"),
     "another vocabulary": (
         lambda c: rename(c["prompt_logprobs"], 2, "300"),
         "token 300 is among .* vocabulary has 300",
