@@ -244,7 +244,8 @@ def _chunk_bytes(config: RunConfig, fed: Fed, tokens: float, teaches: Architectu
         buffers, temporaries = 2 * width + 8 * narrow, 8 + 8
     else:
         with_support = config.distillation.gkd_logits_topk is not None
-        buffers, temporaries = width + 4 * narrow + 4 * with_support, 8
+        # The scratch of a chunk, and the gradient once more in the logits' type.
+        buffers, temporaries = width + 4 * narrow + 4 * with_support, 4 + width * (narrow and with_support)
     most = min(_CHUNK_TOKENS, max(1, _CHUNK_BYTES // (buffers * most_columns)))
     chunk = math.ceil(tokens / math.ceil(tokens / most))
     return chunk * (columns * (buffers + temporaries) + 4 * narrow * fed.arch.hidden_size)
