@@ -9,7 +9,7 @@
 # resume, conversion, sampling with a real vLLM. Where there is no Python 3.12, one line says so and nothing is run.
 #
 # Hardware: as setup_env.sh; 8 GB of disk where torch's CUDA build is the only one for Python 3.12.
-# Time:     4 minutes on two cores; the environment takes 5 to 10 minutes more the first time.
+# Time:     3 minutes on two cores; the environment takes 5 to 10 minutes more the first time.
 # Expect:   pytest's closing line, "<n> passed".
 #
 # Environment:
