@@ -27,6 +27,7 @@ import torch
 
 from megatron_gkd.data.positions import rotary_positions
 from megatron_gkd.errors import DataError
+from megatron_gkd.parallel.layout import round_up
 from megatron_gkd.records import SOURCES, LossShare, Picture, Sample
 
 
@@ -110,7 +111,7 @@ def collate(
     cu_seqlens: torch.Tensor | None = None
     max_seqlen: int | None = None
     if packing:
-        inputs = [[*row, *[pad_id] * (_round_up(len(row), pad_segments_to) - len(row))] for row in inputs]
+        inputs = [[*row, *[pad_id] * (round_up(len(row), pad_segments_to) - len(row))] for row in inputs]
         tokens, position_ids, starts, cu_seqlens, max_seqlen = _pack(inputs, pad_to_multiple_of, pad_id)
     else:
         tokens, position_ids, starts = _pad(inputs, pad_to_multiple_of, num_rows, pad_id)
@@ -181,7 +182,7 @@ def _pad(
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """-> tokens [B, S], position ids [B, S] (they run on through the padding), flat index of each sample's first
     token."""
-    length = _round_up(max(map(len, inputs), default=1), multiple)
+    length = round_up(max(map(len, inputs), default=1), multiple)
     rows = [[*row, *[pad_id] * (length - len(row))] for row in inputs]
     rows += [[pad_id] * length] * (max(1, num_rows) - len(rows))
     return _int64(rows), torch.arange(length).repeat(len(rows), 1), [b * length for b in range(len(inputs))]
@@ -193,7 +194,7 @@ def _pack(
     """-> tokens [1, S], position ids [1, S], index of each sample's first token, cu_seqlens [N + 1], longest
     segment."""
     used = sum(map(len, inputs))
-    padding = _round_up(max(used, 1), multiple) - used
+    padding = round_up(max(used, 1), multiple) - used
     segments = [*inputs, [pad_id] * padding] if padding else list(inputs)
     borders = list(accumulate(map(len, segments), initial=0))
     tokens = _int64([[token for segment in segments for token in segment]])
@@ -205,10 +206,6 @@ def _pack(
         torch.tensor(borders, dtype=torch.int32),
         max(map(len, segments)),
     )
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _int64(values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:

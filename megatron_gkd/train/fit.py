@@ -164,7 +164,7 @@ def teacher_max_tokens(config: RunConfig) -> int | None:
 def _check_budget(config: RunConfig, layout: Layout) -> None:
     """The longest row is fed --max_length - 1 tokens, padded."""
     most, multiple = max_tokens(config, layout), layout.row_multiple
-    needed = -(-(config.data.max_length - 1) // multiple) * multiple
+    needed = round_up(config.data.max_length - 1, multiple)
     if config.training.max_tokens_per_gpu is not None and most is not None and most // multiple * multiple < needed:
         raise ConfigError(
             f"--max_tokens_per_gpu {config.training.max_tokens_per_gpu}: lengths are multiples of {multiple} here "

@@ -25,7 +25,7 @@ import math
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.config.servers import LocalTeacher, NoTeacher, ServerTeachers
-from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.parallel.layout import Layout, round_up
 from megatron_gkd.parallel.zigzag import held_spans
 from megatron_gkd.schedule import plan_micro_batches
 from megatron_gkd.train.activations import Fed, in_flight
@@ -175,7 +175,7 @@ def _passing(config: RunConfig, arch: Architecture, layout: Layout, student: Lay
 def _fed_length(config: RunConfig, layout: Layout, lengths: tuple[int, int]) -> int:
     """Of a sequence, with padding."""
     multiple = layout.segment_multiple if config.data.packing else layout.row_multiple
-    return -(-(sum(lengths) - 1) // multiple) * multiple
+    return round_up(sum(lengths) - 1, multiple)
 
 
 def _kept(config: RunConfig, fed: Fed, stage: int, micro_batches: int) -> tuple[float, float]:
