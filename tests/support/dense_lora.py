@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_gkd.config.run import TrainingConfig
 from megatron_gkd.records import Sample
-from tests.support.dense_step import DenseStep, Objective, all_logits, load, loss_and_metrics
-from tests.support.numerics import Float64
+from tests.support.dense_step import DenseStep, Objective, all_logits, load, loss_and_metrics, true_step
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MIXTRAL = ("w1", "w3", "w2")  # the last three, in an expert of Mixtral
@@ -164,7 +162,7 @@ def dense_lora_step(
     topk: int,
     put_on: Callable[[Any, str], tuple[Any, Callable[[], Trained]]] = adapted,
 ) -> DenseStep:
-    """One update of the adapter, in float64; `reference` has it in float32. Weights and gradients are the adapter's.
+    """One update of the adapter, in float64, with references in float32. Weights and gradients are the adapter's.
 
     Args:
         put_on: transformers' model, the adapter's directory -> the model with it, and what there is to train.
@@ -177,9 +175,7 @@ def dense_lora_step(
         loss, metrics = loss_and_metrics(model, logits, samples, objective, topk, None)
         return updated(loss, metrics, trained, training)
 
-    with Float64():
-        truth = step(torch.float64)
-    return replace(truth, reference=step(torch.float32))
+    return true_step(step)
 
 
 def updated(

@@ -11,23 +11,24 @@ no pipeline, no micro-batches, no padding (each sample is its own sequence), no 
     have; with a top K, renormalised on the teacher's K most probable
     of them, or with all others as one more outcome ("bucket").
 
-All of it twice: in float64 for the truth, in float32 for what rounding does to this step (tests/support/numerics.py).
+All of it twice: in float64 for the truth, in float32 for what rounding does to this step (tests/support/numerics.py);
+more often in float32 where that is in doubt.
 Then torch's clip_grad_norm_ and AdamW, with Megatron's parameter groups: no weight decay on 1-D parameters.
 `Fault` names mistakes to make on purpose: a comparison that cannot tell them apart is worth nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
 
 from megatron_gkd.config.run import TrainingConfig
 from megatron_gkd.records import Sample
-from tests.support.numerics import Float64, error_ratio, transformers_model
+from tests.support.numerics import REPEATS, ROUNDING, Float64, error_ratio, rounded_anew, transformers_model
 
 Signal = Literal["full", "topk", "bucket"]
 Fault = Literal[
@@ -62,7 +63,33 @@ class DenseStep:
     metrics: dict[str, float]
     weights: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]  # before clipping
-    reference: DenseStep | None = None  # of a step in float64: the same step in float32
+    # Of a step in float64:
+    reference: DenseStep | None = None  # the same step in float32
+    again: Callable[[], Sequence[DenseStep]] | None = None  # and in float32 with weights that are rounded anew
+
+
+def true_steps(steps: Callable[[torch.dtype], Sequence[DenseStep]]) -> list[DenseStep]:
+    """What `steps` returns in float64, each with its references in float32."""
+
+    @cache
+    def again() -> list[Sequence[DenseStep]]:
+        found = []
+        for seed in range(1, REPEATS + 1):
+            with rounded_anew(seed):
+                found.append(steps(torch.float32))
+        return found
+
+    with Float64():
+        truth = steps(torch.float64)
+    assert all(weight.dtype == torch.float64 for step in truth for weight in step.weights.values())
+    return [
+        replace(step, reference=reference, again=lambda index=index: [repeated[index] for repeated in again()])
+        for index, (step, reference) in enumerate(zip(truth, steps(torch.float32), strict=True))
+    ]
+
+
+def true_step(step: Callable[[torch.dtype], DenseStep]) -> DenseStep:
+    return true_steps(lambda dtype: [step(dtype)])[0]
 
 
 def dense_step(
@@ -75,7 +102,7 @@ def dense_step(
     topk: int,
     fault: Fault | None = None,
 ) -> DenseStep:
-    """One update from `samples` at learning rate `training.lr`, in float64; `reference` has it in float32."""
+    """One update from `samples` at learning rate `training.lr`, in float64, with references in float32."""
     return dense_steps(student_path, teacher_path, samples, objective, training, topk=topk, fault=fault)[0]
 
 
@@ -95,10 +122,7 @@ def dense_steps(
     def steps(dtype: torch.dtype) -> list[DenseStep]:
         return _dense_steps(student_path, teacher_path, samples, objective, training, topk, fault, dtype, num_steps)
 
-    with Float64():
-        truth = steps(torch.float64)
-    assert all(weight.dtype == torch.float64 for step in truth for weight in step.weights.values())
-    return [replace(step, reference=other) for step, other in zip(truth, steps(torch.float32), strict=True)]
+    return true_steps(steps)
 
 
 def _dense_steps(
@@ -268,10 +292,14 @@ def completion_logits(model: Any, sample: Sample, *, shift: bool = False) -> tor
     return model(ids).logits[0, first : first + len(sample.completion_ids)]
 
 
-@lru_cache(maxsize=16)
-@torch.no_grad()
 def all_logits(path: str, samples: tuple[Sample, ...], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """`completion_logits` of every sample by a frozen model."""
+    return _all_logits(path, samples, dtype, ROUNDING.get())
+
+
+@lru_cache(maxsize=16)
+@torch.no_grad()
+def _all_logits(path: str, samples: tuple[Sample, ...], dtype: torch.dtype, rounding: int) -> tuple[torch.Tensor, ...]:
     model = load(path, dtype)
     return tuple(completion_logits(model, sample) for sample in samples)
 
@@ -285,26 +313,29 @@ def differences(
     gradients: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """What is further from the truth than rounding explains, by name: how many times as far. Empty for equal steps."""
-    reference = truth.reference
-    assert reference is not None
     if weights.keys() != truth.weights.keys():
         return {f"names {sorted(weights.keys() ^ truth.weights.keys())}": float("inf")}
-    ratios = {}
+    wrong = wrong_numbers(loss, grad_norm, truth)
     for name in metrics.keys() & truth.metrics.keys():
-        ratios[f"metric {name}"] = error_ratio(metrics[name], reference.metrics[name], truth.metrics[name])
-    for name, expected in truth.weights.items():
-        ratios[name] = error_ratio(weights[name], reference.weights[name], expected)
-    for name, expected in truth.gradients.items() if gradients is not None else ():
+        wrong |= _wrong(f"metric {name}", metrics[name], truth, lambda step, name=name: step.metrics[name])
+    for name in truth.weights:
+        wrong |= _wrong(name, weights[name], truth, lambda step, name=name: step.weights[name])
+    for name in truth.gradients if gradients is not None else ():
         assert gradients is not None
-        ratios[f"gradient of {name}"] = error_ratio(gradients[name], reference.gradients[name], expected)
-    return wrong_numbers(loss, grad_norm, truth) | {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
+        wrong |= _wrong(f"gradient of {name}", gradients[name], truth, lambda step, name=name: step.gradients[name])
+    return wrong
 
 
 def wrong_numbers(loss: float, grad_norm: float, truth: DenseStep) -> dict[str, float]:
     """The part of `differences` about two numbers."""
+    wrong = _wrong("loss", loss, truth, lambda step: step.loss)
+    return wrong | _wrong("grad_norm", grad_norm, truth, lambda step: step.grad_norm)
+
+
+def _wrong(name: str, found: Any, truth: DenseStep, part: Callable[[DenseStep], Any]) -> dict[str, float]:
+    """{name: the error over the allowed one}, or nothing where it is allowed."""
     assert truth.reference is not None
-    ratios = {
-        "loss": error_ratio(loss, truth.reference.loss, truth.loss),
-        "grad_norm": error_ratio(grad_norm, truth.reference.grad_norm, truth.grad_norm),
-    }
-    return {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
+    ratio = error_ratio(found, part(truth.reference), part(truth))
+    if not ratio <= 1 and truth.again is not None:
+        ratio = min(ratio, *(error_ratio(found, part(reference), part(truth)) for reference in truth.again()))
+    return {} if ratio <= 1 else {name: ratio}

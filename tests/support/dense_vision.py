@@ -6,7 +6,7 @@ What each sample shows is given as pixels by the caller; transformers finds the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 
 from megatron_gkd.config.run import TrainingConfig
 from megatron_gkd.records import Sample
-from tests.support.dense_step import DenseStep, Objective, adam, completion_logits, loss_and_metrics
-from tests.support.numerics import Float64
+from tests.support.dense_step import DenseStep, Objective, adam, completion_logits, loss_and_metrics, true_step
+from tests.support.numerics import Float64, with_rounding
 
 Pixels = Mapping[int, Mapping[str, torch.Tensor] | None]  # what a tower is fed, by position; None: no image
 
@@ -60,7 +60,7 @@ def load(path: str | Path, dtype: torch.dtype) -> Any:
             text.rotary_emb = type(text.rotary_emb)(text.config)
             if (tower := getattr(model.model, "visual", None)) is not None:
                 tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config)
-    return model
+    return with_rounding(model)
 
 
 def stored_name(name: str, family: str) -> str:
@@ -82,7 +82,7 @@ def stored_name(name: str, family: str) -> str:
 def dense_vision_step(
     student: Side, teacher: Side, objective: Objective, training: TrainingConfig, *, frozen: tuple[str, ...] = ()
 ) -> DenseStep:
-    """One update, in float64; `reference` has it in float32. `frozen`: beginnings of stored names."""
+    """One update, in float64, with references in float32. `frozen`: beginnings of stored names."""
 
     def step(dtype: torch.dtype) -> DenseStep:
         model = Seeing(student, dtype)
@@ -102,6 +102,4 @@ def dense_vision_step(
         weights = {stored_name(n, family): p.detach().clone() for n, p in model.named_parameters()}
         return DenseStep(float(loss.detach()), float(norm), metrics, weights, gradients)
 
-    with Float64():
-        truth = step(torch.float64)
-    return replace(truth, reference=step(torch.float32))
+    return true_step(step)

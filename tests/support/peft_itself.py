@@ -18,6 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from megatron_gkd.records import Sample
 from tests.support.dense_lora import EMBEDDING, HEAD, PREFIX, Trained, dense_lora_step, names_of_experts
 from tests.support.dense_step import DenseStep, completion_logits, load
 from tests.support.numerics import Float64
+from tests.support.ranks import run_ranks
 
 PACKAGES = Path(sysconfig.get_path("purelib", vars={"base": str(Path(sys.prefix) / "swift")}))
 
@@ -53,7 +55,23 @@ def with_peft(model: Any, adapter: str | Path) -> Any:
 def peft_steps(cells: Sequence[tuple[Any, ...]], topk: int) -> list[DenseStep]:
     """`dense_lora_step` of each cell's arguments, with peft's modules in place of the formula. Before it, adapters
     without experts are saved by peft, beside the given ones: `saved_by_peft`."""
-    return [_with_tied_head(dense_lora_step(*cell, topk=topk, put_on=_trained_by_peft), cell[2]) for cell in cells]
+    steps = [dense_lora_step(*cell, topk=topk, put_on=_trained_by_peft) for cell in cells]
+    return [
+        _with_tied_head(replace(step, again=partial(_again_elsewhere, cell, topk)), cell[2])
+        for step, cell in zip(steps, cells, strict=True)
+    ]
+
+
+def _again_elsewhere(cell: tuple[Any, ...], topk: int) -> list[DenseStep]:
+    (found,) = run_ranks(_again, cell, topk, world=1, fresh=True)
+    return found
+
+
+def _again(cell: tuple[Any, ...], topk: int) -> list[DenseStep]:
+    """The references of one cell that are rounded anew."""
+    step = dense_lora_step(*cell, topk=topk, put_on=_trained_by_peft)
+    assert step.again is not None
+    return [_with_tied_head(one, cell[2]) for one in step.again()]
 
 
 def saved_by_peft(adapter: str) -> Path:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,11 @@ from tests.support.dense_lora import (
     updated,
     write_adapter,
 )
-from tests.support.dense_step import DenseStep, completion_logits, loss_and_metrics
+from tests.support.dense_step import DenseStep, completion_logits, loss_and_metrics, true_step
 from tests.support.dense_vision import Seeing, Side
 from tests.support.dense_vision import load as load_vision
 from tests.support.effort import FULL
 from tests.support.models import small
-from tests.support.numerics import Float64
 from tests.support.ranks import run_ranks
 from tests.support.ranks_at_work import megatron
 from tests.support.runs import command_line, convert_on_this_rank
@@ -201,9 +199,7 @@ def vision_truth(student: str, teacher: str, adapter: str, rows: tuple[Any, ...]
         loss, metrics = loss_and_metrics(model, logits, samples, exact.MIDDLE, 1, None)
         return updated(loss, metrics, trained, TrainingConfig(**vision.OPTIMIZER))
 
-    with Float64():
-        found = step(torch.float64)
-    return replace(found, reference=step(torch.float32))
+    return true_step(step)
 
 
 def test_a_step_of_a_student_of_images_equals_the_formula(root: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from megatron_gkd.records import SeenSequence
 from megatron_gkd.rollout.protocol import Completion, Request, SamplingSettings
 from megatron_gkd.rollout.state import EngineState
 from megatron_gkd.rollout.vllm.guard import EngineGuard, keep_process_groups, own_shared_memory
-from megatron_gkd.rollout.vllm.local_server import WORKER_EXTENSION
+from megatron_gkd.rollout.vllm.local_server import WORKER_EXTENSION, attention_on_cpu
 from megatron_gkd.rollout.vllm.worker import ADAPTER_ID
 
 _QUIET = {
@@ -106,7 +106,8 @@ class ColocatedEngine:
                 "enable_sleep_mode": sleep_level > 0,
             }
         else:
-            options["kv_cache_memory_bytes"] = _cpu_kv_bytes(arch, dtype, tensor_parallel_size, length)
+            options |= {"kv_cache_memory_bytes": _cpu_kv_bytes(arch, dtype, tensor_parallel_size, length)}
+            options |= attention_on_cpu(arch)
         self._adapter = adapter
         if adapter is not None:
             # The head is left as it is: beside LoRA vLLM (0.32) on a CPU fails on log-probabilities of several prompts.

@@ -37,6 +37,7 @@ from typing import Any
 
 import httpx
 
+from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.client import UNIX
@@ -85,6 +86,12 @@ def server_command(
     else:
         command += ["--gpu-memory-utilization", str(gpu_memory_utilization)]
     return [*command, *extra]
+
+
+def attention_on_cpu(arch: Architecture) -> dict[str, str]:
+    """Arguments of vLLM's engines. For latent attention it takes AMX kernels on CPUs that have them; those know half
+    precision alone, and the log-probabilities would be other ones than on the next machine."""
+    return {} if arch.latent is None else {"attention_backend": "CPU_MLA"}
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:
@@ -152,6 +159,8 @@ class LocalServer(contextlib.AbstractContextManager["LocalServer"]):
         import torch
 
         on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            extra = [*as_flags(attention_on_cpu(read_architecture(model_path))), *extra]
         if port is not None and not port_is_free(port):
             raise RolloutError(
                 f"port {port} of {LOOPBACK} is in use, so no vLLM server can be started there; give another "
