@@ -33,6 +33,7 @@ def wait_for_ever() -> None:
     time.sleep(3600)
 
 
+@pytest.mark.slow
 def test_directory_environment_session_and_exit_code(tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"{__name__}:say_where_it_is", "3"]
     environment = os.environ | {"MARK": "mine"}

@@ -163,6 +163,7 @@ if FULL:
     OF_FAMILIES += [("llama", "layers apart"), ("qwen3_moe", "wrapped")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "form"), OF_FAMILIES)
 def test_other_spellings_of_the_stored_names(tmp_path: Path, family: str, form: str) -> None:
     source = write_tiny_checkpoint(tmp_path / "source", family, tied=False)

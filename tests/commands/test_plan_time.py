@@ -84,6 +84,7 @@ def test_the_products_of_a_tower_are_those_that_torch_counts(tmp_path: Path, fam
     assert tower_flops(vision, fed, picture.num_tokens) == pytest.approx(counter.get_total_flops(), rel=0.25)
 
 
+@pytest.mark.slow
 def test_a_towers_time_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, found = write_tiny_vision(tmp_path / "model", layers=2, seed=1), []
     for freeze in ("true", "false"):

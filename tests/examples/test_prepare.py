@@ -86,6 +86,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "tiny"
 
 
+@pytest.mark.slow
 def test_offline_variant(tiny: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -96,6 +96,7 @@ STEP = [[0, 1], [10, 11], [20, 21], [30, 31]]  # distinct prompts of the steps; 
 ALL = [prompt for step in STEP for prompt in step]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "first_step", "asked"),
     [

@@ -106,6 +106,7 @@ def test_the_attack_would_work(tmp_path: Path) -> None:
     assert (tmp_path / "made").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_training_refuses_a_malicious_checkpoint(
     tmp_path: Path, inputs: dict[str, Any], run_dir: Path, attack: Callable[[Path, Attack], None]

@@ -207,6 +207,7 @@ IN_THE_STEP: dict[str, Any] = {
 FAULTS = {"TP2 SP, some": tuple(IN_THE_STEP)[:3], "TP2": tuple(IN_THE_STEP)[3:]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_equals_pefts(root: Path, truths: dict[str, DenseStep], case: str) -> None:
     """And one with a fault does not."""

@@ -38,6 +38,7 @@ if FULL:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_rehearsed_rank_holds_what_a_real_one_does(tmp_path: Path, case: str) -> None:
     world, flags = CASES[case]

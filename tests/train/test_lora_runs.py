@@ -100,6 +100,7 @@ def test_adapters_go_on_from_a_file(whole: Path, flags: dict[str, Any], tmp_path
 # ---- the base as teacher ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("topk", "layout"), [(None, dict(tensor=2)), *([(5, dict(pipeline=2))] if FULL else [])])
 def test_the_base_teaches_as_a_copy_of_it_would(
     flags: dict[str, Any], tmp_path: Path, topk: int | None, layout: dict[str, int]

@@ -191,6 +191,7 @@ def compare(root: Path, family: str, layouts: dict[str, tuple[int, dict[str, Any
     return found[0][0][1]
 
 
+@pytest.mark.slow
 def test_steps_with_images_equal_the_dense_step(root: Path) -> None:
     """Of rows with tiles, two images in a prompt, text alone, and a teacher with fewer tokens for the same image."""
     rows = compare(root, "internvl", LAYOUTS)

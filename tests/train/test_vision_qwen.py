@@ -92,6 +92,7 @@ def test_positions_are_those_of_transformers(model: Path, sizes: list[tuple[int,
     assert torch.equal(rotary_positions(3, pictures), expected[:, 0, :3])
 
 
+@pytest.mark.slow
 def test_a_step_with_images_equals_the_dense_step_and_mistakes_do_not(root: Path) -> None:
     """Mixed micro-batches, two images in a prompt, text alone, and a teacher with fewer tokens for the same image."""
     names = ("TP2 SP", "PP2, packed", "DP2", "PP2 VPP2", "CP2") if FULL else ("TP2 SP", "PP2, packed")

@@ -80,6 +80,7 @@ def test_megatron_cores_stages_share_the_layers(model: str) -> None:
                 assert {len(stage) for stage in stages} == {arch.num_layers // pp}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", REAL_MODELS)
 def test_elements_over_all_ranks_of_a_layout(model: str) -> None:
     """Every legal TP and every legal PP of a dense model (by night every pair), the widest TP, PP, EP of one with
