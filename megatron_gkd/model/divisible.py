@@ -73,7 +73,7 @@ def check_layout(
 
 
 def _check_latent(arch: Architecture, tp: int) -> None:
-    """megatron-core's constructor splits the down projections over TP before ours replace them (latent_attention.py)."""
+    """megatron-core's constructor shards the down projections; ours replace them later (latent_attention.py)."""
     assert arch.latent is not None
     for size in (arch.latent.query_rank or 0, arch.latent.kv_rank + arch.latent.rotary_dim):
         if size % tp != 0:
