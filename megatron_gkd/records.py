@@ -4,7 +4,8 @@ The one alignment rule of the project lives here. A sample is `prompt_ids` (P to
 tokens). A model is fed the first P + C - 1 tokens; the LOSS TOKENS are the last C of those inputs (positions P-1 ..
 P+C-2), and their labels are `completion_ids`. Every sample therefore has exactly C loss tokens, in completion order,
 for the student, for a local teacher and for a teacher server alike, whatever their prompts, their micro-batches or
-their padding are.
+their padding are. A completion may hold tokens that the model did not write, such as a tool's answer. Those that
+`completion_mask` leaves out are fed as inputs and are not loss tokens (`LossShare.of`).
 
 The teacher may be given another prompt than the student (`teacher_prompt_ids`, P' tokens: privileged information). It
 is fed P' + C - 1 tokens, and its last C are the loss tokens, in the same order: `Sample.for_teacher` is that sample.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -25,13 +27,13 @@ Source = Literal["student", "teacher", "dataset"]
 SOURCES: tuple[Source, ...] = ("student", "teacher", "dataset")
 
 
-# Of a field of a StableText that was not there from the beginning; its default is what held before.
+# Marks a field that a StableText has gained since its first version. Its default is what was true before.
 LATER: Final = MappingProxyType({"later": True})
 
 
 class StableText:
-    """repr() of a dataclass that stays the same when fields are added, since checkpoints keep it to be compared with: a
-    field that came later is left out where it says what held before."""
+    """A dataclass whose repr() stays the same when fields are added: a LATER field is left out at its default.
+    Checkpoints store the repr and compare it."""
 
     def __repr__(self) -> str:
         said = []
@@ -44,9 +46,9 @@ class StableText:
 
 @dataclass(frozen=True, repr=False)
 class Picture(StableText):
-    """An image of a prompt: where it is, and where its rows go. What it shows is read when it is needed."""
+    """An image of a prompt: its file, and the places of its tokens. Pixels are read when they are needed."""
 
-    name: str  # where it is, for people
+    name: str  # its file or place in the data, for messages
     path: str | None  # the file; None: `data` holds it
     data: bytes | None = field(repr=False)  # as it was encoded (PNG, JPEG, ...)
     digest: str  # of the encoded bytes
@@ -66,7 +68,7 @@ class Picture(StableText):
 
 
 class SeenSequence(tuple[int, ...]):
-    """The tokens of a sequence with pictures in its prompt, as a model is fed them."""
+    """Tokens of a sequence whose prompt has pictures, with the placeholders expanded as a model is fed them."""
 
     pictures: tuple[Picture, ...]
     bare_ids: tuple[int, ...]  # the same with one placeholder for each picture
@@ -98,18 +100,18 @@ class Row(StableText):
 
     @property
     def num_tokens(self) -> int:
-        """Of the longer of the two sequences: the student's and the teacher's."""
+        """Length of the longer sequence: the student's or the teacher's."""
         return max(len(self.prompt_ids), len(self.prompt_ids_for_teacher)) + len(self.completion_ids or ())
 
     @property
     def prompt_ids_for_teacher(self) -> tuple[int, ...]:
-        """What the teacher is given as the prompt."""
+        """The teacher's prompt."""
         return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence of one step: what is trained on, where the completion came from, and by which policy version."""
+    """One sequence of a step: its tokens, the source of its completion, and the policy version that sampled it."""
 
     position: int  # index in the step's global batch: the key of its teacher signal
     row: int  # index in the data set
@@ -131,12 +133,12 @@ class Sample:
 
     @property
     def num_loss_tokens(self) -> int:
-        """C."""
-        return len(self.completion_ids)
+        """C, or as many of them as the model wrote."""
+        return len(self.completion_ids) if self.completion_mask is None else sum(self.completion_mask)
 
     @property
     def for_teacher(self) -> Sample:
-        """The sample as the teacher is fed it: the same completion, so the same loss tokens, after its own prompt."""
+        """The sample with the teacher's prompt. The completion is the same, and so are the loss tokens."""
         if self.teacher_prompt_ids is None:
             return self
         pictures = self.teacher_pictures
@@ -157,19 +159,24 @@ class LossShare:
 
     @staticmethod
     def of(sample: Sample, inputs: Sequence[tuple[int, int]] | None = None) -> LossShare:
-        """Args: inputs: spans [first, end) of the P + C - 1 inputs that the rank is fed; None: all of them."""
-        offset = len(sample.prompt_ids) - 1
+        """The loss tokens of a sample among some of its inputs; without those that `completion_mask` leaves out.
+
+        Args:
+            inputs: spans [first, end) of the P + C - 1 inputs that the rank is fed; None: all of them.
+        """
+        offset, mask = len(sample.prompt_ids) - 1, sample.completion_mask
         fed = [(0, sample.num_inputs)] if inputs is None else inputs
-        spans = ((max(first - offset, 0), min(end - offset, sample.num_loss_tokens)) for first, end in fed)
-        return LossShare(tuple((first, end) for first, end in spans if first < end))
+        spans = ((max(first - offset, 0), min(end - offset, len(sample.completion_ids))) for first, end in fed)
+        share = LossShare(tuple((first, end) for first, end in spans if first < end))
+        return share if mask is None else share & LossShare(_spans_of(mask))
 
     def __and__(self, other: LossShare) -> LossShare:
-        """What both hold."""
+        """The tokens that are in both shares."""
         spans = ((max(a, c), min(b, d)) for a, b in self.spans for c, d in other.spans)
         return LossShare(tuple((first, end) for first, end in spans if first < end))
 
     def within(self, held: LossShare) -> LossShare:
-        """The places of its tokens among those of `held`, which has them all."""
+        """The indices of its tokens among those of `held`, which contains them all."""
         spans, before = [], 0
         for first, end in held.spans:
             spans += [(a - first + before, b - first + before) for a, b in (self & LossShare(((first, end),))).spans]
@@ -182,13 +189,24 @@ class LossShare:
 
     @property
     def tokens(self) -> list[int]:
-        """Their indices among the sample's loss tokens."""
+        """Their indices in the completion."""
         return [token for first, end in self.spans for token in range(first, end)]
+
+
+def _spans_of(mask: Sequence[bool]) -> tuple[tuple[int, int], ...]:
+    """Spans [first, end) of the true values."""
+    spans, first = [], 0
+    for is_true, values in groupby(mask):
+        end = first + len(list(values))
+        if is_true:
+            spans.append((first, end))
+        first = end
+    return tuple(spans)
 
 
 @dataclass(frozen=True)
 class StepValues:
-    """What may change with the step (config/schedules.py), for one of them."""
+    """The scheduled settings (config/schedules.py) of one step."""
 
     lmbda: float
     beta: float
@@ -202,7 +220,7 @@ MicroBatchPlan = tuple[tuple[tuple[int, ...], ...], ...]
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One training step, known on every rank alike before any tensor exists."""
+    """One training step. Every rank computes the same plan before any tensor exists."""
 
     step: int
     samples: tuple[Sample, ...]  # in global-batch order: samples[i].position == i
@@ -210,4 +228,4 @@ class StepPlan:
     # the same samples, split for the teacher's own data-parallel size and micro-batch size, by its own prompts' lengths
     teacher: MicroBatchPlan
     packing: bool = False  # samples of a micro-batch lie end to end
-    values: StepValues | None = None  # None: those of an evaluation, which has none
+    values: StepValues | None = None  # None: an evaluation

@@ -1,8 +1,7 @@
 """The plan of a training step, in pure Python: the source of each sample, and the micro-batch that it is in.
 
-Everything here is a pure function of its arguments, so every rank computes the same plan alone, before any tensor
-exists, and a resumed run computes it again. Nothing here reads a clock, a global generator, a process group or a
-tensor.
+Everything here is a pure function of its arguments. So every rank computes the same plan by itself before any tensor
+exists, and a resumed run computes it again. Nothing reads a clock, a global generator, a process group or a tensor.
 
 `sample_sources` draws, for each sample, u in [0, 1) from a hash of (seed, step, index in the global batch):
 
@@ -40,6 +39,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from megatron_gkd.errors import ConfigError, DataError
+from megatron_gkd.parallel.layout import round_up
 from megatron_gkd.records import MicroBatchPlan, Row, Sample, Source, StepPlan
 
 
@@ -80,23 +80,23 @@ def plan_micro_batches(
     segment_multiple: int = 1,
     one_shape: bool = False,
 ) -> MicroBatchPlan:
-    """Splits a global batch into `[data-parallel rank][micro-batch]` tuples of positions, with invariants I1-I7 of the
-    module.
+    """Split a global batch into `[data-parallel rank][micro-batch]` tuples of positions, with invariants I1-I7 of the
+    module docstring.
 
     Args:
         lengths: tokens that a model is fed for each sample, `Sample.num_inputs`; the index in this list is the sample's
             position.
-        packing: micro-batches are bins of at most `max_tokens` tokens, whatever the number of samples in them.
-            `micro_batch_size` has no part in it then: fold it into `max_tokens`.
-        max_tokens: in the padded form: micro-batches have at most that many tokens, padding included, instead of
-            `micro_batch_size` samples. A longer sample is refused; with `allow_partial` it stands alone.
+        packing: micro-batches are bins of at most `max_tokens` tokens with any number of samples. `micro_batch_size`
+            is not used.
+        max_tokens: in the padded form, the most tokens of a micro-batch, padding included; replaces
+            `micro_batch_size`. A longer sample is refused; with `allow_partial` it gets a micro-batch of its own.
         allow_partial: take any number of samples, as in evaluation. In the padded form micro-batches then have at most
             `micro_batch_size` samples instead of exactly that many; in either form there may be fewer samples than
             ranks, and empty micro-batches (I7).
-        multiple_of: lengths (packed: of the micro-batch) are padded to a multiple of this, which counts as tokens.
-        segment_multiple: in a pack each length is padded to a multiple of this, which counts as tokens.
-        one_shape: all micro-batches are padded to the longest sample and to as many rows (an interleaved pipeline):
-            with `max_tokens`, in the padded form, they have as many samples as then fit, shared evenly.
+        multiple_of: lengths (packed: of the micro-batch) are padded to a multiple of this. Padding counts as tokens.
+        segment_multiple: in a pack, each sample's length is padded to a multiple of this. Padding counts as tokens.
+        one_shape: all micro-batches are padded to the longest sample and to the same number of rows (interleaved
+            pipeline). With `max_tokens`, in the padded form, each gets an even share of the samples that then fit.
     """
     num_ranks = _integer("data_parallel_size", data_parallel_size, least=1)
     micro_batch_size = _integer("micro_batch_size", micro_batch_size, least=1)
@@ -114,7 +114,7 @@ def plan_micro_batches(
     if packing:
         if max_tokens is None:
             raise ConfigError("packing needs max_tokens, the most tokens of a packed micro-batch")
-        lengths = [-(-length // segment_multiple) * segment_multiple for length in lengths]
+        lengths = [round_up(length, segment_multiple) for length in lengths]
         batches = _pack(lengths, max_tokens)
     else:
         longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
@@ -123,14 +123,14 @@ def plan_micro_batches(
                 _check_divisible(len(lengths), num_ranks, micro_batch_size)
             batches = [longest_first[i : i + micro_batch_size] for i in range(0, len(lengths), micro_batch_size)]
         else:
-            padded = [-(-length // multiple_of) * multiple_of for length in lengths]
+            padded = [round_up(length, multiple_of) for length in lengths]
             if not allow_partial and padded[longest_first[0]] > max_tokens:
                 raise _too_long(longest_first[0], padded[longest_first[0]], max_tokens)
             if one_shape:
                 padded = [max(padded)] * len(padded)
                 most = max(1, max_tokens // padded[0])
-                num_batches = -(-len(lengths) // (num_ranks * most)) * num_ranks
-                max_tokens = -(-len(lengths) // num_batches) * padded[0]
+                num_batches = math.ceil(len(lengths) / (num_ranks * most)) * num_ranks
+                max_tokens = math.ceil(len(lengths) / num_batches) * padded[0]
             batches = _cap(longest_first, padded, max_tokens)
     return _deal(_fill_up(batches, lengths, num_ranks), lengths, num_ranks)
 
@@ -142,12 +142,11 @@ def make_samples(
     *,
     sampled: Mapping[int, Sampled] | None = None,
 ) -> tuple[Sample, ...]:
-    """Joins rows, sources and sampled completions into the samples of a step; sample i is (row_indices[i], rows[i],
+    """Join rows, sources and sampled completions into the samples of a step; sample i is (row_indices[i], rows[i],
     sources[i]).
 
-    `sampled` maps a position to what the student or the teacher sampled there. Its keys must be exactly
-    the positions whose source is not the data set: a completion too few or too many means that lists were built from
-    different plans.
+    `sampled` maps a position to what the student or the teacher sampled there. Its keys must be exactly the positions
+    whose source is not the data set. Otherwise the lists were built from different plans.
     """
     sampled = sampled or {}
     expected = {position for position, source in enumerate(sources) if source != "dataset"}
@@ -155,21 +154,22 @@ def make_samples(
         missing, surplus = sorted(expected - sampled.keys()), sorted(sampled.keys() - expected)
         raise DataError(
             f"{len(sampled)} sampled completions for {len(expected)} samples whose source is a model: "
-            f"missing at positions {missing[:8]}, not asked for at positions {surplus[:8]}"
+            f"missing at positions {missing[:8]}, not requested at positions {surplus[:8]}"
         )
     samples = []
     for position, (index, row, source) in enumerate(zip(row_indices, rows, sources, strict=True)):
         found = Sampled(row.completion_ids or (), None) if source == "dataset" else Sampled(*sampled[position])
         if source == "dataset" and row.completion_ids is None:
-            raise DataError(f"row {index} has a prompt only, and its source is the data set; it needs a completion")
+            raise DataError(f"row {index} has only a prompt, and its source is the data set; it needs a completion")
         length, version = len(found.token_ids), found.version
         if any(of_tokens is not None and len(of_tokens) != length for of_tokens in (found.logprobs, found.mask)):
             raise DataError(
-                f"sample {position} has {length} completion tokens, and not as many log-probabilities or marks"
+                f"sample {position} has {length} completion tokens, and not as many log-probabilities or mask values"
             )
         if (source == "student") != (version is not None):
             raise DataError(
-                f"sample {position} comes from the {source}, policy version {version}; only the student's carry one"
+                f"sample {position} comes from the {source} and has policy version {version}; the student's samples "
+                "need one, and no others have one"
             )
         samples.append(
             Sample(
@@ -205,13 +205,14 @@ def plan_step(
     segment_multiple: int = 1,
     one_shape: bool = False,
 ) -> StepPlan:
-    """The plan of one step: the student's micro-batches, and the teacher's for its own ranks and size (the student's
-    where left out; `teacher_max_tokens` sets it in tokens, raised to the longest sample's length). `max_tokens`,
-    `multiple_of`, `segment_multiple` and `one_shape` are of the student's, as in `plan_micro_batches`; with packing
-    `max_tokens` is of both.
+    """The plan of one step: the micro-batches of the student and of the teacher.
 
-    The teacher only runs forward and its signals are keyed by position, so it need not divide the batch: where it does
-    not, its micro-batches are smaller (`allow_partial`), and never a reason to refuse a step.
+    Arguments are those of `plan_micro_batches`. Those that begin with `teacher_` are the teacher's; without them it has
+    the student's number of ranks and micro-batch size. `teacher_max_tokens` is raised to the longest sample. With
+    packing `max_tokens` applies to both models.
+
+    The teacher only runs forward, and its signals are keyed by position. So its ranks need not divide the batch:
+    some of its micro-batches are then smaller (`allow_partial`), and no step is refused for it.
     """
     step = _integer("step", step, least=0)
     positions = [sample.position for sample in samples]
@@ -301,7 +302,7 @@ def _pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def _cap(longest_first: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Neighbours in length together, at most `max_tokens` tokens with their padding to the first one's length."""
+    """Group samples of similar length, at most `max_tokens` tokens when padded to the longest of a group."""
     batches: list[list[int]] = []
     for position in longest_first:
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
@@ -311,8 +312,8 @@ def _cap(longest_first: Sequence[int], lengths: Sequence[int], max_tokens: int) 
 
 
 def _fill_up(batches: list[list[int]], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Makes the number of micro-batches a multiple of the ranks: halves the longest, and adds empty ones when all have
-    one sample."""
+    """Make the number of micro-batches a multiple of the number of ranks: halve the longest, and add empty ones once
+    all have one sample."""
     batches = list(batches)
     while len(batches) % num_ranks:
         divisible = [i for i, batch in enumerate(batches) if len(batch) > 1]
@@ -328,7 +329,7 @@ def _fill_up(batches: list[list[int]], lengths: Sequence[int], num_ranks: int) -
 
 
 def _deal(batches: Sequence[Sequence[int]], lengths: Sequence[int], num_ranks: int) -> MicroBatchPlan:
-    """Deals micro-batches to ranks in descending rows; see I5 and I6."""
+    """Deal micro-batches to ranks in rows, largest first; see I5 and I6."""
     assert len(batches) % num_ranks == 0
     num_tokens = [sum(lengths[p] for p in batch) for batch in batches]
     order = sorted(range(len(batches)), key=lambda i: (-num_tokens[i], min(batches[i], default=math.inf)))

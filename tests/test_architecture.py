@@ -214,7 +214,7 @@ def test_routing_field_by_field(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (of_family("qwen3_moe", **EXPERTS | {"num_experts_per_tok": 9}), "9 experts per token of 8"),
+        (of_family("qwen3_moe", **EXPERTS | {"num_experts_per_tok": 9}), "9 experts per token, and the layer has 8"),
         (of_family("qwen3_moe", **EXPERTS | {"num_experts_per_tok": 0}), "num_experts_per_tok"),
         (of_family("qwen3_moe", **EXPERTS, mlp_only_layers=[0, 1, 2, 3]), "no layer has experts"),
         (of_family("qwen3_moe", **EXPERTS, mlp_only_layers=[9]), "out of range"),

@@ -332,10 +332,10 @@ def test_make_samples_refuses_what_is_not_of_each_token(wrong):
     ("sources", "sampled", "text"),
     [
         (["student", "dataset"], {}, r"0 sampled completions for 1 samples .* missing at positions \[0\]"),
-        (["dataset", "dataset"], {1: ([1], 0)}, r"not asked for at positions \[1\]"),
+        (["dataset", "dataset"], {1: ([1], 0)}, r"not requested at positions \[1\]"),
         (["student", "dataset"], {0: ([1], None)}, "policy version None"),
         (["teacher", "dataset"], {0: ([1], 3)}, "policy version 3"),
-        (["dataset", "dataset"], {}, "row 11 has a prompt only"),
+        (["dataset", "dataset"], {}, "row 11 has only a prompt"),
     ],
 )
 def test_pitfall_16_counts_of_sampled_completions_are_checked(sources, sampled, text):

@@ -104,7 +104,7 @@ def collate(
         if not sample.prompt_ids or sample.num_inputs < 1:
             raise DataError(
                 f"sample {sample.position} (row {sample.row}) has {len(sample.prompt_ids)} prompt and "
-                f"{sample.num_loss_tokens} completion tokens; a model needs at least one input, "
+                f"{len(sample.completion_ids)} completion tokens; a model needs at least one input, "
                 "so one prompt token and one more of either kind"
             )
     inputs: list[Sequence[int]] = [(*sample.prompt_ids, *sample.completion_ids)[:-1] for sample in samples]

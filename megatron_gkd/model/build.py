@@ -1,12 +1,11 @@
-"""From an Architecture (Hugging Face numbers) to megatron-core model chunks on explicit process groups.
+"""Builds megatron-core model chunks from an Architecture (Hugging Face numbers), on explicit process groups.
 
-The models of this project stop at the final hidden state: `HiddenStateGPTModel.forward` returns [S(/tp), B, H] on the
-last pipeline stage, never logits. The head is applied afterwards, by the loss, to completion positions only
-(`head_input`, `head_weight`), so that no [B, S, V/tp] tensor ever exists. Parameter names, sharded state dict and
-everything else are GPTModel's.
+The models stop at the final hidden state: `HiddenStateGPTModel.forward` returns [S(/tp), B, H] on the last pipeline
+stage, never logits. The loss applies the head to completion positions only (`head_input`, `head_weight`), so no
+[B, S, V/tp] tensor ever exists. Parameter names, sharded state dict and everything else are GPTModel's.
 
-Weights are left uninitialised: every model is filled from a checkpoint (weights/load.py), which proves that nothing
-stayed unfilled.
+Weights are not initialised: every model is filled from a checkpoint. Loading (weights/load.py) checks that every
+parameter is filled.
 """
 
 from __future__ import annotations
@@ -53,22 +52,21 @@ class HiddenStateGPTModel(GPTModel):
     """GPTModel whose last stage returns the final hidden state instead of logits."""
 
     before_head: Callable[[], None] | None = None  # called before the head's weight is read (train/overlap.py)
-    # Rotary embedding and attention ask for the lengths of a pack as numbers, in every layer; from the device, each
-    # would wait for it. Kernels of Transformer Engine read them there.
+    # Rotary embedding and attention read the lengths of a pack as numbers in every layer. On the device each read would
+    # be a synchronisation. Transformer Engine's kernels read them on the device.
     reads_lengths_on_host = True
     vision: VisionTower | None
-    rotary_sections: tuple[int, ...] = ()  # of a model whose tokens have three positions (architecture.py, Rope)
+    rotary_sections: tuple[int, ...] = ()  # M-RoPE: the sections of a model with three positions a token (Rope)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.vision = (
-            None  # a child of the first chunk of a vision-language model; not on the class: that would hide it
-        )
+        # A child module in the first chunk of a vision-language model. A class attribute would hide the child.
+        self.vision = None
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, media: Media | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """GPTModel's, with the pictures of the tokens; a chunk without a vision tower leaves them alone."""
+        """GPTModel.forward. A chunk with a vision tower puts the rows of `media` in place of their placeholders."""
         if self.vision is not None:
             parallel, tp = self.config.sequence_parallel, self.pg_collection.tp
             kwargs["decoder_input"] = merged_input(
@@ -95,7 +93,7 @@ class HiddenStateGPTModel(GPTModel):
         return (*inputs[:5], padding_mask, *inputs[6:])
 
     def head_weight(self) -> torch.Tensor:
-        """The head's shard [V/tp, H]; the embedding's where tied on one stage. Last stage only."""
+        """The head's shard [V/tp, H]: the embedding's shard if the two are tied on one stage. Last stage only."""
         assert self.post_process, "only the last pipeline stage has a head"
         if self.before_head is not None:
             self.before_head()
@@ -126,12 +124,12 @@ class HiddenStateGPTModel(GPTModel):
             )
 
     def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[S(/tp), B, H] -> [S, B, H]: the whole sequence, for a vocabulary-parallel head whose backward leaves
-        partial sums per TP rank.
+        """[S(/tp), B, H] -> [S, B, H]: the whole sequence, as input of the vocabulary-parallel head. The head's
+        backward leaves partial sums on each TP rank.
 
         Communication over TP, under sequence parallelism only: forward all-gather, backward reduce-scatter of the
-        partial sums, of [S, B, H] in the model's dtype. Without it the caller sums the gradient over TP, of the rows
-        that it used (`head_grad_is_reduced`).
+        partial sums, of [S, B, H] in the model's dtype. Without sequence parallelism the caller sums the gradient of
+        the rows that it used over TP (`head_grad_is_reduced`).
         """
         if self.head_grad_is_reduced:
             return gather_from_sequence_parallel_region(
@@ -192,12 +190,14 @@ def transformer_config(arch: Architecture, layout: Layout, options: ModelOptions
 
 
 def _sectioned_options(arch: Architecture) -> dict[str, Any]:
-    """The fused rotary embedding of Transformer Engine counts positions itself, from 0 in each sample of a pack."""
+    """M-RoPE cannot be fused: Transformer Engine's fused rotary embedding counts positions itself, from 0 in each
+    sample of a pack."""
     return dict(apply_rope_fusion=False) if arch.rope.sections else {}
 
 
 def _latent_options(arch: Architecture) -> dict[str, Any]:
-    """Of latent attention. Its rotary embedding is our own, which no fusion knows ("yarn": it has a factor)."""
+    """Fields of MLATransformerConfig. The rotary embedding is our own and cannot be fused. Its factor on cos and sin
+    needs rope_type "yarn"."""
     if arch.latent is None:
         return {}
     return dict(
@@ -213,7 +213,7 @@ def _latent_options(arch: Architecture) -> dict[str, Any]:
 
 
 def _expert_options(arch: Architecture, options: ModelOptions, *, dtype: str) -> dict[str, Any]:
-    """Routing as transformers has it, in fp32 whatever the model's type; no capacity."""
+    """Routing as in transformers: in fp32 whatever the model's dtype, without a capacity limit."""
     if arch.moe is None:
         return {}
     moe = arch.moe
@@ -329,8 +329,8 @@ def _on_transformer_engine(options: ModelOptions) -> bool:
 
 
 def _mark_tensor_parallel(model: GPTModel) -> None:
-    """Mark sharded weights as such. megatron-core (0.16) marks them while initialising them, which is switched off
-    here; unmarked, the gradient norm would take the shards of TP ranks above 0 for copies and leave them out, and
+    """Mark sharded weights as `tensor_model_parallel`. megatron-core (0.16) does so in initialisation, which is off
+    here. Without the mark the gradient norm takes the shards of TP ranks above 0 for copies and skips them, so
     clipping would differ between layouts.
     """
     dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
@@ -341,10 +341,12 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
 
 
 def _mark_experts(model: GPTModel) -> None:
-    """Mark the experts' weights as reduced over their own groups. megatron-core (0.16) marks them with expert
-    parallelism alone: without it, an expert that is cut over fewer (or more) ranks than the dense layers had the
-    gradient of one data-parallel replica of its group, or another expert's added. In every layout, so that the
-    optimizer has the same two parts in all of them, and a checkpoint of one is loaded in another.
+    """Mark the experts' weights as reduced over the expert groups (`allreduce = False`).
+
+    megatron-core (0.16) sets the mark only with expert parallelism. Without it, where experts are cut over another
+    number of ranks than the dense layers, an expert gets the gradient of one replica alone, or another expert's added.
+    The mark is set in every layout, so that the optimizer always has the same two parts and checkpoints can be loaded
+    in another layout.
     """
     for module in model.modules():
         if isinstance(module, MoELayer):
@@ -365,8 +367,8 @@ def _set_frequencies(model: GPTModel, arch: Architecture, groups: ProcessGroupCo
 
 
 def _set_attention_factor(config: Any, arch: Architecture) -> None:
-    """The attention factor (YaRN), through the config fields that attention.py reads: in each pass in 0.16 to 0.18,
-    once, when the layer is made, in 0.19; so before the model.
+    """Set the YaRN attention factor through the config fields that megatron-core's attention.py reads. To be called
+    before the model is made: 0.19 reads them in the layer's constructor, 0.16 to 0.18 in each forward pass.
 
     `_yarn_get_concentration_factor(scale, mscale, mscale_all_dim)` = (0.1 * mscale * ln(scale) + 1) / (0.1 *
     mscale_all_dim * ln(scale) + 1); with scale = e, mscale_all_dim = 0 and mscale = 10 * (factor - 1) it is exactly

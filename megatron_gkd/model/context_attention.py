@@ -1,13 +1,13 @@
-"""Exact causal core attention under context parallelism, for where Transformer Engine is absent.
+"""Exact causal core attention under context parallelism, used without Transformer Engine.
 
-Each rank of the CP group holds two chunks of every sequence (parallel/zigzag.py), and computes the attention of its own
-queries over all keys that come before them:
+Each rank of the CP group holds two chunks of every sequence (parallel/zigzag.py). It computes the attention of its own
+queries over all keys up to their positions:
 
     out_i = sum_{j <= i} softmax_j(scale * q_i . k_j) v_j        i in the rank's chunks, j in the whole sequence
 
-The keys and values of the whole sequence are gathered, then each chunk is one call of scaled_dot_product_attention with
-its queries aligned to the LAST of its keys (`causal_lower_right`; `is_causal=True` aligns to the first). Nothing is
-approximated: every softmax sees its whole row.
+The keys and values of the whole sequence are gathered. Then each chunk is one call of scaled_dot_product_attention
+whose queries are aligned to the LAST of its keys (`causal_lower_right`; `is_causal=True` aligns to the first). Every
+softmax is over its whole row.
 
 Legend: s tokens of this rank, S = s * cp of the whole row, b sequences, h heads/tp, g key and value groups/tp, d head
 dimension.
@@ -37,12 +37,12 @@ from megatron_gkd.parallel.zigzag import held_spans, held_spans_of_pack
 
 @functools.lru_cache(maxsize=4)  # all layers of a micro-batch ask for the same, and keep it for their backward pass
 def causal_lower_right(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The mask of queries that are the last of the keys.
+    """The causal mask for queries that are the last of the keys.
 
-    On CUDA torch's, which its kernels need not write out. Its module is imported when it is used, since it loads
-    torch's compiler (6 CPU-seconds). On a CPU [num_queries, num_keys], added to the scores, in their dtype: one of
-    booleans would be converted, and kept, in each layer. A mode that looks at every operation (observe/allocations.py)
-    must not see it: torch's is a tensor of a class of its own, which it makes of a new one; and a rehearsal has none.
+    On CUDA it is torch's `CausalBias`, which its kernels never write out. Its module is imported on first use, because
+    that loads torch's compiler (6 CPU-seconds). On a CPU it is [num_queries, num_keys] in the scores' dtype, added to
+    them; a boolean mask would be converted, and the result kept, in each layer. It is made outside of dispatch modes
+    (observe/allocations.py): `CausalBias` is a tensor subclass that they cannot wrap, and a rehearsal counts no mask.
     """
     with _disable_current_modes():
         if device.type == "cuda":
@@ -73,7 +73,7 @@ class ContextAttention(SDPAttention):
     def _attend_sequences(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
-        """`lengths`: of the whole sequences that lie end to end."""
+        """`lengths`: lengths of the whole sequences, which are concatenated."""
         size, rank = self.cp.size(), self.cp.rank()
         gathered = gather_sequence(torch.cat((key, value), dim=-1), self.cp)
         keys, values = gathered[places_of(tuple(lengths), size, query.device)].split(
@@ -97,7 +97,7 @@ class ContextAttention(SDPAttention):
 
 @functools.lru_cache(maxsize=4)  # all layers of a micro-batch ask for the same
 def places_of(lengths: tuple[int, ...], size: int, device: torch.device) -> torch.Tensor:
-    """[S]: where each token of the whole row lies in the ranks' rows, gathered one after the other."""
+    """[S]: the index of each token of the whole row in the all-gathered rows of the ranks."""
     order = [span for rank in range(size) for span in held_spans_of_pack(lengths, size, rank)]
     return torch.cat([torch.arange(first, end) for first, end in order]).argsort().to(device)
 

@@ -1,4 +1,4 @@
-"""Whether a model divides over a layout."""
+"""Checks that a model can be split over a layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_gkd.parallel.pipeline_split import PipelineSplit
 
 
 def check_fit(flag: str, arch: Architecture, layout: Layout) -> None:
-    """`check_in` of the model that `--flag` names."""
+    """`check_in` for the model of `--flag`, which the error then names."""
     try:
         check_in(arch, layout)
     except LayoutError as error:
@@ -17,7 +17,7 @@ def check_fit(flag: str, arch: Architecture, layout: Layout) -> None:
 
 
 def check_in(arch: Architecture, layout: Layout) -> None:
-    """`check_layout` of a whole layout."""
+    """`check_layout` for a Layout."""
     check_layout(
         arch,
         layout.tensor,
@@ -73,11 +73,11 @@ def check_layout(
 
 
 def _check_latent(arch: Architecture, tp: int) -> None:
-    """megatron-core makes the projections to the latent vectors cut, before they are whole (latent_attention.py)."""
+    """megatron-core's constructor shards the down projections; ours replace them later (latent_attention.py)."""
     assert arch.latent is not None
     for size in (arch.latent.query_rank or 0, arch.latent.kv_rank + arch.latent.rotary_dim):
         if size % tp != 0:
-            raise LayoutError(_does_not_divide("tensor", tp, size, "numbers of a latent vector"))
+            raise LayoutError(_does_not_divide("tensor", tp, size, "elements of a latent vector"))
 
 
 def _check_experts(arch: Architecture, tp: int, ep: int, etp: int) -> None:

@@ -1,9 +1,9 @@
-"""Self-attention whose queries and keys are normalised over all heads at once (olmoe). megatron-core has none such.
+"""Self-attention whose queries and keys are normalised over all heads at once (olmoe); megatron-core has none.
 
     y = w * x / sqrt(mean(x^2) + eps)        x: all heads of a token, [A h]; the mean over all of them
 
-Under tensor parallelism a rank has some of the heads, and the rows of w that go with them; the sums of squares are
-added over the ranks. Not with more tensor-parallel ranks than key/value heads (model/divisible.py).
+Under tensor parallelism a rank has some of the heads and their rows of w; the sums of squares are added over the
+ranks. More tensor-parallel ranks than key/value heads are refused (model/divisible.py).
 
 Communication over TP, twice a layer (queries, keys): forward and backward an all-reduce of [s, b, 1], fp32.
 """
@@ -29,7 +29,7 @@ class HeadsNorm(torch.nn.Module):
     """[..., heads/tp, h] -> the same shape. See the module's docstring."""
 
     def __init__(self, config: TransformerConfig, size: int, tp_group: dist.ProcessGroup) -> None:
-        """size: numbers of this rank's heads."""
+        """Args: size: elements of this rank's heads, heads/tp * h."""
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.eps, self.tp_group = config.layernorm_epsilon, tp_group
@@ -48,7 +48,7 @@ class HeadsNorm(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """For distributed checkpoints: cut over TP."""
+        """For distributed checkpoints: the weight is sharded over TP."""
         found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,
@@ -61,7 +61,7 @@ class HeadsNorm(torch.nn.Module):
 
 
 class HeadsNormAttention(SelfAttention):
-    """SelfAttention with a HeadsNorm of the queries and one of the keys."""
+    """SelfAttention with one HeadsNorm for the queries and one for the keys."""
 
     def __init__(self, config: TransformerConfig, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)

@@ -1,12 +1,12 @@
-"""Weights of frozen model chunks that are in device memory only while they are used.
+"""Keeps the weights of frozen model chunks in host memory, except while they are used.
 
     weights = HostWeights(chunks, device)      # now in host memory; the device's is free
     with weights:                              # one copy of everything to the device, one buffer per dtype
         ...forward passes...
 
-Frozen weights never change, so nothing is copied back. Between uses a parameter has no elements; its shape is back with
-the weights. In host memory they are one pinned buffer per dtype, so that the copy runs at the bus's speed. Buffers of
-the modules (rotary frequencies) stay where they are.
+Frozen weights never change, so nothing is copied back. Between uses a parameter is an empty tensor; entering restores
+its shape. Host memory holds one pinned buffer per dtype, so that the copy runs at the speed of the bus. Buffers of the
+modules (rotary frequencies) stay on the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 
 class HostWeights:
-    """A context manager, which can be entered again and again, one use at a time."""
+    """A context manager that can be used repeatedly, but not nested."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], device: torch.device) -> None:
         """Move the weights to host memory. Raises AssertionError for a parameter that is trained."""
@@ -65,7 +65,7 @@ class HostWeights:
 
 
 def _allocated(device: torch.device) -> int:
-    """Bytes of the device that tensors take; on a CPU, of the process's resident set."""
+    """Bytes allocated to tensors on the device; on a CPU, the process's resident set size."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     with open("/proc/self/statm") as file:

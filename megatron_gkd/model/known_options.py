@@ -1,10 +1,10 @@
-"""Which options of a config.json are understood: a closed list per family, like the closed map of tensors.
+"""The options of a config.json that are supported: a closed list per family, like the closed map of tensors.
 
-An option that is not listed is refused by name, whatever it is: one that a newer transformers reads (`is_causal`) would
-otherwise give a model that runs and is wrong. Listed are options that architecture.py reads or judges, those that have
-no part in the logits of a forward pass, and some that are harmless with one value alone.
+An option that is not listed is refused by name. Otherwise one that a newer transformers reads (`is_causal`) could give
+a model that runs and is wrong. Listed are the options that architecture.py reads or checks, those that do not affect
+the logits, and some that do not affect them at certain values.
 
-To add one, read the modeling file of the family: what changes the logits needs code there, not a line here.
+To add one, read the family's modeling file. An option that changes the logits needs code, not a line here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from megatron_gkd.errors import CheckpointError
 
-# Read, or refused where they ask for something, by architecture.py.
+# Read by architecture.py, or refused there at values that are not supported.
 _JUDGED: Final = frozenset(
     {
         *("model_type", "architectures", "auto_map", "quantization_config", "compression_config", "per_layer_config"),
@@ -57,8 +57,8 @@ _JUDGED_OF: Final = {
     ),
 }
 
-# No part in the logits: initial values, caching, precision that is stored, texts, names, losses that are not used here,
-# settings of generation as older versions wrote them into config.json.
+# No effect on the logits: initialisation, caching, stored dtype, labels, names, losses that are not used here, and
+# generation settings, which older versions wrote into config.json.
 _HARMLESS: Final = frozenset(
     {
         *("transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "pretraining_tp"),
@@ -69,17 +69,9 @@ _HARMLESS: Final = frozenset(
         *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled"),
         *("use_bfloat16", "use_flash_attn", "low_cpu_mem_usage", "tf_legacy_loss", "is_llama_config"),
         *("output_router_logits", "router_aux_loss_coef", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
-        # of generation
-        *(
-            "temperature",
-            "top_k",
-            "top_p",
-            "typical_p",
-            "do_sample",
-            "num_beams",
-            "num_beam_groups",
-            "num_return_sequences",
-        ),
+        # generation
+        *("temperature", "top_k", "top_p", "typical_p", "do_sample", "num_beams", "num_beam_groups"),
+        "num_return_sequences",
         *("max_length", "min_length", "length_penalty", "repetition_penalty", "diversity_penalty", "early_stopping"),
         *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id"),
         *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens"),

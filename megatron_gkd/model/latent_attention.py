@@ -1,20 +1,20 @@
-"""Multi-head latent attention (deepseek_v3, Moonlight) without Transformer Engine: megatron-core's MLASelfAttention,
-with what it leaves to Transformer Engine, or to its global parallel_state, in its place.
+"""Multi-head latent attention (deepseek_v3, Moonlight): megatron-core's MLASelfAttention, made independent of
+Transformer Engine and of the global parallel_state.
 
     q = W_qb norm(W_qa x)  (or W_q x),   [c, r] = W_kva x,   [k, v] = W_kvb norm(c)
-    of each head: query (q_plain, turned q_rotary), key (k, turned r: the same r for all heads), value v
+    each head: query (q_plain, rotated q_rotary), key (k, rotated r: one r for all heads), value v
 
-* The two projections down (W_qa, W_kva) are whole on every tensor-parallel rank, and each projects its own part of the
-  sequence. megatron-core (0.16 - 0.19) cuts them where Transformer Engine is absent, and gathers the result over the
-  group of its parallel_state, which is not initialised here. So the whole result must divide over the ranks while the
-  model is made, though nothing of it is kept (model/divisible.py).
-* W_q gets the model's tensor-parallel group, which megatron-core forgets.
-* Rotary frequencies, the factor on cos and sin, and the softmax's scale are transformers' numbers.
-* The norms within have an epsilon of 1e-6, whatever the model's is, as transformers has them.
+* The two down projections (W_qa, W_kva) are replicated over TP, and each rank projects its own part of the sequence.
+  Without Transformer Engine megatron-core (0.16 - 0.19) shards them and gathers the result over the TP group of the
+  global parallel_state, which is not initialised here. It makes the sharded ones first, so the latent sizes must be
+  divisible by TP (model/divisible.py).
+* W_q gets the model's TP group, which megatron-core does not pass on.
+* Rotary frequencies, the factor on cos and sin, and the softmax scale are those of transformers.
+* The norms of the latent vectors have epsilon 1e-6 whatever the model's is, as in transformers.
 
-It is taken on GPUs, too. Communication, under sequence parallelism over TP: what the projections up need (an all-gather
-of their input each), and an all-gather of r, [S, b, rotary_dim]; backward their reduce-scatters. Without sequence
-parallelism r's gradient would be that of a rank's own heads: a mixture is trained with it alone (train/fit.py).
+Used on GPUs too. Communication, under sequence parallelism over TP: an all-gather of each up projection's input, and an
+all-gather of r, [S, b, rotary_dim]; backward their reduce-scatters. Without sequence parallelism r's gradient would
+cover a rank's own heads only; train/fit.py requires it for mixtures of experts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LatentNorm(RMSNorm):
 
 
 class WholeLinear(torch.nn.Module):
-    """W x of this rank's part of the sequence; W [out, in] is whole on every tensor-parallel rank."""
+    """W x for this rank's part of the sequence; W [out, in] is replicated over TP."""
 
     def __init__(self, config: TransformerConfig, size_in: int, size_out: int, tp_group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -59,7 +59,8 @@ class WholeLinear(torch.nn.Module):
 
 
 class LatentRotary(RotaryEmbedding):
-    """Positions of `length` tokens, [length, 1, 1, rotary_dim], and the factor on their cos and sin."""
+    """Rotary embedding that returns the angles of `length` positions, [length, 1, 1, rotary_dim], and the factor on cos
+    and sin."""
 
     def __init__(self, rope: Rope, cp_group: dist.ProcessGroup) -> None:
         super().__init__(2 * len(rope.inv_freq), 1.0, cp_group=cp_group)
@@ -95,21 +96,21 @@ class LatentSelfAttention(MLASelfAttention):
         self.softmax_scale = self.core_attention.softmax_scale = config.softmax_scale
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
-        """megatron-core 0.19 asks which modules it is to build, and would refuse norms without `qk_layernorm`, which
-        means those of the latent vectors there, and of single heads elsewhere: those of the spec."""
+        """megatron-core 0.19 picks the modules here, and refuses latent norms without `qk_layernorm`, which for other
+        attention means norms of single heads. Take all modules from the spec."""
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
 
 
 def set_rotary(model: Any, rope: Rope, cp_group: dist.ProcessGroup) -> None:
-    """One for all layers of a model chunk: what it has computed for a length serves all of them."""
+    """Give all layers of a model chunk the same LatentRotary, so that its cached angles serve all of them."""
     rotary = LatentRotary(rope, cp_group)
     for layer in model.decoder.layers:
         layer.self_attention.rotary_pos_emb = rotary
 
 
 def latent_attention_spec(core_attention: type[SDPAttention]) -> ModuleSpec:
-    """Of a layer's self-attention."""
+    """The spec of a layer's self-attention."""
     return ModuleSpec(
         module=LatentSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

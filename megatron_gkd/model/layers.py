@@ -12,7 +12,7 @@ megatron-core's local spec:
   or the memory-efficient one), unfused (plain products), or auto, torch's choice.
 * `SelfAttention`: megatron-core's, but with more tensor-parallel ranks than KV heads it uses the model's own TP group.
 
-Families that need another attention or router have it put in (`OwnModules`): heads_norm.py, latent_attention.py.
+Families with another attention or router replace these modules (`OwnModules`): heads_norm.py, latent_attention.py.
 
 Not here: dropout (distillation runs with 0; anything else is refused), sliding windows. Under context parallelism
 `ContextAttention` (context_attention.py) stands in the place of `SDPAttention`.
@@ -20,6 +20,7 @@ Not here: dropout (distillation runs with 0; anything else is refused), sliding 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -96,8 +97,8 @@ class SDPAttention(torch.nn.Module):
             )
         if config.context_parallel_size > 1 and not self.sees_other_ranks:
             raise NotBuiltError(
-                f"context_parallel_size {config.context_parallel_size}: this attention sees the keys of its own rank "
-                "alone; use ContextAttention"
+                f"context_parallel_size {config.context_parallel_size}: this attention sees only the keys of its own "
+                "rank; use ContextAttention"
             )
         if attn_mask_type != AttnMaskType.causal or config.window_size is not None:
             raise NotBuiltError(
@@ -128,7 +129,7 @@ class SDPAttention(torch.nn.Module):
     def _attend_sequences(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
-        """`lengths`: of the sequences that lie end to end."""
+        """`lengths`: lengths of the sequences, which are concatenated."""
         segments = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
         return torch.cat([self._attend(q, k, v) for q, k, v in segments])
 
@@ -137,10 +138,8 @@ class SDPAttention(torch.nn.Module):
         return self._products(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
 
     def _products(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask: Any) -> torch.Tensor:
-        """torch's attention, by the kernel that was asked for."""
-        if self._kernels is None:
-            return scaled_dot_product_attention(q, k, v, scale=self.softmax_scale, **mask)
-        with sdpa_kernel(self._kernels):
+        """torch's attention, with the kernel that `attention_backend` selects."""
+        with contextlib.nullcontext() if self._kernels is None else sdpa_kernel(self._kernels):
             return scaled_dot_product_attention(q, k, v, scale=self.softmax_scale, **mask)
 
     @staticmethod
@@ -154,17 +153,17 @@ class SDPAttention(torch.nn.Module):
 
 
 class SelfAttention(CoreSelfAttention):
-    """megatron-core's self-attention, with its global parallel_state left out.
+    """megatron-core's self-attention without its global parallel_state.
 
     Where TP exceeds the KV heads (TP = r * groups), the rows of one group, "q.. k v", lie on r neighbouring ranks.
-    megatron-core (0.16.1, attention.py `SelfAttention.get_query_key_value_tensors`) gathers them over the group of its
-    global parallel_state, though it was given the model's; here it is the model's. Same parameters, same result.
+    megatron-core (0.16.1, attention.py `SelfAttention.get_query_key_value_tensors`) gathers them over the TP group of
+    the global parallel_state; here it is the model's TP group. Parameters and results are the same.
 
-    Communication, only there: forward all-gather of [s, b, (heads + 2 groups) * d] over TP, backward its
+    Communication, in that case only: forward all-gather of [s, b, (heads + 2 groups) * d] over TP, backward its
     reduce-scatter, which sums a group's key and value gradients over the ranks that share it.
 
-    Of a list of `cp_comm_type` a layer has its own value; megatron-core's layers (0.16.1, transformer_layer.py:297)
-    read that of the next layer, and the last one past the end, for which build.py adds one.
+    If `cp_comm_type` is a list, a layer takes its own value. megatron-core (0.16.1, transformer_layer.py:297) takes the
+    next layer's, and reads past the end for the last layer, so build.py appends one value.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, layer_number: int, **kwargs: Any) -> None:
@@ -197,7 +196,7 @@ class SelfAttention(CoreSelfAttention):
 
 @dataclass(frozen=True)
 class OwnModules:
-    """What of a model's layers is not megatron-core's."""
+    """The modules of a model's layers that are ours instead of megatron-core's."""
 
     attention: type[SelfAttention] = SelfAttention
     latent: ModuleSpec | None = None  # the whole self-attention, in place of `attention`
@@ -208,7 +207,7 @@ def use_own_modules(
     spec: TransformerBlockSubmodules,
     own: OwnModules = OwnModules(),
 ) -> TransformerBlockSubmodules:
-    """Put them in the place of megatron-core's in a block spec that megatron-core made; changes `spec`."""
+    """Replace megatron-core's modules by ours in a block spec that megatron-core made; modifies `spec`."""
     for layer in spec.layer_specs or []:
         attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
         if own.latent is not None:
@@ -227,7 +226,7 @@ def local_block_spec(
     core_attention: type[SDPAttention] = SDPAttention,
     own: OwnModules = OwnModules(),
 ) -> TransformerBlockSubmodules:
-    """Spec of one model chunk, layer by layer; parameter names are those of megatron-core's local spec."""
+    """The spec of one model chunk, layer by layer, with the parameter names of megatron-core's local spec."""
     dense, routed = (
         _layer_spec(qk_norm=qk_norm, experts=experts, core_attention=core_attention, own=own)
         for experts in (False, True)

@@ -1,15 +1,16 @@
-"""From a run's levers (config/levers.py) to what megatron-core is told of each model, or a refusal by name.
+"""Translates a run's performance flags (config/levers.py) into options of megatron-core, and refuses those that do not
+fit.
 
     student_options(config, kind)             ModelOptions of the student on this kind of device
-    teacher_options(config, kind)             of a local teacher: it has no backward pass
-    rehearsed_options(config)                 of the student, where a step is rehearsed
+    teacher_options(config, kind)             ModelOptions of a local teacher, which has no backward pass
+    rehearsed_options(config)                 ModelOptions of the student in a rehearsed step
     optimizer_options(config)                 fields of megatron-core's OptimizerConfig
-    check_student(config, arch, layout, kind) what the student's layers do not allow
-    check_contexts(config, flag, arch, layout) what the attention of the model of a flag does not exchange so
+    check_student(config, arch, layout, kind) refuses what the student's layers do not support
+    check_contexts(config, flag, arch, layout) refuses a --cp_comm_type that the model of a flag does not support
 
-All are the same on every rank, so what they raise is raised on all. Fusions that are not set are on where the device
-and the installed packages have them, as in Megatron's own recipes; on a CPU they are off, and one that is asked for is
-refused.
+All results are the same on every rank, so an error is raised on all of them. A fusion that is not set is on where the
+device and the installed packages support it, as in Megatron's own recipes. On a CPU fusions are off, and one that is
+requested is refused.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ _OWN: Final = frozenset(
 
 
 def student_options(config: RunConfig, kind: Kind) -> ModelOptions:
-    """Raises ConfigError for what this device, or megatron-core, does not do."""
+    """Raises ConfigError for what this device or megatron-core does not support."""
     _refuse_without(config, kind)
     recompute, overlap, kernels = config.recompute, config.overlap, config.kernels
     if kind == "cpu" and "moe_act" in recompute.recompute_modules:
@@ -142,7 +143,7 @@ def optimizer_options(config: RunConfig) -> dict[str, Any]:
 
 
 def teacher_options(config: RunConfig, kind: Kind) -> ModelOptions:
-    """What holds for both models, and nothing of the backward pass."""
+    """The options that student and teacher share; none of them concerns the backward pass."""
     kernels = config.kernels
     return replace(
         ModelOptions.on(kind),
@@ -158,14 +159,14 @@ def teacher_options(config: RunConfig, kind: Kind) -> ModelOptions:
 
 
 def _fuses(config: RunConfig, flag: str, kind: Kind) -> bool:
-    """Whether a fusion is on: as it is set, else where it can be."""
+    """Whether a fusion is on: as set, else wherever it is available."""
     package, asked = _ON_CUDA[flag], config.get(flag)
     can_be = kind == "cuda" and (package is None or find_spec(package) is not None)
     return can_be if asked is None else bool(asked)
 
 
 def _refuse_without(config: RunConfig, kind: Kind) -> None:
-    """Raise ConfigError for what is asked of a device, or of a package, that is not there."""
+    """Raise ConfigError for a flag that needs another device or a package that is missing."""
     for flag, package in _ON_CUDA.items():
         value = config.get(flag)
         if config.is_default(flag) or value is False:
@@ -193,7 +194,7 @@ def _refuse_without(config: RunConfig, kind: Kind) -> None:
 
 
 def _check_extra(extra: Iterable[tuple[str, Any]]) -> None:
-    """Raise ConfigError for names that megatron-core does not have, with the nearest that it has."""
+    """Raise ConfigError for a field that megatron-core does not have, and suggest the closest one."""
     known = {item.name for item in fields(TransformerConfig)}
     for name, _ in extra:
         if name not in known:
@@ -205,7 +206,7 @@ def _check_extra(extra: Iterable[tuple[str, Any]]) -> None:
 
 
 def check_student(config: RunConfig, arch: Architecture, layout: Layout, kind: Kind) -> None:
-    """Raise LayoutError or ConfigError where the levers do not fit the student's layers."""
+    """Raise LayoutError or ConfigError where the flags do not fit the student's layers."""
     _check_recompute(config.recompute, arch, layout)
     if arch.latent is not None and config.kernels.apply_rope_fusion:
         raise ConfigError(
@@ -240,7 +241,7 @@ def check_student(config: RunConfig, arch: Architecture, layout: Layout, kind: K
 
 
 def check_contexts(config: RunConfig, flag: str, arch: Architecture, layout: Layout) -> None:
-    """Raise ConfigError or LayoutError where --cp_comm_type does not fit the attention of the model of `--flag`."""
+    """Raise ConfigError or LayoutError where the model of `--flag` does not support --cp_comm_type."""
     kinds, size = config.kernels.cp_comm_type, layout.context
     if size == 1 or config.is_default("cp_comm_type"):
         return
@@ -272,7 +273,7 @@ def check_contexts(config: RunConfig, flag: str, arch: Architecture, layout: Lay
 
 
 def _version(package: str) -> tuple[int, ...] | None:
-    """Its first two numbers; None: it is not installed."""
+    """Its first two numbers; None if it is not installed."""
     try:
         return tuple(int(number) for number in version(package).split(".")[:2])
     except PackageNotFoundError:

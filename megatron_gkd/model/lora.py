@@ -2,41 +2,40 @@
 
     y = W x + s B A x,     A [r, in], B [out, r], s = alpha / r    (rslora: alpha / sqrt(r))
 
-of each Hugging Face matrix W [out, in]; W is frozen. (arXiv 2106.09685, equation 3; rslora: 2312.03732.) megatron-core
-keeps several of these matrices in one (q, k and v; gate and up): such a layer has one `A` of all blocks, one below the
-other, and one `B` with the rows of its weight, where each row is multiplied by the A of the matrix that it comes from.
-So the values are those of separate adapters, which is what peft has. With n tensor-parallel ranks, r the rank, k the
-number of adapted matrices, x [S, B, in] or, packed, [T, 1, in]:
+for each Hugging Face matrix W [out, in]; W is frozen. (arXiv 2106.09685, equation 3; rslora: 2312.03732.) megatron-core
+fuses several of these matrices into one layer (q, k and v; gate and up). Such a layer has one `A` with the blocks of
+all its matrices, one below the other, and one `B` with the rows of its weight; each row of B is multiplied with the
+block of its own matrix. So the result is that of separate adapters, as in peft. With n tensor-parallel ranks, r the
+rank, k the number of adapted matrices, x [S, B, in] or, packed, [T, 1, in]:
 
-    column parallel   A [k r, in] on every rank, B [out/n, r] cut as the weight is
-    row parallel      A [r, in/n] cut as the weight is, B [out, r] on every rank
-    whole             A [r, in], B [out, r] on every rank: projections to a latent vector (latent_attention.py)
+    column parallel   A [k r, in] replicated, B [out/n, r] sharded as the weight is
+    row parallel      A [r, in/n] sharded as the weight is, B [out, r] replicated
+    replicated        A [r, in], B [out, r]: projections to a latent vector (latent_attention.py)
 
-Communication over the layer's TP group, of [S, B, k r] in the model's type, beside what the layer does itself:
+Communication over the layer's TP group, of [S, B, k r] in the model's dtype, in addition to the layer's own:
 
-    column            forward none; backward an all-reduce of the gradient of A x, of which a rank knows what its own
-                      rows of B give. So the gradient of A, and the adapter's share of that of x, are whole.
+    column            forward none; backward an all-reduce of the gradient of A x, of which each rank has the part of
+                      its own rows of B. After it the gradients of A and of x are complete.
     column, SP        x is a part of the sequence: forward all-gather of A x, backward its reduce-scatter. The gradient
-                      of A is that of a part of the sequence; marked `sequence_parallel`, so that `finalize_model_grads`
-                      sums it, as for norms.
-    row               forward an all-reduce of A x, of which a rank knows its columns' part; backward none.
-    row, SP           forward reduce-scatter, backward all-gather; the gradient of B is that of a part of the sequence,
-                      and marked likewise.
-    whole             none; under SP both gradients are those of a part of the sequence, and marked.
+                      of A covers a part of the sequence; marked `sequence_parallel`, it is summed by
+                      `finalize_model_grads`, as for norms.
+    row               forward an all-reduce of A x, of which each rank has the part of its columns; backward none.
+    row, SP           forward reduce-scatter, backward all-gather; the gradient of B covers a part of the sequence and
+                      is marked likewise.
+    replicated        none; under SP both gradients cover a part of the sequence and are marked.
 
-An expert's layers are cut over the expert-tensor ranks, and the dispatcher around them communicates: it gives all of
-these ranks the expert's tokens and sums what they return, so that outputs are parts of a sum, and gradients of inputs
-too. Here:
+An expert's layers are sharded over the expert-tensor ranks. The token dispatcher around them gives all of these ranks
+the expert's tokens and sums their outputs. So outputs, and gradients of inputs, are partial sums. There:
 
-    column or row     forward none; backward an all-reduce of the gradient of what all ranks have, of its size
+    column or row     forward none; backward an all-reduce of the gradient of the replicated matrix
 
-Invariants: the base weight has neither gradient nor optimizer state. What is equal on all TP ranks (A of a column, B of
-a row) counts once in the gradient's norm: it is not marked `tensor_model_parallel`; of an expert, whose ranks are
-other ones, the first rank counts it, and the others mark it `shared`. Rows of B of matrices that are not adapted are 0,
-take no part, and stay 0. With B = 0 the model is its base.
+Invariants: the base weight has neither gradient nor optimizer state. A replicated matrix counts once in the gradient
+norm: it is not marked `tensor_model_parallel`. For an expert, whose ranks are other ones, the first rank counts it and
+the others mark it `shared`. Rows of B that belong to matrices without an adapter are 0 and stay 0. With B = 0 the model
+is its base.
 
-Not here: names, cuts and values of adapters (weights/adapters.py); dropout; grouped experts, embedding, head, norms,
-routers.
+Not here: names, sharding and values of adapters (weights/adapters.py); dropout; grouped experts, embedding, head,
+norms, routers.
 """
 
 from __future__ import annotations
@@ -65,12 +64,12 @@ from torch.nn.functional import linear
 from megatron_gkd.model.latent_attention import WholeLinear
 
 AdaptedLayer: TypeAlias = ColumnParallelLinear | RowParallelLinear | WholeLinear
-Span = tuple[int | None, int]  # consecutive rows of B: the block of A that they go with (None: not adapted), how many
+Span = tuple[int | None, int]  # consecutive rows of B: their block of A (None: no adapter), how many
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What all adapters of a model have in common."""
+    """The settings that all adapters of a model share."""
 
     rank: int
     alpha: float
@@ -82,9 +81,9 @@ class Lora:
 
 
 class Adapter(torch.nn.Module):
-    """The adapter of one linear layer of megatron-core, whose input it gets and to whose output it adds.
+    """The adapter of one linear layer: `adapter(x)` maps the layer's input to what is added to its output.
 
-    Parameters are uninitialised, as all weights are. `adapter(x)`: input of the layer -> what is added to its output.
+    Parameters are not initialised, like all weights here.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class Adapter(torch.nn.Module):
         self._mark()
 
     def _mark(self) -> None:
-        """Tell megatron-core how the parameters are cut, and over whom their gradients are summed."""
+        """Tell megatron-core how the parameters are sharded, and over which ranks to sum their gradients."""
         if not self.cut:
             for parameter in (self.A, self.B):
                 setattr(parameter, "sequence_parallel", self.sequence_parallel)  # noqa: B010 - as below
@@ -139,7 +138,7 @@ class Adapter(torch.nn.Module):
         return self._outputs(self._whole(linear(x, a)) * self.lora.scale, b)
 
     def _whole(self, low: torch.Tensor) -> torch.Tensor:
-        """A x of this rank -> what its rows of B are multiplied with. See the module's docstring."""
+        """A x of this rank -> the input of its rows of B. See the module docstring."""
         group = self.tp_group
         if group.size() == 1 or not self.cut:
             return low
@@ -152,7 +151,7 @@ class Adapter(torch.nn.Module):
         return reduce_from_tensor_model_parallel_region(low, group=group)
 
     def _outputs(self, low: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """[..., k r] -> [..., out]: one product per block of A, put in the order of the rows."""
+        """[..., k r] -> [..., out]: one product per block of A, then the outputs in the order of the rows."""
         blocks = {block for block, _ in self.spans if block is not None}
         if not blocks:  # more TP ranks than KV heads; the ranks that have some wait for this one in the backward pass
             return linear(low[..., : self.lora.rank], b) * 0.0
@@ -170,8 +169,8 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """weight + s B A of this rank's rows and columns, summed in fp32 (or wider) and rounded once: a new tensor.
-        The weight itself while the adapter is off."""
+        """A new tensor, weight + s B A for this rank's shard, summed in fp32 (or wider) and rounded once. The weight
+        itself while the adapter is off."""
         if not self.is_on:
             return weight.detach()
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -186,7 +185,7 @@ class Adapter(torch.nn.Module):
 
 
 class _SumOfGradients(torch.autograd.Function):
-    """A parameter that all ranks of the group have; its gradient is the sum over them."""
+    """The identity on a replicated parameter; its gradient is summed over the group."""
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -206,7 +205,7 @@ def _summed(parameter: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def put_on(layer: Any, adapter: Adapter) -> None:
-    """From now on the layer's output has the adapter's added, while it is on; `layer.adapter` is the adapter.
+    """Add the adapter's output to the layer's, while it is on. Sets `layer.adapter`.
 
     Args:
         layer: an AdaptedLayer.
@@ -236,7 +235,7 @@ def base_value(parameter: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def switched_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Within it the model is its base. To be entered on all ranks together: adapters communicate."""
+    """A context in which the model is its base. Collective: adapters communicate, so all ranks enter it together."""
     adapters = adapters_of(chunks)
     assert all(adapter.is_on for adapter in adapters), "they are off already"
     whole = [p for chunk in chunks for p in chunk.parameters() if hasattr(p, "of_base")]

@@ -1,17 +1,17 @@
-"""What a config.json says about mixtures of experts and about latent attention, as numbers, or a refusal.
+"""Reads the numbers of mixtures of experts and of latent attention from a config.json, or refuses them.
 
-    read_experts(path, config)      MixtureOfExperts, of every family that has them
+    read_experts(path, config)      MixtureOfExperts, for every family with experts
     read_latent(path, config)       LatentAttention (deepseek_v3, Moonlight)
 
-`config` is transformers' view of the file. Routing as the families compute it, s = scores of a token over E experts:
+`config` is the file as transformers parses it. Routing, with s the scores of a token over E experts:
 
     softmax families   s = softmax(logits); the top k of s; weights s, or s over their sum (norm_topk_prob; mixtral)
     sigmoid families   s = sigmoid(logits); the top k of s + correction bias, within the best groups; weights
-                       scaling * s over their sum. The bias chooses and has no gradient.
+                       scaling * s over their sum. The bias only affects the choice and has no gradient.
 
-Groups (deepseek_v3, glm4_moe): the experts lie in `groups` groups, and a token's come from the `top_groups` groups with
-the largest sum of their two best. megatron-core (0.16 - 0.19) sums the best k / top_groups instead, so only where that
-is 2 are the two the same; one group, or all groups allowed, is no limit.
+Groups (deepseek_v3, glm4_moe): the experts lie in `groups` groups, and a token's experts come from the `top_groups`
+groups with the largest sum of their two best scores. megatron-core (0.16 - 0.19) sums the best k / top_groups instead.
+So only k / top_groups = 2 is supported, or no limit: one group, or all groups allowed.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ _MOST: Final = 2**22
 
 
 def read_experts(path: Path, config: Any) -> MixtureOfExperts:
-    """Raises CheckpointError for numbers that do not fit together, and for what megatron-core does not compute."""
+    """Raises CheckpointError for inconsistent numbers and for routing that megatron-core does not support."""
     family: str = config.model_type
     num_experts = _whole(path, config, _NUMBER.get(family, "num_experts"))
     top_k = _whole(path, config, "num_experts_per_tok")
     ffn_hidden_size = _whole(path, config, _EXPERT_SIZE.get(family, "moe_intermediate_size"))
     if not 1 <= top_k <= num_experts:
-        raise CheckpointError(f"{path}: {top_k} experts per token of {num_experts}")
+        raise CheckpointError(f"{path}: {top_k} experts per token, and the layer has {num_experts}")
     normalise = family == "mixtral" or bool(config.norm_topk_prob)
     if top_k == 1 and normalise:
         raise CheckpointError(f"{path}: one expert per token with a normalised weight (always 1) is not supported")
@@ -100,21 +100,21 @@ def read_experts(path: Path, config: Any) -> MixtureOfExperts:
 
 
 def read_latent(path: Path, config: Any) -> LatentAttention:
-    """Raises CheckpointError for numbers that transformers would not use as they are written."""
+    """Raises CheckpointError for inconsistent numbers and for options that megatron-core does not support."""
     plain, rotary = _whole(path, config, "qk_nope_head_dim"), _whole(path, config, "qk_rope_head_dim")
     if rotary % 2:
         raise CheckpointError(f"{path}: qk_rope_head_dim {rotary} is odd; rotary embeddings need an even one")
     if config.num_key_value_heads != config.num_attention_heads:
         raise CheckpointError(
             f"{path}: {config.num_key_value_heads} key/value heads of {config.num_attention_heads}: latent attention "
-            "has as many as heads"
+            "needs one for each head"
         )
     for name, wanted in (("head_dim", rotary), ("qk_head_dim", plain + rotary)):
         if getattr(config, name, wanted) != wanted:
             raise CheckpointError(f"{path}: {name} is {shown(getattr(config, name))}; the other sizes give {wanted}")
     if not config.rope_interleave:
         raise CheckpointError(
-            f"{path}: rope_interleave false is not supported: megatron-core turns pairs of neighbours"
+            f"{path}: rope_interleave false is not supported: megatron-core rotates interleaved pairs"
         )
     query_rank = None if config.q_lora_rank is None else _whole(path, config, "q_lora_rank")
     scale = (plain + rotary) ** -0.5 * _yarn_scale(getattr(config, "rope_parameters", None)) ** 2
@@ -123,7 +123,7 @@ def read_latent(path: Path, config: Any) -> LatentAttention:
 
 
 def _yarn_scale(parameters: Any) -> float:
-    """What deepseek_v3 multiplies queries and keys with where positions are scaled (yarn_apply_mscale)."""
+    """The factor that deepseek_v3 applies to queries and keys under RoPE scaling (yarn_apply_mscale)."""
     if not isinstance(parameters, dict) or parameters.get("rope_type", "default") == "default":
         return 1.0
     strength, factor = parameters.get("mscale_all_dim") or 0, parameters.get("factor") or 1.0

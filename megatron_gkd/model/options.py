@@ -1,9 +1,9 @@
-"""What megatron-core is told of a model beside its architecture, layout and type: fusions, overlap, accumulation,
+"""Options of megatron-core for a model, besides its architecture, layout and dtype: fusions, overlap, accumulation,
 recomputation.
 
-One field is one field of megatron-core's, under its name: of its TransformerConfig, or (`DDP`) of its
-DistributedDataParallelConfig; `transformer_engine` says whose layers are taken. A new lever is a field here, with what
-was done before as its default; levers.py sets them from a run's flags.
+Each field has the name of a field of TransformerConfig or, if listed in `DDP`, of DistributedDataParallelConfig.
+`transformer_engine` selects whose layers are used. To add an option, add a field here whose default is the previous
+behaviour; levers.py sets it from the flags.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EXPERTS: Final = frozenset({"moe_aux_loss_coeff", "moe_grouped_gemm", "moe_permu
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """See the module docstring. Of a model that is not trained, the fields of DDP mean nothing."""
+    """See the module docstring. The fields in DDP have no effect on a model that is not trained."""
 
     use_cpu_initialization: bool
     bias_dropout_fusion: bool
@@ -62,7 +62,7 @@ class ModelOptions:
         return cls(use_cpu_initialization=device == "cpu", bias_dropout_fusion=device == "cuda")
 
     def transformer_fields(self) -> dict[str, Any]:
-        """Fields of TransformerConfig, but for those of a mixture of experts."""
+        """Fields of TransformerConfig, without those for mixtures of experts."""
         others = DDP | EXPERTS | {"transformer_engine", "extra"}
         values = {name: value for name, value in asdict(self).items() if name not in others}
         known = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

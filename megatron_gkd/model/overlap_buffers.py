@@ -1,9 +1,9 @@
-"""The buffers of `--tp_comm_overlap`: Transformer Engine's linear layers gather their inputs and scatter their outputs
-through them, in pieces, beside the matrix product.
+"""The buffers of `--tp_comm_overlap`. Through them Transformer Engine's linear layers gather their inputs and scatter
+their outputs in pieces, during the matrix product.
 
-    [tokens that a context-parallel rank is fed, hidden size], tokens of the layout's one shape of micro-batches
+    [tokens of a context-parallel rank, hidden size], for the layout's one micro-batch shape
 
-Made once, before the layers, by all ranks of the world; as Megatron-LM does (`_initialize_tp_communicators`).
+Made once, before the layers, by all ranks of the world, as in Megatron-LM (`_initialize_tp_communicators`).
 """
 
 from __future__ import annotations

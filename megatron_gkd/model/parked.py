@@ -1,15 +1,15 @@
-"""Tensors that leave device memory while others need it, and come back bit for bit.
+"""Moves tensors out of device memory and back, bit for bit.
 
     weights = Parked(lambda: model.parameters(), device)
-    weights.leave()         # in host memory; the device's memory is free
+    weights.leave()         # now in host memory; the device's memory is free
     weights.come_back()     # as before
 
-A storage moves as a whole: views of it (parameters in a buffer of DDP, `main_grad`) stay what they are, and are not to
-be read meanwhile. Storages are looked up at each `leave`, since an optimizer that loads a checkpoint has new ones. In
-host memory each has a buffer of its own, pinned where the device is a GPU, which is kept for the next time.
+A storage moves as a whole. Views of it (parameters in a DDP buffer, `main_grad`) remain valid objects but must not be
+read meanwhile. Storages are looked up at each `leave`, because an optimizer that loads a checkpoint gets new ones. Each
+has its own host buffer, pinned if the device is a GPU, which is reused.
 
-Bytes over the bus: all of them in either direction, each time. Gradients between two steps have no content worth
-keeping (`keep=False`): nothing is copied, and they come back as zeros.
+Each move copies all bytes over the bus. Gradients between two steps need not be kept (`keep=False`): nothing is copied,
+and they come back as zeros.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import torch
 
 
 class Parked:
-    """A set of tensors on one device; both calls may be repeated, and are no collectives."""
+    """A set of tensors on one device. Both methods may be repeated and do not communicate."""
 
     def __init__(
         self, tensors: Callable[[], Iterable[torch.Tensor]], device: torch.device, *, keep: bool = True
     ) -> None:
-        """Args: tensors: those that move; what lies on another device stays there."""
+        """Args: tensors: those that move; tensors on another device are skipped."""
         self._tensors, self._device, self._keep = tensors, device, keep
         self._away: list[tuple[torch.UntypedStorage, int]] = []  # with its size in bytes
         self._host: dict[torch.UntypedStorage, torch.Tensor] = {}  # its bytes; two views of a storage have one key
 
     @property
     def num_bytes(self) -> int:
-        """That are not on the device now."""
+        """Bytes that are in host memory now."""
         return sum(size for _, size in self._away)
 
     def leave(self) -> None:
-        """Free the device's memory."""
+        """Move them to host memory and free the device's."""
         if self._away:
             return
         here = (tensor.untyped_storage() for tensor in self._tensors() if tensor.device.type == self._device.type)
@@ -58,7 +58,7 @@ class Parked:
             torch.cuda.empty_cache()  # engines allocate by another allocator, or in another process
 
     def come_back(self) -> None:
-        """Have them on the device again."""
+        """Move them back to the device."""
         for storage, size in self._away:
             storage.resize_(size)
             if self._keep:

@@ -52,7 +52,7 @@ def micro_batch_group(num_micro_batches: int, pipeline: int) -> int:
 
 
 def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:
-    """Feed one micro-batch to one model chunk. Returns [S(/tp), B, H]; only the first chunk reads the tokens."""
+    """Run one micro-batch through one model chunk. Returns [S(/tp), B, H]; only the first chunk reads the tokens."""
     packed = None
     if micro_batch.cu_seqlens is not None:
         on_host = get_attr_wrapped_model(model, "reads_lengths_on_host", allow_none=False)

@@ -1,9 +1,9 @@
-"""How long the sequences are that a model was made for, as its config.json says.
+"""The longest sequence that a model was made for, according to its config.json.
 
-    max_position_embeddings, or what its RoPE scaling makes of it: `linear` and `yarn` stretch the positions by `factor`
-    (yarn from `original_max_position_embeddings`), `llama3` stands in max_position_embeddings already.
+    max_position_embeddings, or more under RoPE scaling: `linear` multiplies it by `factor`, `yarn` multiplies
+    `original_max_position_embeddings`; for `llama3` max_position_embeddings already includes the scaling.
 
-A longer sequence runs, and its later positions are turned by angles that the model has not seen.
+A longer sequence runs, but its later positions have rotary angles that the model has not seen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_gkd.model.vision_config import FAMILIES
 
 
 def reach(path: str | Path, arch: Architecture) -> int:
-    """Most positions. `arch` is what was read, and so checked, from the same directory."""
+    """The most positions. `arch` is the architecture of the same directory."""
     raw, most = read_config_json(path), arch.max_position_embeddings
     raw = raw if arch.vision is None else FAMILIES[arch.vision.family].decoder_options(raw)
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}

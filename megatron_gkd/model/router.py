@@ -1,21 +1,21 @@
-"""The router of a mixture of experts: megatron-core's, with a load-balancing loss that is right under a per-token loss,
-and a count of what goes where.
+"""megatron-core's router with a load-balancing loss that is correct under a per-token loss, and a count of the tokens
+of each expert.
 
 The load-balancing loss of a micro-batch with T tokens (no padding), summed over a model's layers with experts:
 
     c * E / (k T^2) * sum over experts e of  count_e * sum over tokens of p_e        p = softmax over all E experts
 
-(c times 1 for even loads, E / k at most), and a step's is the mean over its micro-batches. All gradients
-of a step are divided once by its number of loss tokens N (train/student.py). megatron-core (0.16 - 0.19) multiplies a
-micro-batch's loss by its number of positions instead, by those of one tensor-parallel rank in 0.16: so its weight would
-change with prompts and padding and with the layout. Here it is N / micro-batches of the step, over all replicas, set
-once a step (`Routers.begin`): whatever micro-batch is current when a router runs (1F1B, recomputation), it is the same.
+(c times 1 for even loads, E / k at most). A step's loss is the mean over its micro-batches. All gradients of a step are
+divided once by its number of loss tokens N (train/student.py). megatron-core (0.16 - 0.19) multiplies a micro-batch's
+loss by its number of positions instead (in 0.16 by those of one tensor-parallel rank), so its weight would depend on
+prompts, padding and the layout. Here the factor is N / micro-batches of the step, over all replicas. It is set once a
+step (`Routers.begin`), so it is right whichever micro-batch a router runs (1F1B, recomputation).
 
-Which samples share a micro-batch is part of the definition: the loss depends on --micro_batch_size, --packing and the
-number of replicas, as megatron-core's does.
+The loss depends on which samples share a micro-batch, so on --micro_batch_size, --packing and the number of replicas,
+as megatron-core's does.
 
-Communication: with a coefficient, an all-reduce of [E] over TP (sequence parallel ranks hold parts of a micro-batch) in
-each layer's forward pass; `Routers.loads`: one of [layers, E + 1] over the layout.
+Communication: with a coefficient, an all-reduce of [E] over TP (sequence-parallel ranks hold parts of a micro-batch) in
+each layer's forward pass; `Routers.loads`: one all-reduce of [layers, E + 1] over the layout.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ class Router(TopKRouter):
 
 
 class BiasedRouter(Router):
-    """With a correction bias [E], fp32: experts are chosen by score + bias, and weighed by the score alone.
+    """With a correction bias [E], fp32: experts are chosen by score + bias, and weighted by the score alone.
 
-    The bias has no gradient, and it stays as the checkpoint has it. megatron-core's own is moved after every step
-    towards even loads (`moe_router_enable_expert_bias`); of a student that was balanced in its training, that would
-    change what its experts see. As a parameter without gradient it is loaded, saved and exported as all others.
+    The bias has no gradient and keeps the checkpoint's values. megatron-core updates its own after every step towards
+    even loads (`moe_router_enable_expert_bias`), which would change the routing of a student that was balanced in
+    pre-training. As a parameter without gradient it is loaded, saved and exported like any other.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -80,7 +80,7 @@ class BiasedRouter(Router):
 
 
 class Routers:
-    """All routers of this rank's chunks, through a training step."""
+    """All routers of this rank's chunks."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> None:
         self._groups, self._num_micro_batches = groups, 0
@@ -91,10 +91,10 @@ class Routers:
         self._num_layers: int = config.num_layers if self.num_experts else 0
 
     def begin(self, num_loss_tokens: int | None, num_micro_batches: int) -> None:
-        """A step starts.
+        """Start a step.
 
         Args:
-            num_loss_tokens: N, over all replicas; needed with a load-balancing loss.
+            num_loss_tokens: N, over all replicas; required with a load-balancing loss.
             num_micro_batches: of the step, over all replicas.
         """
         assert num_loss_tokens is not None or not self.has_loss, "a load-balancing loss is weighed by the loss tokens"
@@ -104,7 +104,7 @@ class Routers:
             router.loss_weight = None if num_loss_tokens is None else num_loss_tokens / num_micro_batches
 
     def freeze(self) -> None:
-        """Their weights are not trained. Before DDP is made."""
+        """Do not train the routers' weights. To be called before DDP is made."""
         for router in self._routers:
             router.requires_grad_(False)
 
@@ -129,7 +129,7 @@ class Routers:
         return self._metrics(*_described(table))
 
     def _metrics(self, *by_layer: list[float]) -> dict[str, float]:
-        """`by_layer`: as `_described` gives them. Layers without experts, or without a token, have no metrics."""
+        """`by_layer`: the lists of `_described`. Layers without experts, or without a token, have no metrics."""
         metrics, rows = dict[str, float](), list[tuple[float, ...]]()
         for layer, (num_tokens, *row) in enumerate(zip(*by_layer, strict=True)):
             if num_tokens:

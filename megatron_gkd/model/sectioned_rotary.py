@@ -1,7 +1,7 @@
-"""The angles of tokens with three positions (M-RoPE: time, height, width), as megatron-core's attention takes angles.
+"""Rotary angles of tokens with three positions (M-RoPE: time, height, width), in the form that megatron-core takes.
 
-    angle_i = position[axis of i] * inv_freq_i        i a pair of a head; the first `sections[0]` pairs are turned by
-                                                      the first axis, the next `sections[1]` by the second, and so on
+    angle_i = position[axis of i] * inv_freq_i        i a pair of a head; the first `sections[0]` pairs use the
+                                                      first axis, the next `sections[1]` the second, and so on
 
     padded   positions [3, B, s] of this rank's tokens -> [s, B, 1, d]; megatron-core applies them row by row
     packed   positions [3, 1, S] of the WHOLE row, also under context parallelism -> [S, 1, 1, d]: as many angles as

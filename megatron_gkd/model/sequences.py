@@ -1,15 +1,15 @@
-"""How long the sequences of a model's step are, padding included, and which of their loss tokens each rank holds. Pure.
+"""The padded lengths of the sequences in a step, and the loss tokens that each rank holds of them. Pure.
 
-A layout asks for multiples:
+A layout requires multiples:
 
-    sequence parallelism    TP ranks share the tokens that a rank is fed
-    context parallelism     a sequence is cut into 2 * cp chunks (parallel/zigzag.py)
+    sequence parallelism    the TP ranks share the tokens that a rank is fed
+    context parallelism     a sequence is split into 2 * cp chunks (parallel/zigzag.py)
     both                    whole lengths are multiples of cp * lcm(2, tp); segments of a pack, of 2 * cp
-    interleaved schedule    all micro-batches of a step have one length, that of the longest, and in the padded form one
-                            number of rows, that of the fullest
-    one shape               all micro-batches of all steps, of training and evaluation, have it (--tp_comm_overlap)
+    interleaved schedule    all micro-batches of a step have one length, the longest, and in the padded form the same
+                            number of rows, the largest
+    one shape               all micro-batches of training and evaluation have it (--tp_comm_overlap)
 
-Collation (train/batches.py) and the routing of signals (teacher/signals.py) both ask here: so they cannot differ.
+Collation (train/batches.py) and the routing of signals (teacher/signals.py) both use this module, so they agree.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Shares = Sequence[Sequence[LossShare]]  # [position in the global batch][context
 
 
 class Sequences:
-    """Of one model's step."""
+    """The sequences of one model in one step."""
 
     def __init__(self, samples: Sequence[Sample], plan: MicroBatchPlan, layout: Layout, *, packing: bool) -> None:
         """`samples`: as this model is fed them, by position."""
@@ -47,14 +47,14 @@ class Sequences:
             )
 
     def lengths(self, positions: Sequence[int]) -> list[int]:
-        """Of the sequences that the samples of a micro-batch are fed as: rows, all alike, or segments of a pack."""
+        """Padded lengths of a micro-batch's sequences: rows of equal length, or segments of a pack."""
         own = [self.samples[position].num_inputs for position in positions]
         if self.packing:
             return [round_up(length, self.segment_multiple) for length in own]
         return [round_up(max(own), self.row_multiple)] * len(own)
 
     def num_fed(self, positions: Sequence[int]) -> int:
-        """Tokens that a replica is fed for a micro-batch, padding included."""
+        """Tokens of a micro-batch that a replica is fed, padding included."""
         if not positions:
             return self.row_multiple * self.num_rows
         lengths = self.lengths(positions)
@@ -63,12 +63,12 @@ class Sequences:
         return lengths[0] * max(len(positions), self.num_rows)
 
     def share(self, position: int, length: int, rank: int) -> LossShare:
-        """Of a sample in a sequence of `length`: the loss tokens that context-parallel rank `rank` holds."""
+        """The loss tokens that context-parallel rank `rank` holds of a sample in a sequence of `length`."""
         return LossShare.of(self.samples[position], held_spans(length, self.layout.context, rank))
 
 
 def loss_shares(samples: Sequence[Sample], plan: MicroBatchPlan, layout: Layout, *, packing: bool) -> Shares:
-    """Of all samples of a step."""
+    """The shares of all samples of a step."""
     sequences, shares = Sequences(samples, plan, layout, packing=packing), dict[int, tuple[LossShare, ...]]()
     for positions in (positions for batches in plan for positions in batches if positions):
         for position, length in zip(positions, sequences.lengths(positions), strict=True):
@@ -78,11 +78,11 @@ def loss_shares(samples: Sequence[Sample], plan: MicroBatchPlan, layout: Layout,
 
 
 def student_shares(plan: StepPlan, layout: Layout) -> Shares:
-    """Of the student's ranks."""
+    """The shares of the student's ranks."""
     return loss_shares(plan.samples, plan.student, layout, packing=plan.packing)
 
 
 def teacher_shares(plan: StepPlan, layout: Layout) -> Shares:
-    """Of a local teacher's ranks."""
+    """The shares of a local teacher's ranks."""
     samples = [sample.for_teacher for sample in plan.samples]
     return loss_shares(samples, plan.teacher, layout, packing=plan.packing)

@@ -1,8 +1,8 @@
-"""The layers of each model chunk, as megatron-core asks for them where stages are uneven.
+"""The number of layers of each model chunk where pipeline stages are uneven, as megatron-core asks for it.
 
-megatron-core's own object (0.16 to 0.19) reads this rank's stage, and whether the pipeline is interleaved, from the
-global parallel_state, which this project never sets, and which could hold one of two models at most. Here both are
-known: one object belongs to one model on one rank.
+megatron-core's own class (0.16 to 0.19) reads this rank's stage, and whether the pipeline is interleaved, from the
+global parallel_state. This project never sets it, and it could only describe one of two models. Here an object belongs
+to one model on one rank and is given both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class StageLayers(PipelineParallelLayerLayout):
     """`TransformerConfig.pipeline_model_parallel_layout` of a model with `counts` layers per chunk, in model order."""
 
     def __init__(self, counts: Sequence[int], *, stages: int, stage: int) -> None:
-        # Not the parent's: it would want letters and check them; the split is checked already.
+        # The parent's constructor is not called: it parses a layout string. The split has been checked.
         self.counts, self.stage = tuple(counts), stage
         self.input_data = "|".join(f"t*{count}" for count in counts)  # what repr shows
         self.pipeline_model_parallel_size = stages

@@ -32,13 +32,14 @@ Prepare = Callable[[Sequence[Picture]], Mapping[str, torch.Tensor]]
 
 
 class VisionTower(torch.nn.Module):
-    """Tower and projector under transformers' names. `prepare`: pictures -> what the tower is fed (image_tokens.py)."""
+    """Tower and projector under transformers' names. `prepare` turns pictures into the tower's inputs
+    (image_tokens.py)."""
 
     prepare: Prepare | None
     _model: Any  # transformers', without its decoder
 
     def __init__(self, part: VisionPart, dtype: torch.dtype) -> None:
-        """Without values: `load_hf_weights` fills every parameter. On the meta device where that is the default."""
+        """Without values: `load_hf_weights` fills every parameter. On the meta device if that is the default device."""
         super().__init__()
         family, model = FAMILIES[part.family], meta_model(part.config_json, dtype)
         self.prepare = None
@@ -54,7 +55,7 @@ class VisionTower(torch.nn.Module):
             _recompute_buffers(self)
 
     def rows(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """[N, H]: what the decoder is given in place of the placeholders of these pictures, in order."""
+        """[N, H]: the decoder's inputs in place of the placeholders of these pictures, in order."""
         assert self.prepare is not None, "a model that sees pictures is told how to prepare them"
         like = next(self.parameters())
         inputs = {
@@ -66,19 +67,19 @@ class VisionTower(torch.nn.Module):
         return rows.reshape(-1, rows.shape[-1])
 
     def ask_instead(self, model: Any) -> None:
-        """Ask `model` for image features in place of transformers' (train/rehearsed_pictures.py)."""
+        """Compute image features with `model` instead of transformers' (train/rehearsed_pictures.py)."""
         self.__dict__["_model"] = model
 
     def freeze(self, *, tower: bool, projector: bool) -> None:
-        """Keep the tower's weights, or the projector's, or both."""
+        """Do not train the tower's weights, the projector's, or both."""
         for name, parameter in self.named_parameters():
             if projector if name.startswith(self._projector) else tower:
                 parameter.requires_grad_(False)
 
     def freeze_unused(self, picture: Picture) -> list[str]:
-        """Keep the weights that no row depends on (the last layer of LLaVA's tower): their gradient is zero, and weight
-        decay would move them all the same. Returns their names. Found by a backward pass from the rows of `picture`.
-        """
+        """Freeze the weights that do not affect the rows (the last layer of LLaVA's tower), since weight decay would
+        change them although their gradient is zero. They are found by a backward pass from the rows of `picture`.
+        Returns their names."""
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         if not trained:
             return []
@@ -100,9 +101,9 @@ def merged_input(
     sequence_parallel: bool,
     tp_group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """The decoder's input [S(/tp), B, H]: embeddings of the tokens [B, S], with the rows of pictures in their places.
+    """The decoder's input [S(/tp), B, H]: embeddings of the tokens [B, S], with the pictures' rows in their places.
 
-    `embedding` gives the whole sequence, also under sequence parallelism.
+    `embedding` returns the whole sequence, also under sequence parallelism.
     """
     x: torch.Tensor = embedding(input_ids=tokens, position_ids=position_ids)
     if media is not None:
@@ -110,7 +111,7 @@ def merged_input(
         if len(rows) != media.num_rows:
             raise DataError(
                 f"{', '.join(picture.name for picture in media.pictures)}: the vision tower gives {len(rows)} rows, "
-                f"and the prompts have {media.num_rows} places for them; the processor's files are another model's"
+                f"and the prompts have {media.num_rows} placeholders; use the processor's files of this model"
             )
         index = media.index.to(x.device)
         length = tokens.shape[1]
@@ -119,7 +120,7 @@ def merged_input(
 
 
 def _recompute_buffers(module: torch.nn.Module) -> None:
-    """Buffers that no checkpoint has, made anew: positions, and the frequencies that rows and columns turn by."""
+    """Recompute the buffers that no checkpoint stores: positions, and the rotary frequencies of rows and columns."""
     for name, buffer in list(module.named_buffers()):
         owner_name, _, own_name = name.rpartition(".")
         owner: Any = module.get_submodule(owner_name)

@@ -1,11 +1,11 @@
-"""The vision part of a model as its directory describes it: which family, which tensors, under which names. No weights.
+"""The vision part of a model as its directory describes it: the family, its tensors and their names. No weights.
 
-A vision-language model is a decoder that architecture.py knows, and a tower and a projector that are transformers' own
-modules. `FAMILIES` is the whole table: a family is a row, with the names of those modules in transformers' model.
+A vision-language model is a decoder that architecture.py knows, plus a tower and a projector, which are transformers'
+own modules. `FAMILIES` has one row per family, with the names of these modules in transformers' model.
 
-Names. The text map (weights/naming.py) knows `model.` and `lm_head.`; the modules here are called as transformers calls
-them. A file has other prefixes before both, and several spellings are in circulation, of which vLLM loads one. So
-`VisionPart.spelling` is that of the directory, found by looking at the names that it stores, and an export keeps it.
+Names. The text map (weights/naming.py) uses `model.` and `lm_head.`; tower and projector keep transformers' names.
+Files put other prefixes before both. Several spellings are in circulation, and vLLM loads only one of them.
+`VisionPart.spelling` is the spelling of the directory, found from the names that it stores; an export keeps it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPELLING_RECORD: Final = "hf_dtypes.json"  # of a Megatron directory, which stor
 
 @dataclass(frozen=True)
 class Family:
-    """How a family's modules and tensors are called. `names`: prefix here -> prefixes in files, the usual one first."""
+    """Names of a family's modules and tensors. `names`: prefix here -> prefixes in files, the usual one first."""
 
     hf_class: str
     tower: str  # modules of transformers' model, which are here under the same names
@@ -43,11 +43,11 @@ class Family:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Of transformers' model, that hold tower and projector."""
+        """The modules of transformers' model that contain tower and projector."""
         return (self.tower,) if self.projector.startswith(f"{self.tower}.") else (self.tower, self.projector)
 
     def decoder_options(self, raw: Mapping[str, Any]) -> Any:
-        """The part of a config.json that is the decoder's."""
+        """The decoder's part of a config.json."""
         if "text_config" in raw or not self.beside:
             return raw.get("text_config")
         return {name: value for name, value in raw.items() if name not in self.beside}
@@ -129,7 +129,7 @@ REFUSED: Final = {
 class VisionPart:
     """Tower and projector of a model.
 
-    Equal parts compute the same of the same weights; `spelling` is no part of that. A repr tells them apart, too.
+    Equal parts compute the same from the same weights, whatever their `spelling`. Different parts have different reprs.
     """
 
     family: str  # of FAMILIES
@@ -155,24 +155,24 @@ class VisionPart:
 
     @property
     def decoder_prefix(self) -> str:
-        """Of the decoder's tensors in transformers' model."""
+        """Prefix of the decoder's tensors in transformers' model."""
         return f"model.{FAMILIES[self.family].decoder}."
 
     @property
     def projector_prefix(self) -> str:
-        """Of the projector's tensors, as they are called here."""
+        """Prefix of the projector's tensors, in the names used here."""
         return f"{FAMILIES[self.family].projector}."
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor of tower and projector, by its name here."""
+        """Shape of every tensor of tower and projector, by its name here."""
         return _shapes(self.config_json)
 
 
 def read_vision(path: Path, raw: Mapping[str, Any], config: Any) -> VisionPart:
-    """The vision part of a directory whose config.json is `raw`, and `config` in transformers' reading.
+    """The vision part of a directory; `raw` is its config.json, `config` the same as transformers parses it.
 
-    Raises CheckpointError for options that would compute something else.
+    Raises CheckpointError for options that are not supported.
     """
     family = FAMILIES[str(raw["model_type"])]
     for name, value in _dropout(config.vision_config.to_dict()):
@@ -213,7 +213,7 @@ def meta_model(config_json: str, dtype: Any = None) -> Any:
 
 
 def read_spelling(path: Path) -> tuple[tuple[str, str], ...] | None:
-    """What a conversion has recorded; None where nothing is."""
+    """The spelling that a conversion has recorded; None if there is no record."""
     try:
         record = read_json(path / SPELLING_RECORD).get("spelling")
         return None if record is None else tuple((str(name), str(stored)) for name, stored in record.items())
@@ -228,7 +228,7 @@ def _spelling(family: Family, names: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _stored_names(path: Path) -> list[str]:
-    """Names of the tensors; none where they cannot be read, which whoever reads the weights says."""
+    """Names of the stored tensors; none if they cannot be read, which loading reports."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -242,7 +242,7 @@ def _stored_names(path: Path) -> list[str]:
 
 
 def _relevant(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what has no part in what is computed."""
+    """The options that affect what is computed."""
     kept = without_harmless({name: value for name, value in raw.items() if name != "architectures"})
     for part in ("text_config", "vision_config"):
         if part in raw:

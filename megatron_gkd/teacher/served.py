@@ -41,18 +41,27 @@ from megatron_gkd.records import LossShare, MicroBatchPlan, Sample, StepPlan
 from megatron_gkd.teacher.servers.probes import ServerRequirements
 from megatron_gkd.teacher.servers.servers import PendingAnswers, Seen, TeacherServers
 from megatron_gkd.teacher.servers.wire import TopK
-from megatron_gkd.teacher.signals import Route, SignalStore, TopKSpec, destinations, exchange, replicas
+from megatron_gkd.teacher.signals import (
+    Columns,
+    Route,
+    SignalStore,
+    TopKSpec,
+    destinations,
+    exchange,
+    replicas,
+    rows_of,
+)
 
 
 def server_routes(plan: MicroBatchPlan, student: Layout, shares: Shares) -> list[Route]:
-    """From each replica's driver, which has whole samples, to its last stage, in order of sample and destination (S1,
-    S2). Pure."""
+    """From each replica's driver, which has all loss tokens of its samples, to the ranks of its last stage; in order of
+    sample and destination (S1, S2). Pure."""
     routes = []
     for position, dp in sorted(replicas(plan).items()):
-        whole = LossShare(((0, sum(share.num_tokens for share in shares[position])),))
+        held = LossShare(tuple(sorted(span for share in shares[position] for span in share.spans)))
         driver = student.last_stage_ranks(dp)[0]
         for share, _, destination in destinations(student, dp, shares[position]):
-            routes.append(Route(position, driver, destination, share, whole))
+            routes.append(Route(position, driver, destination, share, held))
     return routes
 
 
@@ -106,7 +115,7 @@ class ServerTeacher:
         Args:
             micro_batches: not used: a server is sent sequences, not batches.
         """
-        local: dict[int, tuple[torch.Tensor, ...]] = {}
+        local: dict[int, Columns] = {}
         self._together(lambda: local.update(self._ask(plan)))
         routes = server_routes(plan.student, self.layout, student_shares(plan, self.layout))
         return exchange(self.spec, routes, local, self.signal_group)
@@ -161,7 +170,7 @@ class ServerTeacher:
             return None
         return Seen(self._images.bare(sample.prompt_ids, sample.pictures), sample.pictures)
 
-    def _ask(self, plan: StepPlan) -> dict[int, tuple[torch.Tensor, ...]]:
+    def _ask(self, plan: StepPlan) -> dict[int, Columns]:
         samples = self._mine(plan)
         if not samples:
             return {}
@@ -171,14 +180,11 @@ class ServerTeacher:
                 raise asked
         else:
             asked = self._start(samples)
-        found = asked.result()
-        return {
-            sample.position: (
-                torch.from_numpy(topk.logprobs).to(self.spec.device),
-                torch.from_numpy(topk.ids).to(self.spec.device),
-            )
-            for sample, topk in zip(samples, found, strict=True)
-        }
+        found: dict[int, Columns] = {}
+        for sample, topk in zip(samples, asked.result(), strict=True):  # [C, K] each
+            columns = tuple(torch.from_numpy(values).to(self.spec.device) for values in topk)
+            found[sample.position] = rows_of(columns, LossShare.of(sample))
+        return found
 
     def _together(self, work: Callable[[], None]) -> None:
         """Do this rank's part; raise on every rank if it failed on one (S3). Communication: 1 all_gather_object."""

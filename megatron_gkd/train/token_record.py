@@ -37,7 +37,7 @@ from megatron_gkd.loss.vocab_cross_entropy import vocab_parallel_cross_entropy
 from megatron_gkd.loss.vocab_topk import vocab_parallel_topk
 from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.parallel.together import gathered
-from megatron_gkd.records import Sample
+from megatron_gkd.records import LossShare, Sample
 from megatron_gkd.teacher.signals import Signal
 from megatron_gkd.train.objective import DistillationLoss
 from megatron_gkd.train.supervised import SupervisedLoss
@@ -175,16 +175,17 @@ def both_sides(
 def _describe(sample: Sample, tokens: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """A sample, with a column for each value of its tokens."""
     places = sorted(tokens)
-    assert places == list(range(len(places))), "ranks hold all places of a completion between them"
+    wanted = [place for place in LossShare.of(sample).tokens if place < MOST_TOKENS]
+    assert places == wanted, "together the ranks hold all loss tokens of a sample"
     record: dict[str, Any] = {
         "row": sample.row,
         "source": sample.source,
         "policy_version": sample.policy_version,
         "num_tokens": sample.num_loss_tokens,
         "prompt_ids": list(sample.prompt_ids),
-        "ids": list(sample.completion_ids[: len(places)]),
+        "ids": [sample.completion_ids[place] for place in places],
     }
-    for name in tokens[0]:
+    for name in tokens[places[0]]:
         record[name] = [_short(tokens[place][name]) for place in places]
     return record
 

@@ -1,12 +1,12 @@
-"""An adapter's matrices, whole, on all ranks, for engines that hold the base (--vllm_enable_lora); with the face of
-Delivery (delivery.py).
+"""Delivers an adapter's whole matrices to all ranks, for engines that hold the base (--vllm_enable_lora). Has the
+interface of Delivery (delivery.py).
 
-    for tensors, sums in AdapterDelivery(chunks, arch, groups):     # a layer's; collective over groups.intra_dist_opt
+    for tensors, sums in AdapterDelivery(chunks, arch, groups):     # one layer each; collective over intra_dist_opt
 
-A checksum is the first rank's: what another rank was sent differently is found where it is loaded, by name.
+The checksums are the first rank's. If another rank was sent something else, loading it fails and names the tensor.
 
-Communication of a pass: per layer that of `collect` (adapters.py), and one broadcast of the checksums.
-Memory: a layer's adapters, and what the engine keeps of the pass: all adapters, on the CPU.
+Communication of a pass: per layer that of `collect` (adapters.py) and one broadcast of the checksums.
+Memory: one layer's adapters, and what the engine keeps of the pass: all adapters, on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_gkd.weights.chunks import settle
 
 
 class AdapterDelivery:
-    """Iterate on every rank of the model, all replicas; as often as wanted."""
+    """Iterate on every rank of the model, all replicas; any number of times."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any) -> None:
         self._chunks, self._arch, self._groups = chunks, arch, groups

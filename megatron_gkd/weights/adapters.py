@@ -1,17 +1,17 @@
-"""Adapters (model/lora.py) by Hugging Face names: which matrices have one, their values in, their values out.
+"""Adapters (model/lora.py) by Hugging Face names: which matrices have one, and their values in and out.
 
-    check_targets(arch, lora, ["all-linear"])             refuses names and ranks that the matrices do not allow
-    attach(chunks, arch, groups, lora, ["all-linear"])    adapters on, everything else frozen; values as yet undefined
-    fill(chunks, arch, groups, read)                      from whole matrices by peft's names: a file, `initial(seed)`
+    check_targets(arch, lora, ["all-linear"])             refuses unknown names and ranks that are too large
+    attach(chunks, arch, groups, lora, ["all-linear"])    adds adapters without values; freezes everything else
+    fill(chunks, arch, groups, read)                      values from whole matrices by peft's names (`initial`)
     collect(chunks, arch, groups)                         whole matrices again, layer by layer
 
-Each adapter is cut as the plan of its weight says (plan.py): rows of B as the rows of the weight, columns of A as its
-columns. So values do not depend on the layout, those of a new adapter neither: each matrix A is drawn whole, from a
+Each adapter is sharded by the plan of its weight (plan.py): rows of B as the weight's rows, columns of A as its
+columns. So values do not depend on the layout. Nor do those of a new adapter: each matrix A is drawn whole, from a
 generator of its own, uniform in +-1/sqrt(in) (peft's kaiming_uniform with a = sqrt(5)); B is 0.
 
-Each expert's matrices have adapters of their own, by the names of the checkpoint (`...mlp.experts.3.gate_proj`), as
-peft writes them where experts are modules. Where transformers holds the experts of a layer in two tensors, peft joins
-them as it loads them: A one below the other, B on the diagonal. vLLM takes them as they are.
+Each expert's matrices have adapters of their own, under the checkpoint's names (`...mlp.experts.3.gate_proj`), as peft
+writes them for experts that are modules. Where transformers keeps a layer's experts in two tensors, peft joins the
+adapters on loading: A one below the other, B on the diagonal. vLLM takes them as they are.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ def module_name(tensor: str) -> str:
 
 
 def peft_name(module: str, part: str, arch: Architecture) -> str:
-    """peft's name of a matrix: `part` is A or B. Of a vision-language model by transformers' name of the module, which
-    its files may spell otherwise."""
+    """peft's name of a matrix; `part` is A or B."""
     if arch.vision is not None:
         module = arch.vision.runtime_name(module)
     return f"{_PREFIX}{module}.lora_{part}.weight"
@@ -58,7 +57,7 @@ def peft_name(module: str, part: str, arch: Architecture) -> str:
 
 
 def targets(arch: Architecture, target_modules: Sequence[str]) -> dict[Unit, dict[str, tuple[int, ...]]]:
-    """Unit -> its adapted matrices: module name -> (out, in); in the order of the checkpoint, units without any left
+    """Unit -> its adapted matrices: module name -> (out, in), in the checkpoint's order. Units without any are left
     out."""
     found = {}
     for layer in range(arch.num_layers):
@@ -76,14 +75,14 @@ def _is_chosen(module: str, target_modules: Sequence[str]) -> bool:
 
 
 def leaf_names(arch: Architecture, target_modules: Sequence[str] = (ALL_LINEAR,)) -> list[str]:
-    """The last parts of the names of the adapted matrices, as peft's `target_modules` has them."""
+    """The last parts of the adapted matrices' names, as in peft's `target_modules`."""
     modules = (module for unit in targets(arch, target_modules).values() for module in unit)
     return list(dict.fromkeys(module.rsplit(".", 1)[-1] for module in modules))
 
 
 def peft_targets(arch: Architecture, target_modules: Sequence[str]) -> list[str] | str:
-    """`target_modules` as adapter_config.json has it: names, and of a vision-language model, whose tower has matrices
-    of the same names, an expression for those of its decoder."""
+    """`target_modules` for adapter_config.json: names; for a vision-language model, whose tower has matrices of the
+    same names, an expression that matches those of the decoder."""
     names = leaf_names(arch, target_modules)
     if arch.vision is None:
         return names
@@ -91,7 +90,7 @@ def peft_targets(arch: Architecture, target_modules: Sequence[str]) -> list[str]
 
 
 def check_targets(arch: Architecture, lora: Lora, target_modules: Sequence[str]) -> None:
-    """Raise ConfigError for a name that no matrix has, and for a rank above a matrix's."""
+    """Raise ConfigError for a name that no matrix has, and for a rank above that of a matrix."""
     known = leaf_names(arch)
     if unknown := [name for name in target_modules if name not in (ALL_LINEAR, *known)]:
         raise ConfigError(
@@ -109,7 +108,7 @@ def check_targets(arch: Architecture, lora: Lora, target_modules: Sequence[str])
 
 
 def what_peft_changes(arch: Architecture, lora: Lora, target_modules: Sequence[str]) -> str:
-    """Why peft (0.20, with transformers 5) does not load such an adapter as what it is; "" where it does. It joins the
+    """Why peft (0.20, with transformers 5) would load this adapter as something else; "" if it would not. It joins the
     adapters of an expert's gate and up into one of twice the rank and alpha."""
     chosen = targets(arch, target_modules)
     names = {
@@ -144,7 +143,8 @@ def shapes(arch: Architecture, lora: Lora, target_modules: Sequence[str]) -> dic
 def attach(
     chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any, lora: Lora, target_modules: Sequence[str]
 ) -> None:
-    """Freeze this rank's chunks and put adapters on them. Before DDP is made. Raises as `check_targets`."""
+    """Freeze this rank's chunks and add adapters to them. To be called before DDP is made. Raises as
+    `check_targets`."""
     check_targets(arch, lora, target_modules)
     chosen = targets(arch, target_modules)
     owners = {id(parameter): chunk for chunk in chunks for parameter in chunk.parameters()}
@@ -181,7 +181,7 @@ Read = Callable[[torch.nn.Parameter], torch.Tensor]
 
 
 class Placed(NamedTuple):
-    """An adapter of this rank, and which part of the whole matrices it is."""
+    """An adapter of this rank, with its place in the whole matrices."""
 
     parameter: Parameter  # the base weight
     adapter: Adapter
@@ -189,12 +189,12 @@ class Placed(NamedTuple):
 
     @property
     def columns(self) -> slice:
-        """Of A."""
+        """This rank's columns of A."""
         columns = self.rectangles[0].columns
         return slice(None) if columns is None else slice(*columns)
 
     def parts(self, read: Read = torch.Tensor.detach) -> Iterator[Part]:
-        """Every matrix's parts on this rank: views of what `read` gives of A and of B."""
+        """This rank's parts of every matrix: views of what `read` returns for A and B."""
         adapter = self.adapter
         for module, block in zip(adapter.matrices, read(adapter.A).split(adapter.lora.rank), strict=True):
             yield Part(module, "A", slice(None), self.columns, block)
@@ -250,12 +250,12 @@ def initial(seed: int) -> Callable[[str, int, int], torch.Tensor]:
 def collect(
     chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any, *, read: Read = torch.Tensor.detach
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Layer by layer the whole matrices by peft's names, on the CPU, on every rank of the layout; collective over it.
+    """Layer by layer the whole matrices by peft's names, on the CPU, on every rank of the layout. Collective over it.
 
     Args:
-        read: what to collect of a parameter, of its shape (its gradient, say).
+        read: what to collect of a parameter, with its shape (its gradient, say).
 
-    Communication: per layer one all_gather_object over `groups.intra_dist_opt`, to which the first replica adds its
+    Communication: per layer one all_gather_object over `groups.intra_dist_opt`, to which only the first replica adds
     parts. Memory: the adapters of a layer, twice.
     """
     mine: dict[int, list[Part]] = {}
@@ -264,7 +264,7 @@ def collect(
         if not first[one.adapter.is_expert]:
             continue
         copies = "" if one.adapter.tp_group.rank() == 0 else "AB".replace(one.adapter.cut, "")
-        # Copies: with a view all of its memory would be sent, which is every adapter's (DDP's buffer).
+        # Copies: a view would be sent with all of its storage, DDP's buffer of every adapter.
         own = (part for part in one.parts(read) if part.kind not in copies)
         parts = (part._replace(tensor=part.tensor.to("cpu", copy=True)) for part in own)
         mine.setdefault(one.parameter.unit.layer or 0, []).extend(parts)
@@ -277,7 +277,7 @@ def collect(
 
 
 def _assembled(parts: Sequence[Part], sizes: dict[str, tuple[int, ...]]) -> dict[tuple[str, str], torch.Tensor]:
-    """Whole matrices A and B of modules from their parts, in the order of `sizes`; each element comes once."""
+    """Whole matrices A and B from their parts, in the order of `sizes`; the parts cover each element once."""
     found: dict[tuple[str, str], torch.Tensor] = {}
     for module, (out, inputs) in sizes.items():
         for kind in ("A", "B"):

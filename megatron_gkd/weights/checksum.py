@@ -1,12 +1,12 @@
-"""A checksum of a tensor's bytes that CPUs and GPUs compute alike, made to find damage in transport, not malice.
+"""A checksum of a tensor's bytes that is the same on CPUs and GPUs. It detects damage in transport, not tampering.
 
-With the bytes as little-endian 64-bit words in rows of 512 (4 KiB; the end padded with zeros), r_i the sum of row i,
-everything modulo 2^64:
+Take the bytes as little-endian 64-bit words in rows of 512 (4 KiB; the end padded with zeros). With r_i the sum of row
+i, modulo 2^64:
 
     (sum_i r_i,  sum_i (i + 1) * r_i)
 
-The first finds any single changed word; the second also rows that changed places, moved or came from elsewhere. A
-permutation within a row is not found. Cost: one read of the tensor, at the speed of memory; no temporaries.
+The first sum detects any single changed word, the second also rows that were swapped or moved. A permutation within a
+row is not detected. Cost: one read of the tensor at memory speed; no temporaries.
 """
 
 from __future__ import annotations

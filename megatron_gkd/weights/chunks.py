@@ -1,13 +1,13 @@
-"""The parameters of megatron-core model chunks, by role and global layer; and the proof that a chunk has exactly
-those it should.
+"""The parameters of megatron-core model chunks, by role and global layer, and a check that a chunk has exactly those it
+should.
 
 A chunk is a megatron-core GPTModel, possibly inside wrappers (DDP, Float16Module). Global layer indices are read from
-`layer.layer_number`, never recomputed from pipeline ranks: offsets of virtual and uneven stages have been got wrong
-that way.
+`layer.layer_number`. They are not recomputed from pipeline ranks, because offsets of virtual and uneven stages are easy
+to get wrong.
 
-`check_chunks` makes both directions of the map closed: a parameter without a rule, a persistent buffer, a role that
-the architecture has and the model lacks (a model built without the q/k/v bias would otherwise drop the checkpoint's),
-a layer twice or out of range.
+`check_chunks` refuses a parameter without a rule, a persistent buffer, a role that the architecture has and the model
+lacks (a model built without the q/k/v bias would drop the checkpoint's), and a layer that is there twice or out of
+range.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Parameter(NamedTuple):
 
 
 class ExpertRank(NamedTuple):
-    """Where a rank stands among those that share the experts."""
+    """A rank's place among the ranks that share the experts."""
 
     ep_rank: int = 0  # expert parallel: which experts
     ep_size: int = 1
@@ -57,10 +57,10 @@ def unwrap(chunk: Any) -> Any:
 
 
 def settle(chunks: Sequence[Any]) -> None:
-    """Before weights are read between two steps: wait for the gathers of `overlap_param_gather` (train/overlap.py), or
-    make those that no forward pass has started. Nothing for other chunks.
+    """Complete the weights before they are read between two steps: wait for the gathers of `overlap_param_gather`
+    (train/overlap.py), and make those that no forward pass has started. Does nothing for other chunks.
 
-    Communication: all-gathers over the data parallel group, of the buckets that are not whole; collective over it.
+    Communication: all-gathers over the data-parallel group, of the buckets that are incomplete; collective over it.
     """
     for chunk in chunks:
         if getattr(chunk, "use_forward_hook", False):
@@ -72,8 +72,8 @@ def settle(chunks: Sequence[Any]) -> None:
 def model_parameters(
     chunks: Sequence[torch.nn.Module], arch: Architecture, expert_rank: ExpertRank
 ) -> Iterator[Parameter]:
-    """Every parameter of this rank's chunks but those of adapters, in a fixed order; CheckpointError for a name without
-    a rule."""
+    """Every parameter of this rank's chunks except adapters, in a fixed order. Raises CheckpointError for a name
+    without a rule."""
     for chunk in map(unwrap, chunks):
         for name, tensor in chunk.named_parameters():
             if is_adapter(name):
@@ -87,7 +87,7 @@ def model_parameters(
 
 
 def check_chunks(chunks: Sequence[torch.nn.Module], arch: Architecture, expert_rank: ExpertRank) -> list[Parameter]:
-    """The parameters, after the checks above."""
+    """The parameters, checked as in the module docstring."""
     parameters = list(model_parameters(chunks, arch, expert_rank))
     found: set[Unit] = set()
     for parameter in parameters:
@@ -124,7 +124,7 @@ def _expected_units(chunk: Any, arch: Architecture, expert_rank: ExpertRank) -> 
 
 
 def _check_buffers(chunk: torch.nn.Module) -> None:
-    """A buffer in the state dict is a weight by another name (a router's bias, say), and none is mapped."""
+    """Refuse persistent buffers: one in the state dict is a weight (a router's bias, say), and none is mapped."""
     for prefix, module in chunk.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set and not is_extra_state(name):

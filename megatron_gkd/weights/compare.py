@@ -1,6 +1,7 @@
-"""Is a converted model the same network? Its logits on a sample text against transformers', both in fp32.
+"""Checks that a converted model is the same network: compares its logits on a sample text with transformers', both in
+fp32.
 
-The only proof of a conversion that means something: a wrong map survives the way there and back bit for bit.
+A round trip proves nothing, because a wrong map inverts itself.
 Communication: the schedule's over the pipeline group, one all-gather of [1, S, V/tp] over the tensor group.
 """
 
@@ -53,7 +54,7 @@ def sample_tokens(hf_dir: str | Path, arch: Architecture) -> torch.Tensor:
 
 
 class Seen(NamedTuple):
-    """An image of a sample text, for a model that sees images."""
+    """A sample text with an image, for a model that sees images."""
 
     tokens: torch.Tensor  # [1, S]: the image's, before those of the text
     images: ImageTokens
@@ -61,7 +62,7 @@ class Seen(NamedTuple):
 
 
 def sample_image(hf_dir: str | Path, arch: Architecture, tokens: torch.Tensor) -> Seen | None:
-    """None for a model of text alone."""
+    """The sample text behind an image; None for a model of text alone."""
     if arch.vision is None:
         return None
     family, token_id = arch.vision.family, arch.vision.image_token_id
@@ -71,7 +72,7 @@ def sample_image(hf_dir: str | Path, arch: Architecture, tokens: torch.Tensor) -
 
 
 def reference_logits(hf_dir: str | Path, tokens: torch.Tensor, seen: Seen | None = None) -> torch.Tensor:
-    """[1, S, V] of transformers, in fp32 on the CPU."""
+    """transformers' logits [1, S, V], in fp32 on the CPU."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind: Any = AutoModelForCausalLM if seen is None else AutoModelForImageTextToText
@@ -94,7 +95,7 @@ def model_logits(
     tokens: torch.Tensor,
     seen: Seen | None = None,
 ) -> torch.Tensor | None:
-    """[1, S, V] of the megatron-core model, without padding; None outside the last pipeline stage."""
+    """The megatron-core model's logits [1, S, V], without padding; None outside the last pipeline stage."""
     batch = without_loss(tokens)
     if seen is not None:
         batch = replace(batch, media=media_of([seen.picture], [0]))

@@ -1,20 +1,20 @@
-"""The export stream's buckets, whole, on the ranks that feed sampling engines, each tensor with its owner's checksum.
+"""Delivers the export stream's buckets to the ranks that feed sampling engines, each tensor with its owner's checksum.
 
     for tensors, sums in Delivery(stream, group, to="everyone"):      # or to="writer"
-        ...                                                           # as often as wanted; collective over `group`
+        ...                                                           # repeatable; collective over `group`
 
 Every rank of `group` (all ranks of all replicas of the model) sees the same number of buckets in the same order. To
-everyone: each bucket is broadcast by the leader of its owner. To the writer: it is sent there, and the other ranks get
-empty buckets.
+everyone: the leader of a bucket's owner broadcasts it. To the writer: the leader sends it there, and the other ranks
+get empty buckets.
 
 Communication of a pass: the stream's gathering, then per bucket of B tensors and N bytes
     to everyone: two broadcasts over `group`, [B, 2] int64 (checksums) and [N] uint8;
-    to the writer: the same two as point to point messages, where the leader is another rank.
-Memory beyond the model: on a leader the bucket and one shard; elsewhere the bucket. Each bucket is a new buffer, never
-written again, so that its tensors may be referred to as long as they are needed.
+    to the writer: the same two point to point, if the leader is another rank.
+Memory in addition to the model: on a leader the bucket and one shard; elsewhere the bucket. Each bucket is a new buffer
+that is never overwritten, so its tensors may be kept.
 
-A checksum is of the tensor as it left its owner; whoever loads it verifies it (rollout/vllm/worker.py), so damage
-anywhere between is found, by name.
+A checksum is that of the tensor on its owner. Whoever loads the tensor verifies it (rollout/vllm/worker.py), so damage
+anywhere on the way is detected and the tensor is named.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The dtype of every tensor of a Hugging Face checkpoint, kept where its weights live in another format.
+"""Records the dtype of every tensor of a Hugging Face checkpoint beside weights in another format.
 
-Megatron checkpoints hold one parameter where Hugging Face has several tensors, and a model in training has one dtype
-for all. So that the way back gives each tensor the dtype that it had, a conversion writes them beside the weights:
+A Megatron checkpoint holds one parameter for several Hugging Face tensors, and a model in training has one dtype. So a
+conversion records the original dtypes, and converting back restores them:
 
     {"format": 1, "dtype": "bfloat16", "others": {"model.norm.weight": "float32"}}
 """
@@ -27,14 +27,13 @@ _NAMES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.va
 
 
 def stored_dtypes(checkpoint: HFCheckpoint, arch: Architecture) -> dict[str, torch.dtype]:
-    """Of every tensor of the manifest, as stored."""
+    """The stored dtype of every tensor of the manifest."""
     return {name: checkpoint.dtype(name) for name in hf_tensor_shapes(arch)}
 
 
 def exact_dtype(dtypes: dict[str, torch.dtype]) -> torch.dtype:
-    """The dtype of a model that holds all values exactly: theirs, or float32 for several. CheckpointError for float64
-    ones.
-    """
+    """The dtype of a model that holds all values exactly: the common one, or float32 for several. Raises
+    CheckpointError for float64."""
     found = set(dtypes.values())
     if torch.float64 in found:
         raise CheckpointError("the checkpoint holds float64 tensors, which a model rounds: choose it with --dtype fp32")
@@ -52,7 +51,7 @@ def write_dtypes(directory: Path, dtypes: dict[str, torch.dtype], arch: Architec
 
 
 def read_dtypes(directory: Path, arch: Architecture) -> dict[str, torch.dtype] | None:
-    """What a directory records; None where it records nothing."""
+    """The recorded dtypes; None if there is no record."""
     file = directory / RECORD_FILE
     if not file.exists():
         return None

@@ -1,28 +1,28 @@
-"""Megatron-core model chunks back into Hugging Face tensors: a stream of bounded buckets, and a directory writer on
-top of it.
+"""Exports megatron-core model chunks as Hugging Face tensors: a stream of bounded buckets, and a directory writer on
+top.
 
-    stream = HFTensorStream(chunks, arch, pg_collection, bucket_bytes=...)    # once; collective
-    for name, tensor in stream:                                                 # as often as wanted; collective
-        ...                                                                     # the writing rank alone gets tensors
+    stream = HFTensorStream(chunks, arch, pg_collection, bucket_bytes=...)      # once; collective
+    for name, tensor in stream:                                                 # repeatable; collective
+        ...                                                                     # only the writing rank gets tensors
 
-Everything that does not depend on values is decided once, alike on every rank: the manifest (names, shapes, dtypes,
-in checkpoint order, whatever the layout), the buckets, and who sends what to whom. So a pass exchanges tensors only.
+What does not depend on values is computed once, the same on every rank: the manifest (names, shapes, dtypes, in
+checkpoint order, whatever the layout), the buckets, and who sends what to whom. So a pass exchanges tensors only.
 
-Ranks: an OWNER is a pipeline stage and an expert-parallel rank of it; what is no expert belongs to expert-parallel
-rank 0. Its LEADER is the first of its ranks (tensor rank 0 of data-parallel replica 0 is that of expert-parallel rank
-0); the WRITER is the leader of the first stage. Other replicas take no part. Per bucket, of one owner:
+Ranks: an OWNER is a pipeline stage and one of its expert-parallel ranks; what is not an expert belongs to
+expert-parallel rank 0. Its LEADER is the first of its ranks (tensor rank 0 of data-parallel replica 0 is that of
+expert-parallel rank 0); the WRITER is the leader of the first stage. Other replicas take no part. Per bucket:
 
     1. every other tensor rank (for an expert: expert-tensor rank) sends its shard of each split parameter to the
-       leader, who places it into the HF tensors,
+       leader, which places it into the HF tensors,
     2. the leader sends the bucket, as bytes, to the writer,
-    3. the writer hands the tensors out, then drops them.
+    3. the writer yields the tensors, then drops them.
 
-Memory besides the model: a leader holds one bucket and one shard; the writer the bucket in hand and the one that
-arrives. A bucket is at most `bucket_bytes`, or one parameter's tensors where those are larger (the embedding,
-usually). Under `in_place` the writer's own unsplit parameters are handed out without a bucket.
+Memory in addition to the model: a leader holds one bucket and one shard; the writer two buckets. A bucket has at most
+`bucket_bytes`, or one parameter's tensors if they are larger (usually the embedding). Under `in_place` the writer's own
+unsplit parameters are yielded without a bucket.
 
-Tied embeddings are exported once, from the first stage. Vocabulary padding is dropped. The values are the parameters'
-at the time of the pass: with a distributed optimizer call it after the parameter all-gather has completed.
+Tied embeddings are exported once, from the first stage. Vocabulary padding is dropped. The values are those at the time
+of the pass: with a distributed optimizer, run it after the parameter all-gather has completed.
 """
 
 from __future__ import annotations
@@ -73,14 +73,13 @@ class Bucket(NamedTuple):
 
 
 class HFTensorStream:
-    """Iterate on every rank of the model; only the writer (`is_writer`) receives (name, tensor). May be iterated
-    again and again.
+    """Iterate on every rank of the model, any number of times; only the writer (`is_writer`) receives (name, tensor).
 
-    The tensors of a bucket are views of one buffer, which is not used again: they may be kept, at the price of their
-    memory (not so under `in_place`).
+    The tensors of a bucket are views of one buffer that is not reused: they may be kept, at the price of their memory
+    (not so under `in_place`).
 
     Communication of a pass: point to point on pg_collection.tp and expt_tp (shards, parameter dtype) and on tp_ep_pp
-    (buckets, uint8), as in the module's docstring; nothing on ranks of other data-parallel replicas.
+    (buckets, uint8), as in the module docstring; none on ranks of other data-parallel replicas.
     """
 
     manifest: tuple[TensorSpec, ...]
@@ -133,7 +132,7 @@ class HFTensorStream:
             self.device = torch.device("cpu")
 
     def settle(self) -> None:
-        """To be called before the first bucket is gathered: no weight is stale. Collective over all replicas."""
+        """Complete all weights; to be called before the first bucket is gathered. Collective over all replicas."""
         settle(self._chunks)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -151,7 +150,7 @@ class HFTensorStream:
             del buffer
 
     def _holds_whole(self, bucket: Bucket) -> bool:
-        """Whether this rank has all of a bucket's parameters, none of them split: nobody sends."""
+        """Whether this rank has all parameters of a bucket unsplit, so that nobody sends."""
         groups = {self._tp if unit.expert is None else self._expert_tp for unit in bucket.units}
         return self.leads(bucket.owner) and all(group.size() == 1 for group in groups)
 
@@ -164,9 +163,8 @@ class HFTensorStream:
 
     @torch.no_grad()
     def gather(self, bucket: Bucket) -> torch.Tensor | None:
-        """The bucket's bytes, on the leader of its owner; None on the other ranks once theirs are sent. Collective over
-        the owner's ranks; buckets are to be gathered in order.
-        """
+        """The bucket's bytes on the leader of its owner; None on the other ranks, after they have sent theirs.
+        Collective over the owner's ranks; buckets must be gathered in order."""
         buffer, tensors = None, {}
         if self.leads(bucket.owner):
             buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self.device)
@@ -179,7 +177,7 @@ class HFTensorStream:
         return buffer
 
     def _collect(self, bucket: Bucket) -> torch.Tensor | None:
-        """The bucket's bytes, on the writer; None on the other ranks once theirs are sent."""
+        """The bucket's bytes on the writer; None on the other ranks, after they have sent theirs."""
         buffer = self.gather(bucket)
         if buffer is not None and not self.is_writer:
             dist.send(buffer, dst=self._leader(Owner(0)), group=self._model)
@@ -198,7 +196,7 @@ class HFTensorStream:
         return dist.get_global_rank(self._model, index)
 
     def _gather_unit(self, parameter: Parameter, group: dist.ProcessGroup, tensors: dict[str, torch.Tensor]) -> None:
-        """Place the shards of one parameter into the HF tensors, on the leader; send this rank's, elsewhere."""
+        """On the leader, place the shards of one parameter into the HF tensors; elsewhere, send this rank's shard."""
         # gloo is silently wrong on non-contiguous tensors (pytorch 192920).
         split = transform(parameter.unit) != "replicated"
         if group.rank() != 0 and not split:
@@ -239,7 +237,8 @@ def _value(parameter: Parameter) -> torch.Tensor:
 
 
 def _takes_part(pg_collection: Any) -> tuple[bool, bool]:
-    """Whether this rank belongs to the replica that exports what is no expert, and to the one that exports experts."""
+    """Whether this rank is in the replica that exports the dense parameters, and in the one that exports the
+    experts."""
     dense = pg_collection.dp.rank() == 0 and pg_collection.cp.rank() == 0
     return bool(dense), bool(pg_collection.expt_dp.rank() == 0)
 
@@ -247,10 +246,9 @@ def _takes_part(pg_collection: Any) -> tuple[bool, bool]:
 def make_buckets(
     owners: Mapping[Unit, Owner], specs: Mapping[Unit, tuple[TensorSpec, ...]], bucket_bytes: int
 ) -> Iterator[Bucket]:
-    """Cut the units, in order, into buckets of one owner and at most `bucket_bytes` (or one unit). Pure.
+    """Group the units, in order, into buckets of one owner and at most `bucket_bytes` (or one unit). Pure.
 
-    Invariant: the buckets' specs, concatenated, are the units' specs, so the order on the wire is the order of the
-    manifest.
+    Invariant: the buckets' specs, concatenated, are the units' specs, so tensors are sent in the manifest's order.
     """
     held: list[Unit] = []
     size = 0
@@ -309,9 +307,8 @@ def place(
 def whole_tensors(
     parameter: Parameter, arch: Architecture, value: torch.Tensor, specs: Sequence[TensorSpec]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The HF tensors of a parameter that is not split: views of its value where each of them lies in it in one piece
-    and in its dtype, else new ones.
-    """
+    """The HF tensors of an unsplit parameter: views of its value where each is contiguous in it and has its dtype, else
+    copies."""
     padded_vocab = value.shape[0] if transform(parameter.unit) == "vocabulary" else 0
     found: dict[str, torch.Tensor] = {}
     position = 0
@@ -401,10 +398,8 @@ def save_hf(
 
 
 def _source_dtypes(source_dir: Path, arch: Architecture) -> dict[str, torch.dtype] | torch.dtype | None:
-    """Per tensor as stored in the source; where the source has no HF weights, what its config says.
-
-    Else the parameters' own.
-    """
+    """Per tensor as stored in the source; without HF weights there, the dtype in its config.json; else None, the
+    parameters' own."""
     if has_safetensors(source_dir):
         with HFCheckpoint(source_dir) as source:
             return stored_dtypes(source, arch)

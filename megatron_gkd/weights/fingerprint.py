@@ -1,16 +1,14 @@
-"""A fingerprint of a Hugging Face model directory: another model has another one, without reading all of it.
+"""A fingerprint of a Hugging Face model directory, which differs between models and does not read all of the weights.
 
-It covers config.json byte for byte; of every tensor its name, type and shape; and of its data the first and the last
-piece (4 KiB, or one row where that is more) and one piece every 16 MiB between them. That is about a thousandth of the
-bytes: some 150 MB of a 70B model in bf16. How the tensors are cut into files does not matter, nor do names and dates of
-files.
+It covers config.json byte for byte; the name, dtype and shape of every tensor; and of its data the first and the last
+piece (4 KiB, or one row if that is more) and one piece every 16 MiB between them. That is about a thousandth of the
+bytes: some 150 MB for a 70B model in bf16. The split into files, and their names and dates, do not matter.
 
-With `ends_only` it covers the first and the last piece of a tensor's data alone: for a comparison that every rank makes
-at a start.
+With `ends_only` it covers only the first and the last piece of each tensor, for a comparison on every rank at each
+start.
 
-What it finds: every further training, merge or conversion that touches whole tensors, since each tensor is looked at in
-several places. What it does not: an edit by hand of a few rows in the middle of a large tensor, as of one token's
-embedding.
+It detects training, merging and conversion, which change whole tensors. It can miss an edit of a few rows in the middle
+of a large tensor, such as one token's embedding.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ _STRIDE_BYTES = 16 * 2**20
 
 
 def fingerprint(path: str | Path, *, ends_only: bool = False) -> str:
-    """Of the model in a directory. Raises CheckpointError for weights that HFCheckpoint refuses."""
+    """The fingerprint of a model directory. Raises CheckpointError for weights that HFCheckpoint refuses."""
     digest = hashlib.blake2b(digest_size=16, person=b"gkd.model")
     digest.update((Path(path) / "config.json").read_bytes())
     with HFCheckpoint(path) as checkpoint:

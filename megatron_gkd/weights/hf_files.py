@@ -1,10 +1,10 @@
-"""Hugging Face model directories, read lazily: safetensors headers at once, tensor data on demand. The writer is in
-hf_writer.py, the format of a file in safetensors_format.py.
+"""Reads Hugging Face model directories lazily: safetensors headers at once, tensor data on demand. The writer is
+hf_writer.py, the file format safetensors_format.py.
 
-`HFCheckpoint(path)` reads the headers of all files and checks them: sizes, the index, links that leave the directory.
-`read` then takes a rectangle of a tensor from a memory map; `read_into` copies one into memory that exists, without a
-map (twice as fast where the dtype changes, and a file that shrinks meanwhile is an error instead of a crash). Pickled
-weights (`pytorch_model.bin`) are never opened: unpickling runs code.
+`HFCheckpoint(path)` reads the headers of all files and checks sizes, the index, and links that leave the directory.
+`read` takes a rectangle of a tensor from a memory map. `read_into` copies one into existing memory without a map: it is
+twice as fast if the dtype changes, and a file that shrinks meanwhile is an error instead of a crash. Pickled weights
+(`pytorch_model.bin`) are never opened, because unpickling runs code.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ def weight_files(path: Path) -> list[str]:
 
 
 def check_side_files(path: Path) -> None:
-    """An export copies what they lead to, so a link may not lead out of the directory. Nor may one be a pointer."""
+    """Raise CheckpointError for a link that leaves the directory, because an export copies its target, and for a Git
+    LFS pointer."""
     for name in side_files(path):
         for file in (name, *(str(entry.relative_to(path)) for entry in (path / name).rglob("*"))):
             if (path / file).is_symlink():
@@ -265,7 +266,8 @@ def _check_index(path: Path, weight_map: dict[str, str], entries: dict[str, Entr
 
 
 def _inside(path: Path, file: str) -> Path:
-    """The file's real path; a link may stay in the directory, or lead to a blob of the hub's cache that holds it."""
+    """The file's real path. A link may stay in the directory or lead to a blob of the hub cache that contains the
+    directory."""
     try:
         target, root = (path / file).resolve(), path.resolve()
         if not target.is_relative_to(root) and not _is_blob(target, root):
@@ -283,9 +285,8 @@ def _inside(path: Path, file: str) -> Path:
 
 
 def _is_blob(target: Path, root: Path) -> bool:
-    """models--org--name/snapshots/<revision>[/sub]/file -> models--org--name/blobs/<hash>, which may be elsewhere. An
-    archive that looks like it leads nowhere else: to nothing but such hashes in its own `blobs`.
-    """
+    """Whether a link has the hub cache's form: models--org--name/snapshots/<revision>[/sub]/file ->
+    models--org--name/blobs/<hash>. An unpacked archive with such links can only reach hashes in its own `blobs`."""
     for revision in (root, *root.parents):
         snapshots = revision.parent
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith(_REPOSITORIES):

@@ -1,8 +1,8 @@
-"""Hugging Face model directories, written tensor by tensor: memory is one tensor, whatever the size of the files.
+"""Writes Hugging Face model directories tensor by tensor: memory is one tensor, whatever the size of the files.
 
-`HFWriter` knows all names, shapes and dtypes beforehand (the manifest), so it can write each file's header first and
-append tensors as they arrive. Files go to a hidden directory beside the destination, which is renamed when everything
-is complete; a destination that exists is refused. The format is in safetensors_format.py.
+`HFWriter` knows all names, shapes and dtypes beforehand (the manifest). So it writes each file's header first and
+appends tensors as they arrive. Files go to a hidden directory beside the destination, which is renamed when everything
+is complete; an existing destination is refused. The format is in safetensors_format.py.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class HFWriter(AbstractContextManager["HFWriter"]):
 
 
 def check_destination(out_dir: Path) -> None:
-    """Refuse to overwrite: exports are made once, into a directory that does not exist."""
+    """Refuse to overwrite: the directory must not exist."""
     if out_dir.exists() or out_dir.is_symlink():
         raise CheckpointError(f"{out_dir} exists and is not overwritten; remove it or choose another directory")
 

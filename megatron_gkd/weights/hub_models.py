@@ -15,12 +15,12 @@ from megatron_gkd.weights.hf_files import INDEX_FILE, SINGLE_FILE, is_side_file,
 
 
 def fetch_model(listing: Listing, *, weights: bool = True, shows: bool = True) -> Path:
-    """The directory of a model, as `--model` takes one.
+    """Fetch a model and return its directory, in the form that `--model` takes.
 
     Args:
-        weights: false: config and tokenizer alone.
+        weights: False: config and tokenizer only.
 
-    Raises CheckpointError for a repository that is no such model, ConfigError for one that cannot be fetched.
+    Raises CheckpointError for a repository without such a model, ConfigError if it cannot be fetched.
     """
     if "config.json" not in listing.files:
         raise CheckpointError(f"{listing.title} has no config.json; give a model in Hugging Face format")

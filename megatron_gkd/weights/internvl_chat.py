@@ -1,15 +1,15 @@
-"""InternVL's older format (`internvl_chat`), which is published with code of its own, as a Hugging Face directory of
-transformers' own form (`internvl`): by names and row ranges, without running that code.
+"""Converts InternVL's older format (`internvl_chat`), which is published with its own code, to transformers' `internvl`
+format: by names and row ranges, without running that code.
 
     convert_internvl_chat("InternVL3-2B-Pretrained", "InternVL3-2B-Pretrained-hf")
 
-    language_model.*                                 as it is
+    language_model.*                                 unchanged
     vision_model.encoder.layers.N.attn.qkv           q, k and v: thirds of its rows
-    everything else of vision_model. and mlp1.       another name (`_RENAMED`)
+    the rest of vision_model. and mlp1.              renamed (`_RENAMED`)
 
-Every tensor of either side is accounted for, and values are copied bit for bit. config.json, the chat template and the
-processor's files are written anew, in the meaning of the old ones; what has no such meaning is refused by name. Covered
-are decoders that architecture.py knows under their own names (qwen2: InternVL 2.5 and 3), not InternLM's.
+Every tensor on either side is accounted for, and values are copied bit for bit. config.json, the chat template and the
+processor's files are rewritten with the same meaning; an option without an equivalent is refused by name. Supported are
+decoders that architecture.py knows under their own names (qwen2: InternVL 2.5 and 3), not InternLM's.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def convert_internvl_chat(source_dir: str | Path, out_dir: str | Path) -> None:
 
 
 def stored_place(name: str, num_rows: int) -> tuple[str, Span | None]:
-    """Where the old format has a tensor: its name there, and the rows of it (None: all)."""
+    """A tensor's name in the old format, and its rows there (None: all)."""
     if found := _QKV.fullmatch(name):
         first = "qkv".index(found[2]) * num_rows
         return f"vision_model.encoder.layers.{found[1]}.attn.qkv.{found[3]}", (first, first + num_rows)

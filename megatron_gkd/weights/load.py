@@ -1,15 +1,14 @@
-"""Hugging Face weights into megatron-core model chunks: each rank reads the rectangles that it needs, and nothing else.
+"""Loads Hugging Face weights into megatron-core model chunks: each rank reads only the rectangles that it needs.
 
     report = load_hf_weights(chunks, checkpoint, arch, tp_rank=..., tp_size=...)
 
-No communication, no rank that holds a whole model, no copy beside the one in the file's memory map. Call it before
-DDP and the optimizer are built (the distributed optimizer copies its fp32 master weights from the parameters).
+No communication, no rank that holds a whole model, no copy besides the file's memory map. Call it before DDP and the
+optimizer are built (the distributed optimizer copies its fp32 main weights from the parameters).
 
-Closed in both directions, before the first byte is copied: every tensor of the checkpoint is in the manifest of the
-architecture or on the explicit list of tensors that hold no weight; every manifest tensor is there with its shape and
-a floating dtype; every parameter of the model has a rule and every role of the architecture a parameter. A tied
-checkpoint that also stores `lm_head.weight` must store the embedding in it, else one of the two is wrong and it is
-refused.
+Before the first byte is copied, the map is checked in both directions. Every tensor of the checkpoint is in the
+architecture's manifest or on the list of tensors that hold no weight. Every manifest tensor exists with its shape and a
+floating dtype. Every parameter of the model has a rule, and every role of the architecture a parameter. A tied
+checkpoint may store `lm_head.weight` only if it equals the embedding.
 """
 
 from __future__ import annotations
@@ -92,9 +91,9 @@ def load_vocab_shard(
     """One rank's rows of the head (of the embedding, where tied) or embedding: [padded_vocab / size, H], padding 0.
 
     Args:
-        padded_vocab: rows over all ranks; not less than `num_rows`.
-        num_rows: rows that are read, the rest is padding; None: the checkpoint's whole vocabulary. Fewer, where another
-            model pads its vocabulary less.
+        padded_vocab: rows over all ranks; at least `num_rows`. num_rows: rows to read, the rest is padding; fewer than
+        the checkpoint's if another model's vocabulary is smaller.
+            None: the checkpoint's whole vocabulary.
     """
     check_manifest(checkpoint, arch)
     if num_rows is not None:
@@ -107,10 +106,8 @@ def load_vocab_shard(
 
 
 def check_manifest(checkpoint: HFCheckpoint, arch: Architecture) -> None:
-    """Names, shapes and dtypes of the whole checkpoint against what the architecture needs.
-
-    Reads headers (and a stored tied head).
-    """
+    """Check names, shapes and dtypes of the whole checkpoint against the architecture. Reads headers, and a stored tied
+    head."""
     manifest, (embedding,), head = hf_tensor_shapes(arch), hf_names(Unit("embedding"), arch), _head_name(arch)
     stored = set(checkpoint.names())
     if missing := manifest.keys() - stored:
@@ -139,7 +136,7 @@ def check_manifest(checkpoint: HFCheckpoint, arch: Architecture) -> None:
 
 
 def _head_name(arch: Architecture) -> str:
-    """Of the head's tensor, where it is stored."""
+    """Name of the head's tensor where it is stored."""
     (name,) = hf_names(Unit("head"), replace(arch, tied_embeddings=False))
     return name
 
@@ -163,7 +160,7 @@ def _check_tied_head(checkpoint: HFCheckpoint, embedding_name: str, head_name: s
 def parameter_plan(
     parameter: Parameter, arch: Architecture, tp_rank: int, tp_size: int, expert_rank: ExpertRank
 ) -> tuple[Rectangle, ...]:
-    """The parameter's rectangles, after a check of its shape. The padded vocabulary is the model's own choice."""
+    """The parameter's rectangles; checks its shape. The padded vocabulary is taken from the model."""
     unit, name, tensor = parameter
     rank, size = (tp_rank, tp_size) if unit.expert is None else (expert_rank.tp_rank, expert_rank.tp_size)
     padded_vocab = tensor.shape[0] * size if transform(unit) == "vocabulary" else 0

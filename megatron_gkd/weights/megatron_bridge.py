@@ -1,13 +1,13 @@
-"""Conversion by NVIDIA's megatron-bridge, for families that are not in our map. Optional, imported when it is used.
+"""Conversion by NVIDIA's megatron-bridge, for families that are not in our map. Optional; imported on use.
 
-The package needs Transformer Engine, so a machine with a GPU, and its own versions of other libraries; it is in no
-requirements file here. What it writes is ITS checkpoint format (a directory of iterations), which it reads back.
+The package needs Transformer Engine, so a GPU, and its own versions of other libraries; no requirements file here lists
+it. It writes and reads ITS checkpoint format (a directory of iterations).
 
-Why our families are refused: the library has given silently wrong numbers for some of them (llama3 and yarn RoPE, a
-dropped o_proj bias, padded vocabularies), and the map of this package is checked against transformers. Nothing that
-the library does is checked here: not by tests, which never import it, and not by --check.
+Families in our map are refused. The library has silently converted some of them wrongly (llama3 and yarn RoPE, a
+dropped o_proj bias, padded vocabularies), and our map is checked against transformers. The library's results are not
+checked: not by tests, which never import it, and not by --check.
 
-Written from its source (AutoBridge.import_ckpt and export_ckpt, 0.6); never run by us.
+Written from its source (AutoBridge.import_ckpt and export_ckpt, 0.6); never run here.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Megatron distributed checkpoints (`torch_dist`) of a model alone, written and read one parameter at a time.
 
-The names, shapes and offsets of the shards come from `GPTModel.sharded_state_dict` of a SKELETON: this rank's model
-chunks on the meta device (`build_skeleton`), which hold no memory. So the files are exactly those that megatron-core
-writes for such a model, whatever the layout, and train/checkpoint's names; only the values arrive later:
+Names, shapes and offsets of the shards come from `GPTModel.sharded_state_dict` of a SKELETON: this rank's model chunks
+on the meta device (`build_skeleton`), which hold no memory. So the files and keys are exactly those that megatron-core
+and train/checkpoint write for such a model in any layout. Only the values are streamed:
 
-    writing   each shard is read from the Hugging Face files when its turn to be written comes, and dropped,
-    reading   a parameter is put together from the stored chunks that overlap it when the export asks for it.
+    writing   each shard is read from the Hugging Face files when it is written, then dropped,
+    reading   a parameter is assembled from the stored chunks that overlap it when the export asks for it.
 
-Memory besides the skeleton: one shard while writing; one parameter and one stored chunk while reading. The memory map
-of the source does not count: its pages are the kernel's to drop.
+Memory in addition to the skeleton: one shard while writing; one parameter and one stored chunk while reading. The
+source's memory map does not count, because the kernel can drop its pages.
 
 Communication: `write_shards` is collective over WORLD (dist_checkpointing plans its files there); opening a
 MegatronCheckpoint makes one all_gather_object over the model's ranks; reading is local.
@@ -78,7 +78,7 @@ def is_megatron_checkpoint(path: str | Path) -> bool:
 
 
 def what_it_is(path: str | Path) -> str:
-    """Of a directory that is no such checkpoint: what it is instead, as far as one can see, and what to give."""
+    """What a directory is that is not such a checkpoint, as far as one can tell, and what to give instead."""
     path = Path(path)
     iterations = sorted(path.glob("iter_*"))
     steps = [d for d in sorted((path / "checkpoints").glob("step_*")) if is_megatron_checkpoint(d)]
@@ -146,7 +146,7 @@ def write_shards(
 
 
 class MegatronCheckpoint:
-    """The model in a distributed checkpoint (of a conversion, of a training run or of Megatron-LM), read on demand."""
+    """The model in a distributed checkpoint (from a conversion, a training run or Megatron-LM), read on demand."""
 
     def __init__(
         self,
@@ -202,7 +202,8 @@ class MegatronCheckpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored weights, the same on all ranks; of several, float32, which holds them all but float64."""
+        """The dtype of the stored weights, the same on all ranks. For several, float32, which holds all of them except
+        float64."""
         stored = (key for name, key in self._names.items() if name.startswith(_MODEL_PREFIXES))
         found = {self._stored[key].properties.dtype for key in stored}
         return found.pop() if len(found) == 1 else torch.float32
@@ -276,7 +277,7 @@ def _unwrapped(key: str) -> str:
 
 
 def _sharded_state(chunks: Sequence[Any], groups: ProcessGroupCollection) -> dict[str, Any]:
-    """As train/checkpoint/sharded.py's, of the model alone."""
+    """The model's part of train/checkpoint/sharded.py's state."""
     metadata = {"dp_cp_group": groups.dp_cp}
     return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
 

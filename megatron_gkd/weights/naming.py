@@ -1,19 +1,17 @@
-"""Names: which Hugging Face tensors a megatron-core parameter is made of. Data and a parser, nothing else.
+"""Names: which Hugging Face tensors make up a megatron-core parameter. Data and a parser only.
 
-A ROLE is what a parameter is for ("qkv", "down", ...), independent of how a layer spec spells it. `ROLES` is the
-whole table: the HF names, in the order in which the transform lays them out, the patterns over megatron-core's names,
-and the TRANSFORM (see plan.py) that turns one into the other. megatron-core's local spec and its TransformerEngine
-spec share all names but the two norms in front of the linear layers, which TransformerEngine fuses into the layer
-that follows them (in a layer with experts only the first: the router reads the second one too), and the names of
-experts.
+A ROLE is the purpose of a parameter ("qkv", "down", ...), whatever a layer spec calls it. `ROLES` is the whole table:
+the HF names in the order in which the transform lays them out, the megatron-core names, and the TRANSFORM (plan.py)
+between the two. megatron-core's local spec and its TransformerEngine spec use the same names except for experts and the
+two norms in front of the linear layers. TransformerEngine fuses these norms into the next layer (in a layer with
+experts only the first, because the router reads the second one too).
 
-A name without a rule is an error, never skipped: a parameter that is not understood would stay at its random initial
-value.
+A name without a rule is an error and is never skipped: an unknown parameter would keep its initial value.
 
-The tensors of a vision tower and its projector (model/vision.py) are units of their own, whole on every TP rank, whose
-names are transformers'. All names in files have the prefixes of the directory's spelling (model/vision_config.py).
+The tensors of a vision tower and its projector (model/vision.py) are units of their own, replicated over TP, with
+transformers' names. Names in files have the prefixes of the directory's spelling (model/vision_config.py).
 
-Not covered: router biases that are added to logits, multi-token prediction (refused by name).
+Not supported: router biases that are added to logits, multi-token prediction (refused by name).
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ class Role:
 
 
 class Unit(NamedTuple):
-    """One parameter of the whole model: what loading plans and export sends at once. Indices are global."""
+    """One parameter of the whole model, the unit of loading plans and of the export. Indices are global."""
 
     role: str
     layer: int | None = None
@@ -61,7 +59,7 @@ class Unit(NamedTuple):
 
 
 class ParsedName(NamedTuple):
-    """What a megatron-core parameter name means."""
+    """The meaning of a megatron-core parameter name."""
 
     role: str
     layer: int | None  # local to the model chunk: the global index is decoder.layers[layer].layer_number - 1
@@ -297,7 +295,7 @@ _IGNORED_HF: Final = (
 
 
 def parse(name: str) -> ParsedName:
-    """Meaning of a parameter name of an unwrapped megatron-core GPTModel, of either layer spec."""
+    """Parse a parameter name of an unwrapped megatron-core GPTModel, of either layer spec."""
     if name.startswith(_VISION_PREFIX):
         return ParsedName(VISION, None, None, name.removeprefix(_VISION_PREFIX))
     for pattern, what in _NOT_BUILT:
@@ -316,7 +314,8 @@ def parse(name: str) -> ParsedName:
 
 
 def is_extra_state(name: str) -> bool:
-    """TransformerEngine's `_extra_state` entries (fp8 scales) are in a state dict but are no weights."""
+    """Whether it is one of TransformerEngine's `_extra_state` entries (fp8 scales): in a state dict, but not a
+    weight."""
     return name.rsplit(".", 1)[-1] == "_extra_state"
 
 
@@ -324,7 +323,7 @@ ADAPTER_KEYS: Final = "adapter.layers."  # how keys of adapters begin in a distr
 
 
 def is_adapter(name: str) -> bool:
-    """A matrix of an adapter (model/lora.py) beside a weight: no role of its own (weights/adapters.py)."""
+    """Whether it is a matrix of an adapter (model/lora.py), which has no role (weights/adapters.py)."""
     return name.endswith((".adapter.A", ".adapter.B"))
 
 
@@ -341,7 +340,7 @@ def hf_names(unit: Unit, arch: Architecture) -> tuple[str, ...]:
 
 
 def transform(unit: Unit) -> Transform:
-    """How the parameter of a unit is made of its HF tensors."""
+    """How the unit's parameter is made from its HF tensors."""
     return "replicated" if unit.role == VISION else ROLES[unit.role].transform
 
 
@@ -357,7 +356,7 @@ def layer_roles(arch: Architecture, layer: int) -> tuple[str, ...]:
 
 
 def layer_units(arch: Architecture, layer: int, experts: range | None = None) -> Iterator[Unit]:
-    """The units of a decoder layer, expert by expert; of `experts` only, where given."""
+    """The units of a decoder layer, expert by expert; only those of `experts`, if given."""
     roles = layer_roles(arch, layer)
     yield from (Unit(role, layer) for role in roles if not ROLES[role].per_expert)
     if arch.moe is not None:
@@ -366,13 +365,12 @@ def layer_units(arch: Architecture, layer: int, experts: range | None = None) ->
 
 
 def is_ignored_hf_name(name: str) -> bool:
-    """A tensor of an HF checkpoint that is known to hold no weight."""
+    """Whether a tensor of an HF checkpoint is known to hold no weight."""
     return any(pattern.fullmatch(name) for pattern in _IGNORED_HF)
 
 
 def predicts_ahead(name: str, arch: Architecture) -> bool:
-    """A tensor of a layer for the prediction of further tokens, which stands behind the decoder's: transformers leaves
-    it out, too.
-    """
+    """Whether the tensor belongs to a multi-token prediction layer behind the decoder's layers. transformers ignores
+    those too."""
     first = arch.num_layers
     return name.startswith(tuple(f"model.layers.{n}." for n in range(first, first + arch.num_predict_layers)))

@@ -1,14 +1,13 @@
 """An adapter's directory in peft's format: `adapter_config.json` and `adapter_model.safetensors`, with peft's names.
 
-    write(path, config, manifest, layers)        from `collect` (adapters.py): complete, or not there
+    write(path, config, manifest, layers)        from `collect` (adapters.py); the directory appears complete
     with PeftAdapter(path) as adapter: ...       checked against what a run can train; matrices on demand
 
-`BASE`, a key of the safetensors file's metadata, holds the fingerprint of the weights that the adapter belongs to
-(fingerprint.py): an adapter on another base is another model. Files of other programs have none.
+`BASE`, a metadata key of the safetensors file, holds the fingerprint of the base weights (fingerprint.py), because an
+adapter on another base is another model. Files of other programs have none.
 
-Refused in reading, by name: what is not plain LoRA, if with modules that are trained whole (other kinds, biases, DoRA,
-ranks by pattern), and tensors that a LoRA of these matrices and modules does not have. Pickled adapters
-(`adapter_model.bin`) are never opened.
+Reading refuses by name what is not plain LoRA plus modules that are trained whole (other kinds, biases, DoRA, ranks by
+pattern), and tensors that such an adapter does not have. Pickled adapters (`adapter_model.bin`) are never opened.
 """
 
 from __future__ import annotations
@@ -94,11 +93,11 @@ def write(
     *,
     base: str,
 ) -> None:
-    """Write the directory; one that is there makes room when all is written.
+    """Write the directory. An existing one is replaced once everything is written.
 
     Args:
-        manifest: of all tensors of `layers`, in their order.
-        base: fingerprint of the weights that the adapter belongs to.
+        manifest: all tensors of `layers`, in their order.
+        base: fingerprint of the base weights.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.incomplete-{os.getpid()}"
@@ -151,7 +150,7 @@ class PeftAdapter(AbstractContextManager["PeftAdapter"]):
         return Lora(self.config["r"], float(self.config["lora_alpha"]), bool(self.config.get("use_rslora")))
 
     def check(self, manifest: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError unless the file holds these tensors, in these shapes, and no other one."""
+        """Raise CheckpointError unless the file holds exactly these tensors in these shapes."""
         if missing := manifest.keys() - self._entries.keys():
             raise CheckpointError(f"{self.path} has no {min(missing)}{_more(missing)}: {_ADVICE}")
         if extra := self._entries.keys() - manifest.keys():
@@ -176,7 +175,8 @@ class PeftAdapter(AbstractContextManager["PeftAdapter"]):
         return rows
 
     def check_tied(self, embedding: str, head: str) -> None:
-        """Raise CheckpointError unless embedding and head, by peft's names, are one, as they are in the student."""
+        """Raise CheckpointError unless embedding and head, by peft's names, are one matrix, as they are in the
+        student."""
         if said := check_tied(self._entries, self.config, self._same, embedding, head):
             raise CheckpointError(f"{self.path} {said}: it is an adapter of another model")
 

@@ -2,28 +2,28 @@
 tensors.
 
 A shard is the concatenation, along dimension 0 and in order, of rectangles of HF tensors (or of zero rows: vocabulary
-padding). One plan serves all uses: loading reads its rectangles, exporting writes them, and a proof without weights
-counts them (every element of every HF tensor exactly once over the ranks).
+padding). One plan serves all uses: loading reads its rectangles, exporting writes them, and a test without weights
+counts that the ranks cover every element of every HF tensor exactly once.
 
 Transforms, for rank r of n tensor-parallel ranks (H hidden, h head_dim, A query heads, G KV heads, I ffn, V
-vocabulary; both sides store linear weights as [out, in], RoPE is rotate-half on both sides, so nothing is transposed
-or permuted within a head):
+vocabulary). Both sides store linear weights as [out, in] and use rotate-half RoPE, so nothing is transposed or permuted
+within a head:
 
-    replicated   the HF tensor as it is, on every rank.
+    replicated   the HF tensor unchanged, on every rank.
     columns      [H, X]: columns r*X/n .. (r+1)*X/n   (attention output X = A*h, down projection X = I).
     rows         [X, ...]: rows r*X/n .. (r+1)*X/n   (heads one after the other, X = A*h: latent attention, a norm over
                  all heads).
     vocabulary   [V, H] followed by zero rows up to the padded vocabulary; rows r*P/n .. (r+1)*P/n of that.
     qkv          [(A+2G)*h, H]: for each KV group g, the rows of its A/G query heads, of its key head, of its value
-                 head; then an equal chunk of the rows. That holds for n > G too, where a chunk may begin inside a
-                 head. Biases alike.
+                 head; then equal chunks of these rows. This holds for n > G too, where a chunk may begin inside a
+                 head. Biases likewise.
     gated        [2I/n, H]: chunk r of gate, then chunk r of up; NOT chunk r of [gate; up].
 
-An expert is cut over the expert-tensor-parallel ranks; which experts a rank has, expert parallelism says: rank r of n
-has experts r*E/n .. (r+1)*E/n, whole or in part (chunks.py).
+An expert is sharded over the expert-tensor-parallel ranks. With expert parallelism, rank r of n has experts
+r*E/n .. (r+1)*E/n (chunks.py).
 
-A wrong transform survives a round trip bit for bit, since export inverts import; only logits tell. Hence tests/weights
-compares logits with transformers for every family and layout.
+A wrong transform survives a round trip bit for bit, because export inverts import; only logits reveal it. So
+tests/weights compares logits with transformers for every family and layout.
 """
 
 from __future__ import annotations
@@ -117,9 +117,8 @@ def hf_tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def plan(unit: Unit, arch: Architecture, rank: int, size: int, padded_vocab: int) -> tuple[Rectangle, ...]:
-    """Rectangles of rank `rank` of `size` tensor-parallel ranks (of an expert: expert-tensor-parallel ones), in the
-    order of the shard's rows.
-    """
+    """Rectangles of rank `rank` of `size` tensor-parallel ranks (for an expert: expert-tensor-parallel ranks), in the
+    order of the shard's rows."""
     assert 0 <= rank < size, (rank, size)
     role = unit.role
     shapes = unit_shapes(unit, arch)

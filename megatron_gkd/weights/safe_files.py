@@ -1,22 +1,23 @@
-"""Reading `torch_dist` checkpoints without running what is in them.
+"""Reads `torch_dist` checkpoints without running code in them.
 
-The format has pickles in three places. torch (2.13) and megatron-core (0.16 to 0.19) open them so:
+The format has pickles in three places. What torch (2.13) and megatron-core (0.16 to 0.19) do, and what is done here:
 
-    .metadata       pickle.load: which tensor lies where         here: an unpickler that knows CLASSES, and nothing else
-    byte entries    torch.load(weights_only=False)               here: weights_only=True
-    common.pt       torch.load, whose default was False          here: weights_only=True
-    tensors         torch.load(weights_only=True)                as it is
+    .metadata       pickle.load: which tensor lies where         an unpickler that knows CLASSES only
+    byte entries    torch.load(weights_only=False)               weights_only=True
+    common.pt       torch.load, whose default was False          weights_only=True
+    tensors         torch.load(weights_only=True)                the same
 
-CLASSES are plain data, whose constructors do nothing but keep their arguments. A checkpoint that names anything else is
-refused, and the name is told; but for getattr, by which Python 3.11.2 writes a member of an enumeration, and which
-gives one of CLASSES' here and nothing else. Paths in the metadata that leave the directory are refused too.
+CLASSES are plain data, whose constructors only keep their arguments. A checkpoint that names anything else is refused,
+and the error says the name. One exception: Python 3.11.2 pickles a member of an enumeration as a call of getattr; it is
+replaced by a function that returns members of CLASSES' enumerations only. Paths in the metadata that leave the
+directory are refused too.
 
-    reader = SafeReader(path)            in place of torch's FileSystemReader
-    loaded = load_sharded(state, path)   in place of megatron-core's dist_checkpointing.load
+    reader = SafeReader(path)            replaces torch's FileSystemReader
+    loaded = load_sharded(state, path)   replaces megatron-core's dist_checkpointing.load
 
-megatron-core's own entry points, `dist_checkpointing.load` and `save`, and the strategies that they take change from
-release to release (0.17 drops the strategies of the common part, 0.19 the base classes). The functions that they are
-made of do not, so those are called here and in the two writers.
+megatron-core's entry points, `dist_checkpointing.load` and `save`, and their strategies change between releases (0.17
+drops the strategies of the common part, 0.19 the base classes). The functions below them do not, so this module and the
+two writers call those.
 
 Communication: `load_sharded` is collective over WORLD; nothing else communicates.
 """
@@ -97,7 +98,7 @@ class _PlainDataUnpickler(pickle.Unpickler):
 
 
 def _member(enumeration: Any, name: str) -> Enum:
-    """In place of getattr. Raises CheckpointError for all but a member of an enumeration."""
+    """Replaces getattr. Raises CheckpointError unless it is a member of an enumeration."""
     if isinstance(enumeration, EnumType) and name in enumeration.__members__:
         return cast(Enum, enumeration.__members__[name])
     raise CheckpointError(
@@ -123,7 +124,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def load_plain(file: str | Path | io.BytesIO) -> Any:
-    """What torch.save wrote, as long as it is tensors and plain Python data."""
+    """What torch.save wrote, if it is tensors and plain Python data only."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -152,11 +153,10 @@ class _SafePlanner(MCoreLoadPlanner):
 
 
 def load_sharded(state: dict[str, Any], checkpoint: str | Path) -> dict[str, Any]:
-    """The values of a sharded state dict, each in place of its shard, and what is not sharded from the first rank's
-    file. Collective over WORLD.
+    """Load a sharded state dict: each value in place of its shard, and the unsharded part from the first rank's file.
+    Collective over WORLD.
 
-    Raises CheckpointError for what is not plain data, and what torch raises (CheckpointException) for shards that are
-    missing or damaged.
+    Raises CheckpointError for anything but plain data, and torch's CheckpointException for missing or damaged shards.
     """
     shards, local, factories = load_preprocess(state)
     shards, _ = extract_sharded_base(shards)
@@ -184,6 +184,7 @@ def _read_shards(state: dict[str, Any], checkpoint: str | Path) -> dict[str, Any
 
 
 def write_unsharded(common: dict[str, Any], directory: Path) -> None:
-    """What makes a directory of shards a checkpoint: what is not sharded, and the name of the format. First rank."""
+    """Write what makes a directory of shards a checkpoint: the unsharded part and the name of the format. On the first
+    rank."""
     torch.save(common, directory / COMMON_FILE)
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))

@@ -47,9 +47,10 @@ class TensorSpec(NamedTuple):
 
 
 def read_header(target: Path, shown: Path) -> dict[str, Entry]:
-    """The tensors of a file, by name; the header is checked against the file's size, so a half-copied file is found.
+    """The tensors of a file, by name. The header is checked against the file's size, so that a partial copy is
+    detected.
 
-    `shown` is the file's name in its directory and in errors, where `target` is what a link leads to. Raises
+    `shown` is the file's path in its directory, for errors; `target` is the same file with links resolved. Raises
     CheckpointError.
     """
     size = target.stat().st_size
@@ -99,9 +100,8 @@ def _read_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
 def write_header(
     specs: Sequence[TensorSpec], *, alignment: int = 8, metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """What stands before the data of these tensors, padded with blanks so that it begins at a multiple of `alignment`
-    bytes.
-    """
+    """The bytes before the data of these tensors, padded with blanks so that the data begins at a multiple of
+    `alignment`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for spec in specs:

@@ -1,13 +1,13 @@
-"""Who builds, fills and streams a model: ours, of a Hugging Face directory whose architecture is known.
+"""Builds, loads and streams a model: for a Hugging Face directory whose architecture is known.
 
     source = ModelSource(path, arch)
     chunks = source.build(layout, groups, options, dtype=...)         without weights
-    source.load(chunks, groups)                                       every parameter filled, every key used
-    stream = source.stream(chunks, groups, ...)                       HF-named tensors, as the weights are then
-    source.manifest(dtype)                                            what the stream will hold
+    source.load(chunks, groups)                                       fills every parameter, uses every key
+    stream = source.stream(chunks, groups, ...)                       HF-named tensors with the current weights
+    source.manifest(dtype)                                            what the stream contains
 
-Another library with more families would be another class with these methods; nothing else in a run asks how a model
-came to be.
+A library with more families would be another class with these methods; nothing else in a run depends on how a model is
+made.
 """
 
 from __future__ import annotations

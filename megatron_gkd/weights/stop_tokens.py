@@ -1,11 +1,11 @@
-"""Where a sampled completion ends: at the token that ends every completion of the training data, and at those that the
-model's generation_config.json names.
+"""The tokens that end a sampled completion: the one that ends every completion of the training data, and those in the
+model's generation_config.json.
 
-A student's export names them all in its generation_config.json (`generation_changes`): where the template ends turns
-with a token that the source's file does not name, transformers would write the right answer and run on.
+A student's export lists all of them in its generation_config.json (`generation_changes`). Otherwise, where the template
+ends turns with a token that the source's file does not list, transformers would not stop after the answer.
 
-Only an absent file names none. One that is damaged, or names what is no token of the model, is an error: with a stop
-token lost, every completion would run to its limit, and in silence.
+Only a missing file lists none. A damaged file, or one that lists a token outside the model's vocabulary, is an error:
+with a stop token lost, every completion would silently run to its limit.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _MOST: Final = 1000
 
 
 def stop_tokens(model: str | Path, encoder: ChatEncoder) -> tuple[int, ...]:
-    """Token ids, ascending, of a model's directory. Raises CheckpointError."""
+    """Token ids, ascending, for a model's directory. Raises CheckpointError."""
     return tuple(sorted({encoder.end_of_turn_id, *_named(Path(model))}))
 
 
 def generation_changes(model: str | Path, stop_ids: Sequence[int]) -> dict[str, Any]:
-    """Keys of generation_config.json to set in an export from `model`, so that it names all of `stop_ids`; {} where it
-    does. A directory without the file has its tokens in config.json, as transformers reads them.
+    """Keys to set in an export's generation_config.json so that it lists all of `stop_ids`; {} if it already does.
+    Without the file, transformers reads the tokens from config.json.
 
     Raises CheckpointError.
     """

@@ -1,22 +1,22 @@
 """Modules that are trained whole beside adapters (peft's `modules_to_save`), by Hugging Face names: embedding, head and
-norms of a model whose other weights are frozen, and the projector of one that sees images.
+norms of a model whose other weights are frozen, and the projector of a vision-language model.
 
-    check_modules(arch, ["embed_tokens", "norm"])       refuses names that no such module has
+    check_modules(arch, ["embed_tokens", "norm"])       refuses other names
     unfreeze(chunks, arch, groups, names, ...)          after `attach` (adapters.py), before DDP
-    fill(chunks, arch, groups, names, read)             from whole tensors by peft's names
-    collect(chunks, arch, groups, names)                whole tensors again, on the rank that writes
+    fill(chunks, arch, groups, names, read)             values from whole tensors by peft's names
+    collect(chunks, arch, groups, names)                whole tensors again, on the writing rank
 
-A name is the last part of a module's: `input_layernorm` is that of all layers, `norm` the last one alone (peft, which
-compares the ends of names, is told `model.norm`).
+A name is the last part of a module's name: `input_layernorm` means that of all layers, `norm` only the final one (peft
+compares the ends of names, so it is given `model.norm`).
 
-A tied head is the embedding: either name trains the one matrix, on both ends of a pipeline. peft needs
-`ensure_weight_tying` for that, and then writes the matrix under both names; so do we. A file in which the head was left
-behind, or differs, is another model, and refused.
+A tied head is the embedding: either name trains the one matrix, on both ends of a pipeline. peft then needs
+`ensure_weight_tying` and writes the matrix under both names; so do we. A file in which the head is missing or differs
+is another model and is refused.
 
-Of a model that sees images names are transformers', as those of adapters are; norms of heads are left out, whose names
-the tower's may share.
+For a vision-language model names are transformers', as for adapters. Norms of heads are left out, because the tower's
+may have the same names.
 
-Gradients and optimizer state are megatron-core's own, as in full training: no weight decay on norms.
+Gradients and optimizer state are megatron-core's, as in full training: no weight decay on norms.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PREFIX: Final = "base_model.model."
 
 
 def check_modules(arch: Architecture, names: Sequence[str]) -> None:
-    """Raise ConfigError for a name that no module has which can be trained whole."""
+    """Raise ConfigError for a name that is not a module that can be trained whole."""
     present = ({unit.role for unit in units(arch)} | {"head"}) - ({"query_norm"} if arch.latent is not None else set())
     if arch.vision is not None:
         present -= {"query_norm", "key_norm"}
@@ -53,13 +53,13 @@ def check_modules(arch: Architecture, names: Sequence[str]) -> None:
 
 
 def roles_of(arch: Architecture, names: Sequence[str]) -> set[str]:
-    """The roles (naming.py) that are trained; of a tied head both ends."""
+    """The roles (naming.py) that are trained; for a tied head both ends."""
     found = {_NAMES[name] for name in names if name in _NAMES}
     return found | {"embedding", "head"} if arch.tied_embeddings and found & {"embedding", "head"} else found
 
 
 def _projectors(arch: Architecture) -> list[str]:
-    """The name of the projector of a model that sees images."""
+    """The name of the projector, for a vision-language model."""
     return [] if arch.vision is None else [arch.vision.projector_prefix.split(".")[-2]]
 
 
@@ -70,7 +70,7 @@ def _is_trained(arch: Architecture, names: Sequence[str]) -> Callable[[Unit], bo
 
 
 def ties(arch: Architecture, names: Sequence[str]) -> bool:
-    """Whether a matrix is trained that is both embedding and head."""
+    """Whether a trained matrix is both embedding and head."""
     return arch.tied_embeddings and "head" in roles_of(arch, names)
 
 
@@ -93,7 +93,7 @@ def shapes(arch: Architecture, names: Sequence[str]) -> dict[str, tuple[int, ...
 
 
 def _stored_as(name: str, arch: Architecture) -> list[str]:
-    """peft's names of a Hugging Face tensor: of a tied embedding the head's too."""
+    """peft's names of a Hugging Face tensor; for a tied embedding also the head's."""
     embedding, head = tied_names(arch)
     own = _peft_name(name, arch)
     return [own, *([head] if arch.tied_embeddings and own == embedding else [])]
@@ -120,8 +120,8 @@ def _trained(chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any,
 def unfreeze(
     chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any, names: Sequence[str], *, keep_base: bool
 ) -> None:
-    """The modules' parameters ask for gradients; with `keep_base` the values of now are kept beside them, as those of
-    the base (model/lora.py, `switched_off`)."""
+    """Make the modules' parameters trainable. With `keep_base`, keep their current values as those of the base
+    (model/lora.py, `switched_off`)."""
     for parameter in _trained(chunks, arch, groups, names):
         parameter.tensor.requires_grad_(True)
         if keep_base:
@@ -155,7 +155,7 @@ def fill(
 def collect(
     chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any, names: Sequence[str], **options: Any
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Whole tensors by peft's names, on the CPU of the writing rank; nothing on others, which have to ask for all too.
+    """Whole tensors by peft's names, on the CPU of the writing rank; nothing on the others, which must iterate too.
 
     Args:
         options: of HFTensorStream, whose communication it makes.

@@ -66,6 +66,18 @@ def test_the_shares_of_all_ranks_are_each_loss_token_exactly_once(samples, num_r
         assert LossShare.of(sample).tokens == list(range(sample.num_loss_tokens))
 
 
+def test_tokens_that_the_model_did_not_write_are_inputs_and_no_loss_tokens():
+    mask = (True, False, False, True, True)
+    sample = Sample(0, 0, (5, 6), (1, 2, 3, 4, 7), "student", 0, completion_mask=mask, logprobs=(-1, -2, -3, -4, -5))
+    batch = collate([sample])
+    assert batch.tokens.tolist() == [[5, 6, 1, 2, 3, 4]]
+    assert (batch.loss_index.tolist(), batch.labels.tolist()) == ([1, 4, 5], [1, 4, 7])
+    assert batch.logprobs.tolist() == [-1, -4, -5]
+    assert batch.lengths == (sample.num_loss_tokens,) == (3,)
+    assert sample.for_teacher.num_loss_tokens == 3
+    assert [LossShare.of(sample, [fed]).spans for fed in ((0, 3), (3, 6))] == [((0, 1),), ((3, 5),)]
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_select_loss_tokens_honours_a_share(packing):
     """The two ranks' rows together are the rows of a rank that holds all; labels, lengths and samples go with them."""

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from megatron_gkd.data.chat import ChatEncoder
 from megatron_gkd.model.sequences import loss_shares
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.records import Sample
+from megatron_gkd.records import LossShare, Sample
 from megatron_gkd.schedule import plan_micro_batches
 from megatron_gkd.teacher.served import server_routes
+from megatron_gkd.teacher.signals import rows_of
 from megatron_gkd.train.checkpoint import find_checkpoint
 from megatron_gkd.train.student import Student
 from tests.support.checkpoints import tiny_tokenizer
@@ -71,6 +72,17 @@ def test_each_last_stage_rank_receives_its_samples_once_from_its_driver(
         assert layout.coordinate(route.source).dp == here.dp
         assert route.share == route.rows == shares[route.position][here.cp], "the driver has the whole sample"
     assert len({(route.position, route.source) for route in routes}) == len(lengths), "one driver for each"
+
+
+def test_a_driver_holds_and_sends_the_loss_tokens_alone() -> None:
+    layout = Layout.for_world(2, context=2)
+    sample = Sample(0, 0, (1,), tuple(range(8)), "student", 0, completion_mask=(True, False) * 4)
+    shares = loss_shares([sample], (((0,),),), layout, packing=False)
+    assert [share.tokens for share in shares[0]] == [[0, 6], [2, 4]]
+    columns = (torch.arange(8.0)[:, None],)  # of all completion tokens, as a server answers
+    local = rows_of(columns, LossShare.of(sample))
+    sent = [rows_of(local, route.rows)[0][:, 0].tolist() for route in server_routes((((0,),),), layout, shares)]
+    assert sent == [[0, 6], [2, 4]]
 
 
 class Served:

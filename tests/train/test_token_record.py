@@ -122,6 +122,7 @@ def cut() -> tuple[list[int], list[int]]:
     head = torch.randn(11, 4)
     model: Any = SimpleNamespace(head_input=lambda x: x, head_weight=lambda: head, head_grad_is_reduced=True)
     samples = [Sample(n, n, (1, 3), (2,) * length, "dataset") for n, length in enumerate((3, MOST_TOKENS + 5, 0))]
+    samples.append(Sample(3, 3, (1, 3), (2,) * 4, "student", 0, completion_mask=(True, False, True, True)))
     batch = collate(samples)
     loss = SupervisedLoss(fuse=False, tp_group=group, vocab_size=11)
     record = TokenRecord(("nll",), torch.device("cpu"))
@@ -135,8 +136,8 @@ def cut() -> tuple[list[int], list[int]]:
 
 def test_long_completions_are_cut_and_counted_whole() -> None:
     ((lengths, counts),) = run_ranks(cut, world=1)
-    assert lengths == [3, MOST_TOKENS]
-    assert sum(counts) == 3 + MOST_TOKENS + 5
+    assert lengths == [3, MOST_TOKENS, 3]
+    assert sum(counts) == 3 + MOST_TOKENS + 5 + 3
 
 
 def test_a_run_writes_it_with_texts(tmp_path: Path, inputs: dict[str, Any]) -> None:

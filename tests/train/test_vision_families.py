@@ -1,7 +1,7 @@
 """SmolVLM: a step equals transformers' and torch's in every layout, tensors go in and out bit for bit, and its images
 have the tokens that transformers' processor writes (tests/train/test_vision_exact.py has the others).
 
-In the gate two ranks in one layout; GKD_TEST_FULL=1 adds the others, four ranks, and the resume.
+In the gate two ranks in one layout; GKD_TEST_FULL=1 adds the others and four ranks.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from megatron_gkd.weights.hf_files import HFCheckpoint
 from megatron_gkd.weights.load import check_manifest
 from tests.support.effort import FULL
 from tests.support.ranks import run_ranks
-from tests.support.runs import exported, metrics, train
 from tests.support.vision_models import write_tiny_vision
-from tests.train.test_vision_exact import LAYOUTS, OF_FOUR, compare, write_vision_rows
+from tests.train.test_vision_exact import LAYOUTS, OF_FOUR, compare
 from tests.weights.test_vision_weights import convert
 
 FAMILY = "smolvlm"
@@ -126,19 +125,3 @@ def test_options_that_no_class_reads_are_left_aside(tmp_path: Path) -> None:
     lacking = r"has no model\.connector\.modality_projection\.proj\.weight"
     with HFCheckpoint(path) as checkpoint, pytest.raises(CheckpointError, match=lacking):
         check_manifest(checkpoint, found)
-
-
-@pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1")
-def test_a_resumed_run_is_the_same_run(model: Path, tmp_path: Path) -> None:
-    write_tiny_vision(tmp_path / "teacher", FAMILY, decoder="llama", hidden_size=128, seed=2)
-    write_vision_rows(tmp_path / "rows.jsonl")
-    flags = dict(lmbda=0, device="cpu", report_to=["none"], global_batch_size=4, train_iters=4, save_steps=2, lr=0.01)
-    flags |= dict(freeze_vision=False, model=model, teacher_model=tmp_path / "teacher", data_cache_dir="none")
-    flags |= dict(dataset=tmp_path / "rows.jsonl", tensor=2, sequence=True, teacher_tensor=1)
-    whole = train(world=2, **flags, save=tmp_path / "whole")
-    checkpoint = whole / "checkpoints" / "step_00000002"
-    resumed = train(world=2, **flags, save=tmp_path / "resumed", load=checkpoint)
-    assert metrics(resumed, first_step=3) == metrics(whole, first_step=3)
-    one, other = exported(whole), exported(resumed)
-    assert one.keys() == other.keys() == load_file(model / "model.safetensors").keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)

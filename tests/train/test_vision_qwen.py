@@ -3,7 +3,7 @@ tensors go in and out bit for bit, and its images have the tokens that transform
 (tests/train/test_vision_exact.py has the other families).
 
 Three mistakes with positions are planted; each must show. In the gate two ranks in two layouts; GKD_TEST_FULL=1 adds
-the others, four ranks, the resume, and vLLM.
+the others, four ranks, and vLLM.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from megatron_gkd.model.reach import reach
 from megatron_gkd.model.vision_config import meta_model
 from tests.support.effort import FULL
 from tests.support.ranks import run_ranks
-from tests.support.runs import exported, metrics, train
 from tests.support.vision_models import write_tiny_vision
 from tests.train.test_vision_exact import (
     LAYOUTS,
@@ -37,7 +36,6 @@ from tests.train.test_vision_exact import (
     compare,
     config_of,
     steps,
-    write_vision_rows,
     wrong,
 )
 from tests.weights.test_vision_weights import convert, respell
@@ -231,22 +229,3 @@ def test_frequencies_that_a_file_holds_are_no_weights(model: Path, tmp_path: Pat
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with HFCheckpoint(other) as checkpoint:
         check_manifest(checkpoint, read_architecture(other))
-
-
-# ---- whole runs -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1")
-def test_a_resumed_run_is_the_same_run(model: Path, tmp_path: Path) -> None:
-    write_tiny_vision(tmp_path / "teacher", FAMILY, hidden_size=128, seed=2)
-    write_vision_rows(tmp_path / "rows.jsonl")
-    flags = dict(lmbda=0, device="cpu", report_to=["none"], global_batch_size=4, train_iters=4, save_steps=2, lr=0.01)
-    flags |= dict(freeze_vision=False, model=model, teacher_model=tmp_path / "teacher", data_cache_dir="none")
-    flags |= dict(dataset=tmp_path / "rows.jsonl", tensor=2, sequence=True, teacher_tensor=1)
-    whole = train(world=2, **flags, save=tmp_path / "whole")
-    checkpoint = whole / "checkpoints" / "step_00000002"
-    resumed = train(world=2, **flags, save=tmp_path / "resumed", load=checkpoint)
-    assert metrics(resumed, first_step=3) == metrics(whole, first_step=3)
-    one, other = exported(whole), exported(resumed)
-    assert one.keys() == other.keys() == load_file(model / "model.safetensors").keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,7 +1,8 @@
 """Whole runs of vision-language students: stopped and resumed bit for bit, exported under the names of the source, the
 answer in the image learnt, and what is not built refused in one line.
 
-GKD_TEST_FULL=1 adds the resume in another layout, adapters of the decoder, and the captioning run.
+GKD_TEST_FULL=1 adds the resume in another layout and of the other families, adapters of the decoder, and the captioning
+run.
 """
 
 from __future__ import annotations
@@ -91,6 +92,19 @@ def test_a_resumed_run_is_the_same_run(root: Path, tmp_path: Path, trained: str)
         for row, expected in zip(metrics(apart, first_step=3), metrics(whole, first_step=3), strict=True):
             assert math.isclose(row["loss"], expected["loss"], rel_tol=1e-5)
             assert math.isclose(row["grad_norm"], expected["grad_norm"], rel_tol=1e-4)
+
+
+@pytest.mark.skipif(not FULL, reason="GKD_TEST_FULL=1")
+@pytest.mark.parametrize(("family", "options"), [("smolvlm", dict(decoder="llama")), ("qwen2_5_vl", {})])
+def test_other_families_resume_the_same_run(root: Path, tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    write_tiny_vision(tmp_path / "student", family, seed=3, **options)
+    write_tiny_vision(tmp_path / "teacher", family, seed=2, hidden_size=128, **options)
+    flags = inputs(tmp_path) | dict(dataset=root / "rows.jsonl", tensor=2, sequence=True, teacher_tensor=1)
+    whole = train(world=2, **flags, save=tmp_path / "whole")
+    resumed = train(world=2, **flags, save=tmp_path / "resumed", load=checkpoint_of(whole, SAVED_AT))
+    assert metrics(resumed, first_step=SAVED_AT + 1) == metrics(whole, first_step=SAVED_AT + 1)
+    assert_same_export(resumed, whole)
+    assert exported(whole).keys() == load_file(tmp_path / "student" / "model.safetensors").keys()
 
 
 @pytest.mark.parametrize(
