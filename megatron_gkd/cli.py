@@ -1,12 +1,18 @@
 """The command line: `megatron-gkd {train,sample,convert,eval,plan,report,check}`, also `python -m megatron_gkd`.
 
-The second form is what torchrun starts. A command is first prepared (flags parsed, configuration validated, no heavy
-import) and then carried out. An error that the user can act on (`GKDError`) is one line on stderr and exit code 2;
-`--log_level debug` adds the traceback; exit code 1 is that of a check that found a difference, and of a result without
-a row, exit code 75 (EX_TEMPFAIL: try again) that of a training run that was told to stop and has saved a checkpoint.
-While a command is prepared every rank meets the same error, so one rank per machine prints it; afterwards every rank
-that fails says so under its number, unless another one says the same. The line is also left for torchrun, whose table
-of failed ranks comes last on the screen.
+The second form is what torchrun starts. A command is prepared first (`prepare`: flags parsed, configuration validated,
+nothing heavy imported). Then its work is imported and called.
+
+    exit code 0    done
+              1    a check found a difference, or there is no row to write
+              2    an error that the user can act on (`GKDError`): one line on stderr; `--log_level debug` adds the
+                   traceback
+              75   (EX_TEMPFAIL: try again) a training run was told to stop and has saved a checkpoint
+              130  interrupted before or after the training steps
+
+While a command is prepared, every rank raises the same error, and one rank per machine prints it. Afterwards every rank
+that fails prints its own error with its number, unless another rank reports the same one. The line is also left for
+torchrun, whose table of failed ranks comes last on the screen.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pkgutil import resolve_name
 from typing import Any, Literal
@@ -39,21 +46,23 @@ SAME_MOMENT_S = 2.0  # the ranks that have met raise the same error at nearly th
 # work that imports megatron-core
 _ON_MEGATRON = ("train.", "commands.convert:", "commands.check_teacher:", "commands.plan:")
 
-Action = Callable[[], None]
-Command = Callable[[list[str]], Action]
+Work = Callable[[], object]
+Load = Callable[[], Work]  # imports what the work needs
+Command = Callable[[list[str]], Load]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out a command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        action = prepare(argv)
+        load = prepare(argv)
     except GKDError as error:
         return _fail(error, argv, every_rank=False)
     except KeyboardInterrupt:
         return _interrupted()
     try:
-        action()
+        work = load()
+        work()
     except RunStoppedError as stop:
         text = visible(f"{PROG}: rank {environment.rank_in_messages()}: {stop}")
         sys.stderr.write(f"{text}\n")
@@ -70,17 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interrupted() -> int:
-    """A run that trains is not interrupted but stopped (train/stopping.py); here it has not begun, or is over."""
+    """An interrupt outside of the training steps, during which it is a request to stop (train/stopping.py)."""
     sys.stderr.write(f"\n{PROG}: interrupted; nothing was saved that was not there before\n")
     return EXIT_INTERRUPTED
 
 
-def prepare(argv: Sequence[str]) -> Action:
-    """Everything that needs no model, no data and no other rank: what is returned does the work."""
+def prepare(argv: Sequence[str]) -> Load:
+    """Do everything that needs no model, no data and no other rank. Returns a function that imports the work and
+    returns it, ready to be called."""
     name, rest = (argv[0] if argv else ""), list(argv[1:])
     if name in ("-h", "--help", "--version"):
         text = f"{PROG} {megatron_gkd.__version__}" if name == "--version" else _usage()
-        return lambda: print(text)
+        return lambda: partial(print, text)
     if name not in COMMANDS:
         from difflib import get_close_matches
 
@@ -91,8 +101,8 @@ def prepare(argv: Sequence[str]) -> Action:
 
 
 def _silence_megatron_fallbacks() -> None:
-    """megatron-core says once per module and rank that Transformer Engine and apex are absent, and calls collectives by
-    names that newer versions of torch have deprecated: neither is the user's to act on.
+    """Hide warnings that the user cannot act on: megatron-core warns once per module and rank that Transformer Engine
+    and apex are absent, and calls collectives by names that newer versions of torch have deprecated.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     # The distributed optimizer reads .grad of its views of parameters; the CPU adaptation makes it look like ours.
@@ -100,10 +110,10 @@ def _silence_megatron_fallbacks() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
-def _later(work: str, cfg: Any, log_level: str) -> Action:
-    """Do `work`, named "module:function", with the configuration; the module is imported then."""
+def _later(work: str, log_level: str, *arguments: Any) -> Load:
+    """Loads the function `work`, named "module:function"; its module is imported only then."""
 
-    def action() -> None:
+    def load() -> Work:
         from megatron_gkd.observe.logging import setup_logging
 
         setup_logging(log_level)
@@ -112,61 +122,57 @@ def _later(work: str, cfg: Any, log_level: str) -> Action:
             from megatron_gkd.platform import import_megatron
 
             import_megatron()
-        resolve_name(f"megatron_gkd.{work}")(cfg)
+        return partial(resolve_name(f"megatron_gkd.{work}"), *arguments)
 
-    return action
+    return load
 
 
 def _run_command(name: Literal["train", "eval"], work: str) -> Command:
-    """A command with the flags of a run."""
+    """A command that takes the flags of a run."""
 
-    def command(argv: list[str]) -> Action:
+    def command(argv: list[str]) -> Load:
         from megatron_gkd.config.flags import parse_run_config
         from megatron_gkd.train.preflight import check_paths
 
         cfg = parse_run_config(argv, command=name)
         cfg.validate(name)
         check_paths(cfg, name)
-        return _later(work, cfg, cfg.logging.log_level)
+        return _later(work, cfg.logging.log_level, cfg)
 
     return command
 
 
 def _own_command(name: str, section: str, work: str) -> Command:
-    """A command with flags of its own: those of `section`, named "module:class"."""
+    """A command with its own flags: those of the class `section`, named "module:class"."""
 
-    def command(argv: list[str]) -> Action:
+    def command(argv: list[str]) -> Load:
         from megatron_gkd.config.flags import parse_section
         from megatron_gkd.train.preflight import check_own_paths
 
         cfg = parse_section(argv, resolve_name(f"megatron_gkd.{section}"), command=name)
         cfg.check()
         check_own_paths(cfg)
-        return _later(work, cfg, cfg.log_level)
+        return _later(work, cfg.log_level, cfg)
 
     return command
 
 
-def _convert(argv: list[str]) -> Action:
+def _convert(argv: list[str]) -> Load:
     from megatron_gkd.commands.convert import parse_convert_config
 
     cfg = parse_convert_config(argv)
-    return _later("commands.convert:run_convert", cfg, cfg.log_level)
+    return _later("commands.convert:run_convert", cfg.log_level, cfg)
 
 
-def _report(argv: list[str]) -> Action:
-    def action() -> None:
-        from megatron_gkd.commands.report import main as report
-
-        report(argv)
-
-    return action
+def _report(argv: list[str]) -> Load:
+    return _later("commands.report:main", "info", argv)
 
 
-def _check(argv: list[str]) -> Action:
+def _check(argv: list[str]) -> Load:
     name, rest = (argv[0] if argv else ""), argv[1:]
     if name in ("-h", "--help"):
-        return lambda: print(f"usage: {PROG} check {{{','.join(CHECKS)}}} [flags]; --help after the name lists them")
+        text = f"usage: {PROG} check {{{','.join(CHECKS)}}} [flags]; --help after the name lists them"
+        return lambda: partial(print, text)
     if name not in CHECKS:
         given = f"check {name}" if name else "check alone"
         names = " or ".join(f"`check {known}`" for known in CHECKS)
@@ -174,16 +180,16 @@ def _check(argv: list[str]) -> Action:
     return CHECKS[name](rest)
 
 
-def _check_train(argv: list[str]) -> Action:
+def _check_train(argv: list[str]) -> Load:
     from megatron_gkd.config.checks import CheckTrainConfig
     from megatron_gkd.config.flags import parse_beside_train
     from megatron_gkd.train.preflight import run_preflight
 
     asked, config = parse_beside_train(argv, CheckTrainConfig, command="check train")
-    return lambda: run_preflight(asked, config)
+    return lambda: partial(run_preflight, asked, config)
 
 
-def _plan(argv: list[str]) -> Action:
+def _plan(argv: list[str]) -> Load:
     from megatron_gkd.config.flags import parse_beside_train
     from megatron_gkd.config.plan import PlanConfig
     from megatron_gkd.train.preflight import check_models, check_rows_made
@@ -192,7 +198,7 @@ def _plan(argv: list[str]) -> Action:
     config.validate("train")
     check_models(config)
     check_rows_made(config)
-    return _later("commands.plan:run_plan", (asked, config), config.logging.log_level)
+    return _later("commands.plan:run_plan", config.logging.log_level, asked, config)
 
 
 CHECKS: dict[str, Command] = {
@@ -233,8 +239,8 @@ def _usage() -> str:
 def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
     """Print the error as one line; returns the exit code.
 
-    A rank that is not to speak waits for the one that is: a launcher ends every rank when the first has ended, and it
-    must not be the only one with the message.
+    A rank that prints nothing waits for the one that prints: a launcher ends every rank as soon as one has ended, so
+    the message could be lost otherwise.
     """
     rank = environment.rank_in_messages()
     several = every_rank and os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1")
@@ -251,8 +257,8 @@ def _fail(error: GKDError, argv: Sequence[str], *, every_rank: bool) -> int:
 
 
 def _tell_launcher(text: str, code: int) -> None:
-    """The line for whoever started this rank: torchrun, which ends with a traceback of its own and then a table of
-    ranks, in which the line stands; and launcher.py."""
+    """Leave the line for what started this rank: for torchrun, which shows it in its table of failed ranks, and for
+    commands/launcher.py."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE", ""):
         _leave(path, {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}})
     if words := os.environ.get(environment.LAST_WORDS, ""):
@@ -268,7 +274,7 @@ def _leave(path: str, record: dict[str, object]) -> None:
 
 
 def _wants_traceback(argv: Sequence[str]) -> bool:
-    """Read before parsing, because parsing may be what fails."""
+    """Whether `--log_level debug` is given. Read here because parsing may be what failed."""
     words = " ".join(argv).replace("=", " ").replace("--log-level", "--log_level").split()
     return ("--log_level", "debug") in pairwise(words)
 

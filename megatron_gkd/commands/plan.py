@@ -54,7 +54,7 @@ def _assumed(config: RunConfig) -> Iterator[str]:
             yield "the servers answer in time; their GPUs are not planned"
 
 
-def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
+def run_plan(asked: PlanConfig, config: RunConfig) -> None:
     """Rehearse and print. Raises LayoutError or ConfigError for what `train` would refuse, NotBuiltError for what is
     not rehearsed yet."""
     from megatron_gkd.train.hub_files import with_known_models
@@ -63,7 +63,6 @@ def run_plan(asked_and_config: tuple[PlanConfig, RunConfig]) -> None:
     from megatron_gkd.train.setup import planned_dtype
     from megatron_gkd.train.step_time import step_s
 
-    asked, config = asked_and_config
     if asked.picture is not None:
         check_picture(asked.picture)
         if asked.search:

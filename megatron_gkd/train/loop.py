@@ -184,7 +184,7 @@ class StudentPart:
             return math.isfinite(metrics.sums()["loss"])
 
         watched = self._tokens.watched(step, plan)
-        result, _ = distill(
+        result = distill(
             run.student,
             run.teacher,
             watched or run.loss,

@@ -8,6 +8,7 @@ evaluate.py does the same without gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from megatron_gkd.model.pipeline import ForwardStep, forward_hidden
 from megatron_gkd.observe.metrics import Metrics
 from megatron_gkd.observe.timers import Timers
 from megatron_gkd.records import StepPlan
-from megatron_gkd.teacher.signals import SignalStore
+from megatron_gkd.teacher.signals import NoSignal, SignalStore
 from megatron_gkd.teacher_pipeline import Teacher, TeacherPipeline
 from megatron_gkd.train.batches import Collator
 from megatron_gkd.train.objective import Objective, TrainingObjective
@@ -34,13 +35,14 @@ def teacher_signals(teacher: Teacher, plan: StepPlan) -> tuple[SignalStore, int]
 
 
 def forward_step_with(objective: Objective, signals: SignalStore, device: torch.device) -> ForwardStep:
-    """The `forward_step_func` that megatron-core's schedules call: hidden states, and the objective bound to the
-    micro-batch."""
+    """The `forward_step_func` that megatron-core's schedules call: hidden states, and as `loss_func` the objective,
+    bound to the micro-batch. The schedules call that on the last stage only, the one that has signals."""
 
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
-        batch = next(batches)
+        batch, chunk = next(batches), unwrap(model)
         output = forward_hidden(model, batch, device)
-        return output, lambda hidden: objective(unwrap(model), hidden, batch, signals.gather(batch))
+        signal = signals.gather(batch) if chunk.post_process else NoSignal()
+        return output, partial(objective, chunk, batch=batch, signal=signal)
 
     return forward_step
 
@@ -62,8 +64,8 @@ def distill(
     timers: Timers,
     meanwhile: Callable[[], None] = lambda: None,
     loss_is_finite: Callable[[list[Any], int], bool] = lambda reports, num_bytes: True,
-) -> tuple[StepResult, int]:
-    """One update of the student on the plan; returns its result and the signal bytes that this rank sent.
+) -> StepResult:
+    """One update of the student on the plan.
 
     Args:
         meanwhile: called between the teacher's part and the student's, to start work that overlaps the latter.
@@ -77,14 +79,12 @@ def distill(
         signals, num_bytes = teacher_signals(teacher, plan)
     meanwhile()
     with timers.phase("student"):
-        batches = student_batches(plan, student)
-        result = student.train_step(
+        return student.train_step(
             forward_step_with(objective, signals, device),
-            batches,
+            student_batches(plan, student),
             lambda reports: loss_is_finite(reports, num_bytes),
             num_loss_tokens=sum(sample.num_loss_tokens for sample in plan.samples),
         )
-    return result, num_bytes
 
 
 def add_reports(metrics: Metrics, reports: Sequence[dict[str, torch.Tensor]], student: Student) -> None:

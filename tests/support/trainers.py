@@ -249,7 +249,7 @@ class Trainer:
                 gradients = self._by_name(lambda tensor: getattr(tensor, "main_grad", torch.zeros_like(tensor)))
             return True
 
-        result, _ = distill(
+        result = distill(
             *(run.student, teacher, loss, plan),
             device=device,
             timers=timers,

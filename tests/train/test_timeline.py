@@ -130,7 +130,7 @@ def collectives(patch: pytest.MonkeyPatch, kind: str, span: Span, stop_at: int |
         patch.setattr(loop, name, MagicMock())
     loop.Metrics.return_value.sums.return_value = {"stop_requests": 0}  # type: ignore[attr-defined]
     patch.setattr(loop, "stopped", lambda *args: RunStoppedError())
-    patch.setattr(loop, "distill", lambda *args, **options: (None, 0))
+    patch.setattr(loop, "distill", lambda *args, **options: None)
     patch.setattr(loop.StudentPart, "_account", note())
     patch.setattr(loop, "export", note())
     patch.setattr(loop, "evaluate", note("evaluate", answer={}))

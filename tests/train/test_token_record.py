@@ -188,7 +188,7 @@ def watched_steps(argv: list[str], run_dir: str) -> list[tuple[float, float]]:
         for watched in (None, log.watched(1, plan)):
             trainer.rewind()
             metrics = Metrics(run.loss.names())
-            result, _ = distill(
+            result = distill(
                 run.student, run.teacher, watched or run.loss, plan, device=run.platform.device, timers=Timers()
             )
             add_reports(metrics, result.reports, run.student)
