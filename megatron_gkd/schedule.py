@@ -135,6 +135,16 @@ def plan_micro_batches(
     return _deal(_fill_up(batches, lengths, num_ranks), lengths, num_ranks)
 
 
+def micro_batch_group(num_micro_batches: int, pipeline: int) -> int:
+    """Micro-batches that go through one chunk of a stage before the next chunk's turn, N: the fewest that megatron-core
+    accepts (0.16 - 0.19, `forward_backward_pipelining_with_interleaving`), since (chunks - 1) * N of them are alive.
+
+    PP <= N <= M, and M mod N is 0 or at least PP. So N is PP where PP divides M, as by default; N = M always does.
+    """
+    sizes = range(pipeline, num_micro_batches + 1)
+    return next(n for n in sizes if not num_micro_batches % n or num_micro_batches % n >= pipeline)
+
+
 def make_samples(
     row_indices: Sequence[int],
     rows: Sequence[Row],

@@ -11,6 +11,7 @@ import math
 
 import pytest
 
+from megatron_gkd.architecture import read_architecture
 from tests.support.effort import FULL
 from tests.support.ranks_at_work import megatron
 from tools import recipes, scaling
@@ -39,6 +40,19 @@ def test_the_page_of_recipes_is_current() -> None:
         assert record["fits"] == (record["needed_bytes"] <= 80e9)
         phases = [phase for rank in record["ranks"] for phase in rank["phases_bytes"].values()]
         assert record["needed_bytes"] == max(sum(phase.values()) for phase in phases) + 4e9, "and what is reserved"
+
+
+def test_an_update_needs_no_more_than_the_largest_tensor() -> None:
+    """Two fp32 temporaries, of the embedding or the head; what few layers leave of them to a rank does not grow with
+    the layers."""
+    for record in recipes.written():
+        config = recipes.configured(record["recipe"], record["gpus"])
+        arch, tensor = read_architecture(config.model.model), config.parallel.tensor_model_parallel_size
+        largest = arch.padded_vocab_size(tensor) // tensor * arch.hidden_size
+        for rank in record["ranks"]:
+            assert 0 < rank["phases_bytes"]["step 1"]["update"] <= 8 * largest, (record["recipe"], record["gpus"])
+        again = record if record["whole"] else recipes.needed_by(recipes.with_update(record))
+        assert again == record, "python -m tools.recipes --formula"
 
 
 def test_another_layout_or_model_is_another_cell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,17 @@
     python -m tools.recipes                  # rehearse all that is not current, write docs/recipes.json and recipes.md
     python -m tools.recipes --again NAME     # rehearse this pair, current or not
     python -m tools.recipes --whole NAME     # the same with all layers (minutes a cell)
+    python -m tools.recipes --formula        # ask the formula of an update again, rehearse nothing
     python -m tools.recipes --list           # the cells, and whether what is written of them is current
 
 A cell is a pair (examples/models), a number of GPUs and the flags of `train`. It is rehearsed as `plan` does, one rank
 of each kind, with as many micro-batches as are in flight at once; the signals of the others are added. Either all
 layers of both models are, or DEPTHS layers in each stage, and what a layer adds is added for each of the others: of
-every phase and category, the student's by the student's layers and the teacher's by the teacher's. The step's time is
-arithmetic (train/step_time.py) at the rates that `plan` assumes. docs/recipes.json keeps with each cell a digest of
-what it was made from; docs/recipes.md is made from it, and the part of docs/experts.md between two marks.
+every phase and category, the student's by the student's layers and the teacher's by the teacher's. But an update's
+temporaries are those of one tensor or of a rank's share of it, however many layers there are: the formula has them
+(`update_bytes`). The step's time is arithmetic (train/step_time.py) at the rates that `plan` assumes. docs/recipes.json
+keeps with each cell a digest of what it was made from; docs/recipes.md is made from it, and the part of
+docs/experts.md between two marks.
 
 Where some layers of a model have experts and some have none, both kinds are told apart as in train/search.py: those at
 DEPTHS have some, and a third rehearsal has DEPTHS[0] layers without beside as many with. For one stage alone.
@@ -42,6 +45,7 @@ from megatron_gkd.config.run import RunConfig  # noqa: E402
 from megatron_gkd.observe.allocations import Alive  # noqa: E402
 from megatron_gkd.parallel.layout import Layout  # noqa: E402
 from megatron_gkd.train.fit import kinds  # noqa: E402
+from megatron_gkd.train.parameters import update_bytes  # noqa: E402
 from megatron_gkd.train.rehearsal import Rehearsed, architectures, planned_layouts, rehearse  # noqa: E402
 from megatron_gkd.train.search import DEPTHS, _differ, _layers, with_layers  # noqa: E402
 from megatron_gkd.train.step_time import Rates, step_seconds  # noqa: E402
@@ -192,8 +196,7 @@ def rehearsed(name: str, gpus: int, *, whole: bool = False) -> dict[str, Any]:
         for group, num_bytes in one.traffic.items():
             handed[group] = max(handed.get(group, 0.0), num_bytes * micro_batches / few)
     phases = step_seconds(config, *archs, student, teacher, (PROMPT, COMPLETION), handed, RATES)
-    needed = max(one["needed_bytes"] for one in ranks)
-    return {
+    record = {
         "recipe": name,
         "gpus": gpus,
         "made_from": digest(name, gpus),
@@ -201,11 +204,39 @@ def rehearsed(name: str, gpus: int, *, whole: bool = False) -> dict[str, Any]:
         "student": student.describe(),
         "teacher": teacher.describe(),
         "whole": whole,
-        "needed_bytes": needed,
-        "fits": needed <= ASKED.gpu_memory_gb * 1e9,
+        "needed_bytes": 0,
+        "fits": True,
         "phases_s": {phase: round(seconds, 3) for phase, seconds in phases.items()},
         "ranks": ranks,
     }
+    return needed_by(record if whole else with_update(record))
+
+
+def with_update(record: dict[str, Any]) -> dict[str, Any]:
+    """With the update by the formula."""
+    name, gpus = record["recipe"], record["gpus"]
+    config = configured(name, gpus)
+    ranks: list[dict[str, Any]] = []
+    arch, (student, _) = architectures(config)[0], planned_layouts(config, gpus)
+    for one in record["ranks"]:
+        at = student.coordinate(one["rank"])
+        update = update_bytes(config, arch, student, at.pp, at.cp + student.context * at.dp)
+        step = one["phases_bytes"]["step 1"] | {"update": round(update)}
+        step = dict(sorted(step.items(), key=lambda item: -item[1]))
+        ranks.append(one | {"phases_bytes": one["phases_bytes"] | {"step 1": step}})
+    return record | {"ranks": ranks}
+
+
+def needed_by(record: dict[str, Any]) -> dict[str, Any]:
+    """With what each rank needs in its fullest phase, and whether that fits."""
+    ranks = []
+    for one in record["ranks"]:
+        totals = {name: sum(parts.values()) for name, parts in one["phases_bytes"].items()}
+        fullest = max(totals, key=lambda name: totals[name])
+        needed = totals[fullest] + round(ASKED.reserved_gb * 1e9)
+        ranks.append(one | {"fullest_phase": fullest, "needed_bytes": needed})
+    needed = max(one["needed_bytes"] for one in ranks)
+    return record | {"needed_bytes": needed, "fits": needed <= ASKED.gpu_memory_gb * 1e9, "ranks": ranks}
 
 
 Archs = tuple[Architecture, Architecture | None]
@@ -378,9 +409,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--again", nargs="+", choices=list(RECIPES), default=[], help="these pairs, current or not")
     parser.add_argument("--whole", nargs="+", choices=list(RECIPES), default=[], help="all layers of these pairs")
+    parser.add_argument("--formula", action="store_true", help="ask the formula of an update again, rehearse nothing")
     parser.add_argument("--list", action="store_true", help="rehearse nothing")
     options = parser.parse_args(arguments)
     found = {(record["recipe"], record["gpus"]): record for record in written()}
+    if options.formula:
+        found = {cell: record if record["whole"] else needed_by(with_update(record)) for cell, record in found.items()}
+        _write([found[cell] for cell in cells() if cell in found])
+        return 0
     for cell in cells():
         current = found.get(cell, {}).get("made_from") == digest(*cell)
         if options.list:
@@ -392,12 +428,15 @@ def main(arguments: list[str] | None = None) -> int:
         found[cell] = rehearsed(*cell, whole=cell[0] in options.whole)
         needed = found[cell]["needed_bytes"] / 1e9
         print(f"{cell[0]:<22}{cell[1]:>4}  {needed:.1f} GB, {time.monotonic() - start_s:.0f} s", flush=True)
-        records = [found[cell] for cell in cells() if cell in found]
-        JSON.write_text(json.dumps({"made_by": "python -m tools.recipes", "cells": records}, indent=1) + "\n")
-        _write_pages(records)
+        _write([found[cell] for cell in cells() if cell in found])
     if not options.list and found:
         _write_pages([found[cell] for cell in cells() if cell in found])
     return 0
+
+
+def _write(records: list[dict[str, Any]]) -> None:
+    JSON.write_text(json.dumps({"made_by": "python -m tools.recipes", "cells": records}, indent=1) + "\n")
+    _write_pages(records)
 
 
 def _write_pages(records: list[dict[str, Any]]) -> None:

@@ -31,6 +31,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_gkd.data.collate import MicroBatch, without_loss
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.schedule import micro_batch_group
 
 LossFunc = Callable[..., Any]
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[torch.Tensor, LossFunc]]
@@ -39,16 +40,6 @@ ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[torch.Tens
 def common_shape(layout: Layout) -> bool:
     """Whether all micro-batches of a step must have one shape [B, S]."""
     return layout.virtual_pipeline is not None
-
-
-def micro_batch_group(num_micro_batches: int, pipeline: int) -> int:
-    """Micro-batches that go through one chunk of a stage before the next chunk's turn, N: the fewest that megatron-core
-    accepts (0.16 - 0.19, `forward_backward_pipelining_with_interleaving`), since (chunks - 1) * N of them are alive.
-
-    PP <= N <= M, and M mod N is 0 or at least PP. So N is PP where PP divides M, as by default; N = M always does.
-    """
-    sizes = range(pipeline, num_micro_batches + 1)
-    return next(n for n in sizes if not num_micro_batches % n or num_micro_batches % n >= pipeline)
 
 
 def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:

@@ -16,8 +16,14 @@ queries, of its keys; h: its heads; e: its share of the MLP's width
     selective    core_attn: w t (a + g + a), and what keys and values are cut from, w t (a + 2 g)
     full         w u H a group of layers; in the backward pass one group is there whole (formula.py)
 
-In flight at once: stage p of P holds min(m, P - p) micro-batches; interleaved, with v chunks, min(m v, 2 (P - p - 1) +
-(v - 1) P + 1) chunks' parts, in the order of the schedule.
+In flight: a stage p of P begins with W forward passes, then makes one forward and one backward pass by turns until it
+has made the T = m v forward passes of m micro-batches through its v chunks, then backward passes alone
+
+    W = min(T, P - p - 1), interleaved min(T, 2 (P - p - 1) + (v - 1) N), in groups of N micro-batches (schedule.py)
+
+Forward passes go group by group through the chunks, backward passes likewise through the chunks from the last one on.
+So what chunk c holds when backward pass k begins is a count: its forward passes among the first min(T, W + k + 1), less
+its backward passes among the first k (`held`). In sum that is min(T, W + 1) until forward passes end.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ from dataclasses import dataclass
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.parallel.layout import Layout
+from megatron_gkd.schedule import micro_batch_group
 
 
 @dataclass(frozen=True)
@@ -135,12 +142,25 @@ class Fed:
         return 2 * self.norm() + self.attention(recomputed=granularity == "selective") + self.mlp(layer)
 
 
-def in_flight(layout: Layout, stage: int, micro_batches: int) -> list[int]:
-    """Micro-batches of which each model chunk of a stage holds activations, when it holds most."""
+def held(layout: Layout, stage: int, micro_batches: int) -> list[tuple[int, list[int]]]:
+    """Of each backward pass of a stage: the chunk that it is of, and the micro-batches of which each model chunk holds
+    activations when it begins, its own among them."""
     size, chunks = layout.pipeline, layout.num_chunks
-    if chunks == 1:
-        return [min(micro_batches, size - stage)]
-    number, counts = min(micro_batches * chunks, 2 * (size - stage - 1) + (chunks - 1) * size + 1), [0] * chunks
-    for index in range(number):
-        counts[index // size % chunks] += 1
-    return counts
+    group, warmup = micro_batches, size - stage - 1
+    if chunks > 1:  # with micro-batches of padding where there are fewer than stages (model/pipeline.py)
+        micro_batches = max(micro_batches, size)
+        group = micro_batch_group(micro_batches, size)
+        warmup = 2 * warmup + (chunks - 1) * group
+    groups = [min(group, micro_batches - first) for first in range(0, micro_batches, group)]
+    order = [chunk for number in groups for chunk in range(chunks) for _ in range(number)]
+    counts = [0] * chunks
+    moments: list[tuple[int, list[int]]] = []
+    for chunk in order[:warmup]:
+        counts[chunk] += 1
+    for k, forward in enumerate(order):
+        for chunk in order[warmup + k : warmup + k + 1]:
+            counts[chunk] += 1
+        backward = chunks - 1 - forward
+        moments.append((backward, counts.copy()))
+        counts[backward] -= 1
+    return moments

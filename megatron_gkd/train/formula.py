@@ -12,7 +12,8 @@ Phases and categories are those of a rehearsal (phases.py), w bytes of a number,
                    loss. Of a chunk of C tokens, v columns: C v (w + w + 8 (w < 4) + 8 + temporaries); the head's
                    gradient 4 V/tp H; of T tokens hidden states and their gradient, 2 w T H. Signals of its completions
     backward       the largest of: its beginning, with the head's gradient twice; a group of layers that is recomputed;
-                   on the first stage the embedding's gradient
+                   on the first stage the embedding's gradient w V/tp H, when the layers of its own micro-batch are gone
+                   and those of the others in flight are there: every backward pass of the first chunk makes it anew
     step 1         two fp32 temporaries of the largest tensor that is updated
 
 `not_covered` says of which runs there is no formula.
@@ -21,6 +22,7 @@ Phases and categories are those of a rehearsal (phases.py), w bytes of a number,
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.run import RunConfig
@@ -28,7 +30,7 @@ from megatron_gkd.config.servers import LocalTeacher, NoTeacher, ServerTeachers
 from megatron_gkd.parallel.layout import Layout, round_up
 from megatron_gkd.parallel.zigzag import held_spans
 from megatron_gkd.schedule import plan_micro_batches
-from megatron_gkd.train.activations import Fed, in_flight
+from megatron_gkd.train.activations import Fed, held
 from megatron_gkd.train.fit import max_tokens, teacher_max_tokens
 from megatron_gkd.train.parameters import BYTES, parameters, stage_layers, state_bytes, update_bytes
 from megatron_gkd.train.phases import HEAD, WEIGHTS, away
@@ -99,11 +101,11 @@ def formula(
         of_all = min(of_all, under_way + config.teacher.signal_memory_gb * 1e9)
     signals = {"signals": of_all - under_way} if last and signal else {}
     fed = Fed(arch, student, width, micro_batches[0], _fed_length(config, student, lengths), config.data.packing)
-    kept, group = _kept(config, fed, stage, len(micro_batches))
+    kept = _kept(config, fed, stage, len(micro_batches))
     layers = [layer for chunk in stage_layers(arch, student, stage) for layer in chunk]
     left = sum(fed.left(layer, config.recompute.recompute_granularity) for layer in layers)
     forward, backward = _moments(
-        config, fed, stage, kept, group, left, tokens * fed.rows, teaches, student.coordinate(rank).tp
+        config, fed, stage, kept, left, tokens * fed.rows, teaches, student.coordinate(rank).tp
     )
     forward["student: activations"] += under_way * last
     phases["forward"], phases["backward"] = there | signals | forward, there | signals | backward
@@ -178,12 +180,23 @@ def _fed_length(config: RunConfig, layout: Layout, lengths: tuple[int, int]) -> 
     return round_up(sum(lengths) - 1, multiple)
 
 
-def _kept(config: RunConfig, fed: Fed, stage: int, micro_batches: int) -> tuple[float, float]:
-    """(activations of the micro-batches in flight, those of a group of layers that is recomputed)."""
-    layout, recompute, kept, largest = fed.layout, config.recompute, 0.0, 0.0
+class _Kept(NamedTuple):
+    """Activations of the micro-batches in flight."""
+
+    most: float
+    at_loss: float  # of the last chunk's micro-batches
+    at_embedding: float  # at the end of a backward pass of the first chunk
+    recomputed: float  # of a group of layers
+
+
+def _kept(config: RunConfig, fed: Fed, stage: int, micro_batches: int) -> _Kept:
+    """At the moments that `_moments` asks about."""
+    layout, recompute, largest = fed.layout, config.recompute, 0.0
     size = recompute.recompute_num_layers or 1
     chunks = stage_layers(fed.arch, layout, stage)
-    for index, (layers, number) in enumerate(zip(chunks, in_flight(layout, stage, micro_batches), strict=True)):
+    layers_of: list[float] = []  # of a micro-batch, by chunk
+    outputs: list[float] = []  # which go to the next chunk
+    for index, layers in enumerate(chunks):
         whole = [fed.layer(layer, recompute.recompute_granularity) for layer in layers]
         of_one = sum(whole)
         if recompute.recompute_granularity == "full":
@@ -191,18 +204,24 @@ def _kept(config: RunConfig, fed: Fed, stage: int, micro_batches: int) -> tuple[
             largest = max([largest, *(sum(whole[start : start + size]) for start in range(0, len(whole), size))])
         elif fed.width < 4 and (stage, index) != (0, 0):
             of_one += fed.hidden  # what came from the stage before; in fp32 the first norm has it
-        if (stage, index) != (layout.pipeline - 1, len(chunks) - 1):
-            of_one += fed.hidden  # what went to the next
-        kept += number * of_one
-    return kept, largest
+        layers_of.append(of_one)
+        outputs.append(fed.hidden * ((stage, index) != (layout.pipeline - 1, len(chunks) - 1)))
+    moments = [
+        (chunk, sum(number * (a + b) for number, a, b in zip(counts, layers_of, outputs, strict=True)))
+        for chunk, counts in held(layout, stage, micro_batches)
+    ]
+    at_loss = max(kept for chunk, kept in moments if chunk == len(chunks) - 1)
+    first = max(kept for chunk, kept in moments if chunk == 0)
+    # Of its own micro-batch there are the output, the gradients of output and embedding.
+    at_embedding = first - layers_of[0] + outputs[0] + fed.whole
+    return _Kept(max(kept for _, kept in moments), at_loss, at_embedding, largest)
 
 
 def _moments(
     config: RunConfig,
     fed: Fed,
     stage: int,
-    kept: float,
-    group: float,
+    kept: _Kept,
     left: float,
     tokens: int,
     teaches: Architecture | None,
@@ -214,16 +233,16 @@ def _moments(
     vocabulary = arch.padded_vocab_size(layout.tensor) // layout.tensor * arch.hidden_size
     transient = fed.whole + 2 * fed.hidden + width * fed.t * arch.ffn_hidden_size / layout.tensor
     passing = transient
-    if group:  # the input of its layer is among what is kept, and what goes to the next stage is not there yet
+    if kept.recomputed:  # its layer's input is among what is kept, what goes to the next stage is not there yet
         passing = fed.passing() - fed.hidden * (1 + (stage < layout.pipeline - 1))
     # A head that is the embedding as well waits for the embedding's gradient.
     waiting = width * vocabulary * (arch.tied_embeddings and layout.pipeline == 1)
-    moments = [(kept + group + transient + waiting + shared, 0.0)]
+    moments = [(kept.most + kept.recomputed + transient + waiting + shared, 0.0)]
     if stage == 0 and not config.model.freeze_embeddings:
-        moments.append((width * vocabulary + waiting + left + shared, 0.0))
-    forwards = [(kept + passing + shared, 0.0)]
+        moments.append((width * vocabulary + waiting + left + kept.at_embedding + shared, 0.0))
+    forwards = [(kept.most + passing + shared, 0.0)]
     if stage == layout.pipeline - 1:
-        end = kept + fed.norm() + shared
+        end = kept.at_loss + fed.norm() + shared
         rows = width * tokens * arch.hidden_size
         forwards.append((end, _chunk_bytes(config, fed, tokens, teaches, tp) + 2 * rows + 4 * vocabulary))
         moments.append((end + width * vocabulary, 4 * vocabulary + rows))

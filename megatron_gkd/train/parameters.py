@@ -89,20 +89,30 @@ def state_bytes(config: RunConfig, arch: Architecture, layout: Layout, stage: in
 
 def update_bytes(config: RunConfig, arch: Architecture, layout: Layout, stage: int, replica: int) -> float:
     """Two fp32 temporaries of the largest tensor, or of as much of it as is this rank's to update: the distributed
-    optimizer cuts the parameters, the last ones first, into equal parts. Args: replica: of the dp x cp ones."""
+    optimizer cuts the parameters of each model chunk, the last ones first, into equal parts; where the first and the
+    last stage share the embedding, it cuts that by itself. Args: replica: of the dp x cp ones."""
     first, last = stage == 0, stage == layout.pipeline - 1
     outer = {unit.role: unit for unit in units(_no_layers(arch))}
-    held = [outer["embedding"]] if first and not config.model.freeze_embeddings else []
-    for layer in (layer for chunk in stage_layers(arch, layout, stage) for layer in chunk):
-        held += layer_units(arch, layer, range(0))  # an expert's tensors are small
-    if last:
-        held += [outer["final_norm"]]
-        held += [outer["head"]] if "head" in outer else [] if first else [outer["embedding"]]
-    sizes = [_elements(unit, arch, layout) for unit in reversed(held)]
+    begin = [outer["embedding"]] if first and not config.model.freeze_embeddings else []
+    head = ([outer["head"]] if "head" in outer else [] if first else [outer["embedding"]]) if last else []
+    # Of a layer with experts their tensors are small.
+    chunks = stage_layers(arch, layout, stage)
+    cut = [[unit for layer in chunk for unit in layer_units(arch, layer, range(0))] for chunk in chunks]
+    cut[-1] += [outer["final_norm"]] * last
+    if arch.tied_embeddings and layout.pipeline > 1:
+        cut += [begin, head]
+    else:
+        cut[0] = begin + cut[0]
+        cut[-1] += head
     shares = layout.data * layout.context if config.parallel.use_distributed_optimizer else 1
+    return 8 * max(_largest_part([_elements(unit, arch, layout) for unit in each], shares, replica) for each in cut)
+
+
+def _largest_part(sizes: list[int], shares: int, replica: int) -> float:
+    """Elements of the largest tensor, as far as they are in a replica's share of all of these."""
     part = sum(sizes) / shares
     begin, end = part * (replica % shares), part * (replica % shares + 1)
     largest, offset = 0.0, 0
-    for size in sizes:
+    for size in reversed(sizes):
         largest, offset = max(largest, min(end, offset + size) - max(begin, offset)), offset + size
-    return 8 * largest
+    return largest

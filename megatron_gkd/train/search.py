@@ -5,11 +5,12 @@ DEPTHS layers in each model chunk, and what a layer adds is added for each of th
 
     bytes(n) = bytes(a) + (n - a) / (b - a) * (bytes(b) - bytes(a)),         a, b = DEPTHS
 
-category by category. Where some layers have experts and some have none, `n` counts the former; a layer of the latter
-kind adds what it adds to a rehearsal, and of stages in between the first is rehearsed too. Recomputing all layers is
-not rehearsed there: of a layer it keeps its input alone. A larger micro-batch is not either: activations grow with it.
-The teacher's weights are counted by the plan that loads them (weights/plan.py). The fastest layouts are rehearsed whole
-at the end, and what that finds is what is told of them.
+category by category; but an update's temporaries are those of one tensor, by the formula (parameters.py). Where some
+layers have experts and some have none, `n` counts the former; a layer of the latter kind adds what it adds to a
+rehearsal, and of stages in between the first is rehearsed too. Recomputing all layers is not rehearsed there: of a
+layer it keeps its input alone. A larger micro-batch is not either: activations grow with it. The teacher's weights are
+counted by the plan that loads them (weights/plan.py). The fastest layouts are rehearsed whole at the end, and what that
+finds is what is told of them.
 
 Time is arithmetic (step_time.py). Sampling and pushes are not in it: they are the same in every layout.
 
@@ -33,7 +34,7 @@ from megatron_gkd.errors import ConfigError, LayoutError, NotBuiltError
 from megatron_gkd.model.divisible import check_in
 from megatron_gkd.parallel.layout import Coordinate, Layout
 from megatron_gkd.train.fit import check_batch, refuse_student
-from megatron_gkd.train.parameters import BYTES, parameters, state_bytes
+from megatron_gkd.train.parameters import BYTES, parameters, state_bytes, update_bytes
 from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse
 from megatron_gkd.train.rehearsed_pictures import RehearsedSight, Shown
 from megatron_gkd.train.step_time import Rates, step_seconds
@@ -43,7 +44,7 @@ DEPTHS: Final = (2, 4)  # layers of a model chunk; with one, other places have t
 LONG: Final = 8192  # tokens of a sample from which context parallelism is tried
 SIZES: Final = (1, 2, 4, 8)
 MICRO_BATCHES: Final = (1, 2, 4)
-ACTIVATIONS, TEACHER = "student: activations", "teacher: weights"  # categories of a rehearsal
+ACTIVATIONS, TEACHER, UPDATE = "student: activations", "teacher: weights", "update"  # categories of a rehearsal
 
 
 @dataclass(frozen=True)
@@ -397,6 +398,8 @@ def _stage_bytes(
         name: extrapolated(peaks, name, depth) + dense * of_dense.get(name, 0)
         for name in peaks[0].keys() | peaks[1].keys()
     }
+    if UPDATE in parts:
+        parts[UPDATE] = update_bytes(config, arch, student, stage, 0)
     kept = parts.get(ACTIVATIONS, 0.0)
     if config.recompute.recompute_granularity == "full":
         tokens = -(-length // (student.context * (student.tensor if student.sequence_parallel else 1)))

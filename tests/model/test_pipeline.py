@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron_gkd.data.collate import collate
-from megatron_gkd.model.pipeline import common_shape, micro_batch_group, select_loss_tokens
+from megatron_gkd.model.pipeline import common_shape, select_loss_tokens
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample
+from megatron_gkd.schedule import micro_batch_group
 
 
 def test_only_the_interleaved_schedule_wants_one_shape():

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.commands.plan import formulas_of, unrehearsed
 from megatron_gkd.config.flags import parse_run_config
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.parallel.layout import Layout
-from megatron_gkd.train.activations import Fed, in_flight
+from megatron_gkd.schedule import micro_batch_group
+from megatron_gkd.train.activations import Fed, held
 from megatron_gkd.train.formula import formula, not_covered, peak
 from megatron_gkd.train.parameters import parameters, state_bytes
 from megatron_gkd.train.rehearsal import planned_layouts, rehearse
@@ -95,14 +96,24 @@ def test_it_is_near_what_a_rehearsal_finds(case: str) -> None:
 
 
 def test_micro_batches_in_flight_are_those_of_the_schedule() -> None:
-    """Warm-up and one more, of megatron-core's own numbers."""
-    for pipeline, chunks, micro_batches in ((4, 1, 8), (4, 1, 2), (2, 2, 4), (4, 2, 8), (4, 3, 4)):
+    """At every backward pass, of megatron-core's own numbers and its own order of chunks; with a number of
+    micro-batches that the stages do not divide as well."""
+    layouts = ((4, 1, 8), (4, 1, 2), (2, 2, 2), (2, 2, 4), (4, 2, 8), (4, 3, 4), (2, 2, 5))
+    for pipeline, chunks, micro_batches in layouts:
         layout = Layout(pipeline=pipeline, virtual_pipeline=chunks if chunks > 1 else None)
+        group = micro_batch_group(micro_batches, pipeline) if chunks > 1 else micro_batches
+        order = [chunk for _, chunk in get_schedule_table(micro_batches, chunks, group)]
         for stage in range(pipeline):
             told: Any = type("Told", (), {"pp_group": _Group(pipeline, stage)})()
             told.virtual_pipeline_model_parallel_size = layout.virtual_pipeline
-            total, _, warmup, _ = get_pp_rank_microbatches(micro_batches, chunks, pipeline, p2p_communicator=told)
-            assert sum(in_flight(layout, stage, micro_batches)) == min(total, warmup + 1), (layout, stage)
+            total, _, warmup, _ = get_pp_rank_microbatches(micro_batches, chunks, group, p2p_communicator=told)
+            found = held(layout, stage, micro_batches)
+            assert max(sum(counts) for _, counts in found) == min(total, warmup + 1), (layout, stage)
+            backward = [chunks - 1 - chunk for chunk in order]
+            assert [chunk for chunk, _ in found] == backward
+            for k, (_, counts) in enumerate(found):
+                forward = order[: warmup + k + 1]
+                assert counts == [forward.count(c) - backward[:k].count(c) for c in range(chunks)], (layout, stage, k)
 
 
 class _Group:

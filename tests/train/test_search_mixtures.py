@@ -68,7 +68,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 def test_extrapolated_bytes_are_near_those_of_the_whole(models: tuple[str, str, str], case: str) -> None:
     world, flags = CASES[case]
     extrapolated, whole = compare(config_of(models, **flags), world)
-    assert 0.95 * whole <= extrapolated <= 1.15 * whole
+    assert 0.95 * whole <= extrapolated <= 1.15 * whole, (extrapolated, whole)
 
 
 @pytest.mark.parametrize("pipeline", [1, 2, 4])
