@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # exported, but not by name
 
+from megatron_gkd.parallel.layout import round_up
 from megatron_gkd.weights.checksum import Tensors
 
 Backend = Literal["gloo", "nccl"]
@@ -80,7 +81,7 @@ def flatten(tensors: Tensors, device: torch.device) -> tuple[torch.Tensor, list[
     end = 0
     for name, tensor in tensors:
         layout.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), end])
-        end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        end += round_up(tensor.nbytes, _ALIGNMENT)
     flat = torch.zeros(end, dtype=torch.uint8, device=device)
     for (_, tensor), (_, _, _, start) in zip(tensors, layout, strict=True):
         raw = as_bytes(tensor)

@@ -37,9 +37,7 @@ from megatron_gkd.weights.checksum import Sums, Tensors
 from megatron_gkd.weights.safetensors_format import TensorSpec, write_header
 
 Answer = concurrent.futures.Future[Any]
-Call = Callable[
-    [str, list[Any], str], Answer
-]  # worker method, its arguments, what is asked: starts a call of all workers
+Call = Callable[[str, list[Any], str], Answer]  # starts a method of all workers: its name, arguments, and description
 
 SHM_PREFIX: Final = "gkd-weights"
 _ALIGNMENT: Final = 64
