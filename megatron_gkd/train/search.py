@@ -301,14 +301,19 @@ def _stages(arch: Architecture, student: Layout) -> list[int]:
     return sorted({0, last, min(1, last)} if _differ(arch) else {0, last})
 
 
-def _layers(arch: Architecture, student: Layout, stage: int) -> list[tuple[float, float]]:
-    """(without experts, all others): numbers of layers of the stages that a rehearsed stage stands for."""
+def _layers(arch: Architecture, student: Layout, stage: int) -> dict[int, tuple[float, float]]:
+    """Of each stage that a rehearsed stage stands for: its numbers of layers (without experts, all others)."""
     if arch.moe is None or not _differ(arch):
-        return [(0, arch.num_layers / student.pipeline)]
+        return {stage: (0, arch.num_layers / student.pipeline)}
     last, per_stage = student.pipeline - 1, math.ceil(arch.num_layers / student.pipeline)
     alike = range(1, last) if 0 < stage < last else [stage]
-    with_experts = [sum(layer // per_stage == one for layer in arch.moe.layers) for one in alike]
-    return [(per_stage - number, number) for number in with_experts]
+    with_experts = {one: sum(layer // per_stage == one for layer in arch.moe.layers) for one in alike}
+    return {one: (per_stage - number, number) for one, number in with_experts.items()}
+
+
+def _in_flight(config: RunConfig, student: Layout, stage: int) -> int:
+    """Micro-batches whose activations a stage holds at most."""
+    return min(_micro_batches(config, student), student.pipeline - stage)
 
 
 def _micro_batches(config: RunConfig, student: Layout) -> int:
@@ -363,12 +368,12 @@ def _estimate(
 ) -> Found:
     student, teacher = planned_layouts(config, world_size)
     num_bytes = max(
-        _stage_bytes(config, arch, of_teacher, student, teacher, sum(length), measured, stage, layers)
+        _stage_bytes(config, arch, of_teacher, student, teacher, sum(length), measured, stage, own, layers)
         for stage in measured.peaks
-        for layers in _layers(arch, student, stage)
+        for own, layers in _layers(arch, student, stage).items()
     )
     ratio = config.training.global_batch_size / student.data / measured.micro_batches
-    counts = [layers for stage in measured.peaks for layers in _layers(arch, student, stage)]
+    counts = [layers for stage in measured.peaks for layers in _layers(arch, student, stage).values()]
 
     def handed(name: str) -> float:
         of_dense = measured.dense_traffic.get(name, 0)
@@ -388,10 +393,12 @@ def _stage_bytes(
     length: int,
     measured: _Measured,
     stage: int,
+    own: int,
     layers: tuple[float, float],
 ) -> float:
-    """At the peak of a rank of this stage of the student, with `layers` (without experts, all others), beside the
-    fullest stage of the teacher."""
+    """At the peak of a rank of stage `own` of the student, with `layers` (without experts, all others), beside the
+    fullest stage of the teacher; `stage` is the rehearsed one that stands for it. Later stages have fewer micro-batches
+    in flight, beside the one in the backward pass."""
     (dense, depth), width, peaks = layers, BYTES[config.model.precision], measured.peaks[stage]
     of_dense = measured.dense_peaks.get(stage, {})
     parts = {
@@ -400,15 +407,16 @@ def _stage_bytes(
     }
     if UPDATE in parts:
         parts[UPDATE] = update_bytes(config, arch, student, stage, 0)
+    in_flight = _in_flight(config, student, stage)
+    fewer = (_in_flight(config, student, own) + 1) / (in_flight + 1)
     kept = parts.get(ACTIVATIONS, 0.0)
     if config.recompute.recompute_granularity == "full":
         tokens = -(-length // (student.context * (student.tensor if student.sequence_parallel else 1)))
-        in_flight = min(_micro_batches(config, student), student.pipeline - stage)
         inputs = tokens * arch.hidden_size * width * in_flight
         without = extrapolated(peaks, ACTIVATIONS, 0)
         one_layer = (extrapolated(peaks, ACTIVATIONS, 1) - without) / in_flight  # the one that is recomputed
         kept = min(kept, max(without, 0.0) + one_layer + (dense + depth) * inputs)
-    parts[ACTIVATIONS] = kept * config.training.micro_batch_size
+    parts[ACTIVATIONS] = kept * fewer * config.training.micro_batch_size
     if of_teacher is not None:
         head = config.distillation.gkd_logits_topk is not None  # of hidden states the student's last stage has it
         stages = range(teacher.pipeline)

@@ -105,8 +105,10 @@ def test_stages_and_their_layers(models: tuple[str, str, str]) -> None:
     arch = read_architecture(models[0])
     four = Layout(pipeline=4)
     assert module._stages(arch, four) == [0, 1, 3]
-    assert [module._layers(arch, four, stage) for stage in (0, 1, 3)] == [[(2, 0)], [(1, 1), (0, 2)], [(0, 2)]]
-    assert [module._layers(arch, Layout(), 0), module._layers(arch, Layout(pipeline=2), 0)] == [[(3, 5)], [(3, 1)]]
+    found = [module._layers(arch, four, stage) for stage in (0, 1, 3)]
+    assert found == [{0: (2, 0)}, {1: (1, 1), 2: (0, 2)}, {3: (0, 2)}]
+    found = [module._layers(arch, Layout(), 0), module._layers(arch, Layout(pipeline=2), 0)]
+    assert found == [{0: (3, 5)}, {0: (3, 1)}]
     few = module.with_layers(arch, 2, 3, dense=1)
     assert (few.num_layers, few.moe.layers) == (9, (1, 2, 4, 5, 7, 8))  # type: ignore[union-attr]
     alike = module.with_layers(arch, 2, 1)
