@@ -30,6 +30,8 @@ from megatron_gkd.platform import import_megatron
 
 import_megatron()
 
+from megatron.core import parallel_state  # noqa: E402
+
 from megatron_gkd.config.run import RunConfig  # noqa: E402
 from megatron_gkd.train.formula import formula, peak  # noqa: E402
 from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse  # noqa: E402
@@ -133,6 +135,7 @@ def at_the_peak(configs: list[RunConfig]) -> list[int]:
             _, peak_bytes, _ = allocated(config, LENGTHS, num_steps=1)
             found.append(sum(peak_bytes.values()))
         _destroy_groups_left()  # each has threads, and twelve runs would have hundreds
+        parallel_state.destroy_global_memory_buffer()  # the next run would use that of the longest rows so far
     return found
 
 
@@ -141,7 +144,7 @@ def foreseen(world: int, config: RunConfig) -> list[int]:
     vocabulary, which is much of a tiny one, and is left out of the loss."""
     student, teacher = planned_layouts(config, world)
     places = [(student.coordinate(rank), teacher.coordinate(rank)) for rank in range(world)]
-    kinds = [(own.pp, own.tp, other.pp, other.tp) for own, other in places]
+    kinds = [(*own, *other) for own, other in places]
     found: dict[tuple[int, ...], int] = {}
     for rank, kind in enumerate(kinds):
         if kind not in found:
