@@ -1,4 +1,4 @@
-"""What a Hugging Face `config.json` says about a decoder, reduced to the numbers that this project needs, or a refusal.
+"""Reads a Hugging Face `config.json`: the numbers of the decoder that this project needs, or an error.
 
     arch = read_architecture("path/to/Qwen3-8B")        # needs config.json only; no weights, no network, no remote code
 
@@ -11,10 +11,10 @@ place of the MLP; deepseek_v3 has latent attention (model/mixture_config.py).
 A vision-language model (internvl, llava, smolvlm, qwen2_5_vl) is such a decoder with a tower and a projector before it
 (model/vision_config.py): its `text_config` is read as a config.json of its own.
 
-Everything else is refused here, by name, before a weight is read: an option that is not understood would give a model
-that runs and is wrong. RoPE is taken from transformers' own functions as numbers (`inv_freq` per frequency pair and
-the factor on cos and sin), because formulas written twice differ: megatron-core, for one, hard-codes three of
-llama3's parameters.
+Everything else is refused here, by name, before a weight is read: with an option that is not understood the model would
+run and be wrong. RoPE is taken from transformers' own functions as numbers (`inv_freq` per frequency pair, and the
+factor on cos and sin), because two implementations of a formula drift apart: megatron-core hard-codes three of llama3's
+parameters.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Rope(StableText):
     of its section, one section after the other (M-RoPE).
     """
 
-    inv_freq: tuple[float, ...]  # [n / 2], exact float32 values; of a head's n first dimensions, the others stay
-    attention_factor: float  # 1.0 but for yarn
-    # Longer sequences are turned by other frequencies (dynamic), and refused; None: by the same.
+    inv_freq: tuple[float, ...]  # [n / 2], exact float32 values, for the first n dimensions of a head
+    attention_factor: float  # 1.0 except for yarn
+    # Longer sequences would need other frequencies (dynamic) and are refused; None: no such limit.
     most_positions: int | None = field(default=None, repr=False)
-    sections: tuple[int, ...] = field(default=(), metadata=LATER)  # pairs of time, height and width
+    sections: tuple[int, ...] = field(default=(), metadata=LATER)  # number of pairs for time, height and width
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,13 +68,13 @@ class Architecture(StableText):
     max_position_embeddings: int
     rope: Rope
     moe: MixtureOfExperts | None = None
-    # With qk_norm: one norm over all heads (olmoe), in place of one a head.
+    # With qk_norm: one norm over all heads (olmoe) instead of one per head.
     qk_norm_over_heads: bool = field(default=False, metadata=LATER)
-    # In place of queries, keys and values of their own (qkv).
+    # Latent attention, instead of separate queries, keys and values (qkv).
     latent: LatentAttention | None = field(default=None, metadata=LATER)
-    # For several tokens at once, behind the decoder: in checkpoints, not in the logits.
+    # Multi-token prediction layers behind the decoder: stored in checkpoints, not used for the logits.
     num_predict_layers: int = field(default=0, metadata=LATER)
-    # Tower and projector of a vision-language model, before this decoder.
+    # Vision tower and projector of a vision-language model.
     vision: VisionPart | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Architecture(StableText):
         assert 0 < len(self.rope.inv_freq) <= self.head_dim // 2, self
 
     def padded_vocab_size(self, tp: int, multiple: int = 128) -> int:
-        """Rows of the embedding under `tp` ranks: the next multiple of `multiple * tp`, the same number on each."""
+        """Rows of the embedding with `tp` ranks: the vocabulary size, rounded up to a multiple of `multiple * tp`."""
         unit = multiple * tp
         return -(-self.vocab_size // unit) * unit
 
@@ -93,17 +93,17 @@ class Architecture(StableText):
 
     @property
     def query_size(self) -> int:
-        """Rows of all query heads; not hidden_size where head_dim is explicit (qwen3)."""
+        """Output size of all query heads; differs from hidden_size where head_dim is given (qwen3)."""
         return self.num_heads * self.head_dim
 
     @property
     def attention_size(self) -> int:
-        """Columns of the attention's output projection: all heads' values."""
+        """Input size of the attention's output projection: the values of all heads."""
         return self.query_size if self.latent is None else self.num_heads * self.latent.value_dim
 
     @property
     def kv_size(self) -> int:
-        """Rows of all key heads, and of all value heads."""
+        """Output size of all key heads, and also of all value heads."""
         return self.num_kv_heads * self.head_dim
 
 
@@ -113,7 +113,7 @@ class _Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     experts: bool = False
-    partial_rope: bool = False  # a part of each head is turned (partial_rotary_factor)
+    partial_rope: bool = False  # only a part of each head is rotated (partial_rotary_factor)
 
 
 _FAMILIES: Final = {
@@ -129,15 +129,15 @@ _FAMILIES: Final = {
     "deepseek_v3": _Family("DeepseekV3ForCausalLM", experts=True),
 }
 SUPPORTED_MODEL_TYPES: Final = tuple(_FAMILIES)
-# Mixtures that are known and not built: the reason.
+# Known mixtures of experts that are not supported, with the reason.
 _OTHER_MOE_MODEL_TYPES: Final = {
     "gpt_oss": "its attention has sinks and windows, which megatron-core (0.16 to 0.19) without Transformer Engine "
     "computes neither packed nor under context parallelism, and its experts have biases",
     "deepseek_v2": "it chooses groups of experts by their best one, and megatron-core by the sum of several; V2-Lite, "
     "which has no groups, is not built either",
 }
-# What the numbers of a config.json may be, checked before transformers sees them: it makes lists of as many layers as
-# it is told. Whole numbers are at least 1 and at most this; none is near what a model has.
+# Upper limits of the integers in config.json (the lower limit is 1), far above any real model. They are checked before
+# transformers reads the file, because it allocates lists of as many layers as the file says.
 _WHOLE: Final = {
     "num_hidden_layers": 10_000,
     "hidden_size": 2**20,
@@ -191,7 +191,7 @@ def read_architecture(path: str | Path) -> Architecture:
         raise CheckpointError(f"{path}: model_type is {shown(model_type)}; {_supported()}")
     if model_type in _OTHER_MOE_MODEL_TYPES:
         raise NotBuiltError(
-            f"{path}: model_type {model_type!r} is a mixture of experts of a kind that is not built: "
+            f"{path}: model_type {model_type!r} is a mixture of experts that is not built: "
             f"{_OTHER_MOE_MODEL_TYPES[model_type]}; {_supported()}"
         )
     if model_type not in _FAMILIES:
@@ -257,7 +257,7 @@ def read_architecture(path: str | Path) -> Architecture:
 
 
 def _vision_language(path: Path, raw: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """transformers' view of a vision-language config.json, and the part of it that is the decoder's."""
+    """transformers' configuration of a vision-language model, and the decoder's part of config.json."""
     model_type = raw["model_type"]
     if model_type in REFUSED:
         raise NotBuiltError(f"{path}: model_type {model_type!r} is not built: {REFUSED[model_type]}; {_supported()}")
@@ -278,35 +278,35 @@ def _vision_language(path: Path, raw: dict[str, Any]) -> tuple[Any, dict[str, An
             "model_type": family.decoders.get(kind, kind),
             "tie_word_embeddings": whole.text_config.tie_word_embeddings,
         }
-    # What the top level says decides: transformers asks the whole model's config. Where it says nothing its default
-    # is true, and transformers takes a stored head all the same; so the decoder's own is what is meant.
+    # The top level decides, as in transformers. Where it has no entry, transformers' default is true, but a stored head
+    # is loaded nevertheless; so the decoder's own entry is what is meant.
     tied = raw.get("tie_word_embeddings", whole.text_config.tie_word_embeddings)
     whole.text_config.tie_word_embeddings = tied
     return whole, {**text, "tie_word_embeddings": tied}
 
 
 def _without_sections(option: Any) -> Any:
-    """Of RoPE's options: `_sections` reads them."""
+    """RoPE's options without the M-RoPE sections, which `_sections` reads."""
     if not isinstance(option, dict):
         return option
     return {name: value for name, value in option.items() if name != "mrope_section"}
 
 
 def _sections(path: Path, whole: Any, head_dim: int) -> tuple[int, ...]:
-    """Pairs of a head that each of a token's three positions turns; none for a token with one."""
+    """Number of pairs of a head that each of a token's three positions turns; () without M-RoPE."""
     if not FAMILIES[whole.model_type].decoders:
         return ()
     sections = whole.text_config.rope_parameters.get("mrope_section", [16, 24, 24])  # as transformers has it
     usable = isinstance(sections, list) and len(sections) == 3 and all(type(n) is int and n > 0 for n in sections)
     if not usable or sum(sections) != head_dim // 2:
         raise CheckpointError(
-            f"{path}: mrope_section is {str(sections)[:80]}; it must be three positive integers with the sum "
+            f"{path}: mrope_section is {str(sections)[:80]}; it must be three positive integers whose sum is "
             f"{head_dim // 2}"
         )
     return tuple(sections)
 
 
-# Options that decide about the bias of q, k and v, and about the norm of q and k, where the family does not.
+# Options that switch the bias of q, k and v, and the norm of q and k, where the family does not determine them.
 _SWITCHES: Final = {
     ("qwen2_moe", "bias"): "qkv_bias",
     ("glm4_moe", "bias"): "attention_bias",
@@ -323,7 +323,7 @@ def _predict_layers(path: Path, config: Any) -> int:
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
-    """The directory's config.json as written, or a CheckpointError that says what is wrong with it."""
+    """The content of the directory's config.json. Raises CheckpointError if it cannot be read."""
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(
@@ -347,7 +347,7 @@ def _supported() -> str:
 
 
 def _load_config(path: Path) -> Any:
-    """transformers' view of the config: defaults filled in, old and new spellings of RoPE unified."""
+    """transformers' configuration object: defaults filled in, old and new spellings of RoPE unified."""
     from transformers import AutoConfig
 
     try:
@@ -357,7 +357,7 @@ def _load_config(path: Path) -> Any:
 
 
 def _check_raw(path: Path, raw: dict[str, Any], family: _Family) -> None:
-    """Refuse what transformers' config class would hide or act upon."""
+    """Refuse options that transformers' configuration class would hide or act on."""
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
             raise CheckpointError(
@@ -370,12 +370,12 @@ def _check_raw(path: Path, raw: dict[str, Any], family: _Family) -> None:
     classes = raw.get("architectures") or [family.hf_class]
     if classes != [family.hf_class]:
         raise CheckpointError(
-            f"{path}: architectures is {classes}; only {family.hf_class} is supported for this model_type"
+            f"{path}: architectures is {classes}; for this model_type only {family.hf_class} is supported"
         )
 
 
 def _check_numbers(path: Path, raw: dict[str, Any]) -> None:
-    """Types and ranges of what is given; null is a default of transformers'."""
+    """Check types and ranges of the given values; null means transformers' default."""
     for name, value in raw.items():
         if value is None:
             continue
@@ -393,7 +393,10 @@ def _check_numbers(path: Path, raw: dict[str, Any]) -> None:
             _check_rope_numbers(path, name, value)
     experts = raw.get("num_experts") or raw.get("num_local_experts") or raw.get("n_routed_experts") or 1
     if (raw.get("num_hidden_layers") or 1) * experts > _MOST_EXPERTS:
-        raise CheckpointError(f"{path}: {raw['num_hidden_layers']} layers of {experts} experts; no model has so many")
+        raise CheckpointError(
+            f"{path}: {raw['num_hidden_layers']} layers of {experts} experts are more than the {_MOST_EXPERTS} experts "
+            "that are read; correct num_hidden_layers or the number of experts"
+        )
 
 
 def _check_rope_numbers(path: Path, name: str, value: Any) -> None:
@@ -402,7 +405,7 @@ def _check_rope_numbers(path: Path, name: str, value: Any) -> None:
     for key, item in value.items():
         if key in ("rope_type", "type"):
             if not isinstance(item, str):
-                raise CheckpointError(f"{path}: {name}.{key} is {shown(item)}; it must be a word")
+                raise CheckpointError(f"{path}: {name}.{key} is {shown(item)}; it must be a string")
         elif item is not None and type(item) not in (bool, list):
             _check_real(path, f"{name}.{key}", item, _REAL.get(key, (-1e-9, 1e12)))
 
@@ -416,33 +419,26 @@ def _check_whole(path: Path, name: str, value: Any) -> None:
 
 def _check_real(path: Path, name: str, value: Any, limits: tuple[float, float] | None = None) -> None:
     above, most = limits or _REAL[name]
-    if type(value) not in (int, float) or not math.isfinite(_as_float(value)) or not above < value <= most:
+    if type(value) not in (int, float) or not above < value <= most:  # NaN is refused too
         least = "0 or more" if above < 0 else f"above {above:g}"
         raise CheckpointError(f"{path}: {name} is {shown(value)}; it must be a number {least}, at most {most:g}")
 
 
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # an integer beyond all floats
-        return math.inf
-
-
 def _check_options(path: Path, config: Any) -> None:
-    """Refuse every option that changes what the model computes and is not built here."""
+    """Refuse every option that changes what the model computes and is not supported."""
     refusals: list[tuple[bool, str]] = [
         (getattr(config, "is_heterogeneous", False), "layers with configurations of their own (per_layer_config)"),
         (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r} (supported: silu)"),
         (bool(getattr(config, "mlp_bias", False)), "mlp_bias true (biases on gate, up and down projections)"),
-        # In llama and qwen3 it also adds o_proj.bias; qwen2 has its q/k/v bias whatever this says, as in transformers.
+        # In llama and qwen3 it also adds o_proj.bias; qwen2 always has its q/k/v bias, as in transformers.
         (
             config.model_type not in ("qwen2", "glm4_moe") and bool(getattr(config, "attention_bias", False)),
             "attention_bias true (it adds a bias to o_proj)",
         ),
         (bool(getattr(config, "attention_dropout", 0.0)), "attention_dropout above 0 (set it to 0 in config.json)"),
         (bool(getattr(config, "router_jitter_noise", 0.0)), "router_jitter_noise above 0 (set it to 0 in config.json)"),
-        (getattr(config, "clip_qkv", None) is not None, "clip_qkv (queries, keys and values cut to a range)"),
-        (_uses_sliding_window(config), "a sliding window (sliding_window / layer_types); only full attention is built"),
+        (getattr(config, "clip_qkv", None) is not None, "clip_qkv (queries, keys and values clipped to a range)"),
+        (_uses_sliding_window(config), "a sliding window (sliding_window / layer_types; supported: full attention)"),
     ]
     for refused, what in refusals:
         if refused:
@@ -450,7 +446,7 @@ def _check_options(path: Path, config: Any) -> None:
 
 
 def _uses_sliding_window(config: Any) -> bool:
-    # These ask each layer what it is (modeling_qwen2.py, modeling_qwen3.py, ...); the others ask for the window alone.
+    # These models read layer_types (modeling_qwen2.py, modeling_qwen3.py, ...), the others only sliding_window.
     if config.model_type in ("qwen2", "qwen3", "qwen2_moe") and getattr(config, "layer_types", None):
         return any(kind != "full_attention" for kind in config.layer_types)
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
@@ -459,14 +455,14 @@ def _uses_sliding_window(config: Any) -> bool:
 
 
 def _read_rope(path: Path, config: Any, head_dim: int, *, partial: bool, may_be_dynamic: bool) -> Rope:
-    """RoPE numbers from transformers' own functions; the default type, which has none there, is one line.
+    """RoPE numbers from transformers' own functions; the default type, which has no function there, is one line.
 
-    `dynamic` is the default up to max_position_embeddings. InternVL 3 has it; as text models have always been refused
-    with it, they still are.
+    Type `dynamic` equals the default up to max_position_embeddings. It is accepted in vision-language models
+    (InternVL 3 has it) and refused in text models.
 
     Args:
-        head_dim: dimensions of a head that can be turned.
-        partial: whether the family turns a part of them where config.json says so.
+        head_dim: dimensions of a head that can be rotated.
+        partial: whether the family supports a partial_rotary_factor.
     """
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -490,7 +486,7 @@ def _read_rope(path: Path, config: Any, head_dim: int, *, partial: bool, may_be_
         head_dim = int(head_dim * factor)
         if head_dim % 2 or not head_dim:
             raise CheckpointError(
-                f"{path}: partial_rotary_factor {factor} turns {head_dim} dimensions, not an even number"
+                f"{path}: partial_rotary_factor {factor} rotates {head_dim} dimensions; an even number is needed"
             )
     _check_real(path, "rope_theta", parameters["rope_theta"])
     if kind == "default":
@@ -509,7 +505,7 @@ def _read_rope(path: Path, config: Any, head_dim: int, *, partial: bool, may_be_
 
 
 def _check_frequencies(path: Path, kind: str, inv_freq: Any, attention_factor: float, head_dim: int) -> None:
-    """Raise CheckpointError unless they turn something."""
+    """Raise CheckpointError unless the frequencies are finite and of the right number."""
     usable = len(inv_freq) == head_dim // 2 and bool((inv_freq.isfinite() & (inv_freq >= 0)).all())
     if not usable or not math.isfinite(attention_factor) or attention_factor <= 0:
         raise CheckpointError(f"{path}: the parameters of rope_type {kind!r} give no usable frequencies")

@@ -11,7 +11,7 @@ from __future__ import annotations
 class GKDError(Exception):
     """Root of all errors that are the input's fault, not the program's.
 
-    `reported_elsewhere` is set on an instance that another rank says as well: then one rank of a machine is enough.
+    `reported_elsewhere` is set on an error that another rank reports too: then one rank per machine prints it.
     """
 
     reported_elsewhere = False
@@ -22,7 +22,7 @@ class ConfigError(GKDError, ValueError):
 
 
 class NotBuiltError(GKDError, NotImplementedError):
-    """A documented feature that this version does not have yet; raised before any work is lost, never ignored."""
+    """A documented feature that this version does not have yet; raised before any work begins."""
 
 
 class ShapeError(GKDError, ValueError):
@@ -34,7 +34,7 @@ class DataError(GKDError, ValueError):
 
 
 class CheckpointError(GKDError, ValueError):
-    """A checkpoint (Hugging Face or Megatron) is missing, damaged, of another model or would be overwritten."""
+    """A checkpoint (Hugging Face or Megatron) is missing, damaged, belongs to another model or would be overwritten."""
 
 
 class LayoutError(ConfigError):
@@ -42,18 +42,18 @@ class LayoutError(ConfigError):
 
 
 class RolloutError(GKDError, RuntimeError):
-    """A sampling engine or a teacher server failed, cannot be reached, gave a wrong answer, holds other weights than it
-    should, or was asked out of turn."""
+    """A sampling engine or a teacher server failed, cannot be reached, gave a wrong answer, holds the wrong weights, or
+    was called in the wrong order."""
 
 
 class TrainingError(GKDError, RuntimeError):
-    """A run cannot go on: its numbers are not finite, a rank is lost, or its record cannot be written."""
+    """A run cannot continue: its numbers are not finite, a rank is lost, or its record cannot be written."""
 
 
 class RunStoppedError(GKDError):
-    """A run was asked to stop, and has saved a checkpoint: no fault; the command ends with exit code 75."""
+    """A run was asked to stop and has saved a checkpoint. Not a failure; the command ends with exit code 75."""
 
 
 class CheckFailedError(GKDError):
-    """`megatron-gkd check` found a difference past its tolerance, or `sample` has no row to write; the command ends
+    """`megatron-gkd check` found a difference beyond its tolerance, or `sample` has no row to write; the command ends
     with exit code 1, not 2."""

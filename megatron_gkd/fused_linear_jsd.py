@@ -4,9 +4,9 @@ token chunk by chunk.
     student logits = student_hidden @ student_head^T,  teacher logits = teacher_hidden @ teacher_head^T
     loss_sum = sum_t token_weights_t * D_t  +  sum_t label_weights_t * CE_t
 
-At no time is there a [T, V/tp] tensor. The gradients of student hidden states and head are formed in the forward,
+A [T, V/tp] tensor never exists. The gradients of the student's hidden states and head are computed in the forward,
 chunk by chunk, and only scaled by grad_output in the backward. D is `vocab_parallel_jsd` (or `topk_jsd`) of those
-logits, with its definition of the end points of beta.
+logits, with the same definition of the end points of beta.
 
 Shapes: student_hidden [T, Hs], student_head [V/tp, Hs], teacher_hidden [T, Ht], teacher_head [V/tp, Ht] (the same
 global columns), or topk_logprobs and topk_indices [T, K]; loss_sum scalar, per-token values [T] detached, float32
@@ -17,9 +17,9 @@ the backward ONE all-reduce of the hidden states' gradient [T, Hs] for the whole
 reduce_hidden_grad=False there is none: the gradient is this rank's partial sum, for a caller whose gather of
 sequence-parallel shards reduce-scatters it in its own backward.
 
-Memory: [C, V/tp] buffers for one chunk of C tokens, sized by fused_task.CHUNK_BYTES or chunk_tokens; from forward to
-backward the gradients [T, Hs] in the hidden dtype and [V/tp, Hs] in float32. They are handed over in the backward; a
-second backward needs retain_graph=True on the first.
+Memory: [C, V/tp] buffers for one chunk of C tokens, sized by loss/fused/task.py:CHUNK_BYTES or chunk_tokens; from
+forward to backward the gradients [T, Hs] in the hidden dtype and [V/tp, Hs] in float32. The backward hands them over; a
+second backward needs retain_graph=True in the first.
 
 megatron-core's gradient buffers: where the head is a parameter under its DDP (attributes `main_grad` and
 `grad_added_to_main_grad`), the head's gradient is added to main_grad without being rounded,
@@ -148,7 +148,7 @@ def fused_linear_distill(
     """Divergence and, with `labels`, cross entropy in one pass over the student's logits.
 
     Args:
-        teacher: None: the cross entropy alone, of `labels`; the divergence counts for nothing.
+        teacher: None: only the cross entropy of `labels`; `divergence` is not used.
         token_weights: [T] weight of each token's divergence; None: 1.
         labels: [T] global ids; a negative one is ignored.
         label_weights: [T] weight of each token's cross entropy; None: 1. Only with labels.
@@ -162,7 +162,7 @@ def fused_linear_distill(
     )  # fmt: skip
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(
-            f"chunk_tokens={chunk_tokens} was given, at least 1 is needed; None chooses it from a byte budget"
+            f"chunk_tokens={chunk_tokens} was given, at least 1 is needed; with None it follows from a byte budget"
         )
     chunk = chunk_tokens or default_chunk_tokens(task)
     grad_mode = torch.is_grad_enabled()
@@ -183,7 +183,7 @@ def fused_linear_distill(
 
 @dataclass
 class _Finished:
-    """What the forward leaves for the backward; handed over (set to None) unless the graph is retained."""
+    """The gradients that the forward computes for the backward; set to None there, unless the graph is retained."""
 
     hidden: torch.Tensor | None  # [T, Hs], this rank's partial sum
     head: torch.Tensor | None  # [V/tp, Hs] float32
@@ -193,7 +193,7 @@ class _Finished:
 
 
 class _AttachGradients(torch.autograd.Function):
-    """Forward: the loss as it is. Backward: the finished gradients times grad_output."""
+    """Forward: returns the loss. Backward: the gradients of the forward, times grad_output."""
 
     @staticmethod
     def forward(ctx, student_hidden, student_head, loss_sum, gradients: _Finished):  # type: ignore[no-untyped-def]
@@ -207,8 +207,8 @@ class _AttachGradients(torch.autograd.Function):
         gradients: _Finished = ctx.gradients
         if gradients.spent:
             raise RuntimeError(
-                "the fused loss was run backward a second time, but its gradients were handed over by the first; "
-                "pass retain_graph=True to the first"
+                "backward was called twice on the fused loss, but the first call released the gradients; pass "
+                "retain_graph=True to the first"
             )
         hidden_grad, head_grad = gradients.hidden, gradients.head
         if _graph_is_kept():
@@ -225,7 +225,7 @@ class _AttachGradients(torch.autograd.Function):
 
 
 def _graph_is_kept() -> bool:
-    """Whether this backward may be repeated (retain_graph=True); yes where this torch cannot tell."""
+    """Whether this backward may be repeated (retain_graph=True); True if this version of torch does not tell."""
     tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if tell is None else bool(tell())
 
@@ -233,7 +233,7 @@ def _graph_is_kept() -> bool:
 def _deliver_head_grad(
     head_grad: torch.Tensor, parameter: torch.Tensor, grad_output: torch.Tensor, *, in_place: bool
 ) -> torch.Tensor:
-    """What to return for the head: its gradient, or a dummy where the gradient went into megatron-core's main_grad."""
+    """The head's gradient to return, or a dummy where the gradient was added to megatron-core's main_grad."""
     main_grad = getattr(parameter, "main_grad", None)
     if main_grad is None or not hasattr(parameter, "grad_added_to_main_grad") or hasattr(parameter, "__fsdp_param__"):
         scaled = head_grad.mul_(grad_output) if in_place else head_grad * grad_output

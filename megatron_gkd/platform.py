@@ -1,24 +1,23 @@
 """Where the program runs: CUDA + NCCL, or CPU + gloo. The one file that adapts megatron-core to a machine without CUDA.
 
-megatron-core (0.16 - 0.19) asks for "cuda" by name in some thirty places: buffers of DDP and of the optimizer, token
-counters of the schedules, shape exchange of the pipeline, RNG tracker, type names in assertions. On a machine without
-CUDA, `adapt_megatron_to_cpu()` answers those requests with CPU objects, so that the same GPTModel, DDP, distributed
+megatron-core (0.16 - 0.19) names "cuda" in about thirty places: buffers of DDP and of the optimizer, token counters of
+the schedules, shape exchange of the pipeline, RNG tracker, type names in assertions. On a machine without CUDA,
+`adapt_megatron_to_cpu()` answers those requests with CPU objects, so that the same GPTModel, DDP, distributed
 optimizer and 1F1B schedule run unchanged on gloo:
 
-* device queries (`torch.cuda.current_device` ...) answer "cpu"; streams and events are null objects (CPU work is in
-order);
+* device queries (`torch.cuda.current_device` ...) answer "cpu"; streams and events do nothing (CPU work is in order);
 * CUDA RNG calls go to the CPU generator, so the RNG tracker's named states work as on CUDA (fork saves, switches and
-restores);
+  restores);
 * the router's optional GEMM of Transformer Engine, whose name 0.16.1 leaves undefined without it, is None;
 * recomputed norms do not ask Transformer Engine whether fp8 is on;
-* token counts of the expert dispatcher become numbers where they are asked for as such;
-* gathers and reduce-scatters of uneven numbers of rows, which gloo does not have and experts that are cut need, go
-  through its all-to-all;
-* what makes and moves tensors takes `device="cuda"` for "cpu" and drops `pin_memory`, and `Tensor.type()` names a CPU
-  tensor as its CUDA twin ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py,
+* token counts of the expert dispatcher become numpy arrays where the caller asks for them;
+* gathers and reduce-scatters with a different number of rows per rank, which gloo does not have and expert tensor
+  parallelism needs, use its all-to-all;
+* functions that make or move tensors read `device="cuda"` as "cpu" and ignore `pin_memory`; `Tensor.type()` gives a CPU
+  tensor its CUDA name ("torch.cuda.FloatTensor"), which megatron-core's optimizers assert (optimizer.py,
   distrib_optimizer.py, clip_grads.py).
 
-`import_megatron()` spares such a machine the compiler that importing megatron-core loads.
+`import_megatron()` imports megatron-core without loading torch's compiler on such a machine.
 
 Invariants: on CUDA nothing is patched; the adaptation is idempotent; `undo` restores every patched attribute; nothing
 happens at import.
@@ -61,7 +60,7 @@ class Platform:
     backend: Literal["gloo", "nccl"]
 
     def synchronize(self) -> None:
-        """Wait for the device's queue; nothing to do on a CPU."""
+        """Wait until the device has finished its work; no effect on a CPU."""
         if self.kind == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -94,7 +93,7 @@ def setup(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"LOCAL_RANK is {local_rank}, and torch sees {torch.cuda.device_count()} GPUs on this machine: start "
-                "at most one rank a GPU (NPROC_PER_NODE)"
+                "at most one rank per GPU (NPROC_PER_NODE)"
             )
         torch.cuda.set_device(local_rank)
         return Platform("cuda", torch.device("cuda", local_rank), "nccl")
@@ -104,10 +103,11 @@ def setup(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
 
 
 def import_megatron() -> None:
-    """Import what runs use of megatron-core, before another import does.
+    """Import the parts of megatron-core that runs use, before another import does.
 
-    It has fifty fusions that a decorator compiles, so importing it loads torch's dynamo and inductor: 8 CPU-seconds on
-    every rank. Fusions are for CUDA: without a CUDA device, `torch.compile` meanwhile returns what it is given.
+    A decorator compiles its fifty fusions, so importing it loads torch's dynamo and inductor: 8 CPU-seconds on every
+    rank. The fusions are for CUDA; without a CUDA device `torch.compile` is replaced during the import by a function
+    that returns its argument.
     """
     compiler = torch.compile
     if not torch.cuda.is_available():
@@ -122,8 +122,7 @@ def import_megatron() -> None:
 def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> None:
     """Join the process group that torchrun describes in the environment; a plain `python` start is a world of one rank.
 
-    Raises ConfigError for variables that are missing or malformed, and where the ranks do not all meet (what
-    parallel/rendezvous.py finds).
+    Raises ConfigError for missing or malformed variables, and where not all ranks meet (parallel/rendezvous.py).
     """
     if dist.is_initialized():
         return
@@ -140,8 +139,8 @@ def init_distributed(platform: Platform, *, timeout_minutes: float = 10.0) -> No
         )
     except (dist.DistError, RuntimeError) as error:
         raise ConfigError(
-            f"all ranks have met, but could not connect to each other ({' '.join(str(error).split())[:200]}): is the "
-            "interface of GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME the one that leads to the other nodes?"
+            f"all ranks have met, but could not connect to each other ({' '.join(str(error).split())[:200]}): set "
+            "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface that leads to the other nodes"
         ) from error
 
 
@@ -156,15 +155,15 @@ def world_timeout() -> timedelta:
 def new_group(
     ranks: Sequence[int], *, backend: str | None = None, timeout: timedelta | None = None
 ) -> dist.ProcessGroup:
-    """torch's new_group with the time limit of WORLD, or one of its own. By itself it takes torch's default, 30 minutes
-    for gloo and 10 for NCCL, and a rank that hangs is noticed then, whatever `--distributed_timeout_minutes` says.
+    """torch's new_group with WORLD's time limit, or the given one. Without it torch would use its own default, 30
+    minutes for gloo and 10 for NCCL, and ignore `--distributed_timeout_minutes`.
     """
     return dist.new_group(list(ranks), backend=backend, timeout=timeout or world_timeout())
 
 
 class _NullStream:
-    """A stream on a device whose work is in order: every wait has already happened. A class, because annotations
-    name it."""
+    """A stream on a CPU, where work runs in order: nothing has to be waited for. A class, because annotations name
+    it."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
     def wait_stream(self, stream: object) -> None: ...
@@ -175,7 +174,7 @@ class _NullStream:
 
 
 class _NullEvent:
-    """An event that has always happened."""
+    """An event that is always complete."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
     def record(self, *args: object) -> None: ...
@@ -192,7 +191,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with requests for CUDA or pinned memory among its named arguments taken back."""
+    """The function with CUDA replaced by CPU, and pinned memory by pageable memory, in its keyword arguments."""
 
     @functools.wraps(function)
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
@@ -207,12 +206,12 @@ def _for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tensor_requests() -> Iterator[tuple[Any, str, Any]]:
-    """(owner, name, replacement) of what makes, moves and names tensors.
+    """(owner, name, replacement) of the functions that make and move tensors and name their types.
 
-    Replaced are the functions that are called, and not every call to torch: a TorchFunctionMode would also answer, at
-    3 microseconds of Python each, for every product and every `tensor.shape`.
+    Only these functions are replaced. A TorchFunctionMode would also intercept every product and every `tensor.shape`,
+    at 3 microseconds of Python each.
     """
-    _device_constructors()  # what `with torch.device(...)` knows by identity: remembered before it is replaced
+    _device_constructors()  # `with torch.device(...)` compares functions by identity: cached before they are replaced
     yield from ((torch, name, _for_cpu(getattr(torch, name))) for name in _MAKERS)
     tensor: Any = torch.Tensor
     yield from ((tensor, name, _for_cpu(getattr(tensor, name))) for name in _METHODS)
@@ -232,8 +231,8 @@ def _tensor_requests() -> Iterator[tuple[Any, str, Any]]:
 
 
 def _uneven_collectives() -> Iterator[tuple[Any, str, Any]]:
-    """(owner, name, replacement) of the gather and the reduce-scatter along the first dimension that megatron-core
-    makes with a number of rows per rank. With equal numbers they stay its own.
+    """(owner, name, replacement) of megatron-core's gather and reduce-scatter along the first dimension with a
+    different number of rows per rank. With equal numbers its own functions are called.
     """
     import megatron.core.tensor_parallel.mappings as mappings
 
@@ -261,15 +260,13 @@ def _uneven_collectives() -> Iterator[tuple[Any, str, Any]]:
     yield mappings, "_reduce_scatter_along_first_dim", scatter_rows
 
 
-_ABSENT = object()  # an attribute that its owner does not define itself
+_ABSENT = object()  # for an attribute that its owner does not define itself
 _undo: Callable[[], None] | None = None
 _install: Callable[[], None] | None = None
 
 
 def adapt_megatron_to_cpu() -> Callable[[], None]:
-    """Install the adaptation of the module docstring; returns the function that takes it back. A second call changes
-    nothing.
-    """
+    """Install the adaptation of the module docstring; returns the function that undoes it. Idempotent."""
     if _undo is not None:
         return _undo
     cpu = torch.device("cpu")
@@ -304,7 +301,7 @@ def adapt_megatron_to_cpu() -> Callable[[], None]:
     begin = without_output.__init__
 
     def begin_without_fp8(self: Any, fp8: Any = None, **kwargs: Any) -> None:
-        # megatron-core keeps `fp8 is not None`, which its own default, False, makes True: Transformer Engine is asked.
+        # megatron-core tests `fp8 is not None`, which its own default, False, passes: it would call Transformer Engine.
         begin(self, fp8 or None, **kwargs)
 
     replacements += [
@@ -318,17 +315,17 @@ def adapt_megatron_to_cpu() -> Callable[[], None]:
     move_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu
 
     def move_to_cpu_as_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # megatron-core returns a tensor that is on the CPU already as it is, also where numbers are asked for.
+        # megatron-core returns a tensor that is already on the CPU unchanged, also with as_numpy=True.
         moved = move_to_cpu(tensor, as_numpy=as_numpy, record_stream=record_stream)
         return moved.numpy() if as_numpy and isinstance(moved, torch.Tensor) else moved
 
     replacements.append((token_dispatcher, "maybe_move_tensor_to_cpu", move_to_cpu_as_asked))
-    # Without Transformer Engine 0.16.1 leaves this name undefined and then asks for it (moe_utils.py, the router).
+    # Without Transformer Engine 0.16.1 leaves this name undefined, but uses it (moe_utils.py, the router).
     if not hasattr(moe_utils, "te_general_gemm"):
         replacements.append((moe_utils, "te_general_gemm", None))
     replacements += _uneven_collectives()
     replacements += _tensor_requests()
-    # what the owner has itself, not what a class inherits
+    # the owner's own attributes, not inherited ones
     originals = [(owner, name, vars(owner).get(name, _ABSENT)) for owner, name, _ in replacements]
 
     def install() -> None:
@@ -352,8 +349,8 @@ def adapt_megatron_to_cpu() -> Callable[[], None]:
 
 @contextlib.contextmanager
 def cpu_adaptation_suspended() -> Iterator[None]:
-    """torch as it is, for the length of a `with` block; afterwards the same objects are installed again. Nothing to do
-    where there is no adaptation.
+    """Undo the adaptation for the length of a `with` block; afterwards the same objects are installed again. No effect
+    without an adaptation.
     """
     if _undo is None or _install is None:
         yield
@@ -368,7 +365,7 @@ def cpu_adaptation_suspended() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cpu_adaptation() -> Iterator[None]:
-    """The adaptation for the length of a `with` block (tests); leaves it in place if it was there before."""
+    """Install the adaptation for the length of a `with` block (for tests); an existing one is kept."""
     already = _undo is not None
     undo = adapt_megatron_to_cpu()
     try:

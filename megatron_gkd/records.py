@@ -1,4 +1,5 @@
-"""Records that cross the borders between the parts: a row, a sample, its loss tokens, the plan of a step. Pure Python.
+"""Records that are passed between the parts of the program: a row, a sample, its loss tokens, the plan of a step. Pure
+Python.
 
 The one alignment rule of the project lives here. A sample is `prompt_ids` (P tokens) followed by `completion_ids` (C
 tokens). A model is fed the first P + C - 1 tokens; the LOSS TOKENS are the last C of those inputs (positions P-1 ..
@@ -7,8 +8,8 @@ for the student, for a local teacher and for a teacher server alike, whatever th
 their padding are. A completion may hold tokens that the model did not write, such as a tool's answer. Those that
 `completion_mask` leaves out are fed as inputs and are not loss tokens (`LossShare.of`).
 
-The teacher may be given another prompt than the student (`teacher_prompt_ids`, P' tokens: privileged information). It
-is fed P' + C - 1 tokens, and its last C are the loss tokens, in the same order: `Sample.for_teacher` is that sample.
+The teacher may have a prompt of its own (`teacher_prompt_ids`, P' tokens: privileged information). It is fed
+P' + C - 1 tokens, and the last C are the loss tokens, in the same order: `Sample.for_teacher` is that sample.
 
 Legend: P prompt tokens, C completion tokens.
 """
@@ -54,12 +55,12 @@ class Picture(StableText):
     digest: str  # of the encoded bytes
     size: tuple[int, int]  # width, height in pixels, upright
     spans: tuple[tuple[int, int], ...]  # [first, end) of the placeholders in the prompt's tokens, in reading order
-    # (rows, columns) in which the placeholders lie, for a model that turns them by both (M-RoPE): in its one span
+    # (rows, columns) of the grid that the placeholders form in their one span, for a model with M-RoPE
     grid: tuple[int, int] | None = field(default=None, metadata=LATER)
 
     @property
     def places(self) -> list[int]:
-        """Indices of its placeholders in the prompt, one for each row of the vision tower."""
+        """Indices of its placeholders in the prompt, one for each row of the vision tower's output."""
         return [place for first, end in self.spans for place in range(first, end)]
 
     @property
@@ -71,7 +72,7 @@ class SeenSequence(tuple[int, ...]):
     """Tokens of a sequence whose prompt has pictures, with the placeholders expanded as a model is fed them."""
 
     pictures: tuple[Picture, ...]
-    bare_ids: tuple[int, ...]  # the same with one placeholder for each picture
+    bare_ids: tuple[int, ...]  # the same tokens with one placeholder per picture
 
     @classmethod
     def of(cls, ids: Iterable[int], pictures: tuple[Picture, ...], bare_ids: tuple[int, ...]) -> SeenSequence:
@@ -151,8 +152,8 @@ class Sample:
 class LossShare:
     """The loss tokens of one sample that a rank holds: spans [first, end) of 0..C, ascending and disjoint.
 
-    A rank that is fed a whole sample holds all of them. Where a sequence is split over ranks, each holds those of the
-    inputs that it is fed. `of` is the one place that decides: what a rank computes, receives and counts follows it.
+    A rank that is fed a whole sample holds all of them. Where a sequence is split over ranks, each rank holds those
+    among its inputs. Only `of` decides this; what a rank computes, receives and counts follows from it.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -211,7 +212,7 @@ class StepValues:
     lmbda: float
     beta: float
     temperature: float  # of the student's samples
-    max_completion_length: int  # likewise
+    max_completion_length: int  # of the student's samples
 
 
 # [data-parallel rank][micro-batch] -> positions in the global batch
@@ -225,7 +226,7 @@ class StepPlan:
     step: int
     samples: tuple[Sample, ...]  # in global-batch order: samples[i].position == i
     student: MicroBatchPlan
-    # the same samples, split for the teacher's own data-parallel size and micro-batch size, by its own prompts' lengths
+    # the same samples, split by the teacher's own data-parallel size, micro-batch size and sequence lengths
     teacher: MicroBatchPlan
     packing: bool = False  # samples of a micro-batch lie end to end
     values: StepValues | None = None  # None: an evaluation

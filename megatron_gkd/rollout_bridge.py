@@ -1,29 +1,29 @@
-"""The rollout bridge: the student's weights into the sampling engines, proven equal, and on-policy completions out.
+"""The rollout bridge: sends the student's weights to the sampling engines, verifies them, and collects on-policy
+completions.
 
     bridge.push(version)        stream the weights, bucket by bucket, into every engine; commit, or roll back
-    bridge.verify()             engines' log-probabilities of fixed tokens against the trainer's own
+    bridge.verify()             compare the engines' log-probabilities of fixed tokens with the trainer's own
     bridge.sample(step, ...)    requests -> engines -> every completion on every rank
 
-Push. `weights/delivery.py` gives Hugging Face named, full tensors in buckets of bounded size, in one fixed order, from
-any TP x PP x EP x VPP layout: shards are gathered on the leader of the group that owns them, and the bucket goes to
-the ranks that feed engines (colocated: to all ranks; servers: to the writing rank). A rank holds at most two buckets
-beyond its own weights: the one that arrives, and the one before, to which an engine may still refer. Nothing ever
-holds the whole model in one place.
+Push. `weights/delivery.py` yields full tensors with Hugging Face names, in buckets of bounded size and in a fixed
+order, from any TP x PP x EP x VPP layout. Shards are gathered on the leader of the group that owns them, and the bucket
+goes to the ranks that feed engines (colocated: to all ranks; servers: to the writing rank). A rank holds at most two
+buckets beyond its own weights: the current one, and the previous one, to which an engine may still refer. The whole
+model is never in one place.
 
-What is checked before an update is committed, each by name: no tensor is unexpected, missing, doubled, or of another
-shape or dtype than the model's config.json says (the manifest); every tensor reaches the engine's loader with the
-checksum that it had on the rank that owns it. A failed push is rolled back on every engine and tried once more,
-complete; the second failure ends the run.
+Before an update is committed, every tensor is checked by name: none is unexpected, missing or sent twice; shape and
+dtype are those of the model's config.json (the manifest); each reaches the engine's loader with the checksum that it
+had on the rank that owns it. A failed push is rolled back on every engine and repeated once; the second failure ends
+the run.
 
-Invariants: every rank makes the same collectives whatever fails: a rank whose engine fails goes on taking part in the
-broadcasts, and the ranks agree on the outcome after `begin`, after the last bucket and after `end`. No completion is
-ever used whose version differs from the one asked for.
+Invariants: every rank makes the same collectives whatever fails. A rank whose engine fails still takes part in the
+broadcasts, and the ranks agree on the outcome after `begin`, after the last bucket and after `end`. Completions of
+another version than the requested one are never used.
 
-After every push a prompt that the engine saw after the push before must be new to it: its prefix cache was dropped.
-Verification compares mean and largest |difference| of the log-probabilities of fixed probe tokens with a tolerance
-that knows the dtype (bf16 engines differ from bf16 trainers by as much as either differs from fp32, so there the mean
-decides). On a mismatch the tensors that the engine received are compared with the trainer's by checksum, and the worst
-one is named.
+After every push a prompt that the engine saw after the previous push must not be in its prefix cache any more.
+Verification compares the mean and the largest |difference| of the log-probabilities of fixed probe tokens with
+tolerances by dtype (bf16 engines differ from bf16 trainers by as much as either differs from fp32, so there the mean
+decides). On a mismatch the received tensors are compared with the trainer's by checksum, and the worst one is named.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ logger = get_logger(__name__)
 
 LogProbs = list[list[float]]
 
-# (mean, largest) |log-probability difference| of probe tokens that is still agreement. fp32: ten times what was seen
-# between two right implementations; half precision: two right ones differ by 0.05 on average and by 0.5 at a token.
+# Accepted (mean, largest) |log-probability difference| of the probe tokens. fp32: ten times what was measured between
+# two correct implementations; in half precision these differ by 0.05 on average and by 0.5 at a single token.
 TOLERANCES: dict[str, tuple[float, float]] = {"fp32": (1e-4, 1e-3), "bf16": (0.15, 3.0), "fp16": (0.05, 1.0)}
 
 _CANARY_TOKENS = 160  # more than a block of vLLM's prefix cache: 16 tokens on GPUs, 128 on CPUs
@@ -58,7 +58,7 @@ _CANARY_TOKENS = 160  # more than a block of vLLM's prefix cache: 16 tokens on G
 
 @dataclass(frozen=True)
 class Push:
-    """What a push did; the same on every rank but for the seconds."""
+    """What a push did; equal on every rank, except for the seconds."""
 
     version: int
     num_bytes: int
@@ -95,13 +95,13 @@ class RolloutBridge:
     ) -> None:
         """
         Args:
-            buckets: each iteration is a pass over the student's weights as they are then, collective over `group`; a
-                rank that drives no engine is given empty buckets (weights/delivery.py).
-            manifest: every tensor that the engine's model has, by the model's config.json: name -> (shape, dtype).
+            buckets: each iteration is a pass over the student's current weights, collective over `group`; ranks that
+                drive no engine get empty buckets (weights/delivery.py).
+            manifest: every tensor of the engine's model, from the model's config.json: name -> (shape, dtype).
             group: all ranks of the run.
             probes: token sequences that verification scores; not empty.
-            score: the trainer's log-probabilities of such sequences, on every rank; collective over `group`.
-            verify_every: verify at the first push and every so many pushes; 0: at the first only.
+            score: computes the trainer's log-probabilities of such sequences, on every rank; collective over `group`.
+            verify_every: verify at the first push and at every this many pushes; 0: only at the first.
             make_room: called after each push, before the engines take memory to sample; collective over `group`.
         """
         assert probes, "verification needs something to score"
@@ -116,16 +116,16 @@ class RolloutBridge:
     # ---- weights ---------------------------------------------------------------------------------------------------
 
     def push(self, version: int) -> Push:
-        """Give every engine the student's weights as `version`, and verify when it is time. Collective.
+        """Send the student's weights to every engine as `version`, and verify them when that is due. Collective.
 
-        Raises RolloutError, the same on every rank, when the second attempt fails too or verification does.
+        Raises RolloutError, the same on every rank, if the second attempt or the verification fails.
         """
         self.version = None
         self._each("wake for weights", lambda engine: engine.wake_weights())
         try:
             result = self._push_once(version, attempt=1)
         except RolloutError as error:
-            logger.warning("push of version %d was rolled back and is repeated: %s", version, error)
+            logger.warning("the push of version %d failed, was rolled back and is repeated: %s", version, error)
             result = self._push_once(version, attempt=2)
         first, every = self._num_pushes == 0, self._verify_every
         due = first or (every and self._num_pushes % every == 0)
@@ -139,7 +139,7 @@ class RolloutBridge:
             agreement = self.verify(truth)
             logger.info(
                 "version %d: the engines' log-probabilities of %d probe tokens differ from the trainer's by %.2g on "
-                "average, %.2g at most",
+                "average and by %.2g at most",
                 version,
                 agreement.num_tokens,
                 agreement.mean,
@@ -194,9 +194,10 @@ class RolloutBridge:
             raise RolloutError(f"a failed push could not be rolled back: {text}; start the run again from a checkpoint")
 
     def verify(self, truth: LogProbs | None = None) -> Agreement:
-        """Hold the engines' log-probabilities against the trainer's. Collective; raises RolloutError on a mismatch.
+        """Compare the engines' log-probabilities with the trainer's. Collective; raises RolloutError on a mismatch.
 
-        Args: truth: the trainer's, of the probes; None: they are computed here.
+        Args:
+            truth: the trainer's log-probabilities of the probes; None: they are computed here.
         """
         truth = self._score(self._probes) if truth is None else truth
         failure: str | None = None
@@ -225,8 +226,8 @@ class RolloutBridge:
         return Agreement(mean, largest, num_tokens)
 
     def _check_prefix_cache(self, engine: Engine) -> None:
-        """A prompt that the engine has seen after every push must be new to it after this one. (vLLM's scores do not
-        read the prefix cache, so verification alone would not notice.)
+        """Check that a prompt, which the engine saw after each push, is not in its cache after this one. (vLLM's scores
+        do not read the prefix cache, so verification alone would miss it.)
         """
         tokens = [token for probe in self._probes for token in probe]
         canary = tokens[: min(_CANARY_TOKENS, engine.max_model_len - 1)]
@@ -236,7 +237,7 @@ class RolloutBridge:
             )
 
     def _name_worst_tensor(self) -> str:
-        """Compare what the engines say they received with the weights as they are now. Collective."""
+        """Compare the tensors that the engines received with the current weights. Collective."""
         worst: tuple[float, str, int] | None = None
         received = {index: _receipts(engine) for index, engine in self._local.engines.items()}
         for tensors, sums in self._buckets:
@@ -250,8 +251,8 @@ class RolloutBridge:
         found = [item for item in gathered(worst, self._group) if item is not None]
         if not found:
             return (
-                "Every tensor arrived as it was sent, so the fault is in how the engine loads or computes; compare the "
-                "model in both with --dtype fp32"
+                "Every tensor arrived as it was sent, so the engine loads or computes the model differently; compare "
+                "both with --dtype fp32"
             )
         distance, name, index = max(found)
         return f"The worst tensor is {name} in engine {index}: its norm there differs by {distance:.3g} (relative)"
@@ -259,15 +260,15 @@ class RolloutBridge:
     # ---- sampling --------------------------------------------------------------------------------------------------
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> dict[int, Completion]:
-        """Completions by the requests' keys, on every rank. Collective; every rank passes the same requests.
+        """Completions by request key, on every rank. Collective; every rank passes the same requests.
 
         Communication: one all_gather_object of the completions over the run's ranks.
         """
         return self.collect(requests, self.generate(requests, settings))
 
     def generate(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion] | RolloutError:
-        """The completions of this rank's engines, or what went wrong. No collective among trainers: with servers it
-        may run in a thread beside training.
+        """The completions of this rank's engines, or the error. Makes no collectives, so with servers it may run in a
+        thread during training.
         """
         dealt = assign([len(r.prompt_ids) + r.max_tokens for r in requests], self._local.num_engines)
         tasks = [(engine, [requests[i] for i in dealt[index]]) for index, engine in self._local.engines.items()]
@@ -281,8 +282,8 @@ class RolloutBridge:
             return error
 
     def collect(self, requests: Sequence[Request], generated: list[Completion] | RolloutError) -> dict[int, Completion]:
-        """Exchange what the engines generated, and check it: every request answered once, by one version, within its
-        limit. Collective.
+        """Exchange the generated completions and check them: each request has one completion within its limit, all of
+        one version. Collective.
         """
         failure = str(generated) if isinstance(generated, RolloutError) else None
         mine = generated if self._local.reports and not isinstance(generated, RolloutError) else []
@@ -293,17 +294,17 @@ class RolloutBridge:
         by_key = {completion.key: completion for completion in completions}
         asked = {request.key: request for request in requests}
         if by_key.keys() != asked.keys() or len(completions) != len(asked):
-            raise RolloutError(f"{len(asked)} completions were asked for, and {len(completions)} came back")
+            raise RolloutError(f"{len(asked)} completions were requested, and {len(completions)} came back")
         for key, completion in by_key.items():
             _check_completion(asked[key], completion)
         if len(versions := {completion.version for completion in completions}) > 1:
-            raise RolloutError(f"the engines sampled with different weights: versions {sorted(versions)}")
+            raise RolloutError(f"the engines sampled with weights of different versions: {sorted(versions)}")
         return by_key
 
     def sleep(self) -> None:
-        """Give the device's memory back until the next push, as far as the sleep level says."""
+        """Release device memory until the next push, according to the sleep level."""
         self._each("sleep", lambda engine: engine.sleep())
-        # Level 2 forgets the weights; the engine says so itself.
+        # Level 2 discards the weights; then the engine has no version.
         if any(engine.version is None for engine in self._local.engines.values()):
             self.version = None
 
@@ -326,7 +327,7 @@ class RolloutBridge:
 
 
 def _check_off(tensors: Tensors, unseen: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str | None:
-    """Strike the tensors off the manifest's list; what is wrong with the first bad one, or None."""
+    """Remove the tensors from the manifest's list; describes the first bad one, or None."""
     for name, tensor in tensors:
         expected = unseen.pop(name, None)
         if expected is None:
@@ -338,7 +339,7 @@ def _check_off(tensors: Tensors, unseen: dict[str, tuple[tuple[int, ...], torch.
 
 
 def _receipts(engine: Engine) -> dict[str, tuple[tuple[int, int], float]]:
-    """What the engine says that it received; nothing where it cannot say."""
+    """What the engine received, by its own account; {} if it cannot say."""
     try:
         return engine.received()
     except RolloutError:
@@ -350,5 +351,5 @@ def _check_completion(request: Request, completion: Completion) -> None:
     if not 1 <= length <= request.max_tokens or length != len(completion.logprobs):
         raise RolloutError(
             f"the completion of sample {request.key} has {length} tokens and {len(completion.logprobs)} "
-            f"log-probabilities; 1 to {request.max_tokens} were asked for"
+            f"log-probabilities; needed are as many of both, 1 to {request.max_tokens}"
         )

@@ -15,14 +15,13 @@ per rank:
     I1  every sample is in exactly one micro-batch;
     I2  every rank has the same number m of micro-batches (so that all ranks make the same collectives);
     I3  padded form: every micro-batch has exactly `micro_batch_size` samples, hence every rank has n / D;
-    I4  with `max_tokens`, which packing needs and the padded form may have instead of I3: a micro-batch has at most
-        that many tokens, padding included (and with `allow_partial`, padded: or it is one sample);
-    I5  long with long: no micro-batch has fewer tokens than a later one, on whichever rank. The longest come first, so
-        that memory runs out in the first micro-batch or not at all, and ranks that wait for each other at micro-batch i
-        hold similar ones;
+    I4  with `max_tokens` (required for packing; in the padded form it replaces I3): a micro-batch has at most that
+        many tokens, padding included. Exception: padded with `allow_partial`, a longer sample is a micro-batch alone;
+    I5  longest first: no micro-batch has fewer tokens than a later one, on any rank. So memory runs out in the first
+        micro-batch or not at all, and ranks that wait for each other at micro-batch i have similar amounts of work;
     I6  balance: the tokens of two ranks differ by at most (largest - smallest micro-batch);
-    I7  max(0, D * m - n) micro-batches are empty: never under I3, and else only where there are more of them than
-        samples.
+    I7  max(0, D * m - n) micro-batches are empty: none under I3, otherwise only where there are more micro-batches
+        than samples.
 
 Proof of I6: micro-batches are dealt in rows of D, descending, the larger to the rank with fewer tokens so far. For two
 ranks the difference after a row is (old difference, of one sign) + (difference within the row, of the other sign),
@@ -47,16 +46,16 @@ class Sampled(NamedTuple):
     """A completion that a model sampled."""
 
     token_ids: Sequence[int]
-    version: int | None  # of the student that sampled it; None: the teacher's
-    logprobs: Sequence[float] | None = None  # the sampler's, of each token; None: not known
+    version: int | None  # policy version of the student that sampled it; None: sampled by the teacher
+    logprobs: Sequence[float] | None = None  # the sampler's log-probability of each token; None: not known
     mask: Sequence[bool] | None = None  # which tokens the model wrote; None: all
 
 
 def sample_sources(seed: int, step: int, num_samples: int, *, lmbda: float, seq_kd: bool) -> list[Source]:
-    """The source of each sample of a step: element i depends on (seed, step, i), `lmbda` and `seq_kd` alone.
+    """The source of each sample of a step: element i depends only on (seed, step, i), `lmbda` and `seq_kd`.
 
-    It does not depend on `num_samples`, on the parallel layout or on what was drawn before. For the same seed, the
-    samples that are on-policy at some `lmbda` are on-policy at every larger one too.
+    It does not depend on `num_samples`, on the parallel layout or on earlier draws. For the same seed, the samples that
+    are on-policy at some `lmbda` are on-policy at every larger one too.
     """
     seed, step = _integer("seed", seed), _integer("step", step, least=0)
     num_samples = _integer("num_samples", num_samples, least=0)
@@ -231,7 +230,7 @@ def plan_step(
     empty = [sample.position for sample in samples if min(sample.num_inputs, sample.for_teacher.num_inputs) < 1]
     if empty:
         raise DataError(
-            f"samples {empty[:8]} have one prompt token and no completion: there is nothing to feed a model"
+            f"samples {empty[:8]} have one prompt token and no completion, so there is no input for the model"
         )
     lengths = [sample.num_inputs for sample in samples]
     teacher_ranks = data_parallel_size if teacher_data_parallel_size is None else teacher_data_parallel_size

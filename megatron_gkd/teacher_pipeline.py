@@ -1,18 +1,16 @@
-"""The frozen teacher: a megatron-core model on process groups of its own, whose last stage turns each sequence of a
-step into a signal (teacher/signals.py) and hands it to the ranks of the student's last stage that train on it.
+"""The frozen teacher: a megatron-core model on its own process groups. Its last stage makes a signal of each sequence
+of a step (teacher/signals.py) and sends it to the ranks of the student's last stage that train on the sequence.
 
-Each sequence is forwarded once a step, whatever the student's layout, without autograd, through megatron-core's
-forward-only schedule. Nothing of size [T, V] is ever held: hidden states leave as they are, the top K are found in
+Each sequence is forwarded once per step, in any layout of the student, without autograd, through megatron-core's
+forward-only schedule. No tensor [T, V] ever exists: hidden states are sent as they are, the top K are computed in
 chunks of tokens.
 
-Who is who on a rank:
+    TeacherPipeline     on every rank that holds a part of the teacher. `placement="colocate"`: on the student's ranks;
+                        its pass ends before the student's begins. `"separate"`: on ranks that hold nothing else.
+    RemoteTeacher       on the student's ranks, where the teacher has its own ranks: receives the signals.
 
-    TeacherPipeline     on every rank that holds a part of the teacher. `placement="colocate"`: the student's ranks too;
-                        its pass ends before the student's begins. `"separate"`: ranks that hold nothing else.
-    RemoteTeacher       on the student's ranks, where the teacher has ranks of its own: receives.
-
-`Teacher` is the face that both have, and teachers of other kinds (servers). Not here: what a signal is and how it
-travels (teacher/signals.py), weights in host memory between passes (model/host_weights.py).
+`Teacher` is the protocol of both, and of other kinds of teachers (servers). Elsewhere: what a signal is and how it is
+routed (teacher/signals.py), weights in host memory between passes (model/host_weights.py).
 """
 
 from __future__ import annotations
@@ -52,28 +50,29 @@ Placement = Literal["colocate", "separate"]
 
 
 class Teacher(Protocol):
-    """What a run needs of a teacher, wherever it is."""
+    """What a run needs from a teacher of any kind."""
 
     @property
     def layout(self) -> Layout:
-        """Over whose data-parallel ranks the teacher's micro-batches are planned."""
+        """The layout over whose data-parallel ranks the teacher's micro-batches are planned."""
 
     def signals(self, plan: StepPlan, micro_batches: Collate) -> tuple[SignalStore, int]:
-        """The signals of every sample of the step, and the bytes that this rank sent or, from a teacher elsewhere, will
-        receive. Collective over all ranks."""
+        """The signals of every sample of the step, and the bytes that this rank sent (or will receive, from a teacher
+        on other ranks). Collective over all ranks."""
 
     def close(self) -> None:
-        """Let go of what it holds outside this process. Idempotent, not collective."""
+        """Release resources outside this process. Idempotent, not collective."""
 
 
 def signal_spec(
     *, topk: int | None, vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device
 ) -> SignalSpec:
-    """Of a local teacher: its final hidden states, or its top K. Raises ConfigError for an impossible K."""
+    """The specification of a local teacher's signals: final hidden states, or the top K. Raises ConfigError for an
+    impossible K."""
     if topk is None:
         return HiddenSpec(hidden_size, dtype, device)
     if not 1 <= topk <= vocab_size:
-        raise ConfigError(f"gkd_logits_topk {topk} is outside 1..{vocab_size}, the size of the vocabulary")
+        raise ConfigError(f"gkd_logits_topk is {topk}; give 1 to {vocab_size}, the size of the vocabulary")
     return TopKSpec(topk, device)
 
 
@@ -99,9 +98,9 @@ class TeacherPipeline:
 
         Args:
             vocab_size: tokens that student and teacher share.
-            max_signal_bytes: of a step's signals in device memory; what is beyond it waits in host memory.
-            offload: keep the weights in host memory outside of `signals`.
-            chunk_tokens: tokens whose logits are held at once, for the top K.
+            max_signal_bytes: device memory for a step's signals; above it they are kept in host memory.
+            offload: keep the weights in host memory between calls of `signals`.
+            chunk_tokens: tokens whose logits exist at a time, for the top K.
         """
         config = chunks[0].config
         self.chunks, self.layout, self.groups, self.student_layout = list(chunks), layout, groups, student_layout
@@ -115,19 +114,18 @@ class TeacherPipeline:
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)
             if topk is None and chunk.post_process:
-                # The head lives on the student's last stage (see teacher/signals.py); of a tied one this frees the last
-                # stage's copy.
+                # The head is on the student's last stage (see teacher/signals.py). With tied embeddings this frees the
+                # last stage's copy.
                 chunk.output_layer = None
         self._weights = HostWeights(self.chunks, device) if offload else contextlib.nullcontext()
 
     @torch.no_grad()
     def signals(self, plan: StepPlan, micro_batches: Collate) -> tuple[SignalStore, int]:
-        """Forward every sample of the step once and deliver the signals. Collective over all ranks of the world; on
-        ranks of its own it returns when the signals of the step BEFORE have arrived.
+        """Forward every sample of the step once and deliver the signals. Collective over all ranks of the world. With
+        `placement="separate"` it returns when the signals of the PREVIOUS step have arrived.
 
         Args:
-            micro_batches: collates the samples at the given positions for the teacher (its own prompts, its own
-            padding).
+            micro_batches: collates the samples at the given positions for the teacher (its own prompts and padding).
 
         Returns:
             The store (empty on ranks outside the student's last stage) and the bytes that this rank sent.
@@ -153,7 +151,7 @@ class TeacherPipeline:
             self._outgoing = None
 
     def _keeper(self, batches: Sequence[MicroBatch], local: dict[int, Columns]) -> Callable[[int, Columns], None]:
-        """Puts signals into `local`; in host memory where this rank's are too many for the device."""
+        """Puts signals into `local`; in host memory if this rank's signals exceed `max_signal_bytes`."""
         own = sum(sum(batch.lengths) for batch in batches)
         limit = self.max_signal_bytes
         if limit is None or own * self.spec.bytes_per_token <= limit:
@@ -161,7 +159,7 @@ class TeacherPipeline:
         return lambda position, columns: local.__setitem__(position, in_host_memory(columns))
 
     def _forward(self, batches: Sequence[MicroBatch], deliver: Callable[[int, Columns], None]) -> None:
-        """One pass over this replica's micro-batches; `deliver` is called on the last stage, as each one ends."""
+        """One pass over this replica's micro-batches; `deliver` is called on the last stage after each one."""
         with self._weights:
             forward_signals(
                 self.chunks, self.layout, self.groups, batches, deliver, device=self.device, topk=self.topk,
@@ -201,8 +199,8 @@ def forward_signals(
     vocab_size: int,
     chunk_tokens: int = 1024,
 ) -> None:
-    """Forward the micro-batches; on the last stage, as each one ends, `deliver(position, columns)` is called for its
-    samples, in order. The columns are the hidden states [T, H], or with `topk` the top-K signal of them."""
+    """Forward the micro-batches. On the last stage, after each one, `deliver(position, columns)` is called for its
+    samples, in order. The columns are the hidden states [T, H], or with `topk` their top-K signal."""
 
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
@@ -223,14 +221,14 @@ def forward_signals(
 
 
 class RemoteTeacher:
-    """The teacher as the student's ranks see it where it has ranks of its own: its signals come in, one by one."""
+    """The teacher on the student's ranks, where it has its own ranks: receives its signals, one by one."""
 
     def __init__(self, layout: Layout, student_layout: Layout, spec: SignalSpec, *, max_signal_bytes: int) -> None:
         """Collective over all ranks of the world (a group is made).
 
         Args:
-            layout: the teacher's.
-            max_signal_bytes: of signals in device memory that are received ahead of their use.
+            layout: the teacher's layout.
+            max_signal_bytes: device memory for signals that are received ahead of their use.
         """
         self.layout, self.student_layout, self.spec = layout, student_layout, spec
         self.max_signal_bytes = max_signal_bytes
@@ -238,10 +236,10 @@ class RemoteTeacher:
         self._incoming: Incoming | None = None
 
     def signals(self, plan: StepPlan, micro_batches: Collate) -> tuple[SignalStore, int]:
-        """A store that receives while it is used, and the bytes that will come. Returns at once.
+        """A store that receives the signals while it is used, and the bytes that it will receive. Returns at once.
 
         Args:
-            micro_batches: not used: the teacher's ranks collate.
+            micro_batches: not used; the teacher's ranks collate.
         """
         assert self._incoming is None or self._incoming.done, "signals of the step before were not used"
         routes = step_routes(plan, self.layout, self.student_layout)

@@ -6,14 +6,14 @@
 
 The end points are a definition, not the limit (see vocab_parallel_jsd.py).
 
-Both are divergences between two distributions: >= 0, and 0 only if equal. `renormalize` does not see the mass that
-the student puts outside the support, `bucket` does, and is never above the divergence over the full vocabulary.
-`topk_masses` tells both models' mass inside. Formulas and numerics: loss/outcomes.py and divergence.py.
+Both are divergences between two distributions: >= 0, and 0 only if these are equal. `renormalize` ignores the mass that
+the student puts outside the support. `bucket` includes it, and is at most the divergence over the full vocabulary.
+`topk_masses` gives both models' mass inside. Formulas and numerics: loss/outcomes.py and loss/divergence.py.
 
 Temperature: `topk_logprobs` are the teacher's log-probabilities at temperature 1. `renormalize` divides them and the
 student's logits by `temperature` and renormalises on the support, which equals renormalising the two tempered
-distributions. `bucket` needs the teacher's mass outside at that temperature, which K numbers do not tell: only
-temperature = 1 is accepted.
+distributions. `bucket` needs the teacher's mass outside at that temperature, which cannot be computed from K numbers:
+only temperature = 1 is accepted.
 
 Shapes: student_logits [T, V/tp]; topk_logprobs, topk_indices [T, K], alike on every rank, indices are global ids
 (negative: absent, no probability on either side). Result [T] float32 (float64 for float64 logits). K may exceed
@@ -77,7 +77,7 @@ def topk_divergence(
     vocab_size: int | None = None,
     tail: sp.Tail = "renormalize",
 ) -> torch.Tensor:
-    """`topk_jsd` of a divergence that is made already."""
+    """`topk_jsd` with a `Divergence` in place of beta and temperature."""
     temperature = divergence.temperature
     group, shard = _prepare(student_logits, topk_logprobs, topk_indices, tp_group, vocab_size, tail, temperature)
     args = (divergence, shard, group, sp.has_tail(topk_indices.shape[1], shard, tail))
@@ -132,7 +132,7 @@ class _TopKDivergence(torch.autograd.Function):
         logits_TK = all_reduce_sum_(owned.gather(valid_Tv, dtype), group)
         tail_lse_T = _tail_lse(valid_Tv, owned, group) if tail else None
         loss = sp.support_loss(logits_TK, tail_lse_T, topk_logprobs, topk_indices, divergence)
-        # Only the tail's share of the gradient needs the logits again; they are the input, not a copy.
+        # Only the tail's part of the gradient needs the logits again; the input is saved, not a copy.
         ctx.save_for_backward(topk_indices, loss.grad_TO, *((student_Tv, tail_lse_T) if tail else ()))
         ctx.shard, ctx.like = shard, (student_Tv.shape, student_Tv.dtype)
         return loss.divergence_T.to(dtype)

@@ -10,11 +10,11 @@ about 100 times more weakly than beta = 0.
     beta = 1:      dD/dz_v = Q_v (log(Q_v/P_v) - KL(Q||P))
     0 < beta < 1:  dD/dz_v = (1-beta) Q_v (log(Q_v/M_v) - KL(Q||M))
 
-The gradient is formed in the forward and scaled in the backward; autograd never sees a collective.
+The gradient is computed in the forward and scaled in the backward; autograd never sees a collective.
 
 Shapes: student_logits, teacher_logits [T, V/tp], the same global columns on a rank; result [T] float32 (float64 if
-an input is). Padding (columns whose global id is >= vocab_size) has no probability and no gradient, whatever it
-holds, NaN included.
+an input is). Padding (columns whose global id is >= vocab_size) has no probability and no gradient, whatever its
+content, even NaN.
 
 Communication, per chunk of C tokens, over tp_group: 1 all-gather of [5, C] (maximum and sum of exponentials of both
 models, the teacher's logit at the student's maximum) and 1 all-reduce of [2, C] (the divergence sums). None in the
@@ -78,7 +78,7 @@ def vocab_parallel_divergence(
     tp_group: dist.ProcessGroup,
     vocab_size: int | None = None,
 ) -> torch.Tensor:
-    """`vocab_parallel_jsd` of a divergence that is made already."""
+    """`vocab_parallel_jsd` with a `Divergence` in place of beta and temperature."""
     group = require_group(tp_group)
     checks.check_matrix("student_logits", student_logits)
     checks.check_matrix("teacher_logits", teacher_logits)
