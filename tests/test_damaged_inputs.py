@@ -215,7 +215,7 @@ def test_json_files(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text('{"a": [1, 2.5, null]}')
     assert read_json(file) == {"a": [1, 2.5, None]}
-    with pytest.raises(ValueError, match="it has 21 bytes, and 20 are the most"):
+    with pytest.raises(ValueError, match="it has 21 bytes, and at most 20 are read"):
         read_json(file, most_bytes=20)
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json(DEEP.encode())

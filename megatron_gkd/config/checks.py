@@ -20,7 +20,7 @@ from megatron_gkd.errors import ConfigError
 
 @dataclass(frozen=True)
 class CheckConfig(Section):
-    """Comparison of a teacher server with the same model here, on real rows."""
+    """Comparison of a teacher server with the same model run locally, on real rows."""
 
     teacher_model: str = setting(
         help="The teacher: a Hugging Face model directory, or a name on Hugging Face's hub.", path=True
@@ -48,8 +48,8 @@ class CheckConfig(Section):
 
     @property
     def precision(self) -> Dtype:
-        """The dtype, once `auto` has been decided."""
-        assert self.dtype != "auto", "the device is known, and decides"
+        """The dtype, after `auto` has been resolved."""
+        assert self.dtype != "auto", "resolve it for the device first"
         return self.dtype
 
     @property
@@ -59,15 +59,17 @@ class CheckConfig(Section):
 
     @property
     def tolerances(self) -> tuple[float, float]:
-        """(of a log-probability, of a token's loss)."""
+        """Largest accepted difference (of a log-probability, of a token's loss)."""
         logprob, loss = (1e-3, 1e-4) if self.precision == "fp32" else (1.0, 0.1)
         return self.logprob_tolerance or logprob, self.loss_tolerance or loss
 
     def check(self) -> None:
-        """What cannot work. Raises ConfigError."""
+        """Raise ConfigError for combinations that cannot work."""
         environment.refuse_several_ranks("check")
         if any(entry.tags for entry in parse_servers(self.teacher_model_server)):
-            raise ConfigError("check compares one teacher: give --teacher_model_server the URLs of its servers")
+            raise ConfigError(
+                "--teacher_model_server has tags, and check compares one teacher: give the URLs of its servers alone"
+            )
         if not os.path.isdir(self.teacher_model) and read_name(self.teacher_model, "model") is None:
             raise ConfigError(
                 f"--teacher_model {self.teacher_model}: there is no such directory; give one in Hugging Face format"
@@ -76,7 +78,7 @@ class CheckConfig(Section):
 
 @dataclass(frozen=True)
 class CheckDataConfig(Section):
-    """What a data set trains on: its rows as tokens, and the account of all of them."""
+    """What a data set trains on: rows as tokens, and counts over all rows."""
 
     model: str = setting(
         help="The student: a Hugging Face model directory, or a name on Hugging Face's hub, for its tokenizer and chat "
@@ -118,17 +120,17 @@ class CheckDataConfig(Section):
         return template_kwargs(self.chat_template_kwargs, self.enable_thinking)
 
     def check(self) -> None:
-        """What cannot work. Raises ConfigError."""
+        """Raise ConfigError for combinations that cannot work."""
         environment.refuse_several_ranks("check")
-        assert self.template_kwargs, "an object in JSON"
+        assert self.template_kwargs, "raises for what is not a JSON object"
         if not os.path.isdir(self.model) and read_name(self.model, "model") is None:
             raise ConfigError(f"--model {self.model}: there is no such directory; give one in Hugging Face format")
 
 
 @dataclass(frozen=True)
 class CheckTrainConfig(Section):
-    """Whether `train` would start with the same flags, on a number of ranks; those of `train` go with these."""
+    """Whether `train` would start with its flags, given beside these, on a number of ranks."""
 
-    world_size: int = setting(1, "Ranks that the run is to have.", ge=1)
-    ranks_per_node: int | None = setting(None, "Ranks of a node, for --teacher_nodes.", ge=1)
+    world_size: int = setting(1, "Ranks of the run.", ge=1)
+    ranks_per_node: int | None = setting(None, "Ranks per node, for --teacher_nodes.", ge=1)
     read_models: bool = setting(True, "Check both models' config.json against the layouts.")

@@ -1,4 +1,4 @@
-"""The precisions of a model, by the names that flags give them. No torch, so that flags are parsed without it.
+"""The precisions of a model, by their names in flags. No torch, so that flags are parsed without it.
 
 One default for all commands and scripts: bf16 on CUDA, where fp32 is slow and large, and fp32 on a CPU.
 """
@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 DtypeChoice = Literal["auto", "fp32", "bf16", "fp16"]
-LONG_NAMES: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # in torch, vLLM and config.json
+LONG_NAMES: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as in torch, vLLM and config.json
 
 
 def chosen(dtype: DtypeChoice, device_kind: str) -> Dtype:

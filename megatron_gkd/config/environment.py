@@ -1,9 +1,9 @@
-"""Numbers that a launcher hands over in environment variables, read by one rule: a malformed one is a ConfigError that
-names the variable, its value and what is needed. No torch.
+"""Numbers that a launcher passes in environment variables. A malformed one raises ConfigError with its name, its value
+and what is needed. No torch.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT     whole numbers; an empty one counts as not set
-    GKD_LAST_WORDS     the directory that a rank leaves its last line in, for commands/launcher.py
-    OMP_NUM_THREADS    a whole number from 1, or OpenMP's list for nested levels (`4,2`), of which the first counts
+    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT     whole numbers; empty: not set
+    GKD_LAST_WORDS     directory to which each rank writes its last line, for commands/launcher.py
+    OMP_NUM_THREADS    a whole number from 1, or OpenMP's list for nested levels (`4,2`), of which the first is used
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def number(name: str, *, least: int = 0, most: int | None = None) -> int | None:
 
 
 def refuse_several_ranks(what: str, advice: str = "") -> None:
-    """Raise a ConfigError where torchrun has started several ranks of what is one process."""
+    """Raise ConfigError if torchrun has started several ranks of a command that is one process."""
     if (number("WORLD_SIZE") or 1) > 1:
-        raise ConfigError(f"{what} is one process, and torchrun started several; start it without{advice}")
+        raise ConfigError(f"{what} runs in one process, and torchrun started several; start it without{advice}")
 
 
 def rank_in_messages() -> int:
-    """RANK for messages: 0 where it is not set, or malformed (whoever needs it says so)."""
+    """RANK for messages: 0 where it is not set or malformed (code that needs it raises)."""
     text = os.environ.get("RANK", "").strip()
     return int(text) if re.fullmatch(r"\d{1,9}", text) else 0
 
 
 def num_threads() -> int:
-    """Threads a process, from OMP_NUM_THREADS; 1 where it is not set or empty."""
+    """Threads per process, from OMP_NUM_THREADS; 1 where it is not set or empty."""
     text = os.environ.get("OMP_NUM_THREADS", "").strip()
     if not text:
         return 1

@@ -1,18 +1,18 @@
-"""Flags and YAML files to configuration and back: the text side of config.py.
+"""Converts flags and YAML files to a configuration (run.py), and back.
 
     parse_run_config(["--model", "S", ..., "--config", "run.yaml"]) -> RunConfig    (not yet validated)
     to_yaml(cfg) -> text that parses back to an equal RunConfig
     python -m megatron_gkd.config.flags --markdown     prints docs/configuration.md
 
-Rules: the command line wins over --config wherever it stands; of several --config files the last wins; unknown flags
-and keys are errors that suggest the nearest name; `--seq_kd`, `--seq_kd true` and `--seq_kd=false` all work;
-`--tensor-model-parallel-size` is `--tensor_model_parallel_size`; a flag of several values is given once
-(`--dataset a b`), so that no value is lost. The flags of a run are also taken under ms-swift's names (ms_swift.py).
+Rules: the command line wins over --config in any order; of several --config files the last wins; unknown flags and keys
+are errors that suggest the nearest name; `--seq_kd`, `--seq_kd true` and `--seq_kd=false` all work;
+`--tensor-model-parallel-size` is `--tensor_model_parallel_size`; a flag with several values is given once
+(`--dataset a b`), so that no value is lost. The flags of a run also have ms-swift's names (ms_swift.py).
 
-jsonargparse parses and types the command line and prints the help. It is told of the flags that are given alone: to
-declare all of them takes a third of a second. Where it does otherwise it is helped here: a
-configuration file is read here, because its own action lets a file that stands after a flag win and fails on
-`dataset: d.jsonl`; bare booleans and hyphens are normalised first; its messages of several lines are put in one.
+jsonargparse parses and types the command line and prints the help. Only the flags that are given are declared to it:
+declaring all of them takes a third of a second. Three things are done here instead. Configuration files are read here,
+because with its own action a file after a flag would win, and `dataset: d.jsonl` would fail. Bare booleans and hyphens
+are normalised first. Its messages of several lines become one line.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompatibilityConfig(Section):
-    """Accepted so that ms-swift command lines run as they stand; other names of theirs: docs/from_ms_swift.md."""
+    """Accepted so that ms-swift command lines run unchanged; its other names: docs/from_ms_swift.md."""
 
     rlhf_type: Literal["gkd"] | None = setting(
         None,
@@ -59,7 +59,7 @@ _ALIASES = {"sample": {"val_dataset": "dataset"}}  # command -> other names of i
 
 
 def parse_run_config(argv: Sequence[str], *, command: str = "train") -> RunConfig:
-    """What a command line asks for. Types and ranges are checked here; combinations by `validate()`."""
+    """The configuration of a command line. Types and ranges are checked here; combinations by `validate()`."""
     table = flags() | flags_of(CompatibilityConfig, "compatibility")
     values = parse(translate(argv), table, prog=f"megatron-gkd {command}", headings=_headings())
     values = _with_room_for_completions(values)
@@ -69,10 +69,10 @@ def parse_run_config(argv: Sequence[str], *, command: str = "train") -> RunConfi
 def parse_beside_train(
     argv: Sequence[str], cls: type[S], *, command: str, defaults: Mapping[str, Any] | None = None
 ) -> tuple[S, RunConfig]:
-    """The flags of a command that takes those of `train` as well: its own, and the run's.
+    """The configuration of a command that takes the flags of `train` beside its own: (its own, the run's).
 
     Args:
-        defaults: for flags of `train` that are not given and that the command does not need.
+        defaults: values of flags of `train` that are not given and that the command does not need.
     """
     own = flags_of(cls, command)
     table = own | flags() | flags_of(CompatibilityConfig, "compatibility")
@@ -84,7 +84,7 @@ def parse_beside_train(
 
 
 def _with_room_for_completions(values: dict[str, Any]) -> dict[str, Any]:
-    """With --rlhf_type: --max_length is the prompt's in ms-swift, which takes this sum for both."""
+    """With --rlhf_type, as in ms-swift: --max_length counts the prompt alone, so --max_completion_length is added."""
     if values.get("rlhf_type") is None:
         return values
     longest = read_schedule("max_completion_length", values["max_completion_length"], whole=True).most
@@ -92,7 +92,7 @@ def _with_room_for_completions(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_section(argv: Sequence[str], cls: type[S], *, command: str) -> S:
-    """The same for a command that has flags of its own, those of a section."""
+    """The configuration of a command with its own flags, those of a section."""
     table = flags_of(cls, command)
     headings, aliases = {command: str(cls.__doc__)}, _ALIASES.get(command)
     values = parse(argv, table, prog=f"megatron-gkd {command}", headings=headings, aliases=aliases)
@@ -129,7 +129,7 @@ def parse(
 
 
 def build_parser(table: Mapping[str, Flag], *, prog: str, headings: Mapping[str, str]) -> ArgumentParser:
-    """A parser with one group per section; defaults are the dataclasses'."""
+    """A parser with one group per section and the defaults of the dataclasses."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(
@@ -232,7 +232,7 @@ def read_config(path: str, table: Mapping[str, Flag]) -> dict[str, Any]:
             if name not in table:
                 raise ConfigError(f"unknown key {key}{nearest(name, table)}")
             if name in checked:
-                raise ConfigError(f"{key} is {name}, which is given too; keep one of them")
+                raise ConfigError(f"{key} and {name}, which is the same flag, are both given; keep one of them")
             checked[name] = value = _from_yaml(value, table[name].hint)
             check(table[name].item, value, table[name].hint)
         except ConfigError as error:
@@ -292,7 +292,7 @@ def to_markdown() -> str:
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean --lmbda?`, or how to list the names."""
+    """`; did you mean --lmbda?`, or a hint at --help."""
     known = list(known)
     found = [_ELSEWHERE[name]] if _ELSEWHERE.get(name) in known else difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {prefix}{found[0]}?" if found else "; --help lists them"
@@ -300,7 +300,7 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 _NULLS = ("None", "null")
 
-# What other trainers call a flag, where it is too far from our name to be found by its letters.
+# Names of flags in other trainers that are too different from ours to be found by their letters.
 _ELSEWHERE = {
     "batch_size": "global_batch_size",
     "bf16": "dtype",
@@ -365,14 +365,15 @@ def _not_built_lines() -> list[str]:
 
 
 def _from_yaml(value: Any, hint: Any) -> Any:
-    """A scalar for a list is a list of one; `1e-5`, a string to YAML 1.1, is a float; a mapping is its JSON."""
+    """Converts a value of YAML: a scalar to a list of one, `1e-5` (a string in YAML 1.1) to a float, a mapping to its
+    JSON, where the type of the flag asks for that."""
     if get_origin(hint) is list:
         items = value if isinstance(value, list) else [value]
         return [_from_yaml(item, get_args(hint)[0]) for item in items]
     if isinstance(value, dict) and fits("", hint):
         try:
             return json.dumps(value)
-        except TypeError:  # a date, or such
+        except TypeError:  # for example a date
             return value
     if isinstance(value, str) and fits(1.0, hint):
         try:

@@ -5,10 +5,10 @@
 
     Qwen/Qwen2.5-7B-Instruct   Qwen/Qwen2.5-7B-Instruct@v1.0   MS::AI-ModelScope/alpaca-gpt4-data-en:train#2000
 
-A path that exists wins over a name, and so does one whose first part is a directory here, or whose last part ends like
-a data file: those are misspelt. A name with HF:: or MS:: is always one. REVISION is a branch, a tag or a commit; SUBSET
-a split or a configuration of the data set, ROWS the number of its rows that are drawn. Text alone is read here; whether
-such a name exists is the hub's to say (data/hub/).
+An existing path is never a name. Neither is a text whose first part is a local directory or whose last part ends like a
+data file: that is a misspelt path. With HF:: or MS:: it is always a name. REVISION is a branch, a tag or a commit,
+SUBSET a split or a configuration of the data set, ROWS the number of its rows that are drawn. Only the text is read
+here; data/hub/ asks the hub whether the name exists.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _FILE: Final = re.compile(r"\.(jsonl?|parquet|csv|arrow|txt|safetensors|ya?ml)$"
 
 @dataclass(frozen=True)
 class HubName:
-    """A name as it is meant.
+    """A name, in its parts.
 
     Attributes:
-        text: as it was given.
+        text: the name as given.
         revision: branch, tag or commit; None: the hub's default branch.
-        subsets: of a data set: splits or configurations; () for its training split.
-        num_rows: rows that are drawn; None: all.
+        subsets: splits or configurations of a data set; (): its training split.
+        num_rows: number of rows that are drawn; None: all.
     """
 
     text: str
@@ -56,15 +56,15 @@ class HubName:
 
     @property
     def key(self) -> str:
-        """What is pinned to a commit: equal for all subsets of a repository's revision."""
+        """Identifies the repository at a revision, which is pinned to a commit; equal for all its subsets."""
         return f"{self.hub}/{self.kind}/{self.repo}@{self.revision or ''}"
 
 
 def read_name(text: str, kind: Kind, *, use_hf: bool = True) -> HubName | None:
-    """The name that a flag's value is; None where it is a path. Raises ConfigError for a name that is malformed.
+    """The name in a flag's value; None for a path. Raises ConfigError for a malformed name.
 
     Args:
-        use_hf: names without HF:: or MS:: are of Hugging Face's hub, not of ModelScope.
+        use_hf: names without HF:: or MS:: belong to Hugging Face's hub; otherwise to ModelScope.
     """
     prefix = next((prefix for prefix in PREFIXES if text.startswith(prefix)), "")
     bare = text.removeprefix(prefix)
@@ -75,10 +75,10 @@ def read_name(text: str, kind: Kind, *, use_hf: bool = True) -> HubName | None:
         if os.path.exists(text) or not named or (last and os.path.isdir(owner)):
             return None
     if found is None:
-        raise ConfigError(f"{text} is not a name of the hub: give {prefix}{FORMS[kind]}")
+        raise ConfigError(f"{text} is not a name on a hub: give {prefix}{FORMS[kind]}")
     subsets, num_rows = (found[3], found[4]) if kind == "dataset" else (None, None)
     if num_rows is not None and int(num_rows) == 0:
-        raise ConfigError(f"{text} asks for no rows; give a number above 0 behind the #, or leave it out")
+        raise ConfigError(f"{text} asks for 0 rows; give a number above 0 after the #, or leave it out")
     return HubName(
         *(text, PREFIXES.get(prefix, "hf" if use_hf else "modelscope"), kind, found[1], found[2]),
         subsets=tuple(subsets.split("/")) if subsets else (),
@@ -87,7 +87,11 @@ def read_name(text: str, kind: Kind, *, use_hf: bool = True) -> HubName | None:
 
 
 def names_in(values: Mapping[str, str | list[str] | None], *, use_hf: bool = True) -> Iterator[tuple[str, HubName]]:
-    """(flag, name) for every value that is a name of a hub. Args: values: flag -> path, name, or several of them."""
+    """(flag, name) for every value that is a name on a hub.
+
+    Args:
+        values: flag -> a path or a name, or a list of them.
+    """
     for flag, value in values.items():
         kind: Kind = "dataset" if "dataset" in flag else "model"
         for text in value if isinstance(value, list) else [value]:

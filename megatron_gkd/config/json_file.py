@@ -1,8 +1,7 @@
-"""JSON from files that anybody may have written: what cannot be read is a ValueError of one line, whatever is wrong.
+"""Reads JSON from untrusted files: whatever is wrong with one is a ValueError of one line.
 
-Python's reader has more ways to fail than that: depth beyond its stack, bytes that are no UTF-8, a file without end.
-What the values are is checked where they are used: `whole_number` for what must be one and no other thing (True, 1.0,
-"1" and 10**400 are not).
+Python's reader can fail in other ways: nesting beyond its stack, bytes that are not UTF-8, a file without end. Callers
+check the values; `whole_number` accepts integers alone (not True, 1.0, "1" or 10**400).
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ _SHOWN: Final = 60
 
 
 def read_json(path: str | Path, *, most_bytes: int = MOST_BYTES) -> Any:
-    """The value in a file. Raises OSError where it cannot be opened, ValueError where it holds something else."""
+    """The value in a file. Raises OSError if it cannot be opened, ValueError if it is not JSON."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("it is not a file")
         if found.st_size > most_bytes:
-            raise ValueError(f"it has {found.st_size} bytes, and {most_bytes} are the most that is read")
+            raise ValueError(f"it has {found.st_size} bytes, and at most {most_bytes} are read")
         return parse_json(file.read())
 
 
 def read_object(path: Path, damaged: type[GKDError]) -> dict[str, Any] | None:
-    """The object in a file that a run wrote; None where there is no file. Raises `damaged`, with the path."""
+    """The object in a file that a run wrote; None if there is no file. Raises `damaged`, with the path."""
     if not path.is_file():
         return None
     try:
@@ -52,14 +51,14 @@ def parse_json(content: bytes) -> Any:
 
 
 def whole_number(value: Any, most: int, least: int = 0) -> int:
-    """The value, an integer in [least, most]. Raises ValueError for everything else."""
+    """The value, if it is an integer in [least, most]. Raises ValueError for everything else."""
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{shown(value)} is not a whole number from {least} to {most}")
     return value
 
 
 def shown(value: Any) -> str:
-    """A value of unknown kind and size, for a message."""
+    """Short text of a value of any type and size, for a message."""
     if type(value) is int and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__

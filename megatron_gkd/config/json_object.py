@@ -1,4 +1,4 @@
-"""A flag whose value is a JSON object: names and values that are handed on to another library."""
+"""A flag whose value is a JSON object: names and values that are passed to another library."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Megatron's levers under Megatron's names: what a run costs, and not what it computes.
+"""Megatron's options for speed and memory, under Megatron's names. They change what a run costs, not what it computes.
 
-Sections of a run's configuration (run.py), read by model/levers.py and train/student.py. docs/levers.md says of each
-what it costs, what it saves and where it is tested. What a model or a machine does not allow is refused there; what
-contradicts another flag, here and in validate.py.
+Sections of a run's configuration (run.py), read by model/levers.py and train/student.py. docs/levers.md says for each
+option what it costs, what it saves and where it is tested. model/levers.py refuses what a model or a machine does not
+support; contradictions with other flags are refused here and in validate.py.
 """
 
 # ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
@@ -17,7 +17,7 @@ from megatron_gkd.config.json_object import json_object
 from megatron_gkd.config.schema import Section, setting
 from megatron_gkd.errors import ConfigError
 
-# vLLM's arguments that the run decides, or has flags for.
+# vLLM's arguments that the run sets itself or has flags for.
 VLLM_OWN: Final = frozenset(
     {
         *("model", "dtype", "tensor_parallel_size", "max_model_len", "seed", "load_format", "skip_tokenizer_init"),
@@ -30,7 +30,7 @@ VLLM_OWN: Final = frozenset(
 
 
 def vllm_options(enforce_eager: bool, max_num_seqs: int | None, engine_kwargs: str | None) -> dict[str, Any]:
-    """Arguments of vLLM's engines beside those of the run, by vLLM's names. Raises ConfigError."""
+    """Further arguments of vLLM's engines, by vLLM's names. Raises ConfigError."""
     example = '{"max_num_batched_tokens": 16384}'
     options = json_object("vllm_engine_kwargs", engine_kwargs, example=example, refused=VLLM_OWN)
     if enforce_eager:
@@ -60,13 +60,13 @@ class RecomputeConfig(Section):
     )
 
     def problems(self) -> Iterator[str]:
-        """What stands beside a granularity that has no use for it."""
-        asked = f"the granularity is {self.recompute_granularity}"
+        """Flags that the given granularity does not use."""
+        given = f"the granularity is {self.recompute_granularity}"
         for flag in ("recompute_method", "recompute_num_layers"):
             if getattr(self, flag) is not None and self.recompute_granularity != "full":
-                yield f"--{flag} is for --recompute_granularity full, and {asked}; change one of them"
+                yield f"--{flag} is for --recompute_granularity full, and {given}; change one of them"
         if self.recompute_modules and self.recompute_granularity != "selective":
-            yield f"--recompute_modules is for --recompute_granularity selective, and {asked}; change one of them"
+            yield f"--recompute_modules is for --recompute_granularity selective, and {given}; change one of them"
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class KernelsConfig(Section):
 
     @property
     def fp8_tokens(self) -> int:
-        """What the tokens of a rank's part of a row are a multiple of: whole blocks of fp8's products; 1 without."""
+        """The number of tokens of a rank's part of a row is a multiple of this: a whole block of fp8; 1 without fp8."""
         if self.fp8_format is None:
             return 1
         return {"blockwise": 128, "mxfp8": 32}.get(self.fp8_recipe or "tensorwise", 16)
@@ -182,11 +182,11 @@ class KernelsConfig(Section):
         return json_object("megatron_extra_kwargs", self.megatron_extra_kwargs, example='{"qk_clip": false}')
 
     def problems(self, *, loss_is_fused: bool) -> Iterator[str]:
-        """What the project's own parts do not do."""
+        """Values that this package does not support, and flags that need others."""
         if not self.attention_softmax_in_fp32:
-            yield "--attention_softmax_in_fp32 false: no attention here has its softmax in another type; leave it out"
+            yield "--attention_softmax_in_fp32 false: every attention here has its softmax in fp32; leave it out"
         if self.masked_softmax_fusion:
-            yield "--masked_softmax_fusion true: no attention here has a masked softmax of its own; leave it out"
+            yield "--masked_softmax_fusion true: no attention here has a separate masked softmax; leave it out"
         if self.cross_entropy_loss_fusion is not None and self.cross_entropy_loss_fusion != loss_is_fused:
             path = "fused" if self.cross_entropy_loss_fusion else "logits"
             yield (
@@ -201,7 +201,7 @@ class KernelsConfig(Section):
 
 @dataclass(frozen=True)
 class OffloadConfig(Section):
-    """Parts of the student that are in host memory while they are not used; the numbers do not change."""
+    """Parts of the student that are in host memory while they are not used; results do not change."""
 
     offload_model: bool = setting(
         False,

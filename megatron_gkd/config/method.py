@@ -1,4 +1,4 @@
-"""Sections of a run's configuration (run.py): the divergence, and where completions come from."""
+"""Sections of a run's configuration (run.py): the divergence, and the sources of completions."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class DistillationConfig(Section):
 
     @property
     def fuse_loss(self) -> bool:
-        """Whether the loss never holds logits of a micro-batch."""
+        """Whether the loss is computed in chunks, without the logits of a whole micro-batch."""
         return self.use_liger_kernel or self.loss_path != "logits"
 
 
@@ -142,7 +142,7 @@ class SamplingConfig(Section):
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """What vLLM is given beside what the run decides, by its names. Raises ConfigError."""
+        """Further arguments of vLLM, by vLLM's names. Raises ConfigError."""
         return vllm_options(self.vllm_enforce_eager, self.vllm_max_num_seqs, self.vllm_engine_kwargs)
 
 

@@ -47,8 +47,8 @@ class ModelConfig(Section):
 
     @property
     def precision(self) -> Dtype:
-        """The dtype, once `auto` has been decided (train/setup.py, `with_dtype`)."""
-        assert self.dtype != "auto", "the device is known, and decides"
+        """The dtype, after `auto` has been resolved (train/setup.py, `with_dtype`)."""
+        assert self.dtype != "auto", "with_dtype resolves it"
         return self.dtype
 
 
@@ -149,7 +149,7 @@ class TeacherConfig(Section):
 
     @property
     def kind(self) -> TeacherKind:
-        """Who teaches."""
+        """The kind of teacher that the flags say."""
         if self.objective == "sft":
             return NoTeacher()
         if self.teacher_model_server is not None:

@@ -1,13 +1,13 @@
-"""Flags of ms-swift's Megatron GKD scripts whose names are not ours, so that such a script runs with another program
-name, or is told what to change.
+"""Flags of ms-swift's Megatron GKD scripts whose names are not ours. With them such a script runs unchanged except for
+the program's name, or gets an error that says what to change.
 
     translate(["--torch_dtype", "bfloat16", "--beta", "1"]) -> ["--dtype", "bf16", "--beta", "1"]
     translate_key("torch_dtype", "bfloat16") -> ("dtype", "bf16")          of a configuration file
 
-A flag of theirs is one of ours under another name, or says what holds here anyway, or is refused: all that are refused
-stand in one message, each with what to give instead. None is accepted and ignored. A flag that is given under two
-names with two values is refused too. Names that are the same in both programs are not here; docs/from_ms_swift.md says
-of all of them what they mean here and there.
+Each of these flags is one of ours under another name, or states what is always the case here, or is refused. All
+refused ones are in one message, each with its replacement. None is silently ignored. A flag that is given under two
+names with different values is refused too. Flags with the same name in both programs are not listed here;
+docs/from_ms_swift.md compares all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Final
 from megatron_gkd.config.schema import show
 from megatron_gkd.errors import ConfigError
 
-_HOLDS: Final = ""  # as our value: theirs says what holds here anyway
+_HOLDS: Final = ""  # in place of our value: the flag states what is always the case here
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Theirs:
 
     Attributes:
         ours: our flag; None: there is none.
-        values: their value -> ours; None: any, as it is.
-        advice: to who gives another value.
+        values: their value -> ours; None: any value, unchanged.
+        advice: what to do instead of giving another value.
     """
 
     ours: str | None = None
@@ -89,10 +89,10 @@ FLAGS: Final[Mapping[str, Theirs]] = {
 
 
 def translate(argv: Sequence[str]) -> list[str]:
-    """A command line with our names and values. Raises ConfigError with all flags that cannot be taken."""
+    """The command line with our names and values. Raises ConfigError that lists all flags that cannot be accepted."""
     told: list[str] = []
     problems: list[str] = []
-    given: dict[str, dict[str, list[str]]] = {}  # our flag -> its names there -> the values
+    given: dict[str, dict[str, list[str]]] = {}  # our flag -> names in the command line -> values
     for tokens in _by_flag(argv):
         name, words = _name_and_words(tokens)
         try:
@@ -115,7 +115,7 @@ def translate(argv: Sequence[str]) -> list[str]:
 
 
 def translate_key(name: str, value: Any) -> tuple[str, Any] | None:
-    """The same of a key of a configuration file; None: it says what holds anyway. Raises ConfigError."""
+    """The same for a key of a configuration file; None: it states what is always the case. Raises ConfigError."""
     if name not in FLAGS:
         return name, value
     words = [show(item) for item in (value if isinstance(value, list) else [value])]
@@ -127,7 +127,7 @@ def translate_key(name: str, value: Any) -> tuple[str, Any] | None:
 
 
 def _by_flag(argv: Sequence[str]) -> list[list[str]]:
-    """The tokens of each flag, with the values after it; what stands before the first flag by itself."""
+    """The tokens of each flag with its values; tokens before the first flag are a group of their own."""
     groups: list[list[str]] = []
     for token in argv:
         if token.startswith("--") or not groups:
@@ -143,7 +143,7 @@ def _name_and_words(tokens: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _translated(name: str, words: list[str]) -> tuple[str, list[str]] | None:
-    """(our flag, its values), None for what holds anyway. Raises ConfigError for what cannot be taken."""
+    """(our flag, its values); None if it states what is always the case. Raises ConfigError if it is refused."""
     theirs = FLAGS.get(name)
     if theirs is None:
         return name, words

@@ -1,13 +1,12 @@
-"""Flags that are given and change nothing beside the others: said at the start by name, in one line.
+"""Flags that are given but have no effect in combination with the others: listed at the start by name, in one line.
 
     without_effect(cfg, "train") -> {"nothing is sampled: --lmbda 0 without --seq_kd true": ["temperature", "top_p"]}
 
-Nothing is accepted and ignored: a flag away from its default has an effect, or is refused (validate.py), or is
-named here. Refused is what the user can only have made by mistake; named is what a shared file or a command line that
-is used with another --lmbda holds for good reason. A value that says what the default comes to anyway
-(`--loss_path fused`) is neither.
+No flag is silently ignored: one that differs from its default has an effect, or is refused (validate.py), or is listed
+here. Refused are flags that can only be a mistake. Listed are flags that a shared file, or a command line that is also
+used with another --lmbda, may well contain. A value that means the default (`--loss_path fused`) is neither.
 
-To `eval` belong the flags of `EVALUATION`; all others are of training.
+`eval` reads the flags of `EVALUATION`; all others belong to training.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ TEACHERS_COMPLETIONS: Final = (
     *("seq_kd", "teacher_samples_cache", "teacher_sampling_steps"),
     *("teacher_vllm_tensor_parallel_size", "teacher_vllm_gpu_memory_utilization"),
 )
-# Of a divergence from a teacher.
+# Flags of the divergence from a teacher.
 _LEARNT_FROM_A_TEACHER: Final = ("beta", "lmbda", "sft_alpha", "gkd_logits_topk", "topk_tail", "loss_temperature")
-# What `eval` reads, beside the sections of the teacher and of the layout.
+# Flags that `eval` reads, beside the sections of the teacher and of the layout.
 EVALUATION: Final = frozenset(
     {
         *("model", "dtype", "gkd_logits_topk", "topk_tail", "micro_batch_size", "global_batch_size", "log_level"),
@@ -50,7 +49,7 @@ EVALUATION: Final = frozenset(
         *("external_plugins", "prompt_template", "teacher_prompt_template"),
     }
 )
-# Of the engines, what is of training's steps, and of how tokens are drawn, what greedy completions depend on.
+# Flags of the engines that concern training steps alone, and flags of sampling that greedy completions depend on.
 _OF_STEPS: Final = ("steps_per_generation", "rollout_lag")
 _GREEDY: Final = ("max_completion_length", "vllm_max_model_len", "use_vllm")
 _GENERATION: Final = frozenset({"eval_generate", "eval_verifier", *_GREEDY, *STUDENTS_ENGINES}) - {*_OF_STEPS}
@@ -58,7 +57,7 @@ _OF_TRAINING_ALONE: Final = frozenset({"check_replicas_steps", "use_distributed_
 
 
 def without_effect(cfg: RunConfig, command: Command = "train") -> dict[str, list[str]]:
-    """Why -> the flags away from their defaults that change nothing; every flag once."""
+    """Reason -> flags that differ from their defaults and have no effect; each flag once."""
     found: dict[str, list[str]] = {}
     named: set[str] = set()
     for why, names in _unused_in_training(cfg) if command == "train" else _unused_in_evaluation(cfg):
@@ -127,9 +126,9 @@ def _unused_by_servers(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     sampling = cfg.sampling
     if sampling.vllm_mode != "server":
         of_servers = ("vllm_server_port", "vllm_server_timeout")
-        yield f"it is of --vllm_mode server, and the mode is {sampling.vllm_mode}", of_servers
+        yield f"only used with --vllm_mode server, and the mode is {sampling.vllm_mode}", of_servers
         return
-    yield "the servers' own matter with --vllm_mode server", ("vllm_gpu_memory_utilization", *OF_ENGINES)
+    yield "set on the servers with --vllm_mode server", ("vllm_gpu_memory_utilization", *OF_ENGINES)
     if _every_host_has_a_port(sampling.vllm_server_host or ""):
         yield "every --vllm_server_host has a port", ("vllm_server_port",)
 
@@ -144,7 +143,7 @@ def _unused_without_teacher(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ..
 def _unused_without_names(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     values = {flag: cfg.get(flag) for flag in ("model", "teacher_model", "dataset", "eval_dataset")}
     if list(names_in(values, use_hf=True)) == list(names_in(values, use_hf=False)):
-        yield "no name of a hub is given without HF:: or MS::", ("use_hf",)
+        yield "no name on a hub is given without HF:: or MS::", ("use_hf",)
 
 
 def _unused_without_contexts(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -161,7 +160,7 @@ def _unused_in_evaluation(cfg: RunConfig) -> Iterator[tuple[str, tuple[str, ...]
         for name, flag in flags().items()
         if name in _OF_TRAINING_ALONE or (flag.section not in ("teacher", "parallel") and name not in read)
     )
-    yield "of training, and not of eval", others
+    yield "used in training, not in eval", others
     yield from _unused_without_names(cfg)
     yield from _unused_without_contexts(cfg)
     yield from _unused_without_teacher(cfg)

@@ -1,7 +1,8 @@
-"""What the settings name and this version does not have: one table, and the refusal.
+"""The features that flags name and this version does not have: one table, and the error.
 
-Each entry names a flag, says when the flag asks for something that is missing, and what to do instead. All that apply
-are raised in one `NotBuiltError`, before any work is done. Building a feature means deleting its entries here.
+Each entry has a flag, the condition under which it asks for something that is missing, and what to do instead. All
+entries that apply are raised in one `NotBuiltError`, before any work is done. When a feature is built, its entries are
+deleted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TRAIN: tuple[Command, ...] = ("train",)
 
 @dataclass(frozen=True)
 class NotBuilt:
-    """One thing that is missing."""
+    """A missing feature."""
 
     flag: str
     applies: Callable[[RunConfig], bool]
@@ -42,7 +43,7 @@ def refuse_not_built(cfg: RunConfig, command: Command = "train") -> None:
 
 
 def _is_set(flag: str) -> Callable[[RunConfig], bool]:
-    """Applies when a flag is away from its default."""
+    """Applies when a flag differs from its default."""
     return lambda cfg: not cfg.is_default(flag)
 
 
@@ -55,19 +56,19 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt(
         "fp8_recipe",
         lambda cfg: cfg.kernels.fp8_recipe == "delayed",
-        "its maxima are reduced over groups of a global state that is not made here; give tensorwise",
+        "its maxima are reduced over groups of megatron-core's global state, which is not used here; give tensorwise",
         TRAIN,
     ),
     NotBuilt(
         "fp8_param_gather",
         _is_set("fp8_param_gather"),
-        "main weights would begin with weights that are rounded to fp8; leave it out",
+        "the main weights would start from weights that are rounded to fp8; leave it out",
         TRAIN,
     ),
     NotBuilt(
         "moe_router_load_balancing_type",
         lambda cfg: cfg.training.moe_router_load_balancing_type != "aux_loss",
-        "its weight under a loss per token is not known to be right; use aux_loss",
+        "its scale with a loss per token has not been verified; use aux_loss",
         TRAIN,
     ),
     NotBuilt("lora_dropout", lambda cfg: cfg.tuner.lora_dropout > 0, "distillation runs without dropout; give 0"),

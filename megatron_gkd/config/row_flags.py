@@ -1,6 +1,4 @@
-"""The flags that say what is made of a data set's records before they are read as rows (data/row_maker.py), for every
-command that has them.
-"""
+"""Flags that transform a data set's records before they are read as rows (data/row_maker.py), for all commands."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ be imported from here too. A section checks the type and range of its own fields
 `RunConfig.validate()`, called before any work is done, checks what spans sections (validate.py) and then refuses, by
 name, what this version does not have (not_built.py).
 
-A flag that is set away from its default has an effect, or is refused, or is named at the start as without one
-(no_effect.py): none is accepted and ignored.
+A flag that differs from its default has an effect, or is refused, or is listed at the start as without effect
+(no_effect.py). None is silently ignored.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RunConfig:
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> RunConfig:
-        """From flag name -> value; flags left out have their defaults."""
+        """Makes a configuration of flag name -> value; missing flags have their defaults."""
         sections: dict[str, dict[str, Any]] = {name: {} for name in type_hints(cls)}
         for flag, value in values.items():
             sections[flags()[flag].section][flag] = value
@@ -95,8 +95,8 @@ class RunConfig:
 
     @property
     def base_teaches(self) -> bool:
-        """Whether the teacher is the student's own frozen weights, its adapter switched off: under --tuner_type lora
-        where --teacher_model is --model, or nothing."""
+        """Whether the teacher is the student's frozen base weights, with the adapter switched off: with --tuner_type
+        lora where --teacher_model equals --model or is not given."""
         kind = self.teacher.kind
         if not self.tuner.is_lora or isinstance(kind, SelfTeaching):
             return self.tuner.is_lora
@@ -105,22 +105,22 @@ class RunConfig:
 
     @property
     def exports(self) -> tuple[str, ...]:
-        """The directories of the run directory that an export writes; the first one is read back and measured."""
+        """The directories that an export writes in the run directory; the first one is read back and evaluated."""
         if not self.tuner.is_lora:
             return ("hf",)
         return ("adapter", "hf") if self.tuner.merge_lora else ("adapter",)
 
     def schedule(self, flag: str) -> Schedule:
-        """What a flag says for every step."""
+        """The values of a flag over the steps."""
         return read_schedule(flag, self.get(flag), whole=isinstance(flags()[flag].default, int))
 
     @property
     def lmbda(self) -> Schedule:
-        """--lmbda; 0 without a teacher, where the student learns from the completions of the data alone."""
+        """--lmbda; 0 without a teacher, where the student learns only from the completions of the data."""
         return constant(0.0) if isinstance(self.teacher.kind, NoTeacher) else self.schedule("lmbda")
 
     def values_at(self, step: int) -> StepValues:
-        """What changes with the step, for one of them, counted from 1."""
+        """The values of all schedules at a step, counted from 1."""
         return StepValues(
             lmbda=self.lmbda.at(step),
             beta=self.schedule("beta").at(step),
@@ -136,7 +136,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Flag:
-    """Where a flag lives and what it is."""
+    """A flag: its name, its section and its field."""
 
     name: str
     section: str
@@ -154,7 +154,7 @@ class Flag:
 
     @property
     def type_text(self) -> str:
-        """As a user reads it."""
+        """The type as shown to users."""
         if self.item.metadata["schedule"]:
             return f"{type_text(type(self.default))} or step:value,..."
         return type_text(self.hint)

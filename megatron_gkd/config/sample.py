@@ -76,7 +76,7 @@ class SampleConfig(Section):
         return template_kwargs(self.chat_template_kwargs, self.enable_thinking)
 
     def without_effect(self) -> list[str]:
-        """Flags away from their defaults that change nothing beside --vllm_mode and --temperature."""
+        """Flags that differ from their defaults and have no effect with the given --vllm_mode and --temperature."""
         unused = {
             "colocate": ("vllm_server_port", "timeout_minutes"),
             "subprocess": ("vllm_server_port",),
@@ -89,17 +89,17 @@ class SampleConfig(Section):
 
     @property
     def precision(self) -> Dtype:
-        """The dtype, once `auto` has been decided."""
-        assert self.dtype != "auto", "the device is known, and decides"
+        """The dtype, after `auto` has been resolved."""
+        assert self.dtype != "auto", "resolve it for the device first"
         return self.dtype
 
     def check(self) -> None:
-        """Combinations that cannot work. Raises ConfigError."""
-        assert self.template_kwargs, "an object in JSON"
+        """Raise ConfigError for combinations that cannot work."""
+        assert self.template_kwargs, "raises for what is not a JSON object"
         several_gpus = "--vllm_mode subprocess with --vllm_tensor_parallel_size for a model that needs several GPUs"
         environment.refuse_several_ranks("sample", f", and give {several_gpus}")
         if self.vllm_mode == "server" and self.vllm_server_host is None:
-            raise ConfigError("--vllm_mode server needs --vllm_server_host")
+            raise ConfigError("--vllm_mode server needs --vllm_server_host; give the host of a running server")
         if self.vllm_mode != "server" and self.vllm_server_host is not None:
             raise ConfigError(
                 f"--vllm_server_host {self.vllm_server_host} is not used in --vllm_mode {self.vllm_mode}; pass "
@@ -108,5 +108,5 @@ class SampleConfig(Section):
         if self.vllm_mode != "subprocess" and self.vllm_tensor_parallel_size > 1:
             raise ConfigError(
                 f"--vllm_tensor_parallel_size {self.vllm_tensor_parallel_size} needs --vllm_mode subprocess: sampling "
-                "is one process, and vLLM starts the others there"
+                "runs in one process, and only there vLLM starts further ones"
             )

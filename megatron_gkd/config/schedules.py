@@ -1,14 +1,13 @@
-"""Values that change with the step: what `--lmbda`, `--beta`, `--temperature` and `--max_completion_length` take in
-place of a number.
+"""Schedules: values that change with the step, for `--lmbda`, `--beta`, `--temperature` and `--max_completion_length`.
 
     0.5                         the same in every step
     0:0,100:0,400:0.5           step:value points; a straight line between two of them
     stepwise,0:64,200:256       each value holds until the next point
 
-Steps are those of metrics.jsonl, counted from 1; step 0 is before training. Before the first point its value holds,
-after the last one the last. `Schedule.at` is a pure function of the step, so a resumed run computes the same values. At
-a point, and between points of one value, the value is exactly the one given: --beta may reach 0, 1 or 0.5, where the
-divergence has another form.
+Steps are those of metrics.jsonl, counted from 1; step 0 is before training. Before the first point the first value
+holds, after the last point the last. `Schedule.at` is a pure function of the step, so a resumed run computes the same
+values. At a point, and between two points of equal value, the result is exactly the given value: --beta may reach 0, 1
+or 0.5, where the divergence has another form.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ class Schedule:
 
     @property
     def least(self) -> float:
-        """Of all steps of a run that is long enough."""
+        """The smallest value."""
         return min(value for _, value in self.points)
 
     @property
     def most(self) -> float:
-        """The same, the largest."""
+        """The largest value."""
         return max(value for _, value in self.points)
 
     @property
@@ -57,15 +56,15 @@ class Schedule:
 
 
 def constant(value: float) -> Schedule:
-    """The same in every step."""
+    """The same value in every step."""
     return Schedule(((0, float(value)),))
 
 
 def read_schedule(name: str, value: float | str, allowed: Range | None = None, *, whole: bool = False) -> Schedule:
-    """The schedule that a flag's value means. Raises ConfigError for a text that is none, and for a value out of range.
+    """The schedule in a flag's value. Raises ConfigError for text of another form, and for values out of range.
 
     Args:
-        name: of the flag.
+        name: name of the flag.
         whole: values are whole numbers.
     """
     if not isinstance(value, str):
@@ -83,7 +82,7 @@ def read_schedule(name: str, value: float | str, allowed: Range | None = None, *
 
 
 def check_schedules(section: Section) -> None:
-    """The fields of a section that may be schedules: a text has to be one. Raises ConfigError."""
+    """Raise ConfigError unless the text in every schedule field of the section is a schedule."""
     for item in fields(section):
         if item.metadata.get("schedule"):
             value, whole = getattr(section, item.name), isinstance(item.default, int)
@@ -100,7 +99,7 @@ def _point(name: str, given: str, part: str, allowed: Range, whole: bool) -> tup
         number = "a whole number" if whole else "a number"
         raise ConfigError(
             f"--{name} is {given}; it must be {number}, or step:value points such as {_example(whole)}, and "
-            f"{part or 'an empty one'} is none"
+            f"{part or 'an empty part'} is not such a point"
         )
     if not allowed.contains(value):
         raise ConfigError(f"--{name} is {given}; its values must be in the range {allowed}, and {text.strip()} is not")

@@ -1,4 +1,4 @@
-"""The grammar that the configuration is written in: a typed, ranged, documented field, and a section of such fields.
+"""The building blocks of the configuration: a field with type, range and help text, and a section of such fields.
 
     @dataclass(frozen=True)
     class Example(Section):
@@ -32,7 +32,7 @@ class Range:
     le: float | None = None
 
     def contains(self, value: float) -> bool:
-        """False for NaN and for the infinities, whatever the ends are."""
+        """Whether a value is inside; never for NaN and infinities."""
         return (
             math.isfinite(value)
             and (self.gt is None or value > self.gt)
@@ -62,9 +62,9 @@ def setting(
     schedule: bool = False,
     repeats: bool = False,
 ) -> Any:
-    """A field of a section. A tuple stands for the default of a list; without a default the setting is required. In a
-    `path` a leading `~` is the home directory, as in a shell, which does not see the one of `--save=~/run`. A
-    `schedule` may be a text, whose form schedules.py checks. A list with `repeats` may have a value twice."""
+    """A field of a section. The default of a list is given as a tuple; without a default the setting is required. In a
+    `path` a leading `~` is the home directory (a shell does not expand `--save=~/run`). A `schedule` may be text, which
+    schedules.py checks. A list with `repeats` may have a value twice."""
     metadata = {"help": help, "range": Range(gt, ge, lt, le), "path": path, "schedule": schedule, "repeats": repeats}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -73,7 +73,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Section:
-    """Base of the sections: frozen dataclasses that check themselves."""
+    """Base class of sections: a frozen dataclass that checks its fields."""
 
     def __post_init__(self) -> None:
         hints = type_hints(type(self))
@@ -93,14 +93,14 @@ _hints: dict[type, dict[str, Any]] = {}
 
 
 def type_hints(section: type) -> dict[str, Any]:
-    """Field name -> type. Kept: to evaluate them takes longer than a command line."""
+    """Field name -> type. Cached: evaluating the hints takes longer than parsing a command line."""
     if section not in _hints:
         _hints[section] = get_type_hints(section)
     return _hints[section]
 
 
 def check(item: Field[Any], value: Any, hint: Any) -> None:
-    """Raise a ConfigError that names the flag, the value and what is needed."""
+    """Raise ConfigError, with flag, value and what is needed, for a value of the wrong type or out of range."""
     name, allowed = item.name, item.metadata["range"]
     if not fits(value, hint):
         raise ConfigError(f"--{name} is {show(value)}; it must be {type_text(hint)}{_and_range(allowed)}")
@@ -112,7 +112,7 @@ def check(item: Field[Any], value: Any, hint: Any) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether the value is of the type. An int is a float; a bool is neither."""
+    """Whether the value has the type. An int is accepted as a float; a bool is neither."""
     origin = get_origin(hint)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
@@ -145,7 +145,7 @@ def optional(hint: Any) -> bool:
 
 
 def default_of(item: Field[Any]) -> Any:
-    """The default of a field (a fresh list for a list), MISSING where it is required."""
+    """The default of a field (a new list for a list); MISSING if it is required."""
     return item.default_factory() if item.default_factory is not MISSING else item.default
 
 

@@ -1,13 +1,13 @@
-"""A key of a server: read from the environment, checked without being shown, and taken out of every text.
+"""A key of a server: read from the environment, checked without being shown, and removed from every text.
 
     key = Secret.from_environment("TEACHER_API_KEY")     # None where it is not set
     headers = {"Authorization": f"Bearer {key.value}"}
     message = key.redact(message)                        # before it is cut
 
-A key is printable ASCII without blanks: another one cannot stand in a header, and what refuses it there shows it. Line
-ends and blanks around it, as a file leaves them, are dropped. It is hidden in the forms that it takes inside JSON,
-URLs, HTML and Python's repr, too. What a server does to it beyond that (reversed, in hexadecimal) is not found: that
-server knows it already.
+A key is printable ASCII without blanks: others cannot be sent in a header, and the error would show them. Line ends and
+blanks around it, as in a file, are removed. It is also hidden in the forms that it takes inside JSON, URLs, HTML and
+Python's repr. Other forms (reversed, in hexadecimal) are not found; only the server, which knows the key, could make
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HIDDEN = "(the key)"
 
 
 class Secret:
-    """Its text is in `value` alone: not in repr, str or any error of this class."""
+    """A key. Its text is only in `value`: not in repr, str or any error of this class."""
 
     __slots__ = ("_forms", "value")
 
@@ -54,13 +54,13 @@ class Secret:
 
     @classmethod
     def from_environment(cls, name: str) -> Self | None:
-        """The key in a variable; None where that is not set or empty."""
+        """The key in an environment variable; None if that is not set or empty."""
         text = os.environ.get(name)
         return cls(text, f"the environment variable {name}") if text else None
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """The key in a file that belongs to this user and is closed to all others. Raises ConfigError."""
+        """The key in a file that belongs to this user and that nobody else can read. Raises ConfigError."""
         try:
             with open(
                 path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -68,10 +68,10 @@ class Secret:
                 found = os.fstat(file.fileno())
                 own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
                 if not own or stat.S_IMODE(found.st_mode) & 0o077:
-                    raise ConfigError(f"{path} is to be a file of this user's that nobody else can read: chmod 600 it")
+                    raise ConfigError(f"{path} must be a file of this user that nobody else can read: chmod 600 it")
                 text = file.read(4096).decode("ascii", errors="replace")
         except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error.strerror}); it is to hold a secret") from None
+            raise ConfigError(f"{path} cannot be read ({error.strerror}); it must contain the key") from None
         return cls(text, str(path))
 
     def redact(self, text: str) -> str:
@@ -85,7 +85,7 @@ class Secret:
         return any(form.encode() in content for form in self._forms)
 
     def longest(self) -> int:
-        """Characters of its longest form: how far from a cut a piece of it may be."""
+        """Length of its longest form: a part of the key may be this close to a cut in a text."""
         return len(self._forms[0])
 
     def __repr__(self) -> str:

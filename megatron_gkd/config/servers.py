@@ -1,5 +1,4 @@
-"""Who teaches, decided once (models.py, `TeacherConfig.kind`): a `LocalTeacher`, `ServerTeachers`, `SelfTeaching`, or
-`NoTeacher`.
+"""Kinds of teachers (models.py, `TeacherConfig.kind`): `LocalTeacher`, `ServerTeachers`, `SelfTeaching`, `NoTeacher`.
 
 `--teacher_model_server` names the servers of one teacher, or of several that share the rows by a tag:
 
@@ -9,7 +8,7 @@
      {"url": "http://c:8000"}]                               the rest: every other tag, and rows without one
 
 Servers that share a tag must serve the same weights (teacher/servers/servers.py compares them); others may serve
-different models with one tokenizer. Text in, frozen records out; nothing is reached here.
+different models with one tokenizer. Only the text is parsed here; no server is contacted.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ EXAMPLE = '[{"url": "http://localhost:8000", "tags": ["math"]}, {"url": "http://
 
 
 class ServerEntry(NamedTuple):
-    """One server; without tags it takes what no other is for."""
+    """One server. Without tags it gets the rows that no other server is for."""
 
     url: str
     tags: tuple[str, ...] = ()
@@ -36,7 +35,7 @@ class LocalTeacher:
     """A model of this run, in its own parallel layout."""
 
     path: str
-    separate: bool  # on ranks of its own
+    separate: bool  # on its own ranks
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class ServerTeachers:
 
     @property
     def tags(self) -> dict[str, tuple[str, ...]]:
-        """URL -> its tags, () for the rest; empty where no server has tags: then all are one teacher."""
+        """URL -> its tags (() for the server of the rest); {} where no server has tags: then all are one teacher."""
         return {e.url: e.tags for e in self.entries} if any(e.tags for e in self.entries) else {}
 
 
@@ -62,7 +61,7 @@ class SelfTeaching:
 
 @dataclass(frozen=True)
 class NoTeacher:
-    """Nobody (`--objective sft`): the completions alone are learnt."""
+    """No teacher (`--objective sft`): the student learns only from the completions."""
 
 
 TeacherKind = LocalTeacher | ServerTeachers | SelfTeaching | NoTeacher
@@ -129,7 +128,7 @@ def _plain(url: str) -> str:
 def _check_no_secret(name: str) -> None:
     if "@" in name:  # not shown: what stands before it is a secret
         raise ConfigError(
-            "--teacher_model_server holds a name or a password, which would be written into logs; set the "
+            "--teacher_model_server contains a user name or a password, which would be written to logs; set the "
             "environment variable TEACHER_API_KEY instead"
         )
 

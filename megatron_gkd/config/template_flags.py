@@ -1,7 +1,7 @@
 """The flags that give a chat template its variables: `--chat_template_kwargs` (JSON) and `--enable_thinking`.
 
-They hold for all rows; a row's own columns win (data/columns.py). Both are made into one JSON text, in the order given,
-which is part of what tokenised rows are known by.
+They hold for all rows; a row's own columns take precedence (data/columns.py). Both become one JSON text, in the given
+order, which is part of the key of tokenised rows (data/row_key.py).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
+from megatron_gkd.config.json_object import json_object
 from megatron_gkd.config.schema import setting
 from megatron_gkd.errors import ConfigError
 
-_EXAMPLE: Final = '{"enable_thinking": false}'
-# What the renderer itself, or a column, gives a template: no variable of this name would reach it as it was meant.
+# Set by the renderer itself or by a column: a variable of this name would not reach the template as intended.
 RESERVED: Final = frozenset(
     (
         *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
@@ -40,16 +40,8 @@ def thinking_setting() -> Any:
 
 def template_kwargs(given: str | None, enable_thinking: bool | None) -> str:
     """Both flags as the JSON of an object, "{}" without them. Raises ConfigError."""
-    asked = f"--chat_template_kwargs is {given}; it must be a JSON object such as '{_EXAMPLE}'"
-    try:
-        variables = {} if given is None else json.loads(given)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{asked} ({error})") from None
-    if not isinstance(variables, dict):
-        raise ConfigError(asked)
-    for name in variables:
-        if name in RESERVED:
-            raise ConfigError(f"{asked}, and {name} is not a variable that can be given; remove it")
+    example = '{"enable_thinking": false}'
+    variables = json_object("chat_template_kwargs", given, example=example, refused=RESERVED)
     if enable_thinking is not None and variables.setdefault("enable_thinking", enable_thinking) != enable_thinking:
         raise ConfigError("--enable_thinking and --chat_template_kwargs contradict each other; keep one of them")
     return json.dumps(variables)

@@ -116,7 +116,7 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.template_kwargs, "an object in JSON"
+        assert self.template_kwargs, "raises for what is not a JSON object"
 
     @property
     def template_kwargs(self) -> str:
@@ -168,7 +168,7 @@ class TrainingConfig(Section):
     seed: int = setting(42, "Seed of the order of the rows and the source of each sample.", ge=0, lt=2**32)
 
     def warmup_steps(self, num_steps: int) -> int:
-        """Steps of the warm-up, of this many."""
+        """Steps of the warm-up in a run of this many steps."""
         share = int(self.lr_warmup_fraction * num_steps)
         return share if self.lr_warmup_iters is None else self.lr_warmup_iters
 

@@ -1,7 +1,7 @@
-"""What of the student is trained: all of its weights, or low-rank adapters beside frozen ones (docs/lora.md).
+"""Which weights of the student are trained: all, or low-rank adapters beside frozen ones (docs/lora.md).
 
-A section of a run's configuration (run.py), read by model/lora.py and weights/adapters.py. What a model's matrices do
-not allow is refused there.
+A section of a run's configuration (run.py), read by model/lora.py and weights/adapters.py, which refuse what a model
+does not support.
 """
 
 # ruff: noqa: RUF009 (setting() is dataclasses.field with metadata, not a default that instances would share)
@@ -54,7 +54,7 @@ class TunerConfig(Section):
         return self.tuner_type == "lora"
 
     def problems(self) -> Iterator[str]:
-        """What contradicts, within the section."""
+        """Contradictions within the section."""
         if not self.is_lora:
             for item in fields(self):
                 if (value := getattr(self, item.name)) != default_of(item):

@@ -1,7 +1,7 @@
-"""Flags that contradict each other, or cannot be meant beside another one: what `RunConfig.validate()` refuses first.
-Those that may be meant and change nothing are named at the start (no_effect.py).
+"""Flags that contradict each other; `RunConfig.validate()` refuses them first. Combinations without effect are not
+refused, but listed at the start (no_effect.py).
 
-Ranges of single flags are checked by their sections (schema.py); world size and model where they are known.
+Ranges of single flags are checked by their sections (schema.py), world size and model where they become known.
 """
 
 from __future__ import annotations
@@ -184,15 +184,15 @@ def _offload_problems(cfg: RunConfig) -> Iterator[str]:
     teacher = isinstance(kind, LocalTeacher) and not kind.separate and not cfg.base_teaches
     if cfg.offload.offload_model and not (engines or teacher):
         yield (
-            "--offload_model makes room for what works beside the student, and neither engines (--vllm_mode colocate) "
-            "nor a teacher's own weights do here; leave it out"
+            "--offload_model frees memory for colocated engines (--vllm_mode colocate) or for a teacher's own weights, "
+            "and there are none on the student's ranks; leave it out"
         )
     if cfg.offload.offload_optimizer and cfg.optimizer.optimizer_cpu_offload:
         yield "--optimizer_cpu_offload keeps the state in host memory anyway; leave --offload_optimizer out"
 
 
 def _tp_comm_overlap_problems(cfg: RunConfig) -> Iterator[str]:
-    """What its buffers do not allow: of one shape, made by all ranks of the world together."""
+    """Combinations that its buffers do not support: they have one shape, and all ranks of the world make them."""
     if not cfg.kernels.tp_comm_overlap:
         return
     given = "--tp_comm_overlap true"
@@ -235,14 +235,14 @@ def _tuner_problems(cfg: RunConfig) -> Iterator[str]:
 
 
 def _problems_of_vllms_lora(cfg: RunConfig) -> Iterator[str]:
-    """Where the adapter alone cannot be sent; merged weights can."""
+    """Combinations in which an adapter cannot be sent to vLLM by itself; merged weights can always be sent."""
     sampling, given = cfg.sampling, "--vllm_enable_lora true"
     if not cfg.tuner.is_lora:
         yield f"{given} sends an adapter, and --tuner_type is full: give --tuner_type lora, or leave it out"
     if sampling.vllm_mode != "colocate":
         yield f"{given} is for a colocated vLLM, and --vllm_mode is {sampling.vllm_mode}: leave one of them out"
     if sampling.sleep_level == 2:
-        yield f"{given} needs the base's weights to stay in vLLM, and --sleep_level 2 forgets them: give 0 or 1"
+        yield f"{given} needs the base weights to stay in vLLM, and --sleep_level 2 discards them: give 0 or 1"
     if cfg.tuner.modules_to_save:
         yield f"{given} with --modules_to_save: vLLM's LoRA has no such modules; leave one of them out"
     if cfg.tuner.lora_rank > LORA_RANKS[-1]:
@@ -250,7 +250,8 @@ def _problems_of_vllms_lora(cfg: RunConfig) -> Iterator[str]:
 
 
 def _lengths_problems(cfg: RunConfig) -> Iterator[str]:
-    """Sampled completions have to leave room for a prompt; who did not ask for them is told why there are any."""
+    """Sampled completions must leave room for a prompt. The message also says why any are sampled, since that may be by
+    default."""
     most, longest = cfg.schedule("max_completion_length").most, cfg.data.max_length
     if most < longest or not (cfg.lmbda.most > 0 or cfg.distillation.samples_teacher):
         return
@@ -267,7 +268,7 @@ def _lengths_problems(cfg: RunConfig) -> Iterator[str]:
 
 
 def _sampling_problems(cfg: RunConfig, command: Command) -> Iterator[str]:
-    """Of the engines that sample from the student: for training, for evaluations, or for both."""
+    """Flags of the engines that sample from the student: for training, for evaluations, or for both."""
     sampling, asked, instead = cfg.sampling, f"--eval_generate {cfg.logging.eval_generate} samples from the student", ""
     if command == "train" and cfg.lmbda.most > 0:
         asked, instead = f"--lmbda {_number(cfg.distillation.lmbda)} samples from the student", "--lmbda 0"
@@ -335,7 +336,7 @@ def _teacher_sampling_problems(cfg: RunConfig) -> Iterator[str]:
 
 
 def _number(value: float | str) -> str:
-    """As the command line writes it."""
+    """The value as written on the command line."""
     return value if isinstance(value, str) else f"{value:g}"
 
 

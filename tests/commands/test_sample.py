@@ -347,4 +347,4 @@ def test_several_processes_are_refused(
     command: Command, refused: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "sample is one process, and torchrun started several" in refused(command("out.jsonl"))
+    assert "sample runs in one process, and torchrun started several" in refused(command("out.jsonl"))

@@ -498,7 +498,7 @@ def test_check_teacher_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         parse_check([*line.split(), '[{"url": "http://a:1", "tags": ["x"]}]']).check()
     parse_check([*line.split(), '[{"url": "http://a:1"}]']).check()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="check is one process"):
+    with pytest.raises(ConfigError, match="check runs in one process"):
         parse_check([*line.split(), "http://a:1"]).check()
 
 
@@ -513,7 +513,7 @@ def test_check_data_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(ConfigError, match=f"--{name} is missing"):
             parse_check_data(other)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="check is one process"):
+    with pytest.raises(ConfigError, match="check runs in one process"):
         cfg.check()
 
 

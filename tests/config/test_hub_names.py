@@ -75,13 +75,13 @@ def test_paths(text: str, kind: Kind, tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("flag", "text", "message"),
     [
-        ("dataset", "HF::N", r"--dataset HF::N is not a name of the hub: give HF::OWNER/NAME\[@REVISION\]\[:SUBSET\]"),
+        ("dataset", "HF::N", r"--dataset HF::N is not a name on a hub: give HF::OWNER/NAME\[@REVISION\]\[:SUBSET\]"),
         (
             "model",
             "MS::O/N:train",
-            r"--model MS::O/N:train is not a name of the hub: give MS::OWNER/NAME\[@REVISION\]$",
+            r"--model MS::O/N:train is not a name on a hub: give MS::OWNER/NAME\[@REVISION\]$",
         ),
-        ("eval_dataset", "O/N#0", "--eval_dataset O/N#0 asks for no rows"),
+        ("eval_dataset", "O/N#0", "--eval_dataset O/N#0 asks for 0 rows"),
     ],
 )
 def test_malformed(flag: str, text: str, message: str) -> None:

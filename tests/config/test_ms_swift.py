@@ -205,7 +205,7 @@ def test_a_file_takes_the_same_names(tmp_path: Path) -> None:
         ConfigError, match=r"run\.yaml: --max_turns 2 is ms-swift's: a completion is sampled in one turn"
     ):
         read("max_turns: 2\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml: padding_free is packing, which is given too"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: padding_free and packing, which is the same flag"):
         read("packing: true\npadding_free: true\n")
 
 

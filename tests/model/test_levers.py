@@ -207,8 +207,8 @@ def test_without_contexts_nothing_is_exchanged(command: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (dict(attention_softmax_in_fp32=False), "no attention here has its softmax in another type"),
-        (dict(masked_softmax_fusion=True), "no attention here has a masked softmax"),
+        (dict(attention_softmax_in_fp32=False), "every attention here has its softmax in fp32"),
+        (dict(masked_softmax_fusion=True), "no attention here has a separate masked softmax"),
         (dict(cross_entropy_loss_fusion=True, loss_path="logits"), "true means --loss_path fused here"),
         (dict(cross_entropy_loss_fusion=False), "false means --loss_path logits here"),
         (dict(exp_avg_dtype="bf16"), "--exp_avg_dtype is for --use_precision_aware_optimizer"),

@@ -142,7 +142,7 @@ def refused(config: RunConfig) -> str:
     [
         (dict(tuner_type="full", lora_rank=8, lora_alpha=32.0), "sends an adapter, and --tuner_type is full"),
         (dict(vllm_mode="subprocess"), "is for a colocated vLLM, and --vllm_mode is subprocess"),
-        (dict(sleep_level=2), "--sleep_level 2 forgets them: give 0 or 1"),
+        (dict(sleep_level=2), "--sleep_level 2 discards them: give 0 or 1"),
         (dict(modules_to_save=["norm"]), "vLLM's LoRA has no such modules"),
         (dict(lora_rank=513), "takes adapters up to rank 512, and --lora_rank is 513"),
     ],

@@ -237,7 +237,7 @@ def test_what_needs_no_weights_fetches_none(
     [
         ({"model": "MS::Org/Student"}, "MS::Org/Student is a name of ModelScope, whose client is not installed"),
         ({"use_hf": False}, "Org/Student is a name of ModelScope, whose client is not installed"),
-        ({"dataset": "HF::Rows"}, "--dataset HF::Rows is not a name of the hub"),
+        ({"dataset": "HF::Rows"}, "--dataset HF::Rows is not a name on a hub"),
         ({"model": "Org/Other"}, "--model Org/Other: there is no such directory here, and Org/Other is not in"),
         ({"dataset": "data/trian"}, "--dataset data/trian: there is no such file or directory here, and data/trian is"),
     ],

@@ -207,17 +207,17 @@ def test_a_run_with_all_that_reads_between_two_steps(models: tuple[str, str, str
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    "flags",
     [
-        (dict(teacher_model_server="http://a:1", teacher_model=None, gkd_logits_topk=4), "what works beside the stu"),
-        (dict(objective="sft", teacher_model=None), "what works beside the student"),
-        (dict(teacher_placement="separate", teacher_world_size=1), "what works beside the student"),
-        (dict(lmbda=1.0, vllm_mode="subprocess", teacher_placement="separate", teacher_world_size=1), "what works"),
+        dict(teacher_model_server="http://a:1", teacher_model=None, gkd_logits_topk=4),
+        dict(objective="sft", teacher_model=None),
+        dict(teacher_placement="separate", teacher_world_size=1),
+        dict(lmbda=1.0, vllm_mode="subprocess", teacher_placement="separate", teacher_world_size=1),
     ],
 )
-def test_an_offload_that_nobody_uses(flags: dict[str, Any], message: str) -> None:
+def test_an_offload_that_nobody_uses(flags: dict[str, Any]) -> None:
     values = dict(model="S", teacher_model="T", dataset=["d"], lmbda=0.0, offload_model=True) | flags
-    with pytest.raises(ConfigError, match=f"--offload_model makes room for {message}"):
+    with pytest.raises(ConfigError, match="--offload_model frees memory for colocated engines .* there are none"):
         RunConfig.from_flat(values).validate("train")
 
 
