@@ -217,7 +217,7 @@ def test_a_run_with_all_that_reads_between_two_steps(models: tuple[str, str, str
 )
 def test_an_offload_that_nobody_uses(flags: dict[str, Any]) -> None:
     values = dict(model="S", teacher_model="T", dataset=["d"], lmbda=0.0, offload_model=True) | flags
-    with pytest.raises(ConfigError, match="--offload_model frees memory for colocated engines .* there are none"):
+    with pytest.raises(ConfigError, match=r"--offload_model frees memory for colocated engines .* there are none"):
         RunConfig.from_flat(values).validate("train")
 
 
