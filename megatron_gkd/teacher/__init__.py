@@ -1,1 +1,1 @@
-"""Who teaches: signals and their routes, the student itself, servers, sampled completions."""
+"""Kinds of teacher: signals and their routes, the student as its own teacher, teacher servers, sampled completions."""

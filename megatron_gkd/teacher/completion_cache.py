@@ -1,19 +1,19 @@
-"""Completions on disk, by what they are a function of: the model, the prompt and how it was sampled. No torch.
+"""Completions on disk, keyed by what determines them: the model, the prompt and the sampling settings. No torch.
 
-    DIR/samples-000001.jsonl     {"key": "9f..", "ids": [..], "end": "stop", "sum": "1c.."}, one line a completion
+    DIR/samples-000001.jsonl     {"key": "9f..", "ids": [..], "end": "stop", "sum": "1c.."}, one line per completion
 
-A key is a hash of everything in `completion_key`; equal keys have equal completions, so nothing is ever changed or
-deleted, only added. Rules:
+A key is a hash of everything in `completion_key`. Equal keys mean equal completions, so entries are only added, never
+changed or deleted. Rules:
 
-    C1  a process that writes makes a file of its own (and only when it has something to write), so that writers never
-        meet, and a line that another left torn is not written on;
-    C2  a line counts when it ends with a line break and its `sum` is right. All others are counted in `num_damaged`
+    C1  each writing process makes its own file (on its first write), so writers never conflict, and a torn line of
+        another process is never continued;
+    C2  a line is valid if it ends with a line break and its `sum` is right. Other lines are counted in `num_damaged`
         and never used;
-    C3  `add` returns when the lines are on disk. Killed before that, a process leaves whole lines and one torn line at
-        most; what is lost is sampled again.
+    C3  `add` returns once the lines are on disk. A process killed before that leaves whole lines and at most one torn
+        line; what is lost is sampled again.
 
-Reading is safe while another process adds. What others add later is not seen. In memory: about 250 bytes a
-completion; tokens are read when they are asked for.
+Reading is safe while another process adds; its later additions are not seen. Memory: about 250 bytes a completion;
+tokens are read on demand.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -33,18 +33,18 @@ _START = b'{"key":"'
 
 
 class CachedCompletion(NamedTuple):
-    """A completion, as far as training needs it."""
+    """The parts of a completion that training needs."""
 
     token_ids: tuple[int, ...]  # up to and including the stop token
     finish_reason: FinishReason
 
 
 def completion_key(teacher: str, request: Request, settings: SamplingSettings) -> str:
-    """The name under which a completion is kept.
+    """The key of a completion.
 
     Args:
-        teacher: identity of the model, weights and precision included.
-        request: its `key` has no part in it.
+        teacher: identity of the model, including weights and precision.
+        request: all of it except its `key`.
     """
     parts = [
         teacher,
@@ -64,17 +64,18 @@ def completion_key(teacher: str, request: Request, settings: SamplingSettings) -
 
 
 def prompt_seed(run_seed: int, prompt_ids: Sequence[int]) -> int:
-    """A 63-bit seed that depends on the run's seed and the prompt alone: in every epoch the same completion."""
+    """A 63-bit seed that depends only on the run's seed and the prompt, so that every epoch gets the same
+    completion."""
     text = f"{run_seed}:{','.join(map(str, prompt_ids))}"
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"gkd.promptseed").digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class CompletionCache:
-    """What a directory holds; the directory need not exist. One per process."""
+    """The cache in a directory, which need not exist yet. One per process."""
 
     def __init__(self, directory: str | Path) -> None:
-        """Reads the whole of it once. Raises RolloutError where it cannot be read."""
+        """Reads all files once. Raises RolloutError if they cannot be read."""
         self.directory = Path(directory)
         self.num_damaged = 0
         self._where: dict[str, tuple[Path, int, int]] = {}  # key -> file, first byte, number of bytes
@@ -85,7 +86,9 @@ class CompletionCache:
             for path in sorted(self.directory.glob("samples-*.jsonl")):
                 self._index(path)
         except OSError as error:
-            raise RolloutError(f"{self.directory} cannot be read ({error}); give another place to keep them") from error
+            raise RolloutError(
+                f"{self.directory} cannot be read ({error}); give another --teacher_samples_cache"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._where)
@@ -104,10 +107,11 @@ class CompletionCache:
             raise RolloutError(f"{path} cannot be read ({error})") from error
         if _key(line) != key:
             raise RolloutError(f"{path} was changed after it was read; start the run again")
-        return _read(line)
+        record = json.loads(line)
+        return CachedCompletion(tuple(record["ids"]), record["end"])
 
     def add(self, completions: Mapping[str, CachedCompletion]) -> None:
-        """Write them durably. A key that is there already is left as it is."""
+        """Write completions durably. Existing keys are left as they are."""
         new = {key: kept for key, kept in completions.items() if key not in self._where}
         if not new:
             return
@@ -121,7 +125,7 @@ class CompletionCache:
         except OSError as error:
             self.close()  # what is added next goes to another file: this one may end with a torn line
             raise RolloutError(
-                f"completions cannot be kept in {self.directory} ({error}); make room there, or give another "
+                f"completions cannot be written to {self.directory} ({error}); make room there, or give another "
                 "--teacher_samples_cache"
             ) from error
         for key, line in zip(new, lines, strict=True):
@@ -152,18 +156,14 @@ class CompletionCache:
 
     def _index(self, path: Path) -> None:
         start = 0
-        for line in _lines(path):
-            key = _key(line)
-            if key is None:
-                self.num_damaged += 1
-            else:
-                self._where.setdefault(key, (path, start, len(line)))
-            start += len(line)
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from file
+        with path.open("rb") as file:
+            for line in file:
+                key = _key(line)
+                if key is None:
+                    self.num_damaged += 1
+                else:
+                    self._where.setdefault(key, (path, start, len(line)))
+                start += len(line)
 
 
 def _line(key: str, kept: CachedCompletion) -> bytes:
@@ -173,7 +173,7 @@ def _line(key: str, kept: CachedCompletion) -> bytes:
 
 
 def _tail(body: bytes) -> bytes:
-    """The end of a line: a hash of what stands before it."""
+    """The end of a line: a hash of the bytes before it."""
     return b',"sum":"%s"}\n' % hashlib.blake2b(body, digest_size=8).hexdigest().encode()
 
 
@@ -181,13 +181,8 @@ _TAIL_BYTES = len(_tail(b""))
 
 
 def _key(line: bytes) -> str | None:
-    """The key of a line; None for one that is torn or damaged (C2). Much faster than reading all of it."""
+    """The key of a line; None for a torn or damaged one (C2). Much faster than parsing it."""
     body = line[:-_TAIL_BYTES]
     if not line.startswith(_START) or line[-_TAIL_BYTES:] != _tail(body):
         return None
     return body[len(_START) : body.index(b'"', len(_START))].decode()
-
-
-def _read(line: bytes) -> CachedCompletion:
-    record = json.loads(line)
-    return CachedCompletion(tuple(record["ids"]), record["end"])

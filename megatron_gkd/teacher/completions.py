@@ -1,21 +1,21 @@
-"""The teacher's completions for the steps of a run (`--seq_kd`): what is asked for, when it is sampled, what is kept.
+"""The teacher's completions for the steps of a run (`--seq_kd`): requests, sampling and storage.
 
     samples.for_step(step)  ->  token ids of the samples whose source is the teacher, by position in the global batch
 
-Which samples those are is known for all steps in advance, and a completion is a function of (teacher, prompt, sampling
-settings, run seed) alone. So they are sampled ahead, each once, and kept on disk (completion_cache.py): a
-prompt has the same completion in every epoch, after a resume, and in another run with the same seed.
+The plan of every step is known in advance, and a completion depends only on (teacher, prompt, sampling settings, run
+seed). So completions are sampled ahead, each once, and kept on disk (completion_cache.py). A prompt has the same
+completion in every epoch, after a resume, and in another run with the same seed.
 
-    at the beginning   (`begin`, before any weights are read) the first window of steps is sampled
-    at step k          the window of step k is sampled, unless it has been; where the sampler works beside the training,
-                       step k + 1 is then sampled while step k trains
+    `begin`     (before any weights are read) samples the first window of steps
+    at step k   the window of step k is sampled, unless it has been; if the sampler works beside the training,
+                step k + 1 is then sampled while step k trains
 
 A window is the whole rest of the run, or `window` steps: k // window * window and those that follow, wherever the run
-began, so that a resumed run samples at the same steps. Completions that were cut at their longest ("length") are kept
-and trained on as they are; nothing is put at their end.
+began, so that a resumed run samples at the same steps. Completions that were truncated at their longest ("length") are
+kept and trained on without an added end token.
 
 The first rank of the group has the sampler and the cache. Communication: `begin` and `for_step` each make one
-`on_first_rank` (parallel/together.py) over the group: all ranks have the completions, or all raise.
+`on_first_rank` (parallel/together.py) over the group: all ranks get the completions, or all raise.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ RequestsOf = Callable[[int], list[Request]]  # step -> its requests, keyed by po
 
 
 class Sampler(Protocol):
-    """Where completions come from. On one rank."""
+    """A source of completions, on one rank."""
 
     @property
     def identity(self) -> str:
-        """Names the teacher: another one, or other weights, have another."""
+        """Identifies the teacher and its weights."""
 
     @property
     def beside_training(self) -> bool:
-        """Whether it has devices of its own, so that it may sample while the student trains."""
+        """Whether it has its own devices and can sample while the student trains."""
 
     def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> Iterator[list[Completion]]:
-        """Completions in the order of the requests, in parts. What it needs for that is held until the last part."""
+        """Completions in the order of the requests, in parts. Resources are held until the last part."""
 
     def close(self) -> None:
         """Idempotent."""
@@ -60,7 +60,7 @@ class Sampler(Protocol):
 
 @dataclass
 class CompletionStore:
-    """The sampler with its cache: completions of steps, each sampled once."""
+    """The sampler with its cache; each completion is sampled once."""
 
     sampler: Sampler
     cache: CompletionCache
@@ -71,7 +71,7 @@ class CompletionStore:
     sampling_s: float = 0.0  # likewise
 
     def fetch(self, steps: range) -> None:
-        """Sample what these steps need and the cache lacks."""
+        """Sample the completions of these steps that are not in the cache."""
         missing: dict[str, Request] = {}
         for step in steps:
             for request in self.requests_of(step):
@@ -95,10 +95,10 @@ class CompletionStore:
             logger.info("teacher's completions: %d of %d sampled, %.0f s", done, len(missing), spent_s)
         self.sampling_s += time.perf_counter() - began_s
         if done != len(missing):
-            raise RolloutError(f"{len(missing)} completions were asked for, and {done} came back")
+            raise RolloutError(f"{len(missing)} completions were requested, and {done} came back")
 
     def take(self, step: int) -> tuple[dict[int, CachedCompletion], dict[str, float]]:
-        """The step's completions, by position, and what there is to say of them. They have been fetched."""
+        """The step's completions by position, and metrics. They must have been fetched."""
         found, num_new = {}, 0
         for request in self.requests_of(step):
             key = self._key(request)
@@ -123,7 +123,7 @@ class CompletionStore:
         if completion.key != request.key or not 1 <= len(completion.token_ids) <= request.max_tokens:
             raise RolloutError(
                 f"the teacher's engine answered request {request.key} as {completion.key}, with "
-                f"{len(completion.token_ids)} tokens where 1 to {request.max_tokens} were asked for"
+                f"{len(completion.token_ids)} tokens, and 1 to {request.max_tokens} were requested"
             )
         self._check_vocabulary(completion.token_ids)
 
@@ -131,7 +131,8 @@ class CompletionStore:
         if max(token_ids) >= self.vocab_size:
             raise RolloutError(
                 f"the teacher sampled token {max(token_ids)}, which the student does not have (their common vocabulary "
-                f"has {self.vocab_size}): its padding rows are not trained down; --top_p 0.999 or --top_k avoids them"
+                f"has {self.vocab_size}): the padding rows of its vocabulary are not trained; --top_p 0.999 or --top_k "
+                "avoids them"
             )
 
 
@@ -160,7 +161,7 @@ class TeacherSamples:
         """What the last `for_step` did."""
 
     def begin(self, first_step: int) -> None:
-        """Open the store, and sample the first window. Raises what went wrong, on every rank."""
+        """Open the store and sample the first window. An error is raised on every rank."""
 
         def work() -> None:
             self._store = store = self._open_store()
@@ -181,7 +182,7 @@ class TeacherSamples:
                 raise
 
     def for_step(self, step: int) -> dict[int, tuple[int, ...]]:
-        """The completions that step `step` trains on. Raises what went wrong, on every rank."""
+        """The completions that step `step` trains on. An error is raised on every rank."""
         start_s = time.perf_counter()
 
         def work() -> tuple[dict[int, CachedCompletion], dict[str, float]]:
@@ -197,7 +198,7 @@ class TeacherSamples:
         return {position: kept.token_ids for position, kept in completions.items()}
 
     def close(self) -> None:
-        """Let go of the sampler and the cache. Not collective, idempotent."""
+        """Close the sampler and the cache. Not collective, idempotent."""
         store, self._store = self._store, None
         if store is None:
             return
@@ -207,14 +208,14 @@ class TeacherSamples:
         store.cache.close()
 
     def _start(self, step: int) -> None:
-        """Sample a step while the caller goes on."""
+        """Sample a step in a thread."""
         store = self._store
         assert store is not None
         if step < self._train_iters:
             self._under_way = step, InThread(lambda: store.fetch(range(step, step + 1)), f"teacher samples, {step + 1}")
 
     def _fetch(self, step: int) -> None:
-        """Have the completions of a step, and of those in its window."""
+        """Sample the window of a step, if it has not been sampled."""
         assert self._store is not None
         if self._under_way is not None:
             (under_way, thread), self._under_way = self._under_way, None

@@ -1,21 +1,21 @@
-"""The student as its own teacher: its current weights, on the teacher's prompt, give the signals of a step.
+"""The student as its own teacher: its current weights, given the teacher's prompt, produce the signals of a step.
 
-Without `--teacher_model` and `--teacher_model_server` there is one model. Before each update its chunks forward the
-step's teacher sequences (records.py, `Sample.for_teacher`: the same completions after another prompt), without autograd
-and in eval mode, through the student's own schedule, layout and process groups. What the last stage keeps travels as
-any teacher's does (signals.py): the two plans order the samples by different lengths, so a sample may have
-been forwarded by another data-parallel replica than the one that trains on it.
+Used without `--teacher_model` and `--teacher_model_server`. Before each update the student's chunks forward the step's
+teacher sequences (records.py, `Sample.for_teacher`: the same completions after another prompt), in eval mode without
+autograd, through the student's own schedule, layout and process groups. The signals travel like any teacher's
+(signals.py): the two plans order the samples by different lengths, so the replica that forwards a sample need not be
+the one that trains on it.
 
     loss = D(P, Q),   P = softmax(stop_gradient(logits(teacher's prompt))),   Q = softmax(logits(prompt))
 
-The teacher's head is the student's own, read anew for each micro-batch and detached: it always is the current one, and
-no gradient reaches it, or anything else, through the teacher's side. Where a row's two prompts are equal its divergence
-is 0; so data without any `teacher_prompt` are refused (data/rows.py).
+The teacher's head is the student's own, read for each micro-batch and detached, so it is always current, and no
+gradient flows through the teacher's side. Where a row's two prompts are equal its divergence is 0, so data without any
+`teacher_prompt` are refused (data/rows.py).
 
-A student with adapters (model/lora.py) is taught by its base: the same pass with the adapters switched off, and with
-the base's values of modules that are trained whole, which are kept for it.
+A student with adapters (model/lora.py) is taught by its base: the same pass with the adapters off, and with the base's
+values of modules that are trained whole, which are kept for it.
 
-Costs one more forward pass and no memory for weights. Not here: a teacher of older weights, or of their average.
+Costs one more forward pass and no memory for weights. Not here: a teacher with older weights, or with their average.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from megatron_gkd.teacher_pipeline import forward_signals, signal_spec
 
 
 class Student(Protocol):
-    """What is needed of a student (train/student.py)."""
+    """What is used of the student (train/student.py)."""
 
     layout: Layout
     groups: ProcessGroupCollection
@@ -50,10 +50,10 @@ class Student(Protocol):
 
 
 class SelfTeacher:
-    """`signals(plan, ...)`, with the face of TeacherPipeline."""
+    """`signals(plan, ...)`, with the interface of TeacherPipeline."""
 
     def __init__(self, student: Student, *, vocab_size: int, device: torch.device, topk: int | None = None) -> None:
-        """Collective over all ranks: it makes a process group."""
+        """Collective over all ranks: makes a process group."""
         self.layout, self._student = student.layout, student
         self._vocab_size, self._device, self._topk = vocab_size, device, topk
         config = student.config
@@ -64,7 +64,7 @@ class SelfTeacher:
 
     @torch.no_grad()
     def signals(self, plan: StepPlan, micro_batches: Callable[[Sequence[int]], MicroBatch]) -> tuple[SignalStore, int]:
-        """See TeacherPipeline.signals. The student's weights, gradients and mode are as before."""
+        """See TeacherPipeline.signals. Leaves the student's weights, gradients and mode unchanged."""
         student = self._student
         batches = [micro_batches(positions) for positions in plan.teacher[student.groups.dp.rank()]]
         local: dict[int, Columns] = {}
@@ -84,9 +84,9 @@ class SelfTeacher:
         return exchange(self.spec, step_routes(plan, self.layout, self.layout), local, self.signal_group)
 
     def head(self) -> torch.Tensor:
-        """The current head [V/tp, H] (of a base: its own), without a graph; on the last stage. For
+        """The current head [V/tp, H] (with adapters, the base's), detached; on the last stage. For
         DistillationLoss.teacher_head."""
         return base_value(self._student.models[-1].head_weight())
 
     def close(self) -> None:
-        """Nothing: it lives and ends with its process."""
+        """Nothing to close."""

@@ -1,6 +1,6 @@
-"""No teacher (`--objective sft`), with the face of one: nothing is loaded, forwarded or sent.
+"""No teacher (`--objective sft`), with a teacher's interface: nothing is loaded, forwarded or sent.
 
-What comes in place of its signals is the empty `NoSignal`, which only an objective that needs no teacher takes.
+Its signals are the empty `NoSignal`, which only an objective without a teacher accepts.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from megatron_gkd.teacher_pipeline import Collate
 
 
 class Nobody:
-    """`signals(plan, ...)`, with the face of TeacherPipeline; not collective."""
+    """`signals(plan, ...)`, with the interface of TeacherPipeline; not collective."""
 
     def __init__(self, layout: Layout) -> None:
         """Args: layout: the student's, over which the steps are planned."""
         self.layout = layout
 
     def signals(self, plan: StepPlan, micro_batches: Collate) -> tuple[SignalStore, int]:
-        """A store that has nothing to give, and 0 bytes."""
+        """An empty store, and 0 bytes."""
         return _Empty(), 0
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close."""
 
 
 class _Empty(SignalStore):

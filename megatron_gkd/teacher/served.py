@@ -1,25 +1,25 @@
-"""A teacher server in the place of a local teacher: the same signals (teacher_pipeline.py), asked for over HTTP.
+"""A teacher server in place of a local teacher: the same signals (teacher_pipeline.py), requested over HTTP.
 
-Who asks: of each of the student's data-parallel replicas the first rank of the last stage, the DRIVER, for that
-replica's samples, all at once. It hands the [T, K] log-probabilities (float32) and ids (int32) of its samples to the
-other ranks of the last stage, to each those of the loss tokens that it holds, and those are all that hold them:
+In each of the student's data-parallel replicas the first rank of the last stage, the DRIVER, requests all samples of
+that replica at once. It sends the [T, K] log-probabilities (float32) and ids (int32) to the other ranks of the last
+stage, to each those of the loss tokens that it holds. No other rank gets them:
 
-    S1  every last-stage rank receives each loss token that it trains on exactly once, nobody else does;
-    S2  every sample is asked for exactly once, by its driver;
-    S3  either all ranks return signals or all raise: nobody trains on a step of which a part failed.
+    S1  every last-stage rank receives each loss token that it trains on exactly once, no other rank does;
+    S2  every sample is requested exactly once, by its driver;
+    S3  either all ranks return signals or all raise: no rank trains on a step that failed in part.
 
-The plan's split for the teacher is the student's: a server has no layout. With several teachers each sample goes to
-that of its tag (teacher/servers/servers.py).
+The plan's split for the teacher is the student's, because a server has no layout. With several teachers each sample
+goes to the one of its tag (teacher/servers/servers.py).
 
-Overlap: `prefetch(plan)` asks for a later step's samples and returns at once; the threads of the connections carry the
-requests while this step trains. It makes no collective and never raises: what goes wrong, there or on the way, is
-raised where the step's `signals` are asked for, on all ranks (S3), after the same checks. One plan is asked ahead;
-`signals` of other samples (an evaluation) in between leave it alone.
+Overlap: `prefetch(plan)` requests a later step's samples and returns at once; the connections' threads carry the
+requests while this step trains. It makes no collective and never raises. An error is raised on all ranks when `signals`
+of that step is called (S3), after the same checks. One plan is prefetched at a time; `signals` of other samples (an
+evaluation) in between does not affect it.
 
-Communication, per step: one all_gather_object of outcomes (a line of text or None), then `exchange`; bytes on the
-wire = sum over samples of T * 8 K * (tensor parallel size - 1), and under context parallelism once more those of the
-tokens that the driver does not hold. The last stage holds the step's signals, nothing else;
-a driver also holds its share, [T, K], of those asked ahead.
+Communication, per step: one all_gather_object of outcomes (a line of text or None), then `exchange`. Bytes on the wire:
+sum over samples of T * 8 K * (tensor parallel size - 1), and under context parallelism those of the tokens that the
+driver does not hold once more. The last stage holds the step's signals; a driver also holds its own share, [T, K], of
+those prefetched.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def server_routes(plan: MicroBatchPlan, student: Layout, shares: Shares) -> list
 
 
 class _Ahead(NamedTuple):
-    """Samples that were asked for before their step, or why they could not be."""
+    """Samples that were requested before their step, with the pending answers or an error."""
 
     samples: list[Sample]
     asked: PendingAnswers | Exception
 
 
 class ServerTeacher:
-    """`signals(plan, ...)`, with the face of TeacherPipeline, and `prefetch`."""
+    """`signals(plan, ...)`, with the interface of TeacherPipeline, and `prefetch`."""
 
     def __init__(
         self,
@@ -86,12 +86,12 @@ class ServerTeacher:
         tags: Mapping[str, tuple[str, ...]] | None = None,
         images: ImageTokens | None = None,
     ) -> None:
-        """Connect and probe. Collective over all ranks; raises on all of them what any of them found.
+        """Connect and probe. Collective over all ranks; an error on one rank is raised on all.
 
         Args:
             images: how the teacher sees images, which is how the student does; None: rows have none.
-            timeout_s: of a step's requests; less than the time after which a collective fails, where others wait.
-            tags: URL -> the tags that it is for; None (or none at all): all are servers of one teacher.
+            timeout_s: for a step's requests; less than the timeout of collectives, in which the other ranks wait.
+            tags: URL -> the tags that it serves; None (or none at all): all are servers of one teacher.
         """
         if needs.topk > needs.vocab_size:
             raise ConfigError(
@@ -121,7 +121,7 @@ class ServerTeacher:
         return exchange(self.spec, routes, local, self.signal_group)
 
     def prefetch(self, plan: StepPlan) -> None:
-        """Ask for the samples of a later step now (see the module docstring). Not collective; never raises."""
+        """Request the samples of a later step now (see the module docstring). Not collective; never raises."""
         if self._ahead is not None and isinstance(self._ahead.asked, PendingAnswers):
             self._ahead.asked.cancel()
         samples = self._mine(plan)
@@ -131,12 +131,12 @@ class ServerTeacher:
             self._ahead = _Ahead(samples, error)
 
     def canaries(self) -> tuple[tuple[int, ...], dict[str, TopK]] | None:
-        """(probe, tags of a teacher -> what its first server answers to the probe); None on a rank that does not ask.
+        """(probe, tags of a teacher -> its first server's answer to the probe); None on a rank that is not a driver.
         Not collective."""
         return None if self._servers is None else (self._servers.needs.probe, self._servers.canaries())
 
     def close(self) -> None:
-        """Let go of the servers. Idempotent, not collective."""
+        """Close the connections. Idempotent, not collective."""
         if self._servers is not None:
             self._servers.close()
 
@@ -153,7 +153,7 @@ class ServerTeacher:
                 self._servers.check_images(self._images)
 
     def _mine(self, plan: StepPlan) -> list[Sample]:
-        """The samples that this rank asks for."""
+        """The samples that this rank requests."""
         if self._replica is None:
             return []
         return [plan.samples[position] for batch in plan.student[self._replica] for position in batch]
@@ -187,7 +187,7 @@ class ServerTeacher:
         return found
 
     def _together(self, work: Callable[[], None]) -> None:
-        """Do this rank's part; raise on every rank if it failed on one (S3). Communication: 1 all_gather_object."""
+        """Run this rank's part; raise on every rank if it failed on one (S3). Communication: 1 all_gather_object."""
         try:
             all_or_none(work, self.signal_group, elsewhere=RolloutError)
         except Exception:

@@ -1,35 +1,36 @@
-"""What a teacher hands to the student, and how it travels from the teacher's last pipeline stage to the student's.
+"""The signals that a teacher gives the student, and how they travel from the teacher's last pipeline stage to the
+student's.
 
 A SIGNAL belongs to a sample of the step (T loss tokens, in completion order). Two kinds:
 
-    hidden   [T, Ht] final hidden state, in the teacher's dtype. The student's last stage holds the teacher's head,
-             sharded over the student's TP group like its own head, so the full-vocabulary loss is exact and no
-             logits are ever sent, stored or resharded.
+    hidden   [T, Ht] final hidden states, in the teacher's dtype. The student's last stage holds the teacher's head,
+             sharded over the student's TP group like its own head. So the full-vocabulary loss is exact, and logits are
+             never sent, stored or resharded.
     top-K    [T, K] log-probabilities (float32, of the teacher's full vocabulary at temperature 1) and global token
              ids (int32).
 
 Under context parallelism a rank holds a share of a sample's loss tokens (records.LossShare): the teacher's ranks those
-of its sequence's chunks, the student's those of its own, which may lie elsewhere.
+of their chunks, the student's those of theirs, which may differ.
 
-Routing (`plan_routes`) is pure: for each sample and destination, one source for each share of the teacher's that has
-tokens of it. Invariants, each asserted by a test:
+Routing (`plan_routes`) is pure: for each sample and destination there is one source for each share of the teacher's
+that contains some of its tokens. Invariants, each asserted by a test:
     R1  every student last-stage rank that trains on a sample receives the signal of each loss token that it holds
-        exactly once, nobody else does; a rank that holds none of them has one route without tokens;
-    R2  the source is a last-stage rank of the teacher replica that forwarded the sample, one that holds those tokens,
-        and the destination itself where that is possible;
-    R3  all ranks list the routes in the same order, the one in which the teacher makes the signals (micro-batch,
-        replica, sample, destination): sends and receives of a pair of ranks match untagged.
+        exactly once, no other rank does; a rank that holds none of them has one route without tokens;
+    R2  the source is a last-stage rank of the teacher replica that forwarded the sample and holds those tokens, and is
+        the destination itself if possible;
+    R3  all ranks list the routes in the same order, in which the teacher makes the signals (micro-batch, replica,
+        sample, destination): sends and receives of a pair of ranks match untagged.
 
-Two ways to travel, both point to point over a group of its own, with the same bytes on the wire: sum over routes with
+Two ways to travel, both point to point over a group of their own, with the same bytes on the wire: sum over routes with
 source != destination of T * bytes_per_token.
 
     exchange              teacher and student share their ranks: after the teacher's pass, in rounds (`plan_rounds`)
                           in which no rank sends or receives more than `max_bytes`. What a rank holds of a step
-                          beyond `max_bytes` waits in (pinned) host memory.
-    Outgoing, Incoming    the teacher has ranks of its own: each signal is sent as soon as it is made, and received
-                          no more than `max_bytes` ahead of its use. So the student begins with the first
-                          micro-batch while the teacher works on the second, and the teacher on the next step while
-                          the student still trains.
+                          beyond `max_bytes` is kept in (pinned) host memory.
+    Outgoing, Incoming    the teacher has its own ranks: each signal is sent as soon as it is made, and received at
+                          most `max_bytes` ahead of its use. So the student starts the first micro-batch while the
+                          teacher works on the second, and the teacher starts the next step while the student still
+                          trains.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ Columns = tuple[torch.Tensor, ...]  # of one sample: (hidden,) or (log-probabili
 
 
 class Route(NamedTuple):
-    """The signal of loss tokens of one sample, from a global rank to a global rank."""
+    """Signals of loss tokens of one sample, from a global rank to a global rank."""
 
     position: int
     source: int
@@ -61,12 +62,12 @@ class Route(NamedTuple):
 
     @property
     def rows(self) -> LossShare:
-        """What travels, as rows of the source's columns."""
+        """The travelling tokens as rows of the source's columns."""
         return self.share.within(self.held)
 
 
 def replicas(plan: MicroBatchPlan) -> dict[int, int]:
-    """Position of a sample -> the data-parallel replica that it is in."""
+    """Position of a sample -> its data-parallel replica."""
     return {position: dp for dp, batches in enumerate(plan) for batch in batches for position in batch}
 
 
@@ -78,7 +79,7 @@ def plan_routes(
     teacher_shares: Shares,
     student_shares: Shares,
 ) -> list[Route]:
-    """Who sends which sample's signal to whom (see the module docstring for the invariants)."""
+    """Which rank sends which sample's signal to which (see the module docstring for the invariants)."""
     teacher_replica, student_replica = replicas(teacher_plan), replicas(student_plan)
     assert teacher_replica.keys() == student_replica.keys(), "teacher and student plan different samples"
     routes = []
@@ -96,23 +97,22 @@ def plan_routes(
 
 
 def destinations(student: Layout, dp: int, shares: Sequence[LossShare]) -> Iterator[tuple[LossShare, int, int]]:
-    """(what it holds of a sample with these shares, a number, global rank) of the last-stage ranks of a replica, in
-    order of rank."""
+    """For the last-stage ranks of a replica, in order of rank: (the rank's share of a sample, its index, global
+    rank)."""
     for cp, share in enumerate(shares):
         for tp, rank in enumerate(student.last_stage_ranks(dp, cp)):
             yield share, tp + student.tensor * cp, rank
 
 
 def step_routes(plan: StepPlan, teacher: Layout, student: Layout) -> list[Route]:
-    """Of a step's plan, from a local teacher."""
+    """The routes of a step's plan, from a local teacher."""
     shares = teacher_shares(plan, teacher), student_shares(plan, student)
     return plan_routes(plan.teacher, plan.student, teacher, student, *shares)
 
 
 def plan_rounds(routes: Sequence[Route], bytes_per_token: int, max_bytes: int | None) -> list[list[Route]]:
-    """The routes that travel, in order, in rounds in which no rank sends or receives more than `max_bytes` (None: one
-    round). A signal that alone is larger than that has a round that no other of its ranks is in.
-    """
+    """Group the routes that travel, in order, into rounds in which no rank sends or receives more than `max_bytes`
+    (None: one round). A larger signal gets a round in which its two ranks have no other."""
     rounds: list[list[Route]] = []
     load: dict[tuple[str, int], int] = {}
     for route in routes:
@@ -160,7 +160,7 @@ class TopKSignal:
 
 @dataclass(frozen=True)
 class NoSignal:
-    """Of a run without a teacher, and of a pipeline stage before the last."""
+    """The signal of a run without a teacher, and of a pipeline stage before the last."""
 
     def __getitem__(self, rows: slice) -> NoSignal:
         return self
@@ -174,7 +174,7 @@ Signal = HiddenSignal | TopKSignal | NoSignal
 
 @dataclass(frozen=True)
 class HiddenSpec:
-    """What a receiver must know to allocate hidden states, and to make a signal of them."""
+    """What a receiver needs to allocate hidden states and to make a signal of them."""
 
     width: int  # Ht
     dtype: torch.dtype
@@ -195,7 +195,7 @@ class HiddenSpec:
 
 @dataclass(frozen=True)
 class TopKSpec:
-    """The same for the top K."""
+    """The same for top-K signals."""
 
     width: int  # K
     device: torch.device
@@ -218,11 +218,11 @@ SignalSpec = HiddenSpec | TopKSpec
 
 
 class SignalStore:
-    """The signals of one step on a rank of the student's last stage, by position in the global batch. Each is handed
-    out once, and its memory let go of."""
+    """The signals of one step on a rank of the student's last stage, by position in the global batch. Each can be taken
+    once, and its memory is then released."""
 
     def __init__(self, spec: SignalSpec, samples: dict[int, Columns], incoming: Incoming | None = None) -> None:
-        """Keep `samples`, and what `incoming` brings."""
+        """Holds `samples`, and receives others from `incoming`."""
         self._spec, self._samples, self._incoming = spec, samples, incoming
 
     def gather(self, micro_batch: MicroBatch) -> Signal:
@@ -238,7 +238,7 @@ class SignalStore:
         if position in self._samples:
             columns = self._samples.pop(position)
         else:
-            assert self._incoming is not None, f"the signal of sample {position} is not here, or was handed out before"
+            assert self._incoming is not None, f"the signal of sample {position} is not here, or was taken before"
             columns = self._incoming.take(position)
         return tuple(column.to(self._spec.device, non_blocking=True) for column in columns)
 
@@ -254,10 +254,9 @@ def exchange(
     """Carry out the routes. Returns this rank's store and the bytes that it sent.
 
     Args:
-        local: signals that this rank computed, of the tokens that its routes say, by position; on the device or in host
-            memory.
-        group: a group of all ranks, of its own (its messages must not interleave with the pipeline's).
-        max_bytes: of a round, and of the device memory that this rank's store may take; None: no limit.
+        local: signals that this rank computed, of the tokens in its routes, by position; on the device or in host
+        memory. group: a group of all ranks that is used for nothing else (its messages must not mix with the
+        pipeline's). max_bytes: of a round, and of the device memory that this rank's store may take; None: no limit.
     """
     rank = dist.get_rank()
     mine = [route for route in routes if route.destination == rank]
@@ -290,10 +289,10 @@ def exchange(
 
 
 class Outgoing:
-    """On a rank of a teacher with ranks of its own: the signals of one step, each sent when it is made."""
+    """Sends the signals of one step from a rank of a teacher with its own ranks, each as soon as it is made."""
 
     def __init__(self, routes: Sequence[Route], group: dist.ProcessGroup) -> None:
-        """Args: routes: of the step; those from this rank are carried out."""
+        """Args: routes: of the step; those from this rank are used."""
         self._group, self._under_way = group, list[tuple[Any, torch.Tensor]]()
         self._routes: dict[int, list[Route]] = {}
         for route in routes:
@@ -301,7 +300,7 @@ class Outgoing:
                 self._routes.setdefault(route.position, []).append(route)
 
     def send(self, position: int, columns: Columns) -> None:
-        """Start to send one sample's signal. The calls come in the order of the routes."""
+        """Start sending one sample's signal. To be called in the order of the routes."""
         for route in self._routes.pop(position, []):
             for column in rows_of(columns, route.rows) if route.share.num_tokens else ():
                 column = column.contiguous()
@@ -309,18 +308,18 @@ class Outgoing:
                 self._under_way.append((request, column))  # sending reads the tensor until it is done
 
     def wait(self) -> None:
-        """Until all has been received."""
+        """Wait until everything is received."""
         for request, _ in self._under_way:
             request.wait()
         self._under_way.clear()
 
 
 class Incoming:
-    """On a rank of the student's last stage, from a teacher with ranks of its own: the signals of one step, received
-    in the order in which they are made, at most `max_bytes` ahead of their use.
+    """Receives the signals of one step on a rank of the student's last stage, from a teacher with its own ranks: in the
+    order in which they are made, at most `max_bytes` ahead of their use.
 
-    Where the student's order differs from the teacher's so much that more is there than that, the oldest go to host
-    memory. Nothing is received before the first is asked for.
+    If the student's order differs from the teacher's so much that more arrives, the oldest are moved to host memory.
+    Nothing is received before the first is taken.
     """
 
     def __init__(
@@ -331,7 +330,7 @@ class Incoming:
         *,
         max_bytes: int,
     ) -> None:
-        """Keep the routes to this rank."""
+        """Uses the routes to this rank."""
         self._spec, self._group, self._max_bytes = spec, group, max_bytes
         mine = [route for route in routes if route.destination == dist.get_rank()]
         self._parts: dict[int, list[Route]] = {route.position: [] for route in mine}
@@ -351,8 +350,8 @@ class Incoming:
         return not (self._to_come or self._here or self._staged)
 
     def take(self, position: int) -> Columns:
-        """The signal of a sample; waits for it, and starts to receive what comes next."""
-        assert position in self._parts, f"no signal of sample {position} is to come"
+        """The signal of a sample. Waits for it, and starts receiving the next ones."""
+        assert position in self._parts, f"no signal of sample {position} is expected"
         parts = [(route.share, self._take(route)) for route in self._parts.pop(position)]
         return joined(parts) if parts else self._spec.empty(0)
 
@@ -374,7 +373,7 @@ class Incoming:
         return route.share.num_tokens * self._spec.bytes_per_token
 
     def _post(self, *, making_room: bool = False) -> None:
-        """Start to receive the next one."""
+        """Start receiving the next one."""
         route = self._to_come.popleft()
         while making_room and self._here and self._held + self._size(route) > self._max_bytes:
             self._stage(next(iter(self._here)))
@@ -392,7 +391,7 @@ class Incoming:
 
 
 def rows_of(columns: Columns, share: LossShare) -> Columns:
-    """Some rows of the columns; views where they are in one piece."""
+    """Some rows of the columns; views if they are contiguous."""
     spans = share.spans or ((0, 0),)
     if len(spans) == 1:
         return tuple(t[spans[0][0] : spans[0][1]] for t in columns)
@@ -400,7 +399,7 @@ def rows_of(columns: Columns, share: LossShare) -> Columns:
 
 
 def joined(parts: Sequence[tuple[LossShare, Columns]]) -> Columns:
-    """The columns of disjoint shares of one sample as one, in the order of the tokens."""
+    """Join the columns of disjoint shares of one sample, in the order of the tokens."""
     if len(parts) == 1:
         return parts[0][1]
     order = torch.tensor([token for share, _ in parts for token in share.tokens]).argsort()
@@ -410,7 +409,7 @@ def joined(parts: Sequence[tuple[LossShare, Columns]]) -> Columns:
 
 
 def in_host_memory(columns: Columns) -> Columns:
-    """Copies in host memory, pinned where they come from a GPU."""
+    """Copies in host memory, pinned if the originals are on a GPU."""
     copies = tuple(torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in columns)
     for copy, t in zip(copies, columns, strict=True):
         copy.copy_(t)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
+from megatron_gkd.config.dtypes import LONG_NAMES
 from megatron_gkd.config.run import RunConfig
 from megatron_gkd.model.build import DTYPES
 from megatron_gkd.observe.compare import differing, side_by_side
@@ -72,24 +72,20 @@ def export(run: Run, run_dir: Path) -> dict[str, Any]:
         )
         record |= describe(run_dir / "hf") if run.is_writer else {}
     if "adapter" in run.config.exports:
-        _write_adapter(run, run_dir / "adapter", run.config.model.precision if chosen == "source" else chosen)
+        write_adapter(
+            run.student.models,
+            run.config,
+            run.architecture,
+            run.student.groups,
+            run_dir / "adapter",
+            base=run.base,
+            dtype=run.config.model.precision if chosen == "source" else chosen,
+            is_writer=run.is_writer,
+        )
         record |= {"adapter": describe(run_dir / "adapter")} if run.is_writer else {}
     if run.is_writer:
         write_record(run_dir, record)
     return record
-
-
-def _write_adapter(run: Run, out_dir: Path, dtype: Dtype) -> None:
-    write_adapter(
-        run.student.models,
-        run.config,
-        run.architecture,
-        run.student.groups,
-        out_dir,
-        base=run.base,
-        dtype=dtype,
-        is_writer=run.is_writer,
-    )
 
 
 def measure_export(run: Run, run_dir: Path, record: Mapping[str, Any], *, trained: Mapping[str, float]) -> None:

@@ -42,7 +42,7 @@ from megatron_gkd.train.draws import Draws
 from megatron_gkd.train.fit import check_batch, check_warmup, layouts, refuse_student, without_borrowed_experts
 from megatron_gkd.train.run_clock import run_clock
 from megatron_gkd.train.shared_rows import shared_rows
-from megatron_gkd.train.vision import BLIND, Sight, read_sight
+from megatron_gkd.train.vision import Sight, read_sight
 from megatron_gkd.weights.stop_tokens import stop_tokens
 
 logger = get_logger(__name__)
@@ -90,7 +90,7 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
     student_arch, teacher_arch, student_layout, _, tokenizer, vocab_size = models
     sight = all_or_none(lambda: read_sight(config, student_arch, teacher_arch, tokenizer))
     samples = with_training_data or config.generates
-    stop_ids = all_or_none(lambda: _stop_ids(config, tokenizer) if samples else ())
+    stop_ids = all_or_none(lambda: stop_tokens(config.model.model, ChatEncoder(tokenizer)) if samples else ())
     clock = run_clock(config)
     if seen := clock.time_variables(tokenizer.chat_template):
         logger.info("the chat template is told the time, in this run and where it is resumed: %s", ", ".join(seen))
@@ -151,10 +151,6 @@ def _tell_reach(config: RunConfig, student: Architecture, teacher: Architecture 
             )
 
 
-def _stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    return stop_tokens(config.model.model, ChatEncoder(tokenizer))
-
-
 def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, eval_rows: Rows | None) -> None:
     """Whether the rows are such as the run needs, and its batch fits the layout."""
     if rows is not None:
@@ -210,8 +206,8 @@ def _training_rows(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     clock: Clock,
-    sight: Sight = BLIND,
-    maker: RowMaker | None = None,
+    sight: Sight,
+    maker: RowMaker | None,
 ) -> Rows:
     data, world = config.data, dist.group.WORLD
     assert world is not None
@@ -254,8 +250,8 @@ def _eval_rows(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     clock: Clock,
-    sight: Sight = BLIND,
-    maker: RowMaker | None = None,
+    sight: Sight,
+    maker: RowMaker | None,
 ) -> Rows | None:
     """Read whole, and in their own proportions, however the training rows are."""
     data, world = config.data, dist.group.WORLD

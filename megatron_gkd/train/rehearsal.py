@@ -156,9 +156,8 @@ def rehearse(
 def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:
     """The student's, and a local teacher's."""
     kind = config.teacher.kind
-    return read_architecture(config.model.model), read_architecture(kind.path) if isinstance(
-        kind, LocalTeacher
-    ) else None
+    of_teacher = read_architecture(kind.path) if isinstance(kind, LocalTeacher) else None
+    return read_architecture(config.model.model), of_teacher
 
 
 def planned_layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,9 +30,6 @@ class Sight:
 
     student: ImageTokens | None = None
     teacher: ImageTokens | None = None  # of a local teacher
-
-
-BLIND: Final = Sight()
 
 
 def read_sight(

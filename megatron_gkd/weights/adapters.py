@@ -38,7 +38,7 @@ _ROLES: Final = (
     *("qkv", "query", "query_down", "query_up", "latent_down", "latent_up", "attention_output"),
     *("gate_up", "down", "shared_gate_up", "shared_down", "expert_gate_up", "expert_down"),
 )
-_PREFIX, _SUFFIX = "base_model.model.", ".weight"
+_SUFFIX = ".weight"
 
 
 def module_name(tensor: str) -> str:
@@ -46,11 +46,15 @@ def module_name(tensor: str) -> str:
     return tensor.removesuffix(_SUFFIX)
 
 
+def in_peft(name: str, arch: Architecture) -> str:
+    """peft's name of a Hugging Face module or tensor. For a vision-language model it is transformers' name, which may
+    differ from the one in the files."""
+    return "base_model.model." + (name if arch.vision is None else arch.vision.runtime_name(name))
+
+
 def peft_name(module: str, part: str, arch: Architecture) -> str:
     """peft's name of a matrix; `part` is A or B."""
-    if arch.vision is not None:
-        module = arch.vision.runtime_name(module)
-    return f"{_PREFIX}{module}.lora_{part}.weight"
+    return f"{in_peft(module, arch)}.lora_{part}.weight"
 
 
 # ---- which matrices --------------------------------------------------------------------------------------------------

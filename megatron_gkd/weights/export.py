@@ -39,6 +39,7 @@ from megatron_gkd.architecture import Architecture, read_architecture, read_conf
 from megatron_gkd.config.dtypes import LONG_NAMES
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.observe.transfer import Transfer
+from megatron_gkd.parallel.layout import round_up
 from megatron_gkd.parallel.together import gathered
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, settle
 from megatron_gkd.weights.dtypes import read_dtypes, stored_dtypes
@@ -253,7 +254,7 @@ def make_buckets(
     held: list[Unit] = []
     size = 0
     for unit in specs:
-        unit_bytes = sum(_aligned(spec.num_bytes) for spec in specs[unit])
+        unit_bytes = sum(round_up(spec.num_bytes, _ALIGNMENT) for spec in specs[unit])
         if held and (owners[unit] != owners[held[-1]] or size + unit_bytes > bucket_bytes):
             yield _bucket(owners[held[-1]], held, specs)
             held, size = [], 0
@@ -268,12 +269,8 @@ def _bucket(owner: Owner, held: Sequence[Unit], specs: Mapping[Unit, tuple[Tenso
     offsets, position = [], 0
     for spec in flat:
         offsets.append(position)
-        position += _aligned(spec.num_bytes)
+        position += round_up(spec.num_bytes, _ALIGNMENT)
     return Bucket(owner, tuple(held), flat, tuple(offsets), position)
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def views(bucket: Bucket, buffer: torch.Tensor | None) -> Iterator[torch.Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -120,10 +120,7 @@ class HFCheckpoint(AbstractContextManager["HFCheckpoint"]):
         entry = self._entry(name)
         first, last = rows or (0, entry.shape[0])
         assert 0 <= first <= last <= entry.shape[0], (name, rows, entry.shape)
-        if columns is not None and columns != (
-            0,
-            entry.shape[1],
-        ):  # no consecutive bytes: the map touches only the pages that are needed
+        if columns is not None and columns != (0, entry.shape[1]):  # not contiguous: a map reads only the pages needed
             source = self.read(name, (first, last), columns)
             copy_checked(target, source, name)
             return source.numel() * source.element_size()
@@ -262,7 +259,7 @@ def _check_index(path: Path, weight_map: dict[str, str], entries: dict[str, Entr
         if name not in entries or entries[name].file != file:
             raise CheckpointError(f"{path}: the index says that {name} is in {file}, but it is not")
     if unknown := entries.keys() - weight_map.keys():
-        raise CheckpointError(f"{path}: {INDEX_FILE} does not list {_some(unknown)}, which its files hold")
+        raise CheckpointError(f"{path}: {INDEX_FILE} does not list {first_of(unknown)}, which its files hold")
 
 
 def _inside(path: Path, file: str) -> Path:
@@ -303,10 +300,9 @@ def _read_header(path: Path, file: str) -> dict[str, Entry]:
     return read_header(target, path / file)
 
 
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    """A few names for a message."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:limit]) + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")
+def first_of(names: Collection[str]) -> str:
+    """For a message: the first name, and how many more there are."""
+    return min(names) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def copy_checked(target: torch.Tensor, source: torch.Tensor, name: str) -> None:

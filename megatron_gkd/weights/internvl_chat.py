@@ -25,7 +25,7 @@ from typing import Any, Final
 from megatron_gkd.architecture import read_architecture, read_config_json
 from megatron_gkd.data.chat import load_tokenizer
 from megatron_gkd.errors import CheckpointError
-from megatron_gkd.weights.hf_files import HFCheckpoint, side_files
+from megatron_gkd.weights.hf_files import HFCheckpoint, first_of, side_files
 from megatron_gkd.weights.hf_writer import HFWriter
 from megatron_gkd.weights.load import check_manifest
 from megatron_gkd.weights.plan import Span, hf_tensor_shapes
@@ -169,7 +169,7 @@ class _View(HFCheckpoint):
     def check_all_used(self) -> None:
         if unused := set(self._whole.names()) - {other for other, _ in self._places.values()}:
             raise CheckpointError(
-                f"{self.path} holds {min(unused)} (and {len(unused) - 1} more), for which there is no place in "
+                f"{self.path} holds {first_of(unused)}, for which there is no place in "
                 "transformers' form: dropping it would give a different model, so it is refused"
             )
 

@@ -25,7 +25,7 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError, ShapeError
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
-from megatron_gkd.weights.hf_files import HFCheckpoint
+from megatron_gkd.weights.hf_files import HFCheckpoint, first_of
 from megatron_gkd.weights.naming import Unit, hf_names, is_ignored_hf_name, predicts_ahead, transform
 from megatron_gkd.weights.plan import Rectangle, hf_tensor_shapes, plan, shard_shape
 
@@ -113,18 +113,18 @@ def check_manifest(checkpoint: HFCheckpoint, arch: Architecture) -> None:
     if missing := manifest.keys() - stored:
         hint = "; config.json says that the head is not tied to the embedding" if head in missing else ""
         raise CheckpointError(
-            f"{checkpoint.path} has no {_first(missing)}, which a {arch.model_type} model like this needs{hint}"
+            f"{checkpoint.path} has no {first_of(missing)}, which a {arch.model_type} model like this needs{hint}"
         )
     extra = {name for name in stored - manifest.keys() if not is_ignored_hf_name(name)}
     if ahead := {name for name in extra if predicts_ahead(name, arch)}:
-        log.info("%s: left out %s, of layers that predict further tokens", checkpoint.path, _first(ahead))
+        log.info("%s: left out %s, of layers that predict further tokens", checkpoint.path, first_of(ahead))
         extra -= ahead
     if arch.tied_embeddings and head in extra:
         _check_tied_head(checkpoint, embedding, head)
         extra.remove(head)
     if extra:
         raise CheckpointError(
-            f"{checkpoint.path} holds {_first(extra)}, for which this config.json ({arch.model_type}) has no "
+            f"{checkpoint.path} holds {first_of(extra)}, for which this config.json ({arch.model_type}) has no "
             "place: dropping it would give a different model, so it is refused"
         )
     for name, shape in manifest.items():
@@ -196,7 +196,3 @@ def fill(target: torch.Tensor, rectangles: Sequence[Rectangle], checkpoint: HFCh
         num_bytes += checkpoint.read_into(rows, rectangle.name, rectangle.rows, rectangle.columns)
     assert position == target.shape[0], (position, target.shape)
     return num_bytes
-
-
-def _first(names: set[str]) -> str:
-    return min(names) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

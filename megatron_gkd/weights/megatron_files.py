@@ -51,7 +51,7 @@ from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.parallel.together import gathered
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks, unwrap
-from megatron_gkd.weights.hf_files import HFCheckpoint
+from megatron_gkd.weights.hf_files import HFCheckpoint, first_of
 from megatron_gkd.weights.load import check_manifest, fill, parameter_plan, stored_bytes
 from megatron_gkd.weights.naming import ADAPTER_KEYS
 from megatron_gkd.weights.plan import cut
@@ -61,12 +61,7 @@ log = logging.getLogger(__name__)
 
 _MARKER: Final = "metadata.json"  # megatron-core's: which format the directory has
 _LAYERS: Final = "decoder.layers."
-_MODEL_PREFIXES: Final = (
-    "embedding.",
-    "decoder.",
-    "output_layer.",
-    "vision.",
-)  # of the model's keys, besides the optimizer's
+_MODEL_PREFIXES: Final = ("embedding.", "decoder.", "output_layer.", "vision.")  # the optimizer's keys have others
 
 
 def is_megatron_checkpoint(path: str | Path) -> bool:
@@ -220,7 +215,7 @@ class MegatronCheckpoint:
         unused = {key for name, key in self._names.items() if name.startswith(_MODEL_PREFIXES)}.difference(*used)
         if unused:
             raise CheckpointError(
-                f"{self.path} holds {min(unused)} (and {len(unused) - 1} more), for which this config.json "
+                f"{self.path} holds {first_of(unused)}, for which this config.json "
                 f"({arch.model_type}) has no place: dropping it would give a different model, so it is refused"
             )
 

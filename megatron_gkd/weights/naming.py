@@ -34,9 +34,7 @@ class Role:
     name: str
     transform: Transform
     hf_names: tuple[str, ...]  # "{layer}" and "{expert}" are global indices
-    core_names: tuple[
-        str, ...
-    ]  # local spec first, then the TransformerEngine spec where it differs; without the layer prefix
+    core_names: tuple[str, ...]  # without the layer prefix: the local spec's, then TransformerEngine's if it differs
     per_layer: bool = True
     per_expert: bool = False
     present: Callable[[Architecture, int], bool] = lambda arch, layer: True
@@ -286,9 +284,8 @@ _NOT_BUILT: Final = (
 
 # Entries of HF checkpoints that hold no weight; any other tensor that no role needs is an error.
 _IGNORED_HF: Final = (
-    re.compile(
-        r"(language_model\.)?model\.(language_model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
-    ),  # recomputed from the config, by transformers too
+    # Recomputed from the config, by transformers too.
+    re.compile(r"(language_model\.)?model\.(language_model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
     re.compile(r"(model\.)?vision_(tower|model)\.([a-z_]+\.)*position_ids"),  # 0, 1, 2, ...
     re.compile(r"(model\.)?visual\.rotary_pos_emb\.inv_freq"),
 )

@@ -25,10 +25,9 @@ import torch
 from megatron_gkd.config.json_file import read_json
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.model.lora import Lora
-from megatron_gkd.weights.hf_files import cast_checked
+from megatron_gkd.weights.hf_files import cast_checked, first_of
 from megatron_gkd.weights.memory import memory_of
 from megatron_gkd.weights.safetensors_format import FLOATS, TensorSpec, read_header, write_header
-from megatron_gkd.weights.whole_modules import check_tied
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -152,9 +151,9 @@ class PeftAdapter(AbstractContextManager["PeftAdapter"]):
     def check(self, manifest: Mapping[str, tuple[int, ...]]) -> None:
         """Raise CheckpointError unless the file holds exactly these tensors in these shapes."""
         if missing := manifest.keys() - self._entries.keys():
-            raise CheckpointError(f"{self.path} has no {min(missing)}{_more(missing)}: {_ADVICE}")
+            raise CheckpointError(f"{self.path} has no {first_of(missing)}: {_ADVICE}")
         if extra := self._entries.keys() - manifest.keys():
-            raise CheckpointError(f"{self.path} holds {min(extra)}{_more(extra)}, which is not asked for: {_ADVICE}")
+            raise CheckpointError(f"{self.path} holds {first_of(extra)}, which is not asked for: {_ADVICE}")
         for name, shape in manifest.items():
             entry = self._entries[name]
             if entry.dtype not in FLOATS or entry.shape != shape:
@@ -177,8 +176,14 @@ class PeftAdapter(AbstractContextManager["PeftAdapter"]):
     def check_tied(self, embedding: str, head: str) -> None:
         """Raise CheckpointError unless embedding and head, by peft's names, are one matrix, as they are in the
         student."""
-        if said := check_tied(self._entries, self.config, self._same, embedding, head):
-            raise CheckpointError(f"{self.path} {said}: it is an adapter of another model")
+        both = embedding in self._entries and head in self._entries
+        if not self.config.get("ensure_weight_tying"):
+            said = "trained the embedding apart from the head, which is tied to it here (ensure_weight_tying is off)"
+        elif both and not self._same(embedding, head):
+            said = f"{head} differs from {embedding}, and the head is tied to the embedding"
+        else:
+            return
+        raise CheckpointError(f"{self.path} {said}: it is an adapter of another model")
 
     def _same(self, name: str, other: str) -> bool:
         one, two = self._entries[name], self._entries[other]
@@ -197,10 +202,6 @@ _ADVICE: Final = (
     "give the --target_modules and --modules_to_save that it was trained with, and the model that it belongs to as "
     "--model"
 )
-
-
-def _more(names: Any) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _read_config(path: Path) -> dict[str, Any]:

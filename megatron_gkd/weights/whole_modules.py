@@ -21,13 +21,14 @@ Gradients and optimizer state are megatron-core's, as in full training: no weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import ConfigError
+from megatron_gkd.weights.adapters import in_peft
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
 from megatron_gkd.weights.export import HFTensorStream
 from megatron_gkd.weights.load import parameter_plan
@@ -36,7 +37,6 @@ from megatron_gkd.weights.plan import unit_shapes, units
 
 _KINDS: Final = ("embedding", "attention_norm", "query_norm", "key_norm", "mlp_norm", "final_norm", "head")
 _NAMES: Final = {ROLES[role].hf_names[0].removesuffix(".weight").rsplit(".", 1)[-1]: role for role in _KINDS}
-_PREFIX: Final = "base_model.model."
 
 
 def check_modules(arch: Architecture, names: Sequence[str]) -> None:
@@ -95,20 +95,15 @@ def shapes(arch: Architecture, names: Sequence[str]) -> dict[str, tuple[int, ...
 def _stored_as(name: str, arch: Architecture) -> list[str]:
     """peft's names of a Hugging Face tensor; for a tied embedding also the head's."""
     embedding, head = tied_names(arch)
-    own = _peft_name(name, arch)
+    own = in_peft(name, arch)
     return [own, *([head] if arch.tied_embeddings and own == embedding else [])]
-
-
-def _peft_name(name: str, arch: Architecture) -> str:
-    """Of a Hugging Face tensor."""
-    return _PREFIX + (name if arch.vision is None else arch.vision.runtime_name(name))
 
 
 def tied_names(arch: Architecture) -> tuple[str, str]:
     """peft's names of the embedding and of the head."""
     names = [ROLES[role].hf_names[0] for role in ("embedding", "head")]
     embedding, head = names if arch.vision is None else map(arch.vision.stored_name, names)
-    return _peft_name(embedding, arch), _peft_name(head, arch)
+    return in_peft(embedding, arch), in_peft(head, arch)
 
 
 def _trained(chunks: Sequence[torch.nn.Module], arch: Architecture, groups: Any, names: Sequence[str]) -> list[Any]:
@@ -149,7 +144,7 @@ def fill(
             if rectangle.name is None:
                 part.zero_()  # vocabulary padding
             else:
-                part.copy_(read(_peft_name(rectangle.name, arch), *rectangle.rows))
+                part.copy_(read(in_peft(rectangle.name, arch), *rectangle.rows))
 
 
 def collect(
@@ -165,23 +160,3 @@ def collect(
     stream = HFTensorStream(chunks, arch, groups, only=_is_trained(arch, names), **options)
     for name, tensor in stream:
         yield {peft_name: tensor.cpu() for peft_name in _stored_as(name, arch)}
-
-
-def check_tied(
-    entries: Mapping[str, Any],
-    config: Mapping[str, Any],
-    same: Callable[[str, str], bool],
-    embedding: str,
-    head: str,
-) -> str:
-    """Of a file with the matrix of a tied student: what is wrong with it, or "".
-
-    Args:
-        same: whether two tensors of the file have the same values.
-        embedding: peft's name of it (`tied_names`), as `head`.
-    """
-    if not config.get("ensure_weight_tying"):
-        return "trained the embedding apart from the head, which is tied to it here (ensure_weight_tying is off)"
-    if embedding in entries and head in entries and not same(embedding, head):
-        return f"{head} differs from {embedding}, and the head is tied to the embedding"
-    return ""

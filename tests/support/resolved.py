@@ -135,8 +135,8 @@ def resolved(config: RunConfig, command: Command, arch: Architecture) -> dict[st
         setup.join(config)
         fake: Any = SimpleNamespace(__len__=lambda: VOCAB)
         maker = inputs.row_maker(config)
-        rows = inputs._training_rows(config, fake, VOCAB, CLOCK, maker=maker) if command == "train" else None
-        eval_rows = inputs._eval_rows(config, fake, VOCAB, CLOCK, maker=maker)
+        rows = inputs._training_rows(config, fake, VOCAB, CLOCK, inputs.Sight(), maker) if command == "train" else None
+        eval_rows = inputs._eval_rows(config, fake, VOCAB, CLOCK, inputs.Sight(), maker)
         tokenizer: Any = _TOKENIZER
         given = inputs.Inputs(*(config, arch, arch, student, teacher, tokenizer, VOCAB, rows, eval_rows, CLOCK, (0,)))
         _note_teacher(note, given)

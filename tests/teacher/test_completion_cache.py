@@ -155,7 +155,7 @@ def test_reading_beside_a_writer_that_is_killed(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = CompletionCache(tmp_path / "file")
-    with pytest.raises(RolloutError, match=r"cannot be kept in .*give another --teacher_samples_cache"):
+    with pytest.raises(RolloutError, match=r"cannot be written to .*give another --teacher_samples_cache"):
         cache.add(KEPT)
 
 

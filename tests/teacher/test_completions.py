@@ -160,8 +160,8 @@ def test_a_failure_at_the_beginning(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"token_ids": (1, VOCAB)}, f"the teacher sampled token {VOCAB}, .* has {VOCAB}.*--top_k avoids them"),
-        ({"token_ids": ()}, "with 0 tokens where 1 to 4 were asked for"),
-        ({"token_ids": (1, 2, 3, 4, 5)}, "with 5 tokens where 1 to 4 were asked for"),
+        ({"token_ids": ()}, "with 0 tokens, and 1 to 4 were requested"),
+        ({"token_ids": (1, 2, 3, 4, 5)}, "with 5 tokens, and 1 to 4 were requested"),
         ({"key": 77}, "answered request 2 as 77"),
     ],
 )

@@ -381,7 +381,7 @@ def test_a_signal_is_handed_out_once():
     sample = Sample(1, 1, (1, 2), (5,), "dataset")
     store = SignalStore(spec_of("hidden"), {1: signal_of(1, "hidden")})
     store.gather(collate([sample]))
-    with pytest.raises(AssertionError, match="handed out before"):
+    with pytest.raises(AssertionError, match="taken before"):
         store.gather(collate([sample]))
 
 

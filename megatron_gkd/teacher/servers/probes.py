@@ -1,17 +1,17 @@
-"""What is found out about a teacher server before any training, each with a real request, and what it says otherwise.
+"""Checks a teacher server before any training, each time with a real request:
 
-    P0  which of the two forms of requests it takes (wire.py, swift.py): one that does not say the length of its
-        model, as vLLM does, is asked for nothing by /infer/, and one of ms-swift gives nothing
-    P1  it names one model, and takes sequences of the run's longest + 1 tokens (it samples one token after each)
-    P2  its vocabulary holds the largest token id of the tokenizer; where it has /tokenize, it cuts a text into the
+    P0  which API it has (wire.py, swift.py). A server that, unlike vLLM, does not say its model's length is sent an
+        empty request to /infer/, which ms-swift answers with an empty list
+    P1  it serves one model, and takes the run's longest sequence plus 1 token (it samples one token after each)
+    P2  its vocabulary contains the tokenizer's largest token id; if it has /tokenize, that tokenises a text into the
         same ids
-    P3  it tells K tokens per position (its --max-logprobs)
-    P4  ALIGNMENT: row i of a scored sequence is the distribution after its first i tokens, as sampling after those i
-        tokens gives it. Rows off by one give another distribution. On average over the positions, because a server in
-        bf16 computes the two ways with different rounding.
-    P5  the top K it names lie within the student's vocabulary (every answer is checked for that: wire.py)
+    P3  it returns K tokens per position (its --max-logprobs)
+    P4  ALIGNMENT: row i of a scored sequence is the distribution after its first i tokens, the same as when sampling
+        after those i tokens. Rows that are off by one give another distribution. Compared on average over positions,
+        because a server in bf16 rounds the two ways differently.
+    P5  the top K token ids lie within the student's vocabulary (every answer is checked for that: wire.py)
 
-The scored probe stays as the server's CANARY: asked again later, it tells whether the same weights answer.
+The scored probe is kept as the server's CANARY: scoring it again later shows whether the weights are still the same.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _START = "start it with launch/teacher_server.sh"
 
 @dataclass(frozen=True)
 class ServerRequirements:
-    """What a run needs of each of its servers."""
+    """What a run needs from each of its servers."""
 
     topk: int
     vocab_size: int  # token ids that may come back: 0 .. vocab_size - 1
@@ -55,7 +55,7 @@ class ServerRequirements:
 
 @dataclass(frozen=True)
 class Probed:
-    """What a server was found to be."""
+    """The result of the checks."""
 
     model: str
     canary: TopK
@@ -63,7 +63,7 @@ class Probed:
 
 
 def probe_server(client: ServerClient, needs: ServerRequirements) -> Probed:
-    """All checks of the module docstring. Raises RolloutError with the first that fails."""
+    """All checks of the module docstring. Raises RolloutError for the first that fails."""
     model, length = _model(client)
     dialect = _dialect(client) if length is None else VLLM()
     _check_length(client, dialect, model, length, needs)
@@ -77,7 +77,7 @@ def probe_server(client: ServerClient, needs: ServerRequirements) -> Probed:
 def ask_canary(
     client: ServerClient, dialect: Dialect, model: str, needs: ServerRequirements, *, again: bool = True
 ) -> TopK:
-    """The probe's top K at all positions but the first, [len(probe) - 1, K]."""
+    """The probe's top K at all positions except the first, [len(probe) - 1, K]."""
 
     def read(answer: Any) -> TopK:
         return dialect.read_topk(answer, needs.probe, 1, needs.topk, needs.vocab_size, client.name)
@@ -88,7 +88,7 @@ def ask_canary(
 
 
 def _model(client: ServerClient) -> tuple[str, int | None]:
-    """The name that requests have to give, and its max_model_len, where the server says it."""
+    """The model's name, which requests must give, and its max_model_len, if the server says it."""
 
     def read(answer: Any) -> list[tuple[str, int | None]]:
         models = [model for model in answer["data"] if not model.get("parent")]  # adapters have a parent
@@ -100,7 +100,7 @@ def _model(client: ServerClient) -> tuple[str, int | None]:
 
     models = client.get("/v1/models", "name its model", read=read)
     if not models:
-        raise RolloutError(f"{client.name} names no model at /v1/models; {_START}")
+        raise RolloutError(f"{client.name} lists no model at /v1/models; {_START}")
     model, length = models[0]
     return model, length
 
@@ -157,10 +157,10 @@ def _check_vocabulary(client: ServerClient, dialect: Dialect, model: str, needs:
     try:
         body = {"model": model, "prompt": _TEXT, "add_special_tokens": False}
         tokens = client.post(
-            "/tokenize", "cut a text into tokens", body, again=True, read=lambda answer: list(answer["tokens"])
+            "/tokenize", "tokenise a text", body, again=True, read=lambda answer: list(answer["tokens"])
         )
     except ServerAnswerError as error:
-        logger.warning("%s does not cut text into tokens, so its tokenizer was not compared (%s)", client.name, error)
+        logger.warning("%s does not tokenise text, so its tokenizer was not compared (%s)", client.name, error)
         return
     if tokens != needs.encode(_TEXT):
         raise RolloutError(
@@ -216,7 +216,7 @@ def _ask(
     needs: ServerRequirements,
     refuse: Callable[[ServerAnswerError], NoReturn],
 ) -> None:
-    """Score a sequence; `refuse` words the refusal of it. A refusal that reads as a failure is not asked for again."""
+    """Score a sequence; `refuse` raises the error for a refusal. A refusal that looks like a failure is not retried."""
 
     def read(answer: Any) -> None:
         dialect.read_topk(answer, ids, len(ids), 1, needs.vocab_size, client.name)
@@ -239,7 +239,7 @@ def _raise(error: ServerAnswerError) -> NoReturn:
 
 
 def probe_tokens(sequences: Sequence[Sequence[int]], largest_id: int) -> tuple[int, ...]:
-    """A probe of real tokens: the beginning of the sequences, end to end; at least two tokens."""
+    """A probe of real tokens: the beginnings of the sequences, concatenated; at least two tokens."""
     ids: list[int] = []
     for sequence in sequences:
         ids += sequence[: PROBE_TOKENS - len(ids)]

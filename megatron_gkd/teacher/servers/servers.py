@@ -1,21 +1,21 @@
-"""The servers of a teacher, or of several: the top K of sequences, asked for at once and balanced.
+"""The servers of one or several teachers: requests the top K of sequences in parallel, with balanced load.
 
     servers = TeacherServers(urls, needs, timeout_s=480)         # probes each (probes.py)
     servers.topk([(prompt_ids, completion_ids), ...])            # -> [TopK [C, K], ...], in order
-    asked = servers.start(sequences, tags)                       # the same, while the caller goes on
-    asked.result()
+    pending = servers.start(sequences, tags)                     # the same without waiting
+    pending.result()
     servers.generate(requests, settings)                         # completions of one teacher, in order
 
-With `tags` a sequence goes to the servers of its tag, else to those without tags, "the rest". Servers that share a tag
-(or the rest) are one teacher; others may be different models. The sequences of a tag are dealt to its servers by length
-(rollout/requests.py, `assign`); every server has at most `max_concurrency` requests under way, and each answer is
-checked and reduced to its [C, K] arrays as it comes. A request that fails with the connection or with 500 and above is
-repeated, with growing pauses, until `retry_s` have passed; all of a call ends within `timeout_s` of its start. A
-refusal or a wrong answer ends the call at once: the same question has the same answer.
+With `tags` a sequence goes to the servers of its tag, else to those without tags. Servers with the same tag (or without
+tags) are one teacher; others may be different models. The sequences of a tag are dealt to its servers by length
+(rollout/requests.py, `assign`). Every server has at most `max_concurrency` requests in flight, and each answer is
+checked and reduced to its [C, K] arrays when it arrives. A request is retried after a connection error or a status of
+500 and above, with growing pauses, for up to `retry_s`. Each call ends within `timeout_s`. A refusal or a wrong answer
+ends the call at once, because a retry would get the same answer.
 
-The weights of a server are the same at all times, and on all servers of a teacher: at the start their canaries are
-compared with each other, and after every call each server's canary with what it was, BEFORE the result is handed out.
-So what a server answered that was restarted with another model is never used.
+The weights must be the same at all times and on all servers of a teacher. At the start the servers' canaries are
+compared with each other. After every call each server's canary is compared with its first one, BEFORE the result is
+returned. So answers of a server that was restarted with another model are never used.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class PendingAnswers:
-    """A call that is under way; the threads of the connections carry it."""
+    """A call in flight on the connections' threads."""
 
     found: list[TopK]  # of sequences without loss tokens already
     parts: tuple[_Part, ...]
     check_unchanged: Callable[[_Server], None]
 
     def result(self) -> list[TopK]:
-        """Wait for all answers, and check that they came from the teachers of the start. Raises RolloutError."""
+        """Wait for all answers, and check that the teachers are still the same. Raises RolloutError."""
         found = list(self.found)
         try:
             for part in self.parts:
@@ -92,7 +92,7 @@ class PendingAnswers:
         return found
 
     def cancel(self) -> None:
-        """What is not answered yet is not waited for."""
+        """Cancel the requests that are not answered yet."""
         for part in self.parts:
             part.future.cancel()
 
@@ -159,8 +159,8 @@ class TeacherServers(AbstractContextManager["TeacherServers"]):
         tags: Sequence[str | None] | None = None,
         seen: Sequence[Seen | None] | None = None,
     ) -> PendingAnswers:
-        """`topk`, while the caller goes on. Every answer waits in its [C, K] form. `seen`: of each sequence; None of
-        one of text alone."""
+        """`topk` without waiting. Each answer is kept in its [C, K] form. `seen`: each sequence's images; None for text
+        alone."""
         found = [empty_topk(self.needs.topk) for _ in sequences]
         by_tag: dict[str | None, list[int]] = {}
         for index, (_, completion) in enumerate(sequences):
@@ -189,9 +189,8 @@ class TeacherServers(AbstractContextManager["TeacherServers"]):
         return PendingAnswers(found, tuple(parts), self._check_unchanged)
 
     def generate(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion]:
-        """Completions that the teacher samples (that without tags), in the order of the requests. They end at the stop
-        tokens of the settings alone, and at the longest sequence that was asked about at the start.
-        """
+        """Completions that the teacher without tags samples, in the order of the requests. They end only at the stop
+        tokens of the settings and at the longest sequence checked at the start."""
         servers, found = self._of_tag(None), dict[int, Completion]()
         costs = [len(request.prompt_ids) + request.max_tokens for request in requests]
         work: list[tuple[_Server, list[int], Future[list[Completion]]]] = []
@@ -212,18 +211,18 @@ class TeacherServers(AbstractContextManager["TeacherServers"]):
 
     @property
     def probed(self) -> Probed:
-        """What the first of the servers was found to be; the others without tags are the same teacher."""
+        """The probe's result for the first server without tags; the others are the same teacher."""
         return self._of_tag(None)[0].probed
 
     def canaries(self) -> dict[str, TopK]:
-        """Tags of a teacher ("" for the rest) -> what its first server answered to the probe at the start."""
+        """Tags of a teacher ("" for none) -> its first server's answer to the probe at the start."""
         found: dict[str, TopK] = {}
         for server in self._servers:
             found.setdefault(",".join(sorted(server.tags)), server.probed.canary)
         return found
 
     def close(self) -> None:
-        """Let go of the servers; they keep running. Idempotent."""
+        """Close the connections; the servers keep running. Idempotent."""
         for client in self._clients:
             client.close()
 
@@ -231,11 +230,11 @@ class TeacherServers(AbstractContextManager["TeacherServers"]):
         self.close()
 
     def _of_tag(self, tag: str | None) -> list[_Server]:
-        """The servers that score a tag's sequences, the one that is dealt to first in front."""
+        """The servers for a tag's sequences, starting with the one that gets the first of them."""
         servers = [server for server in self._servers if tag in server.tags]
         servers = servers or [server for server in self._servers if not server.tags]
         if not servers:
-            raise RolloutError(f"no teacher server has the tag {tag!r}, and none is without tags, to take the rest")
+            raise RolloutError(f"no teacher server has the tag {tag!r}, and none is without tags, for the other rows")
         first = self._first % len(servers)
         return servers[first:] + servers[:first]
 
@@ -257,7 +256,7 @@ class TeacherServers(AbstractContextManager["TeacherServers"]):
     def _sample_seeing(
         self, server: _Server, requests: Sequence[Request], settings: SamplingSettings
     ) -> Future[list[Completion]]:
-        """Of prompts all of which have images."""
+        """For prompts that all have images."""
         client, dialect, model = server.client, _which_sees(server), server.probed.model
         bodies = [dialect.image_completion_body(model, request, settings, self.needs.longest) for request in requests]
 
@@ -287,7 +286,7 @@ class TeacherServers(AbstractContextManager["TeacherServers"]):
         return client.start_all(dialect.path, f"score {len(bodies)} sequences", bodies, read)
 
     def _start_seeing(self, server: _Server, sequences: Sequences, seen: Sequence[Seen]) -> Future[list[TopK]]:
-        """Of sequences all of which have images."""
+        """For sequences that all have images."""
         client, needs, dialect = server.client, self.needs, _which_sees(server)
         whole = [[*prompt, *completion] for prompt, completion in sequences]
         for ids in whole:
@@ -305,7 +304,8 @@ class TeacherServers(AbstractContextManager["TeacherServers"]):
         return client.start_all(image_wire.PATH, f"score {len(bodies)} sequences with images", bodies, read, most)
 
     def check_images(self, images: ImageTokens) -> None:
-        """Whether every server takes images, and makes as many tokens of them: asked with one. Raises RolloutError."""
+        """Check with one image that every server takes images and expands them to the same tokens. Raises
+        RolloutError."""
         picture = striped_picture()
         *probe, last = (token for token in self.needs.probe if token != images.image_token_id)
         bare = (images.image_token_id, *probe)
@@ -319,7 +319,7 @@ class TeacherServers(AbstractContextManager["TeacherServers"]):
                 ) from None
 
     def _check_one_teacher(self, servers: Sequence[_Server]) -> None:
-        """Of servers that are dealt the same sequences."""
+        """For servers that share a tag."""
         for other in servers[1:]:
             apart = distance(servers[0].probed.canary, other.probed.canary)
             if not apart <= TOLERANCE:
@@ -341,11 +341,11 @@ class TeacherServers(AbstractContextManager["TeacherServers"]):
 
 
 def _which_sees(server: _Server) -> VLLM:
-    """How a server is asked about images. Raises RolloutError for one that takes none."""
+    """The server's API for images. Raises RolloutError if it takes none."""
     dialect = server.probed.dialect
     if not isinstance(dialect, VLLM):
         raise RolloutError(
-            f"{server.client.name} (swift deploy) takes text alone, and rows have images; serve the teacher with vLLM "
+            f"{server.client.name} (swift deploy) takes text only, and rows have images; serve the teacher with vLLM "
             "(launch/teacher_server.sh)"
         )
     return dialect

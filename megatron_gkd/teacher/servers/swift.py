@@ -1,17 +1,17 @@
-"""Requests for the teacher's top K as `swift deploy` (ms-swift 4.6, vLLM backend) takes them, and its answers. Pure.
+"""Requests for the teacher's top K in the form of `swift deploy` (ms-swift 4.6, vLLM backend), and its answers. Pure.
 
-Its /v1/completions takes text alone, which would be cut into tokens a second time. POST /infer/ takes token ids, as an
-assistant's message that is still to be gone on with, if the server puts no template around messages (`START`):
+Its /v1/completions takes only text, which would have to be tokenised again. POST /infer/ takes token ids, as an
+unfinished assistant message, if the server applies no template (`START`):
 
     {"request_config": {...}, "infer_requests": [{"messages": [{"role": "assistant", "content": {"token_ids": ids}}]}]}
     [{"prompt_token_ids": [...], "prompt_logprobs": [null, row 1, ...], "choices": [...]}]
 
-`prompt_token_ids` are the tokens that were scored, or gone on from. They are compared with what was sent in every
-answer, so that a template or a BOS that the server adds is found. The rows are vLLM's, and read by wire.py.
+`prompt_token_ids` are the tokens that were scored or continued. Every answer's are compared with what was sent, so a
+template or a BOS that the server adds is detected. The rows are vLLM's and are read by wire.py.
 
-What is different: the most probable next tokens come as text, with only the sampled one as an id (`read_next_token`);
-the server ends a completion also at its model's own end of sequence, which is an error unless the run stops there as
-well; what it refuses it answers with 500 and no reason.
+Differences: the most probable next tokens come as text, and only the sampled one has an id (`read_next_token`); the
+server also ends a completion at its model's own end of sequence, which is an error unless the run stops there too; a
+refusal has status 500 and no reason.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _body(ids: Sequence[int], **config: Any) -> dict[str, Any]:
 
 
 class Swift:
-    """/infer/ of `swift deploy`, which serves one model under whatever name. The methods are those of `wire.VLLM`."""
+    """/infer/ of `swift deploy`, which serves one model under any name. The methods are those of `wire.VLLM`."""
 
     path = INFER
     refuses_with = 500
@@ -47,11 +47,11 @@ class Swift:
     more_tokens = "a larger --vllm_max_model_len (its log says why it refused)"
 
     def topk_body(self, model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
-        """Score a sequence; the server samples one more token, which is not looked at."""
+        """Score a sequence; the server samples one more token, which is ignored."""
         return _body(ids, prompt_logprobs=k)
 
     def read_topk(self, answer: Any, ids: Sequence[int], num_prompt: int, k: int, vocab_size: int, server: str) -> TopK:
-        """Its top K after the prompt, [C, K]."""
+        """The top K after the prompt, [C, K]."""
         one, _ = _only(answer, ids, server)
         rows = one.get("prompt_logprobs")
         if not isinstance(rows, list):
@@ -62,13 +62,12 @@ class Swift:
         return topk_of_rows(rows, ids, num_prompt, k, vocab_size, server)
 
     def next_token_body(self, model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
-        """The distribution after a sequence, by the other way: sampling."""
+        """Sample one token after a sequence, with the distribution."""
         return _body(ids, logprobs=True, top_logprobs=k)
 
     def read_next_token(self, answer: Any, ids: Sequence[int], row: TopK, server: str) -> TopK:
-        """[1, K] of an answer to `next_token_body`: its K log-probabilities, and the token that was sampled, which is
-        the most probable one. The other tokens have no ids there: they are taken to be those of `row`, [1, K], by rank.
-        """
+        """[1, K] from an answer to `next_token_body`: its K log-probabilities, and the sampled token, which is the most
+        probable one. The other tokens have no ids there; those of `row`, [1, K], are used by rank."""
         _, choice = _only(answer, ids, server)
         k = row.ids.shape[1]
         try:
@@ -127,7 +126,7 @@ class Swift:
 
 
 def _only(answer: Any, ids: Sequence[int], server: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The one response of an answer and its one choice, after exactly the tokens that were sent."""
+    """The answer's one response and its one choice, checked to follow exactly the tokens that were sent."""
     try:
         (one,) = answer
         (choice,) = one["choices"]
@@ -141,7 +140,7 @@ def _only(answer: Any, ids: Sequence[int], server: str) -> tuple[dict[str, Any],
         ) from error
     if scored != list(ids):
         raise RolloutError(
-            f"{server} saw {len(scored)} tokens, other than the {len(ids)} that it was sent: its template adds some; "
+            f"{server} read {len(scored)} tokens instead of the {len(ids)} that it was sent: its template adds some; "
             f"start it with `{START}`. If it was, its tokenizer adds a token in front: use launch/teacher_server.sh "
             "or `vllm serve`, which add none"
         )

@@ -1,18 +1,18 @@
-"""Requests for the teacher's top K as /v1/completions takes them, and its answers as arrays. Pure.
+"""Requests for the teacher's top K in the form of /v1/completions, and its answers as arrays. Pure.
 
-Token ids in, token ids out: no text is looked at. One request scores one sequence of P prompt and C completion tokens:
+Token ids in, token ids out; text is not used. One request scores one sequence of P prompt and C completion tokens:
 
     prompt_logprobs = [null, row 1, ..., row P+C-1]        row i: K most probable tokens after the first i tokens
     loss tokens     =          rows P .. P+C-1             (records.py: C loss tokens, in completion order)
 
-A row maps token ids to their log-probabilities at temperature 1 and their ranks. It has the ranks 1..K, and the
-sequence's own token i whatever its rank: K or K+1 entries. So a row that lacks token i belongs to another position,
-or to another sequence, and is refused. -inf is written as -9999.
+A row maps token ids to their log-probabilities at temperature 1 and their ranks. It has the ranks 1..K and the
+sequence's own token i whatever its rank: K or K+1 entries. A row without token i belongs to another position or another
+sequence and is refused. -inf is written as -9999.
 
-Shapes: `TopK` is [C, K], by rank. What `topk_of_rows` returns is always complete, finite, falling with the rank, of
-distinct tokens within the vocabulary, and of a probability that the top K of a distribution can have: at most 1, and,
-of V tokens, at least K / V. Everything else is a RolloutError. A -9999 in the top K, a probability of 0, comes of a
-server that masks tokens; at beta 1 it would be a loss of hundreds of thousands a token.
+Shapes: `TopK` is [C, K], by rank. The result of `topk_of_rows` is always complete and finite, falls with the rank, and
+has distinct tokens within the vocabulary. Its total probability is possible for the top K of V tokens: at most 1, at
+least K / V. Anything else is a RolloutError. A -9999 in the top K, a probability of 0, means that the server masks
+tokens; at beta 1 it would be a loss of hundreds of thousands per token.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class TopK(NamedTuple):
 
 
 def empty_topk(k: int) -> TopK:
-    """Of a sequence without loss tokens."""
+    """The top K of a sequence without loss tokens."""
     return TopK(np.empty((0, k), np.float32), np.empty((0, k), np.int32))
 
 
 class VLLM:
-    """/v1/completions with token ids: how to ask for the three things, and how to read the answers.
+    """/v1/completions with token ids: the bodies of three kinds of requests, and the readers of their answers.
 
-    `model` is the name that the server gives, `server` names it in errors. The readers raise RolloutError for any other
-    form. `Swift` of swift.py is the same for `swift deploy`.
+    `model` is the server's name of the model, `server` names the server in errors. The readers raise RolloutError for
+    an answer of another form. `Swift` of swift.py has the same methods for `swift deploy`.
     """
 
     path = "/v1/completions"
@@ -66,7 +66,7 @@ class VLLM:
     more_tokens = "a larger --max-model-len"  # what lets it take longer sequences
 
     def topk_body(self, model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
-        """Score a sequence; the server samples one more token, which is not looked at (it refuses to sample none)."""
+        """Score a sequence; the server samples one more token, which is ignored (it refuses to sample none)."""
         return {
             "model": model,
             "prompt": list(ids),
@@ -77,7 +77,7 @@ class VLLM:
         }
 
     def read_topk(self, answer: Any, ids: Sequence[int], num_prompt: int, k: int, vocab_size: int, server: str) -> TopK:
-        """Its top K after the prompt, [C, K]: rows P .. P+C-1, where P is `num_prompt`."""
+        """The top K after the prompt, [C, K]: rows P .. P+C-1, where P is `num_prompt`."""
         try:
             (choice,) = answer["choices"]
             rows = choice["prompt_logprobs"]
@@ -96,13 +96,13 @@ class VLLM:
     def image_topk_body(
         self, model: str, bare_ids: Sequence[int], pictures: Sequence[Picture], k: int
     ) -> dict[str, Any]:
-        """`topk_body` of a sequence with one placeholder for each image."""
+        """`topk_body` for a sequence with one placeholder for each image."""
         return {"model": model} | image_wire.image_topk_body(bare_ids, pictures, k)
 
     def read_image_topk(
         self, answer: Any, ids: Sequence[int], num_prompt: int, k: int, vocab_size: int, server: str
     ) -> TopK:
-        """`read_topk` of an answer to it; `ids` are the sequence as it is expanded."""
+        """The top K in an answer to `image_topk_body`; `ids` is the expanded sequence."""
         image_wire.check_expansion(answer, ids, "a sample", server)
         rows = answer.get("prompt_logprobs")
         if not isinstance(rows, list):
@@ -110,7 +110,7 @@ class VLLM:
         return topk_of_rows(rows, ids, num_prompt, k, vocab_size, server)
 
     def next_token_body(self, model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
-        """The distribution after a sequence, by the other way: sampling."""
+        """Sample one token after a sequence, with the distribution."""
         return {
             "model": model,
             "prompt": list(ids),
@@ -121,7 +121,7 @@ class VLLM:
         }
 
     def read_next_token(self, answer: Any, ids: Sequence[int], row: TopK, server: str) -> TopK:
-        """The top K there, [1, K], to compare with the scored `row`, [1, K]."""
+        """The top K there, [1, K], to be compared with the scored `row`, [1, K]."""
         k = row.ids.shape[1]
         try:
             (choice,) = answer["choices"]
@@ -149,13 +149,13 @@ class VLLM:
     def image_completion_body(
         self, model: str, request: Request, settings: SamplingSettings, longest: int
     ) -> dict[str, Any]:
-        """`completion_body` of a request with pictures."""
+        """`completion_body` for a request with pictures."""
         return {"model": model} | image_wire.image_completion_body(request, settings, longest)
 
     def read_image_completion(
         self, request: Request, settings: SamplingSettings, answer: Any, server: str
     ) -> Completion:
-        """The completion in an answer to it."""
+        """The completion in an answer to `image_completion_body`."""
         return image_wire.read_image_completion(request, answer, 0, server)
 
 
@@ -238,9 +238,9 @@ def _check_values(logprobs: npt.NDArray[np.float32], vocab_size: int, server: st
 
 
 def distance(a: TopK, b: TopK) -> float:
-    """Mean over positions of the least total variation that two top K, [C, K], allow: a token that one of them does
-    not name has at most the probability of its last one. 0 for equal ones, also where equals were ordered otherwise.
-    """
+    """Mean over positions of the least total variation that is consistent with two top K, [C, K]: a token that one of
+    them does not list has at most the probability of its last one. 0 for equal ones, also if ties are ordered
+    differently."""
     assert a.ids.shape == b.ids.shape, (a.ids.shape, b.ids.shape)
     total = 0.0
     for row_a, row_b, ids_a, ids_b in zip(np.exp(a.logprobs), np.exp(b.logprobs), a.ids, b.ids, strict=True):

@@ -75,17 +75,8 @@ def complete_checkpoints(root: Path) -> list[Path]:
 # ---- durable writing ------------------------------------------------------------------------------------------------
 
 
-def sync_directory(path: Path) -> None:
-    """Flush the names in a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Flush a file that somebody else has written."""
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -101,7 +92,7 @@ def write_durably(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def check_writable(directory: Path) -> None:
@@ -213,14 +204,14 @@ def publish(written: Path, final: Path) -> None:
     """Make a checkpoint whose files and manifest are on disk the newest one. Raises CheckpointError where one of that
     step is there: what this run had left behind was set aside when it began, so it is another run's, and stays.
     """
-    sync_directory(written)
+    sync(written)
     if final.exists():
         raise CheckpointError(
             f"{final} is there already, and this run did not write it: another run saves to the same directory; end "
             "one of them, and give each a --save of its own"
         )
     written.rename(final)
-    sync_directory(final.parent)
+    sync(final.parent)
     write_durably(final.parent / LATEST, final.name)
 
 
@@ -228,7 +219,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
     """Delete; interrupted, it leaves nothing that looks complete."""
     hidden = checkpoint.with_name(f".deleting_{checkpoint.name.lstrip('.')}")
     checkpoint.rename(hidden)
-    sync_directory(hidden.parent)
+    sync(hidden.parent)
     shutil.rmtree(hidden)
 
 

@@ -143,7 +143,7 @@ class Save:
             entries = {name: entry for outcome in outcomes for name, entry in outcome.entries.items()}
             for path in self._directory.iterdir():
                 if path.name not in entries:
-                    files.sync_file(path)
+                    files.sync(path)
                     entries[path.name] = files.hash_file(path)
             files.write_manifest(self._directory, entries)
             files.publish(self._directory, self._final)

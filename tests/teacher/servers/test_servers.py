@@ -319,7 +319,7 @@ def test_a_server_that_takes_text_only(connect: Connect) -> None:
 def test_no_model(connect: Connect) -> None:
     fake = FakeServer()
     fake.respond = lambda path, body, key=None: (200, {"data": []})  # type: ignore[method-assign]
-    with pytest.raises(RolloutError, match=r"names no model at /v1/models; start it with launch/teacher_server\.sh"):
+    with pytest.raises(RolloutError, match=r"lists no model at /v1/models; start it with launch/teacher_server\.sh"):
         connect(fake)
 
 

@@ -105,7 +105,7 @@ def test_a_completion_ends_where_the_run_ends_it() -> None:
         (lambda a: a.clear(), "without the tokens that it was sent"),
         (lambda a: a.append(a[0]), "without the tokens that it was sent"),
         (lambda a: a[0]["choices"].append({}), "and one choice"),
-        (lambda a: a[0]["prompt_token_ids"].insert(0, 1), r"saw 4 tokens, other than the 3 .*--template dummy"),
+        (lambda a: a[0]["prompt_token_ids"].insert(0, 1), r"read 4 tokens instead of the 3 .*--template dummy"),
         (lambda a: a[0].update(prompt_token_ids=None), "without the tokens that it was sent"),
         (lambda a: a[0].update(prompt_token_ids=[5, 6.0, 7]), "is not a whole number"),
         (lambda a: a[0].update(prompt_logprobs=None), "without the log-probabilities.*--infer_backend vllm"),
@@ -144,7 +144,7 @@ def test_rows_off_by_one_are_found_by_their_values(by: int) -> None:
 def test_a_template_around_the_tokens() -> None:
     fake = FakeSwift()
     fake.template = [1, 2]
-    with pytest.raises(RolloutError, match=r"saw 4 tokens, other than the 2 .*`swift deploy .*--use_chat_template fal"):
+    with pytest.raises(RolloutError, match=r"read 4 tokens instead of the 2 .*`swift deploy .*--use_chat_template fal"):
         connect(fake)
 
 
