@@ -203,7 +203,7 @@ class LossSpikes:
 
 
 def check_finite_weights(run: Run, run_dir: Path) -> None:
-    """Before an export: raise TrainingError on all of the student's ranks if a weight is not finite; it names the first.
+    """Before an export: raise TrainingError on the student's ranks if a weight is not finite; it names the first.
 
     Communication: an all-gather of one name over the student.
     """

@@ -96,8 +96,8 @@ def teacher_faults(
             )
         elif math.sqrt(max(squared - mark * mark, 0.0)) < _FROZEN:
             yield (
-                f"the teacher is frozen: its output is the same at all {counts['health/mark']:.0f} tokens that were looked "
-                "at, whatever the prompt is. Look at its files, or at what the server is given"
+                f"the teacher is frozen: its output is the same at all {counts['health/mark']:.0f} tokens that were "
+                "checked, whatever the prompt is. Look at its files, or at what the server is given"
             )
     agreement, divergence = means.get("agreement", 0.0), means.get("divergence", math.inf)
     if comparable and agreement >= _SAME_AGREEMENT and abs(divergence) < _SAME_NATS and counts["loss"] >= _FEWEST:
