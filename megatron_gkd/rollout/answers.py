@@ -1,8 +1,7 @@
-"""The answer of a server as bytes: never more than the request implies, and without the key of the API.
+"""A server's answer as bytes: never longer than the request implies, and without API keys.
 
-A server that is damaged, or that somebody else has put in its place, can answer without end, and 1.5 MB of gzip hold
-1.5 GB. So an answer is read piece by piece, unpacked, and dropped as soon as it is longer than `most_bytes` of its
-request.
+A damaged or malicious server can answer without end, and 1.5 MB of gzip can hold 1.5 GB. So an answer is read and
+unpacked piece by piece, and dropped as soon as it is longer than `most_bytes` of its request.
 """
 
 from __future__ import annotations
@@ -24,13 +23,12 @@ _COUNTS: Final = ("max_tokens", "prompt_logprobs", "logprobs", "top_logprobs")
 
 
 class UnboundedAnswerError(Exception):
-    """It is longer than its request implies."""
+    """An answer that is longer than its request implies."""
 
 
 def most_bytes(body: Any) -> int:
-    """The longest answer to a request: some 256 bytes for each token that it sends or asks for and each alternative of
-    one, and room for everything else.
-    """
+    """The longest answer to a request: 256 bytes for each token that it sends or requests, and for each alternative of
+    one, plus room for the rest."""
     numbers = _numbers(body)
     num_tokens = numbers["ids"] + numbers["max_tokens"]
     num_each = 4 + max(numbers["prompt_logprobs"], numbers["logprobs"], numbers["top_logprobs"])
@@ -38,7 +36,7 @@ def most_bytes(body: Any) -> int:
 
 
 def _numbers(value: Any) -> dict[str, int]:
-    """How many token ids are anywhere in a request, and the sum of each of its counts."""
+    """The number of token ids anywhere in a request, and the sum of each of its counts."""
     found = dict.fromkeys(("ids", *_COUNTS), 0)
     if isinstance(value, list) and value and type(value[0]) is int:
         found["ids"] = len(value)
@@ -53,9 +51,8 @@ def _numbers(value: Any) -> dict[str, int]:
 
 
 async def read_bounded(response: httpx.Response, most: int) -> tuple[bytes, bool]:
-    """The unpacked content up to `most` bytes, and whether that is all. Raises httpx.DecodingError for a packing other
-    than gzip, whose pieces grow a thousandfold at most.
-    """
+    """The unpacked content up to `most` bytes, and whether it is complete. Raises httpx.DecodingError for an encoding
+    other than gzip, which expands at most a thousandfold."""
     packing = response.headers.get("content-encoding", "identity").strip().lower()
     if packing not in ("", "identity", "gzip"):
         raise httpx.DecodingError(f"it is packed as {packing[:40]!r}, and gzip was asked for")
@@ -68,9 +65,8 @@ async def read_bounded(response: httpx.Response, most: int) -> tuple[bytes, bool
 
 
 def parse(content: bytes, secrets: list[Secret]) -> Any:
-    """The JSON of an answer, None for an empty one; a key that it repeats is taken out of its texts. So no message made
-    of its parts shows a key, or a piece of one.
-    """
+    """The JSON of an answer, None for an empty one. Keys that the server repeats are redacted, so no message that
+    quotes the answer shows one."""
     answer = json.loads(content) if content else None
     for secret in secrets:
         if len(secret.value) >= _WORD_CHARACTERS and secret.is_in(content):
@@ -87,7 +83,7 @@ def _without(value: Any, secret: Secret) -> Any:
 
 
 def message_of(content: bytes, whole: bool, reason: str, secrets: list[Secret]) -> str:
-    """What a refusal says is wrong, in one line of bounded length, without keys."""
+    """The error message of a refusal: one line of bounded length, without keys."""
     text = content.decode("utf-8", errors="replace")
     for secret in secrets:
         text = secret.redact(text)

@@ -1,15 +1,15 @@
-"""HTTP to one vLLM server, for callers that may block: JSON in and out, deadlines, retries, errors with advice.
+"""HTTP to one vLLM server, for blocking callers: JSON in and out, deadlines, retries, errors with advice.
 
-An event loop in a thread of its own carries all requests, so that hundreds of completions are under way at once over
-kept-alive connections, and so that a control call can run while the caller does something else (`start`). Every call
-ends within its time limit. A call that may be repeated without harm (`again=True`) is, after a connection error or an
-answer of 500 and above, with growing pauses, for at most `retry_s`; others never are.
+An event loop in its own thread carries all requests. So hundreds of completions can be in flight on kept-alive
+connections, and a control call can run while the caller does something else (`start`). Every call ends within its time
+limit. A call that can safely be repeated (`again=True`) is retried after a connection error or a status of 500 and
+above, with growing pauses, for at most `retry_s`; others are not.
 
-Answers may come compressed (gzip): the client says that it takes them so. They are read up to a length that follows
-from the request (answers.py). What an answer has to hold is taken out of it by the caller's `read`; an answer of
-another form is an error like any other. The key of the API (config/secret.py) is sent as a header, and appears in no
-message, also where the server repeats it; an address that holds a password is refused. Proxies of the environment are
-not used: what passes here are weights, samples and a teacher's log-probabilities, between machines of one run.
+Answers may be compressed (gzip). They are read up to a length that follows from the request (answers.py). The caller's
+`read` extracts what it needs; an answer of another form is an error like any other. The API key (config/secret.py) is
+sent as a header and never appears in a message, even if the server repeats it. An address that contains a password is
+refused. Proxies from the environment are not used: weights, samples and log-probabilities stay between the run's
+machines.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _each(index: int, answer: Any) -> Any:
 
 
 class ServerAnswerError(RolloutError):
-    """The server answered, with `status`, and the answer is a refusal."""
+    """The server refused the request, with `status`."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -65,7 +65,7 @@ class ServerAnswerError(RolloutError):
 
 
 class ServerClient:
-    """Requests to the server at `base_url`; `name` says which server in messages."""
+    """Requests to the server at `base_url`; `name` names it in messages."""
 
     def __init__(
         self,
@@ -81,9 +81,8 @@ class ServerClient:
         role: str = "vLLM server",
         script: str = "launch/rollout_server.sh",
     ) -> None:
-        """`base_url` may be `unix:PATH` of a socket. `secret` goes with each request (gate.py).
-        `role` and `script`, for messages: what the server is to the run, and what starts one.
-        """
+        """`base_url` may be `unix:PATH` of a socket. `secret` is sent with each request (gate.py). `role` and `script`
+        are for messages: the server's purpose, and the script that starts one."""
         shown = base_url
         if base_url.startswith(UNIX):
             transport = transport or httpx.AsyncHTTPTransport(uds=base_url.removeprefix(UNIX))
@@ -117,7 +116,8 @@ class ServerClient:
         self._thread.start()
 
     def get(self, path: str, what: str, *, timeout_s: float | None = None, read: Callable[[Any], Any] = _whole) -> Any:
-        """`what` completes "when asked to ...". What `read` takes out of the answer's JSON (None for an empty one)."""
+        """`what` completes "when asked to ..." in errors. Returns what `read` extracts from the answer's JSON (None if
+        empty)."""
         return self._read(what, read, self._wait(self._send("GET", path, what, None, True, self._deadline(timeout_s))))
 
     def post(
@@ -130,23 +130,21 @@ class ServerClient:
         read: Callable[[Any], Any] = _whole,
         most: int | None = None,
     ) -> Any:
-        """One call; `again` where a repetition does no harm. `most` bytes of an answer whose length does not follow
-        from the body.
-        """
+        """One call; `again` if repeating it is safe. `most`: bytes of an answer whose length does not follow from the
+        body."""
         return self._read(
             what, read, self._wait(self._send("POST", path, what, body, again, self._deadline(None), most))
         )
 
     def start(self, path: str, what: str, body: Any = None) -> concurrent.futures.Future[Any]:
-        """`post`, while the caller goes on."""
+        """`post` without waiting."""
         return self._submit(self._send("POST", path, what, body, False, self._deadline(None)))
 
     def post_all(
         self, path: str, what: str, bodies: Sequence[Mapping[str, Any]], read: Callable[[int, Any], Any] = _each
     ) -> list[Any]:
-        """Many calls that may be repeated, at once: what `read(index, answer)` takes out of the answers, in order. The
-        first failure ends all of them.
-        """
+        """Many repeatable calls in parallel: the results of `read(index, answer)`, in order. The first failure ends all
+        of them."""
         return self._wait(self._send_all(path, what, bodies, read, self._deadline(None)))
 
     def start_all(
@@ -157,14 +155,13 @@ class ServerClient:
         read: Callable[[int, Any], Any],
         most: Sequence[int] | None = None,
     ) -> concurrent.futures.Future[list[Any]]:
-        """`post_all`, while the caller goes on. `read(index, answer)` takes each answer as it comes, in the loop's
-        thread, so that large answers are never held together; what it raises ends all calls. `most` bytes of each
-        answer, where their lengths do not follow from the bodies.
-        """
+        """`post_all` without waiting. `read(index, answer)` runs in the loop's thread as each answer arrives, so that
+        large answers are never held together; an error in it ends all calls. `most`: bytes of each answer, if their
+        lengths do not follow from the bodies."""
         return self._submit(self._send_all(path, what, bodies, read, self._deadline(None), most))
 
     def close(self) -> None:
-        """Idempotent; calls that are under way are cancelled."""
+        """Idempotent; cancels calls in flight."""
         if self._loop.is_closed():
             return
         self._submit(self._shut()).exception(timeout=10)
@@ -220,9 +217,8 @@ class ServerClient:
     async def _try(
         self, method: str, path: str, what: str, body: Any, again: bool, deadline: float, most: int | None
     ) -> Any:
-        """The answer, or the error, not raised. A call that cannot be repeated has a connection of its own: the server
-        drops a kept one after it has answered 500.
-        """
+        """The answer, or the error, not raised. A call that cannot be repeated gets a new connection, because the
+        server drops a kept one after a status of 500."""
         left_s = max(deadline - time.monotonic(), 0.01)
         try:
             async with (
@@ -334,9 +330,8 @@ def _host_of(url: str) -> tuple[str, bool]:
 
 
 def _tls(url: str) -> ssl.SSLContext:
-    """The authorities that are known: those of certifi and, for private ones, those in SSL_CERT_FILE or SSL_CERT_DIR.
-    Other variables of the environment (proxies, netrc) change nothing.
-    """
+    """The trusted authorities: certifi's, and private ones in SSL_CERT_FILE or SSL_CERT_DIR. Other variables of the
+    environment (proxies, netrc) are ignored."""
     if not url.startswith("https://"):
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # knows nobody and is not used; the other takes 30 ms
     file, directory = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")

@@ -1,4 +1,4 @@
-"""Opening the engines that a configuration asks for, and which rank drives which."""
+"""Opens the engines of a configuration, and decides which rank drives which."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from megatron_gkd.rollout.protocol import Engine
 class LocalEngines:
     """The engines that this rank drives.
 
-    Colocated: one, shared with the other ranks of its tensor parallel group; `reports` on the first of them. Servers:
-    all of them on rank 0, none elsewhere.
+    Colocated: one, shared with the other ranks of its tensor parallel group; `reports` is true on the first of them.
+    Servers: all of them on rank 0, none elsewhere.
     """
 
     engines: Mapping[int, Engine]  # index among all engines -> engine
@@ -45,8 +45,8 @@ def open_engines(
     """Collective over `group`, all ranks of the run. Raises ConfigError or RolloutError.
 
     Args:
-        image_options: of engines of the run's own whose model sees images (`engine_image_options`).
-        adapter: of a colocated engine that is sent adapters alone (vllm/colocate.py).
+        image_options: for engines that the run starts and whose model sees images (`engine_image_options`).
+        adapter: for a colocated engine that receives adapters only (vllm/colocate.py).
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if sampling.vllm_mode == "colocate":
@@ -71,10 +71,10 @@ def open_engines(
 
 
 def engine_image_options(images: ImageTokens | None, most: int, *, in_server: bool) -> dict[str, Any]:
-    """What vLLM is told of images, of which a prompt has `most`: its processor has to do what ours does.
+    """Options that make vLLM's image processor do what ours does. `most` is the largest number of images in a prompt.
 
     Args:
-        in_server: of a server that the run starts; else of a colocated engine.
+        in_server: for a server that the run starts; else for a colocated engine.
     """
     if images is None:
         return {}
@@ -87,11 +87,11 @@ def engine_image_options(images: ImageTokens | None, most: int, *, in_server: bo
 
 
 def server_urls(host: str, port: int) -> list[str]:
-    """URLs of `--vllm_server_host`: names with commas between, each HOST, HOST:PORT or a URL. Raises ConfigError."""
+    """URLs of `--vllm_server_host`: comma-separated HOST, HOST:PORT or URL. Raises ConfigError."""
     urls = []
     for name in host.split(","):
         if "@" in name:  # not shown: what stands before it is a secret
-            raise ConfigError("--vllm_server_host holds a name or a password; set VLLM_API_KEY instead")
+            raise ConfigError("--vllm_server_host contains a user name or a password; set VLLM_API_KEY instead")
         try:
             parts = urlsplit(name.strip() if "//" in name else f"http://{name.strip()}")
             where, own_port = parts.hostname, parts.port
@@ -109,13 +109,13 @@ def server_urls(host: str, port: int) -> list[str]:
 def probe_servers(
     sampling: SamplingConfig, *, model_path: str, dtype: Dtype, max_model_len: int, most_s: float
 ) -> None:
-    """Look at each server of `--vllm_server_host`, and leave it as it is. On one rank.
+    """Check each server of `--vllm_server_host` without changing it. On one rank.
 
     Args:
-        most_s: how long the others wait for this rank; all servers together are tried for less, and no longer than
-            --vllm_server_timeout.
+        most_s: how long the other ranks wait for this one; all servers together are retried for less than that, and at
+            most for --vllm_server_timeout.
 
-    Raises ConfigError or RolloutError: it cannot be reached, or has another type, model or length than is needed.
+    Raises ConfigError or RolloutError if a server cannot be reached, or has another dtype, model or length than needed.
     """
     from megatron_gkd.rollout.vllm.server import ServerEngine
 
@@ -139,7 +139,7 @@ def _servers_on_rank_0(
     max_model_len: int,
     group: dist.ProcessGroup,
 ) -> LocalEngines:
-    """Rank 0 opens them; a failure there is raised on every rank."""
+    """Rank 0 opens them; an error there is raised on every rank."""
     urls = server_urls(sampling.vllm_server_host, sampling.vllm_server_port) if sampling.vllm_server_host else []
     engines: list[Engine] = []
 
@@ -174,6 +174,6 @@ def _check_lengths(engines: Sequence[Engine], urls: Sequence[str], max_model_len
     for url, engine in zip(urls, engines, strict=False):
         if engine.max_model_len < max_model_len:
             raise ConfigError(
-                f"{url} takes {engine.max_model_len} tokens of prompt and completion, and {max_model_len} are wanted: "
+                f"{url} takes {engine.max_model_len} tokens of prompt and completion, and {max_model_len} are needed: "
                 "start it with a larger --max-model-len, or give --vllm_max_model_len or a smaller --max_length"
             )

@@ -1,15 +1,15 @@
-"""Who may do what to a rollout server: an ASGI middleware of the server (vLLM's --middleware), and the secret that it
-asks for.
+"""Access control of a rollout server: an ASGI middleware of the server (vLLM's --middleware), and the secret that it
+requires.
 
     open to all                    OPEN: health, name of the model, completions (with vLLM's own key, if it has one)
-    with the secret alone          CONTROL: pause, sleep, versions, prompts with images, and /collective_rpc for METHODS
+    with the secret only           CONTROL: pause, sleep, versions, prompts with images, and /collective_rpc for METHODS
                                    of vllm/worker.py
-    for nobody                     everything else: vLLM's development endpoints run any method of its workers, one of
-                                   which writes a file wherever it is told
+    closed                         everything else: vLLM's development endpoints can call any method of its workers, and
+                                   one of these writes a file to any path
 
-The secret stands in a file of this user's (mode 0600), which the server and the run both read: the one that the
-variable GKD_ROLLOUT_SECRET_FILE names, else ~/.megatron_gkd/rollout_secret, which launch/rollout_server.sh makes. A
-server that a run starts has one of its own, beside its socket. It travels in a header, in plain text over http.
+The secret is in a file with mode 0600 that both the server and the run read: the file in the variable
+GKD_ROLLOUT_SECRET_FILE, else ~/.megatron_gkd/rollout_secret, which launch/rollout_server.sh creates. A server that a
+run starts has its own, beside its socket. The secret is sent in a header, unencrypted over http.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 def read_secret(path: str | Path) -> Secret:
-    """The secret in a file of this user's. Raises ConfigError."""
+    """The secret in a file of this user. Raises ConfigError."""
     secret = Secret.from_file(path)
     if len(secret.value) < _LEAST_CHARACTERS:
         raise ConfigError(f"the secret in {path} is shorter than {_LEAST_CHARACTERS} characters; remove the file")
@@ -59,14 +59,14 @@ def read_secret(path: str | Path) -> Secret:
 
 
 def rollout_secret() -> Secret | None:
-    """The one for servers that somebody started; None where no launch script of this user has made one."""
+    """The secret for servers that a user started; None if no launch script of this user has created one."""
     named = os.environ.get(SECRET_FILE_ENV)
     path = Path(named or SECRET_FILE).expanduser()
     return read_secret(path) if named or path.exists() else None
 
 
 class Gate:
-    """vLLM makes one when the server starts; it fails then, where there is no secret."""
+    """vLLM creates it when the server starts; without a secret the start fails."""
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         named = os.environ.get(SECRET_FILE_ENV)
@@ -85,10 +85,10 @@ class Gate:
         if asked in OPEN:
             await self._app(scope, receive, send)
         elif asked not in CONTROL:
-            await _refuse(send, "a rollout server has no such endpoint, or not for anybody")
+            await _refuse(send, "a rollout server does not have this endpoint, or has closed it")
         elif not self._knows_secret(scope["headers"]):
             await _refuse(
-                send, f"it asks for the secret of the server: give the run the {SECRET_FILE_ENV} of the server"
+                send, f"this endpoint needs the server's secret: set {SECRET_FILE_ENV} for the run as for the server"
             )
         elif scope["path"] != "/collective_rpc":
             await self._app(scope, receive, send)
@@ -105,7 +105,7 @@ class Gate:
 
 
 async def _whole_body(receive: Receive) -> bytes | None:
-    """None for one that is too long, or cut."""
+    """None for a body that is too long or truncated."""
     body = bytearray()
     while True:
         message = await receive()
@@ -119,7 +119,7 @@ async def _whole_body(receive: Receive) -> bytes | None:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """What the application receives: the body that was read, then what comes after it."""
+    """A `receive` that returns the body that was read, then what follows."""
     left = [body]
 
     async def read() -> Message:
@@ -131,14 +131,14 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 def _problem_of(body: bytes | None) -> str | None:
-    """What is wrong with a call of the workers."""
+    """What is wrong with a call of the workers; None: nothing."""
     try:
         call = json.loads(body or b"")
         if call["method"] in METHODS and isinstance(call["args"], list) and call.keys() <= {"method", "args"}:
             return None
     except (ValueError, TypeError, KeyError, RecursionError, AttributeError):
-        return "it is no call of a worker's method"
-    return "the workers of a rollout server have no such method, or not for anybody"
+        return "this is not a call of a worker's method"
+    return "the workers of a rollout server do not have this method, or have closed it"
 
 
 async def _refuse(send: Send, text: str) -> None:

@@ -1,12 +1,12 @@
-"""Prompts with images as a vLLM server takes them, and its answers as records. Pure, but for reading the images.
+"""Prompts with images in the form of a vLLM server, and its answers as records. Pure, except that images are read.
 
-    POST /inference/v1/generate      (of a server that was started with --enable-scale-out)
-        token_ids                    the prompt with ONE placeholder for each image (and, to be scored, a completion)
+    POST /inference/v1/generate      (of a server started with --enable-scale-out)
+        token_ids                    the prompt with ONE placeholder for each image (and a completion, if it is scored)
         content_parts                the images in order, as PNG in data: URIs: upright RGB, as the trainer has them
-        return_token_ids             the prompt as the server expanded it, which has to be the trainer's expansion
+        return_token_ids             returns the prompt as the server expanded it, which must equal the trainer's
 
-The server's own expansion is compared in every answer. It has other tiles where it was started without the trainer's
-`mm_processor_kwargs`, and ids that are expanded already would be expanded again without an error.
+The server's expansion is compared in every answer. It differs if the server was started without the trainer's
+`mm_processor_kwargs`, and it would silently expand ids that are expanded already a second time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _OF_THE_PROMPT: Final = ("prompt", "return_token_ids", "return_tokens_as_token_i
 
 
 def image_completion_body(request: Request, settings: SamplingSettings, max_model_len: int) -> dict[str, Any]:
-    """`completion_body` of a request with pictures."""
+    """`completion_body` for a request with pictures."""
     sampling = completion_body(request, settings, max_model_len)
     return _body(request.bare_ids, request.pictures) | {
         "sampling_params": {name: value for name, value in sampling.items() if name not in _OF_THE_PROMPT}
@@ -46,13 +46,13 @@ def image_completion_body(request: Request, settings: SamplingSettings, max_mode
 
 
 def image_topk_body(bare_ids: Sequence[int], pictures: Sequence[Picture], k: int) -> dict[str, Any]:
-    """Score a prompt with pictures and its completion; the server samples one more token, which is not looked at."""
+    """Score a prompt with pictures and its completion; the server samples one more token, which is ignored."""
     scoring = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "detokenize": False}
     return _body(bare_ids, pictures) | {"sampling_params": scoring}
 
 
 def read_image_scores(ids: SeenSequence, answer: Any, server: str) -> list[float]:
-    """The log-probability of each token but the first, in an answer to `image_topk_body` of no others."""
+    """The log-probability of each token except the first, in an answer to `image_topk_body` with k = 0."""
     check_expansion(answer, ids, "a probe", server)
     try:
         rows = answer["prompt_logprobs"]
@@ -81,15 +81,15 @@ def read_image_completion(request: Request, answer: Any, version: int, server: s
 
 
 def check_expansion(answer: Any, ids: Sequence[int], what: str, server: str) -> None:
-    """The server's processor and the trainer's agree about tiles and order. Raises RolloutError."""
+    """Raise RolloutError unless the server's processor expanded the images as the trainer does."""
     found = answer.get("prompt_token_ids") if isinstance(answer, dict) else None
     if not isinstance(found, list):
         raise RolloutError(f"{server} does not say how it expanded the images of {what}; vLLM 0.32 does")
     if found != list(ids):
         raise RolloutError(
-            f"{server} makes {len(found)} tokens of the sequence with images of {what}, and {len(ids)} are meant: its "
-            "processor is another one, or cuts images into other tiles (--max_image_tiles); start it with --mm-"
-            """processor-kwargs '{"max_patches": N}' of the run"""
+            f"{server} makes {len(found)} tokens of the sequence with images of {what}, and {len(ids)} are needed: its "
+            "processor differs, or cuts images into other tiles (--max_image_tiles); start it with the run's "
+            """--mm-processor-kwargs '{"max_patches": N}'"""
         )
 
 
@@ -103,7 +103,7 @@ def _body(bare_ids: Sequence[int], pictures: Sequence[Picture]) -> dict[str, Any
 
 @lru_cache(maxsize=16)
 def _data_uri(picture: Picture) -> str:
-    """Without loss."""
+    """Lossless."""
     file = io.BytesIO()
     load(picture).save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,14 +1,14 @@
-"""Private directories that bear their owner's name, so that what a killed process left is found and removed.
+"""Private directories named after their owning process, so that leftovers of a killed process can be found and removed.
 
     gkd-weights-4242.918273.5f0c9a12-8c1d40aa           PREFIX-PID.START.PLACE-RANDOM
-                process id, when it started (clock ticks since boot), hash of boot and namespace of process ids
+                process id, its start time (clock ticks since boot), hash of boot id and PID namespace
 
-A kill -9 runs no clean-up, so every new directory first removes those of the same prefix whose owner is gone. What is
-another user's stays, and what another place has made: a container or a machine that shares the file system, where
-nobody here can tell who lives.
+A kill -9 runs no clean-up, so every new directory first removes those with the same prefix whose owner is gone. Those
+of other users stay, and those from another PLACE: another container or machine that shares the file system, whose
+processes cannot be seen here.
 
-`open_private` is how a process opens a file by a name that somebody gave it: never by a path. The name has to be of the
-form above and a plain file name; neither may be a link; both have to belong to this user and be closed to all others.
+`open_private` opens a file by a name that another process sent; it accepts names, not paths. The directory and the file
+must have the form above, must not be links, must belong to this user, and must be closed to all others.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _FILE: Final = re.compile(r"[a-z]{1,16}[0-9]{0,12}(?:\.[a-z]{1,16})?")
 
 
 def owner() -> str:
-    """This process, in a form that no other one has on this machine since it was booted."""
+    """An identifier of this process that is unique on this machine since boot."""
     return f"{os.getpid()}.{_started(os.getpid())}.{_place()}"
 
 
 def private_directory(prefix: str, root: str) -> str:
-    """A new directory of mode 0700, named after this process; leftovers of the same prefix are removed first."""
+    """Create a directory with mode 0700, named after this process; leftovers with the same prefix are removed first."""
     remove_leftovers(prefix, root)
     path = os.path.join(root, f"{prefix}-{owner()}-{secrets.token_hex(4)}")
     assert _OWNED.fullmatch(os.path.basename(path)), path
@@ -43,7 +43,7 @@ def private_directory(prefix: str, root: str) -> str:
 
 
 def remove_leftovers(prefix: str, root: str) -> None:
-    """Files and directories of this user whose owner has ended."""
+    """Remove this user's files and directories whose owner has ended."""
     with contextlib.suppress(OSError):
         for name in os.listdir(root):
             found = _OWNED.fullmatch(name)
@@ -59,9 +59,8 @@ def remove_leftovers(prefix: str, root: str) -> None:
 
 
 def open_private(name: str, root: str = SHM_ROOT) -> int:
-    """A descriptor of DIRECTORY/FILE below the root, for reading. Raises PermissionError for a name of another form
-    and for what is not this user's alone, OSError for what is not there.
-    """
+    """A descriptor of DIRECTORY/FILE below the root, for reading. Raises PermissionError for a name of another form and
+    for anything that others can access, OSError for a missing file."""
     directory, _, file = name.partition("/") if isinstance(name, str) else ("", "", "")
     if not (_OWNED.fullmatch(directory) and _FILE.fullmatch(file)):
         raise PermissionError("not the name of a file of a pusher")
@@ -88,7 +87,7 @@ def _check_own(descriptor: int, name: str, *, is_directory: bool) -> None:
 
 
 def _is_alive(found: re.Match[str]) -> bool:
-    """Whether the owner in a name may still run; who is in another place may."""
+    """Whether the owner in a name may still run; one in another place may."""
     if found[4] != _place():
         return True
     try:
@@ -98,13 +97,13 @@ def _is_alive(found: re.Match[str]) -> bool:
 
 
 def _place() -> str:
-    """Where a process id means one process: this machine since it was booted, this namespace."""
+    """Where a process id is unique: this machine since boot, in this PID namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     namespace = os.stat("/proc/self/ns/pid").st_ino
     return hashlib.blake2b(f"{boot} {namespace}".encode(), digest_size=4).hexdigest()
 
 
 def _started(pid: int) -> str:
-    """When a process started, in clock ticks since boot: field 22 of /proc/PID/stat, 20th after the name."""
+    """The start time of a process, in clock ticks since boot: field 22 of /proc/PID/stat, the 20th after the name."""
     with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
         return file.read().rpartition(")")[2].split()[19]

@@ -1,12 +1,12 @@
-"""What the bridge asks of a sampling engine, and the records that cross that border. No vLLM, no process groups.
+"""The interface of a sampling engine, and the records that cross it. No vLLM, no process groups.
 
-An engine holds one copy of the student's weights, under a policy version: the number of updates behind them. Its life:
+An engine holds one copy of the student's weights, with a policy version: the number of updates behind them. Its states:
 
     create -> asleep(weights and KV freed) or awake
     wake_weights -> begin -> bucket* -> end(version) | abort -> wake_kv -> generate, score -> sleep -> ...
 
-Rules, enforced by the adapters: nothing is sampled or scored between `begin` and `end`, after `abort` until a complete
-update, or asleep; `end` makes the new weights and the version visible at once and drops every cached prefix. Weights
+Rules, enforced by the adapters: no sampling or scoring between `begin` and `end`, after `abort` until a complete
+update, or asleep. `end` makes the new weights and the version visible at once and drops every cached prefix. Weights
 travel under their Hugging Face names, as full (unsharded) tensors, each name once per update, in buckets.
 """
 
@@ -26,7 +26,7 @@ DEFAULT_TIMEOUT_S = 600.0  # of one call to an engine
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are drawn; the same for all requests of a run. vLLM's meanings and its order of the filters."""
+    """How tokens are sampled; the same for all requests of a call. Meanings and order of the filters are vLLM's."""
 
     temperature: float  # 0: the most probable token
     top_p: float = 1.0
@@ -37,9 +37,8 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to sample. Its tokens depend on the weights, the settings and this record alone: not on the
-    engine, its tensor parallel size or the other requests.
-    """
+    """One completion to sample. Its tokens depend only on the weights, the settings and this record, not on the engine,
+    its tensor parallel size or the other requests."""
 
     key: int  # the caller's; returned with the completion
     prompt_ids: tuple[int, ...]
@@ -51,7 +50,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of a request."""
+    """The result of a request."""
 
     key: int
     token_ids: tuple[int, ...]  # up to and including the stop token
@@ -61,9 +60,8 @@ class Completion:
 
 
 class Engine(Protocol):
-    """One engine, as the rank that drives it sees it. Every method raises RolloutError when the engine fails it, and
-    returns within a time limit. In a colocated engine of several ranks, all of them make the same calls.
-    """
+    """One engine, as seen by the rank that drives it. Every method raises RolloutError on failure and returns within a
+    time limit. In a colocated engine of several ranks, all of them make the same calls."""
 
     @property
     def max_model_len(self) -> int:
@@ -74,20 +72,20 @@ class Engine(Protocol):
         """Policy version of the weights; None before the first complete update and after an abort."""
 
     def begin(self) -> None:
-        """Start an update: a complete one, every tensor of the model."""
+        """Start an update, which must be complete: every tensor of the model."""
 
     def bucket(self, tensors: Sequence[tuple[str, torch.Tensor]], sums: Mapping[str, tuple[int, int]]) -> None:
-        """Hand over some of the tensors, with the checksum that each had on its owner (weights/checksum.py).
+        """Transfer some of the tensors, with the checksum of each on its owner (weights/checksum.py).
 
-        The engine's worker verifies them and the call raises, naming the tensor. The engine may refer to the tensors
-        until `end`: the caller must not write to them.
+        The engine's worker verifies the checksums; the call raises an error that names a wrong tensor. The engine may
+        keep references to the tensors until `end`, so the caller must not write to them.
         """
 
     def end(self, version: int) -> None:
-        """Finish the update: load what is incomplete, drop cached prefixes, take the version."""
+        """Finish the update: complete the loading, drop cached prefixes, set the version."""
 
     def received(self) -> dict[str, tuple[tuple[int, int], float]]:
-        """Of every tensor of the last update, as the worker got it: its checksum and its norm."""
+        """The checksum and norm of every tensor of the last update, as the worker received it."""
 
     def abort(self) -> None:
         """Leave a failed update so that a complete one can follow; sampling is refused until then. Idempotent."""
@@ -96,22 +94,21 @@ class Engine(Protocol):
         """Completions, in the order of the requests."""
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability (nats, temperature 1) of each token but the first given those before it. A SeenSequence has
-        pictures."""
+        """Log-probability (nats, temperature 1) of each token except the first, given those before it. A SeenSequence
+        has pictures."""
 
     def cached_tokens(self, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt the engine takes from its prefix cache when it samples one token from it (and so
-        caches it).
-        """
+        """The number of a prompt's tokens that come from the prefix cache when one token is sampled (which also caches
+        the prompt)."""
 
     def sleep(self) -> None:
-        """Free what the sleep level says; nothing at level 0."""
+        """Free memory according to the sleep level; nothing at level 0."""
 
     def wake_weights(self) -> None:
-        """Make room for weights again. After level 2 they are undefined until an update."""
+        """Allocate memory for weights again. After level 2 they are undefined until an update."""
 
     def wake_kv(self) -> None:
-        """Make room for the KV cache again; sampling is possible then."""
+        """Allocate memory for the KV cache again; then sampling is possible."""
 
     def close(self) -> None:
-        """End the engine and what it owns: never the trainer's process groups. Idempotent."""
+        """Shut down the engine and what it owns, but not the trainer's process groups. Idempotent."""

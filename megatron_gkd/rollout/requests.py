@@ -1,17 +1,17 @@
-"""What is asked of the engines in a step, as plain data: seeds, lengths, and who samples what. No torch.
+"""The requests of a step to the engines, as plain data: seeds, lengths, and which engine samples what. No torch.
 
-A completion is a function of (weights, settings, run seed, step, position in the global batch) alone. So it does not
-depend on the parallel layout, on the number of engines, on the other requests or on a resume; `seed_of` gives every
-request a seed of its own, from a hash of those counters.
+A completion is a function of (weights, settings, run seed, step, position in the global batch) only. So it does not
+depend on the parallel layout, the number of engines, the other requests or a resume. `seed_of` hashes these counters
+into a seed for each request.
 
 `assign` deals requests to engines. The cost of a request is its prompt's tokens plus the most that it may sample.
 
     A1  every request is dealt to exactly one engine;
-    A2  the numbers of requests of two engines differ by at most one (decoding time follows the number of sequences);
+    A2  the numbers of requests of two engines differ by at most one (decoding time depends on the number of sequences);
     A3  the costs of two engines differ by at most the largest cost.
 
-Proof of A3: dealt in rows of E, descending, the larger to the engine with less so far; see schedule.py, I6 (the last,
-partial row adds at most one request to an engine that has no more than the others).
+Proof of A3: requests are dealt in rows of E, largest first, the larger to the engine with less so far; see schedule.py,
+I6 (the last, partial row adds at most one request to an engine that has no more than the others).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make_requests(
     Args:
         prompts: position in the global batch -> prompt token ids.
         max_length: most tokens of prompt and completion together that the student is trained on.
-        max_model_len: the same of the engine.
+        max_model_len: the engine's limit for the same.
 
     Raises ConfigError for a prompt that leaves no room for a token.
     """
@@ -63,7 +63,7 @@ def make_requests(
 
 
 def assign(costs: Sequence[int], num_engines: int) -> list[list[int]]:
-    """Indices into `costs` for each engine, with invariants A1 to A3 of the module."""
+    """Indices into `costs` for each engine, with invariants A1 to A3 of the module docstring."""
     assert num_engines >= 1, num_engines
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     dealt: list[list[int]] = [[] for _ in range(num_engines)]

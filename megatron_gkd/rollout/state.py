@@ -1,4 +1,4 @@
-"""What a sampling engine may be asked, in which state: the rules of protocol.py as one small machine. Pure Python.
+"""Which calls a sampling engine accepts in which state: the rules of protocol.py as a small state machine. Pure Python.
 
     memory    awake -> asleep -> (wake_weights) weights -> (wake_kv) awake
     update    none -> (begin) open -> (bucket)* -> (end) none, with a version
@@ -9,12 +9,12 @@ Each method is a context manager around the adapter's own work:
     with self.state.bucket():
         self._send(tensors)
 
-It refuses what is out of turn before the work begins, takes the transition when the work succeeds, and remembers what
-a failure leaves behind: after a failed step of an update only `abort` is possible, after a failed sleep or wake only
-`close`. Sampling needs an engine that is awake, outside an update, and weights with a version.
+It refuses a call out of order before the work begins, makes the transition when the work succeeds, and records a
+failure: after a failed step of an update only `abort` is possible, after a failed sleep or wake only `close`. Sampling
+needs an engine that is awake, outside an update, with weights that have a version.
 
-A colocated engine and a server engine obey the same machine; it knows nothing of either, and holds no locks: an engine
-is driven by one thread at a time, and an update that begins while another thread samples is refused.
+Colocated and server engines use the same machine. It holds no locks: an engine is driven by one thread at a time, and
+an update that begins while another thread samples is refused.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Update = Literal["none", "open", "broken"]
 
 
 class EngineState:
-    """Attributes: `version` of the weights, None where there are none to sample from; `memory`; `update`; `closed`."""
+    """Attributes: `version` of the weights, None if there are none to sample from; `memory`; `update`; `closed`."""
 
     def __init__(self, name: str, *, version: int | None, sleep_level: int = 0, memory: Memory = "awake") -> None:
-        """`name` says which engine in messages ("the vLLM server at http://..."); sleep level 2 drops the weights."""
+        """`name` names the engine in messages ("the vLLM server at http://..."); sleep level 2 drops the weights."""
         self.name = name
         self.version = version
         self.memory: Memory = memory
@@ -58,7 +58,7 @@ class EngineState:
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[None]:
-        """Around the start of an update. The old version is given up here: the weights are no longer whole."""
+        """Around the start of an update. The old version ends here, because the weights are no longer complete."""
         self._usable("begin an update")
         if self.memory == "asleep":
             self._refuse("begin an update", "wake_weights comes first")
@@ -80,7 +80,7 @@ class EngineState:
 
     @contextlib.contextmanager
     def end(self, version: int) -> Iterator[None]:
-        """Around the completion of an update, the dropping of cached prefixes included."""
+        """Around the end of an update, including the dropping of cached prefixes."""
         self._in_update(f"end an update as version {version}")
         assert version >= 0, version
         with self._breaks_update():
@@ -90,7 +90,7 @@ class EngineState:
 
     @contextlib.contextmanager
     def abort(self) -> Iterator[bool]:
-        """Around leaving an update; gives False where there is none to leave, so that nothing has to be done."""
+        """Around leaving an update; yields False if there is none, so that nothing has to be done."""
         self._usable("abort an update")
         if self.update == "none":
             yield False
@@ -101,7 +101,7 @@ class EngineState:
 
     @contextlib.contextmanager
     def sampling(self, what: str) -> Iterator[int]:
-        """Around `generate` and `score` (`what` names the call); gives the version of the weights."""
+        """Around `generate` and `score` (`what` names the call); yields the version of the weights."""
         self._usable(what)
         if self.update != "none":
             self._refuse(what, "the weights are not whole; end the update, or abort it and make a complete one")
@@ -133,7 +133,7 @@ class EngineState:
 
     @contextlib.contextmanager
     def wake_weights(self) -> Iterator[None]:
-        """Around making room for weights."""
+        """Around allocating memory for weights."""
         self._usable("wake its weights")
         if self.memory != "asleep":
             self._refuse("wake its weights", "they are awake already")
@@ -143,7 +143,7 @@ class EngineState:
 
     @contextlib.contextmanager
     def wake_kv(self) -> Iterator[None]:
-        """Around making room for the KV cache."""
+        """Around allocating memory for the KV cache."""
         self._usable("wake its KV cache")
         if self.memory == "awake":
             self._refuse("wake its KV cache", "it is awake already")
@@ -155,11 +155,11 @@ class EngineState:
         self.memory = "awake"
 
     def lose_weights(self) -> None:
-        """The weights turned out to be others than those of `version`: a complete update has to follow."""
+        """The weights are not those of `version`: a complete update must follow."""
         self.version = None
 
     def close(self) -> bool:
-        """Whether there is something left to close; from then on every call is refused."""
+        """Whether there is anything left to close; every later call is refused."""
         was_open, self.closed = not self.closed, True
         return was_open
 

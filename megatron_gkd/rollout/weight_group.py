@@ -1,11 +1,11 @@
-"""A process group between one trainer rank and the workers of a server on other machines, beside all other groups.
+"""A process group of one trainer rank and the workers of a server on other machines, independent of all other groups.
 
     rank 0: the trainer rank that pushes      ranks 1 .. n: the server's workers      collectives: broadcast from 0
 
-It is made directly, as a backend over a TCP store that rank 0 serves: neither side's default process group takes
-part or is changed, so vLLM and the trainer may have whatever worlds they have. Gloo for host memory, NCCL for CUDA.
+It is constructed directly as a backend over a TCP store that rank 0 serves. Neither side's default process group takes
+part or is changed, so vLLM and the trainer may have any worlds. Gloo for host memory, NCCL for CUDA.
 
-NCCL has not been run: no machine with a GPU was at hand.
+NCCL has not been run yet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ALIGNMENT = 64  # bytes
 
 
 def serve_store(timeout_s: float) -> TCPStore:
-    """The store that the ranks meet at, on a free port of this process; `store.port` tells which."""
+    """The rendezvous store of the ranks, on a free port of this process (`store.port`)."""
     return TCPStore(
         "localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s), use_libuv=True
     )
@@ -43,9 +43,8 @@ def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
 def make_group(
     store: TCPStore, *, rank: int, size: int, backend: Backend, address: str, key: str, timeout_s: float
 ) -> Any:
-    """The group; returns when all ranks are there. `address` is this rank's own, which the others can reach; `key` is
-    new for every group on one store.
-    """
+    """The group; returns when all ranks have joined. `address` is this rank's address, which the others can reach;
+    `key` is new for every group on one store."""
     timeout = timedelta(seconds=timeout_s)
     prefixed = PrefixStore(key, store)
     if backend == "nccl":
@@ -68,7 +67,7 @@ def start_broadcast(group: Any, flat: torch.Tensor) -> Any:
 
 
 def own_address(peer_host: str, peer_port: int) -> str:
-    """The address of this machine that connections to the peer come from. Nothing is sent."""
+    """This machine's address for connections to the peer. Nothing is sent."""
     family, kind, _, _, address = socket.getaddrinfo(peer_host, peer_port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(address)
@@ -76,7 +75,7 @@ def own_address(peer_host: str, peer_port: int) -> str:
 
 
 def flatten(tensors: Tensors, device: torch.device) -> tuple[torch.Tensor, list[list[Any]]]:
-    """(bytes [n], rows of name, dtype, shape, first byte): each tensor at a multiple of the alignment."""
+    """(bytes [n], rows of name, dtype, shape, first byte), with each tensor aligned."""
     layout: list[list[Any]] = []
     end = 0
     for name, tensor in tensors:

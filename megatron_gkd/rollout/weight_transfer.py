@@ -1,13 +1,12 @@
-"""How a bucket of weights reaches the workers of a server; the server's `/collective_rpc` tells them to fetch it.
+"""Transfers a bucket of weights to a server's workers, which are told by `/collective_rpc` to fetch it.
 
-    shm     same machine: a safetensors file per bucket in /dev/shm, readable by this user alone, in a private directory
+    shm     same machine: a safetensors file per bucket in /dev/shm, readable by this user only, in a private directory
             (owned.py); the worker is told DIRECTORY/FILE, never a path
-    group   another machine: a broadcast in a process group between this rank and the workers (weight_group.py)
+    group   another machine: a broadcast in a process group of this rank and the workers (weight_group.py)
 
-In both, a bucket is under way while the caller prepares the next: at most two exist at a time, and a failure shows
-in the next call at the latest (`send` or `finish`). The checksums of the tensors go with the request, and the worker
-verifies them. Whatever happens, files are removed: after each bucket, in `cancel`, in `close`, and by the next run
-where this process was killed.
+In both, a bucket is in flight while the caller prepares the next: at most two exist at a time, and a failure is raised
+by the next call at the latest (`send` or `finish`). The checksums go with the request, and the worker verifies them.
+Files are always removed: after each bucket, in `cancel`, in `close`, and after a kill by the next run.
 """
 
 from __future__ import annotations
@@ -45,23 +44,23 @@ _POLL_S: Final = 0.0005
 
 
 class Transfer(Protocol):
-    """One way to the workers; used by one thread."""
+    """A way to transfer weights to the workers; used by one thread."""
 
     def send(self, tensors: Tensors, sums: Sums) -> None:
-        """Hand over a bucket. Raises what became of the one before it, too."""
+        """Transfer a bucket. Raises the previous bucket's error, too."""
 
     def finish(self) -> None:
         """Wait until the workers have taken everything."""
 
     def cancel(self) -> None:
-        """Give up what is under way, after a failure. Raises nothing."""
+        """Drop what is in flight, after a failure. Does not raise."""
 
     def close(self) -> None:
-        """Leave nothing behind. Idempotent; raises nothing."""
+        """Clean up. Idempotent; does not raise."""
 
 
 class ShmTransfer:
-    """Files in shared memory. They are written once: tensors are copied straight into the mapped file."""
+    """Files in shared memory. Tensors are copied straight into the mapped file."""
 
     def __init__(self, call: Call, *, root: str = SHM_ROOT) -> None:
         self._call = call
@@ -172,16 +171,15 @@ class GroupTransfer:
             if answer.done():
                 answer.result()
             raise RolloutError(
-                f"no process group for weights with the server's {self._num_workers} workers, which have to reach this "
+                f"no process group for weights with the server's {self._num_workers} workers, which must reach this "
                 f"machine at {self._address}, port {self._store.port}: {str(error).splitlines()[0]}"
             ) from error
         answer.result()
 
 
 def write_safetensors(path: str, tensors: Tensors) -> None:
-    """A safetensors file, readable by its owner alone, that the tensors are copied into directly (one copy, from any
-    device).
-    """
+    """A safetensors file that only its owner can read. The tensors are copied into it directly (one copy, from any
+    device)."""
     in_order = sorted(tensors, key=lambda item: -item[1].element_size())  # so that all are aligned
     specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in in_order]
     header = write_header(specs, alignment=_ALIGNMENT)
@@ -197,9 +195,8 @@ def write_safetensors(path: str, tensors: Tensors) -> None:
 
 
 def can_be_read_by(call: Call, *, root: str = SHM_ROOT) -> bool:
-    """Whether every worker sees the files that this process writes to shared memory: the same machine, and the same
-    container of it.
-    """
+    """Whether every worker sees this process's files in shared memory: it is on the same machine and in the same
+    container."""
     directory = private_directory(SHM_PREFIX, root)
     try:
         token, path = os.urandom(16).hex(), os.path.join(directory, "token")
@@ -212,7 +209,7 @@ def can_be_read_by(call: Call, *, root: str = SHM_ROOT) -> bool:
 
 
 def _name(path: str) -> str:
-    """What a worker is told of a file: the names of its directory and of itself."""
+    """A file's name as workers are told it: its directory's name and its own."""
     return os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path))
 
 

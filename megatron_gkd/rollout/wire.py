@@ -1,9 +1,9 @@
-"""Requests for completions and scores as /v1/completions takes them, and its answers as records. Pure.
+"""Requests for completions and scores in the form of /v1/completions, and its answers as records. Pure.
 
-Token ids in and out; no text is looked at. One request per completion, because each has its own seed. Settings are
-sent in full, so that a generation_config.json of the server cannot add to them, and a sequence ends at the stop tokens
-of `SamplingSettings` and nowhere else. Log-probabilities are those of the model at temperature 1 without filters
-(the server's --logprobs-mode raw_logprobs, which is its default).
+Token ids in and out; text is not used. One request per completion, because each has its own seed. Settings are sent in
+full, so that the server's generation_config.json cannot add any, and a sequence ends only at the stop tokens of
+`SamplingSettings`. Log-probabilities are the model's at temperature 1 without filters (the server's --logprobs-mode
+raw_logprobs, its default).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ OTHER_FORM = (LookupError, TypeError, ValueError, AttributeError, ArithmeticErro
 
 
 def read_int(value: Any) -> int:
-    """A whole number of JSON; TypeError for anything that only looks like one."""
+    """A whole number in JSON; TypeError for anything else, such as 1.0 or true."""
     if type(value) is not int:
         raise TypeError(f"{str(value)[:40]!r} is not a whole number")
     return value
 
 
 def read_number(value: Any) -> float:
-    """A number of JSON, which may be NaN."""
+    """A number in JSON, which may be NaN."""
     if type(value) not in (int, float):
         raise TypeError(f"{str(value)[:40]!r} is not a number")
     return float(value)
 
 
 def completion_body(request: Request, settings: SamplingSettings, max_model_len: int) -> dict[str, Any]:
-    """One completion. The server refuses a prompt and `max_tokens` that together are too long, so that is cut here."""
+    """One completion. `max_tokens` is reduced to what fits, because the server refuses a request that is too long."""
     # A placeholder of an image that is sampled is text, which nothing could tell from an image's.
     banned = {str(token): -100.0 for token in settings.banned_token_ids}
     return {
@@ -76,11 +76,11 @@ def read_completion(request: Request, answer: Any, version: int, server: str) ->
 def checked_completion(
     request: Request, reason: Any, tokens: Sequence[int], logprobs: Sequence[float], version: int, server: str
 ) -> Completion:
-    """What a server sampled, where that can be. Raises RolloutError."""
+    """A server's completion, if it is a possible one. Raises RolloutError."""
     if reason not in ("stop", "length") or not 1 <= len(tokens) == len(logprobs) <= request.max_tokens:
         raise RolloutError(
             f"{server} ended request {request.key} with {reason!r}, {len(tokens)} tokens and {len(logprobs)} "
-            f"log-probabilities; a stop or a length is needed, and as many of both, at most {request.max_tokens}"
+            f"log-probabilities; needed are stop or length, and equal numbers of both, 1 to {request.max_tokens}"
         )
     if min(tokens) < 0 or not all(value <= SLACK for value in logprobs):
         raise RolloutError(
@@ -91,7 +91,7 @@ def checked_completion(
 
 
 def score_body(ids: Sequence[int]) -> dict[str, Any]:
-    """Log-probabilities of a sequence's own tokens; the server samples one more, which is not looked at."""
+    """Log-probabilities of a sequence's own tokens; the server samples one more token, which is ignored."""
     return {
         "prompt": list(ids),
         "max_tokens": 1,
@@ -103,12 +103,12 @@ def score_body(ids: Sequence[int]) -> dict[str, Any]:
 
 
 def read_scores(ids: Sequence[int], answer: Any, server: str) -> list[float]:
-    """The log-probability of each token but the first, in an answer to `score_body`."""
+    """The log-probability of each token except the first, in an answer to `score_body`."""
     try:
         (choice,) = answer["choices"]
         scored, rows = choice["prompt_token_ids"], choice["prompt_logprobs"]
         if scored != list(ids) or len(rows) != len(ids):
-            raise RolloutError(f"{server} scored {len(rows)} tokens, other than the {len(ids)} that it was sent")
+            raise RolloutError(f"{server} scored {len(rows)} tokens instead of the {len(ids)} that it was sent")
         values = [read_number(row[str(token)]["logprob"]) for row, token in zip(rows[1:], ids[1:], strict=True)]
     except OTHER_FORM as error:
         raise RolloutError(
@@ -120,12 +120,12 @@ def read_scores(ids: Sequence[int], answer: Any, server: str) -> list[float]:
 
 
 def probe_body(ids: Sequence[int]) -> dict[str, Any]:
-    """One token after a prompt, for what the answer says of the prompt's cached prefix."""
+    """One token after a prompt; its answer says how much of the prompt was cached."""
     return {"prompt": list(ids), "max_tokens": 1, "temperature": 0.0}
 
 
 def read_cached_tokens(answer: Any, server: str) -> int:
-    """The prompt's tokens that came from the prefix cache."""
+    """The number of the prompt's tokens that came from the prefix cache."""
     details = answer["usage"].get("prompt_tokens_details")  # another form: the caller's client says so
     if details is None or details.get("cached_tokens") is None:
         raise RolloutError(

@@ -160,7 +160,7 @@ class TopKSignal:
 
 @dataclass(frozen=True)
 class NoSignal:
-    """The signal of a run without a teacher, and on pipeline stages before the last."""
+    """The signal of a run without a teacher, and of a pipeline stage before the last."""
 
     def __getitem__(self, rows: slice) -> NoSignal:
         return self

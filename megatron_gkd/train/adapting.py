@@ -1,8 +1,8 @@
-"""`--tuner_type lora` in a run: what it demands of the student, its adapters at the start, its adapters in a file.
+"""Adapters in a run (`--tuner_type lora`): what they require of the student, their values at the start, their files.
 
-The adapter belongs to its base: the fingerprint of `--model` (weights/fingerprint.py) is in every checkpoint and in
-every adapter that a run writes, and another one is refused where they are read. A file without one (peft's own) is
-held against the names and shapes of the matrices, and a warning says that no more could be compared.
+An adapter belongs to its base. The fingerprint of `--model` (weights/fingerprint.py) is stored in every checkpoint and
+every adapter that a run writes, and another base is refused when they are read. For a file without a fingerprint
+(peft's own) only names and shapes of the matrices are compared, and a warning says so.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ logger = get_logger(__name__)
 
 
 def lora_of(config: RunConfig) -> Lora:
-    """What the flags say of all adapters."""
+    """The adapter settings of the flags."""
     tuner = config.tuner
     return Lora(tuner.lora_rank, tuner.lora_alpha, tuner.use_rslora)
 
 
 def check_adapters(config: RunConfig, arch: Architecture, layout: Layout) -> None:
-    """Raise a GKDError for what the student, its layout, or the file of --adapters does not allow. Nothing without
+    """Raise a GKDError if the student, its layout or the file of --adapters does not fit. Does nothing without
     --tuner_type lora."""
     if not config.tuner.is_lora:
         return
@@ -64,7 +64,7 @@ def check_adapters(config: RunConfig, arch: Architecture, layout: Layout) -> Non
 
 
 def _check_same(lora: Lora, adapter: peft_files.PeftAdapter) -> None:
-    """Raise ConfigError where the flags say another adapter than the file."""
+    """Raise ConfigError where the flags differ from the file."""
     found = adapter.lora
     for flag, given, needed in (
         ("lora_rank", lora.rank, found.rank),
@@ -77,8 +77,8 @@ def _check_same(lora: Lora, adapter: peft_files.PeftAdapter) -> None:
 
 
 def base_of(config: RunConfig) -> str:
-    """Fingerprint of the frozen weights; "" where all are trained. Raises CheckpointError where --adapters belongs to
-    another one. Collective over the world: the first rank reads."""
+    """Fingerprint of the frozen weights; "" if all weights are trained. Raises CheckpointError if --adapters has
+    another base. Collective over the world: the first rank reads."""
     if not config.tuner.is_lora:
         return ""
     return on_first(lambda: _base_of(config))
@@ -90,7 +90,9 @@ def _base_of(config: RunConfig) -> str:
         return base
     with peft_files.PeftAdapter(path) as adapter:
         if adapter.base is None:
-            logger.warning("--adapters %s does not say which weights it belongs to: only names and shapes fit", path)
+            logger.warning(
+                "--adapters %s does not say which base it belongs to: only names and shapes were compared", path
+            )
         elif adapter.base != base:
             raise CheckpointError(
                 f"--adapters {path} belongs to other weights than those of --model {config.model.model} (fingerprint "
@@ -100,8 +102,8 @@ def _base_of(config: RunConfig) -> str:
 
 
 def put_adapters_on(chunks: Sequence[torch.nn.Module], config: RunConfig, arch: Architecture, groups: Any) -> None:
-    """On the loaded student, before DDP: adapters, of --adapters or new ones; all else but --modules_to_save is
-    frozen."""
+    """Add adapters to the loaded student, before DDP: those of --adapters or new ones. Everything else except
+    --modules_to_save is frozen."""
     tuner = config.tuner
     prepare(chunks, config, arch, groups)
     if tuner.adapters is None:
@@ -113,7 +115,7 @@ def put_adapters_on(chunks: Sequence[torch.nn.Module], config: RunConfig, arch: 
 
 
 def prepare(chunks: Sequence[torch.nn.Module], config: RunConfig, arch: Architecture, groups: Any) -> None:
-    """What is trained, and what is not; the adapters have no values yet."""
+    """Add adapters without values, and freeze what is not trained."""
     tuner = config.tuner
     adapters.attach(chunks, arch, groups, lora_of(config), tuner.target_modules)
     whole_modules.unfreeze(chunks, arch, groups, tuner.modules_to_save, keep_base=config.base_teaches)
@@ -122,7 +124,7 @@ def prepare(chunks: Sequence[torch.nn.Module], config: RunConfig, arch: Architec
 def read_adapter(
     chunks: Sequence[torch.nn.Module], config: RunConfig, arch: Architecture, groups: Any, path: str | Path
 ) -> None:
-    """Fill what is trained of this rank's chunks from a file that has been checked."""
+    """Fill this rank's trained parameters from a file that has been checked."""
     with peft_files.PeftAdapter(path) as adapter:
         adapters.fill(chunks, arch, groups, adapter.read)
         whole_modules.fill(chunks, arch, groups, config.tuner.modules_to_save, adapter.read_rows)
@@ -154,7 +156,7 @@ def write_adapter(
 
 
 def described(config: RunConfig, arch: Architecture) -> dict[str, Any]:
-    """The adapter as adapter_config.json has it."""
+    """The adapter in the form of adapter_config.json."""
     whole = config.tuner.modules_to_save
     return peft_files.peft_config(
         config.model.model,

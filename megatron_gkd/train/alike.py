@@ -1,14 +1,14 @@
-"""What every rank has to hold alike for a run to be one run, as facts for `together.require_same`: what differs between
-two nodes is an error before a weight is read, not a student that is wrong.
+"""Facts that must be the same on every rank, for `together.require_same`: a difference between two nodes is an error
+before a weight is read, instead of a wrong student.
 
-    start_facts   every flag, this package's code and the packages that make numbers, the files of models and data
-    row_facts     the rows as they were tokenised
+    start_facts   every flag, this package's code, the packages that affect numbers, the files of models and data
+    row_facts     the tokenised rows
 
-Files are compared by what is in them, not by date: small ones whole, of data beyond 64 MiB the beginning, the end and
-4 KiB every 16 MiB, of weights what `fingerprint(..., ends_only=True)` reads. A change in the middle of a large tensor
-is found by the comparison of the replicas (replicas.py), one within a large data file by that of the rows.
+Files are compared by content, not by date: small ones whole; data beyond 64 MiB by the beginning, the end and 4 KiB
+every 16 MiB; weights by `fingerprint(..., ends_only=True)`. A change in the middle of a large tensor is detected by the
+comparison of the replicas (replicas.py), one within a large data file by that of the rows.
 
-Nothing here raises: a file that cannot be read is a fact too. Where it is so on all ranks, whoever needs it says so.
+Nothing here raises: that a file cannot be read is a fact too. If it is so on all ranks, its reader raises the error.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SHOWN_DIGITS: Final = 12  # of a hash: for people, and enough to tell files apa
 
 
 def start_facts(config: RunConfig, given: RunConfig) -> dict[str, str]:
-    """Of this rank, before anything is read for work. Args: given: with names of hubs, where `config` has the files."""
+    """This rank's facts before any work. Args: given: with names on hubs where `config` has local files."""
     facts = {f"--{name}": show(value) for name, value in given.to_flat().items() if name not in FREE}
     facts |= program_facts()
     if config.teacher.teacher_nodes is not None:
@@ -66,7 +66,7 @@ def start_facts(config: RunConfig, given: RunConfig) -> dict[str, str]:
 
 
 def row_facts(rows: Rows | None, eval_rows: Rows | None) -> dict[str, str]:
-    """Of the rows that this rank tokenised."""
+    """Facts about the rows that this rank tokenised."""
     named = {"--dataset": rows, "--eval_dataset": eval_rows}
     return {
         f"{flag}, tokenised,": f"{len(found)} rows ({found.fingerprint()})"
@@ -113,7 +113,7 @@ def _data(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _content(path: Path) -> str:
-    """Size and hash, or why there is none."""
+    """Size and hash, or why it cannot be read."""
     try:
         size, digest = path.stat().st_size, hashlib.sha256()
         with open(path, "rb") as file:

@@ -1,10 +1,10 @@
-"""`--auto_resume`: where a start of a run begins, decided at the start itself, so that the same command line begins a
-run and, after a restart by torchrun or a scheduler, goes on with it.
+"""`--auto_resume`: decides at each start where the run begins, so that the same command line begins a run and continues
+it after a restart by torchrun or a scheduler.
 
-The first rank looks and tells the others: on a shared file system two nodes may see a new checkpoint at different
-times, and ranks that start from different steps would wait for each other for ever.
+The first rank looks and tells the others. On a shared file system two nodes may see a new checkpoint at different
+times, and ranks that start from different steps would deadlock.
 
-Does not choose the checkpoint or judge it; that is loading's matter, as with `--load`.
+Which checkpoint is taken, and whether it is intact, is decided when it is loaded, as with `--load`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ logger = get_logger(__name__)
 
 
 def choose_start(config: RunConfig) -> RunConfig:
-    """The configuration with `--load` set to the run directory where `--auto_resume` finds a checkpoint there, and
-    away from it where there is none.
+    """The configuration with `--load` set to the run directory if `--auto_resume` finds a checkpoint there, and unset
+    if it finds none.
 
-    Communication: with --auto_resume, one object broadcast from rank 0 over WORLD, which is made if need be.
+    Communication: with --auto_resume, one object broadcast from rank 0 over WORLD, which is created if needed.
     """
     if not config.checkpoint.auto_resume:
         return config
@@ -41,19 +41,19 @@ def choose_start(config: RunConfig) -> RunConfig:
 
 
 def resumes_itself(config: RunConfig) -> bool:
-    """Whether `choose_start` found a checkpoint of the run's own."""
+    """Whether `choose_start` found a checkpoint of this run."""
     return config.checkpoint.auto_resume and config.checkpoint.load == config.checkpoint.save
 
 
 def first_step_to_write(config: RunConfig, done_steps: int) -> int | None:
-    """The first step that the run will record; what an earlier start recorded from there on is taken back. None: there
-    was no earlier start, and a record that is there is another run's."""
+    """The first step that this start will record; records of an earlier start from there on are removed. None: there
+    was no earlier start, and an existing record belongs to another run."""
     if config.checkpoint.auto_resume and not resumes_itself(config):
         return 0  # an earlier start was stopped before its first checkpoint
     return done_steps + 1 if config.checkpoint.load else None
 
 
 def goes_on_with_itself(config: RunConfig) -> bool:
-    """Whether the run goes on from a checkpoint of its own directory, by whichever flag."""
+    """Whether the run continues from a checkpoint in its own directory, by either flag."""
     save, load = Path(config.checkpoint.save).resolve(), config.checkpoint.load
     return load is not None and Path(load).resolve() in (save, *(save / "checkpoints").glob("step_*"))

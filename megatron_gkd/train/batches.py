@@ -1,4 +1,4 @@
-"""From a step's samples to the micro-batches that one model is fed, and the plan of a forward pass alone."""
+"""Collates a step's samples into the micro-batches of one model, and plans a forward pass."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_gkd.schedule import plan_micro_batches
 def plan_forward(
     lengths: Sequence[int], layout: Layout, *, micro_batch_size: int, max_tokens: int | None = None
 ) -> MicroBatchPlan:
-    """Micro-batches of any number of samples for a forward pass alone: the last ones may be smaller, or empty.
-    `max_tokens` sizes them in tokens, as in schedule.py.
+    """Micro-batches of any number of samples for a forward pass: the last ones may be smaller, or empty. `max_tokens`
+    sizes them in tokens, as in schedule.py.
 
-    The interleaved pipeline wants one shape [B, S]: there they are single samples.
+    The interleaved pipeline needs one shape [B, S], so there each is a single sample.
     """
     one_shape = common_shape(layout)
     return plan_micro_batches(
@@ -33,8 +33,8 @@ def plan_forward(
 
 
 def batch_metrics(plan: StepPlan, layout: Layout) -> dict[str, float]:
-    """Of the student's micro-batches: the share of padding in what its replicas are fed, and the tokens of the replica
-    that is fed most over the mean of all (1: even)."""
+    """The fraction of padding in the student's micro-batches, and the most tokens of a replica over the mean (1:
+    even)."""
     sequences = Sequences(plan.samples, plan.student, layout, packing=plan.packing)
     fed = [sum(sequences.num_fed(positions) for positions in batches) for batches in plan.student]
     num_inputs = sum(sample.num_inputs for sample in plan.samples)
@@ -43,7 +43,7 @@ def batch_metrics(plan: StepPlan, layout: Layout) -> dict[str, float]:
 
 class Collator:
     """Collates samples, by position in the global batch, for one rank of a model's layout: its part of each sequence,
-    of a length that suits the layout (model/sequences.py)."""
+    padded as the layout requires (model/sequences.py)."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Collator:
         cp_rank: int | None = None,
         pad_id: int = 0,
     ) -> None:
-        """Args: cp_rank: of this rank; needed under context parallelism."""
+        """Args: cp_rank: this rank's; required under context parallelism."""
         assert layout.context == 1 or cp_rank is not None, "each context-parallel rank has its own part of a sequence"
         self.sequences = Sequences(samples, plan, layout, packing=packing)
         self.size, self.rank, self.pad_id = layout.context, cp_rank or 0, pad_id

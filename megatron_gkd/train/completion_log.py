@@ -1,4 +1,4 @@
-"""SAVE/completions.jsonl (--log_completions): what was sampled for each logged step, as text. One row each:
+"""SAVE/completions.jsonl (--log_completions): the completions sampled for each logged step, as text. One row each:
 
     {"step": 3, "position": 0, "row": 17, "source": "student", "policy_version": 2, "num_tokens": 40,
      "prompt": "...", "completion": "..."}
@@ -31,7 +31,7 @@ class CompletionLog:
         self._file = JsonlWriter(run_dir / FILE, first_step=first_step)
 
     def write(self, step: int, plan: StepPlan) -> list[dict[str, Any]]:
-        """Record a step's; returns the rows, for trackers. Args: step: counted from 1."""
+        """Record a step's completions; returns the rows, for trackers. Args: step: counted from 1."""
         sampled = [sample for sample in plan.samples if sample.source != "dataset"][: self._most]
         rows = [
             {

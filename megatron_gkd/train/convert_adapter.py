@@ -1,13 +1,13 @@
-"""`megatron-gkd convert` of a training checkpoint that holds adapters alone: to their directory in peft's format, or,
-merged, to a Hugging Face model. Beside the checkpoint the model is needed that they were trained on.
+"""`megatron-gkd convert` of a training checkpoint that holds only adapters: to a directory in peft's format or, merged,
+to a Hugging Face model. It also needs the model that they were trained on.
 
     if holds_adapters(checkpoint): convert_adapter(checkpoint, base, out_dir, layout, to="peft")
 
-The flags of the adapters are those of the checkpoint's run, and its base is known by its fingerprint: another one is
-refused. The model is a skeleton (weights/megatron_files.py) whose adapters, and modules that were trained whole, have
-values. A matrix of the base is read when it is merged, in the run's type: merged weights are those of --merge_lora.
+The adapter flags are those of the checkpoint's run. The base is identified by its fingerprint; another one is refused.
+The model is a skeleton (weights/megatron_files.py) in which only adapters and modules that were trained whole have
+values. A base matrix is read when it is merged, in the run's dtype, so merged weights equal those of --merge_lora.
 
-Memory: what was trained, without optimizer state, and what an export holds (weights/export.py).
+Memory: what was trained, without optimizer state, and that of an export (weights/export.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from megatron_gkd.weights.safe_files import load_sharded
 
 
 def holds_adapters(checkpoint: str | Path) -> bool:
-    """Whether a training checkpoint holds adapters, beside weights that it does not have."""
+    """Whether a training checkpoint holds adapters without their base."""
     path = Path(checkpoint)
     return (path / STATE_FILE).is_file() and bool(read_state(path).base)
 
@@ -59,10 +59,10 @@ def convert_adapter(
     dtype: Dtype | None,
     bucket_bytes: int,
 ) -> None:
-    """Write `out_dir`, complete or not at all. Collective over all ranks, which the layout has.
+    """Write `out_dir`, complete or not at all. Collective over all ranks of the layout.
 
     Args:
-        dtype: of what is written; None: the run's.
+        dtype: of the output; None: the run's.
 
     Raises CheckpointError for a damaged checkpoint, and for another base.
     """
@@ -111,7 +111,7 @@ def convert_adapter(
 
 
 def _give_values(chunks: Sequence[torch.nn.Module]) -> None:
-    """Memory on the CPU for what is trained; the rest of the skeleton has none."""
+    """Allocate CPU memory for what is trained; the rest of the skeleton has none."""
     for module in (module for chunk in chunks for module in chunk.modules()):
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if own:
@@ -121,7 +121,7 @@ def _give_values(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 class _Merged:
-    """The value of a parameter of the skeleton: trained, or of the base with its adapter."""
+    """The value of a skeleton's parameter: the trained one, or the base's with its adapter merged."""
 
     def __init__(self, files: HFCheckpoint, arch: Architecture, groups: Any) -> None:
         self._files, self._arch, self._groups = files, arch, groups

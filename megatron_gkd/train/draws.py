@@ -1,7 +1,7 @@
-"""Which rows a step trains on, and where the completion of each comes from: known for every step in advance.
+"""The rows of each step, and the source of each completion: known for every step in advance.
 
-A step's draw is asked for several times (by the plan, by what is sampled for it, and one step ahead by whatever works
-beside the training), and streamed rows are read and tokenised for it. So `Draws` keeps the last two.
+A step's draw is used several times (by the plan, by the samplers, and one step ahead by whatever works beside the
+training), and for streamed rows it reads and tokenises them. So `Draws` keeps the last two.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Draw(NamedTuple):
 
 
 class Draws:
-    """The draws of a run's steps, counted from 0. For several threads at once."""
+    """The draws of a run's steps, counted from 0. Thread-safe."""
 
     def __init__(self, config: RunConfig, rows: Rows) -> None:
         self._config, self.rows = config, rows

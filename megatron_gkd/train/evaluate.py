@@ -1,14 +1,13 @@
 """Held-out evaluation: how far the student is from the teacher on fixed rows with reference completions.
 
-Means per completion token, over all rows (nats): forward KL(P||Q), reverse KL(Q||P), symmetric JSD (beta 0.5), all
-over the full vocabulary and at temperature 1 whatever the training loss is; the student's negative log-likelihood of
-the reference; and how often both models prefer the same token. A student that is evaluated alone has its likelihood
-alone: with `--objective sft`, or without a teacher and without prompts for it to be its own. Needs hidden-state
-signals; with `--gkd_logits_topk` the divergences are those on the teacher's top K, with the tail of `--topk_tail`, as
-in training.
+Means per completion token, over all rows (nats): forward KL(P||Q), reverse KL(Q||P) and symmetric JSD (beta 0.5), all
+over the full vocabulary and at temperature 1, whatever the training loss is; the student's negative log-likelihood of
+the reference; and how often both models prefer the same token. Only the likelihood is measured with `--objective sft`,
+or without a teacher and teacher prompts. The divergences need hidden-state signals; with `--gkd_logits_topk` they are
+those on the teacher's top K, with the tail of `--topk_tail`, as in training.
 
-The rows are walked in batches of the training batch size, through the same schedules as training; only the last
-batch may be smaller.
+Rows are processed in batches of the training batch size, through the same schedules as training; only the last batch
+may be smaller.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ _CHUNK_TOKENS = 256  # bounds the logits held at a time
 
 
 def run_evaluation(config: RunConfig) -> dict[str, float]:
-    """`megatron-gkd eval`: print the numbers of the student as it is, and return them; none on ranks of the teacher's
-    own. Collective over all ranks."""
+    """`megatron-gkd eval`: print and return the numbers of the current student; none on the teacher's own ranks.
+    Collective over all ranks."""
     config = with_dtype(config)
     found = join(config, with_training_data=False)
     if unused := without_effect(config, "eval"):
@@ -78,8 +77,8 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
 
 
 def not_finite(values: dict[str, float]) -> str | None:
-    """Which numbers are not finite, and whose fault it is; None: all are. The negative log-likelihood is the student's
-    alone."""
+    """Which numbers are not finite, and which model causes it; None: all are finite. The negative log-likelihood is the
+    student's alone."""
     names = [name for name, value in values.items() if not math.isfinite(value)]
     if not names:
         return None
@@ -91,7 +90,7 @@ def evaluate(run: Run, rows: Rows, record: TokenRecord | None = None) -> dict[st
     """The numbers of the module docstring and `num_tokens`, the same on every rank. Collective over all ranks.
 
     Args:
-        record: takes them by token: of all rows by place, and of the first ones in full.
+        record: receives them by token: of all rows by position, and of the first ones in full.
     """
     objective = HeldOut(run.loss, record)
     metrics = Metrics(objective.names(), run.platform.device)
@@ -107,13 +106,13 @@ def evaluate(run: Run, rows: Rows, record: TokenRecord | None = None) -> dict[st
 
 
 class HeldOut:
-    """The objective of evaluation: the numbers of the module docstring, in chunks of tokens; nothing is minimised."""
+    """The objective of evaluation: computes the numbers of the module docstring in chunks of tokens; nothing is
+    minimised."""
 
     def __init__(self, training: DistillationLoss | SupervisedLoss, record: TokenRecord | None = None) -> None:
-        """
-        Args:
-            training: knows the teacher's side, if there is one, and how the two models are compared.
-            record: is given what is measured, by token.
+        """Args:
+        training: has the teacher's side, if there is a teacher, and compares the two models.
+        record: receives the measured values by token.
         """
         self._training, self._record = training, record
 

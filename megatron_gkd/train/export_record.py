@@ -1,13 +1,13 @@
-"""SAVE/export.json: which student SAVE/hf holds, and whose it is.
+"""SAVE/export.json: identifies the student in SAVE/hf.
 
     {"step": 1000, "dtype": "fp32", "fingerprint": "...", "files": {"config.json": 731, ...},
      "trained": {"forward_kl": 1.7078, ...}, "exported": {"forward_kl": 1.7078, ...}}
 
-Of a student with adapters, "adapter" holds the fingerprint and the files of SAVE/adapter, and the others, of the merged
-weights, are there with --merge_lora alone.
+For a student with adapters, "adapter" holds the fingerprint and the files of SAVE/adapter; the other two describe the
+merged weights and exist only with --merge_lora.
 
-It tells a run's own export, which is replaced when the run is taken further, from a directory that somebody put there
-or changed, which is refused. Without held-out rows there are no "trained" and "exported" (exporting.py).
+The record distinguishes a run's own export, which is replaced when the run is continued, from a directory that was put
+there or changed, which is refused. Without held-out rows there are no "trained" and "exported" (exporting.py).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ SEEN_S: Final = 90.0  # a shared file system may show a renamed directory that l
 
 
 def exports_at_end(config: RunConfig, *, done_steps: int, train_iters: int) -> bool:
-    """Whether there will be an export; not so where a run that resumes itself has trained and exported everything
-    already. The same on all ranks of WORLD, which call it together: the first one looks.
+    """Whether this start will export; not if a run that resumes itself has already trained and exported everything. The
+    same on all ranks of WORLD, which call it together; the first one looks.
 
-    Raises CheckpointError where steps are left to do and SAVE/hf is not this run's own.
+    Raises CheckpointError if steps are left to do and SAVE/hf is not this run's own.
     """
     if not (config.checkpoint.save_hf and resumes_itself(config)):
         return config.checkpoint.save_hf
@@ -65,8 +65,7 @@ def _is_exported(run_dir: Path, names: Sequence[str], done_steps: int, train_ite
 
 
 def check_replaceable(run_dir: Path, names: Sequence[str] = ("hf",)) -> None:
-    """Raises CheckpointError where one of the directories is there and is not what this run has exported, file for
-    file."""
+    """Raise CheckpointError if one of the directories exists and is not, file for file, what this run exported."""
     for name in names:
         _check_own(run_dir, name)
 
@@ -89,7 +88,7 @@ def _check_own(run_dir: Path, name: str) -> None:
 
 
 def describe(out_dir: Path) -> dict[str, Any]:
-    """What tells an export from another directory: its weights' fingerprint, and the sizes of its files."""
+    """What identifies an export: the fingerprint of its weights, and the sizes of its files."""
     files = {str(path.relative_to(out_dir)): path.stat().st_size for path in out_dir.rglob("*") if path.is_file()}
     weights = out_dir / WEIGHTS_FILE  # of an adapter
     if weights.is_file():
@@ -108,14 +107,14 @@ def write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
-    """None where no export was recorded. Raises CheckpointError for a damaged record."""
+    """None if no export was recorded. Raises CheckpointError for a damaged record."""
     return read_object(run_dir / RECORD, CheckpointError)
 
 
 def is_seen_by_all(out_dir: Path) -> bool:
-    """Wait for the writing, then until every rank sees what was written; False, with a warning, where one does not.
+    """Wait until the export is written, then until every rank sees it. False, with a warning, if one does not.
 
-    Communication: a barrier over WORLD in a gloo group of its own, which may last as long as the writing; one object
+    Communication: a barrier over WORLD in its own gloo group, which may last as long as the writing; one object
     broadcast from rank 0, one all-reduce of an int32.
     """
     if dist.get_world_size() == 1:

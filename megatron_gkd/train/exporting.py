@@ -1,14 +1,13 @@
-"""The end of a run: the student is written to SAVE/hf, read back, and measured on the run's own held-out rows. Of a
+"""The end of a run: the student is written to SAVE/hf, read back, and measured on the run's held-out rows. For a
 student with adapters it is the adapter, in SAVE/adapter (and with --merge_lora the merged weights in SAVE/hf, which are
 rounded once and not read back).
 
-The weights are written in the type that holds the training, `--dtype`, whatever the type of the source's files: a bf16
-number has 8 bits, and most updates of a short run at a learning rate of 1e-5 are below half of its last one. Another
-type is the user's word (`--save_hf_dtype`). Either way the evaluation of the written files, read into the run's student
-in the run's layout and type, stands beside the one of the trained student, in the log, in the record (export_record.py)
-and in the report.
+Weights are written in the dtype of the training, `--dtype`, whatever the dtype of the source's files. A bf16 number has
+8 bits, and most updates of a short run at a learning rate of 1e-5 are below half of the last one. `--save_hf_dtype`
+selects another dtype. The written files are read into the run's student, in the run's layout and dtype, and evaluated.
+The result stands beside that of the trained student, in the log, in the record (export_record.py) and in the report.
 
-Not covered: the fp32 main weights behind a bf16 or fp16 run, which no forward pass has seen: the checkpoint has them.
+Not covered: the fp32 main weights of a bf16 or fp16 run, which no forward pass has used. The checkpoint has them.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ logger = get_logger(__name__)
 
 
 def warn_of_rounding(config: RunConfig) -> None:
-    """Say at the start that the export will not hold what is trained."""
+    """Warn at the start if the exported dtype cannot hold the trained weights."""
     chosen, held = config.checkpoint.save_hf_dtype, config.model.precision
     if config.checkpoint.save_hf and chosen not in (None, "fp32", held):
         what = "the type of the files of --model" if chosen == "source" else chosen
@@ -47,7 +46,7 @@ def warn_of_rounding(config: RunConfig) -> None:
 
 
 def export(run: Run, run_dir: Path) -> dict[str, Any]:
-    """Write the directories of `RunConfig.exports`, and the record, which is returned. Collective over the student's
+    """Write the directories of `RunConfig.exports` and the record, which is returned. Collective over the student's
     ranks.
 
     Raises:
@@ -89,13 +88,13 @@ def export(run: Run, run_dir: Path) -> dict[str, Any]:
 
 
 def measure_export(run: Run, run_dir: Path, record: Mapping[str, Any], *, trained: Mapping[str, float]) -> None:
-    """Read the first of the exported directories back into the student, evaluate it, and add both numbers to the
-    record. Collective over all ranks.
+    """Read the first exported directory back into the student, evaluate it, and add both results to the record.
+    Collective over all ranks.
 
     Args:
-        trained: the evaluation of the student as it was trained.
+        trained: the evaluation of the student as trained.
 
-    Raises CheckpointError where it cannot be read back.
+    Raises CheckpointError if it cannot be read back.
     """
     out_dir = run_dir / run.config.exports[0]
     if not is_seen_by_all(out_dir):

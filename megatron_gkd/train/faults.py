@@ -1,20 +1,19 @@
-"""What a run does about numbers that are not finite, losses that jump and ranks that are lost (docs/faults.md).
+"""Handles numbers that are not finite, jumps of the loss and lost ranks (docs/faults.md).
 
-A bad step is one whose loss or gradient norm is not finite. It makes no update (student.py); here it is counted,
-its samples are written to SAVE/bad_steps/step_00000010.json, and after `--max_bad_steps` of them in a row the run ends.
-So it does when its last step is bad, when no step of it made an update, and when a weight is not finite at its end:
-a run that has trained nothing, or NaN, is none that has ended well, and its student is not exported.
+A bad step is one whose loss or gradient norm is not finite. It makes no update (student.py). It is counted here, its
+samples are written to SAVE/bad_steps/step_00000010.json, and after `--max_bad_steps` of them in a row the run ends. The
+run also ends with an error if its last step is bad, if no step made an update, or if a weight is not finite at the end.
+Such a run's student is not exported.
 
     {"step": 10, "problem": "the loss is not finite", "loss": "nan", "grad_norm": "nan", "num_samples": 64,
      "left_out": 0,
      "samples": [{"position": 3, "row": 1745, "source": "dataset", "policy_version": null, "loss_sum": "nan",
                   "prompt_ids": [...], "completion_ids": [...], "prompt": "...", "completion": "..."}]}
 
-The samples are those whose own loss is not finite, or all where every loss is (the gradient overflowed): at most
-MOST_SAMPLES, largest loss per token first. Numbers that JSON has not are strings.
+The samples are those whose own loss is not finite, or all of them if every loss is finite (the gradient overflowed): at
+most MOST_SAMPLES, largest loss per token first. Numbers that JSON cannot represent are strings.
 
-Both counts of bad steps, of all and of those in a row, are in the checkpoint; the median of the losses begins anew with
-a resumed run.
+Both counts of bad steps, in all and in a row, are in the checkpoint. The median of the losses starts anew on a resume.
 """
 
 from __future__ import annotations
@@ -47,20 +46,20 @@ _WINDOW, _FEWEST = 32, 8  # losses of the running median: at most, and before an
 
 
 class BadSteps:
-    """Those in a row, and their records."""
+    """Counts bad steps and records their samples."""
 
     def __init__(self, run: Run, run_dir: Path, state: TrainerState) -> None:
-        """`state`: where the run begins, or goes on."""
+        """`state`: where the run starts or continues."""
         self._run, self._directory = run, run_dir / "bad_steps"
         self.in_a_row = state.bad_steps_in_a_row
         self._has_updated = state.step > 0
 
     def after_step(self, step: int, plan: StepPlan, result: StepResult, loss: float) -> bool:
-        """Whether the step was bad. Raises TrainingError on all of the student's ranks when there were too many, and
-        where a run would end without an update, or with a bad step.
+        """Whether the step was bad. Raises TrainingError on all of the student's ranks after too many bad steps, and
+        where a run would end without an update or with a bad step.
 
         Communication: none after a good step; after a bad one two all-gathers over the student: of the samples' losses,
-        and of what is wrong with the teacher.
+        and of the teacher's problem.
         """
         is_last = step >= self._run.student.train_iters
         self._has_updated |= not result.skipped
@@ -93,7 +92,8 @@ class BadSteps:
         return True
 
     def _teacher_problem(self, plan: StepPlan) -> str | None:
-        """That the numbers are the teacher's, on all of the student's ranks; None: they are not, or nobody can tell."""
+        """The teacher's problem, if its numbers are the cause, on all of the student's ranks; None: they are not, or it
+        is not known."""
         groups, config = self._run.student.groups, self._run.config
         mine = self._run.loss.teacher_problem(p for batch in plan.student[groups.dp.rank()] for p in batch)
         everyone = gathered(mine, groups.intra_dist_opt)
@@ -110,7 +110,8 @@ class BadSteps:
         return f"it is the teacher, {flag}, and not the student: {found}; give a teacher whose numbers are finite"
 
     def _sample_losses(self, plan: StepPlan) -> dict[int, float]:
-        """Loss of every sample of the step, on all of the student's ranks. Its last stage knows, one TP rank tells."""
+        """Loss of every sample of the step, on all of the student's ranks. One TP rank of the last stage provides
+        it."""
         groups, mine = self._run.student.groups, dict[int, float]()
         if groups.tp.rank() == 0:
             mine = self._run.loss.sample_losses(p for batch in plan.student[groups.dp.rank()] for p in batch)
@@ -123,7 +124,7 @@ class BadSteps:
     def _write(
         self, step: int, plan: StepPlan, result: StepResult, loss: float, sample_losses: dict[int, float]
     ) -> Path | None:
-        """The file, or None where there are enough, or it cannot be written: no reason to end a run that goes on."""
+        """The file; None if there are enough files or it cannot be written, which does not end the run."""
         path = self._directory / f"step_{step:08d}.json"
         try:
             self._directory.mkdir(exist_ok=True)
@@ -186,14 +187,14 @@ def _number(value: float | None) -> float | str | None:
 
 
 class LossSpikes:
-    """Compares a loss with the median of the last ones, and says so; nothing else happens."""
+    """Compares a loss with the median of the last ones, for a warning."""
 
     def __init__(self, factor: float | None) -> None:
         self._factor = factor
         self._losses: deque[float] = deque(maxlen=_WINDOW)
 
     def ratio(self, loss: float) -> float | None:
-        """Loss over median where that is above the factor, else None; keeps the loss for the next ones."""
+        """Loss over median if it is above the factor, else None. Adds the loss to the window."""
         if self._factor is None or not math.isfinite(loss):
             return None
         usual = median(self._losses) if len(self._losses) >= _FEWEST else math.inf
@@ -202,7 +203,7 @@ class LossSpikes:
 
 
 def check_finite_weights(run: Run, run_dir: Path) -> None:
-    """Before an export. Raises TrainingError on all of the student's ranks, which names the first weight.
+    """Before an export: raise TrainingError on the student's ranks if a weight is not finite; it names the first.
 
     Communication: an all-gather of one name over the student.
     """
@@ -227,7 +228,7 @@ _LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed 
 
 
 def lost_rank(error: Exception, run_dir: str, timeout_minutes: float) -> TrainingError | None:
-    """What to say of a collective that failed because another rank is gone or does not answer; None for others."""
+    """The error for a collective that failed because another rank ended or does not answer; None for other errors."""
     if isinstance(error, GKDError):
         return None
     text = " ".join(str(error).split())
@@ -245,4 +246,4 @@ def lost_rank(error: Exception, run_dir: str, timeout_minutes: float) -> Trainin
 def _start_again(run_dir: str) -> str:
     if "--load" in (advice := go_on(run_dir)):
         return f"Checkpoints are complete: start all ranks again with the same command line and --load {run_dir}"
-    return f"Mend that, then start all ranks again: {advice}"
+    return f"Correct that, then start all ranks again: {advice}"

@@ -1,6 +1,5 @@
-"""Whether a run fits the number of its ranks: layouts, and the batch over them. Plain numbers, no torch, no ranks: so
-`--dry-run` of a launch script asks the same questions as the run (preflight.py).
-"""
+"""Checks whether a run fits its number of ranks: layouts, and the batch over them. Plain numbers, no torch, no ranks,
+so `--dry-run` of a launch script makes the same checks as the run (preflight.py)."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ from megatron_gkd.parallel.pipeline_split import PipelineSplit, parse_layout
 
 
 def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:
-    """(student's, teacher's). Raises LayoutError, with the nearest numbers that are possible.
+    """(student's, teacher's). Raises LayoutError, with the nearest possible numbers.
 
     Args:
-        ranks_per_node: None: what the launcher says.
+        ranks_per_node: None: as the launcher says.
     """
     parallel, teacher = config.parallel, config.teacher
     teacher_ranks = _teacher_ranks(config, world_size, ranks_per_node)
@@ -51,14 +50,14 @@ def layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
 
 
 def _one_shape(config: RunConfig, layout: Layout) -> tuple[int, int]:
-    """Rows and length that hold any micro-batch of the student: the buffers of --tp_comm_overlap have one shape."""
+    """Rows and length that fit any micro-batch of the student: the buffers of --tp_comm_overlap have one shape."""
     if (budget := max_tokens(config, layout)) is not None:  # of packs, config/validate.py refuses others
         return 1, round_up(budget, layout.row_multiple)
     return config.training.micro_batch_size, round_up(config.data.max_length, layout.row_multiple)
 
 
 def _teacher_ranks(config: RunConfig, world_size: int, ranks_per_node: int | None) -> int:
-    """Ranks of the teacher's own; 0 where it shares the student's."""
+    """The number of the teacher's own ranks; 0 if it shares the student's."""
     teacher = config.teacher
     if teacher.teacher_placement == "colocate":
         return 0
@@ -84,7 +83,7 @@ def _teacher_ranks(config: RunConfig, world_size: int, ranks_per_node: int | Non
 
 
 def _split(config: RunConfig, prefix: str) -> PipelineSplit | None:
-    """How a model's layers are shared by its pipeline stages; None: evenly."""
+    """How a model's layers are distributed over its pipeline stages; None: evenly."""
     text = config.get(f"{prefix}pipeline_model_parallel_layout")
     split = PipelineSplit(
         config.get(f"{prefix}decoder_first_pipeline_num_layers"),
@@ -98,12 +97,12 @@ def _split(config: RunConfig, prefix: str) -> PipelineSplit | None:
 
 
 def _virtual_pipeline(size: int | None) -> int | None:
-    """One model chunk per stage is no virtual pipeline."""
+    """One model chunk per stage is not a virtual pipeline."""
     return None if size == 1 else size
 
 
 def check_batch(config: RunConfig, layout: Layout) -> None:
-    """Raise ConfigError, with the nearest that do, unless the global batch divides over the student's layout."""
+    """Raise ConfigError, with the nearest possible sizes, unless the global batch divides over the student's layout."""
     training = config.training
     per_pass = layout.data * training.micro_batch_size
     if config.data.packing or training.max_tokens_per_gpu is not None:
@@ -126,10 +125,9 @@ def check_batch(config: RunConfig, layout: Layout) -> None:
 
 
 def refuse_student(config: RunConfig, arch: Architecture, layout: Layout) -> None:
-    """Raise ConfigError for flags of routers or of a vision tower that the student does not have, and LayoutError for a
-    mixture of experts in a layout in which megatron-core does not train it: it demands that tensor-parallel ranks route
-    different tokens. (A teacher may have it.)
-    """
+    """Raise ConfigError for flags of routers or of a vision tower that the student does not have. Raise LayoutError for
+    a mixture of experts under tensor parallelism without sequence parallelism: megatron-core does not train that,
+    because tensor-parallel ranks must route different tokens. (A teacher may have that layout.)"""
     for flag in ("moe_aux_loss_coeff", "freeze_router", "moe_grouped_gemm", "moe_permute_fusion"):
         if arch.moe is None and not config.is_default(flag):
             raise ConfigError(
@@ -137,7 +135,7 @@ def refuse_student(config: RunConfig, arch: Architecture, layout: Layout) -> Non
             )
     for flag in ("freeze_vision", "freeze_projector", "max_image_tiles"):
         if arch.vision is None and not config.is_default(flag):
-            raise ConfigError(f"--{flag} is of a student with a vision tower, and {config.model.model} has none")
+            raise ConfigError(f"--{flag} needs a student with a vision tower, and {config.model.model} has none")
     if arch.moe is not None and layout.tensor > 1 and not layout.sequence_parallel:
         raise LayoutError(
             f"--tensor_model_parallel_size {layout.tensor} without --sequence_parallel: megatron-core trains a mixture "
@@ -146,7 +144,7 @@ def refuse_student(config: RunConfig, arch: Architecture, layout: Layout) -> Non
 
 
 def max_tokens(config: RunConfig, layout: Layout) -> int | None:
-    """Tokens of a micro-batch of the student, over the ranks that share it; None where it is sized in samples."""
+    """Tokens of a micro-batch of the student, over the ranks that share it; None if it is sized in samples."""
     if (budget := config.training.max_tokens_per_gpu) is not None:
         return budget * layout.context
     longest = round_up(config.data.max_length, layout.row_multiple)
@@ -154,7 +152,7 @@ def max_tokens(config: RunConfig, layout: Layout) -> int | None:
 
 
 def teacher_max_tokens(config: RunConfig) -> int | None:
-    """Tokens of a micro-batch of the teacher; None where it is sized in samples."""
+    """Tokens of a micro-batch of the teacher; None if it is sized in samples."""
     teacher = config.teacher
     if teacher.teacher_micro_batch_tokens is None and teacher.teacher_micro_batch_size is None:
         return config.training.max_tokens_per_gpu
@@ -162,7 +160,7 @@ def teacher_max_tokens(config: RunConfig) -> int | None:
 
 
 def _check_budget(config: RunConfig, layout: Layout) -> None:
-    """The longest row is fed --max_length - 1 tokens, padded."""
+    """The longest row has --max_length - 1 inputs, padded."""
     most, multiple = max_tokens(config, layout), layout.row_multiple
     needed = round_up(config.data.max_length - 1, multiple)
     if config.training.max_tokens_per_gpu is not None and most is not None and most // multiple * multiple < needed:
@@ -174,7 +172,7 @@ def _check_budget(config: RunConfig, layout: Layout) -> None:
 
 
 def check_warmup(config: RunConfig, num_steps: int) -> None:
-    """Raise ConfigError where the warm-up would not end within the run."""
+    """Raise ConfigError if the warm-up would not end within the run."""
     if (steps := config.training.lr_warmup_iters) is not None and steps > num_steps:
         raise ConfigError(
             f"--lr_warmup_iters {steps}: the run has {num_steps} steps, and would end before --lr is reached; give "
@@ -183,9 +181,7 @@ def check_warmup(config: RunConfig, num_steps: int) -> None:
 
 
 def without_borrowed_experts(config: RunConfig, arch: Architecture, layout: Layout) -> Layout:
-    """The teacher's layout: a dense teacher does not take the student's split of experts where it has no flags of its
-    own.
-    """
+    """The teacher's layout: a dense teacher does not inherit the student's expert parallelism."""
     if arch.moe is not None:
         return layout
     teacher = config.teacher
@@ -197,7 +193,7 @@ def without_borrowed_experts(config: RunConfig, arch: Architecture, layout: Layo
 
 
 def kinds(student: Layout, teacher: Layout) -> list[int]:
-    """A rank of each kind, the lowest: of one kind are those with the same stages of both models, or none."""
+    """The lowest rank of each kind. Ranks of one kind have the same stages of both models, or none."""
     first: dict[tuple[int | None, ...], int] = {}
     for rank in range(max(layout.rank_offset + layout.world_size for layout in (student, teacher))):
         parts = (layout.coordinate(rank).pp if layout.holds(rank) else None for layout in (student, teacher))

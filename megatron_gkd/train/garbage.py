@@ -1,7 +1,7 @@
-"""Python's garbage collector, by hand: `--manual_gc`.
+"""Runs Python's garbage collector at fixed steps: `--manual_gc`.
 
-By itself it runs on every rank at another moment, and all ranks wait for the one that collects. By hand it runs on all
-ranks of the student after the same steps.
+By default it runs at a different moment on every rank, and all ranks wait for the one that collects. With the flag it
+runs on all of the student's ranks after the same steps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Self
 
 
 class Garbage:
-    """A context in which garbage is collected after every `interval` steps alone; None: as Python does it."""
+    """A context in which garbage is collected only after every `interval` steps; None: Python's default."""
 
     def __init__(self, interval: int | None) -> None:
         self._interval = interval

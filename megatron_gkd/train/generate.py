@@ -1,15 +1,15 @@
-"""`--eval_generate`: what the student writes, in the evaluation: greedy completions of the first held-out prompts, by
-the sampling engines and the weights of the moment.
+"""`--eval_generate`: evaluates greedy completions of the first held-out prompts, sampled by the engines with the
+current weights.
 
-    generate/accuracy      mean of what the verifier says of each (data/verify.py)
+    generate/accuracy      mean of the verifier's verdicts (data/verify.py)
     generate/mean_length   tokens
-    generate/truncated     share that was cut at its limit: --max_completion_length (the longest of a schedule), or the
-                           room that its prompt leaves
+    generate/truncated     fraction cut at its limit: --max_completion_length (the longest of a schedule), or the room
+                           that its prompt leaves
     generate/repeated      as rollout/repeated
     generate/num_prompts
 
-What the run asks for is known, and refused where it cannot be, before a weight is read (`read_prompts`). Records are
-read again for their columns, once, by the first rank; it alone verifies, and all ranks get its numbers.
+The requests are made, and refused if impossible, before a weight is read (`read_prompts`). The first rank reads the
+records again for their columns, once, and verifies; all ranks get its numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_gkd.train.sampling import banned_tokens, engine_length, seeing
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is asked, the same on every rank; `records` on the first alone, by the requests' keys."""
+    """The requests, the same on every rank; `records` only on the first, in their order."""
 
     requests: list[Request]
     records: list[dict[str, Any]]
@@ -41,7 +41,7 @@ class Prompts:
 
 
 def prompt_requests(inputs: Inputs) -> list[Request]:
-    """The first held-out prompts. Raises ConfigError for one that leaves no room."""
+    """Requests for the first held-out prompts. Raises ConfigError for one that leaves no room."""
     config, rows = inputs.config, inputs.eval_rows
     assert rows is not None, "config/validate.py refuses --eval_generate without held-out rows"
     requests = make_requests(
@@ -56,7 +56,7 @@ def prompt_requests(inputs: Inputs) -> list[Request]:
 
 
 def read_prompts(inputs: Inputs) -> Prompts:
-    """Requests, and what the verifier is told. Collective over all ranks; raises the same on all."""
+    """The requests and the verifier's records. Collective over all ranks; an error is raised on all."""
     rows, name = inputs.eval_rows, inputs.config.logging.eval_verifier
     assert rows is not None
     requests = prompt_requests(inputs)
@@ -79,7 +79,7 @@ def read_prompts(inputs: Inputs) -> Prompts:
 
 
 def _records(places: list[str], maker: RowMaker | None) -> list[dict[str, Any]]:
-    """The columns of the records at FILE:LINE, as they were made, in order; each file is read once, as far as it is
+    """The columns of the records at FILE:LINE, after the row maker, in order. Each file is read once, as far as
     needed."""
     wanted: dict[str, set[int]] = {}
     for place in places:
@@ -98,7 +98,7 @@ def _records(places: list[str], maker: RowMaker | None) -> list[dict[str, Any]]:
 
 
 class Generation:
-    """Of one run, on every rank of the student."""
+    """The generation of one run, on every rank of the student."""
 
     def __init__(self, inputs: Inputs, prompts: Prompts, engines: Rollouts, group: dist.ProcessGroup) -> None:
         """Args: group: the ranks of the student."""
@@ -112,7 +112,7 @@ class Generation:
         """The numbers of the module docstring, on every rank. Collective over the student's ranks.
 
         Args:
-            version: of the weights: the updates made.
+            version: of the weights: the number of updates made.
         """
         completions = self._engines.sample_apart(version, self._prompts.requests, self._settings)
         count = len(completions)
@@ -136,7 +136,7 @@ class Generation:
 
 
 def held_out_rows(inputs: Inputs) -> Rows:
-    """Whose beginnings verify the engines, where there are no training rows."""
+    """The rows whose beginnings verify the engines: training rows, or held-out rows without them."""
     rows = inputs.rows if inputs.rows is not None else inputs.eval_rows
     assert rows is not None, "a run has rows"
     return rows

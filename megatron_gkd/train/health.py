@@ -1,18 +1,18 @@
-"""Whether the teacher teaches, and the sampler samples what is trained on: checked in the first step of every start,
-before its update, and then every `--health_steps` steps.
+"""Checks that the teacher teaches, and that the sampler samples the student: in the first step of every start, before
+its update, and then every `--health_steps` steps.
 
     teacher (--on_teacher_fault, stops)     UNIFORM      its most probable token is no more probable than any other
-                                            FROZEN       it says the same at every token of every sample
+                                            FROZEN       its output is the same at every token of every sample
                                             THE STUDENT  in step 1: it prefers what the student prefers everywhere, and
-                                                         the divergence is nothing but rounding
-    sampler (warns)                         its log-probabilities are not the trainer's; completions that are cut at
-                                            their limit, or repeat themselves, more often than not
+                                                         the divergence is only rounding
+    sampler (warns)                         its log-probabilities differ from the trainer's; more than half of the
+                                            completions are truncated, or repeat themselves
 
-The numbers are those of the step, reduced over all ranks with its other metrics (token_probe.py, rollouts.py): no
-collective and no wait of its own, and every rank comes to the same answer.
+The numbers are the step's, reduced over all ranks with its other metrics (token_probe.py, rollouts.py). So no
+collective or synchronisation is added, and every rank gets the same result.
 
 Elsewhere: the teacher's weights against those at the checkpoint (teacher_identity.py), tokenizers and templates
-(data/chat.py, data/template_differences.py), a server that changes while it is asked (teacher/servers/servers.py).
+(data/chat.py, data/template_differences.py), a server that changes during the run (teacher/servers/servers.py).
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ _MOST_SHARE: Final = 0.5
 
 
 class Health:
-    """One per rank of the student."""
+    """The checks of one rank of the student."""
 
     def __init__(self, config: RunConfig, *, vocab_size: int, done_steps: int, tells: bool) -> None:
-        """
-        Args:
-            done_steps: where this start goes on.
-            tells: whether this rank warns.
+        """Args:
+        done_steps: steps done before this start.
+        tells: whether this rank logs warnings.
         """
         self._config, self._vocab_size = config, vocab_size
         self._first, self._tells = done_steps + 1, tells
@@ -58,7 +57,7 @@ class Health:
 
         Args:
             metrics: of the step, reduced.
-            rollout: of its completions; empty where nothing was sampled from the student.
+            rollout: metrics of its completions; empty if nothing was sampled from the student.
         """
         if self._is_off or (step != self._first and step % self._every):
             return
@@ -82,10 +81,10 @@ class Health:
 def teacher_faults(
     means: Mapping[str, float], counts: Mapping[str, float], *, vocab_size: int, comparable: bool
 ) -> Iterator[str]:
-    """What is wrong with the teacher, with what to do. NaN is none of these: faults.py has it.
+    """What is wrong with the teacher, and what to do. NaN is handled in faults.py.
 
     Args:
-        comparable: whether the student is still the one that the run began with, and no teacher of itself.
+        comparable: whether the student is still the initial one, and not its own teacher.
     """
     best, mark, squared = (means.get(f"health/{name}") for name in ("teacher_best", "mark", "mark_squared"))
     if best is not None and mark is not None and squared is not None and counts["health/mark"] >= _FEWEST:
@@ -97,8 +96,8 @@ def teacher_faults(
             )
         elif math.sqrt(max(squared - mark * mark, 0.0)) < _FROZEN:
             yield (
-                f"the teacher is frozen: it says the same at all {counts['health/mark']:.0f} tokens that were looked "
-                "at, whatever the prompt is. Look at its files, or at what the server is given"
+                f"the teacher is frozen: its output is the same at all {counts['health/mark']:.0f} tokens that were "
+                "checked, whatever the prompt is. Look at its files, or at what the server is given"
             )
     agreement, divergence = means.get("agreement", 0.0), means.get("divergence", math.inf)
     if comparable and agreement >= _SAME_AGREEMENT and abs(divergence) < _SAME_NATS and counts["loss"] >= _FEWEST:
@@ -109,7 +108,7 @@ def teacher_faults(
 
 
 def sampler_problems(means: Mapping[str, float], rollout: Mapping[str, float], config: RunConfig) -> Iterator[str]:
-    """What is odd about the student's own completions, in words."""
+    """Problems of the student's own completions, in words."""
     sampling, difference = config.sampling, means.get("health/logprob_difference")
     is_current = sampling.steps_per_generation == 1 and not sampling.rollout_lag
     most = _DIFFERENCE[config.model.precision]

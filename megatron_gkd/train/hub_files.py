@@ -1,15 +1,15 @@
-"""Names of hubs in flags, and the files that stand for them: fetched before anything else is read.
+"""Resolves names on hubs in flags to local files, before anything else is read.
 
     asked = asked_by(config)            the names in a run's flags
     found = with_hub_files(config, asked)
-                                        found.config has directories and files where names were; collective over WORLD
-    write_record(run_dir, found)        hub.json: the commit of every name, which rows were drawn, and where files are
+                                        found.config has local paths instead of names; collective over WORLD
+    write_record(run_dir, found)        hub.json: the commit of every name, the rows drawn, and the local paths
     config = with_local_files(config)   the same for a command of one process
 
-The first rank asks the hub for the commits, once, and tells the others; where a run goes on, those in its hub.json
-hold, so that a resume needs no network and a branch that moved changes nothing. Then one rank of each machine fetches
-what its cache lacks, the others wait, as long as it takes. Machines that see the first one's cache wait for it and find
-the files.
+The first rank gets the commits from the hub, once, and tells the others. A continued run uses the commits in its
+hub.json, so a resume needs no network and a branch that moved changes nothing. Then one rank of each machine fetches
+what its cache lacks, and the others wait as long as it takes. Machines that share the first one's cache wait for it and
+find the files.
 
 Communication: `on_first_rank`, a broadcast and two gathers of objects, and `on_some_ranks` twice.
 """
@@ -49,7 +49,7 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class Asked:
-    """A name that a flag was given; `weights`: whether those of the model are needed."""
+    """A name in a flag; `weights`: whether the model's weights are needed."""
 
     flag: str
     name: HubName
@@ -58,7 +58,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class HubFiles:
-    """`config` has what is on this machine in place of names; `record` is what hub.json says, {} without names."""
+    """`config` has local paths instead of names; `record` is the content of hub.json, {} without names."""
 
     config: RunConfig
     record: dict[str, Any]
@@ -66,15 +66,15 @@ class HubFiles:
 
 @dataclass(frozen=True)
 class _Found:
-    """On one machine: (flag, name) -> path; name -> what was taken of a data set."""
+    """For one machine: (flag, name) -> path; name -> what was taken of a data set."""
 
     paths: dict[tuple[str, str], str]
     rows: dict[str, dict[str, Any]]
 
 
 def with_hub_files(config: RunConfig, asked: Sequence[Asked]) -> HubFiles:
-    """With names that all ranks have alike: collective over all of them, which all return or all raise ConfigError,
-    CheckpointError or DataError, for names that cannot be had."""
+    """The configuration with local paths. Collective over all ranks if there are names, which must be the same on all;
+    all return or all raise ConfigError, CheckpointError or DataError."""
     if not asked:
         return HubFiles(config, {})
     commits, found = _fetch_together(asked, earlier_commits(config), seed=config.training.seed)
@@ -93,7 +93,7 @@ def write_record(run_dir: Path, found: HubFiles) -> None:
 
 
 def with_recorded_files(config: RunConfig, run_dir: Path) -> RunConfig:
-    """What hub.json of a run says that names were, as far as it is on this machine; nothing is fetched."""
+    """The configuration with the local paths in a run's hub.json that exist on this machine; nothing is fetched."""
     try:
         stored = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))["paths"]
         paths = {(flag, text): path for flag, of_flag in stored.items() for text, path in of_flag.items()}
@@ -103,8 +103,8 @@ def with_recorded_files(config: RunConfig, run_dir: Path) -> RunConfig:
 
 
 def with_local_files(config: S, *, weights: bool = True) -> S:
-    """The settings of a command with what is on this machine in place of names. In one process, or, where ranks have
-    met, collective over all of them."""
+    """A command's settings with local paths instead of names. In one process or, if ranks have met, collective over
+    all."""
     named = {item.name for item in fields(config)}
     flags = named & {"model", "teacher_model", "hf_config", "dataset"}
     values = {flag: getattr(config, flag) for flag in sorted(flags)}
@@ -121,7 +121,7 @@ def with_local_files(config: S, *, weights: bool = True) -> S:
 
 
 def with_known_models(config: RunConfig) -> RunConfig:
-    """Both models' configs and tokenizers alone, in one process: for what is known without weights and rows."""
+    """Fetch only config and tokenizer of both models, in one process: for checks without weights and rows."""
     values = {"model": config.model.model, "teacher_model": config.teacher.teacher_model}
     asked = [Asked(flag, name, weights=False) for flag, name in names_in(values, use_hf=config.model.use_hf)]
     if not asked:
@@ -144,7 +144,7 @@ def asked_by(config: RunConfig, *, with_training_data: bool = True) -> list[Aske
 
 
 def earlier_commits(config: RunConfig) -> dict[str, str]:
-    """Name -> commit, of the run that this one goes on with; {} for a new one."""
+    """Name -> commit, of the run that this one continues; {} for a new one."""
     save, load = config.checkpoint.save, config.checkpoint.load
     directories = [Path(save)] if config.checkpoint.auto_resume else []
     if load is not None:
@@ -214,7 +214,7 @@ def _fetch_together(asked: Sequence[Asked], pins: Mapping[str, str], *, seed: in
 
 
 def _leave_mark() -> str | None:
-    """A file by which other machines find that they see this one's cache; None where it cannot be written."""
+    """Create a file by which other machines detect that they share this one's cache; None if it cannot be written."""
     path = places.own() / f".mark-{uuid.uuid4().hex}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

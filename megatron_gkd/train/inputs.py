@@ -1,8 +1,8 @@
-"""What a run is given, checked in order of cost before process groups, weights or an optimizer exist.
+"""Reads and checks the inputs of a run, cheapest first, before process groups, weights or an optimizer exist.
 
-Order: flags against the world (layouts), config.json of both models against the layouts, tokenizers against each
-other, data against the models, batch against the layout. So bad input is an error before work is lost, with the same
-message on every rank; what one rank alone finds wrong is an error on all.
+Order: flags against the world (layouts), config.json of both models against the layouts, tokenizers against each other,
+data against the models, batch against the layout. So bad input is an error before work is lost, with the same message
+on every rank; an error on one rank is raised on all.
 
 Communication: reading the data is collective over the world (shared_rows.py).
 """
@@ -50,7 +50,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """The same on every rank."""
+    """The inputs of a run, the same on every rank."""
 
     config: RunConfig
     student_arch: Architecture
@@ -68,7 +68,7 @@ class Inputs:
 
     @property
     def separate(self) -> bool:
-        """Whether the teacher has ranks of its own."""
+        """Whether the teacher has its own ranks."""
         return self.teacher_layout.rank_offset > 0
 
     @property
@@ -84,7 +84,7 @@ class Inputs:
 
 
 def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool = True) -> Inputs:
-    """Read and check (see the module docstring): on all ranks, or an error on all. Collective over the world."""
+    """Read and check (see the module docstring). All ranks return or all raise. Collective over the world."""
     models = all_or_none(lambda: _models(config, world_size))
     base = base_of(config)
     student_arch, teacher_arch, student_layout, _, tokenizer, vocab_size = models
@@ -104,7 +104,7 @@ def read_inputs(config: RunConfig, world_size: int, *, with_training_data: bool 
 def _models(
     config: RunConfig, world_size: int
 ) -> tuple[Architecture, Architecture | None, Layout, Layout, PreTrainedTokenizerBase, int]:
-    """What is known without the data."""
+    """The inputs that do not need the data."""
     student_layout, teacher_layout = layouts(config, world_size)
     student_arch, teacher_path = read_architecture(config.model.model), config.teacher.teacher_model
     teacher_arch = None if teacher_path is None else read_architecture(teacher_path)
@@ -130,12 +130,12 @@ def _models(
 
 
 def _is_first() -> bool:
-    """Whether this rank says what all have found."""
+    """Whether this rank logs what all ranks found."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _tell_reach(config: RunConfig, student: Architecture, teacher: Architecture | None) -> None:
-    """Warn where rows may be longer than a model was made for."""
+    """Warn if rows may be longer than a model was made for; raise ConfigError for RoPE that would change there."""
     longest = config.data.max_length
     for flag, arch in (("model", student), ("teacher_model", teacher)):
         if arch is not None and longest > (arch.rope.most_positions or longest):
@@ -152,7 +152,7 @@ def _tell_reach(config: RunConfig, student: Architecture, teacher: Architecture 
 
 
 def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, eval_rows: Rows | None) -> None:
-    """Whether the rows are such as the run needs, and its batch fits the layout."""
+    """Check that the rows have what the run needs, and that its batch fits the layout."""
     if rows is not None:
         if isinstance(config.teacher.kind, NoTeacher):
             rows.require_completions("--objective sft")
@@ -169,8 +169,8 @@ def _check_rows(config: RunConfig, student_layout: Layout, rows: Rows | None, ev
 def _vocabulary(
     config: RunConfig, student: Architecture, teacher: Architecture | None
 ) -> tuple[PreTrainedTokenizerBase, int]:
-    """The student's tokenizer, and the number of token ids that both models have; rows beyond it are padding of one
-    of them. Of a teacher that is known by its server alone: the student's (probes.py asks the server)."""
+    """The student's tokenizer, and the number of token ids that both models have; rows beyond it are padding in one of
+    them. For a teacher that is only known by its server, the student's number (probes.py asks the server)."""
     tokenizer = load_tokenizer(config.model.model)
     if teacher is None:
         if len(tokenizer) > student.vocab_size:
@@ -196,7 +196,7 @@ def _vocabulary(
 
 
 def row_maker(config: RunConfig) -> RowMaker | None:
-    """What the flags make of records before they are rows; None: nothing. Plugins are executed. Raises ConfigError."""
+    """The transformation of records that the flags define; None: none. Plugins are executed. Raises ConfigError."""
     data = config.data
     return make_row_maker(data.external_plugins, data.prompt_template, data.teacher_prompt_template)
 
@@ -236,7 +236,7 @@ def _training_rows(
 
 
 def teaches_nothing(config: RunConfig, rows: Rows) -> bool:
-    """A student alone, whose rows have no prompts for a teacher: it can be evaluated, but not compared with anybody."""
+    """Whether it is a student alone whose rows have no teacher prompts: it can be evaluated, but not compared."""
     return isinstance(config.teacher.kind, SelfTeaching) and not rows.has_teacher_prompts
 
 
@@ -253,7 +253,7 @@ def _eval_rows(
     sight: Sight,
     maker: RowMaker | None,
 ) -> Rows | None:
-    """Read whole, and in their own proportions, however the training rows are."""
+    """Held-out rows are always read whole and in their own proportions."""
     data, world = config.data, dist.group.WORLD
     if not data.eval_dataset:
         return None
@@ -273,7 +273,7 @@ def _eval_rows(
 
 
 def _within(rows: RowDataset | StreamedRows, paths: Sequence[str], vocab_size: int) -> Rows:
-    """The rows, with ids within the models' vocabulary, and their account in the log."""
+    """The rows, checked for ids outside the models' vocabulary, with a summary in the log."""
     rows.require_ids_below(vocab_size)
     logger.info("%s: %s", ", ".join(paths), rows.account())
     if _is_first():
@@ -283,7 +283,7 @@ def _within(rows: RowDataset | StreamedRows, paths: Sequence[str], vocab_size: i
 
 
 def _check_base_teaches(config: RunConfig, rows: Rows) -> None:
-    """Raise ConfigError where a new adapter would have no gradient: with B = 0 the student is its teacher."""
+    """Raise ConfigError if a new adapter would have no gradient: with B = 0 the student equals its teacher."""
     if config.tuner.adapters is None and not config.distillation.sft_alpha and not rows.has_teacher_prompts:
         raise ConfigError(
             "--teacher_model is --model, whose frozen weights teach (--tuner_type lora), and no row has a "
@@ -293,7 +293,7 @@ def _check_base_teaches(config: RunConfig, rows: Rows) -> None:
 
 
 def _check_teacher_of(config: RunConfig, purpose: str, rows: Rows) -> None:
-    """Raises where rows have no teacher, or nothing to learn from it."""
+    """Raise an error if rows have no teacher, or nothing to learn from it."""
     match config.teacher.kind:
         case SelfTeaching():
             rows.require_teacher_prompts(purpose)

@@ -1,15 +1,15 @@
-"""Communication of data parallel ranks beside the computation: what megatron-core leaves to the training loop.
+"""Overlap of data-parallel communication with computation: the parts that megatron-core leaves to the training loop.
 
-    connect(chunks, config)     when the chunks are wrapped: the functions that the schedules call, and the head
+    connect(chunks, config)     sets the schedules' callbacks, and the head's, when the chunks are wrapped
 
-`overlap_grad_reduce`   A bucket is reduced when the last micro-batch's gradients of all its parameters are there. Which
-                        micro-batch is the last one, the schedule says through `no_sync_func`. Without it every one
-                        counts, and a step with another number of micro-batches than the first one fails.
-`overlap_param_gather`  After an update a rank has its own shard of the weights alone. The others' are gathered by hooks
-                        before the forward pass of the module that owns them. Two readers have no such hook: the loss,
-                        which takes the head's weight out of its module (`before_head`), and whoever reads weights
-                        between two steps (weights/chunks.py, `settle`).
-`align_param_gather`    Gathers are started by the interleaved schedule, `param_sync_func`, on all stages at once.
+`overlap_grad_reduce`   A bucket is reduced once the last micro-batch's gradients of all its parameters are there. The
+                        schedule marks the last micro-batch through `no_sync_func`. Without it every micro-batch counts,
+                        and a step with another number of micro-batches than the first one fails.
+`overlap_param_gather`  After an update a rank has only its own shard of the weights. Hooks gather the others before the
+                        forward pass of the module that owns them. Two readers have no such hook: the loss, which takes
+                        the head's weight out of its module (`before_head`), and readers of weights between two steps
+                        (weights/chunks.py, `settle`).
+`align_param_gather`    The interleaved schedule starts the gathers on all stages at once, through `param_sync_func`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def connect(chunks: Sequence[DistributedDataParallel], config: TransformerConfig) -> None:
-    """Set the functions of `config`, and what the head waits for. Nothing without overlap."""
+    """Set the callbacks of `config` and of the head. Does nothing without overlap."""
     ddp, one = chunks[0].ddp_config, len(chunks) == 1
     if ddp.overlap_grad_reduce:
         config.no_sync_func = chunks[0].no_sync if one else [chunk.no_sync for chunk in chunks]

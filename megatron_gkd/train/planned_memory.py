@@ -1,11 +1,11 @@
-"""A run beside its plan: SAVE/plan.json, which is what `megatron-gkd plan ... --output json` printed for it, or, where
-that is not there, the closed formula (formula.py) for rows of --max_length.
+"""Compares a run's memory with its plan: SAVE/plan.json, the output of `megatron-gkd plan ... --output json`, or
+without it the closed formula (formula.py) for rows of --max_length.
 
-When a run starts the plan's summary is logged; on GPUs a rank that comes to hold more than the plan foresaw for its
-stages (what is reserved there included, a sampler's part not) says so, once. On a CPU nothing is compared: what the
-kernel counts of a process is more than its tensors. A file that is no plan is named and left.
+The plan's summary is logged at the start. On GPUs a rank that comes to hold more than the plan foresaw for its stages
+(including what is reserved there, without a sampler's part) logs that once. On a CPU nothing is compared, because the
+kernel counts more than a process's tensors. A file that is not a plan is named in a warning and ignored.
 
-Communication: none; a rank on whose machine the file is absent compares nothing.
+Communication: none; a rank on a machine without the file compares nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _KEYS: Final = ("student_stage", "needed_bytes", "sampler_bytes", "peak_bytes")
 
 
 class PlannedMemory:
-    """Of one rank."""
+    """The comparison of one rank."""
 
     def __init__(
         self,
@@ -43,11 +43,10 @@ class PlannedMemory:
         peak_bytes: Callable[[], int] | None,
         by_formula: Callable[[], list[dict[str, Any]]] = list,
     ) -> None:
-        """
-        Args:
-            layout: the student's.
-            peak_bytes: the most that this rank has held so far; None: it is not known.
-            by_formula: the plan where there is no file.
+        """Args:
+        layout: the student's.
+        peak_bytes: the most that this rank has held so far; None: not known.
+        by_formula: makes the plan if there is no file.
         """
         self._peak_bytes = peak_bytes
         self._planned: int | None = None
@@ -78,7 +77,7 @@ class PlannedMemory:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """[] where there is none."""
+    """The plan; [] if there is none."""
     if not path.is_file():
         return []
     try:
@@ -97,8 +96,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def by_formula(
     config: RunConfig, arch: Architecture, student: Layout, teacher: Layout
 ) -> Callable[[], list[dict[str, Any]]]:
-    """Makes the records of a plan, with what `plan` reserves by itself; none of a run that the formula does not cover.
-    `arch`: the student's."""
+    """A function that makes a plan's records, with the reserve that `plan` adds; none for a run that the formula does
+    not cover. `arch`: the student's."""
 
     def records() -> list[dict[str, Any]]:
         kind, asked, found = config.teacher.kind, PlanConfig(), list[dict[str, Any]]()
@@ -119,7 +118,7 @@ def by_formula(
 
 
 def _summary(plan: list[dict[str, Any]], source: str) -> str:
-    """The fullest rank, and what it holds."""
+    """The rank that holds most, and what it holds."""
     most = max(plan, key=lambda record: record["needed_bytes"])
     peak = max(most["peak_bytes"], key=lambda categories: sum(categories.values()))
     largest = sorted(peak.items(), key=lambda item: -item[1])

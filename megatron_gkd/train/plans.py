@@ -4,7 +4,7 @@
 
 Everything random is a function of (seed, step, sample), so a resumed run needs only the step and the data position. If
 the student samples, the completions also depend on its weights: they come from `Rollouts` on the student's ranks and,
-if the teacher has its own ranks, are sent from the first rank to all.
+if the teacher has its own ranks, the first rank sends them to all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_gkd.train.sampling import engine_length, seeing
 
 
 def plan_of(config: RunConfig, step: int, samples: Sequence[Sample], student: Layout, teacher: Layout) -> StepPlan:
-    """The plan of a step's samples in these layouts, as the flags size its micro-batches. `step` counts from 0."""
+    """The plan of a step's samples in these layouts, with micro-batches sized by the flags. `step` counts from 0."""
     plan = plan_step(
         step,
         samples,
@@ -53,7 +53,7 @@ def plan_of(config: RunConfig, step: int, samples: Sequence[Sample], student: La
 
 
 class StepPlans:
-    """The plans of a run's steps; `plan` is collective over the ranks that sample, and over all where the teacher
+    """The plans of a run's steps. `plan` is collective over the ranks that sample; over all ranks if the teacher
     samples or `everyone` is given."""
 
     def __init__(
@@ -65,26 +65,24 @@ class StepPlans:
         everyone: dist.ProcessGroup | None = None,
         teacher: str = "",
     ) -> None:
-        """Keep what all steps share.
-
-        Args:
-            rollouts: on the student's ranks, where it samples.
-            teacher_samples: on all ranks, where the teacher samples.
-            everyone: all ranks, where some have no student and it samples: they are told the completions.
-            teacher: who it is (teacher_identity.py), for checkpoints.
+        """Args:
+        rollouts: on the student's ranks, if the student samples.
+        teacher_samples: on all ranks, if the teacher samples.
+        everyone: all ranks, if the student samples and some ranks do not hold it: they are sent the completions.
+        teacher: its identity (teacher_identity.py), for checkpoints.
         """
         self._inputs, self._draws, self._everyone = inputs, inputs.draws, everyone
         self.rollouts, self.teacher_samples, self._teacher = rollouts, teacher_samples, teacher
 
     def before_training(self, student: Architecture) -> TrainerState:
-        """The state that a run without a checkpoint begins with, and that a checkpoint's is held against."""
+        """The initial state of a run without a checkpoint; a checkpoint's state is compared with it."""
         sharded = self._inputs.config.parallel.use_distributed_optimizer
         rows, clock = self._draws.rows.fingerprint(), self._inputs.clock.time
         base = self._inputs.base
         return TrainerState(0, 0, rows, repr(student), sharded, teacher=self._teacher, clock=clock, base=base)
 
     def requests(self, step: int) -> list[Request]:
-        """What is asked of the sampling engines for a step."""
+        """The requests to the sampling engines for a step."""
         config, (_, rows, sources) = self._inputs.config, self._draws[step]
         requests = make_requests(
             {position: rows[position].prompt_ids for position, source in enumerate(sources) if source == "student"},
@@ -98,13 +96,13 @@ class StepPlans:
         return [seeing(request, rows[request.key], images) for request in requests]
 
     def plan(self, step: int) -> StepPlan:
-        """The plan of step `step`, counted from 0. A pure function of the configuration, the data, the step, and, where
-        the student samples, of its weights."""
+        """The plan of step `step`, counted from 0. A pure function of the configuration, the data, the step and, if the
+        student samples, its weights."""
         return self._with(step, self._completions(step))
 
     def plan_ahead(self, step: int) -> StepPlan | None:
-        """The plan of a later step, where its samples are known without the student's next weights: nothing is
-        sampled, or its completions wait (--steps_per_generation). Not collective."""
+        """The plan of a later step, if its samples do not depend on the student's next weights: nothing is sampled, or
+        its completions exist already (--steps_per_generation). Not collective."""
         if self.teacher_samples is not None:
             return None
         waiting = {} if self.rollouts is None else self.rollouts.waiting(step)

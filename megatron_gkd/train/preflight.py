@@ -1,15 +1,15 @@
-"""What a run can be refused for before torch is imported, in the order in which it is cheap.
+"""Checks that can refuse a run before torch is imported, cheapest first.
 
-    check_paths(config, "train")     models, data, --save, --load are there, and of a kind that can be meant
-    check_own_paths(config)          the same of `sample` and `check`
+    check_paths(config, "train")     models, data, --save and --load exist and have a supported form
+    check_own_paths(config)          the same for `sample` and `check`
     run_preflight(asked)             `megatron-gkd check train`: the same, then layouts and batch for a number of ranks,
                                      then both models' config.json against the layouts
 
-The launch scripts ask it before they start a rank, and with --dry-run. So a wrong path is one line, within two seconds,
-once a machine, and the last one on the screen. A rank that is started without them looks at its paths as well.
+The launch scripts run it before they start a rank, and with --dry-run. So a wrong path is one line, within two seconds,
+once per machine, and the last on the screen. A rank that is started without them checks its paths too.
 
-Not here: contradictions of flags (config/validate.py), and whatever has to be read to be judged: rows, tokenizers,
-weights, checkpoints. Another machine's files are that machine's to look at.
+Not here: contradictions of flags (config/validate.py), and checks that read rows, tokenizers, weights or checkpoints.
+Each machine checks its own files.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ def check_paths(config: RunConfig, command: Command) -> None:
 
 
 def check_rows_made(config: RunConfig) -> None:
-    """Raise ConfigError for a plugin or a template that cannot be meant; nothing is executed."""
+    """Raise ConfigError for an invalid plugin path or template; nothing is executed."""
     data = config.data
     check_row_flags(data.external_plugins, data.prompt_template, data.teacher_prompt_template)
 
 
 def check_models(config: RunConfig) -> None:
-    """Raise ConfigError for a model that is no directory with a config.json, and no name that may be one."""
+    """Raise ConfigError for a model that is neither a directory with a config.json nor a possible name on a hub."""
     for flag in ("model", "teacher_model"):
         if (path := config.get(flag)) is not None:
             _check_model(flag, path, use_hf=config.model.use_hf)
 
 
 def check_own_paths(config: Section) -> None:
-    """The same for a command with flags of its own: its data, and its model."""
+    """The same for a command with its own flags: its data and its model."""
     for flag in ("model", "teacher_model"):
         path = getattr(config, flag, None)
         if path is not None and not _is_name(flag, path, use_hf=True) and isinstance(config, SampleConfig):
@@ -94,7 +94,7 @@ def _check_data(flag: str, path: str, *, use_hf: bool = True) -> None:
 
 
 def _is_name(flag: str, text: str, *, use_hf: bool) -> bool:
-    """Whether it is a name on a hub that can be asked, or was before; what the hub has is seen when ranks have met."""
+    """Whether it is a name on a hub that can be requested, or is cached. Whether the hub has it is checked later."""
     for _, name in names_in({flag: text}, use_hf=use_hf):
         refuse_missing_client(name)
         if places.offline() and not is_commit(name.revision) and kept_commit(name) is None:
@@ -105,7 +105,7 @@ def _is_name(flag: str, text: str, *, use_hf: bool) -> bool:
 
 
 def _with_known_models(config: RunConfig) -> RunConfig:
-    """With config.json and tokenizer of models that are named on a hub."""
+    """Fetch config.json and tokenizer of models that are named on a hub."""
     values = {"model": config.model.model, "teacher_model": config.teacher.teacher_model}
     if next(names_in(values, use_hf=config.model.use_hf), None) is None:
         return config
@@ -115,7 +115,7 @@ def _with_known_models(config: RunConfig) -> RunConfig:
 
 
 def check_save(config: RunConfig) -> None:
-    """Whether --save can be written, and holds no run that would be written over; whether --load is there."""
+    """Check that --save can be written and holds no run that would be overwritten, and that --load exists."""
     save, load = Path(config.checkpoint.save), config.checkpoint.load
     there = next(path for path in (save, *save.absolute().parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
@@ -136,7 +136,7 @@ def check_save(config: RunConfig) -> None:
 
 
 def _check_finetune(config: RunConfig, load: str) -> None:
-    """Raise NotBuiltError for --finetune with a --load that is there and no Hugging Face directory."""
+    """Raise NotBuiltError for --finetune with a --load that is not a Hugging Face directory."""
     if config.checkpoint.finetune and os.path.exists(load) and not os.path.isfile(os.path.join(load, "config.json")):
         raise NotBuiltError(
             f"--finetune true --load {load}: to begin at step 0 with the weights of a run's checkpoint is not built; "
@@ -145,7 +145,7 @@ def _check_finetune(config: RunConfig, load: str) -> None:
 
 
 def refuse_earlier_run(save: Path) -> None:
-    """Raise ConfigError where --save holds another run's record."""
+    """Raise ConfigError if --save holds another run's record."""
     record = save / "metrics.jsonl"
     if record.exists() and record.stat().st_size > 0:
         anew = "begin it anew with --auto_resume true: it has saved no checkpoint"
@@ -154,7 +154,7 @@ def refuse_earlier_run(save: Path) -> None:
 
 
 def run_preflight(asked: CheckTrainConfig, config: RunConfig) -> None:
-    """`megatron-gkd check train`. Raises what the run would be refused for."""
+    """`megatron-gkd check train`. Raises the errors that would refuse the run."""
     config.validate("train")
     check_paths(config, "train")
     student, teacher = layouts(config, asked.world_size, ranks_per_node=asked.ranks_per_node)

@@ -1,23 +1,23 @@
-"""A training step of one rank of a job that does not exist: the run's own code on fake tensors, which have shapes and
-no memory, over process groups without peers. What it would allocate is counted, operation by operation.
+"""Rehearses a training step of one rank without the job: the run's own code on fake tensors, which have shapes and no
+memory, over process groups without peers. Allocations are counted operation by operation.
 
     found = rehearse(config, world_size=16, rank=0, lengths=[(512, 1536)] * 32)
     found.built.by_category, found.peaks[1].by_category, found.traffic
 
 Real: models, DDP, the distributed optimizer, the schedule with its micro-batches in flight, the teacher's pass, the
-fused loss, the student's step. Two steps, since what is born in the first one may be alive at the peak of the second.
+fused loss, the student's step. Two steps, because memory from the first can still be held at the peak of the second.
 
-Different from a run on that machine, on purpose:
+Intended differences from a run on that machine:
 
-* Fake tensors are on a "cpu", so layers are those of a run without Transformer Engine: activations are an upper bound
-  for a run with it. The loss takes the chunks of a GPU, but torch's operations in place of the Triton kernels.
-* All micro-batches of the rehearsal have lengths that are told; pipelines exchange no shapes.
-* A number that is read from a fake tensor is 1 (there are no values): the norm of the gradient, for instance. Tokens
+* Fake tensors are on a "cpu", so layers are those without Transformer Engine: activations are an upper bound for a run
+  with it. The loss uses the chunk sizes of a GPU, but torch's operations instead of the Triton kernels.
+* All micro-batches have the given lengths; pipelines exchange no shapes.
+* A number that is read from a fake tensor is 1, because there are no values: the gradient norm, for instance. Tokens
   and lengths of micro-batches are real.
-* Every expert gets as many tokens as the others (rehearsed_experts.py).
-* What leaves the device between its uses (--offload_...) stays there; `Rehearsed.phases` has it taken off.
+* Every expert gets the same number of tokens (rehearsed_experts.py).
+* Offloaded memory (--offload_...) stays on the device; `Rehearsed.phases` has it subtracted.
 
-`Communication`: none. What would be sent is counted by the group that it would be sent over (`traffic`).
+Communication: none. What would be sent is counted by process group (`traffic`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ Replacement = tuple[Any, str, Any]  # owner, name, value
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What one rank would hold and send. Bytes."""
+    """What one rank would hold and send, in bytes."""
 
     rank: int
     num_parameters: int  # of the student, on this rank
@@ -101,17 +101,17 @@ def rehearse(
     ranks_per_node: int | None = None,
     shown: Shown | None = None,
 ) -> Rehearsed:
-    """See the module docstring. Not collective; no process group may exist yet in this process.
+    """See the module docstring. Not collective; this process must not have a process group yet.
 
     Args:
         lengths: (prompt, completion) tokens of the samples of a global batch.
-        lines: tell the lines of code apart that hold memory.
-        num_steps: what is born in the first one may be alive at the peak of the second.
-        archs: in place of those of the configuration's models: the student's, and a local teacher's.
+        lines: count memory by line of code.
+        num_steps: memory from the first step can still be held at the peak of the second.
+        archs: replaces the architectures of the configuration's models: the student's, and a local teacher's.
         ranks_per_node: for --teacher_nodes.
-        shown: the images of every sample, where the student sees images.
+        shown: the images of every sample, if the student sees images.
 
-    Raises LayoutError or ConfigError for what `train` would refuse.
+    Raises LayoutError or ConfigError where `train` would.
     """
     student_layout, teacher_layout = planned_layouts(config, world_size, ranks_per_node=ranks_per_node)
     # Read before tensors are fake: rotary frequencies are computed with values.
@@ -161,7 +161,7 @@ def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]
 
 
 def planned_layouts(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None) -> tuple[Layout, Layout]:
-    """(student's, teacher's); the former where no model of its own teaches on ranks."""
+    """(student's, teacher's); the student's twice if no separate model teaches on ranks."""
     student, teacher = layouts(config, world_size, ranks_per_node=ranks_per_node)
     if isinstance(config.teacher.kind, LocalTeacher) and not config.base_teaches:
         return student, without_borrowed_experts(config, read_architecture(config.teacher.kind.path), teacher)
@@ -170,7 +170,7 @@ def planned_layouts(config: RunConfig, world_size: int, *, ranks_per_node: int |
 
 @dataclass
 class _Parts:
-    """What a rank of a run has, as train/setup.py makes it, without weights, rows or servers."""
+    """The parts of a run on one rank, as in train/setup.py, without weights, rows or servers."""
 
     config: RunConfig
     student: Student | None  # None on a rank that the teacher has to itself
@@ -187,7 +187,7 @@ class _Parts:
         counter: AllocationCounter,
         sight: RehearsedSight | None = None,
     ) -> _Parts:
-        """Made in the order of a run. `archs`: the student's, and a local teacher's."""
+        """Built in the order of a run. `archs`: the student's, and a local teacher's."""
         groups = build_groups(student_layout)
         here = student_layout.holds(dist.get_rank())
         student = _student(config, archs[0], student_layout, groups, counter, sight) if here else None
@@ -198,7 +198,7 @@ class _Parts:
         return cls(config, student, teacher, loss)
 
     def step(self, plan: StepPlan, counter: AllocationCounter) -> None:
-        """`distill`, with what it does told apart; on a rank of the teacher's alone its part."""
+        """`distill`, with memory counted by phase; on a rank of the teacher alone, its part."""
         timers: Any = _Phases(counter)
         if self.student is None or self.loss is None:
             with timers.phase("teacher"):
@@ -224,7 +224,7 @@ def _student(
     counter: AllocationCounter,
     sight: RehearsedSight | None,
 ) -> Student:
-    """With its memory told apart."""
+    """The student, with its memory counted by category."""
     options = rehearsed_options(config)
     with counter.category("student: buffers"):
         chunks = build_model(arch, layout, groups, options, dtype=config.model.precision)
@@ -268,7 +268,7 @@ def _under(counter: AllocationCounter, category: str, function: Callable[..., An
 
 
 class _Counted:
-    """An objective whose memory is the loss's."""
+    """An objective whose memory is counted as the loss."""
 
     def __init__(self, loss: TrainingObjective, counter: AllocationCounter) -> None:
         self._loss, self._counter = loss, counter
@@ -285,7 +285,7 @@ class _Counted:
 
 
 class _Phases:
-    """Phases of a step as categories."""
+    """Maps the phases of a step to categories."""
 
     NAMES: Final = {"teacher": "teacher: activations, signals", "student": "student: activations"}
 
@@ -301,7 +301,8 @@ class _Phases:
 
 
 class _NoPeers(TorchDispatchMode):
-    """Answers what a fake tensor cannot: numbers, and collectives that torch's fake ones leave out."""
+    """Answers for operations that a fake tensor cannot do: reading numbers, and collectives that torch's fake ones
+    lack."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,12 +312,12 @@ class _NoPeers(TorchDispatchMode):
         self.ranks: dict[str, tuple[int, ...]] = {}
 
     def name_groups(self, groups: Any, owner: str = "") -> None:
-        """What the report calls the groups of a model."""
+        """Set the report's names of a model's groups."""
         for name in ("pp", "dp_cp", "ep", "cp", "tp"):
             self.name_group(owner + name, getattr(groups, name, None))
 
     def name_group(self, name: str, group: Any) -> None:
-        """One of them; None is none."""
+        """Set the name of one group; None is ignored."""
         if group is not None:
             self._names[group.group_name] = name
             self.ranks[name] = tuple(dist.get_process_group_ranks(group))
@@ -344,7 +345,7 @@ class _NoPeers(TorchDispatchMode):
 
 
 def replacements() -> tuple[Replacement, ...]:
-    """What cannot be where tensors have no values and groups no peers."""
+    """Replacements for functions that fail if tensors have no values and groups no peers."""
 
     def gather(found: list[Any], mine: Any, group: Any = None) -> None:
         found[:] = [mine] * len(found)
@@ -362,14 +363,14 @@ def replacements() -> tuple[Replacement, ...]:
 
 
 def _mask_without_memory(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As on a GPU, whose kernels have the mask of ContextAttention not written out; on a CPU it is, once."""
+    """On a GPU the kernels do not write out the mask of ContextAttention; on a CPU it is written out once."""
     with _disable_current_modes():
         return torch.zeros(1, 1, dtype=dtype, device=device).expand(num_queries, num_keys)
 
 
 @contextmanager
 def without_peers(world_size: int, rank: int, *further: Replacement) -> Iterator[None]:
-    """A world in which every collective returns at once, and what a fake world cannot do is left out or replaced."""
+    """A world in which every collective returns at once; functions that fail in it are replaced."""
     assert not dist.is_initialized(), "groups without peers need a process without a group"
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
@@ -382,7 +383,7 @@ def without_peers(world_size: int, rank: int, *further: Replacement) -> Iterator
 
 
 def _as_on_a_gpu() -> tuple[Replacement, ...]:
-    """Sizes of the chunks and blocks of the loss; no mask of attention."""
+    """A GPU's sizes of the loss's chunks and blocks; no attention mask."""
     return (
         (context_attention, "causal_lower_right", _mask_without_memory),
         (context_attention, "places_of", functools.lru_cache(4)(context_attention.places_of.__wrapped__)),

@@ -1,12 +1,12 @@
-"""Experts in a rehearsal (rehearsal.py): where a token goes is decided by values, and fake tensors have none. There,
-every expert gets as many tokens as the others, to one, and every rank what this one gets.
+"""Experts in a rehearsal (rehearsal.py). Routing depends on values, which fake tensors do not have. So every expert
+gets the same number of tokens, to within one, and every rank the same as this one.
 
     with FakeTensorMode(...), ..., even_loads():
 
-So the bytes are those of balanced loads. A rank whose experts are the favourites holds more, in proportion: of what its
-experts keep for the backward pass, `moe/load_max` times as much (docs/metrics.md).
+The bytes are those of balanced loads. A rank with popular experts holds proportionally more: `moe/load_max` times as
+much of what its experts keep for the backward pass (docs/metrics.md).
 
-How: routers return maps that are real tensors, whose counts megatron-core then reads as it does in a run; gathered
+How it works: routers return maps that are real tensors, and megatron-core reads their counts as in a run; gathered
 counts are this rank's, repeated; the size of a selection by such a map is its count.
 """
 
@@ -27,7 +27,7 @@ from megatron_gkd.model.router import Router
 
 
 def even_map(num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
-    """[T, E], true where a token goes: to the next `top_k` experts after those of the token before it."""
+    """[T, E], true where a token goes: each token takes the `top_k` experts after those of the previous token."""
     with unset_fake_temporarily():
         chosen = (torch.arange(num_tokens * top_k) % num_experts).view(num_tokens, top_k)
         return torch.zeros(num_tokens, num_experts, dtype=torch.bool).scatter_(1, chosen, True)
@@ -45,7 +45,7 @@ class _KnownSelections(TorchDispatchMode):
 
 @contextmanager
 def even_routers() -> Iterator[None]:
-    """Routers that send every expert as many tokens, on tensors of any kind: for runs that are compared with
+    """Routers that send every expert the same number of tokens, on real or fake tensors; for comparing runs with
     rehearsals."""
     routing = Router.routing
 

@@ -1,10 +1,10 @@
-"""Images in a rehearsal (rehearsal.py): every sample has as many, of one size, at the beginning of its prompt, and what
-a tower is fed has the shape that the model's own processor gives it, and no values.
+"""Images in a rehearsal (rehearsal.py): every sample has the same number of images of one size, at the beginning of its
+prompt. A tower's inputs have the shapes that the model's own processor produces, and no values.
 
     sight = RehearsedSight(config, (student, teacher), Shown(1, (640, 480)))    # before tensors are fake
     with FakeTensorMode(...), sight.fake_towers(): ...
 
-The processor's own work on the pixels is not counted: in a run it is the host's.
+The processor's own work on pixels is not counted, because it is on the host.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class RehearsedSight:
     """How the models of a rehearsal see images."""
 
     def __init__(self, config: RunConfig, archs: tuple[Architecture, Architecture | None], shown: Shown) -> None:
-        """Reads the processors' files. Raises what `train` would say of them (train/vision.py)."""
+        """Reads the processors' files. Raises the errors of `train` (train/vision.py)."""
         self.sight = read_sight(config, *archs, load_tokenizer(config.model.model))
         self._pictures = [striped_picture(*shown.size)] * shown.number
         self._shown, self._archs = shown, archs
 
     @property
     def flops(self) -> tuple[float, float]:
-        """Matrix products for the images of a sample, of the student's tower and of the teacher's."""
+        """Matrix products for the images of a sample: in the student's tower, and in the teacher's."""
         of_student, of_teacher = (
             self._flops(arch, images)
             for arch, images in zip(self._archs, (self.sight.student, self.sight.teacher), strict=True)
@@ -66,7 +66,8 @@ class RehearsedSight:
         return tower_flops(arch.vision, images.inputs(placed[:1]), placed[0].num_tokens) * len(placed)
 
     def samples(self, lengths: Sequence[tuple[int, int]]) -> tuple[Sample, ...]:
-        """Of a step, of (prompt, completion) tokens, those of the images in the prompt's number. Raises ConfigError."""
+        """The samples of a step with these (prompt, completion) tokens; image tokens count as prompt. Raises
+        ConfigError."""
         own, theirs = self.sight.student, self.sight.teacher
         samples = []
         for index, (prompt, completion) in enumerate(lengths):
@@ -92,7 +93,7 @@ class RehearsedSight:
         return tuple(samples)
 
     def prepare(self, chunks: Sequence[HiddenStateGPTModel], images: ImageTokens | None) -> None:
-        """Tell the chunk that has the tower what it is fed, without values (train/vision.py, `prepare_towers`)."""
+        """Give the chunk with the tower inputs without values (train/vision.py, `prepare_towers`)."""
         for chunk in chunks:
             if chunk.vision is not None and images is not None:
                 grids: list[list[int]] = []
@@ -104,7 +105,7 @@ class RehearsedSight:
 
     @contextmanager
     def fake_towers(self) -> Iterator[None]:
-        """Towers are described on the meta device, which fake tensors have no part in; there they are fake."""
+        """Make towers of fake tensors. They are made on the meta device, which FakeTensorMode does not cover."""
         describe = meta_model
 
         def described(*args: Any) -> Any:
@@ -124,7 +125,7 @@ class RehearsedSight:
         return images.expand((images.image_token_id,) * len(self._pictures), self._pictures)
 
     def _feed(self, images: ImageTokens, grids: list[list[int]]) -> vision.Prepare:
-        """`grids` are then those of the images that were prepared last, where the processor says some."""
+        """`grids` is set to those of the last prepared images, if the processor returns any."""
         shapes: dict[tuple[int, int], dict[str, tuple[torch.Size, torch.dtype]]] = {}
         grid_of: dict[tuple[int, int], list[list[int]]] = {}
         with unset_fake_temporarily():
@@ -145,8 +146,8 @@ class RehearsedSight:
 
 
 class _KnownGrids:
-    """In place of transformers' Qwen2.5-VL, whose tower asks the tensor of grids for its values: fake ones have none.
-    What it makes of them is made of real ones, and handed to it."""
+    """Replaces transformers' Qwen2.5-VL, whose tower reads values of the grid tensor, which fake tensors do not have.
+    What depends on them is computed from real grids and passed on."""
 
     def __init__(self, tower: Any, grids: list[list[int]]) -> None:
         self._tower, self._grids = tower, grids
@@ -173,9 +174,8 @@ class _KnownGrids:
 
 
 class _FullTiles:
-    """In place of transformers' SmolVLM, which looks at values for tiles of zeros and for the part of a tile that is an
-    image. Here there is none of the former, and all of the latter, as the processor makes tiles of a few images alike.
-    """
+    """Replaces transformers' SmolVLM, which looks at values for empty tiles and for the used part of each tile. Here no
+    tile is empty and all are used in full, as the processor makes tiles of equal images."""
 
     def __init__(self, tower: Any, projector: Any) -> None:
         self._tower, self._projector = tower, projector

@@ -1,11 +1,11 @@
-"""The teacher of a rehearsal (rehearsal.py), by its kind, as train/teachers.py makes it: without weights or servers.
+"""The teacher of a rehearsal (rehearsal.py), by its kind, as in train/teachers.py, without weights or servers.
 
-    LocalTeacher      TeacherPipeline on the ranks that hold a part of it, RemoteTeacher where all of it is elsewhere
-    ServerTeachers    ServedOnPaper: answers of the right size are there, and travel as those of servers do
+    LocalTeacher      TeacherPipeline on the ranks that hold a part of it, RemoteTeacher on the others
+    ServerTeachers    ServedOnPaper: answers of the right size, which travel as those of servers do
     SelfTeaching      SelfTeacher
     NoTeacher         Nobody
 
-What is parked in host memory is rehearsed where it is (phases.py, `away`).
+Memory that a run offloads to the host is subtracted afterwards (phases.py, `away`).
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def rehearsed_teacher(
     counter: AllocationCounter,
     sight: RehearsedSight | None = None,
 ) -> tuple[Teacher, Head, int]:
-    """(teacher, its head where this rank applies it, tokens that both models have).
+    """(teacher, its head if this rank applies it, tokens that both models have).
 
     Args:
         archs: the student's, and a local teacher's.
-        student: None on a rank that the teacher has to itself.
+        student: None on a rank that only holds the teacher.
         layouts: the student's and the teacher's.
         sight: how models see images, if they do.
     """
@@ -113,10 +113,10 @@ def _local(
 
 
 class ServedOnPaper:
-    """Teacher servers that have answered: a driver has its samples' top K, and hands them on (teacher/served.py)."""
+    """Teacher servers that have answered: a driver has its samples' top K, and sends them on (teacher/served.py)."""
 
     def __init__(self, student: Layout, topk: int) -> None:
-        """Collective: a group is made."""
+        """Collective: makes a process group."""
         self.layout, self.spec = student, TopKSpec(topk, torch.device("cpu"))
         self.signal_group = new_group(range(dist.get_world_size()))
 
@@ -129,4 +129,4 @@ class ServedOnPaper:
         return exchange(self.spec, routes, local, self.signal_group)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close."""

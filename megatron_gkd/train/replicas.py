@@ -1,13 +1,12 @@
-"""Data parallel replicas hold the same weights, bit for bit; where one does not, it is named, before it trains on.
-Ranks that share a sequence (context parallelism) are replicas too.
+"""Checks that data-parallel replicas hold the same weights, bit for bit, and names one that does not. Ranks that share
+a sequence (context parallelism) are replicas too.
 
-Every replica makes the same update from the same sum of gradients, so a difference is a fault: of a device, of a
-collective, or of weights that were not the same to begin with. Compared before the first step and every
-`--check_replicas_steps`: a checksum of every parameter (weights/checksum.py), hashed to 32 bytes a rank. Experts have
-replicas of their own: the ranks that hold the same part of the same experts. Reads the weights once, changes nothing,
-draws no random number.
+Every replica makes the same update from the same sum of gradients. So a difference is a fault of a device, of a
+collective, or of the initial weights. Replicas are compared before the first step and every `--check_replicas_steps`:
+a checksum of every parameter (weights/checksum.py), hashed to 32 bytes per rank. Replicas of experts are the ranks that
+hold the same part of the same experts. The check reads the weights once, changes nothing and draws no random number.
 
-Communication: one all_gather_object of 32 bytes over the student's ranks; where they differ one more of the checksums.
+Communication: one all_gather_object of 32 bytes over the student's ranks; if they differ, another one of the checksums.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ Place = Callable[[int], tuple[int, ...]]  # of a global rank
 
 
 class Replicas:
-    """The comparison of the module docstring; nothing to do for a student without replicas."""
+    """The comparison of the module docstring; does nothing for a student without replicas."""
 
     def __init__(self, student: Student, every: int) -> None:
-        """`every`: steps between two comparisons; 0: none."""
+        """`every`: steps between comparisons; 0: never."""
         self._student, self._group = student, student.groups.intra_dist_opt
         copies = max(student.layout.data * student.layout.context, student.layout.expert_data)
         self._every = every if copies > 1 else 0
 
     def check(self, step: int, *, now: bool = False) -> None:
-        """After a step: compare, if it is time (or `now`). Raises TrainingError on all of the student's ranks."""
+        """After a step: compare, if it is due (or `now`). Raises TrainingError on all of the student's ranks."""
         if not self._every or not (now or step % self._every == 0):
             return
         settle(self._student.chunks)
@@ -60,7 +59,7 @@ class Replicas:
         )
 
     def _places(self) -> tuple[Place, Place]:
-        """Which part of the dense layers a rank holds, and which part of the experts."""
+        """Functions of a rank: which part of the dense layers it holds, and which part of the experts."""
         layout = self._student.layout
 
         def of_dense_layers(rank: int) -> tuple[int, ...]:
@@ -70,7 +69,7 @@ class Replicas:
         return of_dense_layers, layout.expert_part
 
     def _differing(self, values: Sequence[Any], place: Place) -> list[list[int]]:
-        """Ranks of the student (from 0) that hold the same part and not the same value."""
+        """Groups of the student's ranks (from 0) that hold the same part with different values."""
         layout = self._student.layout
         same_part: dict[tuple[int, ...], list[int]] = {}
         for rank in range(layout.world_size):
@@ -99,7 +98,7 @@ def weight_sums(student: Student) -> dict[str, tuple[int, int]]:
 
 
 def _split(sums: Sums) -> tuple[Sums, Sums]:
-    """Of the dense layers, of the experts."""
+    """(checksums of the dense layers, of the experts)."""
     experts = {name: value for name, value in sums.items() if ".experts." in name}
     return {name: value for name, value in sums.items() if name not in experts}, experts
 

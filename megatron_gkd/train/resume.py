@@ -1,6 +1,5 @@
-"""Where a run begins, and the saves that it makes: the same on the student's ranks and on those that the teacher has to
-itself, since checkpoints are collective over all of them.
-"""
+"""Where a run starts, and its checkpoints: the same on the student's ranks and on the teacher's own ranks, because
+checkpoints are collective over all of them."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ logger = get_logger(__name__)
 
 
 def begin(run: Run | TeacherRun) -> tuple[TrainerState, Span]:
-    """The state to start from, and what is left to do. Collective over all ranks."""
+    """The state to start from, and the events that are left. Collective over all ranks."""
     state = resume(run)
     exports = exports_at_end(run.config, done_steps=state.step, train_iters=run.train_iters)
     set_aside_later(run.config.checkpoint.save, state.step)
@@ -38,7 +37,7 @@ def begin(run: Run | TeacherRun) -> tuple[TrainerState, Span]:
 
 
 def resume(run: Run | TeacherRun) -> TrainerState:
-    """The state to start from: the checkpoint's that `--load` names, or the beginning. Collective over all ranks."""
+    """The state to start from: that of the checkpoint of `--load`, or the initial one. Collective over all ranks."""
     assert run.plans is not None
     config, beginning = run.config, run.plans.before_training(run.architecture)
     load = config.checkpoint.load
@@ -68,7 +67,7 @@ def resume(run: Run | TeacherRun) -> TrainerState:
 
 
 def open_checkpoints(run: Run | TeacherRun) -> Checkpoints:
-    """The saves of the run."""
+    """The run's checkpoint writer."""
     config = run.config
     return Checkpoints(
         config.checkpoint.save,

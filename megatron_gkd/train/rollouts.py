@@ -1,4 +1,5 @@
-"""On-policy completions for the steps of a run: when the weights are pushed, when is sampled, how old a sample may be.
+"""On-policy completions for the steps of a run: when weights are pushed, when completions are sampled, and how old one
+may be.
 
     rollouts.for_step(step, requests_of)  ->  completions of that step, by position in the global batch
 
@@ -7,11 +8,11 @@ Steps are counted from 0; the policy version before step k is k, the number of u
     N = --steps_per_generation, lag = --rollout_lag
 
     lag 0   at steps 0, N, 2N ...: push, then sample steps k .. k + N - 1 at once. N = 1 is strictly on-policy.
-    lag 1   at step k: push version k, then sample step k + 1 in a thread while step k trains (engines with devices of
-            their own; N = 1). Step 0 is sampled before it trains, by version 0.
+    lag 1   at step k: push version k, then sample step k + 1 in a thread while step k trains (engines with their own
+            devices; N = 1). Step 0 is sampled before it trains, by version 0.
 
-A completion of version v is used at a step k with k - v <= N - 1 + lag; an older one ends the run. Completions that are
-sampled and not yet used are state: `pending` goes into checkpoints, so that a resumed run trains on the same ones.
+A completion of version v is used at a step k with k - v <= N - 1 + lag; an older one ends the run. Sampled completions
+that are not used yet are state: `pending` is saved in checkpoints, so that a resumed run trains on the same ones.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class Rollouts:
             if max(completion.token_ids) >= self._vocab_size:
                 raise RolloutError(
                     f"the student sampled token {max(completion.token_ids)}, which the teacher does not have (their "
-                    f"common vocabulary has {self._vocab_size}): its padding rows are not trained down; --top_p 0.999 "
-                    "or --top_k avoids them"
+                    f"common vocabulary has {self._vocab_size}): padding rows of its head are not trained; --top_p "
+                    "0.999 or --top_k avoids them"
                 )
             if not 0 <= step - completion.version <= self._window - 1 + self._lag:
                 raise RolloutError(
@@ -86,15 +87,15 @@ class Rollouts:
         return completions
 
     def waiting(self, step: int) -> dict[int, Completion] | None:
-        """Completions of a later step that are there already, and stay there; None where it is not sampled yet. Not
+        """Completions of a later step that are sampled already; they stay. None if the step is not sampled yet. Not
         collective."""
         return self._pending.get(step)
 
     def sample_apart(
         self, version: int, requests: Sequence[Request], settings: SamplingSettings
     ) -> dict[int, Completion]:
-        """Completions that no step trains on, by the student's weights as they are, `version` updates. What is being
-        sampled for a step is waited for, and kept."""
+        """Completions that no step trains on, sampled with the student's current weights (`version` updates). Waits for
+        sampling that is under way, and keeps its results."""
         self.finish()
         self._push(version)
         completions = self._bridge.sample(requests, settings)
@@ -102,24 +103,24 @@ class Rollouts:
         return completions
 
     def finish(self) -> None:
-        """Wait for what is being sampled beside the training, if anything is."""
+        """Wait for sampling beside the training, if any is under way."""
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
             self._pending[under_way.step] = self._bridge.collect(under_way.requests, under_way.result())
 
     def close(self) -> None:
-        """End the engines. Not collective."""
+        """Shut down the engines. Not collective."""
         if self._under_way is not None:
             self._under_way.result()
         self._bridge.close()
 
     def state(self) -> dict[str, Any]:
-        """`pending` as plain data, for a checkpoint. Waits for what is under way."""
+        """`pending` as plain data, for a checkpoint. Waits for sampling that is under way."""
         self.finish()
         return {str(step): [asdict(c) for c in by_position.values()] for step, by_position in self._pending.items()}
 
     def load_state(self, state: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """The inverse. Raises CheckpointError for anything else."""
+        """Inverse of `state`. Raises CheckpointError for damaged data."""
         try:
             self._pending = {
                 int(step): {
@@ -145,8 +146,8 @@ class Rollouts:
         self.metrics["push_bytes"] = push.num_bytes
 
     def _sample_window(self, step: int, requests_of: RequestsOf) -> None:
-        """A step and those that are sampled with it. Where nothing is asked for (--lmbda 0 so far), nothing is pushed
-        either, but for the first time: whether the engines hold the student's weights is found out at the start."""
+        """Sample a step and the others of its window. Without requests (--lmbda 0 so far) nothing is pushed either,
+        except at the start, to check that the engines accept the student's weights."""
         steps = range(step, min(step + self._window, self._train_iters))
         asked = {each: requests_of(each) for each in steps}
         self._pending |= {each: {} for each in steps}
@@ -165,7 +166,7 @@ class Rollouts:
         self._bridge.sleep()
 
     def _sample(self, asked: Mapping[int, Sequence[Request]], settings: SamplingSettings) -> None:
-        """All requests of the steps at once, under keys of their own."""
+        """Sample all requests of the steps at once, under new keys."""
         requests: list[Request] = []
         origin: list[tuple[int, int]] = []  # key -> step, position
         for step, of_step in asked.items():
@@ -179,7 +180,7 @@ class Rollouts:
             )
 
     def _begin_next(self, step: int, requests: Sequence[Request]) -> None:
-        """Sample the next step in a thread, with the weights before this one."""
+        """Sample the next step in a thread, with the weights before this step's update."""
         if not requests:
             self._pending[step + 1] = {}
             return
@@ -208,7 +209,7 @@ class Rollouts:
 
 
 def repeated_share(token_ids: Sequence[int]) -> float:
-    """Of the runs of 4 tokens in a completion those that stood in it before; 0 for one that has none."""
+    """The fraction of runs of 4 tokens in a completion that occurred in it before; 0 if it has none."""
     if len(token_ids) < _RUN:
         return 0.0
     ids = np.asarray(token_ids, dtype=np.uint64)
@@ -226,7 +227,7 @@ class _UnderWay(NamedTuple):
     sampling: InThread
 
     def result(self) -> list[Completion] | RolloutError:
-        """Wait. An error is returned, since all ranks have to hear of it."""
+        """Wait. An error is returned, because all ranks must receive it."""
         self.sampling.wait()
         error = self.sampling.error
         if error is not None:

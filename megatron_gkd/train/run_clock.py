@@ -1,8 +1,8 @@
-"""The one clock of a run (data/clock.py): the first rank's time at its first start, on all ranks; where the run goes on
-from a checkpoint, the time that is saved there.
+"""The clock of a run (data/clock.py): the first rank's time at its first start, on all ranks; for a continued run, the
+time saved in the checkpoint.
 
-A damaged newest checkpoint is passed over here as when it is loaded; of one that cannot be read at all, and of one from
-before the time was saved, the machine's time takes its place: what is wrong is said when it is loaded.
+A damaged newest checkpoint is skipped, as when it is loaded. If no checkpoint can be read, or it was saved before times
+were saved, the machine's time is used; loading then reports what is wrong.
 
 Communication: one object from rank 0 over WORLD.
 """
@@ -17,7 +17,7 @@ from megatron_gkd.train.checkpoint import is_hf_directory, newest_state
 
 
 def run_clock(config: RunConfig) -> Clock:
-    """Collective. Raises CheckpointError where the saved time is none."""
+    """Collective. Raises CheckpointError if the saved time is damaged."""
     return on_first(lambda: _saved(config.checkpoint.load) or Clock.now())
 
 

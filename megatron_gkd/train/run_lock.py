@@ -1,21 +1,21 @@
-"""One job in one run directory, and one run directory for all ranks.
+"""One job per run directory, and one run directory for all ranks.
 
     with locked(run_dir):    collective over WORLD
         ...                  SAVE/.lock.json says which process of which machine runs here, and since when
 
-A second job is refused at its start, with host, process and time of the first. The lock of a job that is dead is taken
-over, with a warning:
+A second job is refused at its start, with host, process and time of the first. The lock of a dead job is taken over,
+with a warning:
 
-    same machine     the process is gone, or another one has its number (start time of the process, boot of the machine)
-    another machine  the lock's heartbeat (its modification time, every BEAT_S) stands still for WATCH_S; no clocks are
-                     compared. So a job that was moved to another node after a crash starts that much later.
+    same machine     the process is gone, or another one has its id (start time of the process, boot of the machine)
+    another machine  the lock's heartbeat (its modification time, every BEAT_S) does not change for WATCH_S; clocks are
+                     not compared. So a job that was moved to another node after a crash starts that much later.
 
-Made for shared file systems: the file is created exclusively (O_EXCL), taken over by a rename and read back after it,
-and read by opening it anew. A job that finds the lock in another job's hands, because it stood still for longer than
-WATCH_S, ends at once, so that two never write. By hand: delete the file of a job that is surely gone.
+Made for shared file systems: the file is created exclusively (O_EXCL), taken over by a rename and then read back, and
+opened anew for each read. A job that finds its lock taken over, because its heartbeat stopped for longer than WATCH_S,
+ends at once, so that two never write. To remove a lock by hand, delete the file of a job that is certainly gone.
 
-Then every rank looks for a file that the first one has just written: `--save` that is another directory on another node
-is an error now, and not at the first checkpoint.
+Then every rank looks for a file that the first one has just written. If `--save` is another directory on another node,
+that is an error now instead of at the first checkpoint.
 
 Communication: `locked` is collective over WORLD (parallel/together.py: `on_first_rank`, one all_gather_object).
 """
@@ -51,7 +51,7 @@ SEEN_S = 30.0  # a shared file system may show a new file that late
 
 
 class Held(NamedTuple):
-    """A lock file as it was found."""
+    """The content of a lock file."""
 
     owner: dict[str, Any]  # empty where it cannot be read, as while it is written
     changed_ns: int
@@ -92,7 +92,7 @@ class RunLock:
         self._beating: threading.Thread | None = None
 
     def take(self) -> str:
-        """Returns the token that names this start. Not collective; may take WATCH_S."""
+        """Returns the token that identifies this start. Not collective; may take WATCH_S."""
         check_writable(self._directory / "checkpoints")
         missing = [path for path in (self._directory, *self._directory.parents) if not path.exists()]
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ class RunLock:
             if is_alive(self.path, held):
                 raise ConfigError(
                     f"{self._directory} is in use by another job: {held.describe()}. Wait for it, end it, or give "
-                    f"another --save; if it is surely gone, delete {self.path}"
+                    f"another --save; if it is certainly gone, delete {self.path}"
                 )
             if self._take_over(held, owner):
                 logger.warning("the job that held %s is gone (%s): its lock is taken over", self.path, held.describe())
@@ -117,7 +117,7 @@ class RunLock:
         return self._token
 
     def release(self) -> None:
-        """Give it back; nothing to do where it was never taken."""
+        """Release the lock; does nothing if it was never taken."""
         if self._token is not None:
             self._stop.set()
             assert self._beating is not None
@@ -142,7 +142,7 @@ class RunLock:
         return True
 
     def _take_over(self, dead: Held, owner: dict[str, Any]) -> bool:
-        """Whether this start has the lock of a dead job now; of several that try, one."""
+        """Whether this start now has the lock of a dead job; if several try, one gets it."""
         mine = self.path.with_name(f"{LOCK}.{owner['token']}")
         mine.write_text(json.dumps(owner), encoding="utf-8")
         if read_lock(self.path) != dead:
@@ -168,7 +168,7 @@ class RunLock:
 
 
 def end_this_process(why: str) -> None:
-    """At once, and from any thread: nothing may be written any more."""
+    """End at once, from any thread: nothing may be written any more."""
     sys.stderr.write(f"megatron-gkd: error: {why}; this run ends without saving\n")
     sys.stderr.flush()
     os._exit(2)
@@ -189,7 +189,7 @@ def read_lock(path: Path) -> Held | None:
 
 
 def is_alive(path: Path, held: Held) -> bool:
-    """Whether the owner of a lock works. On another machine: looks for WATCH_S whether the lock changes."""
+    """Whether the owner of a lock is running. On another machine: watches for WATCH_S whether the lock changes."""
     if held.owner.get("machine") == _machine():
         return _process_start(int(held.owner.get("pid", 0))) == held.owner.get("process_start")
     give_up = time.monotonic() + WATCH_S
@@ -203,7 +203,7 @@ def is_alive(path: Path, held: Held) -> bool:
 
 
 def describe_process() -> dict[str, Any]:
-    """What a lock says of its owner."""
+    """The owner's entry in a lock."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -215,7 +215,7 @@ def describe_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Equal where process numbers mean the same: host, boot, and namespace of processes (containers have their own)."""
+    """Equal where process ids mean the same: host, boot, and PID namespace (containers have their own)."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -224,7 +224,7 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> int | None:
-    """In ticks since the boot; None where there is no such process, or a dead one that nobody has waited for."""
+    """In ticks since boot; None if there is no such process, or only a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -233,7 +233,7 @@ def _process_start(pid: int) -> int | None:
 
 
 def seen_name(token: str) -> str:
-    """The file that every rank has to see: new with every start, so that nothing older is taken for it."""
+    """The file that every rank must see. Its name is new for every start, so an older one is never mistaken for it."""
     return f".seen_{token}"
 
 

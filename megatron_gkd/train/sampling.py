@@ -1,4 +1,4 @@
-"""From a RunConfig to the run's `Rollouts`: engines, bridge, probes and sampling settings."""
+"""Builds the run's `Rollouts` from a RunConfig: engines, bridge, probes and sampling settings."""
 
 from __future__ import annotations
 
@@ -39,14 +39,13 @@ _PROBE_TOKENS = 64
 
 
 def engine_length(config: RunConfig, arch: Architecture) -> int:
-    """Most tokens of prompt and completion that the engines are built for."""
+    """Most tokens of prompt and completion that the engines support."""
     return min(config.sampling.vllm_max_model_len or config.data.max_length, arch.max_position_embeddings)
 
 
 def check_servers(inputs: Inputs, rows: Rows | None) -> None:
-    """Before a weight is read: whether prompts (of `rows`, where they are sampled from) leave room, and whether servers
-    that run are such as the run needs. What the first rank finds wrong with a server is raised on all. Collective over
-    the world."""
+    """Before a weight is read: check that prompts (of `rows`, if they are sampled from) leave room, and that running
+    servers are what the run needs. An error of the first rank is raised on all. Collective over the world."""
     config, arch = inputs.config, inputs.student_arch
     sampling, length = config.sampling, engine_length(config, arch)
     if rows is not None:
@@ -66,7 +65,7 @@ def check_servers(inputs: Inputs, rows: Rows | None) -> None:
 
 
 def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows) -> Rollouts:
-    """Start or reach the engines and tie them to the student. Collective over the world."""
+    """Start or connect the engines and attach them to the student. Collective over the world."""
     config, arch = inputs.config, inputs.student_arch
     sampling, length = config.sampling, engine_length(config, arch)
     group = student.groups.intra_dist_opt  # all ranks of the student's layout
@@ -110,7 +109,7 @@ def build_rollouts(inputs: Inputs, where: Platform, student: Student, rows: Rows
 
 
 class _OfDevice:
-    """Passes over weights that are on the device when a pass begins (--offload_model)."""
+    """Brings offloaded weights back to the device before each pass over them (--offload_model)."""
 
     def __init__(self, student: Student, delivery: Delivery | AdapterDelivery) -> None:
         self._student, self._delivery = student, delivery
@@ -124,7 +123,7 @@ _Manifest = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def _weights(config: RunConfig, arch: Architecture, student: Student) -> tuple[Delivery, _Manifest]:
-    """All weights, of a student with adapters merged: what comes, and what has to have come."""
+    """Delivery of all weights (of a student with adapters merged), and the manifest of what must arrive."""
     sampling, dtype = config.sampling, config.model.precision
     source, bucket_bytes = ModelSource(config.model.model, arch), sampling.weight_bucket_mb * 2**20
     stream = source.stream(student.chunks, student.groups, dtype=dtype, bucket_bytes=bucket_bytes)
@@ -133,20 +132,20 @@ def _weights(config: RunConfig, arch: Architecture, student: Student) -> tuple[D
 
 
 def _adapters(config: RunConfig, arch: Architecture, student: Student) -> tuple[AdapterDelivery, _Manifest]:
-    """The same of adapters alone."""
+    """Delivery of adapters only, and their manifest."""
     needed = adapters.shapes(arch, lora_of(config), config.tuner.target_modules)
     dtype = DTYPES[config.model.precision]
     return AdapterDelivery(student.models, arch, student.groups), {n: (shape, dtype) for n, shape in needed.items()}
 
 
 def step_settings(inputs: Inputs, step: int) -> SamplingSettings:
-    """How the completions of a step are drawn; steps are counted from 0."""
+    """The sampling settings of a step; steps are counted from 0."""
     sampling, temperature = inputs.config.sampling, inputs.config.values_at(step + 1).temperature
     return SamplingSettings(temperature, sampling.top_p, sampling.top_k, inputs.stop_ids, banned_tokens(inputs))
 
 
 def banned_tokens(inputs: Inputs) -> tuple[int, ...]:
-    """The placeholder of an image, which is never sampled."""
+    """The placeholder of an image, which must never be sampled."""
     images = inputs.sight.student
     return () if images is None else (images.image_token_id,)
 
@@ -159,7 +158,7 @@ def seeing(request: Request, row: Row, images: ImageTokens | None) -> Request:
 
 
 def seeing_of_teacher(request: Request, row: Row, images: ImageTokens | None) -> Request:
-    """The same of the teacher's prompt. `images`: how the teacher sees them."""
+    """The same for the teacher's prompt. `images`: how the teacher sees them."""
     pictures = row.pictures if row.teacher_prompt_ids is None else row.teacher_pictures
     if images is None or not pictures:
         return request
@@ -167,7 +166,7 @@ def seeing_of_teacher(request: Request, row: Row, images: ImageTokens | None) ->
 
 
 def most_pictures(inputs: Inputs) -> int:
-    """Of a prompt that is sampled from, the teacher's or the student's."""
+    """The most pictures in a prompt that is sampled from, the teacher's or the student's."""
     if inputs.sight.student is None:
         return 0
     sets = [inputs.rows, inputs.eval_rows if inputs.config.generates else None]
@@ -176,8 +175,8 @@ def most_pictures(inputs: Inputs) -> int:
 
 
 def probes(rows: Rows, max_model_len: int, images: ImageTokens | None = None) -> list[Sequence[int]]:
-    """Sequences for verification: the beginnings of the first rows, the same in every run on the same data; of those
-    with pictures the first, whole."""
+    """Sequences for verification: the beginnings of the first rows, the same in every run on the same data. Of rows
+    with pictures only the first one, whole."""
     length = min(_PROBE_TOKENS, max_model_len - 1)
     found: list[Sequence[int]] = []
     has_seen = False
@@ -197,7 +196,7 @@ def probes(rows: Rows, max_model_len: int, images: ImageTokens | None = None) ->
 
 
 def check_prompts(rows: Rows, max_model_len: int, *, of_teacher: bool = False) -> None:
-    """Refuse a prompt (the teacher's, with `of_teacher`) that leaves no room for a token. Raises ConfigError."""
+    """Raise ConfigError for a prompt (the teacher's, with `of_teacher`) that leaves no room for a token."""
 
     def check(row: Row, place: str) -> None:
         num_tokens = len(row.prompt_ids_for_teacher if of_teacher else row.prompt_ids)

@@ -1,7 +1,7 @@
-"""Log-probabilities that the student gives to fixed sequences, on every rank: the trainer's side of the check that the
-sampler holds the trainer's weights.
+"""The student's log-probabilities of given sequences, on every rank: the trainer's side of the check that the sampler
+has the trainer's weights.
 
-They come out of the same chunks, schedules and vocab-parallel cross entropy as training, at temperature 1.
+They are computed with the same chunks, schedules and vocab-parallel cross entropy as in training, at temperature 1.
 """
 
 from __future__ import annotations

@@ -1,21 +1,20 @@
-"""Layouts in which a run fits its GPUs, and what a step would take in each: `megatron-gkd plan --search`.
+"""Finds layouts in which a run fits its GPUs, and predicts the time of a step in each: `megatron-gkd plan --search`.
 
-Memory is that of rehearsals (rehearsal.py), of models with few layers: of the student's first and last stage with
-DEPTHS layers in each model chunk, and what a layer adds is added for each of the others,
+Memory comes from rehearsals (rehearsal.py) of models with few layers: the student's first and last stage are rehearsed
+with DEPTHS layers in each model chunk, and the increment per layer is added for each further layer,
 
     bytes(n) = bytes(a) + (n - a) / (b - a) * (bytes(b) - bytes(a)),         a, b = DEPTHS
 
-category by category; but an update's temporaries are those of one tensor, by the formula (parameters.py). Where some
-layers have experts and some have none, `n` counts the former; a layer of the latter kind adds what it adds to a
-rehearsal, and of stages in between the first is rehearsed too. Recomputing all layers is not rehearsed there: of a
-layer it keeps its input alone. A larger micro-batch is not either: activations grow with it. The teacher's weights are
-counted by the plan that loads them (weights/plan.py). The fastest layouts are rehearsed whole at the end, and what that
-finds is what is told of them.
+category by category. The temporaries of an update are those of one tensor, by the formula (parameters.py). If only some
+layers have experts, `n` counts these; the increment of a dense layer is rehearsed separately, and one of the stages in
+between is rehearsed too. Two things are computed instead: full recomputation keeps only the input of each layer, and
+activations grow in proportion to the micro-batch. The teacher's weights are counted by the plan that loads them
+(weights/plan.py). At the end the fastest layouts are rehearsed in full, and the result replaces the estimate.
 
-Time is arithmetic (step_time.py). Sampling and pushes are not in it: they are the same in every layout.
+Time is computed (step_time.py). Sampling and pushes are left out, because they are the same in every layout.
 
-Not searched: virtual pipelines, uneven stages, context parallelism below LONG tokens, experts cut over several ranks,
-a teacher on ranks of its own.
+Not searched: virtual pipelines, uneven stages, context parallelism below LONG tokens, experts sharded over several
+ranks, a teacher on its own ranks.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ ACTIVATIONS, TEACHER, UPDATE = "student: activations", "teacher: weights", "upda
 
 @dataclass(frozen=True)
 class Found:
-    """A layout with what it would hold and take."""
+    """A layout with its predicted memory and time."""
 
     config: RunConfig
     student: Layout
@@ -60,7 +59,7 @@ class Found:
     rehearsed: bool = False  # whole, not extrapolated
 
     def flags(self) -> str:
-        """What to give `train`."""
+        """The flags for `train`."""
         parallel, teacher = self.config.parallel, self.config.teacher
         words = [
             f"--tensor_model_parallel_size {parallel.tensor_model_parallel_size}",
@@ -83,7 +82,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Searched:
-    """All that was looked at."""
+    """The result of a search."""
 
     fitting: list[Found]  # the fastest first
     too_large: list[Found]  # the smallest first
@@ -106,11 +105,11 @@ def search(
     Args:
         length: (prompt, completion) tokens of every sample.
         room: bytes of a GPU for the run.
-        most: fitting layouts that are rehearsed whole.
-        told: is given a line of progress now and then.
-        shown: the images of every sample, where the student sees images.
+        most: the number of fitting layouts to rehearse in full.
+        told: receives lines of progress.
+        shown: the images of every sample, if the student sees images.
 
-    Raises NotBuiltError for a run that is not rehearsed.
+    Raises NotBuiltError for a run that cannot be rehearsed.
     """
     arch, of_teacher = architectures(config)
     _refuse(config)
@@ -138,7 +137,7 @@ def search(
 
 
 def _refuse(config: RunConfig) -> None:
-    """What a layout that is given is planned with, and a search is not."""
+    """Refuse flags that `plan` supports for a given layout only."""
     asked = [
         f"--{flag}" for flag in ("offload_model", "offload_optimizer", "offload_teacher_model") if config.get(flag)
     ]
@@ -153,8 +152,8 @@ def _refuse(config: RunConfig) -> None:
 def _students(
     config: RunConfig, arch: Architecture, world_size: int, length: int, impossible: Counter[str]
 ) -> Iterator[tuple[RunConfig, Layout]]:
-    """The student's layouts, each with a micro-batch of one sample and without recomputation; the teacher as the
-    student."""
+    """The student's layouts, each with a micro-batch of one sample and without recomputation; the teacher has the
+    same."""
     contexts = SIZES if length >= LONG else (1,)
     experts = [n for n in SIZES if arch.moe is not None] or [1]
     for tp, pp, cp, ep in product(SIZES, SIZES, contexts, experts):
@@ -175,7 +174,7 @@ def _students(
 
 
 def _reason(error: Exception) -> str:
-    """Without the advice, so that equal reasons are counted together."""
+    """The error without its advice, so that equal reasons are counted together."""
     return str(error).split(";")[0].split(": the nearest")[0]
 
 
@@ -223,7 +222,7 @@ def _variants(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What rehearsals of few layers found, of micro-batches of one sample without recomputation."""
+    """Results of rehearsals with few layers, with micro-batches of one sample and without recomputation."""
 
     peaks: dict[int, list[dict[str, int]]]  # stage -> by DEPTHS: bytes by category at the peak
     traffic: list[dict[str, int]]  # by DEPTHS: bytes handed to collectives in a step, of the stage that hands most
@@ -242,7 +241,7 @@ class _Measured:
         length: tuple[int, int],
         shown: Shown | None = None,
     ) -> _Measured:
-        """Of the stages that differ (`_stages`)."""
+        """Rehearse the stages that differ (`_stages`)."""
         # The teacher is there for what the student's ranks hold of it: signals, and its head.
         one_each = None if of_teacher is None else with_layers(of_teacher, 1, student.pipeline)
         config = replace(
@@ -285,24 +284,24 @@ class _Measured:
 
 
 def _of_one(found: Sequence[Mapping[str, int]]) -> dict[str, float]:
-    """What a layer without experts adds, by name: the last of `found` has DEPTHS[0] of them, the first has none."""
+    """The increment of a dense layer, by name: the last of `found` has DEPTHS[0] of them, the first has none."""
     none, some = found[0], found[-1]
     return {name: (some.get(name, 0) - none.get(name, 0)) / DEPTHS[0] for name in some.keys() | none.keys()}
 
 
 def _differ(arch: Architecture) -> bool:
-    """Whether some layers have experts and some have none."""
+    """Whether only some layers have experts."""
     return arch.moe is not None and len(arch.moe.layers) < arch.num_layers
 
 
 def _stages(arch: Architecture, student: Layout) -> list[int]:
-    """Those that are rehearsed: one in between holds less than the first, unless it has more experts."""
+    """The stages to rehearse. A middle stage holds less than the first, unless it has more experts."""
     last = student.pipeline - 1
     return sorted({0, last, min(1, last)} if _differ(arch) else {0, last})
 
 
 def _layers(arch: Architecture, student: Layout, stage: int) -> dict[int, tuple[float, float]]:
-    """Of each stage that a rehearsed stage stands for: its numbers of layers (without experts, all others)."""
+    """(dense layers, all others) of each stage that a rehearsed stage represents."""
     if arch.moe is None or not _differ(arch):
         return {stage: (0, arch.num_layers / student.pipeline)}
     last, per_stage = student.pipeline - 1, math.ceil(arch.num_layers / student.pipeline)
@@ -317,23 +316,23 @@ def _in_flight(config: RunConfig, student: Layout, stage: int) -> int:
 
 
 def _micro_batches(config: RunConfig, student: Layout) -> int:
-    """Of a replica, in a step."""
+    """Micro-batches of a replica in a step."""
     return max(1, config.training.global_batch_size // student.data // config.training.micro_batch_size)
 
 
 def _batch(config: RunConfig, student: Layout, micro_batches: int) -> TrainingConfig:
-    """With so many micro-batches for each replica."""
+    """A global batch with this number of micro-batches per replica."""
     size = micro_batches * config.training.micro_batch_size * student.data
     return replace(config.training, global_batch_size=size)
 
 
 def _rank(layout: Layout, stage: int) -> int:
-    """The first of a stage."""
+    """The first rank of a stage."""
     return layout.rank(Coordinate(0, 0, 0, stage))
 
 
 def with_layers(arch: Architecture, per_stage: int, stages: int, *, dense: int = 0) -> Architecture:
-    """The same model with fewer layers, all alike but `dense` more, without experts, at the start of each stage."""
+    """The same model with fewer layers: `per_stage` equal ones per stage, after `dense` layers without experts."""
     whole = per_stage + dense
     routed = tuple(layer for layer in range(whole * stages) if layer % whole >= dense)
     return replace(arch, num_layers=whole * stages, moe=None if arch.moe is None else replace(arch.moe, layers=routed))
@@ -348,7 +347,7 @@ def extrapolated(at_depths: list[dict[str, int]], category: str, depth: float) -
 def _least_bytes(
     config: RunConfig, arch: Architecture, of_teacher: Architecture | None, student: Layout, world_size: int
 ) -> float:
-    """What the fullest rank holds between steps by the formula, with the smallest part of the teacher that there is."""
+    """Bytes between steps on the fullest rank, by formula, with the smallest possible part of the teacher."""
     own = max(sum(state_bytes(config, arch, student, stage).values()) for stage in range(student.pipeline))
     if of_teacher is None:
         return own
@@ -396,9 +395,9 @@ def _stage_bytes(
     own: int,
     layers: tuple[float, float],
 ) -> float:
-    """At the peak of a rank of stage `own` of the student, with `layers` (without experts, all others), beside the
-    fullest stage of the teacher; `stage` is the rehearsed one that stands for it. Later stages have fewer micro-batches
-    in flight, beside the one in the backward pass."""
+    """Peak bytes of a rank of stage `own` of the student, with `layers` (dense, all others), including the fullest stage
+    of the teacher; `stage` is the rehearsed one that represents it. Later stages have fewer micro-batches in flight,
+    beside the one in the backward pass."""
     (dense, depth), width, peaks = layers, BYTES[config.model.precision], measured.peaks[stage]
     of_dense = measured.dense_peaks.get(stage, {})
     parts = {
@@ -425,7 +424,7 @@ def _stage_bytes(
 
 
 def _whole(found: Found, world_size: int, length: tuple[int, int], shown: Shown | None = None) -> Found:
-    """Rehearsed as `plan` does, of at most as many micro-batches as are in flight."""
+    """Rehearse in full, as `plan` does, with at most as many micro-batches as are in flight."""
     config, student = found.config, found.student
     archs = architectures(config)
     small = replace(config, training=_batch(config, student, min(_micro_batches(config, student), student.pipeline)))

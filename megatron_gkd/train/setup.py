@@ -1,5 +1,5 @@
-"""From a RunConfig to the parts of a run, on every rank: inputs are read and checked first (inputs.py), then process
-groups, servers, weights and the optimizer are made.
+"""Builds the parts of a run from a RunConfig, on every rank: inputs are read and checked first (inputs.py), then
+process groups, servers, weights and the optimizer are made.
 
 `build(config)` returns a `Run` on the student's ranks, with or without a part of the teacher, and a `TeacherRun` on the
 ranks that hold only the teacher (`--teacher_placement separate`).
@@ -59,7 +59,7 @@ logger = get_logger(__name__)
 
 @dataclass
 class Run:
-    """The parts of a run on a rank of the student's."""
+    """The parts of a run on a rank of the student."""
 
     config: RunConfig
     platform: platform.Platform
@@ -85,7 +85,7 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The student's, loaded when a text is first written. Raises CheckpointError."""
+        """The student's tokenizer, loaded on first use. Raises CheckpointError."""
         return load_tokenizer(self.config.model.model)
 
     @property
@@ -95,18 +95,18 @@ class Run:
 
     @property
     def teacher_samples(self) -> TeacherSamples | None:
-        """None where nothing is sampled from the teacher."""
+        """None if nothing is sampled from the teacher."""
         return None if self.plans is None else self.plans.teacher_samples
 
     @property
     def rollouts(self) -> Rollouts | None:
-        """None where nothing is sampled from the student."""
+        """None if nothing is sampled from the student."""
         return None if self.plans is None else self.plans.rollouts
 
 
 @dataclass
 class TeacherRun:
-    """The parts of a run on a rank that the teacher has to itself."""
+    """The parts of a run on a rank that only holds the teacher."""
 
     config: RunConfig
     platform: platform.Platform
@@ -120,7 +120,7 @@ class TeacherRun:
 
 
 def with_dtype(config: RunConfig) -> RunConfig:
-    """The configuration with `--dtype auto` decided by the device of this rank, and said."""
+    """The configuration with `--dtype auto` resolved by this rank's device, which is logged."""
     if config.model.dtype != "auto":
         return config
     kind = platform.setup(config.parallel.device).kind
@@ -130,16 +130,16 @@ def with_dtype(config: RunConfig) -> RunConfig:
 
 
 def planned_dtype(config: RunConfig) -> RunConfig:
-    """The same for a run that is planned: on the device that `--device` names, a GPU where it names none."""
+    """The same for a planned run: by the device of `--device`, or a GPU by default."""
     kind = "cuda" if config.parallel.device == "auto" else config.parallel.device
     return replace(config, model=replace(config.model, dtype=chosen(config.model.dtype, kind)))
 
 
 def join(config: RunConfig, *, with_training_data: bool = True) -> HubFiles:
-    """Meet the other ranks, fetch what is named on a hub, and find that all were started alike. Collective over all
-    ranks of the world.
+    """Meet the other ranks, fetch models and data named on a hub, and check that all ranks were started alike.
+    Collective over all ranks of the world.
 
-    Raises ConfigError, the same on all ranks: which rank has another flag, file or package, with both values.
+    Raises ConfigError, the same on all ranks, that names the rank with another flag, file or package, with both values.
     """
     where = platform.setup(config.parallel.device)
     student_options(config, where.kind)  # what this device does not do is refused before ranks wait for each other
@@ -209,7 +209,7 @@ def objective_of(
     vocab_size: int,
     head: torch.Tensor | Callable[[], torch.Tensor] | None,
 ) -> DistillationLoss | SupervisedLoss:
-    """What training minimises. `groups`: the student's; `head`: the teacher's (teachers.Taught)."""
+    """The training objective. `groups`: the student's; `head`: the teacher's (teachers.Taught)."""
     distillation = config.distillation
     if isinstance(config.teacher.kind, NoTeacher):
         return SupervisedLoss(fuse=distillation.fuse_loss, tp_group=groups.tp, vocab_size=vocab_size)
@@ -238,7 +238,7 @@ def student_of(
     *,
     train_iters: int,
 ) -> Student:
-    """The model of a configuration, with its optimizer."""
+    """The Student of a configuration, with its optimizer."""
     return Student(
         chunks,
         layout,

@@ -1,16 +1,16 @@
-"""Tokenised rows that the ranks of a node share: one of them tokenises and writes a file, all map it.
+"""Tokenised rows that the ranks of a node share: one rank tokenises and writes a file, all map it.
 
     rows = shared_rows(paths, tokenizer, policy, cache_dir=..., group=...)    # collective, the same rows on every rank
 
-The file (data/row_file.py) lies in a directory for such files, named by all that decides the rows (data/row_key.py). Of
-the ranks that see the same directory on the same machine the lowest is the one that reads the data. It finds the file,
-compares its checksum, and makes it where it is missing or damaged. A later start finds it, and tokenises nothing.
+The file (data/row_file.py) is named by everything that determines the rows (data/row_key.py). Among the ranks that see
+the same cache directory on the same machine, the lowest reads the data. It looks for the file, verifies its checksum,
+and makes it if it is missing or damaged. A later start finds it and tokenises nothing.
 
-Where no file can be kept, every rank tokenises for itself, and a warning says so; a directory that was asked for by
-name and cannot be written is an error before anything is tokenised.
+If no file can be written, every rank tokenises for itself, with a warning. A directory that the user named and that
+cannot be written is an error before anything is tokenised.
 
-All ranks return or all raise the same. They also compare the fingerprints of their rows: nodes with copies of the data
-that differ would train on different rows.
+All ranks return, or all raise the same error. They also compare the fingerprints of their rows, because nodes with
+different copies of the data would train on different rows.
 
 Communication: `on_some_ranks` (parallel/together.py) over the group, twice, and one all_gather_object.
 """
@@ -90,14 +90,15 @@ def shared_rows(
 
 @dataclass(frozen=True)
 class Directory:
-    """Where files of tokenised rows are kept. `asked`: by the user, not by default."""
+    """Where files of tokenised rows are kept. `asked`: named by the user."""
 
     path: Path
     asked: bool
 
 
 def find_directory(given: str | None) -> Directory | None:
-    """As --data_cache_dir says, else the environment, else beside the cache of Hugging Face; None: nothing is kept."""
+    """The directory of --data_cache_dir, else of the environment, else beside the cache of Hugging Face; None: no
+    cache."""
     given = given or os.environ.get(VARIABLE) or None
     if given is not None:
         return None if given == NONE else Directory(Path(given).expanduser().absolute(), asked=True)
@@ -113,7 +114,7 @@ class _Made:
 
 
 class _OfThisRank:
-    """`rows` is there after `make` or `open`."""
+    """This rank's part. `rows` is set by `make` or `open`."""
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class _OfThisRank:
         self._name = ", ".join(paths)
 
     def node(self) -> tuple[object, ...] | None:
-        """Equal on ranks that can share a file; None: this rank can share none."""
+        """Equal on ranks that can share a file; None: this rank cannot share one."""
         if self._directory is None:
             return None
         try:
@@ -162,7 +163,7 @@ class _OfThisRank:
         return _Made(rows.unweighted, None if path is None else str(path))
 
     def open(self, made: _Made | None, maker: int) -> _Made:
-        """Map what the rank `maker` of the same node made."""
+        """Map what rank `maker` of the same node made."""
         assert made is not None
         if made.file is None:
             self.rows = self._tokenise([])
@@ -203,7 +204,7 @@ class _OfThisRank:
         return rows
 
     def _is_writable(self) -> bool:
-        """Raises ConfigError for a directory that was asked for, and is not."""
+        """Raises ConfigError for a directory that the user named and that cannot be written."""
         assert self._directory is not None
         try:
             if self._problem is not None:
@@ -220,7 +221,8 @@ class _OfThisRank:
             return False
 
     def _keep(self, path: Path, rows: RowDataset, spent_s: float) -> tuple[RowDataset, Path | None]:
-        """The rows from the file, so that what was tokenised in memory is let go; else as they are."""
+        """The rows mapped from the file, so that the tokenised ones can be freed; if it cannot be written, the rows
+        unchanged."""
         try:
             write_rows(path, rows, self._paths)
             mapped = read_rows(path, self._paths, verify=True)

@@ -1,21 +1,21 @@
-"""Seconds of a training step by arithmetic, from sizes and rates; no tensors.
+"""Predicts the seconds of a training step from sizes and rates; no tensors.
 
 Per stage and micro-batch
 
     student    3 x the matrix products of a forward pass (4 x with full recomputation), and 3 x its head's
-    teacher    1 x its own, and where signals are hidden states its head's on the student's ranks
-    groups     bytes handed to the student's TP, CP and EP groups, as rehearsed, over the link that the group spans;
-               the teacher's all-reduces over its TP ranks
+    teacher    1 x its own, and with hidden-state signals its head's on the student's ranks
+    groups     bytes passed to collectives of the student's TP, CP and EP groups, as rehearsed, over the link that the
+               group spans; the teacher's all-reduces over its TP ranks
 
 of the slowest stage, times (m + (p - 1) / v) for m micro-batches over p stages of v model chunks each; then the
-gradients' reduction and the weights' gather over replicas. A vision tower (tower_flops.py) is the first stage's, and
-each of its tensor and context parallel ranks computes it whole: 3 x its products where it is trained, else 1 x, for
-which the other stages wait. Nothing overlaps, and every product runs at one rate. So it
-is good for the order of layouts, and not for seconds.
+gradients' reduction and the weights' gather over replicas. A vision tower (tower_flops.py) runs on the first stage, and
+each of its tensor- and context-parallel ranks computes it in full: 3 x its products if it is trained, else 1 x; the
+other stages wait. It assumes no overlap and one rate for all products. So it can rank layouts, but its seconds are not
+accurate.
 
-Ranks that share cores (`Rates.cores`; a test on a CPU) wait for each other's work: while one idles in the pipeline,
-others have its core. A phase then takes as long as the work of all ranks on these cores, or, where that is more, as its
-slowest stage with a core of its own; rates are those of a core.
+Ranks that share cores (`Rates.cores`; a test on a CPU) wait for each other: while one idles in the pipeline, others use
+its core. A phase then takes as long as the work of all ranks on these cores or, if that is more, as its slowest stage
+with a core of its own; rates are those of a core.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NOTHING: Final[Mapping[str, float]] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Rates:
-    """What the hardware does. All are assumptions, and printed."""
+    """Assumed rates of the hardware, which are printed."""
 
     flops: float  # of matrix products, a second and GPU
     node_bytes: float  # to the GPUs of the node, a second and GPU
@@ -47,13 +47,13 @@ class Rates:
     cores: int | None = None  # that all ranks share; None: each has a device of its own
 
     def shared(self, layout: Layout) -> float:
-        """Ranks that a core works for."""
+        """Ranks per core."""
         return 1.0 if self.cores is None else max(1.0, layout.world_size / self.cores)
 
 
 def layer_flops(arch: Architecture, length: int, *, dense: bool = False) -> float:
-    """Of a forward pass through one layer, a token of a sequence of `length`: linear layers, and causal attention.
-    `dense`: one that has no experts, of a model that has some."""
+    """Of one layer's forward pass, per token of a sequence of `length`: linear layers, and causal attention. `dense`: a
+    layer without experts in a model with experts."""
     if arch.latent is None:
         attention = arch.hidden_size * (arch.query_size + 2 * arch.kv_size)
     else:
@@ -86,9 +86,9 @@ def step_seconds(
 
     Args:
         length: (prompt, completion) tokens of every sample.
-        handed: bytes that a rank of the student hands to collectives in a step, by the group's name.
-        towers: products of a forward pass for the images of a sample, of the student's vision tower and the teacher's.
-        calls: of these collectives, where `rates` has a latency.
+        handed: bytes that a rank of the student passes to collectives in a step, by the group's name.
+        towers: products of a forward pass for the images of a sample, in the student's vision tower and the teacher's.
+        calls: the number of these collectives, if `rates` has a latency.
     """
     total, completion = sum(length), length[1]
     samples = config.training.global_batch_size
@@ -129,7 +129,7 @@ def step_seconds(
 
 
 def _stage_flops(arch: Architecture, layout: Layout, length: int) -> float:
-    """Of a forward pass through the layers of the slowest stage, a token."""
+    """Of a forward pass through the layers of the slowest stage, per token."""
     if arch.moe is None or len(arch.moe.layers) == arch.num_layers:
         return layer_flops(arch, length) * arch.num_layers / layout.pipeline
     size = math.ceil(arch.num_layers / layout.pipeline)
@@ -142,7 +142,7 @@ def _layers_flops(arch: Architecture, length: int, layers: range) -> float:
 
 
 def step_s(config: RunConfig, phases: Mapping[str, float]) -> float:
-    """The step of these phases. A teacher on ranks of its own works beside the student."""
+    """The seconds of a step with these phases. A teacher on its own ranks works beside the student."""
     of_teacher = sum(seconds for name, seconds in phases.items() if "teacher" in name)
     rest = sum(phases.values()) - of_teacher
     return max(of_teacher, rest) if config.teacher.teacher_placement == "separate" else of_teacher + rest
@@ -158,7 +158,7 @@ def _passes_s(
     head_flops: float,
     rates: Rates,
 ) -> float:
-    """`passes` times a forward pass of all samples, and what the last stage does besides for each of them."""
+    """`passes` times a forward pass of all samples, plus the last stage's extra work for each of them."""
     micro_batches = max(1, math.ceil(samples / layout.data / micro_batch))
     of_stage = passes * _stage_flops(arch, layout, length) * length
     slowest = (of_stage + head_flops) * micro_batch / (layout.tensor * layout.context)
@@ -170,7 +170,7 @@ def _passes_s(
 
 
 def _all_reduces_s(arch: Architecture, layout: Layout, samples: int, length: int, width: int, rates: Rates) -> float:
-    """Of a forward pass over tensor-parallel ranks without sequence parallelism: two a layer, of hidden states."""
+    """For a forward pass over tensor-parallel ranks without sequence parallelism: two per layer, of hidden states."""
     tokens = samples / layout.data * length / layout.context
     share = 2 * (layout.tensor - 1) / layout.tensor
     rate = rates.node_bytes if layout.tensor <= rates.ranks_per_node else rates.network_bytes

@@ -1,20 +1,19 @@
-"""A run that is asked to stop, by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any of its ranks: the step is finished, a
-checkpoint is saved, the command ends with exit code 75 (cli.py). What schedulers, torchrun and users can count on:
-docs/faults.md.
+"""Stops a run on SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any of its ranks: the step is finished, a checkpoint is saved,
+and the command ends with exit code 75 (cli.py). Guarantees to schedulers, torchrun and users: docs/faults.md.
 
-After a Ctrl-C a second one, or the SIGTERM that torchrun makes of it, ends the process at once. Python's own handlers
-run between two of its instructions, and a rank may wait in one collective for minutes: so what the second one does, and
-the word that the first one was heard, come from a thread that reads the signals as they arrive.
+After a Ctrl-C a second one, or the SIGTERM that torchrun sends for it, ends the process at once. Python's own handlers
+run between its instructions, and a rank may wait in one collective for minutes. So the reply to the first signal, and
+the end on the second, come from a thread that reads the signals as they arrive.
 
-All ranks have to stop after the same step, although the signal may reach one of them alone:
+All ranks must stop after the same step, although the signal may reach only one of them:
 
     the student's ranks     add the request to the sums that they reduce in every step anyway: no further collective
-    ranks of the teacher's  (`--teacher_placement separate`) work up to two steps ahead. There all ranks add up requests
-                            in a gloo group of their own, and each waits only for the sum of the step LAG steps before:
-                            the student has made that one, or the signals of the step after it would not have arrived.
-                            So nobody waits longer than without it, and the run stops LAG steps later.
+    the teacher's own ranks (`--teacher_placement separate`) work up to two steps ahead. So all ranks sum up requests in
+                            a gloo group of their own, and each waits only for the sum of the step LAG steps before.
+                            The student has made that sum, or the signals of the step after it would not have arrived.
+                            So no rank waits longer than without it, and the run stops LAG steps later.
 
-Not covered: a signal before the first step or after the last one acts as if nobody listened (the process ends).
+Not covered: a signal before the first step or after the last one has its normal effect (the process ends).
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ AT_ONCE: Final = b"\nended at once: the steps since the last checkpoint are lost
 
 
 class StopSignals:
-    """While it is entered, the signals set `received` to the first one's name and do nothing else, but for a second
-    Ctrl-C; afterwards they mean what they meant before.
+    """While it is entered, signals only set `received` to the first one's name, except a second Ctrl-C; afterwards the
+    previous handlers apply again.
 
-    Outside the main thread, where Python sets no handlers, nothing is changed.
+    Outside the main thread, where Python cannot set handlers, nothing is changed.
     """
 
     def __init__(self, end: Callable[[int], object] = os._exit) -> None:
-        """Args: end: what a second Ctrl-C calls, from another thread."""
+        """Args: end: called by a second Ctrl-C, from another thread."""
         self.received: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._end = end
@@ -81,7 +80,7 @@ class StopSignals:
         self.received = self.received or signal.Signals(number).name
 
     def _read(self, arrivals: int) -> None:
-        """The signals as they arrive, in a thread of their own, until the pipe is closed."""
+        """Read the signals as they arrive, in a thread, until the pipe is closed."""
         pressed_s: float | None = None
         while arrived := os.read(arrivals, 1):
             now_s = time.monotonic()
@@ -101,15 +100,16 @@ def _tell(text: bytes) -> None:
 
 
 class StopAgreement:
-    """Requests of all ranks of the world, where some are the teacher's alone: the same answer after the same step."""
+    """Agreement of all ranks of the world on a stop, if some are the teacher's own: the same answer after the same
+    step."""
 
     def __init__(self) -> None:
-        """Collective over all ranks of the world (a group is made)."""
+        """Collective over all ranks of the world: makes a process group."""
         self._group = new_group(range(dist.get_world_size()), backend="gloo")
         self._under_way: deque[tuple[Any, torch.Tensor]] = deque()
 
     def after_step(self, requested: bool) -> bool:
-        """Whether a stop had been requested on some rank when it was here LAG steps ago; to be called after every step.
+        """Whether any rank had requested a stop LAG calls ago; to be called after every step.
 
         Communication: one all-reduce of one int32 on the CPU over all ranks, waited for LAG calls later.
         """
@@ -118,7 +118,7 @@ class StopAgreement:
         return len(self._under_way) > LAG and self._oldest()
 
     def close(self) -> None:
-        """Wait for what is under way. Collective."""
+        """Wait for the pending reductions. Collective."""
         while self._under_way:
             self._oldest()
 
@@ -129,7 +129,7 @@ class StopAgreement:
 
 
 def stopped(step: int, run_dir: str, received: str | None) -> RunStoppedError:
-    """What ends the run when its checkpoint is saved."""
+    """The exception that ends the run once its checkpoint is saved."""
     cause = f"{received} was received" if received else "another rank was told to stop"
     return RunStoppedError(
         f"{cause}: stopped after step {step}, with a checkpoint; the same command line with --load {run_dir} goes on"

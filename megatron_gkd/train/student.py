@@ -80,7 +80,7 @@ class Student:
     ) -> None:
         """Args:
         optimizer_options: further fields of megatron-core's OptimizerConfig (model/levers.py).
-        empty_unused_memory_level: when unused device memory is given back: 1 before the update, 2 also after it.
+        empty_unused_memory_level: when to free cached device memory: 1 before the update, 2 also after it.
         offload: what is in host memory between its uses; None: nothing.
         """
         if freeze_embeddings:
@@ -137,7 +137,8 @@ class Student:
 
     @property
     def highest_learning_rate(self) -> float:
-        """Of all updates of the run: that of the last one of the warm-up, or of the first one without it."""
+        """The largest of all updates of the run: that of the last warm-up step, or of the first step without
+        warm-up."""
         now = self.scheduler.num_steps
         self.scheduler.num_steps = max(self.scheduler.lr_warmup_steps, 1)
         highest = float(self.scheduler.get_lr(self._optimizer.param_groups[0]))
@@ -158,20 +159,20 @@ class Student:
 
     @property
     def optimizer(self) -> MegatronOptimizer:
-        """With its state and the weights on the device."""
+        """The optimizer, with its state and the weights on the device."""
         for part in (*self._of_model, *self._of_optimizer):
             part.come_back()
         return self._optimizer
 
     def leave_device(self) -> None:
-        """What is offloaded goes to host memory until it is used again. Collective with --overlap_param_gather."""
+        """Move offloaded tensors to host memory until they are used again. Collective with --overlap_param_gather."""
         if self._of_model and not any(part.num_bytes for part in self._of_model):
             settle(self._chunks)  # what is gathered beside the computation has arrived
         for part in (*self._of_model, *self._of_optimizer):
             part.leave()
 
     def _parked(self, offload: OffloadConfig) -> tuple[tuple[Parked, ...], tuple[Parked, ...]]:
-        """(of the model, of the optimizer). Main weights that are the model's own are the model's."""
+        """(of the model, of the optimizer). Main weights that share the model's memory belong to the model."""
         device = next(self._chunks[0].parameters()).device
 
         def weights() -> list[torch.Tensor]:
@@ -224,9 +225,8 @@ class Student:
             torch.cuda.empty_cache()
 
     def _update(self, loss_is_finite: bool) -> tuple[float, bool, str | None]:
-        """megatron-core's optimizer step, stopped between the gradient's norm and the update where one of the two is
-        not finite. Returns the norm, whether the update was made, and why not.
-        """
+        """megatron-core's optimizer step, stopped before the update if the loss or the gradient norm is not finite.
+        Returns the norm, whether the update was made, and why not."""
         optimizer: Any = self.optimizer
         get_norm, apply, norms = optimizer.get_grad_norm, optimizer.step_with_ready_grads, list[float]()
 
@@ -259,9 +259,8 @@ class Student:
 
 @contextlib.contextmanager
 def _world_is(group: dist.ProcessGroup) -> Iterator[None]:
-    """While an optimizer is made: megatron-core (0.16) aligns the parameter groups of all ranks of the WORLD, also of
-    those that the teacher has to itself, which make no optimizer. Here the world is the student's ranks.
-    """
+    """While an optimizer is made, the world is the student's ranks. megatron-core (0.16) compares the parameter groups
+    of all ranks of WORLD, including the teacher's own ranks, which make no optimizer."""
     gather, size = dist.all_gather_object, dist.get_world_size
 
     def size_here(group: dist.ProcessGroup | None = None, world: dist.ProcessGroup = group) -> int:
@@ -295,7 +294,7 @@ def _optimizer_config(
 
 
 def optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
-    """Main weights and state."""
+    """Main weights and optimizer state."""
     for member in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = member.optimizer
         if inner is None:  # of a rank without a parameter
@@ -306,10 +305,9 @@ def optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
 
 
 def _initialise_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW its zero state now instead of in its first step: megatron-core's sharded state dict (0.16)
-    reads the step count from it and fails on an empty one. The optimizers of apex and Transformer Engine keep theirs
-    elsewhere and are left alone.
-    """
+    """Create the zero state of torch's AdamW now instead of in its first step, because megatron-core's sharded state
+    dict (0.16) reads the step count from it and fails on an empty one. The optimizers of apex and Transformer Engine
+    keep it elsewhere and are skipped."""
     for member in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = member.optimizer
         if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
@@ -323,11 +321,9 @@ def _initialise_adam_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _ask_for_gradients(chunks: Sequence[HiddenStateGPTModel]) -> None:
-    """Let a frozen embedding's output ask for a gradient. Recomputation is a re-entrant autograd function: where no
-    input asks for a gradient the output has none either, and the parameters inside would never get theirs, without an
-    error (megatron-core 0.16 to 0.19, tensor_parallel/random.py). Below there is nothing to train, so the gradient that
-    arrives here goes nowhere.
-    """
+    """Make a frozen embedding's output require a gradient. Recomputation is a re-entrant autograd function: if no input
+    requires a gradient, its output does not either, and the parameters inside silently get none (megatron-core 0.16 to
+    0.19, tensor_parallel/random.py). The gradient that arrives at the embedding's output is dropped."""
 
     def ask(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         frozen = torch.is_grad_enabled() and not output.requires_grad
@@ -339,9 +335,8 @@ def _ask_for_gradients(chunks: Sequence[HiddenStateGPTModel]) -> None:
 
 
 def _freeze_embeddings(chunks: Sequence[HiddenStateGPTModel]) -> None:
-    """Embedding, and the head where it is tied: both copies of a tied weight, on the first and the last stage, stay
-    equal.
-    """
+    """Freeze the embedding, and the head if it is tied, so that both copies of a tied weight, on the first and the last
+    stage, stay equal."""
     for chunk in chunks:
         if chunk.pre_process:
             chunk.embedding.word_embeddings.weight.requires_grad_(False)

@@ -27,15 +27,15 @@ from megatron_gkd.train.objective import Outcome, Report, SampleLosses
 
 
 class SupervisedLoss:
-    """See the module docstring; the face of DistillationLoss."""
+    """See the module docstring; has the interface of DistillationLoss."""
 
     def __init__(self, *, fuse: bool, tp_group: torch.distributed.ProcessGroup, vocab_size: int) -> None:
-        """Args: fuse: never hold logits of a micro-batch."""
+        """Args: fuse: never materialise logits of a micro-batch."""
         self.fuse, self.tp_group, self.vocab_size = fuse, tp_group, vocab_size
         self._sample_losses = SampleLosses()
 
     def begin(self, plan: StepPlan) -> None:
-        """Nothing changes with the step."""
+        """Nothing depends on the step."""
 
     def sample_losses(self, positions: Iterable[int]) -> dict[int, float]:
         """See DistillationLoss."""
@@ -49,7 +49,7 @@ class SupervisedLoss:
         return "loss", "cross_entropy"
 
     def __call__(self, model: HiddenStateGPTModel, hidden: torch.Tensor, batch: MicroBatch, signal: Signal) -> Outcome:
-        """`signal` is not looked at."""
+        """`signal` is ignored."""
         rows = select_loss_tokens(model.head_input(hidden), batch)
         compute = self._fused if self.fuse else self._from_logits
         loss_sum, per_token = compute(model, rows, batch.labels.to(rows.device))

@@ -1,12 +1,12 @@
-"""Who the teacher of a run is, as text for its checkpoints: a resume with another teacher is refused.
+"""The identity of a run's teacher, as text in its checkpoints: a resume with another teacher is refused.
 
     weights 5c0f...        a local teacher: the fingerprint of its directory (weights/fingerprint.py)
-    {"canaries": ...}      servers: what each teacher answers to the probe, of which some positions and tokens are kept
-    itself, none           the student, or nobody: what the flags say
+    {"canaries": ...}      servers: each teacher's answer to the probe, at some positions and tokens
+    itself, none           the student, or no teacher: known from the flags
 
-A fingerprint is compared by equality. Canaries are asked again with other rounding, so they are compared by their mean
-total variation, as a server's are while it is asked (teacher/servers/probes.py, TOLERANCE); those of another probe
-(other data) cannot be compared.
+Fingerprints are compared by equality. Canaries are scored again with other rounding, so they are compared by their mean
+total variation, as during the run (teacher/servers/probes.py, TOLERANCE). Those of another probe (other data) cannot be
+compared.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def identity_of(kind: TeacherKind, teacher: Teacher) -> str:
 
 
 def canaries_text(teacher: ServerTeacher) -> str | None:
-    """What the teacher's servers answered to the probe, by their tags; None on a rank that does not ask."""
+    """The answers of the teacher's servers to the probe, by their tags; None on a rank that is not a driver."""
     found = teacher.canaries()
     if found is None:
         return None
@@ -64,11 +64,11 @@ def canaries_text(teacher: ServerTeacher) -> str | None:
 
 
 def another_teacher(saved: str, now: str) -> str | None:
-    """In what the teacher is not the one of the checkpoint; None: it is the same, or nobody can tell."""
+    """How the teacher differs from the checkpoint's; None: it is the same, or cannot be compared."""
     if not saved or not now or saved == now:
         return None
     if not (saved.startswith("{") and now.startswith("{")):
-        return None if saved.startswith("{") != now.startswith("{") else "its weights are others"
+        return None if saved.startswith("{") != now.startswith("{") else "its weights differ"
     before, after = json.loads(saved), json.loads(now)
     if before["probe"] != after["probe"]:
         return None

@@ -1,8 +1,8 @@
-"""The part in a run of a rank that the teacher has to itself (`--teacher_placement separate`).
+"""The part in a run of a rank that only holds the teacher (`--teacher_placement separate`).
 
-It makes the same plans as the student's ranks, in the order of timeline.py, and has no other contact with them than the
-signals that it sends, checkpoints, and requests to stop (stopping.py). So it works ahead: while the student
-trains on a step, the teacher forwards the next one, unless that has to be sampled from the student first.
+It makes the same plans as the student's ranks, in the order of timeline.py. Its only other contacts with them are the
+signals that it sends, checkpoints, and requests to stop (stopping.py). So it works ahead: while the student trains on a
+step, the teacher forwards the next one, unless that must be sampled from the student first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TeacherPart:
     """What such a rank does at the events of timeline.py; as a context, it closes the teacher."""
 
     def __init__(self, run: TeacherRun, state: TrainerState) -> None:
-        """`state`: where the run begins, or goes on."""
+        """`state`: where the run starts or continues."""
         self.run, self._state = run, state
         self._signals, self._agreement, self.checkpoints = StopSignals(), StopAgreement(), open_checkpoints(run)
 
@@ -60,7 +60,7 @@ class TeacherPart:
         self._agreement.close()
 
     def export(self) -> None:
-        """The student's matter."""
+        """Done by the student's ranks."""
 
     def measure_export(self) -> None:
         if is_seen_by_all(Path(self.run.config.checkpoint.save) / self.run.config.exports[0]):

@@ -1,15 +1,15 @@
-"""From a RunConfig to the run's `TeacherSamples`: who samples, its settings, its identity, its cache.
+"""Builds the run's `TeacherSamples` from a RunConfig: the sampler, its settings, its identity, its cache.
 
 Two samplers:
 
-    EngineSampler   a local teacher: a vLLM server that the first rank starts with the teacher's weights whenever
-                    something is missing, and ends when it is sampled. Identity: the fingerprint of the model's
-                    directory (weights/fingerprint.py) and the precision.
+    EngineSampler   a local teacher: the first rank starts a vLLM server with the teacher's weights whenever completions
+                    are missing, and ends it when they are sampled. Identity: the fingerprint of the model's directory
+                    (weights/fingerprint.py) and the precision.
     ServerSampler   the servers of an external teacher, beside the training. Identity: the name of the model and its
                     canary, the distribution of a probe (teacher/servers/probes.py), which is kept with the completions.
 
-A canary is the same up to rounding when it is asked again, so it is compared, not hashed: a server whose canary is
-nearer than `_SAME` to one that is kept is that teacher.
+A canary is reproduced up to rounding, so it is compared, not hashed: a server whose canary is within `_SAME` of a
+stored one is that teacher.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def build_teacher_samples(inputs: Inputs, needs: ServerRequirements | None) -> T
     """Check the prompts, and sample for the first window of steps. Collective over all ranks.
 
     Args:
-        needs: what the run asks of its teacher servers; None for a local teacher.
+        needs: what the run requires of its teacher servers; None for a local teacher.
     """
     config, draws, world = inputs.config, inputs.draws, dist.group.WORLD
     assert world is not None
@@ -110,8 +110,8 @@ def build_teacher_samples(inputs: Inputs, needs: ServerRequirements | None) -> T
 
 
 def _first_step(load: str | None) -> int:
-    """Where the run will go on. Of a checkpoint that cannot be read the resume has more to say; until then nothing is
-    known, and sampling begins with the first step."""
+    """The step at which the run will continue. If the checkpoint cannot be read, the resume will report it, and
+    sampling starts with the first step."""
     if load is None or is_hf_directory(load):
         return 0
     try:
@@ -123,11 +123,11 @@ def _first_step(load: str | None) -> int:
 def teacher_requests(
     config: RunConfig, draw: Draw, step: int, longest: int, images: ImageTokens | None = None
 ) -> list[Request]:
-    """What is asked of the teacher for a step, keyed by position in the global batch.
+    """The requests to the teacher for a step, keyed by position in the global batch.
 
     Args:
         draw: of the step.
-        longest: most tokens of prompt and completion together, of the models and the engine.
+        longest: most tokens of prompt and completion together, for the models and the engine.
         images: how the teacher sees them.
     """
     _, drawn, sources = draw
@@ -151,18 +151,17 @@ def teacher_requests(
 
 
 class EngineSampler:
-    """A local teacher, in a vLLM server of its own for as long as it samples."""
+    """A local teacher, in its own vLLM server while it samples."""
 
     beside_training = False
 
     def __init__(
         self, config: RunConfig, path: str, longest: int, image_options: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
-        """
-        Args:
-            path: the teacher's directory.
-            longest: most tokens of prompt and completion together.
-            image_options: of a teacher that sees images (`engine_image_options`).
+        """Args:
+        path: the teacher's directory.
+        longest: most tokens of prompt and completion together.
+        image_options: for a teacher that sees images (`engine_image_options`).
         """
         self._image_options = image_options
         self._path, self._longest = path, longest
@@ -221,7 +220,8 @@ class ServerSampler:
 
 
 def known_teacher(place: Path, probed: Probed, probe: Sequence[int]) -> str:
-    """The identity of a server's teacher: that of the canary in `place` that its own equals, else a new one, kept."""
+    """The identity of a server's teacher: that of the stored canary in `place` that it matches, else a new one, which
+    is stored."""
     canary = probed.canary
     name = hashlib.blake2b(repr((probed.model, list(probe), canary.ids.shape)).encode(), digest_size=8).hexdigest()
     try:

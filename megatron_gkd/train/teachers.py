@@ -1,12 +1,12 @@
-"""The teacher of a run, by its kind (config/models.py, `TeacherConfig.kind`): the one place that makes it.
+"""Makes the teacher of a run, by its kind (config/models.py, `TeacherConfig.kind`).
 
-    LocalTeacher      TeacherPipeline on the ranks that hold a part of it, RemoteTeacher where all of it is elsewhere
+    LocalTeacher      TeacherPipeline on the ranks that hold a part of it, RemoteTeacher on the others
     ServerTeachers    ServerTeacher
     SelfTeaching      SelfTeacher
     NoTeacher         Nobody
 
-In two parts: `reach` before a weight is read, so that a server that does not fit is an error within seconds and the
-devices' memory is free for an engine of the teacher's; then `Reached.make`, when there is a student.
+In two parts. `reach` runs before a weight is read, so that an unsuitable server is an error within seconds and the
+devices' memory is free for the teacher's engine. `Reached.make` runs once there is a student.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from megatron_gkd.weights.source import ModelSource
 
 
 class Taught(NamedTuple):
-    """What a rank has of the teacher."""
+    """A rank's part of the teacher."""
 
     teacher: Teacher
     # Of hidden-state signals, on the student's last stage: the teacher's head, cut at the student's shard borders.
@@ -49,7 +49,7 @@ class Taught(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """What there is of a teacher before a weight is read."""
+    """What is known of a teacher before a weight is read."""
 
     told: str  # for the log
     needs: ServerRequirements | None  # what the run asks of teacher servers
@@ -117,7 +117,7 @@ def _local(
     groups: ProcessGroupCollection,
     student: Student | None,
 ) -> Taught:
-    """This rank's part of it, or what receives its signals."""
+    """This rank's part of a local teacher, or the receiver of its signals."""
     config, layout = inputs.config, inputs.teacher_layout
     topk, dtype = config.distillation.gkd_logits_topk, config.model.precision
     max_signal_bytes = int(config.teacher.signal_memory_gb * 1e9)
@@ -166,7 +166,7 @@ def _local(
 
 
 def server_needs(inputs: Inputs) -> ServerRequirements:
-    """What the run asks of its teacher servers."""
+    """What the run requires of its teacher servers."""
     config, distillation, tokenizer = inputs.config, inputs.config.distillation, inputs.tokenizer
     topk = distillation.gkd_logits_topk
     assert topk is not None, "config/validate.py refuses servers without it"

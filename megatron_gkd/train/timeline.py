@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Span:
-    """What is left to do of a run, the same on all ranks. Steps are counted from 1, by their end."""
+    """The part of a run that is left, the same on all ranks. Steps are counted from 1, by their end."""
 
     done_steps: int
     train_iters: int
@@ -32,34 +32,34 @@ class Span:
     exports: bool
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether held-out rows are evaluated when `step` steps are done."""
+        """Whether held-out rows are evaluated after `step` steps."""
         return self.held_out and (step == self.train_iters or bool(self.eval_steps and step % self.eval_steps == 0))
 
     def saves_after(self, step: int) -> bool:
-        """Whether a checkpoint is saved when `step` steps are done."""
+        """Whether a checkpoint is saved after `step` steps."""
         return step == self.train_iters or step % self.save_steps == 0
 
 
 class Part(Protocol):
-    """What a rank does at an event: collective over all ranks of the run, each with its own part."""
+    """What a rank does at each event: collective over all ranks of the run, each with its own part."""
 
     checkpoints: Checkpoints
 
     def listening(self) -> AbstractContextManager[object]:
-        """Entered for the length of the steps: signals are heard. Collective over the ranks of its kind: the
-        student's are compared."""
+        """Entered for the length of the steps; signals are handled in it. Collective over the ranks of one kind: the
+        student's compare their weights."""
 
     def train(self, step: int) -> bool:
-        """A step; whether the run is asked to stop with it, the same on all ranks."""
+        """One step. Returns whether the run is asked to stop after it, the same on all ranks."""
 
     def evaluate(self, step: int) -> None:
         """One pass over the held-out rows."""
 
     def save(self, step: int) -> None:
-        """Begin a checkpoint."""
+        """Start a checkpoint."""
 
     def stopped(self, step: int) -> RunStoppedError:
-        """What ends a run that was asked to stop. Not collective."""
+        """The exception that ends a run that was asked to stop. Not collective."""
 
     def trained(self) -> None:
         """All steps are done."""
@@ -68,7 +68,7 @@ class Part(Protocol):
         """Write the student."""
 
     def measure_export(self) -> None:
-        """One pass over the held-out rows with what was written, where all ranks see it."""
+        """One pass over the held-out rows with the exported weights, if all ranks see them."""
 
 
 def carry_out(span: Span, part: Part) -> None:

@@ -43,18 +43,18 @@ FILE: Final = "tokens.jsonl"
 
 
 class TokenLog:
-    """Of a run, on every rank of the student; the writing rank has the file."""
+    """The log of a run, on every rank of the student; the writing rank has the file."""
 
     def __init__(self, run: Run, run_dir: Path, *, first_step: int | None) -> None:
         self._run = run
         self._file = JsonlWriter(run_dir / FILE, first_step=first_step) if run.is_writer else None
 
     def record(self) -> TokenRecord:
-        """A new one."""
+        """A new record."""
         return TokenRecord(HeldOut(self._run.loss).names(), self._run.platform.device)
 
     def watched(self, step: int, plan: StepPlan) -> WatchedLoss | None:
-        """What a step minimises where its samples are looked at; None: they are not. Alike on all ranks."""
+        """The objective of a step whose samples are recorded; None: they are not. The same on all ranks."""
         run, every = self._run, self._run.config.logging.eval_steps
         mine = [sample for sample in plan.samples if sample.source == "student" and sample.num_loss_tokens]
         if not mine or not (step in (1, run.train_iters) or (every and step % every == 0)):
@@ -92,7 +92,7 @@ class TokenLog:
 
 
 class WatchedLoss:
-    """A training objective whose samples are looked at."""
+    """A training objective that also records its samples."""
 
     def __init__(self, loss: DistillationLoss | SupervisedLoss, record: TokenRecord) -> None:
         self._loss, self.record, self._measure = loss, record, HeldOut(loss).measure
@@ -121,7 +121,7 @@ def _all_ids(samples: Iterable[dict[str, Any]]) -> list[int]:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[str, str]:
-    """By id, what each token adds to a text: decoded behind another token, since tokenizers drop a leading space."""
+    """By id, the text that each token adds: decoded behind another token, because tokenizers drop a leading space."""
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
     before = len(tokenizer.decode(anchor))
     return {str(token): str(tokenizer.decode([*anchor, token]))[before:] for token in ids}

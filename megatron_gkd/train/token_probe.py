@@ -1,23 +1,23 @@
-"""Both models on every sixteenth completion token: entropies, what they prefer, and the sampler's log-probabilities
-against the trainer's. Reported with the loss; checked in health.py.
+"""Compares both models on every sixteenth completion token: entropies, most probable tokens, and the sampler's
+log-probabilities against the trainer's. Reported with the loss; checked in health.py.
 
 The token of index t in the completion of the sample at position p of the global batch is a PROBE TOKEN where
-(t + p) % 16 == 0. So the same tokens are looked at in every layout and micro-batch size, and all places of a completion
-are among them. Their logits are formed a second time, some rows at once: a sixteenth of a forward pass of the heads
-and nothing of size [T, V/tp], in place of more passes over every logit of the loss.
+(t + p) % 16 == 0. So the probe tokens are the same in every layout and micro-batch size, and include every index of a
+completion. Their logits are computed a second time, in small chunks. That costs a sixteenth of a forward pass of the
+heads and nothing of size [T, V/tp], instead of more passes over all logits of the loss.
 
-    health/student_entropy, health/teacher_entropy   nats; of a top-K teacher over its K tokens and the rest as one
+    health/student_entropy, health/teacher_entropy   nats; for a top-K teacher over its K tokens and the rest as one
     health/top_overlap                               share of the teacher's 8 most probable that are the student's
     health/teacher_top_mass, health/student_top_mass probability of the teacher's 8
     health/teacher_best                              log-probability of the teacher's most probable token
     health/logprob_difference                        |trainer's - sampler's| log-probability of a sampled token
-    health/mark, health/mark_squared                 id + log-probability of the teacher's most probable token: where
-                                                     their variance is 0, the teacher says the same everywhere
+    health/mark, health/mark_squared                 id + log-probability of the teacher's most probable token: if their
+                                                     variance is 0, the teacher's output is the same everywhere
 
 Communication, over the student's TP group, per 64 probe tokens: one all-gather for the top 8 of each side that is given
 by logits, one all-reduce [C, 10], and with a teacher given by hidden states one more [C]. None without probe tokens.
 
-Legend: T loss tokens, C probe tokens of a chunk, v = V/tp columns of this rank, k = 8 (or less, of a small K).
+Legend: T loss tokens, C probe tokens of a chunk, v = V/tp columns of this rank, k = 8 (or less, for a small K).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NAMES: Final = (
 
 
 def probe_index(batch: MicroBatch) -> torch.Tensor:
-    """Which of the micro-batch's loss tokens are probe tokens, [P] int64, ascending."""
+    """The indices of the probe tokens among the micro-batch's loss tokens, [P] int64, ascending."""
     chosen, start = list[int](), 0
     for position, share in zip(batch.positions, batch.shares, strict=True):
         for first, end in share.spans:
@@ -57,7 +57,7 @@ def probe_index(batch: MicroBatch) -> torch.Tensor:
 
 
 class _Side(NamedTuple):
-    """What one model says of C tokens."""
+    """One model's output for C tokens."""
 
     logprobs: torch.Tensor  # [C, k] of its most probable tokens, descending
     ids: torch.Tensor  # [C, k] global; negative: absent

@@ -1,16 +1,16 @@
-"""What both models say token by token: by the token's place in its completion, over all rows; and of a few samples in
-full, for people to look at.
+"""Values of both models by token: averaged over all rows by the token's position in its completion, and in full for a
+few samples, to look at.
 
-    by_position   mean of every number of the evaluation in each bucket [EDGES[i], EDGES[i + 1]) of places; place 0 is
-                  the first token of a completion. Buckets widen, since the beginning is where completions differ most
-    samples       of at most MOST_SAMPLES samples the first MOST_TOKENS tokens: id, divergences, negative
+    by_position   mean of every number of the evaluation in each bucket [EDGES[i], EDGES[i + 1]) of positions; 0 is the
+                  first token of a completion. Buckets get wider, because completions differ most at the beginning
+    samples       the first MOST_TOKENS tokens of at most MOST_SAMPLES samples: id, divergences, negative
                   log-likelihood under both models, and the TOP most probable tokens of each, with their
                   log-probabilities
     memory_bytes  peak of every rank of the student, in rank order: the allocator's on a GPU, else the process's
                   resident memory
 
-Sums are float64 and made of the same per-token values in every layout, so they agree to the rounding of those values.
-Logits of the samples' tokens are formed a second time, one sample at a time; nothing of size [T, V/tp] is kept.
+Sums are float64 of the same per-token values in every layout, so they agree up to the rounding of those values. Logits
+of the samples' tokens are computed a second time, one sample at a time; nothing of size [T, V/tp] is kept.
 
 Communication: `look` over the student's TP group, per sample: that of HeldOut.measure, one all-gather for the top of
 each side that is given by logits, and one for the teacher's likelihood. `finish` over all ranks of the student: one
@@ -60,10 +60,10 @@ class Measure(Protocol):
 
 
 class TokenRecord:
-    """Of one evaluation, or of one step, on every rank of the student."""
+    """The record of one evaluation, or of one step, on every rank of the student."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        """Args: names: of the numbers of a token."""
+        """Args: names: of a token's numbers."""
         self._names = tuple(names)
         self._edges = torch.tensor(EDGES, device=device)
         self._sums = torch.zeros(len(EDGES), 1 + len(self._names), dtype=torch.float64, device=device)
@@ -72,12 +72,12 @@ class TokenRecord:
         self._seen: dict[int, dict[int, dict[str, Any]]] = {}  # position -> place -> values
 
     def choose(self, samples: Iterable[Sample]) -> None:
-        """Look at the first of these in full, as long as their plan is at work; the same on every rank."""
+        """Record the first of these samples in full, during the current plan; the same on every rank."""
         chosen = {sample.position: sample for sample in list(samples)[:MOST_SAMPLES]}
         self._samples, self._wanted = self._samples | chosen, set(chosen)
 
     def add(self, places: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
-        """Count tokens of the evaluation. Args: places: [C] int64, in the completions; values: [C] each."""
+        """Add tokens of the evaluation. Args: places: [C] int64, positions in their completions; values: [C] each."""
         if not len(places):
             return
         places = places.to(self._edges.device)
@@ -94,7 +94,7 @@ class TokenRecord:
         batch: MicroBatch,
         signal: Signal,
     ) -> None:
-        """Keep what is to be kept of a micro-batch. Args: rows: [T, H], of its loss tokens."""
+        """Record the chosen samples of a micro-batch. Args: rows: [T, H], of its loss tokens."""
         labels, start = batch.labels.to(rows.device), 0
         for position, share in zip(batch.positions, batch.shares, strict=True):
             places = [place for place in share.tokens if place < MOST_TOKENS]
@@ -109,7 +109,7 @@ class TokenRecord:
             start += share.num_tokens
 
     def finish(self, groups: ProcessGroupCollection, *, memory_bytes: int) -> dict[str, Any]:
-        """What was found on all ranks, as JSON has it, without texts. Collective over the student's ranks.
+        """The results of all ranks, in JSON types, without texts. Collective over the student's ranks.
 
         Args:
             memory_bytes: peak of this rank.
@@ -144,7 +144,7 @@ class TokenRecord:
 def both_sides(
     training: DistillationLoss | SupervisedLoss, logits: torch.Tensor, labels: torch.Tensor, signal: Signal
 ) -> Columns:
-    """The most probable tokens of both models, and the teacher's likelihood of the labels; NaN where it is not known.
+    """The most probable tokens of both models, and the teacher's likelihood of the labels; NaN if not known.
 
     Args:
         logits: the student's, [C, V/tp].
@@ -173,7 +173,7 @@ def both_sides(
 
 
 def _describe(sample: Sample, tokens: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """A sample, with a column for each value of its tokens."""
+    """A sample, with one list for each of its tokens' values."""
     places = sorted(tokens)
     wanted = [place for place in LossShare.of(sample).tokens if place < MOST_TOKENS]
     assert places == wanted, "together the ranks hold all loss tokens of a sample"

@@ -1,7 +1,7 @@
-"""Matrix products of a vision tower and its projector, from sizes alone, for predicted seconds (step_time.py).
+"""Matrix products of a vision tower and its projector, computed from sizes, for predicted seconds (step_time.py).
 
-Per patch 2 x the elements of the tower's matrices, and in a layer's attention 4 x hidden size x the patches that see
-each other: those of a tile, or of the whole image, or of a window. Per row for the decoder 2 x the projector's.
+Per patch 2 x the elements of the tower's matrices, and in each layer's attention 4 x hidden size x the patches that see
+each other: those of a tile, of the whole image, or of a window. Per row for the decoder 2 x the projector's elements.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from megatron_gkd.model.vision_config import FAMILIES, VisionPart, meta_model
 
 
 def tower_flops(part: VisionPart, fed: Mapping[str, torch.Tensor], num_rows: int) -> float:
-    """Of a forward pass.
+    """The products of a forward pass.
 
     Args:
-        fed: what the tower is fed of an image.
-        num_rows: that come of it.
+        fed: the tower's inputs for one image.
+        num_rows: the rows that it makes of them.
     """
     vision, projector = meta_model(part.config_json).config.vision_config, f"{FAMILIES[part.family].projector}."
     pixels = fed["pixel_values"]
@@ -38,7 +38,7 @@ def tower_flops(part: VisionPart, fed: Mapping[str, torch.Tensor], num_rows: int
 
 
 def _seen_in_windows(vision: Any, num_patches: int) -> int:
-    """Patches that a patch sees, over all layers."""
+    """The number of patches that a patch sees, summed over all layers."""
     window, whole = (vision.window_size // vision.patch_size) ** 2, len(vision.fullatt_block_indexes)
     return whole * num_patches + (vision.depth - whole) * min(window, num_patches)
 

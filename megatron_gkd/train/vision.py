@@ -1,8 +1,9 @@
-"""A vision-language student: how it and its teacher see images, what of its tower is trained, what it is refused.
+"""Vision-language students: how student and teacher see images, which parts of the tower are trained, and what is
+refused.
 
-The student's rule (data/image_tokens.py) makes the prompts; a teacher whose rule differs (another number of tiles, say)
-is given a prompt of its own, with the same completion after it. `prepare_towers` hands a model's rule to the chunk that
-has its tower, so pixels are made there and nowhere else.
+The student's rule (data/image_tokens.py) makes the prompts. A teacher whose rule differs (another number of tiles, say)
+gets its own prompt with the same completion. `prepare_towers` passes a model's rule to the chunk with its tower, so
+pixels are processed only there.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ def read_sight(
 
 
 def prepare_towers(chunks: Sequence[HiddenStateGPTModel], images: ImageTokens | None) -> None:
-    """Tell the chunk that has the vision tower how pictures are prepared for it."""
+    """Give the chunk with the vision tower the function that prepares pictures for it."""
     for chunk in chunks:
         if chunk.vision is not None and images is not None:
             chunk.vision.prepare = images.inputs
 
 
 def freeze_towers(chunks: Sequence[HiddenStateGPTModel], *, tower: bool, projector: bool) -> None:
-    """Keep a vision tower's weights, or its projector's; and those that no output depends on."""
+    """Freeze a vision tower's weights, its projector's, and those that do not affect any output."""
     for chunk in chunks:
         if chunk.vision is None:
             continue
@@ -73,7 +74,7 @@ def freeze_towers(chunks: Sequence[HiddenStateGPTModel], *, tower: bool, project
 
 
 def _refuse(config: RunConfig, student: Architecture, teacher: Architecture | None) -> None:
-    """Raise for a teacher that is blind, and for what images are not built for."""
+    """Raise for a teacher without vision, and for features that do not support images."""
     if student.vision is None:
         return
     is_local = isinstance(config.teacher.kind, LocalTeacher)

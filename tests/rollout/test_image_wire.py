@@ -79,7 +79,7 @@ def test_a_request_has_the_bare_prompt_and_the_pixels_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda answer: answer | {"prompt_token_ids": [1, 250, 250, 2]}, "makes 4 tokens .* and 5 are meant"),
+        (lambda answer: answer | {"prompt_token_ids": [1, 250, 250, 2]}, "makes 4 tokens .* and 5 are needed"),
         (lambda answer: answer | {"prompt_token_ids": None}, "does not say how it expanded"),
         (lambda answer: answer | {"choices": [answer["choices"][0] | {"logprobs": None}]}, "without its token ids"),
         (lambda answer: answer | {"choices": [answer["choices"][0] | {"finish_reason": "abort"}]}, "with 'abort'"),
@@ -119,7 +119,7 @@ def test_servers_that_cannot_see_are_found_at_the_start() -> None:
     off.enabled = False
     with connected(off) as servers, pytest.raises(RolloutError, match=r"403 .* start it with --enable-scale-out"):
         servers.check_images(IMAGES)
-    other = r"makes 36 tokens .* and 35 are meant"
+    other = r"makes 36 tokens .* and 35 are needed"
     with connected(Seeing(), Seeing(per_image=4)) as servers, pytest.raises(RolloutError, match=other):
         servers.check_images(IMAGES)
     with connected(FakeSwift()) as servers, pytest.raises(RolloutError, match="takes text alone"):

@@ -192,7 +192,7 @@ def test_servers_are_compared_by_their_answers() -> None:
     assert another_teacher(text(0), text(0.2, probe="other data")) is None
     assert another_teacher("", text(0)) is None, "a checkpoint that does not know"
     assert another_teacher("weights a", "weights a") is None
-    assert another_teacher("weights a", "weights b") == "its weights are others"
+    assert another_teacher("weights a", "weights b") == "its weights differ"
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -251,6 +251,6 @@ def test_a_resume_with_another_teacher_is_refused(tmp_path: Path, inputs: dict[s
     other = planted(tmp_path, inputs, "other")["teacher_model"]
     (Path(flags["teacher_model"]) / "model.safetensors").write_bytes((Path(other) / "model.safetensors").read_bytes())
     resumed = flags | dict(load=checkpoint_of(run_dir, 1))
-    with pytest.raises(RankFailureError, match="saved by a run with another teacher: its weights are others"):
+    with pytest.raises(RankFailureError, match="saved by a run with another teacher: its weights differ"):
         train(world=2, **resumed, save=tmp_path / "resumed")
     train(world=2, **resumed, allow_changed_config=True, save=tmp_path / "meant")

@@ -1,17 +1,17 @@
 """vLLM in the training processes: every rank builds a part of an engine, W / tp engines over W ranks.
 
-    engine e = ranks [e * tp, (e + 1) * tp) of the world, in vLLM's `external_launcher` form: the ranks of one engine
-    make the same calls with the same requests and get the same completions; different engines are independent.
+    engine e = ranks [e * tp, (e + 1) * tp) of the world, with vLLM's `external_launcher`: the ranks of one engine make
+    the same calls with the same requests and get the same completions; different engines are independent.
 
-Construction is collective over the whole world, which is torch.distributed's: vLLM makes its groups out of it. What
-vLLM changes in the process is undone around every call (guard.py). Weights are handed over by reference, without a
-copy; every rank passes full tensors to its own worker, which takes its shard.
+Construction is collective over torch.distributed's world, from which vLLM makes its groups. The global state that vLLM
+changes is restored after every call (guard.py). Weights are passed by reference, without a copy; every rank passes full
+tensors to its own worker, which takes its shard.
 
-Memory: on a GPU `gpu_memory_utilization` of it is the engine's, and sleep levels 1 and 2 give that back between
-phases (1: weights go to host memory, KV is dropped; 2: both are dropped). On a CPU there is no sleep mode: the calls
-are accepted, the order is kept, and nothing is freed; the KV cache is sized by rule (`_cpu_kv_bytes`).
+Memory: on a GPU the engine has `gpu_memory_utilization` of it, and sleep levels 1 and 2 free that between phases (1:
+weights go to host memory, KV is dropped; 2: both are dropped). A CPU has no sleep mode: the calls are accepted in the
+same order, and nothing is freed; the size of the KV cache is computed (`_cpu_kv_bytes`).
 
-Supported: vllm 0.28 to 0.32. Imported here only, when an engine is built.
+Supported: vllm 0.28 to 0.32, imported only when an engine is built.
 """
 
 from __future__ import annotations
@@ -67,16 +67,18 @@ class ColocatedEngine:
         seed: int = 0,
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Build the engine of this rank. Collective over the world, which has to be initialised.
+        """Build this rank's part of an engine. Collective over the world, which must be initialised.
 
         Args:
             model_path: Hugging Face directory; its config.json is used, and its weights if `read_weights` (version 0).
-                Else the weights are undefined, and nothing can be sampled, until the first update.
-            adapter: as in adapter_config.json: updates are of an adapter beside the weights of `model_path`, which are
-                read now. None: of all weights.
-            engine_options: further arguments of vLLM's, by its names; they win.
+            Else
+                the weights are undefined, and nothing can be sampled, until the first update.
+            adapter: as in adapter_config.json: updates are of an adapter on top of the weights of `model_path`, which
+            are
+                read now. None: updates are of all weights.
+            engine_options: further arguments of vLLM, by its names; they take precedence.
 
-        Raises ConfigError for what can be known before, RolloutError for what vLLM says.
+        Raises ConfigError for what can be checked before, RolloutError for vLLM's errors.
         """
         _check_start(tensor_parallel_size)
         self._guard = EngineGuard()
@@ -220,7 +222,7 @@ class ColocatedEngine:
             ) from error
 
     def _lora_request(self) -> Any:
-        """The adapter that updates have put into the worker; None where they are of all weights."""
+        """The adapter that updates have loaded into the worker; None if updates are of all weights."""
         if self._adapter is None:
             return None
         from vllm.lora.request import LoRARequest
@@ -269,7 +271,7 @@ class ColocatedEngine:
 
 
 def lora_rows(rank: int) -> int:
-    """Rows that vLLM keeps for an adapter: the least of its sizes that holds the rank."""
+    """vLLM's maximum rank for an adapter: its smallest option that is not below the rank."""
     return next(size for size in LORA_RANKS if size >= rank)
 
 
@@ -277,7 +279,7 @@ def _check_start(tensor_parallel_size: int) -> None:
     if find_spec("vllm") is None:
         raise ConfigError("sampling needs the package vllm (0.28 to 0.32), which is not installed")
     if not dist.is_initialized():
-        raise ConfigError("a colocated engine is laid out over torch.distributed's ranks, and it is not initialised")
+        raise ConfigError("a colocated engine needs torch.distributed to be initialised: it is laid out over its ranks")
     if dist.get_world_size() % tensor_parallel_size:
         raise ConfigError(
             f"--vllm_tensor_parallel_size {tensor_parallel_size} does not divide the world of {dist.get_world_size()} "
@@ -286,16 +288,15 @@ def _check_start(tensor_parallel_size: int) -> None:
 
 
 def _as_torchrun() -> dict[str, str]:
-    """What torchrun sets, for a start without it: vLLM reads the numbers. The address is not used, because the world
-    exists; LOCAL_RANK is right on one machine only, and on several there is torchrun.
-    """
+    """The variables that torchrun sets, for a start without it; vLLM reads them. The address is not used, because the
+    world exists. LOCAL_RANK is right on one machine only; several machines need torchrun."""
     rank = str(dist.get_rank())
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size())}
     return world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 def _cpu_kv_bytes(arch: Architecture, dtype: str, tensor_parallel_size: int, max_model_len: int) -> int:
-    """Room for a few dozen sequences of the greatest length, within bounds. (vLLM's own default is most of the RAM.)"""
+    """Room for a few dozen sequences of the maximum length, within bounds. (vLLM's own default is most of the RAM.)"""
     heads = max(1, arch.num_kv_heads // tensor_parallel_size)
     token_bytes = 2 * arch.num_layers * heads * arch.head_dim * (4 if dtype == "fp32" else 2)
     least, most = _KV_BYTES_ON_CPU
@@ -304,7 +305,7 @@ def _cpu_kv_bytes(arch: Architecture, dtype: str, tensor_parallel_size: int, max
 
 
 def _tokens(ids: Sequence[int]) -> Any:
-    """With one placeholder for each image: ids that are expanded already would be expanded again, without an error."""
+    """Ids with one placeholder for each image. Expanded ones would silently be expanded again."""
     from vllm import TokensPrompt
 
     if not isinstance(ids, SeenSequence):
@@ -320,11 +321,11 @@ def _prompt(request: Request) -> Any:
 
 
 def _check_expansion(key: int, ids: Sequence[int], found: Sequence[int]) -> None:
-    """vLLM's processor and ours agree about tiles and order."""
+    """Raise RolloutError unless vLLM's processor expanded the images as ours does."""
     if list(found) != list(ids):
         raise RolloutError(
-            f"sample {key}: vLLM makes {len(found)} tokens of its sequence with images, and {len(ids)} are meant: its "
-            "processor (mm_processor_kwargs, version) is another one"
+            f"sample {key}: vLLM makes {len(found)} tokens of its sequence with images, and {len(ids)} are needed: its "
+            "processor differs (mm_processor_kwargs or version)"
         )
 
 

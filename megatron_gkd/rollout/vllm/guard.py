@@ -1,19 +1,19 @@
-"""Keeps an engine in the trainer's process from changing the trainer: everything that vLLM changes globally is put
-back when control returns, and given to it again at its next call.
+"""Protects the trainer from an engine in its process: the global state that vLLM changes is restored when control
+returns, and given back to vLLM at its next call.
 
-What an in-process vLLM (0.28 - 0.32) changes: the random states of torch, numpy and random (re-seeded at construction,
-consumed by sampling); the number of threads; environment variables, among them LOCAL_WORLD_SIZE; and, on a CPU, a
-dozen functions of torch, replaced for ever. In the other direction, the adaptation of megatron-core to a CPU
-(platform.py) answers requests for "cuda" with CPU objects: vLLM must not see it, so it is suspended meanwhile.
+An in-process vLLM (0.28 - 0.32) changes the random states of torch, numpy and random (seeded at construction, used by
+sampling), the number of threads, environment variables such as LOCAL_WORLD_SIZE, and, on a CPU, permanently a dozen
+functions of torch. Conversely, the adaptation of megatron-core to a CPU (platform.py) answers requests for "cuda" with
+CPU objects. vLLM must not see that, so it is suspended meanwhile.
 
     guard = EngineGuard()
-    with guard():          # engine's world: its functions, its random states
+    with guard():          # the engine's functions and random states
         llm = LLM(...)
-    ...                    # trainer's world, bit for bit as before
+    ...                    # the trainer's, bit for bit as before
 
-Closing an engine is a case of its own: vLLM's shutdown destroys torch.distributed's default group, the trainer's, and
-`keep_process_groups` makes it destroy vLLM's own groups alone. Building one on a CPU leaves segments of shared memory
-behind, under names that collide; `own_shared_memory` gives them names of their own and removes them.
+Closing an engine: vLLM's shutdown destroys torch.distributed's default group, which is the trainer's;
+`keep_process_groups` restricts it to vLLM's own groups. Building an engine on a CPU leaves shared memory segments with
+names that collide; `own_shared_memory` gives them unique names and removes them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class EngineGuard:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """The engine's world for the length of a `with` block."""
+        """The engine's global state for the length of a `with` block."""
         with platform.cpu_adaptation_suspended():
             functions, states, environment = _functions(), _RandomStates(), dict(os.environ)
             num_threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
@@ -103,7 +103,7 @@ def _set_environment(environment: dict[str, str]) -> None:
 
 
 class _RandomStates:
-    """A copy of the process's random states; of CUDA's, the current device's."""
+    """A copy of the process's random states; for CUDA, of the current device."""
 
     def __init__(self) -> None:
         self.torch = torch.get_rng_state()
@@ -123,9 +123,8 @@ class _RandomStates:
 
 @contextlib.contextmanager
 def keep_process_groups() -> Iterator[None]:
-    """While this is active, vLLM's clean-up destroys its own groups and leaves torch.distributed's default group, which
-    is the trainer's. For construction (a failing constructor cleans up too) and for closing.
-    """
+    """While active, vLLM's clean-up destroys only its own groups, not torch.distributed's default group. For
+    construction (a failing constructor cleans up too) and for closing."""
     import vllm.v1.engine.core as core
     from vllm.distributed import parallel_state
 
@@ -154,11 +153,10 @@ def keep_process_groups() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_shared_memory(token: str) -> Iterator[None]:
-    """For the construction of an engine on a CPU, where the ranks of a tensor parallel engine talk through segments in
-    /dev/shm. Started by a launcher, vLLM names them by rank and counter alone and leaves them behind when a process
-    ends, so that the next run on the machine, or one beside it, fails with "errno: 17". Here they bear `token`, the
-    same on all ranks and new for every engine, and lose their names as soon as all ranks have opened them.
-    """
+    """For building an engine on a CPU, whose tensor parallel ranks communicate through segments in /dev/shm. Under a
+    launcher vLLM names them by rank and counter only and leaves them behind, so that another run on the machine fails
+    with "errno: 17". Here the names contain `token`, which is new for every engine and the same on all ranks, and they
+    are unlinked as soon as all ranks have opened them."""
     try:
         from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Segments
     except ImportError:

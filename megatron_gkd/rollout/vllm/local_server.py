@@ -1,20 +1,20 @@
-"""A vLLM server as a child of this process: started, waited for, and ended with it.
+"""A vLLM server as a child process: started, waited for, and ended with its parent.
 
     with LocalServer("path/to/model", dtype="bf16") as server:
         engine = ServerEngine(server.url, ...)          # unix:/tmp/gkd-vllm-.../http
 
-It is `python -m vllm.entrypoints.openai.api_server` with what the rollout needs: the worker extension, the development
-endpoints (weights, pause, versions) behind their gate (gate.py), sampling defaults that no generation_config.json can
-change. It listens on a socket in a private directory (owned.py), which nobody else on the machine can reach, or on a
-port of the loopback interface. `launch/rollout_server.sh` starts the same server by hand (a test holds its command
-against `server_command`).
+It runs `python -m vllm.entrypoints.openai.api_server` with the worker extension, the development endpoints (weights,
+pause, versions) behind their gate (gate.py), and sampling defaults that no generation_config.json can change. It
+listens on a socket in a private directory (owned.py), which other users cannot reach, or on a port of the loopback
+interface. `launch/rollout_server.sh` starts the same server by hand (a test compares its command with
+`server_command`).
 
-It lives in a process group of its own under a supervisor (supervisor.py), and ends with `close`, with this
-interpreter, and also when this process is killed. Its output goes to a log file in that directory; when it dies, the
-end of the log is in the error. The directory of a run that was killed goes with the next run's start.
+It has its own process group under a supervisor (supervisor.py), and ends with `close`, with this interpreter, and also
+when this process is killed. Its output goes to a log file in that directory; if it dies, the error quotes the end of
+the log. The next run removes the directory of a killed run.
 
-On a machine without a GPU: eager mode and one thread; the KV cache has a size in bytes, since vLLM's default there is
-nearly all memory. Loading takes about half a minute on such a machine, even for a tiny model.
+Without a GPU: eager mode and one thread; the size of the KV cache is set in bytes, because vLLM's default there is
+nearly all memory. Loading then takes about half a minute, even for a tiny model.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def server_command(
 
 
 def attention_on_cpu(arch: Architecture) -> dict[str, str]:
-    """Arguments of vLLM's engines. For latent attention it takes AMX kernels on CPUs that have them; those know half
-    precision alone, and the log-probabilities would be other ones than on the next machine."""
+    """Arguments for vLLM's engine. For latent attention vLLM uses AMX kernels on CPUs that have AMX. They compute in
+    half precision only, so log-probabilities would differ between machines."""
     return {} if arch.latent is None else {"attention_backend": "CPU_MLA"}
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:
-    """Arguments of vLLM's engines as the flags of its server: `max_num_seqs` 8 is --max-num-seqs 8."""
+    """Arguments of vLLM's engine as flags of its server: `max_num_seqs` 8 becomes --max-num-seqs 8."""
     flags: list[str] = []
     for name, value in options.items():
         hyphens = name.replace("_", "-")
@@ -109,7 +109,7 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
 def server_environment(
     base: Mapping[str, str], *, on_cpu: bool, secret_file: str | Path | None = None
 ) -> dict[str, str]:
-    """Its environment: development endpoints on, nothing fetched or reported, this package importable."""
+    """The server's environment: development endpoints on, no downloads or usage reports, this package importable."""
     package_root = str(Path(__file__).resolve().parents[3])
     python_path = [package_root, *filter(None, [base.get("PYTHONPATH")])]
     defaults = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
@@ -147,13 +147,13 @@ class LocalServer(contextlib.AbstractContextManager["LocalServer"]):
         environment: Mapping[str, str] | None = None,
         extra: Sequence[str] = (),
     ) -> None:
-        """Start it and wait until it answers.
+        """Start it and wait until it is healthy.
 
         Args:
             port: of the loopback interface; None: a Unix socket.
             kv_cache_bytes: of the KV cache; None: on a CPU 256 MiB, on a GPU what `gpu_memory_utilization` leaves.
             read_weights: load the directory's weights; else they are undefined until the first update.
-            environment: variables on top of this process's.
+            environment: variables in addition to this process's.
             extra: further flags of vLLM.
         """
         import torch
@@ -220,7 +220,7 @@ class LocalServer(contextlib.AbstractContextManager["LocalServer"]):
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def alive(self) -> bool:
-        """Whether its processes are there; it may still not answer."""
+        """Whether its process is running; it may still not answer."""
         return self._process.poll() is None
 
     def log_tail(self, lines: int = _LOG_LINES) -> str:
@@ -258,7 +258,7 @@ class LocalServer(contextlib.AbstractContextManager["LocalServer"]):
 
 
 def _make_directory() -> Path:
-    """Private, and with a name that leaves room for a socket's: 107 bytes are the most that the system takes."""
+    """A private directory whose name leaves room for a socket's: the system allows 107 bytes."""
     for root in dict.fromkeys((tempfile.gettempdir(), "/tmp")):
         if len(os.fsencode(root)) < _LONGEST_ROOT:
             return Path(private_directory("gkd-vllm", root))

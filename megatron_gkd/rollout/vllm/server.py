@@ -1,23 +1,23 @@
 """A vLLM server as a sampling engine: protocol.Engine over HTTP.
 
-An update of the weights, in calls of the server (worker methods are those of worker.py, called by /collective_rpc):
+An update of the weights, as calls of the server (worker methods are in worker.py, called through /collective_rpc):
 
     begin    /pause?mode=wait, /update_weight_version "...-incomplete", gkd_begin
     bucket   the tensors by a Transfer (shared memory, or a process group), gkd_bucket_file or gkd_bucket_group
     end      gkd_end, /reset_prefix_cache, /update_weight_version, /resume, /weight_info
     abort    gkd_abort; the server stays paused, so that nobody samples from a mixture of weights
 
-Who has which weights: every engine object stamps its updates with a name of its own and the policy version. Before and
-after each `generate` and `score` the server's stamp is compared with what this object left there. A server that was
-restarted, or that another trainer pushed to, or whose update was left open, is thus found before a sample is used;
-so is, by the number of updates that its workers have begun, one whose weights were changed under the same stamp.
+Ownership of the weights: every engine object stamps its updates with its own random name and the policy version. Before
+and after each `generate` and `score` the server's stamp is compared with the last one set here. This detects a server
+that was restarted, that another trainer pushed to, or whose update was left open, before a sample is used. A change
+under the same stamp is detected by the number of updates that the workers have begun.
 
-Sampling is one request per completion (wire.py), all at once. A completion is a function of weights, settings and
-request, so a request that failed with the connection is repeated; calls that change the server are not.
+Sampling is one request per completion (wire.py), all in parallel. A completion is a function of weights, settings and
+request, so a request is retried if the connection failed; calls that change the server are not.
 
-The endpoints for weights need the server to run with VLLM_SERVER_DEV_MODE=1 and the worker extension, as
-launch/rollout_server.sh and LocalServer start it. With `read_weights` a plain `vllm serve` will do; it cannot be
-updated then. Supported: vllm 0.28 to 0.32. Not supported: data-parallel servers (start several).
+The endpoints for weights need VLLM_SERVER_DEV_MODE=1 and the worker extension, as launch/rollout_server.sh and
+LocalServer start it. With `read_weights` a plain `vllm serve` is enough, but cannot be updated. Supported: vllm 0.28 to
+0.32. Not supported: data-parallel servers (start several).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _START = "start the server with launch/rollout_server.sh"
 
 
 class ServerEngine(AbstractContextManager["ServerEngine"]):
-    """protocol.Engine for the server at a URL. One rank drives it."""
+    """protocol.Engine for the server at a URL, driven by one rank."""
 
     def __init__(
         self,
@@ -88,16 +88,16 @@ class ServerEngine(AbstractContextManager["ServerEngine"]):
         transport: httpx.AsyncBaseTransport | None = None,
         secret: Secret | None = None,
     ) -> None:
-        """Connect, and check that it is a server that this engine can drive, of the right model.
+        """Connect, and check that this engine can drive the server and that it has the right model.
 
         Args:
             model_path: the Hugging Face directory of the model that is pushed, or that the server was started with.
             read_weights: sample from the weights that the server was started with (version 0).
             weight_transfer: "auto" is "shm" if the server's workers see this machine's shared memory, else "group".
-            api_key_env: environment variable that holds the server's API key, if it has one.
-            secret: that of the server (gate.py); None: the one beside its socket, or that of this user.
-            timeout_s: of each call; retry_s: how long a server that cannot be reached is tried again.
-            connect_s: how long it is tried at first, where it may still be starting; None: retry_s.
+            api_key_env: environment variable with the server's API key, if it has one.
+            secret: the server's secret (gate.py); None: the one beside its socket, or this user's.
+            timeout_s: of each call; retry_s: how long an unreachable server is retried.
+            connect_s: the same for the first connection, when it may still be starting; None: retry_s.
         """
         self._client = ServerClient(
             base_url,
@@ -152,7 +152,7 @@ class ServerEngine(AbstractContextManager["ServerEngine"]):
             self._num_sent = 0
 
     def bucket(self, tensors: Sequence[tuple[str, torch.Tensor]], sums: Mapping[str, tuple[int, int]]) -> None:
-        """The workers take it while the caller goes on: what they say comes with the next `bucket`, or with `end`."""
+        """Returns while the workers still load it; their errors are raised by the next `bucket` or by `end`."""
         with self._state.bucket():
             assert self._transfer is not None
             if tensors:
@@ -216,7 +216,7 @@ class ServerEngine(AbstractContextManager["ServerEngine"]):
         return self._complete(f"sample {len(requests)} completions", bodies, read)
 
     def _sample_seeing(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Completion]:
-        """Of prompts with images."""
+        """For prompts with images."""
         bodies = [image_completion_body(request, settings, self.max_model_len) for request in requests]
 
         def read(index: int, answer: Any, version: int) -> Completion:
@@ -267,7 +267,7 @@ class ServerEngine(AbstractContextManager["ServerEngine"]):
         read: Callable[[int, Any, int], Result],
         path: str = "/v1/completions",
     ) -> list[Result]:
-        """What `read(index, answer, version of the weights)` takes out of the server's answers."""
+        """The results of `read(index, answer, version of the weights)` for the server's answers."""
         with self._state.sampling(what) as version:
             self._check_stamp("before it sampled")
             paused = self._stamp is not None and self._client.get(
@@ -300,7 +300,7 @@ class ServerEngine(AbstractContextManager["ServerEngine"]):
                 self._client.post("/resume", "resume")
 
     def close(self) -> None:
-        """Let go of the server; it keeps running, with the weights that it has."""
+        """Disconnect; the server keeps running with its weights."""
         if self._state.close():
             if self._transfer is not None:
                 self._transfer.close()
@@ -320,11 +320,11 @@ class ServerEngine(AbstractContextManager["ServerEngine"]):
 
         lengths = self._client.get("/v1/models", "name its model", read=read)
         if not lengths:
-            raise RolloutError(f"{self._client.name} does not name a model with a max_model_len; is it vLLM?")
+            raise RolloutError(f"{self._client.name} lists no model with a max_model_len; start a vLLM server")
         return int(lengths[0])
 
     def _workers_info(self, *, required: bool) -> list[dict[str, Any]]:
-        """What each worker says of itself; empty where the server has no worker extension and none is required."""
+        """Each worker's description; empty if the server has no worker extension and none is required."""
         try:
             return self._call("gkd_info", [], "describe its workers", _read_workers)
         except ServerAnswerError as error:
@@ -342,7 +342,8 @@ class ServerEngine(AbstractContextManager["ServerEngine"]):
             ) from None
 
     def _expect_untouched(self) -> None:
-        """With `read_weights`: nobody may have pushed others. A server without that endpoint cannot be pushed to."""
+        """For `read_weights`: check that nobody has pushed weights. A server without the endpoint cannot be pushed
+        to."""
         try:
             found = self._stamp_now()
         except ServerAnswerError as error:
@@ -375,7 +376,7 @@ class ServerEngine(AbstractContextManager["ServerEngine"]):
     def _call(
         self, method: str, arguments: list[Any], what: str, read: Callable[[Any], Result], most: int | None = None
     ) -> Result:
-        """What `read` takes out of the workers' answers, of `most` bytes, to a method of worker.py."""
+        """What `read` extracts from the workers' answers, of at most `most` bytes, to a method of worker.py."""
         body = {"method": method, "args": arguments}
         result: Result = self._client.post(
             "/collective_rpc", what, body, read=lambda answer: read(answer["results"]), most=most
@@ -422,7 +423,7 @@ class ServerEngine(AbstractContextManager["ServerEngine"]):
 
 
 class SubprocessEngine(ServerEngine):
-    """A server of its own, that this process starts (local_server.py) and that ends with the engine."""
+    """An engine with its own server, which this process starts (local_server.py) and which ends with the engine."""
 
     def __init__(
         self,
@@ -435,8 +436,8 @@ class SubprocessEngine(ServerEngine):
         engine_options: Mapping[str, Any] | None = None,
         **of_server: Any,
     ) -> None:
-        """`max_model_len` beyond the model's own length is cut to that; a server takes prompts of one token less.
-        `engine_options`: further arguments of vLLM's, by its names. `of_server`: the others of LocalServer."""
+        """`max_model_len` is limited to the model's own; a server takes prompts of one token less. `engine_options`:
+        further arguments of vLLM, by its names. `of_server`: other arguments of LocalServer."""
         longest = read_architecture(model_path).max_position_embeddings
         self._server = LocalServer(
             model_path,
@@ -469,7 +470,7 @@ _SHORT_NAMES = {long: short for short, long in LONG_NAMES.items()}
 
 
 def _read_workers(results: Any) -> list[dict[str, Any]]:
-    """Of each worker what `gkd_info` says (worker.py)."""
+    """`gkd_info` of each worker (worker.py)."""
     names = ("rank", "device", "dtype", "model", "updating", "updates")
     return [{name: worker[name] for name in names} | {"config": dict(worker["config"])} for worker in results]
 
@@ -482,7 +483,7 @@ def _secret_of(base_url: str) -> Secret | None:
 
 
 def _config(model_path: str) -> dict[str, Any]:
-    """config.json as written; empty where there is none."""
+    """config.json as written; empty if there is none."""
     file = Path(model_path) / "config.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
@@ -492,7 +493,7 @@ def _read_texts(results: Any) -> list[str]:
 
 
 def _check_workers(name: str, workers: Sequence[dict[str, Any]], model_path: str, dtype: str) -> None:
-    """One model replica, of this type and shape."""
+    """Check that it is one model replica with this dtype and these shapes."""
     ranks = sorted(worker["rank"] for worker in workers)
     if ranks != list(range(len(workers))):
         raise RolloutError(f"{name} has workers of ranks {ranks}: it is data parallel; start several servers instead")

@@ -1,12 +1,11 @@
-"""`python -m megatron_gkd.rollout.vllm.supervisor COMMAND...`: runs a command, and ends it when whoever started it is
-gone.
+"""`python -m megatron_gkd.rollout.vllm.supervisor COMMAND...` runs a command, and ends it when its own parent is gone.
 
-Started as the leader of a session (and so of a process group), with a pipe as standard input whose other end the
-starter holds. Whatever happens to the starter, a SIGKILL included, the pipe closes with it; then the whole process
-group is asked to end and, after a grace, killed: a server's own worker processes outlive it otherwise, holding memory
-and ports. Exits with the command's status where the command ends by itself, after ending what it left in the group.
+It is started as the leader of a session (and so of a process group), with a pipe from the parent as standard input.
+However the parent ends, even by SIGKILL, the pipe closes with it. Then the whole process group gets SIGTERM and, after
+a grace period, SIGKILL; otherwise a server's worker processes would outlive it and hold memory and ports. If the
+command ends by itself, its leftovers in the group are ended and its status is returned.
 
-Only the standard library: it waits beside a server for as long as that lives.
+Standard library only, because it stays in memory as long as the server.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _POLL_S = 0.2
 
 
 def main(command: Sequence[str]) -> int:
-    """Watch the command and standard input."""
+    """Wait for the command and standard input."""
     if os.getpgid(0) != os.getpid():
         sys.stderr.write("supervisor: not the leader of a process group\n")
         return 2
@@ -44,7 +43,7 @@ def main(command: Sequence[str]) -> int:
 
 
 def others() -> list[int]:
-    """The other processes of this process group, but for those that have ended."""
+    """The other processes of this process group that have not ended."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
@@ -59,7 +58,7 @@ def others() -> list[int]:
 
 
 def _default_signals() -> None:
-    """Ignored signals are inherited by a program that is started; the server needs them."""
+    """A child inherits ignored signals; the server needs them."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

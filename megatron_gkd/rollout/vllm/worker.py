@@ -1,29 +1,29 @@
-"""Runs inside vLLM's worker processes, mixed into its Worker class (`worker_extension_cls`): a complete update of the
-weights from Hugging Face named tensors, in buckets.
+"""Runs inside vLLM's worker processes, mixed into its Worker class (`worker_extension_cls`): complete updates of the
+weights from tensors with Hugging Face names, in buckets.
 
     gkd_begin() ; gkd_bucket(items)* or gkd_bucket_file(name, ...)* or gkd_bucket_group(...)* ; gkd_end() | gkd_abort()
 
     gkd_begin_adapter() ; gkd_adapter(items, sums)* ; gkd_end_adapter(config) | gkd_abort_adapter()
 
-The second way leaves the base as it was loaded, and replaces the one adapter in vLLM's own LoRA, from memory.
+The second way keeps the loaded base, and replaces the one adapter in vLLM's LoRA, from memory.
 
-`gkd_info` says what this worker holds; `gkd_read_token` and `gkd_group_join` find and make a way for the weights.
+`gkd_info` describes this worker; `gkd_read_token` and `gkd_group_join` test and set up the transfer of weights.
 
-It goes through vLLM's layerwise reload (`initialize_layerwise_reload`, `model.load_weights`,
-`finalize_layerwise_reload`), the one way that is right on CPU and GPU, for dense and mixture-of-experts models: a plain
-`load_weights` fails on CPU, where linear weights are packed away after loading, and silently corrupts experts on
-some GPU kernels. Each rank takes what it needs of the full tensors; nothing is communicated here.
+Updates use vLLM's layerwise reload (`initialize_layerwise_reload`, `model.load_weights`, `finalize_layerwise_reload`),
+the only way that is right on CPU and GPU, for dense and mixture-of-experts models. A plain `load_weights` fails on CPU,
+where linear weights are packed after loading, and silently corrupts experts on some GPU kernels. Each rank takes what
+it needs of the full tensors; nothing is communicated here.
 
-The reload keeps references to incoming tensors until a fused layer (q, k and v; gate and up; all experts) is complete:
-a bucket's memory must not be written again before `gkd_end`. Tensors received into a re-used buffer are cloned first.
+The reload keeps references to incoming tensors until a fused layer (q, k and v; gate and up; all experts) is complete.
+So a bucket's memory must not be overwritten before `gkd_end`. Tensors received into a re-used buffer are cloned first.
 
-Three faults of vLLM (0.28 - 0.32) on CPU, undone here: (A) experts skip their packing on every reload, because the
-kernel object of the first load is still there; (B) a tied head has a packed copy of its own, which a reload of the
-embedding leaves as it was; (C) the kernel of rotary positions turns queries [tokens, heads * dim], and latent
-attention hands it [tokens, heads, dim], which it turns wrongly. (C) is undone where a worker is first asked or updated,
-so that it does not matter whether weights were pushed or read from disk.
+Workarounds for three faults of vLLM (0.28 - 0.32) on CPU: (A) experts skip their packing on every reload, because the
+kernel object of the first load still exists; (B) a tied head has its own packed copy, which a reload of the embedding
+does not update; (C) the rotary kernel expects queries [tokens, heads * dim], and latent attention passes
+[tokens, heads, dim], which it rotates wrongly. (C) is applied at a worker's first call or update, so it works for
+pushed weights and for weights read from disk.
 
-Nothing of vLLM is imported with this module; it must be importable in vLLM's own processes.
+This module does not import vLLM at import time; it must be importable in vLLM's own processes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ADAPTER_ID = 1  # vLLM's number of the adapter; requests for it name it so
 
 
 class DamagedTransferError(RuntimeError):
-    """A tensor arrived that is not the one that was sent. (RuntimeError: it crosses process borders by its text.)"""
+    """A tensor differs from the one that was sent. (RuntimeError: it crosses process borders as text.)"""
 
 
 class RolloutWorker:
@@ -63,7 +63,7 @@ class RolloutWorker:
         rank: int
 
     def gkd_begin(self) -> None:
-        """Prepare every layer for new weights. From here to `gkd_end` the model must not run."""
+        """Prepare every layer for new weights. The model must not run until `gkd_end`."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         with self._in_vllm() as model:
@@ -77,9 +77,8 @@ class RolloutWorker:
 
     @torch.no_grad()
     def gkd_bucket(self, items: Sequence[tuple[str, torch.Tensor]], sums: Sums | None = None) -> int:
-        """Load full tensors by their Hugging Face names; `sums`, where given, are checked first. Returns the number
-        loaded so far.
-        """
+        """Load full tensors by their Hugging Face names; `sums`, if given, are verified first. Returns the number
+        loaded so far."""
         self._check_updating()
         self._check_sums(items, sums)
         with self._in_vllm() as model:
@@ -87,9 +86,8 @@ class RolloutWorker:
         return len(self._gkd_received)
 
     def gkd_bucket_file(self, name: str, sums: Sums) -> int:
-        """The same from a safetensors file of the pusher's in shared memory (owned.py); the caller removes it
-        afterwards.
-        """
+        """`gkd_bucket` from the pusher's safetensors file in shared memory (owned.py), which the caller removes
+        afterwards."""
         from safetensors import safe_open
 
         descriptor = open_private(name)
@@ -105,7 +103,7 @@ class RolloutWorker:
 
     @torch.no_grad()
     def gkd_end(self) -> int:
-        """Finish layers that are incomplete and make the model runnable; returns the number of tensors loaded."""
+        """Complete the loading and make the model runnable; returns the number of tensors loaded."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         self._check_updating()
@@ -117,14 +115,13 @@ class RolloutWorker:
         return len(self._gkd_received)
 
     def gkd_received(self) -> dict[str, tuple[tuple[int, int], float]]:
-        """Checksum and norm of every tensor of the last update, as it was handed to the model's loader."""
+        """Checksum and norm of every tensor of the last update, as passed to the model's loader."""
         return self._gkd_received
 
     @torch.no_grad()
     def gkd_abort(self) -> None:
-        """Leave an unfinished update: layers not yet complete get their old weights again, complete ones keep the new.
-        The weights are a mixture, so a complete update has to follow before the model is of use.
-        """
+        """Leave an unfinished update: incomplete layers get their old weights again, complete ones keep the new. The
+        weights are then a mixture, so a complete update must follow."""
         from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, get_layerwise_info
 
         with self._in_vllm() as model:
@@ -143,21 +140,21 @@ class RolloutWorker:
     # ---- an adapter beside the base ----------------------------------------------------------------------------------
 
     def gkd_begin_adapter(self) -> None:
-        """A whole adapter comes; the one that is there stays until `gkd_end_adapter`."""
+        """Start receiving a whole adapter; the current one stays until `gkd_end_adapter`."""
         self._gkd_updating = True
         self._gkd_num_updates = getattr(self, "_gkd_num_updates", 0) + 1
         self._gkd_received = {}
         self._gkd_adapter: dict[str, torch.Tensor] = {}
 
     def gkd_adapter(self, items: Sequence[tuple[str, torch.Tensor]], sums: Sums) -> int:
-        """Keep whole matrices by peft's names, after a look at their checksums."""
+        """Keep whole matrices by peft's names, after verifying their checksums."""
         self._check_updating()
         self._check_sums(items, sums)
         self._gkd_adapter |= dict(items)
         return len(self._gkd_received)
 
     def gkd_end_adapter(self, config: dict[str, Any]) -> int:
-        """Put the adapter in the place of the one before. `config`: as in adapter_config.json."""
+        """Replace the current adapter. `config`: as in adapter_config.json."""
         from vllm.lora.peft_helper import PEFTHelper
 
         self._check_updating()
@@ -174,11 +171,11 @@ class RolloutWorker:
         return len(self._gkd_received)
 
     def gkd_abort_adapter(self) -> None:
-        """Forget what has come."""
+        """Drop what has been received."""
         self._gkd_adapter, self._gkd_updating = {}, False
 
     def _check_sums(self, items: Sequence[tuple[str, torch.Tensor]], sums: Sums | None) -> None:
-        """Take receipts. Raises DamagedTransferError for a tensor with another checksum than it was sent with."""
+        """Record the tensors. Raises DamagedTransferError if a checksum differs from the one sent."""
         for name, tensor in items:
             found = checksum(tensor)
             if sums is not None and found != tuple(sums[name]):
@@ -186,12 +183,12 @@ class RolloutWorker:
             self._gkd_received[name] = (found, float(tensor.float().norm()))
 
     def _check_updating(self) -> None:
-        """So that no weight changes without a new number of updates."""
+        """Ensures that no weight changes without a new number of updates."""
         if not getattr(self, "_gkd_updating", False):
             raise RuntimeError("no update has begun")
 
     def gkd_info(self) -> dict[str, Any]:
-        """What a pusher on the other side of a connection cannot see: the model, and an update that was left open."""
+        """What a pusher behind a connection cannot see: the model, and whether an update was left open."""
         if self.device.type == "cpu":
             _mend_rotary(self.model_runner.get_model())
         config = self.model_config.hf_text_config
@@ -206,7 +203,8 @@ class RolloutWorker:
         }
 
     def gkd_read_token(self, name: str) -> str:
-        """The text of a pusher's small file, where this worker sees it: is shared memory shared? Reads nothing else."""
+        """The text of a pusher's small file if this worker sees it, to test whether shared memory is shared. Reads no
+        other file."""
         try:
             with os.fdopen(open_private(name), encoding="ascii") as file:
                 return file.read(64)
@@ -214,7 +212,7 @@ class RolloutWorker:
             return ""
 
     def gkd_group_join(self, host: str, port: int, key: str, size: int, backend: Backend, timeout_s: float) -> None:
-        """Become rank 1 + `rank` of the group that the pusher makes (rollout/weight_group.py)."""
+        """Join the pusher's group as rank 1 + `rank` (rollout/weight_group.py)."""
         self._gkd_group = None
         store = join_store(host, port, timeout_s)
         self._gkd_group = make_group(
@@ -230,7 +228,7 @@ class RolloutWorker:
         self._gkd_group_device = self.device if backend == "nccl" else torch.device("cpu")
 
     def gkd_bucket_group(self, layout: Sequence[Sequence[Any]], num_bytes: int, sums: Sums) -> int:
-        """`gkd_bucket` with tensors that come as one buffer.
+        """`gkd_bucket` with tensors that arrive as one buffer.
 
         Communication: one broadcast of `num_bytes` bytes from rank 0 over that group.
         """
@@ -247,7 +245,7 @@ class RolloutWorker:
 
 
 def _drop_expert_kernels(model: torch.nn.Module) -> None:
-    """Fault A: without the kernel object the reload goes through the packing of the first load."""
+    """Fault A: without the kernel object the reload repeats the packing of the first load."""
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None and hasattr(module, "w13_weight"):
@@ -256,14 +254,14 @@ def _drop_expert_kernels(model: torch.nn.Module) -> None:
 
 
 def _repack_heads(model: torch.nn.Module) -> None:
-    """Fault B: pack the head's weights again from the parameter, which it shares with the embedding when tied."""
+    """Fault B: pack the head's weights again from its parameter, which is the embedding's when tied."""
     for module in model.modules():
         if hasattr(module, "cpu_linear") and type(module).__name__ in ("ParallelLMHead", "VocabParallelEmbedding"):
             module.quant_method.process_weights_after_loading(module)  # type: ignore[operator, union-attr]
 
 
 def _mend_rotary(model: torch.nn.Module) -> None:
-    """Fault C: rotary positions by torch's operations."""
+    """Fault C: use torch's operations for the rotary embedding."""
     for module in model.modules():
         if type(module).__name__ == "MultiHeadLatentAttentionWrapper":
             rotary: Any = module.rotary_emb

@@ -3,7 +3,7 @@
     SAVE/checkpoints/step_00000010/
         __RANK_0.distcp, .metadata, common.pt, metadata.json   weights, optimizer, schedule (megatron-core's files)
         state.json, run.json, rng.safetensors, rollouts.json   position; configuration, versions, layout; random states
-                                                               of every rank; completions that wait to be trained on
+                                                               of every rank; sampled completions not yet trained on
         manifest.json                                          size and SHA-256 of all of these; written last
 
     files.py      the directory: durable writing, manifest, pointer, removal; no ranks

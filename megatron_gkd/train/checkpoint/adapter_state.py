@@ -1,11 +1,11 @@
-"""Adapters (model/lora.py) as megatron-core's dist_checkpointing sees them: each matrix under a key of its own, by the
-role and the global layer of its weight, cut as the weight is. So a checkpoint of adapters is loaded in any
-layout, as one of whole models is, and holds nothing of the base. What is trained whole beside them stands under
-megatron-core's own keys.
+"""Adapters (model/lora.py) in megatron-core's dist_checkpointing: each matrix has its own key, by the role and the
+global layer of its weight, and is sharded as the weight is. So a checkpoint of adapters can be loaded in any layout,
+like one of whole models, and contains nothing of the base. Modules that are trained whole have megatron-core's own
+keys.
 
     adapter.layers.3.qkv.B      [rows of q, k and v in megatron-core's order, r]: chunks of rows over TP
-    adapter.layers.3.gate_up.B  [gate; up]: a rank has a chunk of each, as megatron-core's factory for the weight says
-    adapter.layers.3.expert_down.5.A    of expert 5 of all, cut over the expert-tensor ranks
+    adapter.layers.3.gate_up.B  [gate; up]: a rank has a chunk of each, by megatron-core's factory for the weight
+    adapter.layers.3.expert_down.5.A    of global expert 5, sharded over the expert-tensor ranks
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def sharded_adapters(chunk: Any, groups: ProcessGroupCollection, metadata: dict[
 
 
 def _whole(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """What is trained and belongs to no adapter."""
+    """Parameters that are trained and do not belong to an adapter."""
     return {name: p for name, p in chunk.named_parameters() if p.requires_grad and not is_adapter(name)}
 
 
 def _sharded(
     key: str, parameter: torch.nn.Parameter, axis: int | None, adapter: Adapter, groups: ProcessGroupCollection
 ) -> Any:
-    """`axis`: along which the TP ranks have a part each; None: they have the same."""
+    """`axis`: the dimension that is sharded over the TP ranks; None: replicated."""
     tp, replicas = adapter.tp_group, groups.expt_dp if adapter.is_expert else groups.dp_cp
     copy = 0 if axis is not None else tp.rank()
     offsets = [] if axis is None else [(axis, tp.rank(), tp.size())]
@@ -64,7 +64,7 @@ def _sharded(
 
 @torch.no_grad()
 def load_adapters(chunk: Any, loaded: Mapping[str, torch.Tensor]) -> bool:
-    """Copy what was read for `sharded_adapters`; False for a chunk without adapters."""
+    """Copy the loaded values of `sharded_adapters`; False for a chunk without adapters."""
     own = {f"{name}.adapter.{kind}": getattr(a, kind) for name, a in _adapters(chunk) for kind in "AB"}
     if own:
         own |= _whole(chunk)
@@ -75,6 +75,6 @@ def load_adapters(chunk: Any, loaded: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _adapters(chunk: torch.nn.Module) -> list[tuple[str, Adapter]]:
-    """(name of the layer that has it, adapter)."""
+    """(name of the adapted layer, adapter)."""
     modules = chunk.named_modules()
     return [(name.removesuffix(".adapter"), module) for name, module in modules if isinstance(module, Adapter)]

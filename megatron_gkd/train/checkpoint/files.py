@@ -1,16 +1,16 @@
 """The directory of a run's checkpoints: names, durable writing, manifest, removal. No torch, no ranks.
 
-    SAVE/checkpoints/step_00000010/     complete: it holds `manifest.json`, which is written last, and was renamed whole
+    SAVE/checkpoints/step_00000010/     complete: it has a `manifest.json`, which is written last, and was renamed whole
     SAVE/checkpoints/latest             the name of the newest one, for readers; written after the rename
-    SAVE/checkpoints/.writing_step_*    being written, or left by a save that was interrupted
-    SAVE/checkpoints/.deleting_step_*   being deleted, or left by a deletion that was interrupted
-    SAVE/checkpoints/.replaced_step_*   of a continuation that the run has left, by resuming from before it
+    SAVE/checkpoints/.writing_step_*    being written, or left by an interrupted save
+    SAVE/checkpoints/.deleting_step_*   being deleted, or left by an interrupted deletion
+    SAVE/checkpoints/.replaced_step_*   from a continuation that was abandoned by resuming from an earlier step
 
-The manifest names every other file of the checkpoint with its size and SHA-256 (1.4 GB/s a core; a CRC is twice as
-fast, but two files of an old and a new state may share one). It finds damage, not forgery: who can write the files can
-write the manifest.
+The manifest lists every other file of the checkpoint with its size and SHA-256 (1.4 GB/s per core; a CRC is twice as
+fast, but files of an old and a new state may have the same). It detects damage, not tampering: who can write the files
+can write the manifest.
 
-Nothing with a hidden name is ever taken for a checkpoint. All functions are local and act on one machine's view.
+Hidden names are never taken for checkpoints. All functions are local to one machine's view.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Entry(NamedTuple):
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """The directory of a step's checkpoint."""
     return root / f"step_{step:08d}"
 
 
 def writing_path(root: Path, step: int) -> Path:
-    """Where it is while it is written."""
+    """The directory in which it is written."""
     return root / f".writing_step_{step:08d}"
 
 
@@ -85,7 +85,8 @@ def sync(path: Path) -> None:
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Write beside, flush to disk, rename, flush the directory: the file holds the old content or the new one."""
+    """Write beside it, flush to disk, rename, flush the directory: the file has either the old content or the new
+    one."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -96,9 +97,8 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Write to the directory, or where it would be made, and leave nothing. Raises CheckpointError, before work is
-    lost, where that fails.
-    """
+    """Write to the directory, or where it would be created, and leave nothing. Raises CheckpointError if that fails,
+    before work is lost."""
     try:
         there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         with tempfile.NamedTemporaryFile(dir=there, prefix=_PROBE) as probe:
@@ -112,7 +112,7 @@ def check_writable(directory: Path) -> None:
 
 
 def describe_failure(error: BaseException, directory: Path, needed_bytes: int = 0) -> str:
-    """An error of a save as one line, with what to do. `needed_bytes`: what this rank has to write."""
+    """An error of a save as one line, with advice. `needed_bytes`: what this rank has to write."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if not _is_of_a_full_disk(error):
         return text
@@ -124,7 +124,7 @@ def describe_failure(error: BaseException, directory: Path, needed_bytes: int = 
 
 
 def _is_of_a_full_disk(error: BaseException | None) -> bool:
-    """torch's writer says of a write that was cut where it found itself, and loses the reason."""
+    """torch's writer reports only the position of a truncated write, without its cause."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
@@ -138,7 +138,7 @@ def _is_of_a_full_disk(error: BaseException | None) -> bool:
 
 
 def hash_file(path: Path) -> Entry:
-    """Read a file whole: its size and checksum."""
+    """The size and checksum of a file."""
     digest, num_bytes = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(_PIECE_BYTES):
@@ -148,7 +148,7 @@ def hash_file(path: Path) -> Entry:
 
 
 def write_manifest(checkpoint: Path, entries: Mapping[str, Entry]) -> None:
-    """Say what the checkpoint consists of; makes it complete."""
+    """List the checkpoint's files; makes it complete."""
     files = {name: {"bytes": e.num_bytes, "sha256": e.sha256} for name, e in sorted(entries.items())}
     write_durably(checkpoint / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1))
 
@@ -172,7 +172,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Entry]:
 
 
 def find_damage(checkpoint: Path, entries: Mapping[str, Entry], *, read: bool) -> str | None:
-    """The first file that is not what the manifest says, in words; `read`: compare contents, not sizes alone."""
+    """The first file that differs from the manifest, in words; `read`: compare contents, not only sizes."""
     for name, entry in entries.items():
         path = checkpoint / name
         try:
@@ -187,7 +187,7 @@ def find_damage(checkpoint: Path, entries: Mapping[str, Entry], *, read: bool) -
 
 
 def shares(entries: Mapping[str, Entry], num_parts: int) -> list[dict[str, Entry]]:
-    """The entries in `num_parts` parts of about equal bytes: largest first, each to the part with the least."""
+    """The entries in `num_parts` parts of about equal bytes: largest first, each to the smallest part."""
     parts: list[dict[str, Entry]] = [{} for _ in range(num_parts)]
     sizes = [0] * num_parts
     for name, entry in sorted(entries.items(), key=lambda item: (-item[1].num_bytes, item[0])):
@@ -201,9 +201,8 @@ def shares(entries: Mapping[str, Entry], num_parts: int) -> list[dict[str, Entry
 
 
 def publish(written: Path, final: Path) -> None:
-    """Make a checkpoint whose files and manifest are on disk the newest one. Raises CheckpointError where one of that
-    step is there: what this run had left behind was set aside when it began, so it is another run's, and stays.
-    """
+    """Make a checkpoint whose files and manifest are on disk the newest one. Raises CheckpointError if one of that step
+    exists: this run set its own aside when it began, so it is another run's, and stays."""
     sync(written)
     if final.exists():
         raise CheckpointError(
@@ -216,7 +215,7 @@ def publish(written: Path, final: Path) -> None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete; interrupted, it leaves nothing that looks complete."""
+    """Delete; if interrupted, nothing is left that looks complete."""
     hidden = checkpoint.with_name(f".deleting_{checkpoint.name.lstrip('.')}")
     checkpoint.rename(hidden)
     sync(hidden.parent)
@@ -224,7 +223,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def keep_newest(root: Path, keep: int | None) -> None:
-    """Delete all complete checkpoints but the `keep` newest, and with them what was set aside; None: nothing.
+    """Delete all complete checkpoints except the `keep` newest, and those that were set aside; None: nothing.
 
     To be called when the newest one is on disk; at least that one stays.
     """
@@ -236,7 +235,7 @@ def keep_newest(root: Path, keep: int | None) -> None:
 
 
 def remove_unfinished(root: Path) -> None:
-    """What interrupted saves, deletions and probes left."""
+    """Delete what interrupted saves, deletions and probes left."""
     for probe in root.glob(f"{_PROBE}*"):
         probe.unlink()
     for pattern in _UNFINISHED:
@@ -245,9 +244,8 @@ def remove_unfinished(root: Path) -> None:
 
 
 def set_aside_after(root: Path, step: int) -> list[Path]:
-    """Hide every checkpoint of a later step, complete or not: they belong to a continuation that is left, or are
-    damaged. Returns their new paths.
-    """
+    """Hide every checkpoint of a later step, complete or not: they belong to an abandoned continuation, or are damaged.
+    Returns their new paths."""
     return [_set_aside(checkpoint) for checkpoint in checkpoints(root) if step_of(checkpoint) > step]
 
 

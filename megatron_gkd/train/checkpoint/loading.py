@@ -1,10 +1,10 @@
-"""Loading: which checkpoint `--load` means, whether it is whole, and back into the run.
+"""Loading: which checkpoint `--load` means, whether it is intact, and restoring it.
 
-Nothing is read as weights before the checkpoint has been verified, and all ranks decide together: the first rank names
-the candidates, the files are shared over the ranks by size, each rank compares its share with the manifest, and a
-checkpoint is taken when no rank has found damage.
+No weights are read before the checkpoint has been verified, and all ranks decide together. The first rank lists the
+candidates. The files are distributed over the ranks by size, and each rank compares its files with the manifest. A
+checkpoint is taken if no rank finds damage.
 
-Communication: collective over WORLD, but for `find_checkpoint` and `is_hf_directory`.
+Communication: collective over WORLD, except `find_checkpoint` and `is_hf_directory`.
 """
 
 from __future__ import annotations
@@ -46,21 +46,22 @@ logger = get_logger(__name__)
 
 
 def is_hf_directory(path: str | Path) -> bool:
-    """Whether `--load PATH` names a Hugging Face model directory: weights to start from, no state to go on from."""
+    """Whether `--load PATH` names a Hugging Face model directory: initial weights, without a state to continue from."""
     path = Path(path)
     return (path / "config.json").is_file() and any(path.glob("*.safetensors")) and not _is_checkpoint(path)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `--load PATH` means, unverified: itself, or the newest of a run directory.
+    """The checkpoint that `--load PATH` means, unverified: PATH itself, or the newest of a run directory.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
     return _candidates(Path(path))[0]
 
 
 def newest_state(path: str | Path) -> TrainerState | None:
-    """Of the newest checkpoint that `--load PATH` may mean and whose state can be read, unverified; None: no such."""
+    """The state of the newest checkpoint that `--load PATH` may mean and that can be read, unverified; None: there is
+    none."""
     try:
         candidates = _candidates(Path(path))
     except CheckpointError:
@@ -74,8 +75,8 @@ def newest_state(path: str | Path) -> TrainerState | None:
 def choose_checkpoint(path: str | Path, *, verify: Verify = "full") -> Path:
     """The checkpoint that `--load PATH` means, verified; collective.
 
-    Of a run directory: the newest that is whole; each that is not is named in a warning. Raises CheckpointError where
-    none is, or where PATH is one checkpoint and it is damaged.
+    For a run directory: the newest that is intact; each damaged one is named in a warning. Raises CheckpointError if
+    none is, or if PATH is a damaged checkpoint.
     """
     candidates = on_first(lambda: _candidates(Path(path)))
     problems: list[str] = []
@@ -95,7 +96,7 @@ def choose_checkpoint(path: str | Path, *, verify: Verify = "full") -> Path:
 
 
 def verify_checkpoint(checkpoint: Path, verify: Verify = "full") -> str | None:
-    """What is wrong with the files of a checkpoint; None where they are what the manifest says. Collective."""
+    """What is wrong with the files of a checkpoint; None: they match the manifest. Collective."""
     try:
         entries = on_first(lambda: files.read_manifest(checkpoint))
     except CheckpointError as error:
@@ -119,14 +120,14 @@ def load_checkpoint(
     with_rng: bool = True,
 ) -> TrainerState:
     """Restore weights, moments, step counts, the position in the schedule and the random states. Hyperparameters are
-    not restored: the configuration's hold.
+    taken from the configuration.
 
     Args:
-        student: None on a rank that has none.
-        expected: what the run was configured to be; step and position are not compared.
-        description: of the run that goes on; what changed is refused (state.py) unless `allow_changed_config`.
+        student: None on a rank without one.
+        expected: the configured run; step and position are not compared.
+        description: of the continued run; changes are refused (state.py) unless `allow_changed_config`.
         seed: of new random states, in another layout.
-        with_optimizer, with_rng: read moments and step counts, or random states; else they begin anew.
+        with_optimizer, with_rng: restore moments and step counts, or random states; else they start anew.
 
     Raises CheckpointError, on all ranks, for a checkpoint of something else, or a damaged one.
     """
@@ -150,7 +151,7 @@ def load_checkpoint(
 
 
 def _refuse_what_was_left_out(checkpoint: Path, saved: RunDescription, *, with_optimizer: bool, with_rng: bool) -> None:
-    """Raise CheckpointError for what is to be read and was not saved."""
+    """Raise CheckpointError for state that is to be restored and was not saved."""
     for wanted, name, what in ((with_optimizer, "optim", "optimizer's"), (with_rng, "rng", "random")):
         if wanted and saved.config.get(f"no_save_{name}"):
             raise CheckpointError(
@@ -160,7 +161,7 @@ def _refuse_what_was_left_out(checkpoint: Path, saved: RunDescription, *, with_o
 
 
 def check_plain_data(checkpoint: Path) -> None:
-    """Refuse, on all ranks, a checkpoint whose pickled files hold more than plain data; collective."""
+    """Refuse, on all ranks, a checkpoint whose pickles contain more than plain data; collective."""
 
     def read() -> None:
         read_metadata(checkpoint / ".metadata")
@@ -176,7 +177,8 @@ def _with_type(error: BaseException) -> str:
 def _read_everywhere(
     read: Callable[[], None], path: Path, *, describe: Callable[[BaseException], str] = _with_type
 ) -> None:
-    """Call `read`, of what is under `path`; raise CheckpointError on every rank if it failed on one. Collective."""
+    """Call `read` for a file or directory `path`; raise CheckpointError on every rank if it failed on one.
+    Collective."""
     problem = None
     try:
         read()
@@ -188,9 +190,8 @@ def _read_everywhere(
 
 
 def set_aside_later(run_dir: str | Path, step: int) -> None:
-    """The run goes on from `step`: hide its checkpoints of later steps, which belong to a continuation that is left, or
-    are damaged. The first rank acts; collective.
-    """
+    """The run continues from `step`: hide its checkpoints of later steps, which belong to an abandoned continuation, or
+    are damaged. The first rank acts; collective."""
 
     moved = on_first(lambda: files.set_aside_after(Path(run_dir) / "checkpoints", step))
     if moved and dist.get_rank() == 0:

@@ -1,8 +1,8 @@
-"""The states of every random generator of a rank: torch (CPU, CUDA), `random`, numpy, megatron-core's RNG tracker.
+"""The states of all random generators of a rank: torch (CPU, CUDA), `random`, numpy, megatron-core's RNG tracker.
 
-Training draws from (seed, step, sample) alone, so a resume is exact without them as long as nothing else draws; they
-are kept so that it stays exact where something does (dropout, a library). One safetensors file of all ranks, about
-20 KB a rank; names are `rank/generator`. numpy is taken only where the process has it loaded.
+Training draws from (seed, step, sample) only, so a resume is exact without them unless something else draws (dropout, a
+library). They are saved for that case. One safetensors file for all ranks, about 20 KB per rank; names are
+`rank/generator`. numpy is included only if the process has loaded it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def rng_states() -> dict[str, torch.Tensor]:
 
 
 def restore_rng(states: dict[str, torch.Tensor]) -> None:
-    """The inverse of `rng_states`; generators that are not in `states` stay as they are."""
+    """Inverse of `rng_states`; generators that are not in `states` are unchanged."""
     version, *words = states["python"].tolist()
     gauss = states["python_gauss"].tolist()
     random.setstate((version, tuple(words), gauss[0] if gauss else None))
@@ -61,7 +61,7 @@ def restore_rng(states: dict[str, torch.Tensor]) -> None:
 
 
 def reseed(seed: int, groups: ProcessGroupCollection | None) -> None:
-    """New states for a layout that has no saved ones, as train/setup.py makes them, of another seed."""
+    """New states for a layout without saved ones, as train/setup.py makes them, from another seed."""
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
@@ -71,7 +71,8 @@ def reseed(seed: int, groups: ProcessGroupCollection | None) -> None:
 
 
 def seed_tracker(seed: int, groups: ProcessGroupCollection | None) -> None:
-    """megatron-core's RNG tracker, for the rank's place in the student's layout; the first place without one."""
+    """Seed megatron-core's RNG tracker for the rank's place in the student's layout; for the first place without a
+    student."""
     places = (0, 0, 0) if groups is None else (groups.tp.rank(), groups.ep.rank(), groups.expt_tp.rank())
     model_parallel_cuda_manual_seed(seed, **dict(zip(("tp_rank", "ep_rank", "etp_rank"), places, strict=True)))
 
@@ -82,7 +83,7 @@ def pack(of_ranks: Sequence[dict[str, torch.Tensor]]) -> bytes:
 
 
 def read_rng(path: Path, rank: int) -> dict[str, torch.Tensor]:
-    """The states of a rank; empty where the file has none of it."""
+    """The states of a rank; empty if the file has none."""
     prefix = f"{rank}/"
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict

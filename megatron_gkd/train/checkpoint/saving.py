@@ -1,12 +1,13 @@
-"""Saving: everything into a hidden directory, flushed, hashed, named in a manifest, renamed; then the pointer.
+"""Saving: everything is written to a hidden directory, flushed, hashed, listed in a manifest, and renamed; then the
+pointer is set.
 
-    begin    leftovers go, the hidden directory is made, shards are planned      collective over WORLD
-    write    each rank its own shards, then their checksum                       at once, or in a thread (--async_save)
-    finish   results to the first rank: metadata, state, random states,          collective over WORLD, when all have
-             manifest, rename, pointer, then what --save_total_limit lets go     written
+    begin    removes leftovers, makes the hidden directory, plans the shards     collective over WORLD
+    write    each rank its own shards, then their checksums                      at once, or in a thread (--async_save)
+    finish   results to the first rank: metadata, state, random states,          collective over WORLD, after all have
+             manifest, rename, pointer, then deletion by --save_total_limit      written
 
-What fails on one rank is a CheckpointError on all, the hidden directory is removed, and the checkpoints before it are
-as they were. A rank that is killed at any moment leaves at most the hidden directory.
+A failure on one rank is a CheckpointError on all; the hidden directory is removed, and earlier checkpoints are
+unchanged. A rank that is killed at any time leaves at most the hidden directory.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ logger = get_logger(__name__)
 
 @dataclass
 class _Outcome:
-    """What a rank wrote."""
+    """The result of a rank's writing."""
 
     results: list[Any] = field(default_factory=list)
     entries: dict[str, files.Entry] = field(default_factory=dict)
@@ -54,10 +55,10 @@ class _Outcome:
 
 
 class Save:
-    """One save under way: a checkpoint of `state.step`, then the pointer, and all but the `keep` newest go. Made and
-    finished by all ranks of WORLD together. Raises CheckpointError on all ranks.
+    """One save under way: a checkpoint of `state.step`, then the pointer; then all but the `keep` newest are deleted.
+    Created and finished by all ranks of WORLD together. Raises CheckpointError on all ranks.
 
-    `student` is None on a rank that has none; `rollouts` are completions that are sampled and not yet trained on
+    `student` is None on a rank without one; `rollouts` are sampled completions that are not yet trained on
     (train/rollouts.py).
     """
 
@@ -156,7 +157,7 @@ class Save:
         return None
 
     def _check(self, problem: str | None) -> None:
-        """Raise on all ranks, with the hidden directory gone: a full disk should not stay full."""
+        """Raise on all ranks, after removing the hidden directory, so that a full disk does not stay full."""
         if problem is None:
             return
         dist.barrier()  # nobody writes any more
@@ -168,7 +169,7 @@ class Save:
 
 
 class Checkpoints:
-    """The saves of a run, one at a time; in the background where that is asked for. Every method is collective."""
+    """The saves of a run, one at a time; in the background if requested. Every method is collective."""
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class Checkpoints:
         self._pending: Save | None = None
 
     def save(self, student: Student | None, state: TrainerState, *, rollouts: Mapping[str, Any] | None = None) -> None:
-        """Begin a save; one that is under way is finished first. Done on return, unless in the background."""
+        """Start a save, after finishing one under way. Complete on return, unless in the background."""
         self.finish()
         self._pending = Save(self._run_dir, student, state, rollouts=rollouts, **self._options)
         if not self._options["in_background"]:
@@ -203,7 +204,7 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for a save that is under way, and publish it."""
+        """Wait for a save under way, and publish it."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.finish()

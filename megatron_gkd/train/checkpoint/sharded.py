@@ -1,11 +1,11 @@
-"""The student's state as megatron-core's dist_checkpointing sees it, and how it comes back into the student.
+"""The student's state in megatron-core's dist_checkpointing, and restoring it.
 
-Weights (of a student with adapters: those alone, adapter_state.py), optimizer state and learning-rate schedule; the
-optimizer state in the `fully_reshardable` form, so that TP, PP, VPP and DP may change between save and load. A rank
-without a student (it holds a teacher alone) has an empty state and takes part in everything that is collective.
+Weights (with adapters: only those, adapter_state.py), optimizer state and learning-rate schedule. The optimizer state
+has the `fully_reshardable` form, so that TP, PP, VPP and DP may change between save and load. A rank without a student
+(it only holds a teacher) has an empty state and takes part in all collectives.
 
-Communication: `sharded_state` gathers the distributed optimizer's shards over the data parallel group;
-`restore` is collective over WORLD (torch plans its reads there).
+Communication: `sharded_state` gathers the distributed optimizer's shards over the data-parallel group; `restore` is
+collective over WORLD (torch plans its reads there).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NO_PARAMETER: Final = "no parameter"
 
 
 def sharded_state(student: Student | None, *, is_loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
-    """Model chunks, optimizer (or not) and schedule; empty without a student."""
+    """Model chunks, optimizer (optional) and schedule; empty without a student."""
     if student is None:
         return {}
     _count_steps_without_parameters(student)
@@ -48,10 +48,9 @@ def sharded_state(student: Student | None, *, is_loading: bool, with_optimizer: 
 
 
 def restore(checkpoint: Path, student: Student | None, *, with_optimizer: bool = True) -> None:
-    """Read weights, moments, step counts and the position in the schedule into the student. Hyperparameters are not
-    restored: the configuration's hold. Without the optimizer its main weights are those that were read, and its moments
-    and step counts are left as they are.
-    """
+    """Restore weights, moments, step counts and the position in the schedule. Hyperparameters are taken from the
+    configuration. Without the optimizer, its main weights are set to the restored weights, and its moments and step
+    counts are unchanged."""
     loaded = load_sharded(sharded_state(student, is_loading=True, with_optimizer=with_optimizer), checkpoint)
     if student is None:
         return
@@ -67,10 +66,8 @@ def restore(checkpoint: Path, student: Student | None, *, with_optimizer: bool =
 
 
 class _OwnHyperparameters:
-    """While loading an optimizer: its parameter groups keep the learning rates, decay, betas and epsilon that they were
-    made with. torch and megatron-core put the saved ones in their place, and a flag given to a resumed run would be
-    ignored.
-    """
+    """While loading an optimizer, its parameter groups keep their learning rates, decay, betas and epsilon. torch and
+    megatron-core would set the saved ones, and flags of a resumed run would be ignored."""
 
     _NAMES = ("lr", "max_lr", "min_lr", "weight_decay", "start_wd", "end_wd", "betas", "eps")
 
@@ -86,13 +83,15 @@ class _OwnHyperparameters:
 
 
 class _TorchAdamStep:
-    """While loading into the distributed optimizer over torch's AdamW: two faults of megatron-core 0.16 in restoring
-    the step count.
+    """Works around two faults of megatron-core 0.16 in restoring the step count, while loading into the distributed
+    optimizer over torch's AdamW.
 
-    1. It restores the count first and leaves it out of the tensors of the fully reshardable form, but then copies
-       every entry of the optimizer state from them (`_set_main_param_and_optimizer_states`) and fails on "step".
+    1. It restores the count first and leaves it out of the tensors of the fully reshardable form. But then it copies
+    every
+       entry of the optimizer state from them (`_set_main_param_and_optimizer_states`) and fails on "step".
     2. It gives all parameters ONE tensor as their count (`load_state_dict`), which each of them then increments in
-       every update: the bias correction runs away, and the resumed run silently differs.
+    every
+       update: the bias correction is wrong, and the resumed run silently differs.
     """
 
     def __init__(self, student: Student) -> None:
@@ -123,10 +122,9 @@ def _adam_members(student: Student) -> list[Any]:
 
 
 def _count_steps_without_parameters(student: Student) -> None:
-    """Give the optimizer of experts a step count on a pipeline stage that has none. megatron-core (0.16) takes the
-    count from the state of a parameter, fails where there is none (with the distributed optimizer), and saves what the
-    first rank says of it for all. An entry that belongs to no parameter has it.
-    """
+    """Give the experts' optimizer a step count on a pipeline stage without experts. megatron-core (0.16) reads the
+    count from the state of a parameter, fails if there is none (with the distributed optimizer), and saves the first
+    rank's count for all. It is stored in an entry that belongs to no parameter."""
     members = _adam_members(student)
     for member in members:
         member.optimizer.state.pop(_NO_PARAMETER, None)

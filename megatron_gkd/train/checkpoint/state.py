@@ -1,9 +1,9 @@
-"""What a checkpoint says of its run in JSON: `state.json` (where it stopped) and `run.json` (what it was), and what may
-differ between the run that saved and the run that goes on.
+"""A checkpoint's JSON files: `state.json` (its position) and `run.json` (its run), and what may differ between the run
+that saved and the run that continues.
 
-Refused always: another architecture, other training rows, the other form of optimizer state: nothing could go on.
-Refused unless `--allow_changed_config`: a flag that changes the numbers of the steps to come. A flag is taken for one
-of those unless it is listed here as free; so a new flag is refused until somebody has thought about it.
+Always refused: another architecture, other training rows, the other form of optimizer state, because the run could not
+continue. Refused unless `--allow_changed_config`: a changed flag that affects the numbers of later steps. Every flag
+counts as one of those unless it is listed here as free, so a new flag is refused until it is listed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _FREE_FLAGS: Final = frozenset(
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a resume needs beside the sharded tensors."""
+    """What a resume needs besides the sharded tensors."""
 
     step: int  # completed updates
     consumed_samples: int  # position in the stream of rows
@@ -79,7 +79,7 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What a run is: everything that it was told, with what it ran."""
+    """Everything that a run was given, and what it ran on."""
 
     config: Mapping[str, Any]  # flag -> value, all of them
     config_sha256: str
@@ -90,12 +90,12 @@ class RunDescription:
 
     @property
     def ranks(self) -> tuple[str, int, str]:
-        """What has to be the same for a rank to be the same rank."""
+        """What must be equal for a rank to have the same place."""
         return self.layout, self.world_size, self.device
 
 
 def describe_run(config: RunConfig, student: Student | None, device: str) -> RunDescription:
-    """The run that is going on; a rank without a student does not know the layout, and the first rank's counts."""
+    """The current run. A rank without a student does not know the layout, so the first rank's description is used."""
     plugins = [read_plugin(path).described for path in config.data.external_plugins]
     values = config.to_flat() | {"dtype": chosen(config.model.dtype, device), "external_plugins": plugins}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -114,13 +114,13 @@ def _versions() -> dict[str, str]:
 
 
 def is_free(flag: str) -> bool:
-    """Whether a resumed run may set the flag otherwise without being told to."""
+    """Whether a resumed run may change the flag without --allow_changed_config."""
     free = flag in flags() and flags()[flag].section in _FREE_SECTIONS and flag not in _CHANGING
     return flag in _FREE_FLAGS or free
 
 
 def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Flags that differ: name -> (saved, now). One that the other side does not know counts as its default."""
+    """Flags that differ: name -> (saved, now). A flag that one side does not know counts as its default."""
     changed = {}
     for flag in {**saved, **now}:
         default = flags()[flag].default if flag in flags() else None
@@ -131,7 +131,7 @@ def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
 
 def _one_snapshot(before: Any, after: Any) -> bool:
-    """Whether both are the same commit of a model, in caches of the hub at two places."""
+    """Whether both are the same commit of a model, in hub caches at two places."""
     if not (isinstance(before, str) and isinstance(after, str)):
         return False
     parts = [Path(path).parts[-3:] for path in (before, after)]  # models--OWNER--NAME/snapshots/COMMIT
@@ -144,7 +144,7 @@ def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def refuse_changed_flags(checkpoint: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raise CheckpointError for those that change the numbers."""
+    """Raise CheckpointError for changed flags that affect the numbers."""
     refused = {flag: change for flag, change in changed.items() if not is_free(flag)}
     if refused:
         raise CheckpointError(
@@ -154,7 +154,7 @@ def refuse_changed_flags(checkpoint: Path, changed: Mapping[str, tuple[Any, Any]
 
 
 def refuse_another_run(checkpoint: Path, state: TrainerState, expected: TrainerState) -> None:
-    """Raise CheckpointError where nothing could go on; step and position are not compared."""
+    """Raise CheckpointError if the run could not continue; step and position are not compared."""
     if state.architecture != expected.architecture:
         raise CheckpointError(
             f"{checkpoint} was saved for another student:\n  saved  {state.architecture}\n  --model "
@@ -187,7 +187,7 @@ def _another_base(saved: str, now: str) -> str:
 
 
 def refuse_another_teacher(checkpoint: Path, state: TrainerState, expected: TrainerState) -> None:
-    """Raise CheckpointError where the teacher is not the one that the run was saved with."""
+    """Raise CheckpointError if the teacher differs from that of the checkpoint."""
     if problem := another_teacher(state.teacher, expected.teacher):
         raise CheckpointError(
             f"{checkpoint} was saved by a run with another teacher: {problem}. The resumed run would not be the same "
@@ -203,7 +203,7 @@ _JSON_TYPES: Final = {"int": int, "str": str, "bool": bool, "Mapping": dict}  # 
 
 
 def to_json(record: TrainerState | RunDescription) -> str:
-    """As it stands in the file."""
+    """The content of the file."""
     return json.dumps(asdict(record), indent=1)
 
 
@@ -218,7 +218,7 @@ def read_run(checkpoint: Path) -> RunDescription:
 
 
 def read_rollouts(checkpoint: Path) -> dict[str, Any]:
-    """Completions that waited when the checkpoint was saved; empty without any. Raises CheckpointError."""
+    """The completions that were not yet trained on; empty if there were none. Raises CheckpointError."""
     path = checkpoint / ROLLOUTS_FILE
     return _read(path, dict) if path.exists() else {}
 

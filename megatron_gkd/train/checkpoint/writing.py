@@ -1,14 +1,14 @@
-"""Writing the sharded state of all ranks in megatron-core's `torch_dist` format, in three parts, so that the middle one
+"""Writes the sharded state of all ranks in megatron-core's `torch_dist` format, in three parts, so that the middle one
 can run beside training:
 
     plan      which rank writes which shard; collective          (the training loop waits)
     write     this rank's shards into its file; no communication (any thread)
     finish    `.metadata`, `common.pt`, `metadata.json` on the first rank
 
-megatron-core's own writer (0.16) does the middle part in processes that it forks from the rank, and hands their results
-over through a manager process that it starts on each rank and never ends: 270 MB a rank, seconds to start, and when a
-rank is killed, orphans that go on writing into a directory that the restarted run has begun anew (0.19 wants
-nvidia-resiliency-ext for it by default). A thread dies with its rank; torch's writer, which is used here, lets go of
+megatron-core's own writer (0.16) runs the middle part in processes that it forks from the rank, and returns their
+results through a manager process that it starts on each rank and never ends: 270 MB per rank, seconds to start, and if
+a rank is killed, orphans that keep writing into a directory that the restarted run has begun anew (0.19 needs
+nvidia-resiliency-ext for it by default). A thread dies with its rank. torch's writer, which is used here, releases
 Python's lock while it writes.
 
 The files are the same: `__RANK_0.distcp`, read by megatron-core, Megatron-LM and `megatron-gkd convert`.
@@ -40,11 +40,11 @@ from megatron_gkd.weights.safe_files import write_unsharded
 class ShardWriter:
     """One save of a sharded state dict into an empty directory.
 
-    Communication (WORLD): making one gathers plans and broadcasts the outcome; the methods do not communicate.
+    Communication (WORLD): the constructor gathers plans and broadcasts the result; the methods do not communicate.
     """
 
     def __init__(self, state: dict[str, Any], directory: Path, *, copy: bool) -> None:
-        """Plan. `copy`: take a copy of this rank's shards in host memory now, so that the model may change."""
+        """Plan. `copy`: copy this rank's shards to host memory now, so that the model may change."""
         # The common part is the first rank's; comparing it would only warn of ranks without a student.
         sharded, self._common = save_preprocess(state, True, lambda common: {})
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
@@ -93,7 +93,7 @@ def _num_bytes(item: WriteItem) -> int:
 
 
 class _Planner(MCoreSavePlanner):
-    """Hands out copies where there are some."""
+    """Returns copies of shards where they exist."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

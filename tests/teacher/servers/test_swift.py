@@ -188,5 +188,5 @@ def test_training_on_what_the_server_samples(served: OfSwift, tmp_path: Path) ->
 
 
 def test_a_server_that_puts_a_template_around(served_with_a_template: OfSwift) -> None:
-    with pytest.raises(RolloutError, match=r"other than the 2 that it was sent.*--template dummy --use_chat_template"):
+    with pytest.raises(RolloutError, match=r"instead of the 2 that it was sent.*--template dummy --use_chat_template"):
         TeacherServers([served_with_a_template.url], needs(), timeout_s=LIMIT_S)
