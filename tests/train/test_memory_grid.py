@@ -1,5 +1,5 @@
 """The grid of docs/memory_grid.md: bytes that a rehearsal foresees beside those that CPU ranks allocate, within 5 % in
-every cell (a dense model's to the byte, but for shards of the optimizer); the page is what its command makes.
+every cell, a dense model's to the byte; the page is what its command makes.
 
 Here, a mixture; dense cells are in test_rehearsal.py. With GKD_TEST_FULL=1 all cells.
 """
