@@ -169,13 +169,13 @@ def _image_tokens(config: CheckDataConfig, encoder: ChatEncoder) -> ImageTokens 
     """How the model sees images; None for one of text alone, and for a directory that holds no model."""
     vision = read_architecture(config.model).vision if _is_vision_language(config.model) else None
     if vision is None:
-        if config.max_image_tiles is not None:
-            raise ConfigError(
-                f"--max_image_tiles is for a vision-language model, and {config.model} has no vision tower"
-            )
+        for flag in ("max_image_tiles", "image_url_dir"):
+            if getattr(config, flag) is not None:
+                raise ConfigError(f"--{flag} is for a vision-language model, and {config.model} has no vision tower")
         return None
     tiles = config.max_image_tiles
-    return read_image_tokens(config.model, vision.family, vision.image_token_id, encoder.tokenizer, max_tiles=tiles)
+    found = read_image_tokens(config.model, vision.family, vision.image_token_id, encoder.tokenizer, max_tiles=tiles)
+    return replace(found, url_dir=config.image_url_dir)
 
 
 def _is_vision_language(model: str) -> bool:

@@ -58,7 +58,7 @@ logger = get_logger(__name__)
 _DECIDE = (
     *("model", "max_new_tokens", "num_return_sequences", "temperature", "top_p", "top_k", "seed", "dtype"),
     *("truncated", "respelled", "on_bad_row", "overlong", "chat_template_kwargs", "enable_thinking"),
-    "max_image_tiles",
+    *("max_image_tiles", "image_url_dir"),
 )
 
 
@@ -268,11 +268,13 @@ def _with_dtype(config: SampleConfig) -> SampleConfig:
 def _image_tokens(config: SampleConfig, arch: Architecture, encoder: ChatEncoder) -> ImageTokens | None:
     """How the model sees images; None for one of text alone. Raises ConfigError."""
     if arch.vision is None:
-        if config.max_image_tiles is not None:
-            raise ConfigError(f"--max_image_tiles is for a model with a vision tower, and {config.model} has none")
+        for flag in ("max_image_tiles", "image_url_dir"):
+            if getattr(config, flag) is not None:
+                raise ConfigError(f"--{flag} is for a model with a vision tower, and {config.model} has none")
         return None
     family, token_id, tiles = arch.vision.family, arch.vision.image_token_id, config.max_image_tiles
-    return read_image_tokens(config.model, family, token_id, encoder.tokenizer, max_tiles=tiles)
+    found = read_image_tokens(config.model, family, token_id, encoder.tokenizer, max_tiles=tiles)
+    return replace(found, url_dir=config.image_url_dir)
 
 
 def open_engine(config: SampleConfig, max_model_len: int, options: Mapping[str, Any] = MappingProxyType({})) -> Engine:

@@ -112,6 +112,9 @@ class CheckDataConfig(Section):
     max_image_tiles: int | None = setting(
         None, "As in training of a vision-language student: most tiles of an image; null: the processor's.", ge=1
     )
+    image_url_dir: str | None = setting(
+        None, "As in training: directory in which images of URLs are kept; null: such a row is malformed.", path=True
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least severe messages that are shown.")
 
     @property

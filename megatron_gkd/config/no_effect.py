@@ -46,6 +46,7 @@ EVALUATION: Final = frozenset(
         "modules_to_save",
         *("eval_dataset", "eval_samples", "max_length", "packing", "on_bad_row", "overlong", "data_cache_dir"),
         *("loss_scale", "chat_template_kwargs", "enable_thinking", "max_image_tiles", "prompt_only"),
+        "image_url_dir",
         *("external_plugins", "prompt_template", "teacher_prompt_template"),
     }
 )

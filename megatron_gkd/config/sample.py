@@ -54,6 +54,9 @@ class SampleConfig(Section):
     max_image_tiles: int | None = setting(
         None, "Of a vision-language model: most tiles of an image; null: as its processor says.", ge=1
     )
+    image_url_dir: str | None = setting(
+        None, "As in training: directory in which images of URLs are kept; null: such a row is malformed.", path=True
+    )
     infer_backend: Literal["vllm"] = setting("vllm", "Engine.")
     vllm_mode: Literal["colocate", "server", "subprocess"] = setting(
         "colocate",

@@ -97,6 +97,12 @@ class DataConfig(Section):
         "whole image is added); null: as in the model's processor.",
         ge=1,
     )
+    image_url_dir: str | None = setting(
+        None,
+        "Directory in which images that rows name by an http(s) URL are kept: each is fetched once, when its row is "
+        "read. null: such a row is malformed.",
+        path=True,
+    )
     prompt_only: Literal["stop", "drop"] = setting(
         "stop",
         "A row without a completion when one is needed (held-out rows; --lmbda below 1 with --seq_kd false): stop, or "

@@ -5,8 +5,8 @@
     a column          `images` (or `image`): one image or a list; `<image>` in the text says where each stands. Without
                       any `<image>` they stand before the first user's text
     an image          a path, relative to the data file's folder; a data: URI; base64 with its key; {bytes, path}, as
-                      data sets with an image column have it; bytes. An http(s) URL is refused: a dead link would end
-                      the run in the middle
+                      data sets with an image column have it; bytes; an http(s) URL, which pictures.py refuses or
+                      fetches
 
 Everything after this works on text: an image is a MARK in it with the image's number, which becomes a part again where
 the chat template is given the turns (`parts`).
@@ -32,10 +32,11 @@ _FORMS: Final = ("messages", "prompt", "conversations", "instruction", "input")
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where an image is: in a file, or in the record."""
+    """Where an image is: in a file, in the record, or at an http(s) URL."""
 
     path: str | None
     data: bytes | None
+    url: str | None = None
 
 
 def take_images(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[ImageSource]]:
@@ -159,7 +160,7 @@ def _source(where: str, value: Any) -> ImageSource:
     if not isinstance(value, str) or not value:
         raise DataError(f"{where}: an image is a path, a data: URI, base64, bytes, or an object of bytes and path")
     if value.startswith(("http://", "https://")):
-        raise DataError(f"{where}: {value[:60]} is a URL, and nothing is downloaded while training; store the file")
+        return ImageSource(None, None, value)
     if value.startswith("data:"):
         head, comma, text = value.partition(",")
         if not comma or not head.endswith(";base64"):

@@ -52,6 +52,8 @@ class ImageTokens:
     texts: tuple[tuple[str, tuple[int, ...]], ...] = field(default=(), repr=False)
     # qwen2_5_vl: pixels of the side of a placeholder's square
     square: int | None = field(default=None, repr=False)
+    # where images of URLs are kept; None: they are refused (pictures.py)
+    url_dir: str | None = field(default=None, repr=False, compare=False)
 
     def num_tiles(self, size: tuple[int, int]) -> int:
         """Of an image of (width, height)."""

@@ -3,6 +3,8 @@
     a file       its path and a digest of its bytes; it is read again, by the ranks that have the vision tower, when a
                  step is fed with it. Another file under the same path is an error then
     in a record  (base64, or a column of bytes) the bytes themselves, as they are encoded
+    a URL        the file that it was fetched into when its row was read, under a name made of the URL. What is there is
+                 not fetched again. Refused without a directory for it: a dead link would end a run
 
 Every image is decoded once when its row is read, so that a damaged one is an error with the row's place before anything
 is trained. Decoding is PIL's, into RGB, upright as its EXIF data says.
@@ -14,23 +16,30 @@ import base64
 import hashlib
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from megatron_gkd.data.image_forms import ImageSource
 from megatron_gkd.errors import DataError
 from megatron_gkd.records import Picture, Row
 
+_URL_TIMEOUT_S: Final = 30.0
+_URL_MOST_BYTES: Final = 64 << 20
 
-def read_picture(source: ImageSource, folder: Path, number: int) -> Picture:
+
+def read_picture(source: ImageSource, folder: Path, number: int, url_dir: str | None = None) -> Picture:
     """Reads and decodes an image; it has no places in a prompt yet. Raises DataError.
 
     Args:
         folder: what a relative path is relative to.
         number: of the image in its record, from 0.
+        url_dir: where images of URLs are kept; None: they are refused.
     """
     path = None if source.path is None else str(folder / source.path)
+    if source.url is not None:
+        path = _fetched(source.url, url_dir)
     name = path or f"image {number + 1} of the row"
     data = _read(path, name) if path is not None else source.data
     assert data is not None
@@ -136,6 +145,41 @@ def _read(path: str, name: str) -> bytes:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _fetched(url: str, directory: str | None) -> str:
+    """The file with the image of a URL, fetched if it is not there. Raises DataError."""
+    if directory is None:
+        raise DataError(
+            f"{url[:60]} is a URL, and nothing is downloaded; store the file, or give --image_url_dir, a directory in "
+            "which it is kept"
+        )
+    path = Path(directory).absolute() / hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+    if not path.exists():
+        data = _download(url)
+        decode(data, url)  # what is kept is an image
+        partial = path.with_name(f"{path.name}.{os.getpid()}")  # other ranks may fetch it at the same time
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(data)
+            partial.replace(path)
+        except OSError as error:
+            raise DataError(f"{url} cannot be kept in {directory} (--image_url_dir): {error.strerror}") from None
+    return str(path)
+
+
+def _download(url: str) -> bytes:
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
+
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "megatron-gkd"}), timeout=_URL_TIMEOUT_S) as answer:
+            data: bytes = answer.read(_URL_MOST_BYTES + 1)
+    except (OSError, ValueError, HTTPException) as error:
+        raise DataError(f"{url} cannot be fetched: {error}") from None
+    if len(data) > _URL_MOST_BYTES:
+        raise DataError(f"{url} has more than {_URL_MOST_BYTES >> 20} MiB; store a smaller file")
+    return data
 
 
 def _digest(data: bytes) -> str:

@@ -27,7 +27,7 @@ from megatron_gkd.data.chat import ChatEncoder, Encoding
 from megatron_gkd.data.clock import Clock
 from megatron_gkd.data.files import Columns
 from megatron_gkd.data.forms import LossScale, Pair, read_record, teachers_prompt
-from megatron_gkd.data.image_forms import ImageSource, numbers_in, take_images
+from megatron_gkd.data.image_forms import numbers_in, take_images
 from megatron_gkd.data.image_tokens import ImageTokens
 from megatron_gkd.data.pictures import read_picture
 from megatron_gkd.data.row_maker import RowMaker
@@ -232,10 +232,10 @@ class RowPolicy:
             return Tokenised((), left_out=True)
         if isinstance(record, str):
             raise DataError(record)
-        sources: list[ImageSource] = []
+        pictures: list[Picture] = []
         if self.images is not None:
             record, sources = take_images(record)
-        pictures = [read_picture(source, folder, number) for number, source in enumerate(sources)]
+            pictures = [read_picture(one, folder, number, self.images.url_dir) for number, one in enumerate(sources)]
         reading = read_record(record, () if self.tag_key is None else (self.tag_key,))
         options, pairs = {**self.variables, **reading.options}, reading.pairs(self.loss_scale)
         several = f"{len(pairs)} turns carry the loss, each as a row of its own"

@@ -87,19 +87,21 @@ def read_prompts(
                 ids, _ = encoder.encode(text, None, options)
                 bare, pictures = ids, tuple[Picture, ...]()
                 if images is not None:
-                    ids, pictures = images.expand(ids, _pictures(text, sources, Path(path).parent))
+                    ids, pictures = images.expand(ids, _pictures(text, sources, Path(path).parent, images.url_dir))
             except DataError as error:
                 yield index, place, str(error)
             else:
                 yield Prompt(index, place, record, text, ids, options, variables, reading.marks, bare, pictures)
 
 
-def _pictures(text: str | Sequence[Message], sources: Sequence[ImageSource], folder: Path) -> list[Picture]:
+def _pictures(
+    text: str | Sequence[Message], sources: Sequence[ImageSource], folder: Path, url_dir: str | None
+) -> list[Picture]:
     """The images of a prompt, in reading order. Raises DataError where the row of a result could not say where."""
     texts = [text] if isinstance(text, str) else [turn["content"] for turn in text]
     if sources and any(TAG in one for one in texts):
         raise DataError(f"the text of a row with images has {TAG} where there is no image; write it in another way")
-    return [read_picture(sources[n], folder, n) for one in texts for n in numbers_in(one)]
+    return [read_picture(sources[n], folder, n, url_dir) for one in texts for n in numbers_in(one)]
 
 
 def completion_text(encoder: ChatEncoder, token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:

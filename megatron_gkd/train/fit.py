@@ -133,7 +133,7 @@ def refuse_student(config: RunConfig, arch: Architecture, layout: Layout) -> Non
             raise ConfigError(
                 f"--{flag} is for a mixture of experts, and a {arch.model_type} model has no router; leave it out"
             )
-    for flag in ("freeze_vision", "freeze_projector", "max_image_tiles"):
+    for flag in ("freeze_vision", "freeze_projector", "max_image_tiles", "image_url_dir"):
         if arch.vision is None and not config.is_default(flag):
             raise ConfigError(f"--{flag} needs a student with a vision tower, and {config.model.model} has none")
     if arch.moe is not None and layout.tensor > 1 and not layout.sequence_parallel:

@@ -9,7 +9,7 @@ pixels are processed only there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -43,6 +43,7 @@ def read_sight(
     family, token_id = student.vision.family, student.vision.image_token_id
     tiles, path = config.data.max_image_tiles, config.teacher.teacher_model
     own = read_image_tokens(config.model.model, family, token_id, tokenizer, max_tiles=tiles)
+    own = replace(own, url_dir=config.data.image_url_dir)
     if teacher is None or teacher.vision is None:
         return Sight(own)
     assert path is not None

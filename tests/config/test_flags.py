@@ -134,6 +134,7 @@ SETTINGS: tuple[tuple[str, Any, tuple[str, Any], tuple[str, ...]], ...] = (
     ("prompt_template", None, ("{a}", "{a}"), ()),
     ("teacher_prompt_template", None, ("{a}", "{a}"), ()),
     ("max_image_tiles", None, ("1", 1), ("0", "1.5")),
+    ("image_url_dir", None, ("d", "d"), ()),
     ("prompt_only", "stop", ("drop", "drop"), ("keep",)),
     ("shuffle", True, ("false", False), ("x",)),
     ("streaming", False, ("true", True), ("x",)),

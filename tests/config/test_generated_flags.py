@@ -38,6 +38,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "freeze_vision": (False,),
     "freeze_projector": (True,),
     "max_image_tiles": (1, 3),
+    "image_url_dir": ("d",),
     "tuner_type": ("lora",),
     "lora_rank": (2,),
     "lora_alpha": (7.0,),

@@ -8,6 +8,7 @@ import base64
 import dataclasses
 import io
 import json
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from megatron_gkd.data.rows import RowDataset, load_rows
 from megatron_gkd.data.streaming import StreamedRows
 from megatron_gkd.errors import ConfigError, DataError
 from megatron_gkd.records import Row, Sample
+from tests.support.loopback import LoopbackServer
 from tests.support.vision_models import picture, write_tiny_vision
 
 ANSWER = {"role": "assistant", "content": "a cat"}
@@ -205,7 +207,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": user("<image>?"), "images": ["gone.png"]}, r"rows.jsonl:1: .*gone.png cannot be read: No such file"),
     ({"messages": user("<image>?"), "images": ["cut.png"]}, r"rows.jsonl:1: .*cut.png is a damaged image"),
     ({"messages": user("<image>?"), "images": ["text.png"]}, r"text.png is not an image that can be read"),
-    ({"messages": user("<image>?"), "images": ["http://a/b.png"]}, "is a URL, and nothing is downloaded"),
+    ({"messages": user("<image>?"), "images": ["http://a/b.png"]}, "rows.jsonl:1: http://a/b.png is a URL"),
     ({"messages": user("<image><image>?"), "images": ["cut.png"]}, "1 images in `images` and 2 places"),
     ({"messages": user([{"type": "image"}])}, "is an image without `image`, `path`, `url` or `base64`"),
     ({"messages": user([{"type": "video", "video": "x"}])}, "of the type 'video'; supported are text and image"),
@@ -229,6 +231,45 @@ def test_what_is_wrong_is_named_with_the_row(
         rows_of(tmp_path, model, images, record)
     kept = rows_of(tmp_path, model, images, record, {"messages": user("why?")}, on_bad_row="skip")
     assert kept.summary.dropped == {"malformed": 1}
+
+
+class Pictures(LoopbackServer):
+    """One image, one text, and an image that is sent in part."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        super().__init__()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        self.asked.append(request.path)
+        data = {"/x.png": png(), "/text": b"no image", "/cut.png": png()[:2000]}.get(request.path)
+        request.send_response(404 if data is None else 200)
+        request.send_header("Content-Length", str(len(data or b"")))
+        request.end_headers()
+        request.wfile.write(data or b"")
+
+
+def test_images_of_urls_are_fetched_once_where_that_is_allowed(
+    tmp_path: Path, model: Path, images: ImageTokens
+) -> None:
+    kept = tmp_path / "kept"
+    allowed = dataclasses.replace(images, url_dir=str(kept))
+    with Pictures() as server:
+        record = {"messages": user("<image>what?"), "images": [f"{server.url}/x.png"]}
+        first = rows_of(tmp_path, model, allowed, record)[0]
+        again = rows_of(tmp_path, model, allowed, record)[0]
+        assert server.asked == ["/x.png"]
+        for name, message in (("none", "404"), ("text", "is not an image"), ("cut.png", "is a damaged image")):
+            record = {"messages": user("<image>what?"), "images": [f"{server.url}/{name}"]}
+            with pytest.raises(DataError, match=rf"rows.jsonl:1: {server.url}/{name} .*{message}"):
+                rows_of(tmp_path, model, allowed, record)
+    assert first == again
+    (file,) = kept.iterdir()
+    (seen,) = first.pictures
+    assert seen.path == str(file)
+    assert load(seen).tobytes() == picture(200, 60).tobytes()
+    with pytest.raises(DataError, match=r"rows.jsonl:1: http://127.0.0.1:\d+/none cannot be fetched: .*refused"):
+        rows_of(tmp_path, model, allowed, {"messages": user("?"), "images": [f"{server.url}/none"]})
 
 
 def test_a_model_of_text_alone_is_not_given_images(tmp_path: Path, model: Path) -> None:
@@ -329,7 +370,7 @@ def test_check_data_shows_images(tmp_path: Path, model: Path, capsys: pytest.Cap
     assert "images in prompts        4, of 64 tokens" in shown
     assert "WRONG" not in shown
     assert "LOOK AT" not in shown
-    assert main([*line, "--max_image_tiles", "1"]) == 0
+    assert main([*line, "--max_image_tiles", "1", "--image_url_dir", str(tmp_path / "kept")]) == 0
     assert "images in prompts        4, of 16 tokens" in capsys.readouterr().out
 
 

@@ -129,7 +129,7 @@ def resolved(config: RunConfig, command: Command, arch: Architecture) -> dict[st
     student, teacher = inputs.layouts(config, WORLD)
     note.note("layouts", student, teacher)
     note.note("log level", config.logging.log_level)
-    note.note("tiles of images", config.data.max_image_tiles)
+    note.note("images", config.data.max_image_tiles, config.data.image_url_dir)
     note.note("tokenizers that are compared", config.model.model, config.teacher.teacher_model)
     with _without_machines(note):
         setup.join(config)
