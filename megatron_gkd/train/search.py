@@ -395,8 +395,8 @@ def _stage_bytes(
     own: int,
     layers: tuple[float, float],
 ) -> float:
-    """Peak bytes of a rank of stage `own` of the student, with `layers` (dense, all others), including the fullest stage
-    of the teacher; `stage` is the rehearsed one that represents it. Later stages have fewer micro-batches in flight,
+    """Peak bytes of a rank of stage `own` of the student, with `layers` (dense, all others), including the teacher's
+    fullest stage; `stage` is the rehearsed one that represents it. Later stages have fewer micro-batches in flight,
     beside the one in the backward pass."""
     (dense, depth), width, peaks = layers, BYTES[config.model.precision], measured.peaks[stage]
     of_dense = measured.dense_peaks.get(stage, {})
