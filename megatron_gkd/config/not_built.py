@@ -56,7 +56,7 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt(
         "fp8_recipe",
         lambda cfg: cfg.kernels.fp8_recipe == "delayed",
-        "its maxima are reduced over groups of megatron-core's global state, which is not used here; give tensorwise",
+        "its maxima need groups of megatron-core's global state, which is not used here; give tensorwise",
         TRAIN,
     ),
     NotBuilt(
