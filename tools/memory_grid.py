@@ -8,8 +8,8 @@
 
 A cell is a layout x {dense, mixture of experts} x {recompute none, selective, full} x {padded, packed}. A run of that
 layout is built on gloo ranks and makes a step under a counter of live tensors (megatron_gkd/observe/allocations.py),
-and one rank of each kind is rehearsed (megatron_gkd/train/rehearsal.py). Compared is, on every rank, the peak of the
-step (of a second one: tests/train/test_rehearsal.py). Rounds take the cells by turns, so that a few of them hold every
+and every rank is rehearsed (megatron_gkd/train/rehearsal.py). Compared is, on every rank, the peak of the step (of a
+second one: tests/train/test_rehearsal.py). Rounds take the cells by turns, so that a few of them hold every
 lever. A mixture's experts have even loads in the run as in the rehearsal: a random router's are not, and the rank whose
 experts are the favourites then holds more. Beside both stands what the closed formula says
 (megatron_gkd/train/formula.py). What is written is written cell by cell, so that a run that was ended goes on.
@@ -29,8 +29,6 @@ from typing import Any, Final, NamedTuple
 from megatron_gkd.platform import import_megatron
 
 import_megatron()
-
-from megatron.core import parallel_state  # noqa: E402
 
 from megatron_gkd.config.run import RunConfig  # noqa: E402
 from megatron_gkd.train.formula import formula, peak  # noqa: E402
@@ -135,22 +133,17 @@ def at_the_peak(configs: list[RunConfig]) -> list[int]:
             _, peak_bytes, _ = allocated(config, LENGTHS, num_steps=1)
             found.append(sum(peak_bytes.values()))
         _destroy_groups_left()  # each has threads, and twelve runs would have hundreds
-        parallel_state.destroy_global_memory_buffer()  # the next run would use that of the longest rows so far
     return found
 
 
 def foreseen(world: int, config: RunConfig) -> list[int]:
-    """Of every rank, from one of each kind. Tensor-parallel ranks are of several: the last ones have the padding of the
-    vocabulary, which is much of a tiny one, and is left out of the loss."""
-    student, teacher = planned_layouts(config, world)
-    places = [(student.coordinate(rank), teacher.coordinate(rank)) for rank in range(world)]
-    kinds = [(*own, *other) for own, other in places]
-    found: dict[tuple[int, ...], int] = {}
-    for rank, kind in enumerate(kinds):
-        if kind not in found:
-            with megatron():
-                found[kind] = rehearse(config, world_size=world, rank=rank, lengths=LENGTHS, num_steps=1).peaks[0].total
-    return [found[kind] for kind in kinds]
+    """Of every rank. None stands for another: tensor-parallel ones differ by the padding of the vocabulary,
+    data-parallel ones by their shards of the optimizer, context-parallel ones by their loss tokens."""
+    found = []
+    for rank in range(world):
+        with megatron():
+            found.append(rehearse(config, world_size=world, rank=rank, lengths=LENGTHS, num_steps=1).peaks[0].total)
+    return found
 
 
 def by_formula(world: int, config: RunConfig) -> list[int]:

@@ -1,5 +1,5 @@
 """The grid of docs/memory_grid.md: bytes that a rehearsal foresees beside those that CPU ranks allocate, within 5 % in
-every cell (a dense model's to the byte, but for shards of the optimizer); the page is what its command makes.
+every cell, a dense model's to the byte; the page is what its command makes.
 
 Here, a mixture; dense cells are in test_rehearsal.py. With GKD_TEST_FULL=1 all cells.
 """
@@ -24,10 +24,7 @@ BY_LAYOUT = [[cell for cell in grid.cells() if cell.layout == layout] for layout
 @pytest.mark.parametrize("some", BY_LAYOUT if FULL else THINNED, ids=lambda some: some[0].layout)
 def test_foreseen_bytes_are_those_that_are_allocated(tmp_path: Path, some: list[Cell]) -> None:
     for cell, pair in grid.compare(some, tmp_path).items():
-        flags = grid.LAYOUTS[cell.layout][1]
-        # Data parallel ranks have shards of the optimizer that differ by a few elements; one of them is rehearsed.
-        limit = 0.05 if cell.model == "mixture" else 0.005 if flags.get("sharded") else 0.0
-        assert abs(pair.ratio - 1) <= limit, (cell.name, pair)
+        assert abs(pair.ratio - 1) <= (0.05 if cell.model == "mixture" else 0.0), (cell.name, pair)
 
 
 def test_the_page_is_current() -> None:
