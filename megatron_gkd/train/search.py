@@ -406,7 +406,7 @@ def _stage_bytes(
         for name in peaks[0].keys() | peaks[1].keys()
     }
     if UPDATE in parts:
-        parts[UPDATE] = update_bytes(config, arch, student, stage, 0)
+        parts[UPDATE] = update_bytes(config, arch, student, own, 0)
     in_flight = _in_flight(config, student, stage)
     fewer = (_in_flight(config, student, own) + 1) / (in_flight + 1)
     kept = parts.get(ACTIVATIONS, 0.0)
