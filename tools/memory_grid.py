@@ -30,8 +30,6 @@ from megatron_gkd.platform import import_megatron
 
 import_megatron()
 
-from megatron.core import parallel_state  # noqa: E402
-
 from megatron_gkd.config.run import RunConfig  # noqa: E402
 from megatron_gkd.train.formula import formula, peak  # noqa: E402
 from megatron_gkd.train.rehearsal import architectures, planned_layouts, rehearse  # noqa: E402
@@ -135,7 +133,6 @@ def at_the_peak(configs: list[RunConfig]) -> list[int]:
             _, peak_bytes, _ = allocated(config, LENGTHS, num_steps=1)
             found.append(sum(peak_bytes.values()))
         _destroy_groups_left()  # each has threads, and twelve runs would have hundreds
-        parallel_state.destroy_global_memory_buffer()  # the next run would use that of the longest rows so far
     return found
 
 
