@@ -232,7 +232,7 @@ def test_a_run_without_the_secret_is_told_what_to_give(
     app = Gate(fake)
     secret_file.write_text("another" * 8)
     options: dict[str, Any] = dict(model_path=str(tmp_path / "model"), dtype="fp32")
-    with pytest.raises(RolloutError, match="give the run the GKD_ROLLOUT_SECRET_FILE of the server") as error:
+    with pytest.raises(RolloutError, match="set GKD_ROLLOUT_SECRET_FILE for the run as for the server") as error:
         ServerEngine("http://server:1", transport=httpx.ASGITransport(app=app), **options)
     assert "anotheranother" not in str(error.value)
     monkeypatch.setenv(SECRET_FILE_ENV, str(tmp_path / "nowhere"))
