@@ -105,6 +105,8 @@ def check(item: Field[Any], value: Any, hint: Any) -> None:
     if not fits(value, hint):
         raise ConfigError(f"--{name} is {show(value)}; it must be {type_text(hint)}{_and_range(allowed)}")
     for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, int) and one.bit_length() > 63:
+            raise ConfigError(f"--{name} is {show(value)}; integers have at most 63 bits")
         if isinstance(one, (int, float)) and not isinstance(one, bool) and not allowed.contains(one):
             raise ConfigError(f"--{name} is {show(value)}; it must be {_range_text(allowed)}")
     if isinstance(value, list) and not item.metadata.get("repeats") and len(set(value)) != len(value):

@@ -182,6 +182,13 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Columns | str]]:
         raise DataError(f"data set {path}: cannot be read: {error.strerror}") from error
 
 
+def check_footer(path: Path, footer: Any) -> None:
+    """Raise DataError for a Parquet footer that contradicts itself: one reading goes by groups, another by the whole."""
+    rows = sum(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+    if rows != footer.num_rows:
+        raise DataError(f"data set {path}: damaged: its footer counts {footer.num_rows} rows, its row groups {rows}")
+
+
 def _read_parquet(path: Path) -> Iterator[tuple[int, Columns | str]]:
     import pyarrow
     import pyarrow.parquet
@@ -190,6 +197,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Columns | str]]:
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             check_schema(path, file.schema_arrow.names)
+            check_footer(path, file.metadata)
             for batch in file.iter_batches(batch_size=1024):
                 for record in parse_batch(batch):
                     number += 1

@@ -30,6 +30,7 @@ from typing import Any
 from megatron_gkd.data.files import (
     MOST_LINE_BYTES,
     Columns,
+    check_footer,
     check_schema,
     check_supported,
     parse_batch,
@@ -124,6 +125,7 @@ class _Parquet(IndexedRecords):
             self._file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
             check_schema(path, self._file.schema_arrow.names)
             footer = self._file.metadata
+            check_footer(path, footer)
             sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         except DataError:
             raise

@@ -149,7 +149,7 @@ def resolved(config: RunConfig, command: Command, arch: Architecture) -> dict[st
             _note_training(note, given)
         else:
             if config.generates:
-                made: Any = SimpleNamespace(groups=SimpleNamespace(intra_dist_opt=dist.group.WORLD), chunks=[])
+                made: Any = SimpleNamespace(groups=SimpleNamespace(intra_dist_opt=dist.group.WORLD), chunks=[], models=[])
                 made.layout, made.train_iters, made.leave_device = student, 1, None
                 where: Any = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
                 sampling.build_rollouts(given, where, made, generate.held_out_rows(given))
@@ -188,7 +188,7 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     where: Any = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
     groups: Any = SimpleNamespace(intra_dist_opt=dist.group.WORLD)
     setup._build_student(given, where, groups)
-    made: Any = SimpleNamespace(layout=student, groups=groups, chunks=[], train_iters=given.train_iters)
+    made: Any = SimpleNamespace(layout=student, groups=groups, chunks=[], models=[], train_iters=given.train_iters)
     made.leave_device = None
     note.note("replicas", Replicas(made, config.parallel.check_replicas_steps)._every)
     health = Health(config, vocab_size=VOCAB, done_steps=0, tells=True)
