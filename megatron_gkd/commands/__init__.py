@@ -1,1 +1,1 @@
-"""The commands but train and eval: one file each."""
+"""The commands, one file each; train and eval are in train/."""

@@ -1,7 +1,7 @@
-"""`megatron-gkd check data`: what a data set trains on, row by row for the eye, and checked and counted for all rows.
+"""`megatron-gkd check data`: shows what a data set trains on for the first rows, and checks and counts all rows.
 
-Rows are read as training reads them (rows.py). Then, for every row that would be used, by other means than those that
-made it:
+Rows are read as in training (rows.py). Then every row that would be used is checked independently of the code that made
+it:
 
     tokens   the record is read again (second_reading.py) and given to the tokenizer's own
              `apply_chat_template(tokenize=True)` with everything that it has, tools and variables too, which gives the
@@ -52,7 +52,7 @@ _SHOWN_PROBLEMS = 10
 
 @dataclass
 class Account:
-    """Over the rows that are used."""
+    """Counts over the rows that are used."""
 
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
@@ -71,7 +71,7 @@ class Account:
         return [f"images in prompts        {number}, of {self.num_image_tokens} tokens"] if number else []
 
     def lines(self, rows: RowDataset) -> list[str]:
-        """For people."""
+        """The counts as lines of text."""
         per_row = self.num_completion_tokens / max(self.num_completions, 1)
         lines = [
             f"records read             {rows.summary.num_read}",
@@ -97,7 +97,7 @@ class Account:
 
 
 def _with_bare_prompts(row: Row, images: ImageTokens) -> Row:
-    """One placeholder for each image, as the chat template writes it."""
+    """The prompt with one placeholder per image, as the chat template writes it."""
     teacher_ids = row.teacher_prompt_ids
     if teacher_ids is not None:
         teacher_ids = images.bare(teacher_ids, row.teacher_pictures)

@@ -1,4 +1,4 @@
-"""`megatron-gkd check teacher`: does a teacher server say what the same model says here, on real rows?
+"""`megatron-gkd check teacher`: compares a teacher server with the same model run locally, on real rows.
 
 The server is asked as training asks it (ServerTeacher), the local teacher computes as training computes
 (TeacherPipeline, full vocabulary), for the same sequences. Compared per completion token:
@@ -8,9 +8,9 @@ The server is asked as training asks it (ServerTeacher), the local teacher compu
                         teacher at temperature 2. That is far enough from the teacher for the difference to be of first
                         order in the teacher's error, and needs no second model.
 
-Past the tolerances the command ends with exit code 1. A prompt, an offset or a tokenizer that is off by anything
-shows as differences of several nats. Rounding: fp32 against fp32 about 1e-5; bf16 against bf16 up to some tenths at
-single, improbable tokens.
+Above the tolerances the command ends with exit code 1. A wrong prompt, offset or tokenizer gives differences of several
+nats. Rounding gives about 1e-5 for fp32 against fp32, and up to some tenths at single, improbable tokens for bf16
+against bf16.
 
 One process. Memory: the model, and [T, V] of one row at a time.
 """
@@ -51,7 +51,7 @@ _STUDENT_TEMPERATURE = 2.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """Over all tokens of all rows."""
+    """The comparison over all tokens of all rows."""
 
     num_rows: int
     num_tokens: int
@@ -63,7 +63,7 @@ class Comparison:
     other_tokens: float  # share of the server's top K that the local top K lacks; ties are among them
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The comparison as lines of text."""
         return [
             f"rows                              {self.num_rows}",
             f"completion tokens                 {self.num_tokens}",
@@ -77,7 +77,7 @@ class Comparison:
 
 
 def run_check_teacher(config: CheckConfig) -> None:
-    """Print the comparison; raises CheckFailedError past a tolerance."""
+    """Print the comparison; raises CheckFailedError above a tolerance."""
     kind = platform.setup(config.device).kind
     if config.dtype == "auto":
         config = replace(config, dtype=chosen(config.dtype, kind))
@@ -97,7 +97,7 @@ def run_check_teacher(config: CheckConfig) -> None:
 
 
 def compare(config: CheckConfig) -> Comparison:
-    """Both teachers on the rows."""
+    """Compare both teachers on the rows."""
     where = platform.setup(config.device)
     platform.init_distributed(where)
     arch = read_architecture(config.teacher_model)
@@ -143,7 +143,7 @@ def compare(config: CheckConfig) -> Comparison:
 
 @dataclass(frozen=True)
 class RowComparison:
-    """Of one row: differences [T, K], losses [T], and which of the server's tokens the local top K lacks [T, K]."""
+    """One row: differences [T, K], losses [T], and which of the server's tokens are not in the local top K [T, K]."""
 
     logprob: torch.Tensor
     loss_server: torch.Tensor

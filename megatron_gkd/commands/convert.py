@@ -90,7 +90,7 @@ class ConvertConfig(Section):
 
 
 def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
-    """What a command line asks for."""
+    """The configuration of a command line. Raises ConfigError."""
     cfg = parse_section(argv, ConvertConfig, command="convert")
     if cfg.hf_config is not None and cfg.to == "megatron":
         raise ConfigError("--hf_config goes with --to hf and peft; with --to megatron the files come from --model")
@@ -102,7 +102,7 @@ def parse_convert_config(argv: Sequence[str]) -> ConvertConfig:
 
 
 def _refuse_with_bridge(cfg: ConvertConfig) -> None:
-    """What another library's conversion does not take."""
+    """Raise ConfigError for flags that another library's conversion does not support."""
     if cfg.to == "peft":
         raise ConfigError(f"--bridge {cfg.bridge} does not handle adapters: leave it out with --to peft")
     taken = ("to", "model", "save", "hf_config", "bridge", "log_level")
@@ -113,7 +113,7 @@ def _refuse_with_bridge(cfg: ConvertConfig) -> None:
 
 
 def run_convert(cfg: ConvertConfig) -> None:
-    """Carry it out. Collective over all ranks of the world."""
+    """Convert. Collective over all ranks of the world."""
     from megatron_gkd.train.hub_files import with_local_files
 
     if cfg.bridge == "megatron_bridge":
@@ -303,7 +303,7 @@ def _check(cfg: ConvertConfig, arch: Architecture, layout: Layout) -> None:
 
 
 def _set_aside(written: Path) -> str:
-    """Under another name nobody takes it for a model that was checked."""
+    """Rename it, so that it is not taken for a model that passed the check."""
     aside = written.with_name(f"{written.name}.wrong")
     number = 1
     while aside.exists():

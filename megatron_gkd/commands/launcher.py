@@ -1,13 +1,12 @@
-"""`python -m megatron_gkd.commands.launcher ARGS`: torchrun, whose last line is the run's own, and whose exit code is a
-rank's.
+"""`python -m megatron_gkd.commands.launcher ARGS`: torchrun, but its last line and its exit code are those of a rank.
 
-torchrun ends a run that failed, or was told to stop, with a traceback of itself and exit code 1: the one line that says
-what to do is forty lines up, and 75 (stopped, with a checkpoint) looks like an error. So the scripts in `launch/` start
-this in its place. It takes the same arguments and does the same, and then says again what the ranks said last.
+torchrun ends a run that failed or was stopped with its own traceback and exit code 1. The line that says what to do is
+then forty lines further up, and 75 (stopped, with a checkpoint) looks like an error. So the scripts in `launch/` start
+this module instead. It takes torchrun's arguments, runs it, and then repeats the last line of a rank.
 
-A rank leaves its line, its exit code and the number of its start in the directory that GKD_LAST_WORDS names (cli.py).
-What is told is the line of the lowest rank of the last start. Plain torchrun still works: it has the line in its table
-of failed ranks.
+Each rank writes its line, its exit code and the number of its start to the directory in GKD_LAST_WORDS (cli.py). The
+line of the lowest rank of the last start is repeated. Plain torchrun works too: it shows the line in its table of
+failed ranks.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(words: Path, otherwise: str, code: int) -> int:
-    """Print what the lowest rank of the last start said, else `otherwise`; returns its exit code, else `code`."""
+    """Print the line of the lowest rank of the last start, or `otherwise`; returns its exit code, or `code`."""
     found = sorted(words.glob("*.json"), key=lambda path: int(path.stem))
     said = [json.loads(path.read_text(encoding="utf-8")) for path in found]
     last = max((int(one["attempt"]) for one in said), default=0)

@@ -36,7 +36,7 @@ _WIDTH, _LEFT, _COLUMN, _HEIGHT = 1000, 70, 104, 190  # of the whole, before the
 
 
 def check_picture(path: str) -> None:
-    """Raises ConfigError for a file that cannot be written there; before anything is rehearsed."""
+    """Raise ConfigError for a file that cannot be written, before the rehearsal."""
     if not path.endswith(".svg"):
         raise ConfigError(f"--picture {path}: an SVG is written; give a name that ends with .svg")
     if not Path(path).absolute().parent.is_dir():

@@ -21,5 +21,6 @@ def json_object(flag: str, text: str | None, *, example: str, refused: Iterable[
     if not isinstance(values, dict):
         raise ConfigError(asked)
     if taken := sorted(set(refused) & values.keys()):
-        raise ConfigError(f"--{flag} has {', '.join(taken)}, which the run sets itself; remove it, or use its own flag")
+        names = ", ".join(taken)
+        raise ConfigError(f"--{flag} is {text[:200]}; it has {names}, which the run sets itself: remove it")
     return values

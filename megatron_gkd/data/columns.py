@@ -1,4 +1,4 @@
-"""The columns beside a record's turns, for every form alike: a name with a known meaning is used or refused by name.
+"""The columns beside a record's turns, equal for all forms: a known column is used, or refused by name.
 
     system, system_prompt, history           turns before the others (forms.py)
     tools, functions, tool_defs, documents   given to the chat template with the turns

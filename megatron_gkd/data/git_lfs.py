@@ -11,7 +11,7 @@ _BEGINNING: Final = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_lfs_pointer(file: Path) -> None:
-    """Raise CheckpointError where the file is a pointer; nothing is said of one that cannot be read."""
+    """Raise CheckpointError if the file is a pointer; a file that cannot be read is ignored."""
     try:
         with open(file, "rb") as stream:
             beginning = stream.read(len(_BEGINNING))

@@ -1,4 +1,4 @@
-"""How many tokens an image has, where they stand, and what the vision tower is fed: as the model's own processor says.
+"""The number and positions of an image's tokens, and the vision tower's input, as in the model's own processor.
 
 A chat template writes ONE placeholder for an image. The model is fed as many as its tower gives rows:
 

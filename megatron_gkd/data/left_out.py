@@ -1,12 +1,12 @@
-"""What a chat template leaves out of a row: the rendering with and without each thing is compared.
+"""Finds what a chat template leaves out of a row, by comparing the text with and without each part.
 
     a key of a turn      `reasoning` beside `content`, where the template knows `reasoning_content`: both renderings are
                          equal, so the key is lost, and the student would learn to answer without it
     a turn's content     a turn of a role that the template does not know, or a content beside tool calls
     an option            `tools`, `documents` or a variable of the row's own that the template does not use
 
-Nothing is refused here: templates leave out the reasoning of earlier turns on purpose. What is lost is counted, and the
-run and `check data` say it. An empty value loses nothing.
+Nothing is refused: templates leave out the reasoning of earlier turns on purpose. Lost parts are counted; runs and
+`check data` report them. An empty value is not counted.
 
 Cost: one rendering for each name of a further key in a row, two for each option of its own, and none for most rows, of
 which the template was seen to use every turn of that shape. (A template that drops a turn because of the words in it is

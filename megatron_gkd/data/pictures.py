@@ -1,4 +1,4 @@
-"""Images of rows: read, checked, and kept beside the rows' tokens as references.
+"""The images of rows: read, checked, and kept as references beside the rows' tokens.
 
     a file       its path and a digest of its bytes; it is read again, by the ranks that have the vision tower, when a
                  step is fed with it. Another file under the same path is an error then

@@ -1,4 +1,4 @@
-"""What becomes of a record: a row, a row that is cut, or nothing, with the account of it.
+"""What happens to a record: it becomes a row or a shortened row, or is dropped; and the counts of each.
 
 Lengths, with P prompt and C completion tokens, and R = `max_completion_length` where completions will be sampled (else
 0): a row fits if P + max(C, R, 1) <= max_length. One that does not is dropped and counted, or cut at the left of its

@@ -1,4 +1,4 @@
-"""What a run makes of a record before it is read as a row: the user's own functions, then two templates.
+"""Transforms a record before it is read as a row: with the user's own functions, then with two templates.
 
     --external_plugins FILE.py         make_row(row) -> the columns of the record, or None: it is left out, and counted
     --prompt_template TEXT             the column `prompt`, in place of the turns that the record has

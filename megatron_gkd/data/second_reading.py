@@ -1,9 +1,9 @@
-"""A record read again, by another way than the one that makes rows: what `check data` compares them with.
+"""A second, independent reading of a record, with which `check data` compares its rows.
 
-Nothing of forms.py, columns.py, turns.py or chat.py is used here. The record has been accepted already, so what would
-be refused is not looked for; the rest is written out once more, as plainly as can be: which turns there are, what the
-template is given beside them, and which of them are trained on. A rule that is changed in one of the two readings alone
-makes `check data` fail.
+Nothing of forms.py, columns.py, turns.py or chat.py is used. The record has been accepted already, so nothing is
+validated again. The rest is implemented a second time, as simply as possible: which turns there are, what the template
+gets beside them, and which of them are trained on. If a rule changes in only one of the two readings, `check data`
+fails.
 """
 
 from __future__ import annotations

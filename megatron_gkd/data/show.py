@@ -1,7 +1,7 @@
-"""A row as people read it: the prompt, and what is trained on, told apart by marks, on a terminal also by colour.
+"""A row as text: the prompt and the trained completion, distinguished by marks, on a terminal also by colour.
 
-Ids are decoded for the eye alone. Special tokens are text here, line breaks are line breaks, and every other character
-that a terminal would obey is written as an escape.
+Ids are decoded only for display. Special tokens are shown as text, line breaks as line breaks, and all other control
+characters as escapes.
 """
 
 from __future__ import annotations

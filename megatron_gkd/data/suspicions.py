@@ -1,4 +1,4 @@
-"""Rows that train, and probably not on what their author meant: counted, and said by `train` and `check data`.
+"""Rows that can be trained on, but probably differ from what their author meant: `train` and `check data` count them.
 
     begins twice              two beginning-of-text tokens: the text has one, and the tokenizer adds its own
     control tokens in text    the text of a special token (`<|im_start|>`, `</s>`) inside a turn, where the template

@@ -1,8 +1,8 @@
-"""In what a student's and a teacher's ways to write turns differ, where both have the same tokens.
+"""Differences between the student's and the teacher's format of turns, where both have the same tokens.
 
 The student's tokenizer and template make the rows, also those that the teacher scores. A teacher that was trained with
-another template, other special tokens or another end of turn is asked about texts of a form that it has not seen: it
-teaches, but not its best. That is said in one line and is no error: a base model and its instruct version differ so.
+another template, other special tokens or another end of turn scores text in a format that it has not seen, and may
+teach less well. This is reported in one line and is not an error: a base model and its instruct version differ so.
 """
 
 from __future__ import annotations

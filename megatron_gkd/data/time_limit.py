@@ -1,11 +1,11 @@
-"""A limit for code of a model's directory, such as a chat template, which may never end.
+"""A time limit for code from a model's directory, such as a chat template, which may never end.
 
     with time_limit(30):          # in any thread
         render()                  # TimeLimitError is raised in it
 
-One thread of the process looks every half second at what has begun, and raises in the threads that are late: between
-two instructions of Python, so that a loop of a template ends, and a single call of C does not. Entering and leaving
-costs microseconds.
+One thread of the process checks every half second and raises the error in threads that are over their limit. It is
+raised between two instructions of Python, so a loop in a template ends, but a single call of C does not. Entering and
+leaving costs microseconds.
 """
 
 from __future__ import annotations

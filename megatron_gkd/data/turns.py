@@ -1,4 +1,4 @@
-"""One turn of a conversation, whatever wrote it: OpenAI's, ShareGPT's, from JSON or from a container with columns.
+"""One turn of a conversation, in OpenAI's or ShareGPT's format, from JSON or from a container with columns.
 
     content       text; for an assistant's turn with tool calls it may be null or missing, which is no text: ""
     tool_calls    a list of {"function": {"name": ..., "arguments": ...}}; arguments are an object or its JSON text, as

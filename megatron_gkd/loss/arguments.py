@@ -1,8 +1,7 @@
-"""Checks of what a loss is given: every error says what was given, what is needed and what to do.
+"""Checks of the arguments of a loss: every error says what was given, what is needed and what to do.
 
-Pure inspection: nothing is changed, no collective is made. A check depends only on what is alike on all ranks of a
-group (shapes, dtypes, settings, replicated ids), so that the ranks raise together and none waits for a peer that
-did.
+Arguments are only read, and no collective is made. A check depends only on values that are equal on all ranks of a
+group (shapes, dtypes, settings, replicated ids), so the ranks raise together and none is left waiting.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ _ABSENT = -1e30  # a log-weight that softmax turns into exactly 0 without making
 
 @dataclass(frozen=True)
 class OwnedIds:
-    """Which global ids this rank holds, and at which local column. Elsewhere the column is 0, a placeholder that
-    collides with the real local token 0: nothing is ever WRITTEN through it but the addition of 0."""
+    """Which global ids this rank holds, and at which local column. For other ids the column is 0, a placeholder that
+    collides with the real local token 0; the only write through it is the addition of 0."""
 
     owned: torch.Tensor  # bool, [T] or [T, K]
     column: torch.Tensor  # int64, the same shape

@@ -1,4 +1,4 @@
-"""What a run says about itself: messages, sums and counts of metrics, times, a progress line, files for other tools.
+"""What a run reports about itself: messages, metrics, times, a progress line, files for other tools.
 
 logging    rank-aware messages          metrics    (sum, count) per name, one collective
 timers     seconds per phase            progress   step, loss, tokens/s, ETA

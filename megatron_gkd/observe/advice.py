@@ -1,4 +1,4 @@
-"""What to do after an error, said by what is on disk: nobody is told to go on from a checkpoint that is not there."""
+"""Advice after an error, from what is on disk: a checkpoint is only named if it exists."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def go_on(run_dir: str | Path) -> str:
-    """`go on from step_00000010, the newest checkpoint, which is complete, with --load SAVE`, or how to begin again."""
+    """How to continue: `go on from step_00000010, the newest checkpoint, ... with --load SAVE`, or begin again."""
     complete = [path.parent for path in Path(run_dir, "checkpoints").glob("step_*/manifest.json")]
     numbered = [path for path in complete if path.name[5:].isdigit()]
     if numbered:

@@ -1,16 +1,16 @@
-"""Bytes of tensors that are alive, by what they are for, counted operation by operation: on any device, and on fake
-tensors, which have sizes and no memory.
+"""Bytes of live tensors by purpose, counted operation by operation: on any device, and on fake tensors, which have
+sizes and no memory.
 
     with AllocationCounter() as counter:
         with counter.category("student weights"):
             ...
     counter.peak.total, counter.peak.by_category
 
-A phase (`counter.phase(name)`) has a peak of its own; what is alive when it begins is in it.
+A phase (`counter.phase(name)`) has its own peak, which includes what is alive when it begins.
 
-Every tensor that an operation returns is looked at; its storage is counted once, from its birth to its end, under the
-category of its birth. Not counted: what a kernel needs inside (its workspace), what an allocator holds unused, a
-storage that is resized later, and tensors that were there before.
+Every tensor that an operation returns is inspected. Its storage is counted once, from allocation to release, under the
+category that was active at its allocation. Not counted: workspaces inside kernels, unused memory of the allocator,
+later resizes of a storage, and tensors that existed before.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class _Kind(NamedTuple):
 
 
 class Alive:
-    """Bytes that are alive at once."""
+    """Bytes that are alive at one moment."""
 
     def __init__(self, by_kind: Mapping[_Kind, int]) -> None:
         self._by_kind = {kind: num_bytes for kind, num_bytes in by_kind.items() if num_bytes}
 
     @classmethod
     def of(cls, category: str, num_bytes: int) -> Alive:
-        """Of one category."""
+        """Bytes of one category."""
         return cls({_Kind(category, ""): num_bytes})
 
     def __add__(self, other: Alive) -> Alive:
@@ -51,12 +51,12 @@ class Alive:
 
     @property
     def total(self) -> int:
-        """Of all categories."""
+        """Bytes of all categories."""
         return sum(self._by_kind.values())
 
     @property
     def by_category(self) -> dict[str, int]:
-        """The largest first."""
+        """Category -> bytes, the largest first."""
         found: Counter[str] = Counter()
         for kind, num_bytes in self._by_kind.items():
             found[kind.category] += num_bytes
@@ -68,7 +68,7 @@ class Alive:
         return found.most_common()
 
     def without(self, categories: Iterable[str]) -> Alive:
-        """The others."""
+        """The bytes of all other categories."""
         left = set(categories)
         return Alive({kind: num_bytes for kind, num_bytes in self._by_kind.items() if kind.category not in left})
 
@@ -77,7 +77,7 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """See the module docstring."""
 
     def __init__(self, *, lines: bool = False) -> None:
-        """Args: lines: tell lines of code apart as well."""
+        """Args: lines: also count by line of code."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._lines, self._category, self._phase = lines, "other", "other"
         self._now: Counter[_Kind] = Counter()
@@ -91,7 +91,7 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def category(self, name: str) -> Iterator[None]:
-        """What is made in the block is counted under this name."""
+        """Count what is allocated in the block under this name."""
         before, self._category = self._category, name
         try:
             yield
@@ -100,7 +100,7 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """The block is (once more) this phase."""
+        """The block belongs to this phase, which may have several blocks."""
         before, self._phase = self._phase, name
         self._look()
         try:
@@ -109,7 +109,7 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._phase = before
 
     def in_phase(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, every call of which is this phase."""
+        """The function, with every call counted as this phase."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.phase(name):
@@ -118,12 +118,12 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return call
 
     def rename(self, tensors: Iterable[torch.Tensor], category: str) -> None:
-        """Count what these tensors lie in under another category from now on."""
+        """Move the storages of these tensors to another category."""
         for key in {tensor.untyped_storage()._cdata for tensor in tensors} & self._alive.keys():
             self._rename(key, category)
 
     def rename_all(self, before: str, category: str) -> None:
-        """The same with all that is alive of a category."""
+        """Move everything that is alive of a category to another one."""
         for key in [key for key, (kind, _, _) in self._alive.items() if kind.category == before]:
             self._rename(key, category)
 
@@ -136,21 +136,21 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def now(self) -> Alive:
-        """What is alive."""
+        """The bytes that are alive now."""
         return Alive(self._now)
 
     @property
     def peak(self) -> Alive:
-        """What was alive when it was most, since the last `restart`, or since the beginning."""
+        """The bytes that were alive at the peak since the last `restart`, or since the beginning."""
         return Alive(max(self._peaks.values(), key=lambda found: found[0])[1] if self._peaks else {})
 
     @property
     def peaks(self) -> dict[str, Alive]:
-        """The same of each phase since then."""
+        """The peak of each phase since then."""
         return {name: Alive(by_kind) for name, (_, by_kind) in self._peaks.items()}
 
     def restart(self) -> None:
-        """Look for new peaks, from what is alive now."""
+        """Start new peaks from what is alive now."""
         self._peaks.clear()
         self._look()
 
@@ -183,7 +183,7 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _line() -> str:
-    """The innermost line of the package or of megatron-core that is being carried out."""
+    """The innermost line of the package or of megatron-core on the stack."""
     frame = sys._getframe(3)
     while frame is not None:
         path = frame.f_code.co_filename

@@ -1,15 +1,15 @@
-"""Two evaluations on the same rows, side by side: of the trained student, and of the files that were written."""
+"""Compares two evaluations on the same rows: of the trained student, and of the exported files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
 
-SAME: Final = 1e-4  # relative; an evaluation that is made twice agrees to rounding
+SAME: Final = 1e-4  # relative; two evaluations of the same weights agree to rounding
 
 
 def differing(trained: Mapping[str, float], exported: Mapping[str, float]) -> list[str]:
-    """The names under which they differ; a NaN differs from everything."""
+    """Names of the numbers that differ; NaN differs from everything."""
     return [name for name in trained if not _same(trained[name], exported[name])]
 
 

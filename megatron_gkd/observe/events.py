@@ -1,10 +1,10 @@
-"""SAVE/events.jsonl: what happened in a run, beside its numbers: starts, resumes, warnings, how each start ended.
+"""SAVE/events.jsonl: the events of a run: starts, resumes, warnings, and how each start ended.
 
     {"step": 20, "time": "2025-01-31T12:00:00Z", "kind": "resumed", "text": "..."}
 
-Every warning of the package on the writing rank is one ("warning"; step: the last one that was begun). The file is only
-ever appended to: a resumed run takes back the numbers that it writes anew, and what happened stays. A row that cannot
-be written is no reason to end a run: that is said once, and the log goes on without the file.
+Every warning of the package on the writing rank is an event ("warning"; step: the last one that was begun). The file is
+only appended to: a resumed run replaces metrics, but keeps events. A failed write does not end the run: it is logged
+once, and events are not recorded any more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 
 
 class EventLog:
-    """Of one start of a run; other ranks than the writing one make it with `enabled=False`."""
+    """The events of one start of a run; ranks other than the writing one pass `enabled=False`."""
 
     def __init__(self, run_dir: Path, *, enabled: bool = True) -> None:
         self.step = 0
@@ -32,7 +32,7 @@ class EventLog:
         self._handler = _Warnings(self)
 
     def listen(self) -> None:
-        """Begin to record warnings, until `close`."""
+        """Record warnings until `close`."""
         if self._path is not None:
             logging.getLogger(PACKAGE).addHandler(self._handler)
 
@@ -50,7 +50,7 @@ class EventLog:
             logger.warning("%s cannot be written (%s): the run goes on without", path, error.strerror or error)
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop recording warnings."""
         logging.getLogger(PACKAGE).removeHandler(self._handler)
 
 

@@ -24,7 +24,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def setup_logging(level: str = "info", *, rank: int | None = None, stream: TextIO | None = None) -> None:
-    """Send the package's messages to `stream`; calling it again replaces what an earlier call set up.
+    """Send the package's messages to `stream`; a second call replaces the first.
 
     stream: None takes what is stderr when a message comes.
 
@@ -43,7 +43,7 @@ def setup_logging(level: str = "info", *, rank: int | None = None, stream: TextI
 
 
 class _LineHandler(logging.StreamHandler[TextIO]):
-    """Clears the progress line before a message on a terminal; the line comes back with its next update."""
+    """Clears the progress line before a message on a terminal; it reappears with its next update."""
 
     def __init__(self, stream: TextIO | None) -> None:
         super().__init__(stream or sys.stderr)
@@ -62,7 +62,7 @@ class _LineHandler(logging.StreamHandler[TextIO]):
 
 
 class _PackageFormatter(logging.Formatter):
-    """The one format; logger names are shown without the package's, and nothing in it acts on a terminal."""
+    """The format of all messages: logger names without the package's name, and no control characters."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(f"%(asctime)s [rank {rank}] %(levelname)s %(short_name)s: %(message)s", "%Y-%m-%d %H:%M:%S")

@@ -5,9 +5,9 @@
     metrics.reduce(all_reduce)                         # one flat float64 tensor [2 N], whatever was added
     metrics.means()                                    # {"loss": ...}: global sum / global count, copied once
 
-A mean is formed once, after the sums of all ranks and micro-batches: long samples count for all their tokens, in
-every layout. The names are fixed at the start, so that every rank makes the same collective whatever its data: a name
-that got nothing contributes 0 and 0, and has no mean where its global count is 0.
+A mean is computed once, from the sums over all ranks and micro-batches, so every token counts the same in every layout.
+The names are fixed at the start, so that every rank makes the same collective whatever its data: a name without values
+contributes 0 and 0, and has no mean if its global count is 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Number = float | torch.Tensor
 
 
 class Metrics:
-    """Accumulates until it is reduced."""
+    """Accumulates sums and counts until `reduce`."""
 
     def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
         assert len(set(names)) == len(names), f"a metric is named twice: {list(names)}"
@@ -54,7 +54,7 @@ class Metrics:
         return self
 
     def means(self) -> dict[str, float]:
-        """Sum / count of every name that has a count. Waits for the device."""
+        """Sum / count of every name with a count above 0. Waits for the device."""
         return {name: value_sum / count for name, (value_sum, count) in self._pairs().items() if count}
 
     def sums(self) -> dict[str, float]:

@@ -2,13 +2,13 @@
 
     step 12/100 | loss 2.34 | 1,234 tokens/s | 0.52 s/step | ETA 0:00:46 | 80 tokens/completion | student 71%
 
-Elsewhere than on a terminal (a file, a pipe) every update is a line of its own, so the caller updates it once per
-logging step. On a terminal tqdm rewrites one line in place, with a bar and with what the run is at:
+In a file or a pipe every update is a separate line, so the caller updates it once per logging step. On a terminal tqdm
+rewrites one line in place, with a bar and the current phase:
 
     step 12/100 |#1        | now: teacher | loss 2.34 | 1,234 tokens/s | 0.52 s/step | ETA 0:00:46 | ...
 
-One rank prints: the others make it with `enabled=False`. Speeds are means over the same last updates: tokens/s times
-s/step are the tokens of a step.
+One rank prints; the others pass `enabled=False`. Speeds are means over the same last updates, so tokens/s times s/step
+is the number of tokens of a step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FAST_S = 0.01  # below it the line says steps a second
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Of steps 1 .. total_steps, of which `done_steps` were done before (a resumed run); `unit` is their name."""
+    """Progress over steps 1 .. total_steps, of which an earlier start did `done_steps`; `unit` is their name."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._draw()
 
     def doing(self, what: str) -> None:
-        """Show what the run is at; on a terminal alone."""
+        """Show the current phase; only on a terminal."""
         self._now = what.replace("_", " ")
         if self._bar is not None:
             self._draw()
@@ -138,12 +138,12 @@ def _bar(stream: TextIO, unit: str, total_steps: int, done_steps: int) -> Any:
 
 
 def describe_phases(seconds: Mapping[str, float]) -> str:
-    """`student 71%, teacher 26%`: shares of their sum, the largest first, without what is next to nothing."""
+    """`student 71%, teacher 26%`: shares of the sum, the largest first, without negligible ones."""
     total = sum(seconds.values())
     shown = sorted(((value, name) for name, value in seconds.items() if total and value >= _FEW * total), reverse=True)
     return ", ".join(f"{name.replace('_', ' ')} {value / total:.0%}" for value, name in shown)
 
 
 def took(seconds: float) -> str:
-    """` (in 12.3 s)` for what takes longer than a second, else nothing."""
+    """` (in 12.3 s)` for more than a second, otherwise the empty string."""
     return f" (in {seconds:,.1f} s)" if seconds > _SLOW_S else ""

@@ -1,11 +1,11 @@
-"""Text from outside (servers, logs, data, models, names of files) as it may reach a terminal or a log."""
+"""Makes text from outside (servers, logs, data, models, names of files) safe for a terminal or a log."""
 
 from __future__ import annotations
 
 
 def visible(text: str) -> str:
-    """Without characters that act on a terminal, or that turn the order in which it shows others: those stand as
-    escapes, `\\x1b` or `\\u202e`. Line breaks stay.
+    """The text with escapes (`\\x1b`, `\\u202e`) in place of characters that control a terminal or change the direction
+    of text. Line breaks stay.
     """
     if text.isascii() and text.replace("\n", "").isprintable():
         return text

@@ -5,9 +5,9 @@
         ...
     timers.seconds()        # {"teacher_s": 1.93}
 
-Work on a GPU is asynchronous: a phase then ends when its kernels are queued, and the time shows up where the host next
-waits. Give `synchronize` (e.g. torch.cuda.synchronize) to wait at both ends of every phase; that slows the step down.
-A phase inside another counts in both. Not for use from several threads.
+Work on a GPU is asynchronous: a phase ends when its kernels are queued, and their time appears where the host next
+waits. With `synchronize` (e.g. torch.cuda.synchronize) both ends of every phase wait for the device, which slows down
+the step. A phase inside another counts in both. Not thread-safe.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How far a long read or write of files is, as messages: a line every ten seconds, and one at the end.
+"""Logs the progress of a long read or write of files: a line every ten seconds, and one at the end.
 
     INFO weights.load: path/to/model: 3.20 of 16.06 GB read, 1.31 GB/s
     INFO weights.load: path/to/model: 16.06 GB read in 12.3 s, 1.31 GB/s
 
-Rank 0's messages are the ones that are shown (logging.py); bytes are those that this rank moved.
+Only rank 0's messages are shown (logging.py); they count the bytes that this rank moved.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Transfer:
         self.num_bytes = 0
 
     def add(self, num_bytes: int) -> None:
-        """So many bytes more are done."""
+        """Count further bytes."""
         self.num_bytes += num_bytes
         now = self._clock()
         if now - self._last >= self._interval_s:
@@ -48,7 +48,7 @@ class Transfer:
             )
 
     def finish(self) -> float:
-        """All is done; returns the seconds."""
+        """Log the total; returns the seconds."""
         now = self._clock()
         self._logger.info(
             "%s: %.2f GB %s in %.1f s, %.2f GB/s",

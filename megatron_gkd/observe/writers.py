@@ -3,9 +3,9 @@
 Every writer takes a step number and a flat mapping of names to numbers, one call per logged step, from one rank. Names
 carry their unit (`step_time_s`, `tokens_per_s`, `num_tokens`).
 
-Resume: `first_step` is the first step that the resumed run will write. What the interrupted run wrote at or after it is
-taken back, so that a resumed run leaves the same record as one that was never interrupted. Without `first_step` a run
-is new, and a record that is already there is an error rather than overwritten.
+Resume: `first_step` is the first step that the resumed run will write. The interrupted run's rows from that step on are
+removed, so that a resumed run leaves the same record as one that was never interrupted. Without `first_step` the run is
+new, and an existing record is an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 
 
 class MetricsWriter(Protocol):
-    """A destination of numbers."""
+    """A destination of metrics."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record one step."""
@@ -38,7 +38,7 @@ class MetricsWriter(Protocol):
 
 
 class Tracker(MetricsWriter, Protocol):
-    """One that shows tables of texts too."""
+    """A destination that also shows tables of text."""
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a table of one step; all rows have the same columns."""
@@ -47,7 +47,7 @@ class Tracker(MetricsWriter, Protocol):
 def open_trackers(
     report_to: Sequence[str], run_dir: Path, *, first_step: int | None = None, config: Mapping[str, Any] | None = None
 ) -> list[Tracker]:
-    """What --report_to names."""
+    """The destinations in --report_to."""
     writers: list[Tracker] = []
     if "tensorboard" in report_to:
         writers.append(TensorBoardWriter(run_dir / "tensorboard", first_step=first_step))
@@ -72,7 +72,7 @@ class JsonlWriter:
         self.append({"step": step} | {name: _finite(value) for name, value in values.items()})
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Record a row as it is. Raises ValueError for a number that JSON has not."""
+        """Record a row unchanged. Raises ValueError for a number that JSON cannot represent."""
         rest = (json.dumps(row, allow_nan=False) + "\n").encode()
         with explain_write_errors(self._path):
             while rest:  # a nearly full disk takes a part, then nothing
@@ -109,7 +109,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Weights & Biases. A resumed run goes on in the run that wrote `wandb_id.txt` in the run directory."""
+    """Weights & Biases. A resumed run continues the wandb run whose id is in `wandb_id.txt` of the run directory."""
 
     def __init__(
         self, run_dir: Path, *, first_step: int | None = None, config: Mapping[str, Any] | None = None
@@ -141,7 +141,7 @@ class WandbWriter:
 
 @contextlib.contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """A full disk, or a directory that is gone, as an error that names the file and says what to do."""
+    """Turns errors of a full disk or a removed directory into a TrainingError with the file and what to do."""
     try:
         yield
     except OSError as error:
@@ -175,7 +175,7 @@ def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table as TensorBoard shows it; texts as they are, whatever they hold."""
+    """A table in TensorBoard's Markdown, with the texts escaped."""
 
     def cell(value: Any) -> str:
         text = "" if value is None else html.escape(str(value))
@@ -186,7 +186,7 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _take_back(path: Path, first_step: int) -> None:
-    """Leave the rows before `first_step`; the file is replaced as a whole."""
+    """Keep only the rows before `first_step`; the file is replaced atomically."""
     kept = [row for row in read_rows(path) if row["step"] < first_step]
     beside = path.with_name(path.name + ".new")
     beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -194,6 +194,6 @@ def _take_back(path: Path, first_step: int) -> None:
 
 
 def _finite(value: float) -> float | int | None:
-    """A number that JSON has; a scalar tensor becomes one."""
+    """The value as a number that JSON can represent; a scalar tensor is converted."""
     number: float = value.item() if hasattr(value, "item") else value
     return number if math.isfinite(number) else None

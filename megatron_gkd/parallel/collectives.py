@@ -1,7 +1,7 @@
 """The collectives of the losses: thin, documented wrappers around torch.distributed.
 
-Every function takes the process group as a required argument; None raises, because torch.distributed reads None as
-WORLD. A group of one rank makes no collective at all. `R` = ranks of the group.
+Every function requires the process group; None raises, because torch.distributed reads None as WORLD. With one rank
+there is no communication. `R` = ranks of the group.
 
 | function | op | effect on the input | result |
 |---|---|---|---|
@@ -21,7 +21,7 @@ from megatron_gkd.errors import ConfigError
 
 
 def require_group(group: dist.ProcessGroup | None, name: str = "tp_group") -> dist.ProcessGroup:
-    """`group` itself, or an error where it is None or a group that this rank is not part of."""
+    """Returns `group`. Raises ConfigError if it is None or does not contain this rank."""
     if group is None:
         raise ConfigError(
             f"{name}=None was given, a process group is needed (None would silently mean all ranks); "

@@ -1,8 +1,8 @@
 """Process groups of a layout: a HyperCommGrid turned into megatron-core's ProcessGroupCollection.
 
-Every model of the program (student, teacher) gets a collection of its own and passes it to every megatron-core part as
-`pg_collection`; megatron-core's global `parallel_state` is never initialised, so a call that would fall back to it
-fails at once instead of using another model's groups.
+Each model (student, teacher) has its own collection and passes it to every part of megatron-core as `pg_collection`.
+megatron-core's global `parallel_state` is never initialised, so a call that would fall back to it fails at once instead
+of using another model's groups.
 
 Communication: creating groups is collective over the whole WORLD. All ranks call `build_groups` with the same
 layouts in the same order.
@@ -21,7 +21,7 @@ from megatron_gkd.platform import new_group, world_timeout
 
 
 def build_groups(layout: Layout) -> ProcessGroupCollection:
-    """All groups that megatron-core's model, schedules, DDP, optimizer and checkpointing read, for one layout.
+    """All groups of one layout that megatron-core's model, schedules, DDP, optimizer and checkpointing use.
 
     Gradients, the optimizer's shards and the number of loss tokens are summed over `dp_cp`: the context-parallel ranks
     hold the same weights and different tokens. Without expert parallelism the expert groups equal the dense ones. Equal
@@ -104,7 +104,7 @@ class _Partitions:
 
 
 def _embedding_group(layout: Layout, grid: HyperCommGrid, pp_group: dist.ProcessGroup) -> dist.ProcessGroup | None:
-    """First and last stage of this rank's pipeline, for the gradients of tied embeddings; None on a stage between."""
+    """First and last stage of this rank's pipeline, for the gradients of tied embeddings; None on other stages."""
     if layout.pipeline <= 2:
         return pp_group
     embedding = None

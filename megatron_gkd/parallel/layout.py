@@ -1,14 +1,14 @@
-"""Parallel layouts as plain numbers: who is where, and which layouts a model fits. No torch, no process groups.
+"""Parallel layouts as plain numbers: which rank has which coordinates. No torch, no process groups.
 
 Rank order is Megatron's default, `tp-cp-ep-dp-pp` from fastest to slowest:
 
     rank = rank_offset + tp_rank + tp * (cp_rank + cp * (dp_rank + dp * pp_rank))
 
-The experts of a mixture are cut over the same ranks of a stage in another way, in the same order:
+The experts of a mixture are distributed over the same ranks of a stage by other dimensions, in the same order:
 
     rank = rank_offset + etp_rank + etp * (ep_rank + ep * (edp_rank + edp * pp_rank)),   etp * ep * edp = tp * cp * dp
 
-Student and teacher each have a `Layout` of their own, over the same ranks or over ranks of their own.
+Student and teacher each have a `Layout`, over the same ranks or over different ones.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Layout:
 
     @property
     def expert_tensor_size(self) -> int:
-        """Ranks that share one expert."""
+        """Ranks that share an expert."""
         return self.tensor if self.expert_tensor is None else self.expert_tensor
 
     @property
@@ -140,13 +140,13 @@ class Layout:
 
     @property
     def segment_multiple(self) -> int:
-        """What the length of a sequence in a pack is a multiple of: it is cut into 2 * cp chunks."""
+        """The length of a sequence in a pack is a multiple of this: it is cut into 2 * cp chunks."""
         return 1 if self.context == 1 else 2 * self.context
 
     @property
     def row_multiple(self) -> int:
-        """What the length of a row, or of a whole pack, is a multiple of: TP ranks share a rank's part of it under
-        sequence parallelism, and each part has whole blocks of tokens."""
+        """The length of a row, or of a whole pack, is a multiple of this: with sequence parallelism the TP ranks share
+        a rank's part of it, and each part has whole blocks of tokens."""
         shared = self.token_multiple * (self.tensor if self.sequence_parallel else 1)
         return self.context * math.lcm(1 if self.context == 1 else 2, shared)
 
@@ -165,7 +165,7 @@ class Layout:
         return (num_layers // parts,) * parts
 
     def holds(self, rank: int) -> bool:
-        """Whether a global rank is one of the layout's."""
+        """Whether a global rank belongs to the layout."""
         return 0 <= rank - self.rank_offset < self.world_size
 
     def coordinate(self, rank: int) -> Coordinate:
@@ -182,7 +182,7 @@ class Layout:
         return Coordinate(tp, cp, dp, pp)
 
     def expert_part(self, rank: int) -> tuple[int, int, int]:
-        """(expert tensor rank, expert rank, stage) of a global rank: which part of the experts it holds."""
+        """(expert tensor rank, expert rank, stage) of a global rank: the part of the experts that it holds."""
         stage, index = divmod(rank - self.rank_offset, self.tensor * self.context * self.data)
         index, etp = divmod(index, self.expert_tensor_size)
         return etp, index % self.expert, stage
@@ -193,12 +193,12 @@ class Layout:
         return self.rank_offset + tp + self.tensor * (cp + self.context * (dp + self.data * pp))
 
     def last_stage_ranks(self, dp: int, cp: int = 0) -> tuple[int, ...]:
-        """Global ranks (in TP order) of the last pipeline stage of one data-parallel replica, those that hold part `cp`
-        of its sequences."""
+        """Global ranks, in TP order, of a data-parallel replica's last pipeline stage with context-parallel rank
+        `cp`."""
         return tuple(self.rank(Coordinate(tp, cp, dp, self.pipeline - 1)) for tp in range(self.tensor))
 
     def describe(self) -> str:
-        """For messages, e.g. `TP 2 x PP 2 x DP 1, VPP 2, sequence parallel`, `TP 2 x CP 2 x PP 1 x DP 1`."""
+        """Text for messages, e.g. `TP 2 x PP 2 x DP 1, VPP 2, sequence parallel` or `TP 2 x CP 2 x PP 1 x DP 1`."""
         context = f" x CP {self.context}" if self.context > 1 else ""
         text = f"TP {self.tensor}{context} x PP {self.pipeline} x DP {self.data}"
         if self.expert > 1 or self.expert_tensor_size != self.tensor:
@@ -211,5 +211,5 @@ class Layout:
 
 
 def round_up(number: int, multiple: int) -> int:
-    """To the next multiple."""
+    """The next multiple."""
     return -(-number // multiple) * multiple

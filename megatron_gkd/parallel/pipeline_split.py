@@ -1,4 +1,4 @@
-"""How many layers each pipeline stage has, where they are not shared evenly. Plain numbers, no torch.
+"""The number of layers of each pipeline stage, where they are not distributed evenly. Plain numbers, no torch.
 
     PipelineSplit(first=2).chunk_layers(10, stages=3, chunks=1)          -> (2, 4, 4)
     PipelineSplit(embedding=True, loss=True).chunk_layers(10, 4, 1)      -> (2, 3, 3, 2)
@@ -21,8 +21,8 @@ _MOST_CHARACTERS: Final = 10_000  # of a layout with its repeats written out
 
 @dataclass(frozen=True)
 class PipelineSplit:
-    """One of three forms, as Megatron has them: layers of the first and last stage; an even share in which the
-    embedding and the loss count as a layer; or all counts."""
+    """One of Megatron's three forms: layers of the first and the last stage; even shares in which the embedding and the
+    loss count as layers; or the layers of every stage."""
 
     first: int | None = None
     last: int | None = None
@@ -49,7 +49,7 @@ class PipelineSplit:
         return f"layers: {', '.join(parts)}"
 
     def chunk_layers(self, num_layers: int, stages: int, chunks: int) -> tuple[int, ...]:
-        """Layers of each chunk, in the order of the model. Raises LayoutError with the numbers that would do."""
+        """Layers of each chunk, in the order of the model. Raises LayoutError with numbers that would work."""
         if stages == 1:
             raise LayoutError(f"{self}: there is one pipeline stage; give more, or leave the split out")
         if self.layers is not None:

@@ -1,18 +1,18 @@
-"""How the ranks of a run find each other, with an error that says what is missing where they do not.
+"""How the ranks of a run find each other, with errors that say what is missing.
 
     start = read_start()                            from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; checked
     store = meet(start, about="gloo", timeout=...)  returns when every rank has come, or raises on all that came
 
-The first rank (or the launcher's agent) keeps a store at MASTER_ADDR:MASTER_PORT. The first rank opens a meeting, under
-a name that nobody has used before; every rank writes down there who it is; the first rank reads that of all and answers
-each: one answer for everybody, and work that grows with the number of ranks on one of them alone. Found here, each in
-one line: an address that leads nowhere, a port that is taken, a rank that never comes (by number), one that comes
-twice, another WORLD_SIZE, another device.
+The first rank (or the launcher's agent) keeps a store at MASTER_ADDR:MASTER_PORT. The first rank opens a meeting under
+a new name; every rank writes a record of itself there; the first rank reads all records and gives every rank the same
+answer. So only the first rank's work grows with the number of ranks. These faults are found, each with a message of one
+line: an address that leads nowhere, a port that is taken, a rank that never comes (by number), one that comes twice,
+another WORLD_SIZE, another device.
 
-The name is why a restart works. An agent may keep one store for all attempts of a job: it is full of the records and
-addresses of ranks that have died. TORCHELASTIC_RESTART_COUNT does not tell attempts apart: every node counts its own
-failures, and a node whose ranks were well when another's died has counted none. A rank that finds the name of an
-earlier meeting gets no answer there, and goes on to the next.
+The name makes restarts work. An agent may keep one store for all attempts of a job, with the records and addresses of
+ranks that have died. TORCHELASTIC_RESTART_COUNT does not distinguish attempts: every node counts its own failures, and
+a node whose ranks did not fail has counted none. A rank that finds the name of an earlier meeting gets no answer there,
+and waits for the next one.
 
 Communication: the store's own; no process group exists yet.
 """
@@ -46,7 +46,7 @@ _SHOWN: Final = 8
 
 @dataclass(frozen=True)
 class Start:
-    """This rank's place in the world, and where the first rank is met."""
+    """This rank's place in the world, and the address of the first rank."""
 
     rank: int
     world_size: int
@@ -59,7 +59,7 @@ class Start:
 
 
 def read_start() -> Start | None:
-    """From the environment; None for a plain start of one process. Raises ConfigError for what is missing or wrong."""
+    """Read from the environment; None for a plain start of one process. Raises ConfigError for wrong values."""
     present = [name for name in NEEDED if os.environ.get(name, "").strip()]
     if not present:
         return None
@@ -82,10 +82,10 @@ def read_start() -> Start | None:
 
 
 def meet(start: Start, *, about: str, timeout: timedelta) -> Store:
-    """A store for the process group of all ranks, when all have come. Collective over the world that `start` describes.
+    """Wait for all ranks; returns a store for their process group. Collective over the world that `start` describes.
 
     Args:
-        about: what has to be the same on every rank for a process group to be made: the backend.
+        about: must be the same on every rank: the backend.
 
     Raises:
         ConfigError: as the module docstring says.
@@ -146,7 +146,7 @@ def _of_agent() -> bool:
 def _hold_meeting(
     store: Store, start: Start, mine: dict[str, Any], left: timedelta, timeout: timedelta
 ) -> tuple[str, str]:
-    """On the first rank: (name of the meeting, what is wrong with those that came or _WELL); every rank is answered."""
+    """On the first rank: (name of the meeting, the problem or _WELL); answers every rank."""
     meeting = mine["name"]
     records: Any = PrefixStore(f"megatron_gkd/{meeting}", store)  # Any: torch's own types leave out what it has
     records.append("rank_0", json.dumps(mine) + "\n")
@@ -168,13 +168,13 @@ def _hold_meeting(
 
 
 def _who_came(lines: bytes) -> list[Any]:
-    """The processes that came as one rank: each once, and of an agent, which gives every rank once, the newest."""
+    """The processes that came as one rank, each once; with an agent, which gives every rank once, the newest."""
     found = {record["name"]: record for record in map(json.loads, lines.decode().splitlines())}
     return list(found.values())[-1:] if _of_agent() else list(found.values())
 
 
 def _find_meeting(store: Store, start: Start, mine: dict[str, Any], timeout: timedelta) -> tuple[str, str]:
-    """On the others: as the first rank has answered."""
+    """On the other ranks: (name of the meeting, the first rank's answer)."""
     # The first rank waits as long for the last one; it may have come later than this one.
     end = time.monotonic() + 2 * timeout.total_seconds() + _LINGER_S
     records: Any = None

@@ -1,21 +1,21 @@
-"""All ranks go on, or all raise: for whatever one rank alone may find wrong or has to do, while the others wait for it.
+"""All ranks continue, or all raise: for errors that one rank alone may find, and work that one rank does for all.
 
-    inputs = all_or_none(lambda: read(path))            done by every rank; an error on one is an error on all
-    require_same({"--beta": "0.5"}, "started alike")    what differs is named, with ranks, hosts and values
-    path = on_first(lambda: choose())                   done by the first rank, told to the others
+    inputs = all_or_none(lambda: read(path))            on every rank; an error on one is an error on all
+    require_same({"--beta": "0.5"}, "started alike")    raises with the differences, their ranks, hosts and values
+    path = on_first(lambda: choose())                   on the first rank; the result is sent to the others
 
-and where the work may take longer than a collective may last (`--distributed_timeout_minutes`):
+and for work that may take longer than the time limit of a collective (`--distributed_timeout_minutes`):
 
-    completions = on_first_rank(work, group)            done by the first rank; every rank has what it returned
-    results = on_some_ranks(work, group)                work is None on the ranks that wait; what it returned, by rank
-    rows = on_every_rank(work, group)                   done by every rank, which keeps what it returned
+    completions = on_first_rank(work, group)            on the first rank; every rank gets the result
+    results = on_some_ranks(work, group)                work is None on ranks that only wait; the results by rank
+    rows = on_every_rank(work, group)                   on every rank, which keeps its own result
 
-There a rank works in a thread and says, every `every_s` seconds, that it is still at work; each of these is a
-collective of its own. The error of the lowest rank that failed is raised on all, in its class where that is one of the
-package's (else RolloutError on the ranks that wait for the first one, RuntimeError for several).
+There the work runs in a thread, and every `every_s` seconds its rank signals in a collective that it is still working.
+The error of the lowest rank that failed is raised on all ranks, in its class if that is one of the package's (otherwise
+RolloutError on the ranks that wait for the first one, RuntimeError for several).
 
-Small objects, of any type that can be pickled, travel here and nowhere else in the package. Work makes no collectives
-of its own before it may raise.
+Small objects, of any type that can be pickled, are sent here and nowhere else in the package. Work makes no collectives
+before it may raise.
 
 Communication: every function is collective over its group ("world": all ranks), through the group's backend.
 """
@@ -77,7 +77,7 @@ def _ranks(group: Group) -> dist.ProcessGroup:
 
 
 def on_first(action: Callable[[], T], group: Group = "world") -> T:
-    """What `action` returns on the first rank, on all ranks; what it raises is raised on all ranks."""
+    """The result of `action` on the first rank, on all ranks; an error is raised on all ranks."""
     outcome: tuple[T | None, BaseException | None] = (None, None)
     if _ranks(group).rank() == 0:
         try:
@@ -96,7 +96,7 @@ def first_problem(mine: str | None, group: Group = "world") -> str | None:
 
 
 def all_true(mine: bool) -> bool:
-    """Whether it holds on every rank. One int32 all_reduce."""
+    """Whether the condition holds on every rank. One int32 all_reduce."""
     device = "cpu" if dist.get_backend() == "gloo" else torch.cuda.current_device()
     flag = torch.tensor(int(mine), dtype=torch.int32, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)

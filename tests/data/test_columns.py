@@ -274,7 +274,7 @@ def test_flags_of_variables() -> None:
     for given, text in {
         "x": "must be a JSON object .*Expecting value",
         "[1]": "must be a JSON object",
-        '{"tools": []}': "has tools, which the run sets itself; remove it",
+        '{"tools": []}': "has tools, which the run sets itself: remove it",
     }.items():
         with pytest.raises(ConfigError, match=f"--chat_template_kwargs.* {text}"):
             parse("--chat_template_kwargs", given)

@@ -39,7 +39,7 @@ LOCK: Final = ".lock.json"  # train/run_lock.py
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run left behind; `metrics` and `evaluations` are in the order of their steps and may be empty."""
+    """The content of a run directory; `metrics` and `evaluations` are in the order of their steps and may be empty."""
 
     directory: Path
     config: RunConfig

@@ -1,5 +1,4 @@
-"""What a fused loss is asked to do: the teacher's signal, the checked arguments, the results, and how large a token
-costs.
+"""The task of a fused loss: the teacher's signal, the checked arguments, the results, and the memory cost per token.
 
 `make_task` refuses what does not fit together and fills in the defaults; `default_chunk_tokens` decides the chunk size.
 Nothing here computes a loss or makes a collective, and everything depends only on what is alike on all ranks of the
