@@ -53,11 +53,8 @@ class RehearsedSight:
     @property
     def flops(self) -> tuple[float, float]:
         """Matrix products for the images of a sample: in the student's tower, and in the teacher's."""
-        of_student, of_teacher = (
-            self._flops(arch, images)
-            for arch, images in zip(self._archs, (self.sight.student, self.sight.teacher), strict=True)
-        )
-        return of_student, of_teacher
+        student, teacher = self._archs
+        return self._flops(student, self.sight.student), self._flops(teacher, self.sight.teacher)
 
     def _flops(self, arch: Architecture | None, images: ImageTokens | None) -> float:
         if arch is None or arch.vision is None or images is None or not self._pictures:

@@ -122,7 +122,7 @@ def test_servers_that_cannot_see_are_found_at_the_start() -> None:
     other = r"makes 36 tokens .* and 35 are needed"
     with connected(Seeing(), Seeing(per_image=4)) as servers, pytest.raises(RolloutError, match=other):
         servers.check_images(IMAGES)
-    with connected(FakeSwift()) as servers, pytest.raises(RolloutError, match="takes text alone"):
+    with connected(FakeSwift()) as servers, pytest.raises(RolloutError, match="takes text only"):
         servers.check_images(IMAGES)
 
 

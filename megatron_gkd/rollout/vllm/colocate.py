@@ -103,10 +103,7 @@ class ColocatedEngine:
             "enforce_eager": not self._on_gpu,
         }
         if self._on_gpu:
-            options |= {
-                "gpu_memory_utilization": gpu_memory_utilization,
-                "enable_sleep_mode": sleep_level > 0,
-            }
+            options |= {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": sleep_level > 0}
         else:
             options |= {"kv_cache_memory_bytes": _cpu_kv_bytes(arch, dtype, tensor_parallel_size, length)}
             options |= attention_on_cpu(arch)
