@@ -71,7 +71,7 @@ def test_two_orders_are_compared():
 @pytest.mark.skipif(not FULL, reason="the night's: six layouts of four ranks")
 def test_bench_layouts(tmp_path):
     out = tmp_path / "layouts.json"
-    result = _run("benchmarks.bench_layouts", "--quick", "--rounds", "1", "--steps", "1", "--json", str(out))
+    result = _run("benchmarks.bench_layouts", "--quick", "--limit_s", "0", "--json", str(out))
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(out.read_text(encoding="utf-8"))
     names = [row["layout"] for row in report["rows"]]
@@ -79,6 +79,9 @@ def test_bench_layouts(tmp_path):
     assert all(sorted(found) == sorted(names) for found in report["orders"].values())
     assert all(-1 <= tau <= 1 for tau in report["kendall_tau"].values())
     assert all(f"| {name} |" in result.stdout for name in names)
+    phases = {row["layout"]: row["predicted_phases_s"] for row in report["rows"]}
+    assert all(of_layout["operations"] > 0 for of_layout in phases.values())
+    assert {name for name in names if "groups: pp" in phases[name]} == {name for name in names if "PP" in name}
 
 
 def test_bench_rollout(tmp_path):

@@ -183,7 +183,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Columns | str]]:
 
 
 def check_footer(path: Path, footer: Any) -> None:
-    """Raise DataError for a Parquet footer that contradicts itself: one reading goes by groups, another by the whole."""
+    """Raise DataError for a Parquet footer that contradicts itself: one reader goes by groups, another by the whole."""
     rows = sum(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
     if rows != footer.num_rows:
         raise DataError(f"data set {path}: damaged: its footer counts {footer.num_rows} rows, its row groups {rows}")

@@ -6,7 +6,8 @@ sizes and no memory.
             ...
     counter.peak.total, counter.peak.by_category
 
-A phase (`counter.phase(name)`) has its own peak, which includes what is alive when it begins.
+A phase (`counter.phase(name)`) has its own peak, which includes what is alive when it begins. Its operations, and the
+bytes that they write, are counted too (`counter.work`).
 
 Every tensor that an operation returns is inspected. Its storage is counted once, from allocation to release, under the
 category that was active at its allocation. Not counted: workspaces inside kernels, unused memory of the allocator,
@@ -33,6 +34,13 @@ _BETWEEN = ("observe/allocations.py", "megatron_gkd/platform.py", "train/rehears
 class _Kind(NamedTuple):
     category: str
     line: str  # "" where lines are not told apart
+
+
+class Done(NamedTuple):
+    """Of a phase."""
+
+    operations: int
+    written: int  # bytes of their results; views write nothing
 
 
 class Alive:
@@ -84,6 +92,8 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._now_bytes = 0
         self._peaks: dict[str, tuple[int, dict[_Kind, int]]] = {}  # of each phase
         self._alive: dict[int, tuple[_Kind, int, object]] = {}  # by storage
+        self._operations: Counter[str] = Counter()  # of each phase
+        self._written: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -149,9 +159,16 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The peak of each phase since then."""
         return {name: Alive(by_kind) for name, (_, by_kind) in self._peaks.items()}
 
+    @property
+    def work(self) -> dict[str, Done]:
+        """By phase, since then."""
+        return {name: Done(number, self._written[name]) for name, number in self._operations.items()}
+
     def restart(self) -> None:
-        """Start new peaks from what is alive now."""
+        """Start new peaks from what is alive now; count operations from here."""
         self._peaks.clear()
+        self._operations.clear()
+        self._written.clear()
         self._look()
 
     def _look(self) -> None:
@@ -160,9 +177,12 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self._operations[self._phase] += 1
+        writes = not getattr(func, "is_view", False)
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor)
+                self._written[self._phase] += writes * tensor.nbytes
         return result
 
     def _note(self, tensor: torch.Tensor) -> None:

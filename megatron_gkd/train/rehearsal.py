@@ -53,7 +53,7 @@ from megatron_gkd.loss.fused import task as fused_task
 from megatron_gkd.model import context_attention
 from megatron_gkd.model.build import build_model
 from megatron_gkd.model.levers import rehearsed_options
-from megatron_gkd.observe.allocations import Alive, AllocationCounter
+from megatron_gkd.observe.allocations import Alive, AllocationCounter, Done
 from megatron_gkd.parallel.groups import build_groups
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.records import Sample, StepPlan
@@ -87,6 +87,7 @@ class Rehearsed:
     phases: dict[str, Alive] = field(default_factory=dict)  # at the peak of each, without what is in host memory then
     ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the groups, by name
     calls: dict[str, int] = field(default_factory=dict)  # of collectives in the last step, likewise
+    work: dict[str, Done] = field(default_factory=dict)  # operations of the last step, by phase
 
 
 def rehearse(
@@ -150,7 +151,7 @@ def rehearse(
         chunks = [] if parts.student is None else parts.student.chunks
         num_parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
         sent, calls, ranks = dict(peers.sent), dict(peers.calls), dict(peers.ranks)
-        return Rehearsed(rank, num_parameters, built, peaks, sent, phases, ranks, calls)
+        return Rehearsed(rank, num_parameters, built, peaks, sent, phases, ranks, calls, counter.work)
 
 
 def architectures(config: RunConfig) -> tuple[Architecture, Architecture | None]:

@@ -15,15 +15,20 @@ accurate.
 
 Ranks that share cores (`Rates.cores`; a test on a CPU) wait for each other: while one idles in the pipeline, others use
 its core. A phase then takes as long as the work of all ranks on these cores or, if that is more, as its slowest stage
-with a core of its own; rates are those of a core.
+with a core of its own; rates are those of a core. There, what a GPU hides behind its products takes time as well
+(`Work`), and layouts differ by it:
+
+    operations     each operation costs the host a launch, whatever its size, and the bytes that it writes: norms, which
+                   each tensor-parallel rank computes in full; zeroed gradients and the optimizer, which replicas repeat
+    messages       between stages: each has a cost beside its bytes
+    collectives    of n ranks: 2 (n - 1) messages each, as around a ring
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Final
 
 from megatron_gkd.architecture import Architecture
@@ -32,7 +37,6 @@ from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train.parameters import BYTES, elements
 
 _SIZE_OF: Final = {"tp": "tensor", "cp": "context", "ep": "expert"}
-_NOTHING: Final[Mapping[str, float]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,28 @@ class Rates:
     node_bytes: float  # to the GPUs of the node, a second and GPU
     network_bytes: float  # to other nodes
     ranks_per_node: int
-    latency_s: float = 0.0  # of a collective, beside its bytes
+    latency_s: float = 0.0  # of a message of a collective, beside its bytes
+    message_s: float = 0.0  # of sending or receiving a tensor between stages, beside its bytes
+    operation_s: float = 0.0  # of an operation on the host, beside its arithmetic
+    memory_bytes: float = math.inf  # written by operations, a second
     cores: int | None = None  # that all ranks share; None: each has a device of its own
 
     def shared(self, layout: Layout) -> float:
         """Ranks per core."""
         return 1.0 if self.cores is None else max(1.0, layout.world_size / self.cores)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank does in a step, on average over the ranks, as rehearsed (train/rehearsal.py)."""
+
+    operations: float = 0.0
+    written: float = 0.0  # bytes, by all of them
+    handed: Mapping[str, float] = field(default_factory=dict)  # bytes to a group, by its name
+    calls: Mapping[str, float] = field(default_factory=dict)  # of these messages and collectives
+
+
+_NO_WORK: Final = Work()
 
 
 def layer_flops(arch: Architecture, length: int, *, dense: bool = False) -> float:
@@ -80,7 +100,7 @@ def step_seconds(
     handed: Mapping[str, float],
     rates: Rates,
     towers: tuple[float, float] = (0.0, 0.0),
-    calls: Mapping[str, float] = _NOTHING,
+    work: Work = _NO_WORK,
 ) -> dict[str, float]:
     """Predicted seconds of a step, by phase. See the module docstring.
 
@@ -88,7 +108,7 @@ def step_seconds(
         length: (prompt, completion) tokens of every sample.
         handed: bytes that a rank of the student passes to collectives in a step, by the group's name.
         towers: products of a forward pass for the images of a sample, in the student's vision tower and the teacher's.
-        calls: the number of these collectives, if `rates` has a latency.
+        work: what ranks do besides, if `rates` has its costs.
     """
     total, completion = sum(length), length[1]
     samples = config.training.global_batch_size
@@ -115,7 +135,7 @@ def step_seconds(
         if (num_bytes := handed.get(name, 0.0)) > 0 and getattr(student, _SIZE_OF[name]) > 1:
             inside = student.tensor * (student.context if name == "cp" else 1) <= rates.ranks_per_node
             of_rank = num_bytes / (rates.node_bytes if inside else rates.network_bytes)
-            of_rank += calls.get(name, 0.0) * rates.latency_s
+            of_rank += work.calls.get(name, 0.0) * 2 * (getattr(student, _SIZE_OF[name]) - 1) * rates.latency_s
             phases[f"groups: {name}"] = of_rank * rates.shared(student)
     if student.data * student.context > 1:
         num_elements = max(elements(arch, student, stage) for stage in range(student.pipeline))
@@ -125,7 +145,17 @@ def step_seconds(
         phases["gradients and weights over replicas"] = (
             num_elements * (4 + BYTES[config.model.precision]) * share / rate * rates.shared(student)
         )
-    return phases
+    return phases | _beside(work, rates, student, teacher)
+
+
+def _beside(work: Work, rates: Rates, student: Layout, teacher: Layout) -> dict[str, float]:
+    """What is hidden on a GPU; of ranks of one node."""
+    phases = {"operations": work.operations * rates.operation_s + work.written / rates.memory_bytes}
+    for name, stages in (("pp", student.pipeline), ("teacher's pp", teacher.pipeline)):
+        if stages > 1:  # what is received is handed over as well, and comes while others are sent
+            seconds = work.handed.get(name, 0.0) / 2 / rates.node_bytes
+            phases[f"groups: {name}"] = work.calls.get(name, 0.0) * rates.message_s + seconds
+    return {name: seconds * rates.shared(student) for name, seconds in phases.items() if seconds}
 
 
 def _stage_flops(arch: Architecture, layout: Layout, length: int) -> float:

@@ -21,7 +21,7 @@ from megatron_gkd.data.image_tokens import read_image_tokens
 from megatron_gkd.data.pictures import striped_picture
 from megatron_gkd.observe.allocations import Alive
 from megatron_gkd.train.rehearsal import Rehearsed, architectures, planned_layouts
-from megatron_gkd.train.step_time import Rates, step_seconds
+from megatron_gkd.train.step_time import Rates, Work, step_seconds
 from megatron_gkd.train.tower_flops import tower_flops
 from tests.support.dense_vision import load
 from tests.support.effort import FULL
@@ -106,12 +106,12 @@ def test_a_search_counts_the_tower(tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(one["phases_s"]["vision tower"] > 0 for one in found)
 
 
-def of_layout(rates: Rates, samples: int, *flags: str, calls: int = 0) -> dict[str, float]:
+def of_layout(rates: Rates, samples: int, *flags: str, work: Work | None = None) -> dict[str, float]:
     words = f"--model {MODELS / 'Qwen3-1.7B'} --dataset none --objective sft --save none --dtype fp32".split()
     config = parse_run_config([*words, "--global_batch_size", str(samples), *flags])
     pair = planned_layouts(config, 4)
     return step_seconds(
-        config, architectures(config)[0], None, *pair, (64, 64), {"tp": 4e6}, rates, calls={"tp": calls}
+        config, architectures(config)[0], None, *pair, (64, 64), {"tp": 4e6}, rates, work=work or Work()
     )
 
 
@@ -129,6 +129,12 @@ def test_ranks_that_share_cores_wait_for_each_others_work() -> None:
     assert of_layout(one_core, 8, *TP4)["groups: tp"] == pytest.approx(4 * of_layout(alone, 8, *TP4)["groups: tp"])
 
 
-def test_a_collective_has_a_latency_beside_its_bytes() -> None:
-    rates = Rates(1e9, 1e9, 1e9, 8, latency_s=1e-3)
-    assert of_layout(rates, 8, *TP4, calls=7)["groups: tp"] == pytest.approx(4e-3 + 7e-3)
+def test_messages_and_operations_cost_beside_their_bytes() -> None:
+    """A collective of four ranks is six messages; two ranks share a core."""
+    rates = Rates(1e9, 1e9, 1e9, 8, latency_s=1e-3, message_s=1e-4, operation_s=1e-5, memory_bytes=1e9, cores=2)
+    assert of_layout(rates, 8, *TP4, work=Work(calls={"tp": 7}))["groups: tp"] == pytest.approx(2 * (4e-3 + 42e-3))
+    work = Work(operations=500, written=2e6, handed={"pp": 6e6}, calls={"pp": 10})
+    found = of_layout(rates, 8, *PP4, work=work)
+    assert found["operations"] == pytest.approx(2 * (5e-3 + 2e-3))
+    assert found["groups: pp"] == pytest.approx(2 * (1e-3 + 3e-3))
+    assert of_layout(Rates(1e9, 1e9, 1e9, 8), 8, *PP4).keys() == {"student"}, "where no such work is told"

@@ -48,6 +48,18 @@ def test_what_a_backward_pass_holds_is_seen() -> None:
         assert counter.peak.lines("step")[0][0] == "elsewhere", "no line of the package"
 
 
+def test_operations_are_counted_by_phase() -> None:
+    with AllocationCounter() as counter:
+        before = torch.empty(2)
+        counter.restart()
+        with counter.phase("update"):
+            x = torch.empty(4)
+            x.view(2, 2).add_(1)
+        x.mul_(2)
+        del before
+    assert counter.work == {"update": (3, 32), "other": (1, 16)}, "a view writes nothing"
+
+
 def test_fake_tensors_have_sizes() -> None:
     with FakeTensorMode(), AllocationCounter() as counter:
         huge = torch.empty(10**12)

@@ -149,7 +149,8 @@ def resolved(config: RunConfig, command: Command, arch: Architecture) -> dict[st
             _note_training(note, given)
         else:
             if config.generates:
-                made: Any = SimpleNamespace(groups=SimpleNamespace(intra_dist_opt=dist.group.WORLD), chunks=[], models=[])
+                made: Any = SimpleNamespace(groups=SimpleNamespace(intra_dist_opt=dist.group.WORLD))
+                made.chunks, made.models = [], []
                 made.layout, made.train_iters, made.leave_device = student, 1, None
                 where: Any = SimpleNamespace(device=torch.device("cpu"), kind="cpu")
                 sampling.build_rollouts(given, where, made, generate.held_out_rows(given))
