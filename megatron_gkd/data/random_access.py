@@ -147,9 +147,12 @@ class _Parquet(IndexedRecords):
         return index + 1, parse_batch(row)[0]
 
     def _table(self, group: int) -> Any:
+        from pyarrow import Table
+
         if group not in self._decoded:
             try:
-                table = self._file.read_row_group(group)
+                batches = self._file.iter_batches(row_groups=[group])  # as files.py reads: read_row_group checks more
+                table = Table.from_batches(batches, schema=self._file.schema_arrow)
             except self._unreadable as error:
                 raise DataError(f"data set {self.path}: row group {group} is not readable: {error}") from error
             if table.num_rows != self._borders[group + 1] - self._borders[group]:

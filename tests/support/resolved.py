@@ -205,6 +205,8 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     if distillation.samples_teacher:
         needs = teachers.server_needs(given) if isinstance(config.teacher.kind, ServerTeachers) else None
         teacher_sampling.build_teacher_samples(given, needs)
+    if config.sampling.vllm_mode == "server":
+        note.note("servers are waited for", config.sampling.vllm_server_timeout)  # by sampling.check_servers
     length = sampling.engine_length(config, given.student_arch)
     plans = StepPlans(given)
     indices, _, sources = draws[0]
@@ -325,6 +327,7 @@ def _without_machines(note: Recorder) -> Iterator[None]:
     noted: list[tuple[Any, str, Any]] = [
         *((module.platform, "setup", lambda *a: where) for module in (setup,)),
         (setup.platform, "init_distributed", None),
+        (torch, "use_deterministic_algorithms", None),
         (inputs, "shared_rows", rows),
         (inputs, "StreamedRows", rows),
         (source, "build_model", []),
