@@ -39,7 +39,7 @@ test:  ## the whole CPU test suite, as continuous integration runs it
 test-fast:  ## the inner loop: all that takes seconds
 	bash launch/run_tests.sh -m "not slow" $(PYTEST_ARGS)
 
-test-nightly:  ## with every kill, fuzzed input and grid in full (hours)
+test-nightly:  ## with every kill, fuzzed input and grid in full (an hour and a half)
 	GKD_TEST_FULL=1 bash launch/run_tests.sh $(PYTEST_ARGS)
 
 test-kernels: env  ## the numeric tests again, with the kernels of other CPUs
