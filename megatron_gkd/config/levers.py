@@ -148,7 +148,14 @@ class KernelsConfig(Section):
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = setting(
         None, "Scaling of fp8; null: tensorwise (Megatron-LM: delayed). mxfp8 needs Blackwell."
     )
-    fp8_param_gather: bool = setting(False, "Keep and gather weights in fp8.")
+    fp8_margin: int = setting(0, "With delayed: scales are smaller by two to this power.", ge=0)
+    fp8_amax_history_len: int = setting(1, "With delayed: passes whose maxima a scale may come from.", ge=1)
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = setting(
+        "most_recent", "With delayed: which maximum of the history a scale comes from."
+    )
+    fp8_param_gather: bool = setting(
+        False, "Keep and gather the weights of these layers in fp8; with tensorwise or blockwise."
+    )
     deterministic_mode: bool = setting(
         False, "Use kernels that give the same bits in every run; operations without one are an error."
     )
@@ -181,8 +188,9 @@ class KernelsConfig(Section):
         """--megatron_extra_kwargs. Raises ConfigError."""
         return json_object("megatron_extra_kwargs", self.megatron_extra_kwargs, example='{"qk_clip": false}')
 
-    def problems(self, *, loss_is_fused: bool) -> Iterator[str]:
-        """Values that this package does not support, and flags that need others."""
+    def problems(self, *, loss_is_fused: bool, sharded: bool) -> Iterator[str]:
+        """Values that this package does not support, and flags that need others. `sharded`:
+        --use_distributed_optimizer."""
         if not self.attention_softmax_in_fp32:
             yield "--attention_softmax_in_fp32 false: every attention here has its softmax in fp32; leave it out"
         if self.masked_softmax_fusion:
@@ -195,6 +203,13 @@ class KernelsConfig(Section):
             )
         if self.fp8_recipe is not None and self.fp8_format is None:
             yield f"--fp8_recipe {self.fp8_recipe} needs --fp8_format; give both, or neither"
+        if self.fp8_param_gather and self.fp8_format is None:
+            yield "--fp8_param_gather needs --fp8_format; give both, or neither"
+        if self.fp8_param_gather and not sharded:
+            yield "--fp8_param_gather gathers what --use_distributed_optimizer has split; give both, or neither"
+        for flag, default in (("margin", 0), ("amax_history_len", 1), ("amax_compute_algo", "most_recent")):
+            if getattr(self, f"fp8_{flag}") != default and self.fp8_recipe != "delayed":
+                yield f"--fp8_{flag} is for --fp8_recipe delayed; give both, or neither"
         if not self.manual_gc and self.manual_gc_interval != 100:
             yield "--manual_gc_interval needs --manual_gc; give both, or neither"
 

@@ -42,28 +42,11 @@ def refuse_not_built(cfg: RunConfig, command: Command = "train") -> None:
         )
 
 
-def _is_set(flag: str) -> Callable[[RunConfig], bool]:
-    """Applies when a flag differs from its default."""
-    return lambda cfg: not cfg.is_default(flag)
-
-
 NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt(
         "cp_comm_type",
         lambda cfg: "a2a+p2p" in cfg.kernels.cp_comm_type,
         "its two levels of groups are not made here; give p2p, all_gather or a2a",
-    ),
-    NotBuilt(
-        "fp8_recipe",
-        lambda cfg: cfg.kernels.fp8_recipe == "delayed",
-        "its maxima need groups of megatron-core's global state, which is not used here; give tensorwise",
-        TRAIN,
-    ),
-    NotBuilt(
-        "fp8_param_gather",
-        _is_set("fp8_param_gather"),
-        "the main weights would start from weights that are rounded to fp8; leave it out",
-        TRAIN,
     ),
     NotBuilt(
         "moe_router_load_balancing_type",

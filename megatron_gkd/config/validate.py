@@ -66,7 +66,9 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
         yield from _training_problems(cfg)
         yield from cfg.recompute.problems()
         yield from cfg.overlap.problems(sharded=cfg.parallel.use_distributed_optimizer)
-        yield from cfg.kernels.problems(loss_is_fused=cfg.distillation.loss_path != "logits")
+        yield from cfg.kernels.problems(
+            loss_is_fused=cfg.distillation.loss_path != "logits", sharded=cfg.parallel.use_distributed_optimizer
+        )
         yield from cfg.optimizer.problems(sharded=cfg.parallel.use_distributed_optimizer)
         yield from _offload_problems(cfg)
         yield from _tp_comm_overlap_problems(cfg)

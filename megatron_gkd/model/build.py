@@ -34,6 +34,7 @@ from megatron_gkd.architecture import Architecture
 from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.data.collate import Media
 from megatron_gkd.model.context_attention import ContextAttention
+from megatron_gkd.model.delayed_scaling import is_delayed, reduce_over
 from megatron_gkd.model.divisible import check_in
 from megatron_gkd.model.heads_norm import HeadsNormAttention
 from megatron_gkd.model.latent_attention import latent_attention_spec, set_rotary
@@ -256,6 +257,8 @@ def build_model(
     check_in(arch, layout)
     config, use_cpu = transformer_config(arch, layout, options, dtype=dtype), options.use_cpu_initialization
     _set_attention_factor(config, arch)
+    if is_delayed(config):
+        reduce_over(groups.tp_dp_cp)
     if isinstance(config.cp_comm_type, list):  # after the config's own checks; read by `SelfAttention`
         config.cp_comm_type.append(config.cp_comm_type[-1])
     pp_rank = groups.pp.rank()

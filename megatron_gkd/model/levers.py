@@ -51,6 +51,7 @@ _ON_CUDA: Final[dict[str, str | None]] = {
     "moe_permute_fusion": _TE,
     "tp_comm_overlap": _TE,
     "fp8_format": _TE,
+    "fp8_param_gather": _TE,
     "empty_unused_memory_level": None,
     "use_precision_aware_optimizer": _TE,
     "optimizer_cpu_offload": _TE,
@@ -58,13 +59,13 @@ _ON_CUDA: Final[dict[str, str | None]] = {
 # The first Transformer Engine whose attention exchanges the keys and values of packs so; "p2p": every one.
 _PACKS_SINCE: Final = {"a2a": (2, 10), "all_gather": (2, 18)}
 _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
-_FP8_CAPABILITY: Final = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_FP8_CAPABILITY: Final = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 # Fields of TransformerConfig that are the project's own business, or another flag's.
 _OWN: Final = frozenset(
     {
         *("context_parallel_size", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
         *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
-        *("pipeline_model_parallel_layout", "fp8", "fp4", "fp8_recipe", "fp8_param"),
+        *("pipeline_model_parallel_layout", "fp8", "fp4", "fp8_recipe", "fp8_param", "tp_only_amax_red"),
         *("mtp_num_layers", "multi_latent_attention", "window_size", "cpu_offloading", "attention_softmax_in_fp32"),
         *("no_sync_func", "grad_sync_func", "param_sync_func", "finalize_model_grads_func", "grad_scale_func"),
         *("init_method", "output_layer_init_method", "embedding_init_method", "cuda_graph_impl", "enable_cuda_graph"),
@@ -98,7 +99,16 @@ def student_options(config: RunConfig, kind: Kind) -> ModelOptions:
         extra=tuple(sorted(kernels.extra.items())),
     )
     if kernels.fp8_format is not None:
-        options = replace(options, fp8=kernels.fp8_format, fp8_recipe=kernels.fp8_recipe or "tensorwise")
+        options = replace(
+            options,
+            fp8=kernels.fp8_format,
+            fp8_recipe=kernels.fp8_recipe or "tensorwise",
+            fp8_param=kernels.fp8_param_gather,
+            fp8_param_gather=kernels.fp8_param_gather,
+            fp8_margin=kernels.fp8_margin,
+            fp8_amax_history_len=kernels.fp8_amax_history_len,
+            fp8_amax_compute_algo=kernels.fp8_amax_compute_algo,
+        )
     _check_extra(options.extra)
     if recompute.recompute_granularity == "full":
         return replace(
@@ -130,6 +140,8 @@ def optimizer_options(config: RunConfig) -> dict[str, Any]:
     levers, found = config.optimizer, dict[str, Any]()
     if config.overlap.overlap_param_gather:
         found["overlap_param_gather"] = True
+    if config.kernels.fp8_param_gather:
+        found["fp8_recipe"] = config.kernels.fp8_recipe or "tensorwise"
     if levers.use_precision_aware_optimizer:
         names = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
         found |= {"use_precision_aware_optimizer": True, **{name: _DTYPES[getattr(levers, name)] for name in names}}
@@ -288,6 +300,10 @@ def _check_fp8(config: RunConfig, arch: Architecture, layout: Layout) -> None:
     if config.tuner.is_lora or arch.latent is not None:
         what = "a student with adapters" if config.tuner.is_lora else f"latent attention ({arch.model_type})"
         raise ConfigError(f"{given}: {what} has layers that are not Transformer Engine's; leave it out")
+    if config.kernels.fp8_recipe == "delayed":
+        _check_delayed(config)
+    if config.kernels.fp8_param_gather:
+        _check_weights_in_fp8(config)
     tp, multiple = layout.tensor, config.kernels.fp8_tokens
     widths = {
         "hidden size": arch.hidden_size,
@@ -303,6 +319,46 @@ def _check_fp8(config: RunConfig, arch: Architecture, layout: Layout) -> None:
                 f"{given}: the {name} is {width}, and products of this recipe need a multiple of {multiple}: train in "
                 "bf16, or give another tensor parallel size"
             )
+
+
+def _check_delayed(config: RunConfig) -> None:
+    """Raise ConfigError for what would put other passes, or other layers, between those that the scales count."""
+    given = "--fp8_recipe delayed"
+    if (found := _version(_TE)) is not None and found < (2, 0):
+        raise ConfigError(f"{given} needs Transformer Engine 2.0, and {found[0]}.{found[1]} is installed: give a newer")
+    if parts := sorted({"layernorm", "moe_act"} & set(config.recompute.recompute_modules)):
+        raise ConfigError(
+            f"{given} beside --recompute_modules {' '.join(parts)}: megatron-core does not recompute these with "
+            "delayed scales; give core_attn, mlp or moe, or --fp8_recipe tensorwise"
+        )
+    refused = ("fp8_dot_product_attention", "fp8_multi_head_attention", "first_last_layers_bf16")
+    if names := [name for name in refused if config.kernels.extra.get(name)]:
+        raise ConfigError(
+            f"{given} beside --megatron_extra_kwargs {', '.join(names)}: its scales are those of linear layers, all in "
+            "one pass; leave that out, or give --fp8_recipe tensorwise"
+        )
+
+
+def _check_weights_in_fp8(config: RunConfig) -> None:
+    """Raise ConfigError for what would read, or begin with, something else than the student's weights."""
+    given, optimizer = "--fp8_param_gather true", config.optimizer
+    if (recipe := config.kernels.fp8_recipe) in ("delayed", "mxfp8"):
+        why = {
+            "delayed": "the weights that are read would be rounded with a scale of 1, before there is a history",
+            "mxfp8": "its weights are gathered in the gradients' memory, which is zeroed before the forward pass here",
+        }
+        raise ConfigError(f"{given} beside --fp8_recipe {recipe}: {why[recipe]}; give tensorwise or blockwise")
+    if optimizer.optimizer_cpu_offload or optimizer.main_params_dtype != "fp32":
+        flag = "optimizer_cpu_offload" if optimizer.optimizer_cpu_offload else "main_params_dtype"
+        raise ConfigError(
+            f"{given} beside --{flag} {show(config.get(flag))}: that optimizer makes its main weights of the "
+            "parameters, which are rounded to fp8; leave one out"
+        )
+    if config.overlap.overlap_param_gather:
+        raise ConfigError(
+            f"{given} beside --overlap_param_gather true: what reads weights between two steps ends the gathers, and "
+            "the transposed copies of weights in fp8 would stay as they were; leave one out"
+        )
 
 
 def _check_recompute(recompute: RecomputeConfig, arch: Architecture, layout: Layout) -> None:

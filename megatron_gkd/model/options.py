@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnBackend
 DDP: Final = frozenset(
     {
         *("grad_reduce_in_fp32", "overlap_grad_reduce", "overlap_param_gather", "align_param_gather", "bucket_size"),
-        "check_for_nan_in_grad",
+        *("check_for_nan_in_grad", "fp8_param_gather"),
     }
 )
 
@@ -54,6 +54,11 @@ class ModelOptions:
     transformer_engine: bool = True  # take its layers where it is installed; False: megatron-core's own (model/lora.py)
     fp8: Literal["e4m3", "hybrid"] | None = None  # products of Transformer Engine's layers
     fp8_recipe: str = "delayed"  # megatron-core's default
+    fp8_param: bool = False  # weights are stored in fp8 (quantised.py) ...
+    fp8_param_gather: bool = False  # ... and gathered in it
+    fp8_margin: int = 0
+    fp8_amax_history_len: int = 1
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     extra: tuple[tuple[str, Any], ...] = ()  # further fields of TransformerConfig, of --megatron_extra_kwargs
 
     @classmethod

@@ -14,6 +14,7 @@ as there are stages: where there are fewer, micro-batches of padding without a l
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_gkd.data.collate import MicroBatch, without_loss
+from megatron_gkd.model.delayed_scaling import is_delayed, undisturbed
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.schedule import micro_batch_group
 
@@ -109,19 +111,24 @@ def run_schedule(
         collect_non_loss_data=collect,
         pg_collection=groups,
     )
-    if layout.pipeline == 1:
-        return forward_backward_no_pipelining(data_iterator=iter(micro_batches), model=chunks[0], **common)
-    communicator = P2PCommunicator(pp_group=groups.pp, config=get_model_config(chunks[0]))
-    if layout.virtual_pipeline is None:
-        return forward_backward_pipelining_without_interleaving(
-            data_iterator=iter(micro_batches), model=chunks[0], p2p_communicator=communicator, **common
+    leaves_no_trace = forward_only and is_delayed(get_model_config(chunks[0]))
+    with undisturbed(chunks) if leaves_no_trace else contextlib.nullcontext():
+        if layout.pipeline == 1:
+            return forward_backward_no_pipelining(data_iterator=iter(micro_batches), model=chunks[0], **common)
+        communicator = P2PCommunicator(pp_group=groups.pp, config=get_model_config(chunks[0]))
+        if layout.virtual_pipeline is None:
+            return forward_backward_pipelining_without_interleaving(
+                data_iterator=iter(micro_batches), model=chunks[0], p2p_communicator=communicator, **common
+            )
+        assert all(tuple(m.tokens.shape) == shape for m in micro_batches), (
+            "the interleaved schedule needs one shape for all micro-batches"
         )
-    assert all(tuple(m.tokens.shape) == shape for m in micro_batches), (
-        "the interleaved schedule needs one shape for all micro-batches"
-    )
-    config: Any = get_model_config(chunks[0])  # that of all chunks
-    config.microbatch_group_size_per_vp_stage = micro_batch_group(len(micro_batches), layout.pipeline)
-    found = forward_backward_pipelining_with_interleaving(
-        data_iterator=[iter(micro_batches) for _ in chunks], model=list(chunks), p2p_communicator=communicator, **common
-    )
-    return found[:given]
+        config: Any = get_model_config(chunks[0])  # that of all chunks
+        config.microbatch_group_size_per_vp_stage = micro_batch_group(len(micro_batches), layout.pipeline)
+        found = forward_backward_pipelining_with_interleaving(
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            model=list(chunks),
+            p2p_communicator=communicator,
+            **common,
+        )
+        return found[:given]

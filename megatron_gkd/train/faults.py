@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from megatron_gkd.config.servers import LocalTeacher, NoTeacher, SelfTeaching, ServerTeachers
 from megatron_gkd.errors import GKDError, TrainingError
+from megatron_gkd.model.quantised import real_value
 from megatron_gkd.observe.advice import go_on
 from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import gathered
@@ -212,7 +213,7 @@ def check_finite_weights(run: Run, run_dir: Path) -> None:
             name
             for chunk in run.student.models
             for name, weight in chunk.named_parameters()
-            if not bool(torch.isfinite(weight.detach()).all())
+            if not bool(torch.isfinite(real_value(weight)).all())
         ),
         None,
     )

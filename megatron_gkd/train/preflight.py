@@ -124,6 +124,11 @@ def check_save(config: RunConfig) -> None:
         raise ConfigError(f"--save {save}: {there} cannot be written by this user; give another")
     if load is not None:
         _check_finetune(config, load)
+        if config.kernels.fp8_param_gather and os.path.isfile(os.path.join(load, "config.json")):
+            raise ConfigError(
+                f"--load {load} beside --fp8_param_gather true: main weights would begin with what these weights are "
+                "rounded to; give the directory as --model"
+            )
     if config.checkpoint.auto_resume:
         return
     if load is None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_gkd.errors import TrainingError
+from megatron_gkd.model.quantised import real_value
 from megatron_gkd.parallel.together import gathered, name_ranks
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.checksum import checksum
@@ -90,8 +91,9 @@ class Replicas:
 
 def weight_sums(student: Student) -> dict[str, tuple[int, int]]:
     """The checksum of every parameter of this rank's chunks."""
+    several = len(student.chunks) > 1
     return {
-        (f"chunk {index}, " if len(student.chunks) > 1 else "") + name.removeprefix("module."): checksum(parameter)
+        (f"chunk {index}, " if several else "") + name.removeprefix("module."): checksum(real_value(parameter))
         for index, chunk in enumerate(student.chunks)
         for name, parameter in chunk.named_parameters()
     }

@@ -39,6 +39,7 @@ from megatron_gkd.model.build import HiddenStateGPTModel
 from megatron_gkd.model.options import ModelOptions
 from megatron_gkd.model.parked import Parked
 from megatron_gkd.model.pipeline import ForwardStep, run_schedule
+from megatron_gkd.model.quantised import is_quantised
 from megatron_gkd.model.router import Routers
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.train.overlap import connect
@@ -101,8 +102,9 @@ class Student:
             for index, chunk in enumerate(chunks)
         ]
         connect(self._chunks, self.config)
-        for chunk in self._chunks:
-            chunk.broadcast_params()
+        if not options.fp8_param:  # quantised tensors are not sent; all ranks have read and rounded the same
+            for chunk in self._chunks:
+                chunk.broadcast_params()
         with _world_is(groups.intra_dist_opt):
             self._optimizer: MegatronOptimizer = get_megatron_optimizer(
                 _optimizer_config(
@@ -176,7 +178,13 @@ class Student:
         device = next(self._chunks[0].parameters()).device
 
         def weights() -> list[torch.Tensor]:
-            return [parameter for chunk in self._chunks for parameter in chunk.parameters()]
+            """Those in fp8 have no memory of their own: it is in the buffers that they are gathered in."""
+            parameters: list[torch.Tensor] = [weight for chunk in self._chunks for weight in chunk.parameters()]
+            plain = [parameter for parameter in parameters if not is_quantised(parameter)]
+            if len(plain) == len(parameters):
+                return plain
+            buffers = (b for chunk in self._chunks for b in chunk.buffers + chunk.expert_parallel_buffers)
+            return plain + [buffer.param_data for buffer in buffers]
 
         def gradients() -> list[torch.Tensor]:
             return [

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from megatron_gkd.architecture import Architecture, read_architecture, read_config_json
 from megatron_gkd.config.dtypes import LONG_NAMES
 from megatron_gkd.errors import CheckpointError
+from megatron_gkd.model.quantised import real_value
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.parallel.layout import round_up
 from megatron_gkd.parallel.together import gathered
@@ -234,7 +235,7 @@ class HFTensorStream:
 
 def _value(parameter: Parameter) -> torch.Tensor:
     adapter = getattr(parameter.tensor, "adapter", None)
-    return parameter.tensor.detach() if adapter is None else adapter.merged(parameter.tensor)
+    return real_value(parameter.tensor) if adapter is None else adapter.merged(parameter.tensor)
 
 
 def _takes_part(pg_collection: Any) -> tuple[bool, bool]:

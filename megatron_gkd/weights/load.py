@@ -23,6 +23,7 @@ import torch
 
 from megatron_gkd.architecture import Architecture
 from megatron_gkd.errors import CheckpointError, ShapeError
+from megatron_gkd.model.quantised import take, writable
 from megatron_gkd.observe.transfer import Transfer
 from megatron_gkd.weights.chunks import ExpertRank, Parameter, check_chunks
 from megatron_gkd.weights.hf_files import HFCheckpoint, first_of
@@ -71,7 +72,9 @@ def load_hf_weights(
     transfer = Transfer(log, checkpoint.path, "read", sum(stored_bytes(plan, checkpoint) for plan in plans))
     with torch.no_grad():
         for done, (parameter, rectangles) in enumerate(zip(parameters, plans, strict=True), start=1):
-            transfer.add(fill(parameter.tensor, rectangles, checkpoint))
+            weight = writable(parameter.tensor)
+            transfer.add(fill(weight, rectangles, checkpoint))
+            take(parameter.tensor, weight)
             if progress is not None:
                 progress(done, len(parameters))
     return LoadReport(len(parameters), transfer.num_bytes, transfer.finish())

@@ -311,9 +311,9 @@ def parse(name: str) -> ParsedName:
 
 
 def is_extra_state(name: str) -> bool:
-    """Whether it is one of TransformerEngine's `_extra_state` entries (fp8 scales): in a state dict, but not a
-    weight."""
-    return name.rsplit(".", 1)[-1] == "_extra_state"
+    """Whether it is one of TransformerEngine's `_extra_state` entries (fp8 scales; of experts numbered): in a state
+    dict, but not a weight."""
+    return name.rsplit(".", 1)[-1].rstrip("0123456789") == "_extra_state"
 
 
 ADAPTER_KEYS: Final = "adapter.layers."  # how keys of adapters begin in a distributed checkpoint

@@ -39,7 +39,6 @@ CONFIGURATION = {
 REFUSED = {
     "moe_router_load_balancing_type",
     "moe_z_loss_coeff",
-    "fp8_param_gather",
     "lora_dropout",
 }
 

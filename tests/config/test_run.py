@@ -325,8 +325,6 @@ def test_wandb_needs_its_package(accepted: dict[str, Any], monkeypatch: pytest.M
 # One value per entry of NOT_BUILT, in its order: what a user would write to ask for it.
 ASKING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cp_comm_type", {"cp_comm_type": ["a2a+p2p"], "context_parallel_size": 2}),
-    ("fp8_recipe", {"fp8_recipe": "delayed", "fp8_format": "hybrid"}),
-    ("fp8_param_gather", {"fp8_param_gather": True}),
     ("moe_router_load_balancing_type", {"moe_router_load_balancing_type": "global_aux_loss"}),
     ("lora_dropout", {"lora_dropout": 0.1, "tuner_type": "lora"}),
     ("moe_z_loss_coeff", {"moe_z_loss_coeff": 0.001}),

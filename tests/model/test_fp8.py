@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from megatron_gkd.config.run import RunConfig
-from megatron_gkd.errors import ConfigError, NotBuiltError
+from megatron_gkd.errors import ConfigError
 from megatron_gkd.model import levers
 from megatron_gkd.model.build import transformer_config
-from megatron_gkd.model.levers import check_student, student_options, teacher_options
+from megatron_gkd.model.levers import check_student, optimizer_options, student_options, teacher_options
 from megatron_gkd.model.sequences import Sequences
 from megatron_gkd.parallel.layout import Layout
 from megatron_gkd.schedule import plan_micro_batches
@@ -23,6 +23,7 @@ from megatron_gkd.train.fit import check_batch, layouts
 from tests.support.models import small
 from tests.support.trainers import make_samples
 
+WEIGHTS: dict[str, Any] = dict(fp8_param_gather=True, use_distributed_optimizer=True)
 ARCH = replace(small("qwen3"), hidden_size=128, ffn_hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=32)
 
 
@@ -46,6 +47,23 @@ def test_megatron_core_is_told() -> None:
         assert (told.fp8, told.fp8_recipe, told.fp8_param) == ("hybrid", recipe, False)
     teacher = transformer_config(ARCH, Layout(), teacher_options(config_of(), "cuda"), dtype="bf16")
     assert teacher.fp8 is None
+
+
+def test_megatron_core_is_told_of_delayed_scaling() -> None:
+    delayed = config_of(fp8_recipe="delayed", fp8_margin=2, fp8_amax_history_len=16, fp8_amax_compute_algo="max")
+    check_student(delayed, ARCH, Layout(), "cuda")
+    told = transformer_config(ARCH, Layout(), student_options(delayed, "cuda"), dtype="bf16")
+    assert (told.fp8_recipe, told.fp8_margin, told.fp8_amax_history_len) == ("delayed", 2, 16)
+    assert told.fp8_amax_compute_algo == "max"
+
+
+def test_megatron_core_is_told_of_weights_in_fp8() -> None:
+    weights = config_of(**WEIGHTS)
+    check_student(weights, ARCH, Layout(), "cuda")
+    options = student_options(weights, "cuda")
+    assert transformer_config(ARCH, Layout(), options, dtype="bf16").fp8_param
+    assert options.ddp_fields()["fp8_param_gather"]
+    assert optimizer_options(weights) == {"fp8_recipe": "tensorwise"}
 
 
 def test_layers_that_stay_in_bf16() -> None:
@@ -92,12 +110,14 @@ def test_a_budget_counts_the_padding() -> None:
     ("flags", "said"),
     [
         (dict(fp8_format=None, fp8_recipe="tensorwise"), "--fp8_recipe tensorwise needs --fp8_format"),
-        (dict(fp8_recipe="delayed"), "not built yet: --fp8_recipe delayed"),
-        (dict(fp8_param_gather=True), "not built yet: --fp8_param_gather true"),
+        (dict(fp8_format=None, fp8_param_gather=True), "--fp8_param_gather needs --fp8_format"),
+        (dict(fp8_param_gather=True, use_distributed_optimizer=False), "gathers what --use_distributed_optimizer has"),
+        (dict(fp8_margin=1), "--fp8_margin is for --fp8_recipe delayed"),
+        (dict(fp8_recipe="blockwise", fp8_amax_history_len=16), "--fp8_amax_history_len is for --fp8_recipe delayed"),
     ],
 )
 def test_what_contradicts(flags: dict[str, Any], said: str) -> None:
-    with pytest.raises((ConfigError, NotBuiltError), match=said):
+    with pytest.raises(ConfigError, match=said):
         config_of(**flags)
 
 
@@ -107,6 +127,24 @@ def test_what_contradicts(flags: dict[str, Any], said: str) -> None:
         (dict(dtype="fp32"), Layout(), "beside --dtype fp32: what is not in fp8 is in bf16"),
         (dict(tuner_type="lora"), Layout(), "a student with adapters has layers that are not Transformer Engine's"),
         (dict(fp8_recipe="blockwise"), Layout(tensor=2), "attention output of a rank is 64, .* a multiple of 128"),
+        (
+            dict(fp8_recipe="delayed", recompute_granularity="selective", recompute_modules=["layernorm"]),
+            *(Layout(), "--fp8_recipe delayed beside --recompute_modules layernorm"),
+        ),
+        (
+            dict(fp8_recipe="delayed", megatron_extra_kwargs='{"first_last_layers_bf16": true}'),
+            *(Layout(), "--fp8_recipe delayed beside --megatron_extra_kwargs first_last_layers_bf16"),
+        ),
+        (dict(WEIGHTS, fp8_recipe="delayed"), Layout(), "rounded with a scale of 1, before there is a history"),
+        (dict(WEIGHTS, fp8_recipe="mxfp8"), Layout(), "gathered in the gradients' memory"),
+        (
+            dict(WEIGHTS, overlap_grad_reduce=True, overlap_param_gather=True),
+            *(Layout(), "transposed copies of weights in fp8 would stay"),
+        ),
+        (
+            dict(WEIGHTS, use_precision_aware_optimizer=True, main_params_dtype="fp16"),
+            *(Layout(), "--main_params_dtype fp16: that optimizer makes its main weights of the parameters"),
+        ),
     ],
 )
 def test_what_does_not_fit_the_student(flags: dict[str, Any], layout: Layout, said: str) -> None:

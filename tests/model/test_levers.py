@@ -227,13 +227,6 @@ def test_what_contradicts(flags: dict[str, Any], said: str) -> None:
         config_of(**flags)
 
 
-def test_what_is_not_built() -> None:
-    given = dict(fp8_recipe="delayed", fp8_param_gather=True)
-    with pytest.raises(NotBuiltError) as error:
-        config_of(fp8_format="hybrid", **given)
-    assert all(f"--{flag} " in str(error.value) for flag in given)
-
-
 def test_the_loss_says_what_is_fused() -> None:
     config_of(cross_entropy_loss_fusion=True)
     config_of(cross_entropy_loss_fusion=False, loss_path="logits")

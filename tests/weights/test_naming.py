@@ -185,6 +185,7 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 def test_what_is_skipped_is_little() -> None:
     assert is_extra_state("decoder.layers.0.mlp.linear_fc1._extra_state")
+    assert is_extra_state("decoder.layers.0.mlp.experts.linear_fc1._extra_state12")
     assert not is_extra_state("decoder.layers.0.mlp.linear_fc1.weight")
     assert is_ignored_hf_name("model.layers.11.self_attn.rotary_emb.inv_freq")
     assert is_ignored_hf_name("model.rotary_emb.inv_freq")

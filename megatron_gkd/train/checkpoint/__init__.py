@@ -4,11 +4,13 @@
         __RANK_0.distcp, .metadata, common.pt, metadata.json   weights, optimizer, schedule (megatron-core's files)
         state.json, run.json, rng.safetensors, rollouts.json   position; configuration, versions, layout; random states
                                                                of every rank; sampled completions not yet trained on
+        fp8.safetensors                                        scales and histories of --fp8_recipe delayed
         manifest.json                                          size and SHA-256 of all of these; written last
 
     files.py      the directory: durable writing, manifest, pointer, removal; no ranks
     state.py      what is in JSON, and what may differ in the run that goes on
     rng.py        random states of a rank
+    scales.py     scales and histories of fp8's delayed scaling
     sharded.py    the student's state for dist_checkpointing, and back
     writing.py    writing it in parts, so that training can go on meanwhile
     saving.py     a save, from hidden directory to pointer

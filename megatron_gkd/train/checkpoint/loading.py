@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.errors import CheckpointError
 from megatron_gkd.observe.logging import get_logger
-from megatron_gkd.parallel.together import first_problem, from_first, on_first
+from megatron_gkd.parallel.together import first_problem, from_first, gathered_first, on_first
 from megatron_gkd.train.checkpoint import files
 from megatron_gkd.train.checkpoint.rng import read_rng, reseed, restore_rng
+from megatron_gkd.train.checkpoint.scales import SCALES_FILE, restore_scales
 from megatron_gkd.train.checkpoint.sharded import restore
 from megatron_gkd.train.checkpoint.state import (
     RNG_FILE,
@@ -141,6 +142,7 @@ def load_checkpoint(
     _refuse_what_was_left_out(checkpoint, saved, with_optimizer=with_optimizer, with_rng=with_rng)
     check_plain_data(checkpoint)
     _read_everywhere(lambda: restore(checkpoint, student, with_optimizer=with_optimizer), checkpoint)
+    _restore_scales(checkpoint, student)
     if with_rng:
         _restore_random_states(checkpoint, student, state, saved, description, seed)
     else:
@@ -235,6 +237,18 @@ def _candidates(path: Path) -> list[Path]:
 
 def _is_checkpoint(path: Path) -> bool:
     return any((path / name).is_file() for name in (files.MANIFEST, STATE_FILE))
+
+
+def _restore_scales(checkpoint: Path, student: Student | None) -> None:
+    """Of delayed scaling, whatever else is left out: they belong to the weights."""
+    path, anew = checkpoint / SCALES_FILE, list[str]()
+    _read_everywhere(lambda: anew.extend(restore_scales(path, student)), path)
+    if missed := sorted({name for names in gathered_first(anew) or [] for name in names}):
+        logger.warning(
+            "SCALES ARE NEW: %s has no history, or another one, for %d layers (%s); their first passes are rounded "
+            "with a scale of 1",
+            *(path, len(missed), missed[0]),
+        )
 
 
 def _restore_random_states(

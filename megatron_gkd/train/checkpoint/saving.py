@@ -29,6 +29,7 @@ from megatron_gkd.observe.logging import get_logger
 from megatron_gkd.parallel.together import all_true, first_problem, gathered_first, on_first
 from megatron_gkd.train.checkpoint import files
 from megatron_gkd.train.checkpoint.rng import pack, rng_states
+from megatron_gkd.train.checkpoint.scales import SCALES_FILE, own_scales, pack_scales
 from megatron_gkd.train.checkpoint.sharded import sharded_state
 from megatron_gkd.train.checkpoint.state import (
     RNG_FILE,
@@ -83,7 +84,7 @@ class Save:
         self._texts = {STATE_FILE: to_json(state), RUN_FILE: to_json(description)}
         if rollouts:
             self._texts[ROLLOUTS_FILE] = json.dumps(rollouts)
-        self._rng = gathered_first(rng_states() if with_rng else {})
+        self._of_ranks = gathered_first((rng_states() if with_rng else {}, own_scales(student)))
         self._outcome = _Outcome()
         self._check(on_first(self._prepare))
         self._shards = ShardWriter(
@@ -134,13 +135,16 @@ class Save:
 
     def _publish(self, outcomes: list[_Outcome]) -> str | None:
         """On the first rank."""
-        assert self._rng is not None
+        assert self._of_ranks is not None
+        rng, scales = zip(*self._of_ranks, strict=True)
         try:
             self._shards.finish([outcome.results for outcome in outcomes])
             for name, text in self._texts.items():
                 files.write_durably(self._directory / name, text)
-            if any(self._rng):
-                files.write_durably(self._directory / RNG_FILE, pack(self._rng))
+            if any(rng):
+                files.write_durably(self._directory / RNG_FILE, pack(rng))
+            if packed := pack_scales(scales):
+                files.write_durably(self._directory / SCALES_FILE, packed)
             entries = {name: entry for outcome in outcomes for name, entry in outcome.entries.items()}
             for path in self._directory.iterdir():
                 if path.name not in entries:

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 
+from megatron_gkd.model.quantised import is_quantised, real_value
 from megatron_gkd.train.checkpoint.adapter_state import load_adapters, sharded_adapters
 from megatron_gkd.train.student import Student
 from megatron_gkd.weights.chunks import settle
+from megatron_gkd.weights.naming import is_extra_state
 from megatron_gkd.weights.safe_files import load_sharded
 
 _NO_PARAMETER: Final = "no parameter"
@@ -39,11 +42,17 @@ def sharded_state(student: Student | None, *, is_loading: bool, with_optimizer: 
         f"model{i}": sharded_adapters(model, student.groups, metadata) or model.sharded_state_dict(metadata=metadata)
         for i, model in enumerate(student.models)
     }
+    for model in models.values():
+        _leave_out_extra_states(model, is_loading)
     # One chunk: its own names, as the optimizer knows them; several (virtual pipeline): by chunk.
     named = next(iter(models.values())) if len(models) == 1 else models
     state = {**models, "scheduler": student.scheduler.state_dict()}
     if with_optimizer:
         state["optimizer"] = student.optimizer.sharded_state_dict(named, is_loading=is_loading, metadata=metadata)
+    for entry in nested_values(models):  # after the optimizer, which looks for the parameters themselves
+        data: Any = getattr(entry, "data", None)
+        if is_quantised(data):
+            entry.data = real_value(data)
     return state
 
 
@@ -56,13 +65,38 @@ def restore(checkpoint: Path, student: Student | None, *, with_optimizer: bool =
         return
     for index, model in enumerate(student.models):
         if not load_adapters(model, loaded[f"model{index}"]):
-            model.load_state_dict(loaded[f"model{index}"], strict=True)
+            missing, unexpected = model.load_state_dict(loaded[f"model{index}"], strict=False)
+            odd = [name for name in (*missing, *unexpected) if not is_extra_state(name)]
+            assert not odd, odd  # what was asked for, of this very model
     if with_optimizer:
         with _TorchAdamStep(student), _OwnHyperparameters(student):
             student.optimizer.load_state_dict(loaded["optimizer"])
+        _round_main_weights(student)
     else:
         student.optimizer.reload_model_params()
     student.scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _leave_out_extra_states(model: dict[str, Any], is_loading: bool) -> None:
+    """Transformer Engine's scales are pickles there, which it would run (before 2.18) on loading: nothing of them is
+    read, and empty ones are written for programs that ask for them. Ours are in scales.py.
+    """
+    for name in [name for name in model if is_extra_state(name)]:
+        if is_loading:
+            del model[name]
+        elif isinstance(model[name].data, torch.Tensor):
+            model[name].data = torch.empty(0, dtype=torch.uint8)
+
+
+def _round_main_weights(student: Student) -> None:
+    """Weights in fp8 are made of the main weights, as after an update: what was read for them is rounded twice. Then
+    they are gathered; collective over data parallel ranks."""
+    if not any(is_quantised(weight) for chunk in student.chunks for weight in chunk.parameters()):
+        return
+    for member in getattr(student.optimizer, "chained_optimizers", [student.optimizer]):
+        member._copy_main_params_to_model_params()
+    for chunk in student.chunks:
+        chunk.start_param_sync()
 
 
 class _OwnHyperparameters:
