@@ -205,7 +205,7 @@ def _note_training(note: Recorder, given: inputs.Inputs) -> None:
     if distillation.samples_teacher:
         needs = teachers.server_needs(given) if isinstance(config.teacher.kind, ServerTeachers) else None
         teacher_sampling.build_teacher_samples(given, needs)
-    if config.sampling.vllm_mode == "server":
+    if config.sampling.vllm_mode == "server" and (config.lmbda.most > 0 or config.generates):
         note.note("servers are waited for", config.sampling.vllm_server_timeout)  # by sampling.check_servers
     length = sampling.engine_length(config, given.student_arch)
     plans = StepPlans(given)
