@@ -36,6 +36,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
@@ -124,8 +125,25 @@ def measured_steps(config: RunConfig, lengths: Sequence[tuple[int, int]], number
 
 
 def rehearsed_work(config: RunConfig, lengths: Sequence[tuple[int, int]], world: int) -> Work:
-    """What a rank of the run does in a step, on average."""
+    """What a rank of the run does in a step, on average: in a step of one micro-batch a replica, and what a second one
+    adds for each of the others."""
+    replicas = planned_layouts(config, world)[0].data
+    one, two = (_rehearsed_work(config, lengths[: replicas * number], world) for number in (1, 2))
+    others = len(lengths) // replicas - 1
+
+    def of_step(first: float, second: float) -> float:
+        return first + others * (second - first)
+
+    handed, calls = (
+        {name: of_step(first.get(name, 0.0), second.get(name, 0.0)) for name in second}
+        for first, second in ((one.handed, two.handed), (one.calls, two.calls))
+    )
+    return Work(of_step(one.operations, two.operations), of_step(one.written, two.written), handed, calls)
+
+
+def _rehearsed_work(config: RunConfig, lengths: Sequence[tuple[int, int]], world: int) -> Work:
     operations, written, handed, calls = 0.0, 0.0, Counter[str](), Counter[str]()
+    config = replace(config, training=replace(config.training, global_batch_size=len(lengths)))
     archs, pair = architectures(config), planned_layouts(config, world)
     ranks = kinds(*pair)  # as many are of one as of another: student and teacher have the same layout
     for rank in ranks:
