@@ -193,9 +193,17 @@ def without_borrowed_experts(config: RunConfig, arch: Architecture, layout: Layo
 
 
 def kinds(student: Layout, teacher: Layout) -> list[int]:
-    """The lowest rank of each kind. Ranks of one kind have the same stages of both models, or none."""
-    first: dict[tuple[int | None, ...], int] = {}
+    """The lowest rank of each kind. Ranks of one kind have the same stages of both models, or none, and the same share
+    of loss tokens: of context-parallel ranks the first or the last has most of a completion, which is at the end of its
+    row (parallel/zigzag.py), and the others have no more."""
+    first: dict[tuple[tuple[int, bool] | None, ...], int] = {}
     for rank in range(max(layout.rank_offset + layout.world_size for layout in (student, teacher))):
-        parts = (layout.coordinate(rank).pp if layout.holds(rank) else None for layout in (student, teacher))
+        parts = (_kind(layout, rank) if layout.holds(rank) else None for layout in (student, teacher))
         first.setdefault(tuple(parts), rank)
     return list(first.values())
+
+
+def _kind(layout: Layout, rank: int) -> tuple[int, bool]:
+    """(pipeline stage, whether it is the last of several context-parallel ranks)."""
+    own = layout.coordinate(rank)
+    return own.pp, 0 < own.cp == layout.context - 1

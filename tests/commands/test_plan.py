@@ -25,6 +25,8 @@ def test_a_rank_of_each_kind() -> None:
     assert kinds(Layout(tensor=2, pipeline=2, data=2), Layout(tensor=4, data=2)) == [0, 4]
     assert kinds(Layout(pipeline=4), Layout(pipeline=2, data=2)) == [0, 1, 2, 3]
     assert kinds(Layout(data=8), Layout(tensor=8)) == [0]
+    assert kinds(Layout(context=4, data=2), Layout(data=8)) == [0, 3]  # of four, the first and the last
+    assert kinds(Layout(context=2, pipeline=2), Layout(context=4)) == [0, 1, 2, 3]
 
 
 @pytest.mark.slow

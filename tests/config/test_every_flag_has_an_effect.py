@@ -62,7 +62,7 @@ THROUGH = {
     "tuner_type": (r"tuner\.is_lora\b", None),
     "merge_lora": (r"config\.exports\b", None),
     "finetune": (r"checkpoint\.finetune\b", ["train/preflight.py"]),
-    "log_level": (r"cfg, cfg\.logging\.log_level\)", ["cli.py"]),
+    "log_level": (r"\(work, cfg\.logging\.log_level, cfg\)", ["cli.py"]),
     "train_iters": (r"training\.(num_steps\(|train_iters\b)", None),
     "loss_path": (r"distillation\.fuse_loss\b", None),
     "use_liger_kernel": (r"distillation\.fuse_loss\b", None),
