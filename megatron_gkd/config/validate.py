@@ -61,6 +61,8 @@ def _problems(cfg: RunConfig, command: Command) -> Iterator[str]:
     yield from _distillation_problems(cfg)
     yield from _parallel_problems(cfg)
     yield from _tuner_problems(cfg)
+    if cfg.training.max_tokens_per_gpu is not None and not cfg.is_default("micro_batch_size"):
+        yield "--max_tokens_per_gpu and --micro_batch_size both size a micro-batch; give one of them"
     if command == "train":
         yield from _loss_temperature_problems(cfg)
         yield from _training_problems(cfg)
@@ -346,8 +348,6 @@ def _token_budget_problems(cfg: RunConfig) -> Iterator[str]:
     budget, longest = cfg.training.max_tokens_per_gpu, cfg.data.max_length
     if budget is None:
         return
-    if not cfg.is_default("micro_batch_size"):
-        yield "--max_tokens_per_gpu and --micro_batch_size both size a micro-batch; give one of them"
     if budget * cfg.parallel.context_parallel_size < longest:
         yield (
             f"--max_tokens_per_gpu {budget} is below --max_length {longest}: a row of that length would fit into no "
