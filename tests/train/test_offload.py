@@ -36,6 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "TP2 PP2": (4, dict(tensor=2, pipeline=2)),
     "VPP2": (2, dict(pipeline=2, virtual=2, teacher_pipeline=1)),
+    "DP4": (4, {}),
 }
 KINDS: dict[str, dict[str, Any]] = {
     "whole": dict(use_distributed_optimizer=False),

@@ -44,6 +44,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 PP2": (4, dict(tensor=2, pipeline=2)),
     "DP2 PP2": (4, dict(pipeline=2)),
     "DP2 TP2 SP": (4, dict(tensor=2, sequence=True)),
+    "DP4": (4, {}),
 }
 
 
@@ -96,13 +97,15 @@ def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> flo
 def test_the_numbers_are_the_same(models: tuple[str, str, str], layout: str) -> None:
     kinds = configs(models, layout)
     results = run_ranks(train_all, kinds, world=LAYOUTS[layout][0])
+    replicas_commute = layout != "DP4"  # buckets of another size add four gradients in another order, two not
     for found in results:
-        assert found["reduce"][0] == found["plain"][0]
+        for pair, expected in zip(found["reduce"][0], found["plain"][0], strict=True):
+            assert pair == (expected if replicas_commute else pytest.approx(expected, rel=1e-6))
         for name in (kind for kind in kinds if kind.startswith("gather") or kind == "reduce, split"):
             for pair, expected in zip(found[name][0], found["plain, split"][0], strict=True):
                 assert pair == pytest.approx(expected, rel=2e-6), name
     written = {name: weights for name, (_, weights) in results[0].items()}
-    assert largest(written["reduce"], written["plain"]) == 0.0
+    assert largest(written["reduce"], written["plain"]) == 0.0 or not replicas_commute
     for name in kinds:
         assert largest(written[name], written["plain"]) < 2e-6, name
 

@@ -47,6 +47,7 @@ LAYOUTS = {
     "PP2": Layout(pipeline=2),
     "TP2 PP2": Layout(tensor=2, pipeline=2),
     "VPP2": Layout(pipeline=2, virtual_pipeline=2),
+    "DP4": Layout(data=4),
 }
 ALONE = ["full", "full, groups of 2", "full, the first layer", "attention and mlp", "all parts"]
 GATE = {"one process": ALONE, "TP2 SP": ["full", "all parts"], "VPP2": ["full"]}

@@ -29,6 +29,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 SP": (2, dict(tensor=2, sequence=True)),
     "DP2 TP2 SP": (4, dict(tensor=2, sequence=True)),
     "DP2 PP2": (4, dict(pipeline=2)),
+    "TP2 PP2": (4, dict(tensor=2, pipeline=2)),
+    "DP4": (4, {}),
 }
 
 
