@@ -114,9 +114,10 @@ def test_the_student_is_trained_on_captions(root: Path) -> None:
         command = [sys.executable, "-m", "megatron_gkd", "sample", *words(root, SAMPLE)]
         done = ForkedProgram(command, stderr=subprocess.PIPE, text=True)
         _, said = done.communicate(timeout=LIMIT_S)
-        assert done.returncode == 0, said[-3000:]
-        assert captions.is_file(), said[-3000:]
-    if not captions.is_file() or not captions.read_text():  # bytes of a random model are seldom text, and left out
+        # The bytes of a random model are seldom text: such completions are left out, and none at all is an error.
+        assert "record 6/6" in said, said[-3000:]
+        assert done.returncode == 0 or "nothing was written" in said, said[-3000:]
+    if not captions.is_file() or not captions.read_text():
         images, encoder = rule_of(root / "teacher"), ChatEncoder(load_tokenizer(root / "teacher"))
         prompts = read_prompts([str(root / "prompts.jsonl")], encoder, images=images)
         rows = [make_row(p, f"picture {p.index}", {}) for p in prompts if isinstance(p, Prompt)]
