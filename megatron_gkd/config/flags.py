@@ -76,7 +76,7 @@ def parse_beside_train(
     """
     own = flags_of(cls, command)
     table = own | flags() | flags_of(CompatibilityConfig, "compatibility")
-    headings = {command: str(cls.__doc__)} | _headings()
+    headings = {command: str(cls.__doc__).rstrip(".")} | _headings()
     values = parse(translate(argv), table, prog=f"megatron-gkd {command}", headings=headings)
     run = {name: value for name, value in _with_room_for_completions(values).items() if name in flags()}
     run |= {name: value for name, value in (defaults or {}).items() if not run.get(name)}
@@ -94,7 +94,7 @@ def _with_room_for_completions(values: dict[str, Any]) -> dict[str, Any]:
 def parse_section(argv: Sequence[str], cls: type[S], *, command: str) -> S:
     """The configuration of a command with its own flags, those of a section."""
     table = flags_of(cls, command)
-    headings, aliases = {command: str(cls.__doc__)}, _ALIASES.get(command)
+    headings, aliases = {command: str(cls.__doc__).rstrip(".")}, _ALIASES.get(command)
     values = parse(argv, table, prog=f"megatron-gkd {command}", headings=headings, aliases=aliases)
     for name, flag in table.items():
         if flag.required and values.get(name) in (None, "", []):
