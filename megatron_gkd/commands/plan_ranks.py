@@ -118,11 +118,13 @@ def record(
     totals = [sum(phase.values()) for phase in phases.values()]
     needed = max(totals) + reserved
     alive = one.phases.get(fullest, one.built)
-    stages = [layout.coordinate(one.rank).pp if layout.holds(one.rank) else None for layout in layouts]
+    places = [layout.coordinate(one.rank) if layout.holds(one.rank) else None for layout in layouts]
+    stages = [None if place is None else place.pp for place in places]
     return {
         "rank": one.rank,
         "student_stage": stages[0],
         "teacher_stage": stages[1],
+        "context_rank": None if places[0] is None or layouts[0].context == 1 else places[0].cp,
         "student_parameters": one.num_parameters,
         "between_steps_bytes": one.built.by_category,
         "peak_bytes": [step.by_category for step in one.peaks],
@@ -166,6 +168,8 @@ def lines(asked: PlanConfig, of_rank: dict[str, Any]) -> Iterator[str]:
     fullest, stages = of_rank["fullest_phase"], []
     if of_rank["student_stage"] is not None:
         of = f"stage {of_rank['student_stage']} of the student ({of_rank['student_parameters'] / 1e9:.3f} G parameters)"
+        if of_rank["context_rank"] is not None:
+            of += f", context-parallel rank {of_rank['context_rank']}"
         stages.append(of)
     if of_rank["teacher_stage"] is not None:
         stages.append(f"stage {of_rank['teacher_stage']} of the teacher")
