@@ -18,7 +18,6 @@ import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +56,25 @@ def peft_steps(cells: Sequence[tuple[Any, ...]], topk: int) -> list[DenseStep]:
     without experts are saved by peft, beside the given ones: `saved_by_peft`."""
     steps = [dense_lora_step(*cell, topk=topk, put_on=_trained_by_peft) for cell in cells]
     return [
-        _with_tied_head(replace(step, again=partial(_again_elsewhere, cell, topk)), cell[2])
+        _with_tied_head(replace(step, again=_AgainElsewhere(cell, topk)), cell[2])
         for step, cell in zip(steps, cells, strict=True)
     ]
 
 
-def _again_elsewhere(cell: tuple[Any, ...], topk: int) -> list[DenseStep]:
-    (found,) = run_ranks(_again, cell, topk, world=1, fresh=True)
-    return found
+class _AgainElsewhere:
+    """The references of one cell that are rounded anew, once they are asked for; can be sent."""
+
+    def __init__(self, cell: tuple[Any, ...], topk: int) -> None:
+        self._asked, self._found = (cell, topk), list[DenseStep]()
+
+    def __call__(self) -> list[DenseStep]:
+        if not self._found:
+            (self._found,) = run_ranks(_again, *self._asked, world=1, fresh=True)
+        return self._found
 
 
 def _again(cell: tuple[Any, ...], topk: int) -> list[DenseStep]:
-    """The references of one cell that are rounded anew."""
+    """In a process that finds peft."""
     step = dense_lora_step(*cell, topk=topk, put_on=_trained_by_peft)
     assert step.again is not None
     return [_with_tied_head(one, cell[2]) for one in step.again()]
