@@ -106,7 +106,7 @@ class ColocatedEngine:
             options |= {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": sleep_level > 0}
         else:
             options |= {"kv_cache_memory_bytes": _cpu_kv_bytes(arch, dtype, tensor_parallel_size, length)}
-            options |= attention_on_cpu(arch)
+            options |= attention_on_cpu(model_path)
         self._adapter = adapter
         if adapter is not None:
             # The head is left as it is: beside LoRA vLLM (0.32) on a CPU fails on log-probabilities of several prompts.

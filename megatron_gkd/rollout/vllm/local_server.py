@@ -37,7 +37,6 @@ from typing import Any
 
 import httpx
 
-from megatron_gkd.architecture import Architecture, read_architecture
 from megatron_gkd.config.dtypes import LONG_NAMES, Dtype
 from megatron_gkd.errors import RolloutError
 from megatron_gkd.rollout.client import UNIX
@@ -88,10 +87,12 @@ def server_command(
     return [*command, *extra]
 
 
-def attention_on_cpu(arch: Architecture) -> dict[str, str]:
+def attention_on_cpu(model_path: str) -> dict[str, str]:
     """Arguments for vLLM's engine. For latent attention vLLM uses AMX kernels on CPUs that have AMX. They compute in
     half precision only, so log-probabilities would differ between machines."""
-    return {} if arch.latent is None else {"attention_backend": "CPU_MLA"}
+    config = Path(model_path) / "config.json"  # whatever it is a model of: vLLM says what it cannot serve
+    latent = config.is_file() and "kv_lora_rank" in json.loads(config.read_text(encoding="utf-8"))
+    return {"attention_backend": "CPU_MLA"} if latent else {}
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:
@@ -159,8 +160,6 @@ class LocalServer(contextlib.AbstractContextManager["LocalServer"]):
         import torch
 
         on_cpu = not torch.cuda.is_available()
-        if on_cpu:
-            extra = [*as_flags(attention_on_cpu(read_architecture(model_path))), *extra]
         if port is not None and not port_is_free(port):
             raise RolloutError(
                 f"port {port} of {LOOPBACK} is in use, so no vLLM server can be started there; give another "
@@ -184,7 +183,7 @@ class LocalServer(contextlib.AbstractContextManager["LocalServer"]):
             kv_cache_bytes=kv_cache_bytes or (256 * 2**20 if on_cpu else None),
             read_weights=read_weights,
             on_cpu=on_cpu,
-            extra=extra,
+            extra=[*as_flags(attention_on_cpu(model_path) if on_cpu else {}), *extra],
         )
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
