@@ -23,11 +23,11 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from megatron.core import fp8_utils
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import transformer_block
 
 from megatron_gkd.model import levers
 from megatron_gkd.weights import source
+from tests.support.fp8_build import changing_linears
 
 _TYPES = {"scaling_fwd": torch.float8_e4m3fn, "scaling_bwd": torch.float8_e5m2}
 _SIZES = {"scaling_fwd": 3, "scaling_bwd": 2}  # input, weight, output; gradient of the output, of the input
@@ -172,17 +172,13 @@ class Layer(torch.nn.Module):
         return _Output.apply(output, self), bias
 
 
-def _build(build: Any) -> Any:
-    def built(*args: Any, **kwargs: Any) -> Any:
-        chunks = build(*args, **kwargs)
-        for chunk in chunks:
-            for module in chunk.decoder.layers.modules() if chunk.config.fp8 else ():
-                if type(module) in (ColumnParallelLinear, RowParallelLinear):
-                    module.__class__ = type(f"Delayed{type(module).__name__}", (Layer, type(module)), {})
-                    module.fp8_meta = {}
-        return chunks
+def _delay(module: Any) -> None:
+    module.__class__ = type(f"Delayed{type(module).__name__}", (Layer, type(module)), {})
+    module.fp8_meta = {}
 
-    return built
+
+def _build(build: Any) -> Any:
+    return changing_linears(build, lambda config: config.fp8, _delay)
 
 
 @contextlib.contextmanager

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import fp8_utils
 from megatron.core.distributed import param_and_grad_buffer
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch.utils._pytree import tree_map
 
 from megatron_gkd.model import levers
 from megatron_gkd.weights import source
+from tests.support.fp8_build import changing_linears
 
 _TYPE = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_TYPE).max
@@ -86,16 +86,12 @@ def _new_parameter(old: torch.nn.Parameter) -> torch.nn.Parameter:
     return new  # type: ignore[no-any-return]
 
 
-def _build(build: Any) -> Any:
-    def built(*args: Any, **kwargs: Any) -> Any:
-        chunks = build(*args, **kwargs)
-        for chunk in chunks:
-            for module in chunk.decoder.layers.modules() if chunk.config.fp8_param else ():
-                if type(module) in (ColumnParallelLinear, RowParallelLinear):
-                    module.weight = _new_parameter(module.weight)
-        return chunks
+def _quantise(module: Any) -> None:
+    module.weight = _new_parameter(module.weight)
 
-    return built
+
+def _build(build: Any) -> Any:
+    return changing_linears(build, lambda config: config.fp8_param, _quantise)
 
 
 def _move(tensor: Any, memory: torch.Tensor) -> None:

@@ -71,11 +71,9 @@ class ColocatedEngine:
 
         Args:
             model_path: Hugging Face directory; its config.json is used, and its weights if `read_weights` (version 0).
-            Else
-                the weights are undefined, and nothing can be sampled, until the first update.
+                Else the weights are undefined, and nothing can be sampled, until the first update.
             adapter: as in adapter_config.json: updates are of an adapter on top of the weights of `model_path`, which
-            are
-                read now. None: updates are of all weights.
+                are read now. None: updates are of all weights.
             engine_options: further arguments of vLLM, by its names; they take precedence.
 
         Raises ConfigError for what can be checked before, RolloutError for vLLM's errors.

@@ -121,11 +121,9 @@ class _TorchAdamStep:
     optimizer over torch's AdamW.
 
     1. It restores the count first and leaves it out of the tensors of the fully reshardable form. But then it copies
-    every
-       entry of the optimizer state from them (`_set_main_param_and_optimizer_states`) and fails on "step".
+       every entry of the optimizer state from them (`_set_main_param_and_optimizer_states`) and fails on "step".
     2. It gives all parameters ONE tensor as their count (`load_state_dict`), which each of them then increments in
-    every
-       update: the bias correction is wrong, and the resumed run silently differs.
+       every update: the bias correction is wrong, and the resumed run silently differs.
     """
 
     def __init__(self, student: Student) -> None:
